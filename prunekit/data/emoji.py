@@ -1,0 +1,40 @@
+"""Emoji-64, the embedded data set: 1,844 real pictures with real names and keywords (see `render_emoji.py`)."""
+
+from pathlib import Path
+
+import torch
+
+from prunekit.data.images import CaptionedImages, DataError, hold_out, read_webdataset
+
+EMOJI_DIRECTORY = Path(__file__).parent.parent / "assets" / "emoji64"
+MAX_KEYWORDS = 4
+
+
+def emoji_captions(name: str, keywords: list[str]) -> list[str]:
+    """Return one emoji's captions: its name, its keywords, and both; the name alone where one keyword ("flag") is all."""
+    listed = ", ".join(keywords[:MAX_KEYWORDS])
+    return [name] if len(keywords) < 2 else [name, listed, f"{name}: {listed}"]
+
+
+def load_emoji(path: Path | None = None, holdout: float = 0.1, seed: int = 0) -> CaptionedImages:
+    """Read Emoji-64 (or a folder of shards with the same json: name, keywords) through the WebDataset reader."""
+    folder = path or EMOJI_DIRECTORY
+    samples = read_webdataset(sorted(folder.glob("*.tar")))
+    captions: list[str] = []
+    image_index: list[int] = []
+    for index, sample in enumerate(samples):
+        if "name" not in sample["json"]:
+            raise DataError(
+                f"{sample['key']} has no `name` in its json; is it an emoji shard? use data.kind=webdataset"
+            )
+        texts = emoji_captions(sample["json"]["name"], sample["json"].get("keywords", []))
+        captions += texts
+        image_index += [index] * len(texts)
+    indices = torch.tensor(image_index)
+    return CaptionedImages(
+        encoded=[sample["image"] for sample in samples],
+        names=[sample["text"] for sample in samples],
+        captions=captions,
+        image_index=indices,
+        held_out=hold_out(captions, indices, holdout, seed),
+    )

@@ -1,0 +1,29 @@
+"""Randomness that depends on what is drawn, never on who draws it or when (law 4).
+
+A draw is keyed by (seed, purpose, step …) and made for the whole global batch; each process takes its positions.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, *keys: str | int) -> torch.Generator:
+    """Return a CPU generator whose stream is a function of `seed` and `keys` alone."""
+    digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def epoch_indices(size: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Return the dataset indices of global batch `step`, (batch_size,): one permutation after another.
+
+    Each pass over the data is a permutation keyed by (seed, pass); a batch may end one pass and begin the next.
+    """
+    position, parts, missing = step * batch_size, [], batch_size
+    while missing:
+        epoch, offset = divmod(position, size)
+        part = torch.randperm(size, generator=generator(seed, "epoch", epoch))[offset : offset + missing]
+        parts.append(part)
+        position, missing = position + len(part), missing - len(part)
+    return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""One trainer for pre-training, search and fine-tuning, with its objectives and checkpoints."""

@@ -1,0 +1,97 @@
+"""Checkpoints of a training: safetensors and JSON in a folder that appears whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: a kill leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    temporary.replace(path)
+
+
+def write_folder(folder: Path, write: Any) -> None:
+    """Call `write(temporary folder)`, then move it to `folder` in one step, replacing what was there."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+
+
+class Checkpoints:
+    """The numbered checkpoints below a folder; the last `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int = 1):
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Save the state after `step` steps; atomic."""
+
+        def write(temporary: Path) -> None:
+            save_file(
+                {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors"
+            )
+            write_json(temporary / "state.json", {"step": step, **state})
+
+        write_folder(self.folder / f"step-{step:08d}", write)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return (tensors, state with `step`) of the newest checkpoint, or None."""
+        folders = self._all()
+        if not folders:
+            return None
+        return load_file(folders[-1] / "state.safetensors"), read_json(folders[-1] / "state.json")
+
+    def clear(self) -> None:
+        """Remove them all: the training they served has its result."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state as `optimizer.INDEX.NAME` tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, entry in state.items()
+        for name, value in entry.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put `flatten_optimizer`'s tensors back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,194 @@
+"""The one training loop: pre-training, search and fine-tuning differ only in their objective.
+
+A step is defined on the *global* batch. An objective names the batch of step s (the same on every process), gives
+the terms that need all of it, and the sum of its per-sample terms over any positions; so neither gradient
+accumulation nor the number of processes changes the loss or the gradient (laws 4 and 5).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from prunekit.training.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer
+from prunekit.training.progress import Progress
+
+
+class TrainerConfig(BaseModel):
+    """How to optimise; what is optimised is the objective's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(gt=0, description="samples of a step, over all processes")
+    micro_batch: int | None = Field(None, gt=0, description="samples of one forward pass (all that a process has)")
+    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero")
+    decay_share: float = Field(
+        0.0, ge=0, le=1, description="last share of the steps, over which the rate falls to zero"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradient clipping by global norm")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward passes")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average that replaces the weights at the end"
+    )
+    checkpoint_minutes: float = Field(2.0, gt=0, description="minutes between checkpoints")
+    log_every: int = Field(10, gt=0, description="steps between log rows")
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the message says where, and which checkpoint is good."""
+
+
+class Objective(Protocol):
+    """What a training optimises. Only `modules`' parameters that require gradients are trained."""
+
+    modules: dict[str, nn.Module]
+
+    def batch(self, step: int) -> Any:
+        """Return the global batch of a step; the same on every process."""
+
+    def shared_loss(self, batch: Any) -> dict[str, Tensor]:
+        """Return the terms that are functions of the whole batch (each a scalar); may be empty."""
+
+    def micro_loss(self, batch: Any, positions: Tensor) -> dict[str, Tensor]:
+        """Return terms summed over `positions` (n,) so that all positions together give the step's loss."""
+
+
+class Trainer:
+    """Runs an objective's steps; resumes from its own checkpoints; leaves the (averaged) weights in the modules."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        objective: Objective,
+        directory: Path,
+        title: str = "train",
+        log: Callable[[dict], None] | None = None,
+    ):
+        self.config, self.objective, self.title = config, objective, title
+        self.log = log or (lambda row: None)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.checkpoints = Checkpoints(directory)
+        self.parameters = [p for m in objective.modules.values() for p in m.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(f"{title}: nothing to train, every parameter is frozen")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.average = EMAModel(self.parameters, decay=config.ema) if config.ema else None
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of `step` (0-based): linear warm-up, constant, linear fall over the last share."""
+        config = self.config
+        rise = (step + 1) / config.warmup_steps if step < config.warmup_steps else 1.0
+        fall_steps = config.decay_share * config.steps
+        fall = min(1.0, (config.steps - step) / fall_steps) if fall_steps else 1.0
+        return config.learning_rate * min(rise, fall)
+
+    def fit(self) -> dict[str, float]:
+        """Run the steps that are left; return {"steps", "seconds", "loss"} of the whole training.
+
+        Raises NonFiniteLossError without touching the last checkpoint.
+        """
+        step, seconds = self._restore()
+        progress = Progress(self.title, self.config.steps, step, enabled=self.accelerator.is_main_process)
+        last_save = last = time.monotonic()
+        terms: dict[str, float] = {}
+        with progress:
+            while step < self.config.steps:
+                terms = self._step(step)
+                step += 1
+                now = time.monotonic()
+                seconds, last = seconds + now - last, now
+                if step % self.config.log_every == 0 or step == self.config.steps:
+                    self.log(
+                        {
+                            "stage": self.title,
+                            "step": step,
+                            **terms,
+                            "rate": self.learning_rate(step - 1),
+                            "seconds": round(seconds, 2),
+                        }
+                    )
+                progress.update(step, terms["loss"])
+                if now - last_save > 60 * self.config.checkpoint_minutes or step == self.config.steps:
+                    self._save(step, seconds, terms)
+                    last_save = time.monotonic()
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+        return {"steps": step, "seconds": seconds, **terms}
+
+    def _step(self, step: int) -> dict[str, float]:
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        batch = self.objective.batch(step)
+        sums: dict[str, Tensor] = {}
+        shared = self.objective.shared_loss(batch)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        if shared:
+            (_total(shared) / world).backward()
+        mine = torch.arange(config.batch_size).tensor_split(world)[rank]
+        for positions in mine.split(config.micro_batch or config.batch_size):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                micro = self.objective.micro_loss(batch, positions)
+            if micro:
+                _total(micro).backward()
+            for name, value in micro.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        terms = self._reduce(sums) | {name: float(value.detach()) for name, value in shared.items()}
+        loss = sum(terms.values())
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"{self.title}: the loss of step {step} is not finite ({terms}); the last good checkpoint is in "
+                f"{self.checkpoints.folder}; lower the learning rate or use precision=float32, then resume"
+            )
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.step(self.parameters)
+        return {"loss": loss, **terms}
+
+    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sum the terms and the gradients over the processes."""
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1:
+            for parameter in self.parameters:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(gradient, "sum")
+            sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
+        return {name: float(value) for name, value in sums.items()}
+
+    def _save(self, step: int, seconds: float, terms: dict[str, float]) -> None:
+        tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)} | flatten_optimizer(self.optimizer)
+        if self.average is not None:
+            tensors |= {f"average.{i}": p for i, p in enumerate(self.average.shadow_params)}
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(step, tensors, {"seconds": seconds, "terms": terms})
+
+    def _restore(self) -> tuple[int, float]:
+        found = self.checkpoints.latest()
+        if found is None:
+            return 0, 0.0
+        tensors, state = found
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"parameter.{index}"])
+        restore_optimizer(self.optimizer, tensors)
+        if self.average is not None:
+            self.average.shadow_params = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
+            self.average.optimization_step = state["step"]
+        return state["step"], state["seconds"]
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack([value.float() for value in terms.values()]).sum()
