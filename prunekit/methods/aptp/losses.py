@@ -1,0 +1,88 @@
+"""The terms of APTP's objective that look at the whole batch: gates, contrastive and resource loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunekit.methods.aptp.router import cosine_scores
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Gumbel(0, 1) noise: float32 of the given shape, on the generator's device."""
+    uniform = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    return -uniform.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def gumbel_sigmoid(logits: Tensor, temperature: float, noise: Tensor | float = 0.0) -> Tensor:
+    """Soft gates in [0, 1]: sigmoid((logits + noise) / temperature) (Eq. 9, and Eq. 12 for e').
+
+    Args:
+        logits: any shape, e.g. codes (N, D).
+        temperature: gamma, 0.4 in the paper.
+        noise: drawn by `gumbel` with a keyed generator, broadcastable to logits; 0 gives the gates without noise.
+
+    """
+    return torch.sigmoid((logits + noise) / temperature)
+
+
+def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Tensor:
+    """Keep prompts that are alike on architectures that are alike (Eq. 12-14).
+
+    r and s are the row softmaxes of the cosine similarities of the prompt embeddings and of their soft gates, the
+    prompt itself included. The loss is the binary cross entropy of s against r, averaged over B^2. Eq. 13 is
+    printed without its minus sign; it is a loss only with it.
+
+    Args:
+        z: (B, Z) prompt embeddings; no gradient is sent into them.
+        gates: (B, D) e' of Eq. 12, `gumbel_sigmoid` of the predicted embeddings.
+        temperature: tau, 0.03 in the paper.
+
+    Returns:
+        A scalar, at least float32.
+
+    Raises:
+        ValueError: fewer than two prompts, or z and gates of different batches.
+
+    """
+    if z.ndim != 2 or gates.ndim != 2 or len(z) != len(gates) or len(z) < 2:
+        raise ValueError(
+            "contrastive_loss needs z (B, Z) and gates (B, D) of the same two or more prompts; "
+            f"got {tuple(z.shape)} and {tuple(gates.shape)}"
+        )
+    log_r, log_not_r = _log_softmax(cosine_scores(z.detach(), z.detach()) / temperature)  # (B, B)
+    log_s, log_not_s = _log_softmax(cosine_scores(gates, gates) / temperature)  # (B, B)
+    return -(log_r.exp() * log_s + log_not_r.exp() * log_not_s).mean()
+
+
+def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log p and log(1 - p) of the row softmax p (B, B), both to full precision."""
+    total = logits.logsumexp(dim=1, keepdim=True)  # (B, 1)
+    log_p = logits - total
+    # 1 - p cancels only where p > 1/2, which is at most the largest of a row: there, sum the others instead.
+    largest = F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
+    others = logits.masked_fill(largest, -torch.inf).logsumexp(dim=1, keepdim=True) - total
+    return log_p, torch.where(largest, others, torch.log1p(-log_p.masked_fill(largest, -1.0).exp()))
+
+
+def batch_weighted_cost(costs: Tensor, assignment: Tensor) -> Tensor:
+    """Mean cost of a batch, sum_i (B_i / B) costs_i, over its experts (the T-hat(A) of Eq. 15).
+
+    Args:
+        costs: (N,) the experts' costs, in MACs.
+        assignment: LongTensor (B,), each prompt's expert.
+
+    """
+    counts = torch.bincount(assignment, minlength=len(costs)).to(costs)
+    return (costs * counts).sum() / counts.sum()
+
+
+def resource_loss(mean_macs: Tensor, target: Tensor | float) -> Tensor:
+    """Distance of a cost to its target, log(max / min) (Eq. 26 and 31): scale-free, 0 where they agree.
+
+    Args:
+        mean_macs: MACs, above 0, e.g. from `batch_weighted_cost`.
+        target: MACs, above 0.
+
+    """
+    target = torch.as_tensor(target, dtype=mean_macs.dtype, device=mean_macs.device)
+    return (mean_macs.log() - target.log()).abs()

@@ -1,0 +1,165 @@
+"""Which expert serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22)."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "1"
+FILE_NAME = "router.safetensors"
+_CHUNK = 1 << 22  # products held at once, 32 MB
+
+
+class ArchitecturePredictor(nn.Linear):
+    """e = W z + b, from a prompt's embedding z (B, Z) to an architecture embedding e (B, D) (Eq. 4)."""
+
+    def __init__(self, embedding_size: int, num_units: int):
+        super().__init__(embedding_size, num_units)
+
+
+def cosine_scores(embeddings: Tensor, codes: Tensor) -> Tensor:
+    """Cosine similarity of architecture embeddings e (B, D) and codes a (N, D): (B, N), never below float32."""
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return F.normalize(embeddings.to(dtype), dim=1) @ F.normalize(codes.to(dtype), dim=1).T
+
+
+class Router:
+    """Sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
+
+    The norm of e does not change which expert wins, so the score folds to z.(W^T a/|a|) + b.a/|a|: N vectors of
+    length Z and N offsets. They are kept in float64 on the CPU, and a score is a fixed tree of element-wise sums:
+    the same prompt gets the same bits whatever else is in its batch, on any machine and number of threads.
+
+    Args:
+        weight: (N, Z), row i is W^T a_i / |a_i|.
+        bias: (N,), b.a_i / |a_i|.
+        fallback: expert of a prompt without an embedding (z = 0: no known word), e.g. the most used one.
+        info: JSON values kept with the router, e.g. the name of the prompt encoder.
+
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, fallback: int = 0, info: dict | None = None):
+        self.weight = weight.detach().to("cpu", torch.float64).contiguous()  # (N, Z)
+        self.bias = bias.detach().to("cpu", torch.float64).contiguous()  # (N,)
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1] or 0 in self.weight.shape:
+            raise ValueError(
+                "a router needs weight (experts, embedding) and bias (experts,); "
+                f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
+        if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
+            raise ValueError("a router's weight and bias must be finite; got NaN or infinite entries")
+        self.fallback = self._checked(fallback)
+        self.info = dict(info or {})
+
+    @classmethod
+    def from_codes(cls, predictor: nn.Linear, codes: Tensor, fallback: int = 0, info: dict | None = None) -> "Router":
+        """Fold a predictor (Z -> D) and codes a (N, D) into a router.
+
+        Raises:
+            ValueError: codes that do not fit the predictor, or a code that is all zero (it has no direction).
+
+        """
+        codes = codes.detach().to("cpu", torch.float64)
+        if codes.ndim != 2 or codes.shape[1] != predictor.out_features:
+            raise ValueError(f"codes must be (experts, {predictor.out_features}); got {tuple(codes.shape)}")
+        norms = codes.norm(dim=1, keepdim=True)
+        if not (norms > 0).all():
+            raise ValueError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero: they have no direction")
+        directions = codes / norms  # (N, D)
+        weight = predictor.weight.detach().to("cpu", torch.float64)  # (D, Z)
+        bias = codes.new_zeros(len(weight)) if predictor.bias is None else predictor.bias.detach().to(codes)  # (D,)
+        return cls(directions @ weight, directions @ bias, fallback, info)
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return len(self.weight)
+
+    @property
+    def embedding_size(self) -> int:
+        """Z, the width of a prompt's embedding."""
+        return self.weight.shape[1]
+
+    def scores(self, z: Tensor) -> Tensor:
+        """(B, N) float64: each prompt's cosine similarity to each code, times |e|, which is common to a row.
+
+        Args:
+            z: (B, Z) prompt embeddings of any floating type and device.
+
+        Raises:
+            ValueError: another shape, or entries that are not finite.
+
+        """
+        if z.ndim != 2 or z.shape[1] != self.embedding_size:
+            raise ValueError(f"z must be (prompts, {self.embedding_size}); got {tuple(z.shape)}")
+        z = z.detach().to("cpu", torch.float64)
+        if not z.isfinite().all():
+            raise ValueError("z must be finite; got NaN or infinite entries")
+        parts = [_tree_sum(part[:, None, :] * self.weight) + self.bias for part in self._chunks(z)]
+        return torch.cat(parts) if parts else z.new_empty(0, self.num_experts)
+
+    def route(self, z: Tensor) -> Tensor:
+        """LongTensor (B,): the expert of each prompt, the lowest index of a tie; `fallback` where z is all zero.
+
+        Args and errors as in `scores`.
+        """
+        experts = self.scores(z).argmax(dim=1)
+        experts[(z == 0).all(dim=1).cpu()] = self.fallback
+        return experts
+
+    def with_fallback(self, fallback: int) -> "Router":
+        """The same router with another expert for prompts without an embedding."""
+        return Router(self.weight, self.bias, fallback, self.info)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file whose header holds the JSON metadata; a path without suffix is a directory."""
+        path = _file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "fallback": str(self.fallback), "info": json.dumps(self.info, sort_keys=True)}
+        save_file({"weight": self.weight, "bias": self.bias}, path, metadata)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Router":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a file that is not a router, or of a format that this version does not know.
+
+        """
+        path = _file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or set(file.keys()) != {"weight", "bias"}:
+                raise ValueError(f"{path} is not a router of format {FORMAT}; its header says {metadata}")
+            tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
+        return cls(**tensors, fallback=int(metadata["fallback"]), info=json.loads(metadata["info"]))
+
+    def _chunks(self, z: Tensor) -> Iterator[Tensor]:
+        size = max(1, _CHUNK // self.weight.numel())
+        return (z[start : start + size] for start in range(0, len(z), size))
+
+    def _checked(self, fallback: int) -> int:
+        if not 0 <= fallback < self.num_experts:
+            raise ValueError(f"fallback must be one of the experts 0..{self.num_experts - 1}; got {fallback}")
+        return int(fallback)
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis in halves, so that the order of additions depends on its length alone."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        odd = x[..., 2 * half :]
+        x = torch.cat([x[..., :half] + x[..., half : 2 * half], odd], dim=-1)
+    return x[..., 0]
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix else path / FILE_NAME

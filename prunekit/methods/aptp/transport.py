@@ -1,0 +1,53 @@
+"""Optimal transport between a batch of prompts and the experts (Eq. 5-7, 20-21 of APTP, ICLR 2025).
+
+Every expert gets an equal share of the batch, and every prompt goes where it fits best under that constraint.
+The paper writes Q as (N, B); here prompts come first, Q is (B, N), as everywhere else in this package.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Transport plan of Eq. 5-7: max_Q Tr(Q^T scores) + epsilon H(Q), by Sinkhorn-Knopp in the log domain.
+
+    Args:
+        scores: (B, N), how well each prompt fits each expert, e.g. `cosine_scores`.
+        epsilon: weight of the entropy: near 0 the plan is hard, large it is uniform.
+        iterations: rounds of scaling the experts' sums, then the prompts'. The paper uses 3.
+
+    Returns:
+        Q (B, N), in float32 whatever lower precision came in (float64 stays float64). A prompt's entries sum to
+        1/B exactly; an expert's to 1/N up to convergence. It carries no gradient.
+
+    Raises:
+        ValueError: scores that are not a finite (B, N) matrix, epsilon not above 0, or fewer than 1 iteration.
+
+    """
+    if scores.ndim != 2 or 0 in scores.shape:
+        raise ValueError(f"scores must be (prompts, experts), neither of them 0; got shape {tuple(scores.shape)}")
+    if not epsilon > 0 or iterations < 1:
+        raise ValueError(f"epsilon must be above 0 and iterations at least 1; got {epsilon} and {iterations}")
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite; got NaN or infinite entries")
+    num_prompts, num_experts = scores.shape
+    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, N)
+    for _ in range(iterations):
+        log_q = log_q - log_q.logsumexp(dim=0, keepdim=True) - math.log(num_experts)
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - math.log(num_prompts)
+    return log_q.exp()
+
+
+def assign(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Expert of each prompt in training, by optimal transport over the whole batch (Eq. 20-21).
+
+    Args and errors as in `sinkhorn`. Inference takes `Router.route` instead, which looks at one prompt at a time.
+
+    Returns:
+        LongTensor (B,), each entry in 0..N-1.
+
+    """
+    return sinkhorn(scores, epsilon, iterations).argmax(dim=1)

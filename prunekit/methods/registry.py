@@ -1,0 +1,89 @@
+"""The methods by name: a decorator here, or the entry-point group `prunekit.methods` of another package."""
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+GROUP = "prunekit.methods"
+M = TypeVar("M", bound=type)
+
+_methods: dict[str, type] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method available as `name` to recipes and commands.
+
+    Raises:
+        ValueError: the name is taken by another class, or is not lower case letters, digits and underscores.
+
+    """
+
+    def add(method: M) -> M:
+        if not name.isidentifier() or name != name.lower():
+            raise ValueError(f"a method's name is lower_case letters, digits and underscores; got {name!r}")
+        taken = _methods.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (method.__module__, method.__qualname__):
+            raise ValueError(
+                f"method {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
+                f"choose another name for {method.__module__}.{method.__qualname__}"
+            )
+        _methods[name] = method
+        method.name = name
+        return method
+
+    return add
+
+
+def get(name: str) -> type:
+    """Method class registered as `name`.
+
+    Raises:
+        ValueError: no such method (the message has the nearest names and all of them), a name that two packages
+            claim, or another package's method that cannot be imported.
+
+    """
+    if name in _methods:
+        return _methods[name]
+    external = _entry_points()
+    if name in external:
+        return _load(external[name])
+    available = names()
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), available, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    raise ValueError(f"unknown method {name!r}{hint} Available: {', '.join(available)}")
+
+
+def names() -> list[str]:
+    """All names that `get` knows, sorted; other packages' methods are listed without importing them."""
+    return sorted({*_methods, *_entry_points()})
+
+
+def describe() -> dict[str, str]:
+    """One line per method, from its docstring; for another package's method not yet used, where it comes from."""
+    lines = {name: f"from {point.value}" for name, point in _entry_points().items()}
+    for name, method in _methods.items():
+        lines[name] = (method.__doc__ or "").strip().split("\n")[0]
+    return dict(sorted(lines.items()))
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        if points.setdefault(point.name, point).value != point.value:
+            raise ValueError(
+                f"two packages register method {point.name!r} in the entry-point group {GROUP}: "
+                f"{points[point.name].value} and {point.value}; uninstall or rename one of them"
+            )
+    return points
+
+
+def _load(point: EntryPoint) -> type:
+    try:
+        method = point.load()
+    except Exception as error:
+        raise ValueError(
+            f"method {point.name!r} comes from {point.value}, which cannot be imported: "
+            f"{type(error).__name__}: {error}. Repair or uninstall that package"
+        ) from error
+    return register(point.name)(method)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
+
+
+@pytest.fixture
+def predictor():
+    torch.manual_seed(0)
+    return ArchitecturePredictor(24, 50)
+
+
+@pytest.fixture
+def codes():
+    return torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def router(predictor, codes):
+    return Router.from_codes(predictor, codes, fallback=4, info={"encoder": "words"})
+
+
+def prompts(count, width=24, seed=2):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_scores_are_the_cosines(predictor, codes, router):
+    z = prompts(200)
+    e = F.linear(z.double(), predictor.weight.double(), predictor.bias.double())
+    cosine = F.cosine_similarity(e[:, None], codes.double()[None], dim=2)
+    torch.testing.assert_close(router.scores(z), cosine * e.norm(dim=1, keepdim=True), rtol=1e-6, atol=1e-6)
+    assert torch.equal(router.route(z), cosine.argmax(1))
+    torch.testing.assert_close(cosine_scores(predictor(z), codes).double(), cosine, rtol=0, atol=1e-6)
+
+
+def test_10000_prompts_keep_their_expert_in_any_batch(router):
+    z = prompts(10_000)
+    scores, experts = router.scores(z), router.route(z)
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(router.route(z[order]), experts[order])
+    for size in (1, 2, 3, 7, 64, 1000, 9_999):
+        batches = z[:500].split(size) if size < 64 else z.split(size)
+        rebatched = torch.cat([router.scores(batch) for batch in batches])
+        assert torch.equal(rebatched, scores[: len(rebatched)])
+    for layout in (z.T.contiguous().T, z[:, None].expand(-1, 2, -1)[:, 0]):
+        assert torch.equal(router.scores(layout), scores)
+
+
+def test_real_width_and_threads():
+    router = Router(prompts(16, 768, seed=5), torch.zeros(16))
+    z, threads = prompts(300, 768), torch.get_num_threads()
+    scores = router.scores(z)
+    torch.testing.assert_close(scores, z.double() @ router.weight.T, rtol=1e-12, atol=1e-12)
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        assert torch.equal(router.scores(z[:37]), scores[:37])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_unknown_words_go_to_the_fallback(router):
+    z = prompts(3)
+    z[1] = 0
+    assert router.route(z)[1] == 4
+    assert router.with_fallback(2).route(z)[1] == 2
+    assert torch.equal(router.route(z)[[0, 2]], router.route(z[[0, 2]]))
+    assert router.route(z[:0]).shape == (0,)
+
+
+def test_save_and_load(router, tmp_path):
+    z = prompts(100)
+    for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        router.save(path)
+        loaded = Router.load(path)
+        assert torch.equal(loaded.scores(z), router.scores(z))
+        assert (loaded.fallback, loaded.info) == (4, {"encoder": "words"})
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["router.safetensors"]
+
+
+def test_half_precision_prompts(router):
+    z = prompts(50).half()
+    assert torch.equal(router.scores(z), router.scores(z.float()))
+
+
+def test_errors(predictor, codes, router, tmp_path):
+    with pytest.raises(ValueError, match=r"fallback must be one of the experts 0\.\.5"):
+        Router.from_codes(predictor, codes, fallback=6)
+    with pytest.raises(ValueError, match=r"codes \[2\] are zero"):
+        Router.from_codes(predictor, codes.index_fill(0, torch.tensor(2), 0.0))
+    with pytest.raises(ValueError, match="50"):
+        Router.from_codes(predictor, codes[:, :3])
+    with pytest.raises(ValueError, match="24"):
+        router.scores(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="finite"):
+        router.route(torch.full((1, 24), float("nan")))
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a router"):
+        Router.load(tmp_path / "other.safetensors")
