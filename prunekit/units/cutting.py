@@ -1,0 +1,64 @@
+"""Cutting single layers: torch-pruning's layer functions, which cut in place and check nothing, made checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+
+class BiasOnly(nn.Module):
+    """What is left of a convolution or linear layer whose input is gone: its output bias, under the same key."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
+        super().__init__()
+        out = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+        self.bias = layer.bias
+        self.out = out
+
+
+def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
+    """The channel indices of the kept units, each `channels` wide."""
+    return [unit * channels + offset for unit in kept for offset in range(channels)]
+
+
+def keep_out(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
+    """Keep only these output channels of a layer, in place."""
+    prune = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
+    _keep(layer, layer.weight.shape[0], kept, prune)
+    assert layer.weight.shape[0] == len(kept)
+
+
+def keep_in(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
+    """Keep only these input channels of a layer, in place."""
+    prune = tp.prune_conv_in_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_in_channels
+    _keep(layer, layer.weight.shape[1], kept, prune)
+    assert layer.weight.shape[1] == len(kept)
+
+
+def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:
+    """Keep only these groups of a GroupNorm, in place."""
+    channels = norm.num_channels // norm.num_groups
+    _keep(norm, norm.num_channels, units_to_channels(kept, channels), tp.prune_groupnorm_out_channels)
+    norm.num_groups = len(kept)  # torch-pruning leaves it, which silently regroups the channels
+    assert norm.num_channels == len(kept) * channels
+
+
+def _keep(layer: nn.Module, total: int, kept: Sequence[int], prune: Callable) -> None:
+    assert len(kept) > 0, "a layer that loses everything is replaced, not cut"
+    assert all(isinstance(index, int) for index in kept) and sorted(set(kept)) == list(kept)
+    assert 0 <= kept[0] and kept[-1] < total
+    if len(kept) == total:
+        return
+    requires_grad = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+    weight = layer.weight
+    channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    channels_last = channels_last and not weight.is_contiguous()
+    remaining = set(kept)
+    prune(layer, [index for index in range(total) if index not in remaining])
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(requires_grad[name])
+        if channels_last and parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,321 @@
+"""The nouns: UnitGroup, UnitSpace and Architecture. Plain data: no module is referenced, so all can be saved."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WIDTH_KINDS = ("resnet", "attention", "feedforward")
+DEPTH_KINDS = ("layer", "block", "stage")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """A set of like parts of a UNet that can be removed, one by one (width) or as a whole (depth, one unit).
+
+    kind: "resnet" (GroupNorm groups), "attention" (heads), "feedforward" (channel groups); of depth: "layer"
+        (a ResBlock or a Transformer layer), "block" (one of several transformer blocks of a layer), "stage".
+    path: the module's path in the UNet. A stage is named by its down block.
+    size: the number of units.
+    channels: width: channels per unit where the gate sits; depth: channels of the hidden state that enters.
+    covers: depth only: the module paths that go when the unit goes.
+    """
+
+    kind: str
+    path: str
+    size: int
+    channels: int
+    covers: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The group's name, unique in its space: `kind:path`."""
+        return f"{self.kind}:{self.path}"
+
+    @property
+    def is_depth(self) -> bool:
+        """Whether this is one whole layer, block or stage."""
+        return self.kind in DEPTH_KINDS
+
+    def removes(self, path: str) -> bool:
+        """Whether the module at `path` goes when this depth unit goes."""
+        return any(path == cover or path.startswith(cover + ".") for cover in self.covers)
+
+
+class UnitSpace:
+    """The ordered list of a UNet's UnitGroups: D units, widths first, depths last.
+
+    Within the widths, and within the depths, groups stand in the order in which a forward pass meets them (down
+    blocks, mid block, up blocks; in a layer: ResBlock, attn1, attn2, feed-forward); stages stand last, outermost
+    first.
+    """
+
+    def __init__(self, groups: Iterable[UnitGroup]):
+        self.groups: tuple[UnitGroup, ...] = tuple(groups)
+        kinds = [group.is_depth for group in self.groups]
+        assert kinds == sorted(kinds), "widths come first, depths last"
+        self._by_name = {group.name: index for index, group in enumerate(self.groups)}
+        assert len(self._by_name) == len(self.groups), "group names are unique"
+        self._slices: list[slice] = []
+        start = 0
+        for group in self.groups:
+            self._slices.append(slice(start, start + group.size))
+            start += group.size
+        self.size = start
+        self.num_depth = sum(group.size for group in self.groups if group.is_depth)
+        self.num_width = self.size - self.num_depth
+        self.depth_groups = tuple(group for group in self.groups if group.is_depth)
+        self.width_groups = tuple(group for group in self.groups if not group.is_depth)
+        self._under = [self._positions_under(group) for group in self.depth_groups]  # one (K,) per depth unit
+
+    def _positions_under(self, depth_group: UnitGroup) -> torch.Tensor:
+        positions = [
+            position
+            for group in self.groups
+            if group is not depth_group and depth_group.removes(group.path)
+            for position in range(self.slice(group).start, self.slice(group).stop)
+        ]
+        return torch.tensor(positions, dtype=torch.long)
+
+    def slice(self, group: UnitGroup | str) -> slice:
+        """Where a group (or its name) lies in a vector over this space."""
+        name = group if isinstance(group, str) else group.name
+        if name not in self._by_name:
+            raise ValueError(f"no group {name!r} in this space.{near(name, self._by_name)}")
+        return self._slices[self._by_name[name]]
+
+    def group(self, name: str) -> UnitGroup:
+        """The group of that name."""
+        self.slice(name)
+        return self.groups[self._by_name[name]]
+
+    def depth_units_over(self, path: str, kind: str | None = None) -> tuple[int, ...]:
+        """The depth units (0 .. num_depth-1) whose removal removes the module at `path`, in the space's order.
+
+        kind: of the group at `path`, where the path is a depth group's own: that group is not over itself.
+        """
+        return tuple(
+            index
+            for index, group in enumerate(self.depth_groups)
+            if group.removes(path) and not (kind in DEPTH_KINDS and group.path == path)
+        )
+
+    def full(self) -> Architecture:
+        """The Architecture that keeps everything."""
+        return Architecture(self, torch.ones(self.size, dtype=torch.bool))
+
+    def random(self, keep: float = 0.7, seed: int = 0) -> Architecture:
+        """An Architecture whose every unit stays with probability `keep`, drawn from `seed`."""
+        generator = torch.Generator().manual_seed(seed)
+        return Architecture(self, torch.rand(self.size, generator=generator) < keep)
+
+    def canonical(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of `values` (D,) in which every unit under a removed depth unit is zero."""
+        values = values.clone()
+        for index, positions in enumerate(self._under):
+            if values[self.num_width + index] == 0:
+                values[positions] = 0
+        return values
+
+    def difference(self, other: UnitSpace) -> str | None:
+        """One line that names the first difference to another space, or None where they are the same."""
+        mine = {group.name: group for group in self.groups}
+        theirs = {group.name: group for group in other.groups}
+        for name, group in theirs.items():
+            if name not in mine:
+                return f"{name!r} is missing here"
+            if mine[name] != group:
+                return (
+                    f"{name!r} has {mine[name].size} units of {mine[name].channels} channels here, "
+                    f"{group.size} of {group.channels} there"
+                )
+        for name in mine:
+            if name not in theirs:
+                return f"{name!r} is only here"
+        return None if self.groups == other.groups else "the groups stand in another order"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON form, which `from_dict` reads."""
+        return {"format": FORMAT, "groups": [asdict(group) for group in self.groups]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> UnitSpace:
+        """The space that `to_dict` wrote."""
+        check_format(data, "a UnitSpace")
+        return cls(UnitGroup(**{**group, "covers": tuple(group["covers"])}) for group in data["groups"])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnitSpace) and self.groups == other.groups
+
+    def __hash__(self) -> int:
+        return hash(self.groups)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __repr__(self) -> str:
+        return f"UnitSpace({self.num_width} width + {self.num_depth} depth = {self.size} units)"
+
+
+class Architecture:
+    """Which units of a UnitSpace stay: a vector (D,), boolean, or soft in [0, 1] while it is learned.
+
+    Units under a removed layer are ignored: equality, hash and the saved form are canonical.
+    """
+
+    def __init__(self, space: UnitSpace, values: torch.Tensor | Sequence[float]):
+        values = torch.as_tensor(values).detach().cpu()
+        if values.shape != (space.size,):
+            raise ValueError(f"an Architecture of this space has {space.size} values, got {tuple(values.shape)}")
+        if values.dtype != torch.bool:
+            if not values.is_floating_point():
+                raise ValueError(f"an Architecture's values are boolean or floating point, got {values.dtype}")
+            if not bool(((values >= 0) & (values <= 1)).all()):
+                raise ValueError("an Architecture's soft values lie in [0, 1]")
+        self.space = space
+        self.values = values.clone()
+
+    @property
+    def is_boolean(self) -> bool:
+        """Whether it is decided."""
+        return self.values.dtype == torch.bool
+
+    @property
+    def canonical(self) -> torch.Tensor:
+        """The values (D,) with every unit under a removed layer at zero."""
+        return self.space.canonical(self.values)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The values of one group, by its name."""
+        return self.values[self.space.slice(name)]
+
+    def kept(self, name: str) -> list[int]:
+        """The indices of a group's units that stay (boolean only)."""
+        self._need_boolean()
+        return self.canonical[self.space.slice(name)].nonzero().flatten().tolist()
+
+    def removed(self) -> tuple[UnitGroup, ...]:
+        """The depth groups that go, without those that lie under another that goes (boolean only)."""
+        self._need_boolean()
+        gone = [group for group in self.space.depth_groups if not bool(self[group.name])]
+        return tuple(
+            group
+            for group in gone
+            if not any(other is not group and other.removes(group.path) for other in gone)
+        )
+
+    def threshold(self, at: float) -> Architecture:
+        """The boolean Architecture of the values above `at`."""
+        return Architecture(self.space, self.values > at)
+
+    def on(self, space: UnitSpace) -> Architecture:
+        """The same Architecture over another instance of the same space; ValueError that names a difference."""
+        difference = space.difference(self.space)
+        if difference:
+            raise ValueError(f"this Architecture belongs to another space: {difference}")
+        return Architecture(space, self.values)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Per group, in order: name, kind, path, block, kept (a sum, where soft), total, removed (by depth)."""
+        values, rows = self.canonical, []
+        for group in self.space.groups:
+            over = self.space.depth_units_over(group.path, group.kind)
+            depth = self.values[self.space.num_width :]
+            kept = values[self.space.slice(group)].sum().item()
+            rows.append(
+                {
+                    "name": group.name,
+                    "kind": group.kind,
+                    "path": group.path,
+                    "block": block_of(group.path),
+                    "kept": kept,
+                    "total": group.size,
+                    "removed": any(depth[index] == 0 for index in over),
+                }
+            )
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON form, by name, which `from_dict` reads."""
+        values = self.canonical
+        by_name = {group.name: values[self.space.slice(group)] for group in self.space.groups}
+        if self.is_boolean:
+            units = {name: part.nonzero().flatten().tolist() for name, part in by_name.items()}
+        else:
+            units = {name: part.tolist() for name, part in by_name.items()}
+        key = "kept" if self.is_boolean else "values"
+        return {"format": FORMAT, "space": self.space.to_dict(), key: units}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], space: UnitSpace | None = None) -> Architecture:
+        """The Architecture that `to_dict` wrote; over `space`, where one is given, which must be the same."""
+        check_format(data, "an Architecture")
+        own = UnitSpace.from_dict(data["space"])
+        if "kept" in data:
+            values = torch.zeros(own.size, dtype=torch.bool)
+            for name, kept in data["kept"].items():
+                values[own.slice(name)][kept] = True
+        else:
+            values = torch.zeros(own.size, dtype=torch.float64)
+            for name, part in data["values"].items():
+                values[own.slice(name)] = torch.tensor(part, dtype=torch.float64)
+            values = values.float()
+        architecture = cls(own, values)
+        return architecture if space is None else architecture.on(space)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, space: UnitSpace | None = None) -> Architecture:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()), space)
+
+    def _need_boolean(self) -> None:
+        if not self.is_boolean:
+            raise ValueError("this Architecture is soft; decide it first: architecture.threshold(0.5)")
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Architecture)
+            and self.space == other.space
+            and self.values.dtype == other.values.dtype
+            and torch.equal(self.canonical, other.canonical)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.space, self.is_boolean, tuple(self.canonical.tolist())))
+
+    def __repr__(self) -> str:
+        form = "boolean" if self.is_boolean else "soft"
+        return f"Architecture({form}, keeps {self.canonical.sum().item():g} of {self.space.size} units)"
+
+
+def block_of(path: str) -> str:
+    """The UNet block in which a module lies: `down_blocks.0.resnets.1` lies in `down_blocks.0`."""
+    parts = path.split(".")
+    return parts[0] if parts[0] == "mid_block" else ".".join(parts[:2])
+
+
+def check_format(data: Mapping[str, Any], what: str) -> None:
+    """Refuse a saved form that this version does not know."""
+    if data.get("format") != FORMAT:
+        raise ValueError(
+            f"this is not {what} of format {FORMAT} (format: {data.get('format')!r}); "
+            "it was written by another version of prunekit"
+        )
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """` Near names: ...`, for an error's end; all of them where they are few."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return f" Near names: {', '.join(close)}" if close else ""
