@@ -97,5 +97,5 @@ def test_errors(predictor, codes, router, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="not a router"):
+    with pytest.raises(ValueError, match="not a file of router"):
         Router.load(tmp_path / "other.safetensors")

@@ -1,16 +1,14 @@
 """Which expert serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22)."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "1"
+from prunekit.methods.storage import read_tensors, write_tensors
+
 FILE_NAME = "router.safetensors"
 _CHUNK = 1 << 22  # products held at once, 32 MB
 
@@ -118,28 +116,15 @@ class Router:
         return Router(self.weight, self.bias, fallback, self.info)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file whose header holds the JSON metadata; a path without suffix is a directory."""
-        path = _file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "fallback": str(self.fallback), "info": json.dumps(self.info, sort_keys=True)}
-        save_file({"weight": self.weight, "bias": self.bias}, path, metadata)
-        return path
+        """Write one safetensors file with JSON in its header; a path without suffix is a directory."""
+        tensors = {"weight": self.weight, "bias": self.bias}
+        return write_tensors(_file(path), "router", tensors, {"fallback": self.fallback, "info": self.info})
 
     @classmethod
     def load(cls, path: str | Path) -> "Router":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: a file that is not a router, or of a format that this version does not know.
-
-        """
-        path = _file(path)
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or set(file.keys()) != {"weight", "bias"}:
-                raise ValueError(f"{path} is not a router of format {FORMAT}; its header says {metadata}")
-            tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
-        return cls(**tensors, fallback=int(metadata["fallback"]), info=json.loads(metadata["info"]))
+        """Read what `save` wrote; a ValueError for a file that is something else."""
+        tensors, metadata = read_tensors(_file(path), "router")
+        return cls(**tensors, **metadata)
 
     def _chunks(self, z: Tensor) -> Iterator[Tensor]:
         size = max(1, _CHUNK // self.weight.numel())

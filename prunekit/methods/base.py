@@ -1,0 +1,225 @@
+"""What every method shares: its common settings, what it works on, and the form of its result."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prunekit.cost import CostModel
+from prunekit.methods.aptp.router import Router
+from prunekit.methods.budget import Scores, select
+from prunekit.training.checkpoint import read_json, write_json
+from prunekit.units import Architecture, UnitSpace, discover
+from prunekit.units.discovery import match
+
+FORMAT = 1
+RESULT = "result.json"
+
+
+class PruneSettings(BaseModel):
+    """The settings that all methods have; a method's own `Config` adds to them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: float = Field(0.8, gt=0, lt=1, description="Cost to reach, as a share of the dense UNet's MACs.")
+    depth: Literal["aptp", "all", "blocks", "none"] = Field("aptp", description="Which whole layers may be removed.")
+    include: str | list[str] | None = Field(
+        None, description="Globs over module paths: prune only these; all if unset."
+    )
+    exclude: str | list[str] | None = Field(None, description="Globs over module paths: leave these as they are.")
+    convention: Literal["exact", "conv_linear", "aptp"] = Field("exact", description="How MACs are counted.")
+    resolution: int | tuple[int, int] | None = Field(
+        None, description="Image side or (height, width) in pixels at which MACs count; unset: the model's own."
+    )
+    text_length: int | None = Field(None, ge=1, description="Text tokens at which MACs count; unset: the tokenizer's.")
+    seed: int = Field(0, ge=0, description="What all randomness of the method is keyed by.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise ValueError(f"unknown setting {name!r}{hint} Settings: {', '.join(cls.model_fields)}")
+        return data
+
+
+@dataclass
+class PruneResult:
+    """What a method chose.
+
+    architectures: one, or N of a mixture. router: sends a prompt to one of the N; None where there is one.
+    info: JSON values, e.g. the method, its settings, the MACs reached.
+    """
+
+    architectures: list[Architecture]
+    router: Router | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def space(self) -> UnitSpace:
+        """The space of all its architectures."""
+        return self.architectures[0].space
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `result.json` and, where there is a router, `router.safetensors`; returns the directory."""
+        directory = Path(directory)
+        if self.router is not None:
+            self.router.save(directory)
+        # The space is the same for all: it is written once.
+        architectures = [{**architecture.to_dict(), "space": None} for architecture in self.architectures]
+        content = {
+            "format": FORMAT,
+            "info": self.info,
+            "has_router": self.router is not None,
+            "space": self.space.to_dict(),
+            "architectures": architectures,
+        }
+        write_json(directory / RESULT, content)
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path, of: UNet2DConditionModel | UnitSpace | None = None) -> "PruneResult":
+        """Read what `save` wrote.
+
+        Args:
+            directory: where it lies.
+            of: the UNet or space that it must fit; the UNet may be on the meta device.
+
+        Raises:
+            FileNotFoundError: no result there.
+            ValueError: a result of another format, or one that does not fit `of` (the message names a difference).
+
+        """
+        path = Path(directory) / RESULT
+        if not path.is_file():
+            raise FileNotFoundError(f"no pruning result at {path}")
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+        space = of if isinstance(of, UnitSpace) else UnitSpace.from_dict(content["space"])
+        if isinstance(of, UNet2DConditionModel):
+            match(of, space)
+        architectures = [
+            Architecture.from_dict({**architecture, "space": content["space"]}, space)
+            for architecture in content["architectures"]
+        ]
+        router = Router.load(directory) if content["has_router"] else None
+        return cls(architectures, router, content["info"])
+
+
+class Method:
+    """A way to choose Architectures. A subclass has a `Config` and a `prune`, and registers itself by name."""
+
+    Config: ClassVar[type[PruneSettings]] = PruneSettings
+    name: ClassVar[str]  # set by `register`
+    needs_data: ClassVar[bool] = True
+
+    def __init__(self, **settings: Any):
+        self.config = self.Config(**settings)
+
+    def prune(
+        self,
+        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        dataset: Any = None,
+        directory: str | Path | None = None,
+    ) -> PruneResult:
+        """Choose; see the method. Where a directory is given, the result is also saved there."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.config)})"
+
+
+class ScoreMethod(Method):
+    """A method that scores every unit once and can then meet any budget."""
+
+    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+        """The importance of every unit."""
+        raise NotImplementedError
+
+    def prune(  # noqa: D102
+        self,
+        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        dataset: Any = None,
+        directory: str | Path | None = None,
+    ) -> PruneResult:
+        _, cost = space_and_cost(pipeline, self.config)
+        scores = self.score(pipeline, dataset)
+        architecture = select(scores, cost, self.config.budget)
+        result = PruneResult([architecture], info=describe_result(self, [architecture], cost))
+        if directory is not None:
+            scores.save(Path(directory) / "scores.safetensors")
+            result.save(directory)
+        return result
+
+
+def unet_of(pipeline: DiffusionPipeline | UNet2DConditionModel) -> UNet2DConditionModel:
+    """The UNet of a pipeline, or the UNet itself."""
+    unet = pipeline if isinstance(pipeline, UNet2DConditionModel) else getattr(pipeline, "unet", None)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            f"a pipeline with a UNet2DConditionModel, or one itself, is needed; got {type(pipeline).__name__}"
+        )
+    return unet
+
+
+def space_of(pipeline: DiffusionPipeline | UNet2DConditionModel, settings: PruneSettings) -> UnitSpace:
+    """The units that the settings allow to remove."""
+    return discover(unet_of(pipeline), settings.depth, settings.include, settings.exclude)
+
+
+def space_and_cost(
+    pipeline: DiffusionPipeline | UNet2DConditionModel, settings: PruneSettings
+) -> tuple[UnitSpace, CostModel]:
+    """The units that may be removed, and what counts their cost at the resolution and text length of the settings.
+
+    Raises:
+        ValueError: a resolution that is no multiple of the pipeline's VAE scale, or one given for a UNet alone, whose
+            VAE is unknown.
+
+    """
+    unet, space = unet_of(pipeline), space_of(pipeline, settings)
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    text_length = settings.text_length or getattr(tokenizer, "model_max_length", 77)
+    return space, CostModel(unet, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
+
+
+def _sample_size(
+    pipeline: DiffusionPipeline | UNet2DConditionModel, resolution: int | tuple[int, int] | None
+) -> tuple[int, int] | None:
+    if resolution is None:
+        return None
+    scale = getattr(pipeline, "vae_scale_factor", None)
+    if scale is None:
+        raise ValueError(
+            f"resolution={resolution} is in pixels, and a UNet alone does not know its VAE's scale; "
+            "pass the whole pipeline, or leave resolution unset"
+        )
+    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if any(side < scale or side % scale for side in sides):
+        nearest = tuple(max(1, round(side / scale)) * scale for side in sides)
+        raise ValueError(
+            f"resolution={resolution} must be multiples of the VAE's scale {scale}; the nearest is {nearest}"
+        )
+    return sides[0] // scale, sides[1] // scale
+
+
+def describe_result(method: Method, architectures: list[Architecture], cost: CostModel) -> dict[str, Any]:
+    """What every result's `info` holds: method, settings, and what was reached."""
+    return {
+        "method": method.name,
+        "settings": method.config.model_dump(mode="json"),
+        "sample_size": list(cost.sample_size),
+        "text_length": cost.text_length,
+        "convention": cost.convention,
+        "dense_macs": cost.dense_macs,
+        "macs": [cost.macs(architecture) for architecture in architectures],
+        "ratio": [cost.ratio(architecture) for architecture in architectures],
+        "dense_params": cost.dense_params,
+        "params": [cost.params(architecture) for architecture in architectures],
+    }
