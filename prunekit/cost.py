@@ -180,7 +180,7 @@ class RunningCost:
 
     def __init__(self, polynomial: _Polynomial, values: torch.Tensor):
         if values.dtype != torch.bool:
-            raise ValueError("a running cost needs a boolean Architecture; decide it first: architecture.threshold(0.5)")
+            raise ValueError("a running cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
         space = polynomial.space
         self.bits: list[bool] = values.tolist()
         self._num_width = space.num_width

@@ -24,8 +24,7 @@ class EmptiedAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """(B, q, C) -> (B, q, C), the bias everywhere; text and masks have nothing left to act on."""
-        bias = self.to_out[0].bias
-        return self.to_out[1](bias.expand(*hidden_states.shape[:-1], bias.shape[0]))
+        return self.to_out[1](self.to_out[0](hidden_states))
 
 
 def group(path: str, module: nn.Module) -> UnitGroup | None:

@@ -18,6 +18,11 @@ class BiasOnly(nn.Module):
         self.bias = layer.bias
         self.out = out
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, q, C) -> (B, q, out), the bias everywhere; a sum, as a bare view of a leaf upsets module trackers."""
+        bias = hidden_states.new_zeros(1) if self.bias is None else hidden_states.new_zeros(1) + self.bias
+        return bias.expand(*hidden_states.shape[:-1], self.out)
+
 
 def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
     """The channel indices of the kept units, each `channels` wide."""
@@ -49,7 +54,7 @@ def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:
 def _keep(layer: nn.Module, total: int, kept: Sequence[int], prune: Callable) -> None:
     assert len(kept) > 0, "a layer that loses everything is replaced, not cut"
     assert all(isinstance(index, int) for index in kept) and sorted(set(kept)) == list(kept)
-    assert 0 <= kept[0] and kept[-1] < total
+    assert kept[0] >= 0 and kept[-1] < total
     if len(kept) == total:
         return
     requires_grad = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}

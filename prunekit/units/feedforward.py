@@ -24,8 +24,7 @@ class EmptiedFeedForward(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """(B, q, C) -> (B, q, C), the bias everywhere."""
-        bias = self.net[2].bias
-        return bias.expand(*hidden_states.shape[:-1], bias.shape[0])
+        return self.net[2](hidden_states)
 
 
 def group(path: str, module: nn.Module, num_groups: int | None = None) -> UnitGroup | None:
