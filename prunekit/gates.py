@@ -179,7 +179,7 @@ class Gates:
 
 @contextlib.contextmanager
 def gated(unet: UNet2DConditionModel, space: UnitSpace) -> Iterator[Gates]:
-    """Run a UNet under Architectures: `with gated(unet, space) as gates: gates.set(g, rows); unet(...)`.
+    """A context in which a UNet runs under Architectures: `gates.set(g, rows)`, then call the UNet as ever.
 
     Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
     forward pass waits for its backward is a RuntimeError. On exit no hook is left.
@@ -238,7 +238,7 @@ def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     rows = torch.as_tensor(rows)
     if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"rows is (batch,) of integers, got {tuple(rows.shape)} of {rows.dtype}")
-    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < num_rows):
+    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
         raise ValueError(f"rows name gate rows 0 to {num_rows - 1}, got {int(rows.min())} to {int(rows.max())}")
     return rows
 

@@ -26,7 +26,7 @@ CONFIGS = {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "layers_per_block": 2,
-        "transformer_layers_per_block": [1, 2, 3],
+        "transformer_layers_per_block": [1, 2, 2],
         "cross_attention_dim": 32,
         "attention_head_dim": [2, 4, 6],
         "norm_num_groups": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -187,7 +188,7 @@ class Architecture:
         """Whether it is decided."""
         return self.values.dtype == torch.bool
 
-    @property
+    @functools.cached_property
     def canonical(self) -> torch.Tensor:
         """The values (D,) with every unit under a removed layer at zero."""
         return self.space.canonical(self.values)
