@@ -1,0 +1,1 @@
+"""How good a model is: evaluators, generation, distances, agreement, tables and pictures."""

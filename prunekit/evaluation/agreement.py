@@ -1,0 +1,79 @@
+"""How closely a pruned UNet predicts what the dense one does: a quality figure without any sampling."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.randomness import epoch_indices, generator
+
+SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class AgreementSamples:
+    """Fixed inputs of the UNets: one noisy latent, timestep and text a sample."""
+
+    indices: Tensor  # (n,) int64: the rows of the latents and texts that were drawn
+    noisy: Tensor  # (n, C, h, w)
+    timesteps: Tensor  # (n,) int64
+    text: Tensor  # (n, T, E)
+
+
+def agreement_samples(
+    latents: Tensor, text: Tensor, scheduler: Any, seed: int = 0, count: int = SAMPLES
+) -> AgreementSamples:
+    """Draw `count` triples (latents of a picture and its text, timestep, noise), the same for the same seed.
+
+    `latents` (n, C, h, w) are scaled as the UNet expects, `text` (n, T, E) are the hidden states of their captions;
+    `scheduler` is a diffusers training scheduler (`add_noise`). Where `count` exceeds n, rows come again.
+    """
+    if len(latents) != len(text) or not len(latents):
+        raise ValueError(f"agreement needs one text a latent, got {len(latents)} latents and {len(text)} texts")
+    indices = epoch_indices(len(latents), count, seed, 0)
+    draws = generator(seed, "agreement")
+    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=draws)
+    noise = torch.randn(count, *latents.shape[1:], generator=draws)
+    noisy = scheduler.add_noise(latents[indices].cpu().float(), noise, timesteps)
+    return AgreementSamples(indices, noisy, timesteps, text[indices].cpu().float())
+
+
+@torch.no_grad()
+def predictions(unet: nn.Module, samples: AgreementSamples, rows: Tensor | None = None, batch_size: int = 32) -> Tensor:
+    """Return the UNet's predictions (n, C, h, w), float32 on the CPU, of the samples or of the given `rows` of them."""
+    rows = torch.arange(len(samples.noisy)) if rows is None else rows
+    parameter = next(unet.parameters())
+    outputs = []
+    for part in rows.split(batch_size):
+        inputs = (samples.noisy[part].to(parameter), samples.timesteps[part].to(parameter.device))
+        outputs.append(unet(*inputs, samples.text[part].to(parameter)).sample.float().cpu())
+    return torch.cat(outputs)
+
+
+def agreement(
+    dense: nn.Module | Tensor,
+    student: nn.Module | Sequence[nn.Module],
+    samples: AgreementSamples,
+    expert: Tensor | None = None,
+    batch_size: int = 32,
+) -> float:
+    """Return the mean squared difference of the student's and the dense UNet's predictions; lower is better.
+
+    `dense` is the UNet or its `predictions`, which several students may share. For routed experts, `student` is their
+    list and `expert` (n,) says which one a sample's prompt is sent to.
+    Raises ValueError where `expert` does not name one expert a sample.
+    """
+    target = dense if isinstance(dense, Tensor) else predictions(dense, samples, batch_size=batch_size)
+    experts = [student] if isinstance(student, nn.Module) else list(student)
+    if expert is None and len(experts) == 1:
+        expert = torch.zeros(len(target), dtype=torch.long)
+    if expert is None or len(expert) != len(target) or not 0 <= int(expert.min()) <= int(expert.max()) < len(experts):
+        raise ValueError(f"agreement of {len(experts)} experts needs each of the {len(target)} samples' expert index")
+    total = 0.0
+    for index, unet in enumerate(experts):
+        rows = torch.nonzero(expert == index).flatten()
+        if len(rows):
+            total += float((predictions(unet, samples, rows, batch_size) - target[rows]).double().square().sum())
+    return total / target.numel()

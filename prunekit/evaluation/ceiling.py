@@ -1,0 +1,56 @@
+"""What an evaluator says of pictures whose worth is known: the bounds that a generator's figures are read against."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.data.images import CaptionedImages
+from prunekit.evaluation.metrics import clip_score, retrieval
+from prunekit.randomness import generator
+from prunekit.training.autoencoder import to_unit
+from prunekit.training.contrastive import soften
+
+
+def text_figures(evaluator: Any, images: Tensor, names: list[str], targets: Tensor) -> dict[str, float]:
+    """Return {"clip_score", "top1", "top5"} of uint8 pictures (n, 3, H, W); `targets` (n,) index `names`."""
+    embeddings, texts = evaluator.embed_images(images), evaluator.embed_texts(names)
+    return {
+        "clip_score": clip_score(embeddings, texts[targets]),
+        "top1": retrieval(embeddings, texts, targets, k=1),
+        "top5": retrieval(embeddings, texts, targets, k=5),
+    }
+
+
+def evaluator_ceiling(
+    evaluator: Any, data: CaptionedImages, autoencoder: Any | None = None, size: int = 64, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Return {row: {"clip_score", "top1", "top5"}} of real, softened, reconstructed and meaningless pictures.
+
+    Rows: "real", the data set; "half resolution", the same resized to half and back; "reconstructed", through
+    `autoencoder` (an AutoencoderKL; left out without one), the best that a latent diffusion model with it can reach;
+    "noise", uniform pixels. `size` is pixels of a side. Show it with `table.CEILING_COLUMNS`.
+    """
+    real = data.pixels(range(data.num_images), size)
+    pictures = {"real": real, "half resolution": to_bytes(soften(real.float() / 255, 2))}
+    if autoencoder is not None:
+        pictures["reconstructed"] = reconstruct(autoencoder, real)
+    pictures["noise"] = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator(seed, "ceiling"))
+    targets = torch.arange(data.num_images)
+    return {row: text_figures(evaluator, images, data.names, targets) for row, images in pictures.items()}
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Encode and decode uint8 pictures (n, 3, H, W) with an AutoencoderKL; the latents are the posterior's means."""
+    parameter = next(autoencoder.parameters())
+    outputs = []
+    for part in images.split(batch_size):
+        latents = autoencoder.encode(to_unit(part).to(parameter)).latent_dist.mean
+        outputs.append(to_bytes(autoencoder.decode(latents).sample.float().cpu() / 2 + 0.5))
+    return torch.cat(outputs)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Turn float pixels in [0, 1] into uint8, clipping what lies outside."""
+    return (pixels.clamp(0, 1) * 255).round().byte()

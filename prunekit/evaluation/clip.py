@@ -1,0 +1,72 @@
+"""A CLIP model of transformers with the evaluator's methods, for data sets of photographs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunekit.evaluation.evaluator import in_batches
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that OpenAI's CLIP was trained on
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIPEvaluator:
+    """The methods of `Evaluator` over a `CLIPModel` and its tokenizer.
+
+    Pictures are resized bicubically to the model's size (a picture that is not square is squeezed) and normalised as
+    OpenAI's CLIP asks. `features` are the image embeddings before normalisation: what CMMD is defined on.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.device = next(model.parameters()).device
+        self.mean, self.deviation = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, DEVIATION))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "CLIPEvaluator":
+        """Load a folder or a hub name such as "openai/clip-vit-large-patch14-336" (CMMD's)."""
+        from transformers import AutoTokenizer, CLIPModel
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            return cls(CLIPModel.from_pretrained(name).to(device), AutoTokenizer.from_pretrained(name))
+        except OSError as error:
+            raise ValueError(
+                f'cannot load the evaluator {str(name)!r}: use "emoji", a folder of a CLIP model, or its name on the '
+                f"hub ({str(error).splitlines()[0]})"
+            ) from error
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return image embeddings (n, E), not normalised, of uint8 pictures (n, 3, H, W)."""
+        return in_batches(self._project, images)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embed uint8 pictures (n, 3, H, W) as unit vectors (n, E), float32, on the CPU."""
+        return F.normalize(self.features(images), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Embed texts as unit vectors (n, E), float32, on the CPU; longer ones are cut at the model's length."""
+        length = self.model.config.text_config.max_position_embeddings
+        embeddings = []
+        for start in range(0, len(texts), 256):
+            tokens = self.tokenizer(
+                texts[start : start + 256],
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.device)
+            hidden = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            embeddings.append(self.model.text_projection(hidden.pooler_output).float().cpu())
+        return F.normalize(torch.cat(embeddings), dim=-1)
+
+    def _project(self, images: Tensor) -> Tensor:
+        side = self.model.config.vision_config.image_size
+        pixels = F.interpolate(images.to(self.device).float() / 255, (side, side), mode="bicubic", antialias=True)
+        pixels = (pixels.clamp(0, 1) - self.mean) / self.deviation
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)

@@ -1,0 +1,175 @@
+"""The embedded evaluator: a small CLIP-like image and text pair that judges generated emoji.
+
+It shares nothing with the diffusion model that is judged: own image tower, own text tower, own training
+(`prunekit.evaluation.evaluator_training`). Photographs are judged by a CLIP model instead (`prunekit.evaluation.clip`).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunekit.training.checkpoint import read_json, save_tensors, write_folder, write_json
+
+EVALUATOR_DIRECTORY = Path(__file__).parent.parent / "assets" / "evaluator"
+BATCH = 64  # every forward pass has this many pictures, so that a picture's numbers do not depend on its company
+INITIAL_SCALE = 14.0  # of the logits, as in CLIP
+WORDS = re.compile(r"\w+|[^\w\s,:]")
+
+
+class EvaluatorConfig(BaseModel):
+    """The towers' shapes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    size: int = 64
+    widths: tuple[int, int, int, int] = (32, 64, 128, 192)
+    text_width: int = 96
+    embedding: int = 128
+
+
+def pieces(text: str) -> list[str]:
+    """Return a text's words and its pairs of neighbouring words, lower case; commas and colons are dropped."""
+    words = WORDS.findall(text.lower())
+    return words + [f"{a} {b}" for a, b in pairwise(words)]
+
+
+def vocabulary_of(texts: list[str]) -> list[str]:
+    """Return every piece of `texts`, sorted."""
+    return sorted(Counter(piece for text in texts for piece in pieces(text)))
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3x3 convolutions, added to what came in."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (n, width, h, w) to the same shape."""
+        hidden_1 = self.conv1(F.relu(self.norm1(hidden)))
+        return hidden + self.conv2(F.relu(self.norm2(hidden_1)))
+
+
+class Evaluator(nn.Module):
+    """Unit vectors of pictures and of texts, near each other where they belong together."""
+
+    def __init__(self, config: EvaluatorConfig, vocabulary: list[str]):
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.index = {piece: i for i, piece in enumerate(vocabulary)}
+        first, *rest = config.widths
+        layers: list[nn.Module] = [nn.Conv2d(3, first, 4, stride=2, padding=1), nn.ReLU()]
+        for before, after in zip(config.widths, rest, strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), ResidualBlock(after)]
+        self.image_tower = nn.Sequential(*layers, nn.GroupNorm(8, rest[-1]), nn.ReLU())
+        self.image_projection = nn.Linear(rest[-1], config.embedding)
+        self.pieces = nn.EmbeddingBag(len(vocabulary), config.text_width, mode="mean")
+        self.text_projection = nn.Sequential(
+            nn.LayerNorm(config.text_width),
+            nn.Linear(config.text_width, 2 * config.embedding),
+            nn.GELU(),
+            nn.Linear(2 * config.embedding, config.embedding),
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Return the image tower's pooled features (n, F) of float pixels (n, 3, H, W) in [0, 1]."""
+        return self.image_tower(2 * pixels - 1).float().mean(dim=(2, 3))
+
+    def image_embeddings(self, pixels: Tensor) -> Tensor:
+        """Return unit vectors (n, E) of float pixels (n, 3, H, W) in [0, 1]; with gradients."""
+        return F.normalize(self.image_projection(self.image_features(pixels)).float(), dim=-1)
+
+    def text_embeddings(self, texts: list[str]) -> Tensor:
+        """Return unit vectors (n, E) of texts; pieces that the vocabulary lacks are left out; with gradients."""
+        bags = [[self.index[p] for p in pieces(text) if p in self.index] for text in texts]
+        starts = torch.tensor([0, *(len(bag) for bag in bags)]).cumsum(0)[:-1]
+        device = self.logit_scale.device
+        flat = torch.tensor([i for bag in bags for i in bag], dtype=torch.long, device=device)
+        return F.normalize(self.text_projection(self.pieces(flat, starts.to(device))), dim=-1)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embed uint8 pictures (n, 3, H, W) as unit vectors (n, E), float32, on the CPU."""
+        return in_batches(lambda part: self.image_embeddings(self._pixels(part)), images)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return features (n, F) of uint8 pictures (n, 3, H, W), for distances between sets of pictures."""
+        return in_batches(lambda part: self.image_features(self._pixels(part)), images)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Embed texts as unit vectors (n, E), float32, on the CPU."""
+        return self.text_embeddings(texts).cpu()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.logit_scale.device).float() / 255
+        size = (self.config.size, self.config.size)
+        if pixels.shape[-2:] == size:
+            return pixels
+        return F.interpolate(pixels, size, mode="bilinear", antialias=True)
+
+    def save_pretrained(self, folder: Path | str, info: dict | None = None) -> None:
+        """Write config.json, vocabulary.json and model.safetensors (float16); `info` goes to training.json."""
+
+        def write(temporary: Path) -> None:
+            write_json(temporary / "config.json", self.config.model_dump(mode="json"))
+            write_json(temporary / "vocabulary.json", self.vocabulary)
+            save_tensors(temporary / "model.safetensors", {k: v.half() for k, v in self.state_dict().items()})
+            if info is not None:
+                write_json(temporary / "training.json", info)
+
+        write_folder(Path(folder), write)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "Evaluator":
+        """Read what `save_pretrained` wrote. Raises ValueError where the folder holds no evaluator."""
+        folder = Path(folder)
+        if not (folder / "vocabulary.json").is_file():
+            raise ValueError(f"{folder} holds no evaluator (vocabulary.json is missing)")
+        evaluator = cls(EvaluatorConfig(**read_json(folder / "config.json")), read_json(folder / "vocabulary.json"))
+        tensors = load_file(folder / "model.safetensors")
+        evaluator.load_state_dict({name: value.float() for name, value in tensors.items()})
+        return evaluator.requires_grad_(False).eval()
+
+
+def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Apply `embed` to uint8 pictures (n, 3, H, W) in batches of exactly BATCH (the last is filled up), to (n, E).
+
+    Raises ValueError for anything but uint8 RGB pictures.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"pictures must be uint8 (n, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    if not len(images):
+        raise ValueError("there is no picture to evaluate")
+    missing = -len(images) % BATCH
+    filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+    return torch.cat([embed(part).float().cpu() for part in filled.split(BATCH)])[: len(images)]
+
+
+def load_evaluator(name: str | Path) -> Any:
+    """Load an evaluator: "emoji" is the embedded one, a folder may hold one of ours or a CLIP model of transformers.
+
+    Anything else is a CLIP model's name on the hub. What comes back has `embed_images`, `embed_texts` and `features`.
+    Raises ValueError where there is no such model.
+    """
+    if name == "emoji":
+        return Evaluator.from_pretrained(EVALUATOR_DIRECTORY)
+    if (Path(name) / "vocabulary.json").is_file():
+        return Evaluator.from_pretrained(name)
+    from prunekit.evaluation.clip import CLIPEvaluator
+
+    return CLIPEvaluator.from_pretrained(name)

@@ -1,0 +1,145 @@
+"""Pictures from any diffusers text-to-image pipeline, the same for the same (prompt, seed) in every run."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.progress import Progress
+
+REQUEST = "request.json"
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance: float = 7.5,
+    batch_size: int = 16,
+    size: int | tuple[int, int] | None = None,
+    title: str = "generate",
+) -> Tensor:
+    """Return uint8 pictures (n, 3, H, W), one a prompt.
+
+    Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
+    diffusers gives the same picture; batches are cut by index. `steps` is the number asked of the scheduler (PNDM
+    calls the UNet once more); `size` is pixels, one side or (height, width), by default the pipeline's.
+    Raises ValueError where prompts and seeds do not match.
+    """
+    _check(prompts, seeds, batch_size)
+    pictures = []
+    with _quiet(pipeline), Progress(title, len(prompts)) as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            pictures.append(_batch(pipeline, prompts[batch], seeds[batch], steps, guidance, size))
+            progress.update(min(start + batch_size, len(prompts)))
+    return torch.cat(pictures)
+
+
+def generate_to(
+    directory: Path,
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance: float = 7.5,
+    batch_size: int = 16,
+    size: int | tuple[int, int] | None = None,
+    title: str = "generate",
+) -> list[Path]:
+    """As `generate`, into `directory`/00000.png, 00001.png …; return their paths.
+
+    A picture appears whole or not at all, and a batch whose pictures are all there is not made again. What was asked
+    for is kept beside them; another request for the same directory raises ValueError that names what differs.
+    """
+    _check(prompts, seeds, batch_size)
+    side = list(size) if isinstance(size, tuple) else size
+    request = {"prompts": list(prompts), "seeds": list(seeds), "steps": steps, "guidance": guidance}
+    request |= {"batch_size": batch_size, "size": side}
+    if (directory / REQUEST).exists():
+        earlier = read_json(directory / REQUEST)
+        for name, value in request.items():
+            if earlier.get(name) != value:
+                raise ValueError(
+                    f"{directory} holds pictures made with other {name}; remove it or use another directory"
+                )
+    write_json(directory / REQUEST, request)
+    paths = [directory / f"{index:05d}.png" for index in range(len(prompts))]
+    with _quiet(pipeline), Progress(title, len(prompts)) as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            if not all(path.exists() for path in paths[batch]):
+                pictures = _batch(pipeline, prompts[batch], seeds[batch], steps, guidance, size)
+                for path, picture in zip(paths[batch], pictures, strict=True):
+                    save_picture(path, picture)
+            progress.update(min(start + batch_size, len(prompts)))
+    return paths
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write a uint8 picture (3, H, W) as PNG, atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
+    temporary.replace(path)
+
+
+def read_pictures(paths: Sequence[Path]) -> Tensor:
+    """Read PNG files of one size to uint8 (n, 3, H, W)."""
+    arrays = []
+    for path in paths:
+        with Image.open(path) as picture:
+            arrays.append(np.array(picture.convert("RGB")))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def _batch(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: int | tuple[int, int] | None,
+) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    output = pipeline(
+        list(prompts),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images  # (n, H, W, 3) in [0, 1]
+    return torch.from_numpy((output * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """Leave out the pipeline's own progress bar and its safety checker, which would blacken pictures of a test."""
+    checker = getattr(pipeline, "safety_checker", None)
+    settings = getattr(pipeline, "_progress_bar_config", None)
+    if checker is not None:
+        pipeline.safety_checker = None
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if checker is not None:
+            pipeline.safety_checker = checker
+        if hasattr(pipeline, "set_progress_bar_config"):
+            pipeline.set_progress_bar_config(**(settings or {}))
+
+
+def _check(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> None:
+    if len(prompts) != len(seeds) or not len(prompts):
+        raise ValueError(f"generation needs one seed a prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,0 +1,108 @@
+"""What the tables report, as linear algebra in float64: distances between sets of pictures, and agreement with text.
+
+Lower is better for the three distances (zero, up to sampling noise, for two samples of one distribution), higher for
+the rest.
+Features and embeddings come from an evaluator; figures from different evaluators cannot be compared.
+"""
+
+import torch
+from torch import Tensor
+
+from prunekit.randomness import generator
+
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Return ‖μ₁−μ₂‖² + tr(Σ₁+Σ₂−2(Σ₁Σ₂)^½) of features (n, F) and (m, F) (FID, Heusel et al., 2017).
+
+    Raises ValueError for fewer than two samples in a set or for features of different widths.
+    """
+    real, generated = _checked(real, generated, least=2)
+    covariances = [torch.atleast_2d(values.T.cov()) for values in (real, generated)]  # (F, F)
+    return gaussian_distance(real.mean(dim=0), covariances[0], generated.mean(dim=0), covariances[1])
+
+
+def gaussian_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
+    """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson and Landau, 1982).
+
+    The trace of (Σ₁Σ₂)^½ is taken from the symmetric Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues.
+    """
+    values, vectors = torch.linalg.eigh(covariance_1.double())
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # (F, F)
+    product = root @ covariance_2.double() @ root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    traces = covariance_1.double().trace() + covariance_2.double().trace()
+    return float(((mean_1 - mean_2).double().square().sum() + traces - 2 * cross).clamp(min=0))
+
+
+def kid(real: Tensor, generated: Tensor, subset: int | None = None, subsets: int = 100, seed: int = 0) -> float:
+    """Return the kernel distance: unbiased squared MMD, kernel (x·y/F + 1)³ (Bińkowski et al., 2018).
+
+    Features are (n, F) and (m, F). With `subset`, the mean over `subsets` random subsets of that size, as the paper
+    computes it; without, all samples at once. Slightly negative for equal distributions: the estimate is unbiased.
+    Raises ValueError where a subset is larger than a set.
+    """
+    real, generated = _checked(real, generated, least=2)
+    if subset is None:
+        return _kid(real, generated)
+    if not 2 <= subset <= min(len(real), len(generated)):
+        raise ValueError(f"a KID subset of {subset} does not fit sets of {len(real)} and {len(generated)} samples")
+    total = 0.0
+    for index in range(subsets):
+        draws = generator(seed, "kid", index)
+        rows = [torch.randperm(len(values), generator=draws)[:subset] for values in (real, generated)]
+        total += _kid(real[rows[0]], generated[rows[1]])
+    return total / subsets
+
+
+def _kid(x: Tensor, y: Tensor) -> float:
+    within_x, within_y, between = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    n, m = len(x), len(y)
+    same = (within_x.sum() - within_x.trace()) / (n * (n - 1)) + (within_y.sum() - within_y.trace()) / (m * (m - 1))
+    return float(same - 2 * between.mean())
+
+
+def cmmd(real: Tensor, generated: Tensor) -> float:
+    """Return CMMD: 1000 · squared MMD of L2-normalised embeddings, Gaussian kernel σ = 10 (Jayasumana et al., 2024).
+
+    Embeddings are (n, E) and (m, E). As in the authors' code the estimate is the biased one, so never negative.
+    """
+    x, y = (torch.nn.functional.normalize(values, dim=1) for values in _checked(real, generated, least=1))
+
+    def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
+        squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+        return torch.exp(-squares / (2 * CMMD_SIGMA**2)).mean()
+
+    return float(CMMD_SCALE * (kernel_mean(x, x) + kernel_mean(y, y) - 2 * kernel_mean(x, y)))
+
+
+def clip_score(images: Tensor, texts: Tensor) -> float:
+    """Return the mean of 100 · max(cos, 0) over pairs of embeddings, both (n, E) (Hessel et al., 2021, w = 100)."""
+    if images.shape != texts.shape or not len(images):
+        raise ValueError(f"CLIP score needs one text a picture, got {tuple(images.shape)} and {tuple(texts.shape)}")
+    cosine = torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
+    return float(100 * cosine.clamp(min=0).mean())
+
+
+def retrieval(images: Tensor, texts: Tensor, targets: Tensor, k: int = 1) -> float:
+    """Return the share of pictures whose own text is among the `k` nearest of all texts.
+
+    `images` (n, E) and `texts` (m, E) are unit vectors, `targets` (n,) the index of each picture's text. A tie counts
+    against the picture, so that a collapsed model gets nothing.
+    """
+    if len(images) != len(targets) or not len(images):
+        raise ValueError(f"retrieval needs one target a picture, got {len(images)} pictures and {len(targets)} targets")
+    scores = images.double() @ texts.double().T  # (n, m)
+    own = scores.gather(1, targets.to(scores.device)[:, None])
+    rank = (scores >= own).sum(dim=1) - 1  # (n,)
+    return float((rank < k).double().mean())
+
+
+def _checked(real: Tensor, generated: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(f"features must be (n, F) and (m, F), got {tuple(real.shape)} and {tuple(generated.shape)}")
+    if min(len(real), len(generated)) < least:
+        raise ValueError(f"a distance needs {least} samples in each set, got {len(real)} and {len(generated)}")
+    return real.double(), generated.double()

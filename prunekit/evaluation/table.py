@@ -1,0 +1,132 @@
+"""Tables of results from one declared list of columns: on the terminal, as Markdown and as JSON."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: where its value is in a row, and how a person reads it.
+
+    A row holds base units (parameters, MACs, seconds); the shown number is the value · `scale`, in `unit`.
+    """
+
+    key: str
+    title: str
+    format: str = ""  # of Python's format(); empty for text
+    direction: Literal["", "↑", "↓"] = ""  # which way is better
+    unit: str = ""
+    scale: float = 1.0
+
+    @property
+    def header(self) -> str:
+        """The title with unit and direction."""
+        unit = f" ({self.unit})" if self.unit else ""
+        return f"{self.title}{unit}{' ' + self.direction if self.direction else ''}"
+
+    def show(self, row: Row) -> str:
+        """Return the row's value as text; a dash where there is none."""
+        value = row.get(self.key)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return MISSING
+        return format(value * self.scale, self.format) if self.format else str(value)
+
+
+NAME = Column("name", "model")
+COST = (
+    Column("params", "parameters", ",.2f", "↓", "M", 1e-6),
+    Column("macs", "MACs", ",.3f", "↓", "G", 1e-9),
+    Column("macs_ratio", "MACs", ".1f", "↓", "% of dense", 100),
+)
+DISTANCES = (
+    Column("cmmd", "CMMD", ".2f", "↓"),
+    Column("kid", "KID", ".3f", "↓", "×1000", 1000),
+    Column("frechet", "Fréchet", ".2f", "↓"),
+)
+TEXT = (
+    Column("clip_score", "CLIP score", ".2f", "↑"),
+    Column("top1", "top-1", ".1f", "↑", "%", 100),
+    Column("top5", "top-5", ".1f", "↑", "%", 100),
+)
+COLUMNS = (
+    NAME,
+    *COST,
+    *DISTANCES,
+    *TEXT,
+    Column("agreement", "agreement MSE", ".4f", "↓"),
+    Column("seconds_per_image", "seconds per image", ".3f", "↓", "s"),
+    Column("training_seconds", "training time", ".1f", "↓", "min", 1 / 60),
+)
+EXPERT_COLUMNS = (
+    Column("expert", "expert", ".0f"),
+    *COST,
+    Column("training_share", "training prompts", ".1f", "", "%", 100),
+    Column("prompts", "evaluated prompts", ",.0f"),
+    *TEXT,
+    Column("agreement", "agreement MSE", ".4f", "↓"),
+    Column("examples", "its prompts, for example"),
+)
+CEILING_COLUMNS = (Column("name", "pictures"), *TEXT)
+
+
+def axis(key: str) -> Column:
+    """Return the column of an axis that a comparison declares (method, budget, seed, …); its values are text."""
+    return Column(key, key.replace("_", " "))
+
+
+def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Column]:
+    """Return the columns that some row has a value for.
+
+    Raises ValueError for a row with a key that no column shows, so that no figure is lost in silence.
+    """
+    keys = [column.key for column in columns]
+    for row in rows:
+        for key in row:
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the columns are {', '.join(keys)}"
+                raise ValueError(f"no column shows {key!r} of row {row.get('name')!r}{hint}")
+    return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+
+
+def terminal_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, title: str | None = None) -> Table:
+    """Return a rich table; print it with a rich console."""
+    table = Table(title=title, title_justify="left")
+    columns = shown(rows, columns)
+    for column in columns:
+        table.add_column(column.header, justify="right" if column.format else "left")
+    for row in rows:
+        table.add_row(*(column.show(row).replace("[", r"\[") for column in columns))
+    return table
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
+    """Return a Markdown table that ends with a line break."""
+    columns = shown(rows, columns)
+    lines = [
+        [column.header for column in columns],
+        ["---:" if column.format else "---" for column in columns],
+        *([column.show(row).replace("|", r"\|") for column in columns] for row in rows),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def json_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> dict[str, list[dict]]:
+    """Return {"columns", "rows"} for JSON: values unrounded and in base units, NaN and infinities as null."""
+    columns = shown(rows, columns)
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "columns": [asdict(column) for column in columns],
+        "rows": [{c.key: plain(row[c.key]) for c in columns if c.key in row} for row in rows],
+    }
