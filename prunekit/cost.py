@@ -47,8 +47,8 @@ class CostModel:
         counter = CONVENTIONS[convention](text_length)
         self._macs = _Polynomial(unet, space, counter, self.sample_size)
         self._params = _Polynomial(unet, space, Parameters(), self.sample_size)
-        self.dense_macs: int = self._macs.count(torch.ones(space.size, dtype=torch.bool))
-        self.dense_params: int = self._params.count(torch.ones(space.size, dtype=torch.bool))
+        self.dense_macs: int = self._macs.count(space.full().values)
+        self.dense_params: int = self._params.count(space.full().values)
 
     def macs(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
         """MACs of one forward pass, batch 1.
@@ -74,7 +74,7 @@ class CostModel:
     def marginal(self, architecture: Architecture) -> torch.Tensor:
         """Per unit, int64 (D,): how the MACs would change (signed) if that one unit were flipped."""
         running = self.running(architecture)
-        return torch.tensor([running.change(unit) for unit in range(self.space.size)], dtype=torch.int64)
+        return torch.tensor([running.change(unit) for unit in range(self.space.size)], dtype=torch.int64, device="cpu")
 
     def _vector(self, architecture: Architecture | torch.Tensor) -> torch.Tensor:
         if isinstance(architecture, Architecture):
@@ -148,26 +148,27 @@ class _Polynomial:
         if (device, dtype) in self._soft:
             return self._soft[device, dtype]
         space, groups = self.space, self.space.width_groups
-        members = torch.zeros(space.num_width, len(groups), dtype=dtype)
-        for index, group in enumerate(groups):
-            members[space.slice(group), index] = 1
-        in_chain = torch.zeros(len(groups), len(self.chains), dtype=torch.float64)
-        in_chain[torch.arange(len(groups)), torch.tensor(self.chain_of_group, dtype=torch.long)] = 1
-        longest = max(map(len, self.chains))
-        padded = [list(chain) + [space.num_depth] * (longest - len(chain)) for chain in self.chains]
-        tables = {
-            "members": members,
-            "always": torch.tensor(self.always, dtype=torch.float64),
-            "per_unit": torch.tensor(self.per_unit, dtype=torch.float64)[:, None] * in_chain,
-            "chain_units": torch.tensor(padded, dtype=torch.long).reshape(len(padded), longest).T.contiguous(),
-        }
-        if any(self.if_any):
-            most = max(group.size for group in groups)
-            units = torch.full((len(groups), most), space.num_width)
+        with torch.device("cpu"):
+            members = torch.zeros(space.num_width, len(groups), dtype=dtype)
             for index, group in enumerate(groups):
-                units[index, : group.size] = torch.arange(space.slice(group).start, space.slice(group).stop)
-            tables["units"] = units
-            tables["if_any"] = torch.tensor(self.if_any, dtype=torch.float64)[:, None] * in_chain
+                members[space.slice(group), index] = 1
+            in_chain = torch.zeros(len(groups), len(self.chains), dtype=torch.float64)
+            in_chain[torch.arange(len(groups)), torch.tensor(self.chain_of_group, dtype=torch.long)] = 1
+            longest = max(map(len, self.chains))
+            padded = [list(chain) + [space.num_depth] * (longest - len(chain)) for chain in self.chains]
+            tables = {
+                "members": members,
+                "always": torch.tensor(self.always, dtype=torch.float64),
+                "per_unit": torch.tensor(self.per_unit, dtype=torch.float64)[:, None] * in_chain,
+                "chain_units": torch.tensor(padded, dtype=torch.long).reshape(len(padded), longest).T.contiguous(),
+            }
+            if any(self.if_any):
+                most = max(group.size for group in groups)
+                units = torch.full((len(groups), most), space.num_width)
+                for index, group in enumerate(groups):
+                    units[index, : group.size] = torch.arange(space.slice(group).start, space.slice(group).stop)
+                tables["units"] = units
+                tables["if_any"] = torch.tensor(self.if_any, dtype=torch.float64)[:, None] * in_chain
         self._soft[device, dtype] = {name: table.to(device) for name, table in tables.items()}
         return self._soft[device, dtype]
 

@@ -56,9 +56,12 @@ class Gates:
         self._token: weakref.ref[_Token] | None = None
         groups = space.width_groups
         self._widths = [group.size * group.channels for group in groups]
-        units = [torch.arange(space.slice(group).start, space.slice(group).stop) for group in groups]
-        repeated = [unit.repeat_interleave(group.channels) for unit, group in zip(units, groups, strict=True)]
-        self._unit_of_channel = torch.cat(repeated) if repeated else torch.zeros(0, dtype=torch.long)
+        unit_of_channel = [
+            space.slice(group).start + channel // group.channels
+            for group in groups
+            for channel in range(group.size * group.channels)
+        ]
+        self._unit_of_channel = torch.tensor(unit_of_channel, dtype=torch.long, device=unet.conv_in.weight.device)
 
     def set(self, g: Architecture | torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Gates for the forward passes that follow.
@@ -89,7 +92,7 @@ class Gates:
         token = _Token()
         if g.requires_grad and torch.is_grad_enabled():
             g = _Track.apply(g, token)
-        channels = g.index_select(1, self._unit_of_channel.to(g.device))  # (rows, all channels)
+        channels = g.index_select(1, self._unit_of_channel)  # (rows, all channels)
         masks = list(channels.split(self._widths, dim=1)) + list(g[:, self.space.num_width :].unbind(dim=1))
         self._state = _State(batch, masks, token)
         self._token = weakref.ref(token)

@@ -64,6 +64,8 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
     if not architecture.is_boolean:
         raise ValueError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
     match(unet, architecture.space)
+    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+        raise ValueError("fused attention projections cannot be cut; call unet.unfuse_qkv_projections() first")
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         pruned = PrunedUNet2DConditionModel(**config)
@@ -134,7 +136,7 @@ def _read(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
     unknown = set(pruning) - {"format", "kept", "removed"}
     if unknown:
         raise ValueError(f"the config's pruning has unknown keys {sorted(unknown)}; allowed: format, kept, removed")
-    values = torch.ones(space.size, dtype=torch.bool)
+    values = torch.ones(space.size, dtype=torch.bool, device="cpu")
     widths = {group.path: group for group in space.width_groups}
     depths = {group.path: group for group in space.depth_groups}
     for path, indices in pruning.get("kept", {}).items():

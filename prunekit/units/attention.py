@@ -63,10 +63,6 @@ def cost(module: nn.Module, norm: nn.Module, counter: ConvLinear, positions: int
 def cut(unet: nn.Module, unit_group: UnitGroup, kept: Sequence[int]) -> None:
     """Keep only these heads, in place; replace the attention where none is kept."""
     module = unet.get_submodule(unit_group.path)
-    if getattr(module, "fused_projections", False):
-        raise ValueError(
-            f"{unit_group.path} has fused projections, which cannot be cut; call unet.unfuse_qkv_projections() first"
-        )
     if len(kept) == 0:
         block, _, name = unit_group.path.rpartition(".")
         unet.set_submodule(unit_group.path, EmptiedAttention(module))

@@ -1,4 +1,7 @@
-"""The nouns: UnitGroup, UnitSpace and Architecture. Plain data: no module is referenced, so all can be saved."""
+"""The nouns: UnitGroup, UnitSpace and Architecture. Plain data: no module is referenced, so all can be saved.
+
+Tensors name their device, since a UNet may be built, and walked, under `torch.device("meta")`.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ class UnitSpace:
             if group is not depth_group and depth_group.removes(group.path)
             for position in range(self.slice(group).start, self.slice(group).stop)
         ]
-        return torch.tensor(positions, dtype=torch.long)
+        return torch.tensor(positions, dtype=torch.long, device="cpu")
 
     def slice(self, group: UnitGroup | str) -> slice:
         """Where a group (or its name) lies in a vector over this space."""
@@ -110,12 +113,12 @@ class UnitSpace:
 
     def full(self) -> Architecture:
         """The Architecture that keeps everything."""
-        return Architecture(self, torch.ones(self.size, dtype=torch.bool))
+        return Architecture(self, torch.ones(self.size, dtype=torch.bool, device="cpu"))
 
     def random(self, keep: float = 0.7, seed: int = 0) -> Architecture:
         """An Architecture whose every unit stays with probability `keep`, drawn from `seed`."""
-        generator = torch.Generator().manual_seed(seed)
-        return Architecture(self, torch.rand(self.size, generator=generator) < keep)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return Architecture(self, torch.rand(self.size, generator=generator, device="cpu") < keep)
 
     def canonical(self, values: torch.Tensor) -> torch.Tensor:
         """A copy of `values` (D,) in which every unit under a removed depth unit is zero."""
@@ -172,7 +175,7 @@ class Architecture:
     """
 
     def __init__(self, space: UnitSpace, values: torch.Tensor | Sequence[float]):
-        values = torch.as_tensor(values).detach().cpu()
+        values = torch.as_tensor(values, device="cpu").detach()
         if values.shape != (space.size,):
             raise ValueError(f"an Architecture of this space has {space.size} values, got {tuple(values.shape)}")
         if values.dtype != torch.bool:
@@ -260,13 +263,13 @@ class Architecture:
         check_format(data, "an Architecture")
         own = UnitSpace.from_dict(data["space"])
         if "kept" in data:
-            values = torch.zeros(own.size, dtype=torch.bool)
+            values = torch.zeros(own.size, dtype=torch.bool, device="cpu")
             for name, kept in data["kept"].items():
                 values[own.slice(name)][kept] = True
         else:
-            values = torch.zeros(own.size, dtype=torch.float64)
+            values = torch.zeros(own.size, dtype=torch.float64, device="cpu")
             for name, part in data["values"].items():
-                values[own.slice(name)] = torch.tensor(part, dtype=torch.float64)
+                values[own.slice(name)] = torch.tensor(part, dtype=torch.float64, device="cpu")
             values = values.float()
         architecture = cls(own, values)
         return architecture if space is None else architecture.on(space)
