@@ -12,6 +12,11 @@ def all_hooks(unet):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
 
 
+def run(unet, arguments):
+    with torch.no_grad():
+        return unet(**arguments).sample
+
+
 def soft_gates(space, rows=1, seed=0, **kwargs):
     gates = 0.2 + 0.8 * torch.rand(rows, space.size, generator=torch.Generator().manual_seed(seed), **kwargs)
     return gates.requires_grad_()
@@ -257,6 +262,36 @@ def test_low_precision(unet):
         unet(**arguments).sample.float().mean().backward()
     assert values.grad.dtype == torch.float32
     assert values.grad.isfinite().all()
+
+
+def test_autocast(unet):
+    space = discover(unet, depth="blocks")
+    values, arguments = soft_gates(space), inputs(unet)
+    with gated(unet, space) as gates:
+        gates.set(values)
+        with torch.no_grad():
+            full = unet(**arguments).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            half = unet(**arguments).sample
+        half.float().mean().backward()
+        del half
+    assert values.grad.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), gated(unet, space) as gates:
+        gates.set(values)
+        assert relative_error(unet(**arguments).sample.float(), full) < 0.05
+
+
+def test_freeu(unet):
+    space = discover(unet, depth="blocks")
+    architecture, arguments = space.random(0.6, seed=7), inputs(unet)
+    pruned = slice_unet(unet, architecture)
+    plain = run(unet, arguments)
+    for model in (unet, pruned):
+        model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert relative_error(run(unet, arguments), plain) > 1e-3
+    with gated(unet, space) as gates:
+        gates.set(architecture)
+        assert relative_error(run(unet, arguments), run(pruned, arguments)) <= 1e-5
 
 
 def test_pipeline_rows():

@@ -46,7 +46,7 @@ def mix(entered: torch.Tensor, output: torch.Tensor | tuple, gate: torch.Tensor)
     if isinstance(output, tuple):
         return (mix(entered, output[0], gate), *output[1:])
     gate = gate.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
-    return torch.lerp(entered, output, gate)
+    return torch.lerp(entered.to(output.dtype), output, gate)
 
 
 def transformer_cost(module: Transformer2DModel, counter: ConvLinear, positions: int) -> LayerCost:
