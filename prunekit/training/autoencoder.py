@@ -22,10 +22,13 @@ class AutoencoderObjective:
     batch_size: int
     seed: int
     device: torch.device
+    decoder_only: bool = False  # the encoder, and so every latent, stays as it is
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The trained modules."""
+        if self.decoder_only:
+            return {"decoder": self.autoencoder.decoder, "post_quant_conv": self.autoencoder.post_quant_conv}
         return {"autoencoder": self.autoencoder}
 
     def batch(self, step: int) -> tuple[Tensor, int]:
@@ -41,16 +44,16 @@ class AutoencoderObjective:
         indices, step = batch
         share = len(positions) / len(indices)
         target = to_unit(self.images[indices[positions]]).to(self.device)  # (b, 3, H, W)
-        posterior = self.autoencoder.encode(target).latent_dist
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            posterior = self.autoencoder.encode(target).latent_dist
         noise = torch.randn(len(indices), *posterior.mean.shape[1:], generator=generator(self.seed, "latent", step))
         latents = posterior.mean + posterior.std * noise[positions].to(self.device)
         output = self.autoencoder.decode(latents).sample.float()
         edges = sum(F.l1_loss(output.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
-        return {
-            "l1": share * F.l1_loss(output, target),
-            "edges": share * EDGE_WEIGHT * edges,
-            "kl": share * KL_WEIGHT * posterior.kl().float().mean() / posterior.mean[0].numel(),
-        }
+        terms = {"l1": share * F.l1_loss(output, target), "edges": share * EDGE_WEIGHT * edges}
+        if not self.decoder_only:
+            terms["kl"] = share * KL_WEIGHT * posterior.kl().float().mean() / posterior.mean[0].numel()
+        return terms
 
 
 def to_unit(images: Tensor) -> Tensor:

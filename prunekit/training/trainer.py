@@ -7,7 +7,7 @@ accumulation nor the number of processes changes the loss or the gradient (laws 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -44,6 +44,9 @@ class TrainerConfig(BaseModel):
     log_every: int = Field(10, gt=0, description="steps between log rows")
 
 
+Log = Callable[[dict[str, Any]], None]  # takes one row of a run's log
+
+
 class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite; the message says where, and which checkpoint is good."""
 
@@ -64,7 +67,10 @@ class Objective(Protocol):
 
 
 class Trainer:
-    """Runs an objective's steps; resumes from its own checkpoints; leaves the (averaged) weights in the modules."""
+    """Runs an objective's steps; resumes from its own checkpoints; leaves the (averaged) weights in the modules.
+
+    `milestones` maps a step to a function that is called after it, with the averaged weights in the modules.
+    """
 
     def __init__(
         self,
@@ -72,10 +78,12 @@ class Trainer:
         objective: Objective,
         directory: Path,
         title: str = "train",
-        log: Callable[[dict], None] | None = None,
+        log: Log | None = None,
+        milestones: Mapping[int, Callable[[], None]] | None = None,
     ):
         self.config, self.objective, self.title = config, objective, title
         self.log = log or (lambda row: None)
+        self.milestones = dict(milestones or {})
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.checkpoints = Checkpoints(directory)
         self.parameters = [p for m in objective.modules.values() for p in m.parameters() if p.requires_grad]
@@ -118,6 +126,8 @@ class Trainer:
                         }
                     )
                 progress.update(step, terms["loss"])
+                if step in self.milestones:
+                    self._reach(step)
                 if now - last_save > 60 * self.config.checkpoint_minutes or step == self.config.steps:
                     self._save(step, seconds, terms)
                     last_save = time.monotonic()
@@ -157,6 +167,15 @@ class Trainer:
         if self.average is not None:
             self.average.step(self.parameters)
         return {"loss": loss, **terms}
+
+    def _reach(self, step: int) -> None:
+        """Call a milestone with the averaged weights in place."""
+        if self.average is not None:
+            self.average.store(self.parameters)
+            self.average.copy_to(self.parameters)
+        self.milestones[step]()
+        if self.average is not None:
+            self.average.restore(self.parameters)
 
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sum the terms and the gradients over the processes."""

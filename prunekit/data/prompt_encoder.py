@@ -1,0 +1,61 @@
+"""Prompt embeddings for the router: the embedded static encoder, or any Sentence Transformer."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PROMPT_ENCODER_DIRECTORY = Path(__file__).parent.parent / "assets" / "prompt_encoder"
+EMBEDDED = "emoji"
+STATIC_BATCH = 1024
+
+
+class PromptEncoder:
+    """Turns prompts into vectors; a prompt's vector does not depend on the prompts beside it.
+
+    A static encoder averages word vectors, so batches change no bit. Any other model sees one prompt at a time, because
+    padding to the longest of a batch would change the last bits and with them, now and then, the expert.
+    """
+
+    def __init__(self, name: str | Path = EMBEDDED):
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+        self.name = str(name)
+        path = PROMPT_ENCODER_DIRECTORY if self.name == EMBEDDED else name
+        try:
+            self.model = SentenceTransformer(str(path), device="cpu" if self.name == EMBEDDED else None)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'cannot load the prompt encoder {self.name!r}: use "{EMBEDDED}", a folder, or the name of a Sentence '
+                f"Transformer on the hub ({str(error).splitlines()[0]})"
+            ) from error
+        self.model.float().eval()
+        self.static = isinstance(self.model[0], StaticEmbedding)
+
+    @property
+    def size(self) -> int:
+        """Z, the length of a prompt's vector."""
+        return self.model.get_embedding_dimension()
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Return the vectors (n, Z), float32, on the CPU.
+
+        With the embedded encoder a prompt without any known word, the empty one among them, gives the zero vector: it
+        has no direction, and the router must have a fallback for it. Known words are those of Emoji-64's captions.
+        """
+        if not prompts:
+            return torch.zeros(0, self.size)
+        batch_size = STATIC_BATCH if self.static else 1
+        vectors = self.model.encode(
+            list(prompts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
+        return vectors.float().cpu().clone()
+
+
+def load_prompt_encoder(name: str | Path = EMBEDDED) -> PromptEncoder:
+    """Load "emoji", the embedded encoder, or any Sentence Transformer by folder or hub name.
+
+    Raises ValueError where there is none of that name.
+    """
+    return PromptEncoder(name)

@@ -1,0 +1,212 @@
+"""One row of the table per model: generate, measure, and say what each expert does. The same inputs for every row."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from prunekit.data.encoded import EncodedData
+from prunekit.data.images import CaptionedImages
+from prunekit.evaluation.agreement import AgreementSamples, agreement
+from prunekit.evaluation.generate import generate, generate_to, read_pictures
+from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
+from prunekit.methods.aptp.router import Router
+from prunekit.randomness import generator
+
+TIMED_IMAGES = 8
+FREQUENT_WORDS = 6
+STOP_WORDS = {"with", "and", "the", "of", "in", "on", "for", "flag"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under test: one UNet, or experts and the router that chooses among them."""
+
+    name: str
+    unets: Sequence[UNet2DConditionModel]
+    macs: Sequence[int]  # exact MACs of each UNet
+    params: Sequence[int]
+    router: Router | None = None
+    training_seconds: float | None = None
+
+    def experts(self, embeddings: Tensor) -> Tensor:
+        """Return the expert of each prompt, (B,), from prompt embeddings (B, Z)."""
+        return torch.zeros(len(embeddings), dtype=torch.long) if self.router is None else self.router.route(embeddings)
+
+
+@dataclass
+class EvaluationSet:
+    """What every row is measured on: prompts with their pictures' names, fixed seeds, and real features.
+
+    The first part are names (their pictures are asked for by name: top-k), the rest held-out captions.
+    """
+
+    images: CaptionedImages
+    prompts: list[str]
+    targets: Tensor  # (n,) the picture whose prompt it is
+    num_names: int
+    seeds: list[int]
+    embeddings: Tensor  # (n, Z) of the prompts
+    real_features: Tensor = field(repr=False)  # (num_images, F)
+
+    @classmethod
+    def build(
+        cls, images: CaptionedImages, count: int, seed: int, evaluator: Any, prompt_encoder: Any, size: int
+    ) -> "EvaluationSet":
+        """Choose half of `count` prompts among the names and half among the held-out captions, as far as there are."""
+        order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
+        held = torch.nonzero(images.held_out).flatten()
+        held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))][: count // 2]
+        names = order[: count - len(held)]
+        prompts = [images.names[i] for i in names] + [images.captions[i] for i in held]
+        targets = torch.cat([names, images.image_index[held]])
+        embeddings = torch.as_tensor(prompt_encoder.encode(prompts)).float()
+        real = evaluator.features(images.pixels(range(images.num_images), size))
+        seeds = [seed * 1_000_003 + index for index in range(len(prompts))]
+        return cls(images, prompts, targets, len(names), seeds, embeddings, real)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made, the same for every row."""
+
+    steps: int
+    guidance: float
+    batch_size: int
+
+
+def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    """Return a pipeline of the same class and parts with another UNet."""
+    return pipeline.__class__(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
+
+
+def sample(
+    candidate: Candidate, pipeline: DiffusionPipeline, prompts: EvaluationSet, sampling: Sampling, folder: Path
+) -> tuple[Tensor, Tensor]:
+    """Generate every prompt's picture, each by its own expert; resumable.
+
+    Returns uint8 (n, 3, H, W) and the expert of each prompt (n,). An expert's prompts go in batches of their own.
+    """
+    experts = candidate.experts(prompts.embeddings)
+    pictures: list[Tensor | None] = [None] * len(prompts.prompts)
+    for expert, unet in enumerate(candidate.unets):
+        rows = torch.nonzero(experts == expert).flatten().tolist()
+        if not rows:
+            continue
+        target = folder if len(candidate.unets) == 1 else folder / f"expert-{expert}"
+        paths = generate_to(
+            target,
+            with_unet(pipeline, unet),
+            [prompts.prompts[i] for i in rows],
+            [prompts.seeds[i] for i in rows],
+            sampling.steps,
+            sampling.guidance,
+            sampling.batch_size,
+            title=f"{candidate.name}: images" if len(candidate.unets) == 1 else f"{candidate.name} {expert}: images",
+        )
+        for row, picture in zip(rows, read_pictures(paths), strict=True):
+            pictures[row] = picture
+    return torch.stack([picture for picture in pictures if picture is not None]), experts
+
+
+def measure(
+    candidate: Candidate,
+    pictures: Tensor,
+    experts: Tensor,
+    prompts: EvaluationSet,
+    evaluator: Any,
+    data: EncodedData,
+    samples: AgreementSamples,
+    dense_predictions: Tensor,
+    dense: Candidate,
+) -> dict[str, Any]:
+    """Return the row's figures (keys of `table.COLUMNS`), costs being means over the training prompts."""
+    shares = training_shares(candidate, data)
+    macs = float((shares * torch.tensor(candidate.macs, dtype=torch.float64)).sum())
+    features, embedded = evaluator.features(pictures), evaluator.embed_images(pictures)
+    texts = evaluator.embed_texts(prompts.prompts)
+    asked = prompts.targets[: prompts.num_names]
+    names = evaluator.embed_texts(prompts.images.names)
+    pair_experts = candidate.experts(data.prompts[samples.indices])
+    return {
+        "name": candidate.name,
+        "params": sum(candidate.params),
+        "macs": round(macs),
+        "macs_ratio": macs / dense.macs[0],
+        "cmmd": cmmd(prompts.real_features, features),
+        "kid": kid(prompts.real_features, features),
+        "frechet": frechet_distance(prompts.real_features, features),
+        "clip_score": clip_score(embedded[prompts.num_names :], texts[prompts.num_names :]),
+        "top1": retrieval(embedded[: prompts.num_names], names, asked, k=1),
+        "top5": retrieval(embedded[: prompts.num_names], names, asked, k=5),
+        "agreement": agreement(dense_predictions, list(candidate.unets), samples, pair_experts),
+        "training_seconds": candidate.training_seconds,
+    }
+
+
+def expert_rows(
+    candidate: Candidate,
+    experts: Tensor,
+    data: EncodedData,
+    prompts: EvaluationSet,
+    dense: Candidate,
+) -> list[dict[str, Any]]:
+    """Return one row per expert: its cost, its share of the training and evaluated prompts, its frequent words."""
+    shares, pairs = training_shares(candidate, data), data.training_pairs()
+    routed = candidate.experts(data.prompts[pairs])
+    rows = []
+    for expert in range(len(candidate.unets)):
+        captions = [data.images.captions[i] for i in pairs[routed == expert].tolist()]
+        rows.append(
+            {
+                "expert": expert,
+                "params": candidate.params[expert],
+                "macs": candidate.macs[expert],
+                "macs_ratio": candidate.macs[expert] / dense.macs[0],
+                "training_share": float(shares[expert]),
+                "prompts": int((experts == expert).sum()),
+                "examples": ", ".join(frequent_words(captions)),
+            }
+        )
+    return rows
+
+
+def training_shares(candidate: Candidate, data: EncodedData) -> Tensor:
+    """Return each expert's share of the training prompts by inference routing, (N,) float64."""
+    routed = candidate.experts(data.prompts[data.training_pairs()])
+    return torch.bincount(routed, minlength=len(candidate.unets)).double() / len(routed)
+
+
+def frequent_words(captions: list[str]) -> list[str]:
+    """Return the words that most captions have, without articles and the like."""
+    words = Counter(
+        word
+        for caption in captions
+        for word in set(caption.lower().replace(",", " ").replace(":", " ").split())
+        if len(word) > 2 and word not in STOP_WORDS
+    )
+    return [word for word, _ in words.most_common(FREQUENT_WORDS)]
+
+
+def seconds_per_image(
+    candidate: Candidate, pipeline: DiffusionPipeline, prompts: EvaluationSet, sampling: Sampling
+) -> float:
+    """Measure the time of one image in a batch of 8, after a warm-up: the mean over the prompts' experts."""
+    count = min(TIMED_IMAGES, len(prompts.prompts))
+    shares = torch.bincount(candidate.experts(prompts.embeddings), minlength=len(candidate.unets)).double()
+    total = 0.0
+    for expert, unet in enumerate(candidate.unets):
+        if not shares[expert]:
+            continue
+        routed = with_unet(pipeline, unet)
+        generate(routed, prompts.prompts[:1], prompts.seeds[:1], 1, sampling.guidance, count)
+        start = time.perf_counter()
+        generate(routed, prompts.prompts[:count], prompts.seeds[:count], sampling.steps, sampling.guidance, count)
+        total += float(shares[expert] / shares.sum()) * (time.perf_counter() - start) / count
+    return total

@@ -1,0 +1,182 @@
+"""Training the embedded model from nothing: autoencoder, its decoder on, the UNet with its text encoder, the evaluator.
+
+`prunekit run recipes/pretrain_emoji.yaml` leaves in its directory what `prunekit/assets/` holds: `emoji_model/` and
+`evaluator/`, float16, with `curve.json`, the quality over the samples seen.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from prunekit.data.config import load_data
+from prunekit.data.images import CaptionedImages
+from prunekit.evaluation.ceiling import text_figures
+from prunekit.evaluation.evaluator import Evaluator
+from prunekit.evaluation.evaluator_training import train_evaluator
+from prunekit.evaluation.generate import generate
+from prunekit.randomness import generator
+from prunekit.recipe import PretrainRecipe
+from prunekit.training import emoji_model
+from prunekit.training.autoencoder import AutoencoderObjective, calibrate_scale, to_unit
+from prunekit.training.checkpoint import read_json, write_folder, write_json
+from prunekit.training.pretraining import CaptionTable, PretrainingObjective
+from prunekit.training.progress import console
+from prunekit.training.trainer import Log, Trainer
+
+
+def pretrain(recipe: PretrainRecipe, directory: Path) -> Path:
+    """Run the stages that are not done; return the directory."""
+    diffusers_logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_data(recipe.data, recipe.seed)
+    images = data.pixels(range(data.num_images), recipe.shapes.image_size)
+
+    def log(row: dict[str, Any]) -> None:
+        with (directory / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    train_autoencoder(recipe, images, directory, device, log)
+    autoencoder = train_decoder(recipe, images, directory, device, log)
+    train_diffusion(recipe, data, autoencoder, images, directory, device, log)
+    evaluator = directory / "evaluator" / "evaluator"
+    if not evaluator.is_dir():
+        train_evaluator(data, recipe.evaluator, directory / "evaluator", recipe.seed, log)
+    curve(recipe, data, directory, Evaluator.from_pretrained(evaluator), device)
+    export(directory)
+    return directory
+
+
+def train_autoencoder(
+    recipe: PretrainRecipe, images: Tensor, directory: Path, device: torch.device, log: Log
+) -> AutoencoderKL:
+    """Train encoder and decoder together on uint8 `images` (n, 3, H, W), and set the latents' scale."""
+    folder = directory / "autoencoder"
+    if not (folder / "vae").is_dir():
+        torch.manual_seed(recipe.seed)
+        model = emoji_model.build_autoencoder(recipe.shapes).to(device)
+        objective = AutoencoderObjective(model, images, recipe.autoencoder.batch_size, recipe.seed, device)
+        trainer = Trainer(recipe.autoencoder, objective, folder / "checkpoints", "autoencoder", log)
+        trainer.fit()
+        calibrate_scale(model, images, device)
+        write_folder(folder / "vae", model.save_pretrained)
+        trainer.checkpoints.clear()
+    return AutoencoderKL.from_pretrained(folder / "vae").to(device)
+
+
+def train_decoder(
+    recipe: PretrainRecipe, images: Tensor, directory: Path, device: torch.device, log: Log
+) -> AutoencoderKL:
+    """Go on training the decoder alone: pictures get sharper, latents stay."""
+    folder = directory / "decoder"
+    if not (folder / "vae").is_dir():
+        model = train_autoencoder(recipe, images, directory, device, log)
+        objective = AutoencoderObjective(model, images, recipe.decoder.batch_size, recipe.seed + 1, device, True)
+        trainer = Trainer(recipe.decoder, objective, folder / "checkpoints", "decoder", log)
+        trainer.fit()
+        write_folder(folder / "vae", model.save_pretrained)
+        trainer.checkpoints.clear()
+    return AutoencoderKL.from_pretrained(folder / "vae").to(device)
+
+
+def train_diffusion(
+    recipe: PretrainRecipe,
+    data: CaptionedImages,
+    autoencoder: AutoencoderKL,
+    images: Tensor,
+    directory: Path,
+    device: torch.device,
+    log: Log,
+) -> None:
+    """Train UNet and text encoder on the encoder's latents; keep the averaged weights of every milestone."""
+    folder = directory / "diffusion"
+    if (folder / "final").is_dir():
+        return
+    torch.manual_seed(recipe.seed)
+    tokenizer = emoji_model.build_tokenizer(data.captions, recipe.shapes.vocabulary)
+    text_encoder = emoji_model.build_text_encoder(recipe.shapes, tokenizer).to(device)
+    unet = emoji_model.build_unet(recipe.shapes).to(device)
+    objective = PretrainingObjective(
+        unet=unet,
+        text_encoder=text_encoder,
+        scheduler=emoji_model.training_scheduler(),
+        latents=encode_latents(autoencoder, images, device),
+        captions=CaptionTable(data, tokenizer),
+        batch_size=recipe.diffusion.batch_size,
+        seed=recipe.seed,
+        caption_dropout=recipe.caption_dropout,
+        device=device,
+    )
+
+    def keep(name: str) -> None:
+        def write(temporary: Path) -> None:
+            for part, model in (("unet", unet), ("text_encoder", text_encoder)):
+                copy.deepcopy(model).half().save_pretrained(temporary / part)
+            tokenizer.save_pretrained(temporary / "tokenizer")
+
+        write_folder(folder / name, write)
+
+    milestones = {step: (lambda step=step: keep(f"step-{step}")) for step in recipe.milestones}
+    trainer = Trainer(recipe.diffusion, objective, folder / "checkpoints", "diffusion", log, milestones)
+    trainer.fit()
+    keep("final")
+    trainer.checkpoints.clear()
+
+
+@torch.no_grad()
+def encode_latents(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
+    """Return the scaled latent means of uint8 `images`, (n, C, h, w)."""
+    parts = [autoencoder.encode(to_unit(part).to(device)).latent_dist.mean for part in images.split(64)]
+    return torch.cat(parts).float().cpu() * autoencoder.config.scaling_factor
+
+
+def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDiffusionPipeline:
+    """Assemble the pipeline of one milestone ("step-1000") or of the end ("final")."""
+    from transformers import CLIPTokenizer
+
+    folder = directory / "diffusion" / weights
+    return emoji_model.assemble(
+        AutoencoderKL.from_pretrained(directory / "decoder" / "vae"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32),
+    ).to(device)
+
+
+def curve(
+    recipe: PretrainRecipe, data: CaptionedImages, directory: Path, evaluator: Evaluator, device: torch.device
+) -> list[dict[str, float]]:
+    """Measure names drawn from each milestone's pictures: write and return rows of samples seen, top-1, top-5, CLIP."""
+    path, settings = directory / "curve.json", recipe.evaluation
+    rows = read_json(path) if path.is_file() else []
+    done = {row["step"] for row in rows}
+    chosen = torch.randperm(data.num_images, generator=generator(recipe.seed, "names"))[: settings.num_images]
+    names = [data.names[i] for i in chosen]
+    for step in [*recipe.milestones, recipe.diffusion.steps]:
+        if step in done:
+            continue
+        weights = "final" if step == recipe.diffusion.steps else f"step-{step}"
+        pipeline, seeds = pipeline_of(directory, weights, device), list(range(len(names)))
+        options = (settings.steps, settings.guidance, settings.batch_size)
+        pictures = generate(pipeline, names, seeds, *options, title=f"images of {weights}")
+        figures = text_figures(evaluator, pictures, data.names, chosen)
+        rows.append({"step": step, "samples": step * recipe.diffusion.batch_size, **figures})
+        write_json(path, rows)
+        console.print(f"{weights}: {figures}", highlight=False)
+    return rows
+
+
+def export(directory: Path) -> None:
+    """Write `emoji_model/`, the finished pipeline in float16."""
+
+    def write(temporary: Path) -> None:
+        pipeline_of(directory, "final", torch.device("cpu")).to(dtype=torch.float16).save_pretrained(temporary)
+
+    write_folder(directory / "emoji_model", write)
+    console.print(f"the pipeline: {directory / 'emoji_model'}", highlight=False)

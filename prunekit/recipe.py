@@ -1,0 +1,209 @@
+"""A recipe: everything that a run depends on, in one YAML file with `key=value` overrides, checked before it starts."""
+
+import difflib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from prunekit.data.config import DataConfig
+from prunekit.methods import registry
+from prunekit.methods.base import PruneSettings
+from prunekit.training.emoji_model import EmojiModelConfig
+from prunekit.training.fine_tuning import FineTuneConfig
+from prunekit.training.trainer import TrainerConfig
+
+SMOKE = {"steps": 2, "batch_size": 4, "warmup_steps": 1}  # what scale=smoke puts in place of a training's figures
+SMOKE_IMAGES = 4
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message is one line that says what to change."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class EvaluationConfig(_Section):
+    """What is generated and compared, the same for every row of the table."""
+
+    num_images: int = Field(500, gt=1, description="generated images of each row")
+    steps: int = Field(25, gt=0, description="PNDM steps")
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
+    batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
+    num_predictions: int = Field(
+        256, gt=0, description="(image, t, noise) triples of the agreement with the dense UNet"
+    )
+    num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
+
+
+class PruneRecipe(_Section):
+    """Prune one model by one or more methods, fine-tune, generate, and compare."""
+
+    job: Literal["prune"] = "prune"
+    name: str = Field(description="names the run directory")
+    seed: int = Field(0, ge=0, description="what all randomness is keyed by")
+    scale: Literal["full", "smoke"] = Field("full", description="smoke: every stage with two steps, to see it through")
+    model: str = Field("emoji", description="the embedded model, a diffusers directory, or a hub id")
+    prompt_encoder: str = Field(
+        "emoji", description="the embedded prompt encoder, or a Sentence Transformer's id or path"
+    )
+    evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
+    data: DataConfig = DataConfig()
+    resolution: int | None = Field(None, gt=0, description="pixels of a side while training; unset: the model's own")
+    prune: PruneSettings = Field(description="what may be removed, and the budget")
+    methods: dict[str, dict[str, Any]] = Field(description="methods by name, each with its own settings")
+    fine_tune: FineTuneConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shrink(cls, data: Any) -> Any:
+        return _smoke(data) if isinstance(data, dict) and data.get("scale") == "smoke" else data
+
+    @model_validator(mode="after")
+    def _methods(self) -> "PruneRecipe":
+        if not self.methods:
+            raise ValueError(f"methods is empty; available: {', '.join(registry.names())}")
+        for name in self.methods:
+            self.method(name)
+        return self
+
+    def method(self, name: str) -> Any:
+        """Return the method `name` with the recipe's common settings and its own."""
+        common = self.prune.model_dump(exclude_unset=True)
+        kind = registry.get(name)
+        own = self.methods[name] or {}
+        twice = sorted(set(own) & set(PruneSettings.model_fields))
+        if twice:
+            raise ValueError(f"methods.{name}.{twice[0]} belongs to the section `prune`, which all methods share")
+        try:
+            return kind(**common, **own, **({} if "seed" in common else {"seed": self.seed}))
+        except ValidationError as error:
+            raise ValueError(_explain(error, kind.Config, f"methods.{name}.")) from error
+
+
+class PretrainRecipe(_Section):
+    """Train the embedded model and its evaluator from nothing."""
+
+    job: Literal["pretrain"]
+    name: str = Field(description="names the run directory")
+    seed: int = Field(0, ge=0, description="what all randomness is keyed by")
+    scale: Literal["full", "smoke"] = Field("full", description="smoke: every stage with two steps, to see it through")
+    data: DataConfig = DataConfig()
+    shapes: EmojiModelConfig = EmojiModelConfig()
+    autoencoder: TrainerConfig
+    decoder: TrainerConfig
+    diffusion: TrainerConfig
+    evaluator: TrainerConfig
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for guidance")
+    milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shrink(cls, data: Any) -> Any:
+        return _smoke(data) | {"milestones": []} if isinstance(data, dict) and data.get("scale") == "smoke" else data
+
+
+Recipe = Annotated[PruneRecipe | PretrainRecipe, Field(discriminator="job")]
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> PruneRecipe | PretrainRecipe:
+    """Read a YAML recipe and put `key=value` overrides over it (dotted keys, as `fine_tune.steps=100`).
+
+    Raises RecipeError, one line: no such file, bad YAML, an unknown key (with the nearest valid one), a wrong value
+    (with what is allowed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, known, n=1)
+        raise RecipeError(f"no recipe at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path} with {list(overrides)} cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} holds no mapping of settings")
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], where: str = "recipe") -> PruneRecipe | PretrainRecipe:
+    """Check the settings of a recipe; errors as in `load_recipe`."""
+    content = {"job": "prune", **content}
+    kinds = {"prune": PruneRecipe, "pretrain": PretrainRecipe}
+    kind = kinds.get(content["job"])
+    if kind is None:
+        raise RecipeError(f"{where}: job={content['job']!r}; allowed: {', '.join(kinds)}")
+    try:
+        return TypeAdapter(Recipe).validate_python(content)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error, kind)}") from error
+
+
+def dump_recipe(recipe: PruneRecipe | PretrainRecipe) -> str:
+    """Return a recipe as YAML, every setting written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _smoke(content: dict[str, Any]) -> dict[str, Any]:
+    """Shrink every training to two steps of four samples and the evaluation to a few images."""
+
+    def shrink(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        node = {key: shrink(value) for key, value in node.items()}
+        return (
+            node | {k: v for k, v in SMOKE.items() if k in node or k != "warmup_steps"}
+            if "steps" in node and "learning_rate" in node
+            else node
+        )
+
+    evaluation = {"num_images": SMOKE_IMAGES, "steps": 2, "num_predictions": SMOKE_IMAGES, "num_pictures": 2}
+    return shrink(content) | {"evaluation": {**(content.get("evaluation") or {}), **evaluation}}
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Return the first fault as one line that names the setting, what is allowed and the nearest valid name."""
+    first = error.errors()[0]
+    location = [
+        str(part)
+        for part in first["loc"]
+        if part not in ("prune", "pretrain") or len(first["loc"]) == 1 or first["loc"][0] != part
+    ]
+    key = prefix + ".".join(location)
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(_fields(model, location[:-1]))
+        near = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown setting {key!r}{hint} (allowed: {', '.join(allowed)})"
+    if first["type"] == "missing":
+        return f"setting {key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return _one_line(message)
+    return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(model: type[BaseModel], location: list[str]) -> set[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = [
+            a for a in (annotation, *typing.get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        if not options:
+            return set()
+        model = options[0]
+    return set(model.model_fields)
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,67 @@
+"""The denoising objective: noise a latent, predict what the scheduler asks for, weigh by signal-to-noise."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+from torch import Tensor
+
+from prunekit.randomness import epoch_indices, generator
+
+MIN_SNR_GAMMA = 5.0  # Hang et al., 2023
+
+
+def forward_process(scheduler: SchedulerMixin) -> DDPMScheduler:
+    """Return the training-time scheduler of any pipeline's scheduler (same betas, same prediction type)."""
+    return DDPMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+def target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the UNet should predict, (B, C, h, w): the noise, or the velocity (Salimans & Ho, 2022).
+
+    Raises ValueError for a prediction type other than epsilon and v_prediction.
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"prediction type {kind!r} is not supported; supported: epsilon, v_prediction")
+
+
+def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """Return min-SNR weights with gamma 5, (B,): min(SNR, 5)/SNR for epsilon, min(SNR, 5)/(SNR + 1) for velocity."""
+    alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas / (1 - alphas)
+    offset = 1.0 if scheduler.config.prediction_type == "v_prediction" else 0.0
+    return snr.clamp(max=MIN_SNR_GAMMA) / (snr + offset)
+
+
+@dataclass(frozen=True)
+class NoisePlan:
+    """What step `step` draws for its global batch: a function of (seed, step) and position alone."""
+
+    indices: Tensor  # (B,) into the training items
+    timesteps: Tensor  # (B,)
+    noise: Tensor  # (B, C, h, w)
+    choice: Tensor  # (B,) uniform in [0, 1): a caption's choice
+    drop: Tensor  # (B,) uniform in [0, 1): caption dropout
+
+    @classmethod
+    def draw(
+        cls, step: int, seed: int, batch_size: int, num_items: int, latent_shape: tuple[int, ...], num_timesteps: int
+    ) -> "NoisePlan":
+        """Draw the plan of a step; latent_shape is (C, h, w)."""
+        source = generator(seed, "noise", step)
+        return cls(
+            indices=epoch_indices(num_items, batch_size, seed, step),
+            timesteps=torch.randint(num_timesteps, (batch_size,), generator=source),
+            noise=torch.randn(batch_size, *latent_shape, generator=source),
+            choice=torch.rand(batch_size, generator=source),
+            drop=torch.rand(batch_size, generator=source),
+        )
+
+
+def per_sample_mse(prediction: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean squared error of each sample, (B,), in float32."""
+    return (prediction.float() - reference.float()).square().flatten(1).mean(1)

@@ -1,0 +1,101 @@
+"""Recovering a sliced UNet's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit.data.encoded import EncodedData
+from prunekit.training.diffusion import NoisePlan, forward_process, per_sample_mse, target
+from prunekit.training.distillation import block_outputs, distillation_error
+from prunekit.training.trainer import Log, Trainer, TrainerConfig
+
+
+class FineTuneConfig(TrainerConfig):
+    """How sliced UNets are fine-tuned."""
+
+    denoising_weight: float = Field(1e-4, ge=0, description="alpha_DDPM of Eq. 30")
+    distillation_weight: float = Field(1.0, ge=0, description="alpha_distill of Eq. 30; 0 trains without a teacher")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
+
+
+@dataclass
+class FineTuningObjective:
+    """Denoising and distillation of one student on the pairs that it will serve."""
+
+    student: UNet2DConditionModel
+    teacher: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    data: EncodedData
+    pairs: Tensor  # (P_i,) indices of pairs
+    config: FineTuneConfig
+    seed: int
+    device: torch.device
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained module."""
+        return {"student": self.student}
+
+    def batch(self, step: int) -> NoisePlan:
+        """Draw a step's pairs, timesteps and noise."""
+        shape, steps = tuple(self.data.latents.shape[1:]), self.scheduler.config.num_train_timesteps
+        return NoisePlan.draw(step, self.seed, self.config.batch_size, len(self.pairs), shape, steps)
+
+    def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
+        """Nothing needs the whole batch."""
+        return {}
+
+    def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
+        pairs = self.pairs[batch.indices[positions]]
+        latents = self.data.latents[self.data.image_index[pairs]].to(self.device)
+        dropped = (batch.drop[positions] < self.config.caption_dropout)[:, None, None]
+        text = torch.where(dropped, self.data.null_text, self.data.text[pairs]).to(self.device)
+        noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        with block_outputs(self.student) as blocks:
+            prediction = self.student(noisy, timesteps, text).sample
+        denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
+        terms = {"denoising": self.config.denoising_weight * denoising.sum() / self.config.batch_size}
+        if self.config.distillation_weight:
+            with torch.no_grad(), block_outputs(self.teacher) as teacher_blocks:
+                teacher = self.teacher(noisy, timesteps, text).sample
+            error = distillation_error(prediction, teacher, blocks, teacher_blocks)
+            terms["distillation"] = self.config.distillation_weight * error.sum() / self.config.batch_size
+        return terms
+
+
+def fine_tune(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    data: EncodedData,
+    config: FineTuneConfig,
+    directory: Path,
+    *,
+    scheduler: Any,
+    pairs: Tensor | None = None,
+    seed: int = 0,
+    title: str = "fine-tune",
+    log: Log | None = None,
+) -> dict[str, float]:
+    """Train a sliced UNet in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
+
+    student: usually from `slice_unet`, float32. teacher: the dense UNet, left as it is. scheduler: the pipeline's.
+    pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
+    Returns the trainer's figures: steps, seconds, loss and its terms.
+    """
+    pairs = data.training_pairs() if pairs is None else pairs
+    if not len(pairs):
+        raise ValueError(f"{title}: no training pair to learn from")
+    device = student.device
+    student.train().requires_grad_(True)
+    teacher.eval().requires_grad_(False)
+    objective = FineTuningObjective(student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
+    figures = Trainer(config, objective, directory, title, log).fit()
+    student.eval().requires_grad_(False)
+    return figures

@@ -1,0 +1,76 @@
+"""Training the embedded model's UNet and text encoder together on cached latents."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prunekit.data.images import CaptionedImages
+from prunekit.training.diffusion import NoisePlan, per_sample_mse, snr_weights, target
+
+
+class CaptionTable:
+    """The training captions of each image as token ids, with the empty caption's."""
+
+    def __init__(self, data: CaptionedImages, tokenizer: CLIPTokenizer):
+        def ids(texts: list[str]) -> Tensor:
+            length = tokenizer.model_max_length
+            return tokenizer(
+                texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            ).input_ids
+
+        self.ids, self.empty = ids(data.captions), ids([""])[0]  # (P, T), (T,)
+        pairs = data.training_pairs()
+        order = pairs[torch.argsort(data.image_index[pairs], stable=True)]
+        self.pairs = order  # training pairs, grouped by image
+        self.count = torch.bincount(data.image_index[order], minlength=data.num_images)  # (n,)
+        self.first = self.count.cumsum(0) - self.count
+
+    def choose(self, images: Tensor, choice: Tensor, drop: Tensor, dropout: float) -> Tensor:
+        """Return token ids (B, T): a uniformly chosen training caption of each image, or the empty one."""
+        offset = (choice * self.count[images]).long()
+        chosen = self.ids[self.pairs[self.first[images] + offset]]
+        return torch.where((drop < dropout)[:, None], self.empty, chosen)
+
+
+@dataclass
+class PretrainingObjective:
+    """v- or epsilon-prediction with min-SNR weights; text encoder trained with the UNet."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    scheduler: DDPMScheduler
+    latents: Tensor  # (n, C, h, w), scaled
+    captions: CaptionTable
+    batch_size: int
+    seed: int
+    caption_dropout: float
+    device: torch.device
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained modules."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def batch(self, step: int) -> NoisePlan:
+        """Draw a step's images, captions, timesteps and noise."""
+        shape, steps = tuple(self.latents.shape[1:]), self.scheduler.config.num_train_timesteps
+        return NoisePlan.draw(step, self.seed, self.batch_size, len(self.latents), shape, steps)
+
+    def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
+        """Nothing needs the whole batch."""
+        return {}
+
+    def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the weighted denoising error of `positions`, divided by the batch size."""
+        indices = batch.indices[positions]
+        ids = self.captions.choose(indices, batch.choice[positions], batch.drop[positions], self.caption_dropout)
+        latents, noise = self.latents[indices].to(self.device), batch.noise[positions].to(self.device)
+        timesteps = batch.timesteps[positions].to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        text = self.text_encoder(ids.to(self.device)).last_hidden_state
+        prediction = self.unet(noisy, timesteps, text).sample
+        error = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
+        return {"denoising": (error * snr_weights(self.scheduler, timesteps)).sum() / self.batch_size}
