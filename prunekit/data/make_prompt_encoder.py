@@ -54,7 +54,8 @@ def fit(
 ) -> tuple[list[str], Array]:
     """Return the tokens and their vectors (V, DIMENSIONS), fitted to the teacher's vectors of `texts`.
 
-    `words` are all words that the encoder shall know; `teach` maps n texts to (n, E). The ridge is solved in its dual form, one unknown a text.
+    `words` are all words that the encoder shall know; `teach` maps n texts to (n, E). The ridge is solved in its dual
+    form, one unknown a text.
     """
     split = [tokens_of(text) for text in texts]
     counts = Counter(word_of(token) for tokens in split for token in tokens)
