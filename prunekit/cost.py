@@ -128,7 +128,7 @@ class _Polynomial:
     def expectation(self, gates: torch.Tensor) -> torch.Tensor:
         """The expectation (...) for soft gates (..., D)."""
         shape, dtype = gates.shape[:-1], gates.dtype
-        gates = gates.reshape(-1, self.space.size)
+        gates = gates.reshape(shape.numel(), self.space.size)
         if dtype in (torch.float16, torch.bfloat16):
             gates = gates.float()
         tables = self._tables(gates.device, gates.dtype)

@@ -161,6 +161,21 @@ def test_on_a_pruned_unet():
         assert remaining.dense_params == dense.params(architecture)
 
 
+def test_a_space_without_units():
+    unet = build("sd2", "meta")
+    whole = discover(unet, depth="none")
+    emptied = slice_unet(unet, Architecture(whole, torch.zeros(whole.size, dtype=torch.bool)))
+    space = discover(emptied, depth="none")
+    assert space.size == 0
+    cost = CostModel(emptied, space, 8, 5)
+    assert cost.macs(torch.rand(3, 0, dtype=torch.float64)).tolist() == [cost.dense_macs] * 3
+    assert cost.dense_macs == CostModel(unet, whole, 8, 5).macs(Architecture(whole, torch.zeros(whole.size) > 0))
+    depths = discover(emptied, depth="all")
+    assert depths.num_width == 0
+    soft = torch.ones(depths.size, dtype=torch.float64)
+    assert CostModel(emptied, depths, 8, 5).macs(soft).item() == cost.dense_macs
+
+
 def test_refusals():
     unet = build("sd2", "meta")
     space = discover(unet)
