@@ -164,11 +164,10 @@ class _Mixture:
         self.scores: list[list[float]] = scores.tolist()  # (N, D)
         self.running = [cost.running(cost.space.full()) for _ in counts]
         self.total = sum(counts) * cost.dense_macs
-        self.over: list[list[int]] = [  # per unit, the depth units whose removal removes it
-            [self.space.num_width + depth for depth in self.space.depth_units_over(group.path, group.kind)]
-            for group in self.space.groups
-            for _ in range(group.size)
-        ]
+        self.over: list[list[int]] = []  # per unit, the depth units whose removal removes it
+        for group in self.space.groups:
+            depths = self.space.depth_units_over(group.path, group.kind)
+            self.over += [[self.space.num_width + depth for depth in depths]] * group.size
 
     def flip(self, expert: int, unit: int) -> None:
         self.total += self.counts[expert] * self.running[expert].flip(unit)
