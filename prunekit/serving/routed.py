@@ -24,6 +24,7 @@ class RoutedModel:
         expert: gives the UNet of expert i; called once for each expert that is used.
         num_experts: N.
         route: maps n prompts to expert indices, LongTensor (n,).
+        guidance: the guidance scale of `generate` where none is asked for.
 
     """
 
@@ -33,8 +34,9 @@ class RoutedModel:
         expert: Callable[[int], UNet2DConditionModel],
         num_experts: int,
         route: Callable[[list[str]], Tensor],
+        guidance: float = 7.5,
     ):
-        self.pipeline, self.num_experts, self.route = pipeline, num_experts, route
+        self.pipeline, self.num_experts, self.route, self.guidance = pipeline, num_experts, route, guidance
         self._load, self._experts = expert, {}
 
     @classmethod
@@ -63,7 +65,8 @@ class RoutedModel:
             unet = PrunedUNet2DConditionModel.from_pretrained(folder).to(device, torch.float32)
             return unet.eval().requires_grad_(False)
 
-        return cls(pipeline, expert, len(result.architectures), _route(result, settings.get("prompt_encoder", "emoji")))
+        route = _route(result, settings["prompt_encoder"])
+        return cls(pipeline, expert, len(result.architectures), route, settings["evaluation"]["guidance"])
 
     def expert(self, index: int) -> UNet2DConditionModel:
         """Return the UNet of expert `index`."""
@@ -76,7 +79,7 @@ class RoutedModel:
         prompts: Sequence[str],
         seeds: Sequence[int],
         steps: int = 25,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         batch_size: int = 1,
         progress: Callable[[int], Any] = lambda done: None,
     ) -> tuple[Tensor, Tensor]:
@@ -91,7 +94,7 @@ class RoutedModel:
             raise ValueError(f"one seed a prompt is needed, got {len(prompts)} prompts and {len(seeds)} seeds")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        experts = self.route(list(prompts))
+        experts, guidance = self.route(list(prompts)), self.guidance if guidance is None else guidance
         pictures: dict[int, Tensor] = {}
         dense = self.pipeline.unet
         try:

@@ -1,0 +1,287 @@
+"""The commands: parse, call, print. A user's mistake is one line on stderr; anything else shows its traceback."""
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+INTERRUPTED = 130
+UsageError, ClickException = typer.BadParameter.__mro__[1:3]  # of click, which newer typers carry inside
+
+
+class Commands(TyperGroup):
+    """The group that turns errors into one line and an exit status."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line; always leaves by SystemExit."""
+        given = extra.get("args")
+        arguments = list(sys.argv[1:] if given is None else given)
+        debug = "--debug" in arguments or os.environ.get("PRUNEKIT_DEBUG", "") not in ("", "0")
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except ClickException as error:
+            hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, UsageError) and error.ctx else ""
+            _fail(error.format_message() + hint, error.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            _interrupted()
+        except Exception as error:
+            if debug or not is_users(error):
+                raise
+            _fail(str(error) or type(error).__name__, 1)
+        if status == INTERRUPTED:
+            _interrupted()
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the message is for the user: an error class of ours, a ValueError that our code raised, or a file's."""
+    if type(error).__module__.partition(".")[0] == __package__ or isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError | ImportError):
+        return False
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __package__
+
+
+def _fail(message: str, status: int) -> None:
+    typer.echo(f"prunekit: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+def _interrupted() -> None:
+    _fail("interrupted; what is finished stays: `prunekit resume RUN` goes on with a run", INTERRUPTED)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe's YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as fine_tune.steps=100")
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help='"emoji", a diffusers directory, sd-1.4, sd-1.5, sd-2.1, sdxl, …')
+]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+) -> None:
+    """Prune text-to-image diffusion UNets, recover them, and route prompts to pruned experts."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    directory: Annotated[Path | None, typer.Option(help="the run's directory; runs/NAME by default")] = None,
+) -> None:
+    """Run a recipe; where its directory holds the same run, go on with it."""
+    from prunekit.run import start
+
+    _say(f"The run is in {start(recipe, overrides or (), directory)}")
+
+
+@app.command()
+def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
+    """Go on with a run that was stopped; a finished one is shown again."""
+    from prunekit.run import resume
+
+    _say(f"The run is in {resume(directory)}")
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    throughput: Annotated[
+        float | None, typer.Option(help="the device's TMAC/s; measured on this machine where it is not given", min=1e-6)
+    ] = None,
+) -> None:
+    """Show what a recipe will cut, cost and take, without weights or network."""
+    from prunekit.plan import plan
+    from prunekit.plan_table import show_plan
+    from prunekit.recipe import load_recipe
+
+    content = plan(load_recipe(recipe, overrides or ()), None if throughput is None else throughput * 1e12)
+    show_plan(content, _console())
+    _say(f"Nothing was run; start it with: prunekit run {' '.join([str(recipe), *(overrides or ())])}")
+
+
+@app.command()
+def units(
+    model: Model,
+    depth: Annotated[str, typer.Option(help="which whole layers are units: aptp, all, blocks or none")] = "aptp",
+    include: Annotated[list[str] | None, typer.Option(help="glob over module paths: only these (repeatable)")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="glob over module paths: not these (repeatable)")] = None,
+) -> None:
+    """List what can be removed from a model."""
+    from rich.table import Table
+
+    from prunekit.models import load_shape
+    from prunekit.units import discover
+
+    unet = load_shape(model).unet
+    space = discover(unet, depth, include, exclude)
+    table = Table("kind", "path")
+    for column in ("units", "channels a unit"):
+        table.add_column(column, justify="right")
+    for group in space.groups:
+        table.add_row(group.kind, group.path, str(group.size), str(group.channels))
+    _console().print(table)
+    sizes = f"{space.num_width:,} width + {space.num_depth:,} depth = {space.size:,} units"
+    _say(f"{type(unet).__name__} of {model}, depth={depth}: {sizes} in {len(space.groups):,} groups")
+
+
+@app.command()
+def macs(
+    model: Model,
+    size: Annotated[str | None, typer.Option(help="latent side, or HxW; the model's own by default")] = None,
+    text_length: Annotated[int | None, typer.Option(help="text tokens; the tokenizer's by default", min=1)] = None,
+    convention: Annotated[str, typer.Option(help="exact, conv_linear or aptp")] = "exact",
+    check: Annotated[bool, typer.Option("--check", help="count with FlopCounterMode, thop and fvcore too")] = False,
+) -> None:
+    """Count a model's MACs and parameters, exactly."""
+    from prunekit.cost import CostModel
+    from prunekit.models import load_shape
+    from prunekit.units import discover
+
+    shape = load_shape(model)
+    length = text_length or shape.tokenizer.model_max_length
+    cost = CostModel(shape.unet, discover(shape.unet, "none"), _latent_size(size), length, convention)
+    height, width = cost.sample_size
+    _say(f"{type(shape.unet).__name__} of {model}: {cost.dense_params:,} parameters")
+    _say(f"{cost.dense_macs:,} MACs ({convention}, latent {height} x {width}, {length} text tokens, batch 1)")
+    if check:
+        _check(shape.unet, cost.sample_size, length)
+
+
+def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
+    from rich.table import Table
+
+    from prunekit.crosscheck import crosscheck
+
+    table = Table("counter")
+    for column in ("latent", "MACs", "exact MACs", "difference", "unexplained"):
+        table.add_column(column, justify="right")
+    table.add_column("what explains it")
+    rows = crosscheck(unet, size, text_length)
+    for row in rows:
+        numbers = (f"{number:,}" if number is not None else "–" for number in (row.macs, row.ours))
+        rest = (f"{number:,}" if number is not None else "–" for number in (row.difference, row.unexplained))
+        table.add_row(row.counter, "{} x {}".format(*row.sample_size), *numbers, *rest, row.explanation)
+    _console().print(table)
+    if wrong := [row.counter for row in rows if row.unexplained]:
+        raise ValueError(f"the counts of {', '.join(wrong)} differ by more than what is known; please report this")
+    _say("Every difference is explained to the integer")
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods and their settings."""
+    from prunekit.methods import PruneSettings, get, names
+
+    console = _console()
+    for name in names():
+        method = get(name)
+        console.print(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}", style="bold", highlight=False)
+        _settings(console, method.Config, PruneSettings)
+    console.print("All methods share these, in the recipe's section `prune`:", style="bold")
+    _settings(console, PruneSettings, None)
+    _say("A method of another package registers in the entry-point group prunekit.methods")
+
+
+def _settings(console: Any, config: Any, without: Any) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "default", "what it is")
+    for key, field in config.model_fields.items():
+        if without is None or key not in without.model_fields:
+            default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+            table.add_row(key, default, field.description or "")
+    if table.row_count:
+        console.print(table)
+
+
+def _default(value: Any) -> str:
+    dump = getattr(value, "model_dump", None)
+    if dump is None:
+        return str(value)
+    return ", ".join(f"{key}={setting}" for key, setting in dump(exclude_unset=True).items())
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt (repeatable)")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file with a prompt a line")] = None,
+    method: Annotated[str, typer.Option(help="whose pruned model")] = "aptp",
+    seed: Annotated[int, typer.Option(help="of every prompt's noise", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's by default", min=0)] = None,
+    batch_size: Annotated[int, typer.Option(help="pictures of one pipeline call", min=1)] = 1,
+    output: Annotated[Path | None, typer.Option(help="where pictures go; RUN/generated/METHOD by default")] = None,
+) -> None:
+    """Draw prompts with a run's pruned model, each by the expert that serves it."""
+    prompts = _prompts(prompt or [], prompts_file)
+    from rich.table import Table
+
+    from prunekit.evaluation.generate import save_picture
+    from prunekit.serving import RoutedModel
+    from prunekit.training.progress import Progress
+
+    model = RoutedModel.load(directory, method)
+    with Progress("generate", len(prompts)) as progress:
+        pictures, experts = model.generate(
+            prompts, [seed] * len(prompts), steps, guidance, batch_size, progress=progress.update
+        )
+    folder = output or directory / "generated" / method
+    folder.mkdir(parents=True, exist_ok=True)
+    table = Table("picture", "expert", "prompt")
+    for index, (text, picture, expert) in enumerate(zip(prompts, pictures, experts.tolist(), strict=True)):
+        save_picture(folder / f"{index:05d}.png", picture)
+        table.add_row(f"{index:05d}.png", str(expert), text)
+    _console().print(table)
+    _say(f"{len(prompts)} pictures by {method} ({model.num_experts} experts), seed {seed}, are in {folder}")
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    prompts = [text.strip() for text in [*given, *lines] if text.strip()]
+    if not prompts:
+        raise ValueError("nothing to draw: give --prompt TEXT, or --prompts-file FILE with a prompt a line")
+    return prompts
+
+
+def _latent_size(size: str | None) -> int | tuple[int, int] | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size.strip().lower())
+    if match is None or "0" in (match[1], match[2]):
+        raise ValueError(f"--size {size}: give the latent's side, such as 64, or HxW, such as 64x96")
+    height = int(match[1])
+    return (height, int(match[2])) if match[2] else height
+
+
+def _console() -> Any:
+    """Return a console on stdout that keeps tables whole where there is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
