@@ -5,12 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from prunekit.data.emoji import load_emoji
-from prunekit.evaluation.ceiling import evaluator_ceiling, reconstruct
+from prunekit.evaluation.ceiling import evaluator_ceiling, reconstruct, to_bytes
 from prunekit.evaluation.clip import CLIPEvaluator
 from prunekit.evaluation.evaluator import EVALUATOR_DIRECTORY, Evaluator, EvaluatorConfig, load_evaluator
 from prunekit.evaluation.evaluator_training import train_evaluator
+from prunekit.evaluation.metrics import cmmd
 from prunekit.randomness import generator
-from prunekit.training.contrastive import augment
+from prunekit.training.contrastive import augment, soften
 from prunekit.training.trainer import TrainerConfig
 
 
@@ -48,7 +49,17 @@ def test_a_picture_does_not_depend_on_its_company(evaluator, some):
     assert torch.equal(together, evaluator.embed_images(some))
     assert torch.equal(together[:5], evaluator.embed_images(some[:5]))
     assert torch.allclose(together.flip(0), evaluator.embed_images(some.flip(0)), atol=1e-5)
-    assert evaluator.features(some[:2]).shape == (2, evaluator.config.widths[-1])
+
+
+def test_distances_see_softness_and_noise(evaluator, some):
+    pixels = some.float() / 255
+    noisy = pixels + 0.1 * torch.randn(pixels.shape, generator=generator(0, "noise"))
+    real, soft, softer, grainy = (
+        evaluator.features(images)
+        for images in (some, to_bytes(soften(pixels, 2)), to_bytes(soften(pixels, 4)), to_bytes(noisy))
+    )
+    assert real.shape == (len(some), sum(evaluator.config.widths[1:]))
+    assert 0 < cmmd(real, soft) < cmmd(real, softer) and cmmd(real, grainy) > 0.001
 
 
 def test_texts(evaluator):

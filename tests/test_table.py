@@ -27,7 +27,7 @@ def test_markdown():
     assert markdown_table(ROWS) == (
         "| model | parameters (M) ↓ | MACs (G) ↓ | MACs (% of dense) ↓ | CMMD ↓ | top-1 (%) ↑ |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        "| dense | 3.21 | 1.235 | 100.0 | 1.25 | 81.2 |\n"
+        "| dense | 3.21 | 1.235 | 100.0 | 1.250 | 81.2 |\n"
         "| a\\|b [bold] | 1.00 | 0.617 | 50.0 | – | – |\n"
     )
 

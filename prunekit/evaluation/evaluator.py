@@ -92,6 +92,19 @@ class Evaluator(nn.Module):
         """Return unit vectors (n, E) of float pixels (n, 3, H, W) in [0, 1]; with gradients."""
         return F.normalize(self.image_projection(self.image_features(pixels)).float(), dim=-1)
 
+    def stage_features(self, pixels: Tensor) -> Tensor:
+        """Return features (n, F) of float pixels (n, 3, H, W): the pooled output of each stage, layer-normalised.
+
+        The last stage alone hardly sees softness, which it was trained to forgive; the earlier ones do.
+        """
+        hidden, stages = 2 * pixels - 1, []
+        for layer in self.image_tower:
+            hidden = layer(hidden)
+            if isinstance(layer, ResidualBlock):
+                stages.append(F.relu(hidden))
+        pooled = [stage.float().mean(dim=(2, 3)) for stage in (*stages[:-1], hidden)]
+        return torch.cat([F.layer_norm(stage, stage.shape[1:]) for stage in pooled], dim=1)
+
     def text_embeddings(self, texts: list[str]) -> Tensor:
         """Return unit vectors (n, E) of texts; pieces that the vocabulary lacks are left out; with gradients."""
         bags = [[self.index[p] for p in pieces(text) if p in self.index] for text in texts]
@@ -108,7 +121,7 @@ class Evaluator(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return features (n, F) of uint8 pictures (n, 3, H, W), for distances between sets of pictures."""
-        return in_batches(lambda part: self.image_features(self._pixels(part)), images)
+        return in_batches(lambda part: self.stage_features(self._pixels(part)), images)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:

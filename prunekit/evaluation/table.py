@@ -47,8 +47,8 @@ COST = (
     Column("macs_ratio", "MACs", ".1f", "↓", "% of dense", 100),
 )
 DISTANCES = (
-    Column("cmmd", "CMMD", ".2f", "↓"),
-    Column("kid", "KID", ".3f", "↓", "×1000", 1000),
+    Column("cmmd", "CMMD", ".3f", "↓"),
+    Column("kid", "KID", ".2f", "↓", "×1000", 1000),
     Column("frechet", "Fréchet", ".2f", "↓"),
 )
 TEXT = (
