@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment of this checkout.
+#   make quickstart   install, and run the main job in small: prune the embedded model, compare, print the table
+#   make test         install, and run ruff and the tests
+# PYTHON       the interpreter that makes the environment (3.10 or newer)
+# TORCH_INDEX  a package index to take torch from; unset, torch comes from your usual one. For example
+#              make test TORCH_INDEX=https://download.pytorch.org/whl/cpu     CPU only, a smaller download
+#              make test TORCH_INDEX=https://download.pytorch.org/whl/cu130   for CUDA 13.0
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test lint clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/prunekit run recipes/quickstart.yaml
+
+lint: $(STAMP)
+	$(BIN)/ruff check prunekit tests
+	$(BIN)/ruff format --check prunekit tests
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV)
