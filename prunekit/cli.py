@@ -1,5 +1,6 @@
 """The commands: parse, call, print. A user's mistake is one line on stderr; anything else shows its traceback."""
 
+import importlib
 import os
 import re
 import sys
@@ -73,8 +74,10 @@ def common(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
 ) -> None:
     """Prune text-to-image diffusion UNets, recover them, and route prompts to pruned experts."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in ("transformers", "diffusers"):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+        if library in sys.modules:  # then it has read its variable already
+            importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
 
 
 @app.command()

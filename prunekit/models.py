@@ -24,7 +24,7 @@ KNOWN = {  # short names of hub models whose UNet configs ship with prunekit
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 STABLE_DIFFUSION_SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position, text tokens
-LOCAL = "a local directory that DiffusionPipeline.save_pretrained wrote works everywhere, also offline"
+LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_pipeline(name: str | Path, dtype: torch.dtype = torch.float32) -> Diffu
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **_without_checker(directory))
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot load model {str(name)!r}: {reason.rstrip('.')}; {LOCAL}") from error
+        raise ValueError(f"cannot load model {str(name)!r}: {reason.rstrip('.')}. Give {LOCAL}") from error
     unet = getattr(pipeline, "unet", None)
     if unet is None:
         raise ValueError(f"{type(pipeline).__name__} of {name} has no UNet; prunekit prunes UNets")
@@ -151,7 +151,9 @@ def _directory(name: str | Path) -> Path | None:
 def _check_hub_id(name: str | Path) -> None:
     """ValueError for what is neither a known name nor has the form owner/name."""
     text = str(name)
-    if text not in KNOWN and (text.count("/") != 1 or text.startswith((".", "/", "~")) or not all(text.split("/"))):
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ValueError(f"no directory {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+    if text not in KNOWN and (text.count("/") != 1 or not all(text.split("/"))):
         raise _unknown(name)
 
 
@@ -159,7 +161,7 @@ def _unknown(name: str | Path) -> ValueError:
     names = [EMBEDDED, *KNOWN, *KNOWN.values()]
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"no model {str(name)!r} here{hint} Known: {', '.join([EMBEDDED, *KNOWN])}; {LOCAL}")
+    return ValueError(f"no model {str(name)!r} here{hint} Give one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
 
 
 def _without_checker(directory: Path | None) -> dict[str, Any]:

@@ -161,11 +161,9 @@ def _smoke(content: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(node, dict):
             return node
         node = {key: shrink(value) for key, value in node.items()}
-        return (
-            node | {k: v for k, v in SMOKE.items() if k in node or k != "warmup_steps"}
-            if "steps" in node and "learning_rate" in node
-            else node
-        )
+        if "learning_rate" in node:  # a training
+            node |= {key: value for key, value in SMOKE.items() if key in node or key != "warmup_steps"}
+        return node | ({"warmup": 1} if "warmup" in node else {})
 
     evaluation = {"num_images": SMOKE_IMAGES, "steps": 2, "num_predictions": SMOKE_IMAGES, "num_pictures": 2}
     return shrink(content) | {"evaluation": {**(content.get("evaluation") or {}), **evaluation}}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from prunekit.cost import CostModel
 from prunekit.data.config import load_data
@@ -59,7 +60,7 @@ class Run:
     def execute(self) -> Path:
         """Run every stage that is not done; print the table; return the directory."""
         recipe = self.recipe
-        diffusers_logging.set_verbosity_error()
+        quiet_libraries()
         self.say(f"{recipe.name}: {self.directory}")
         pipeline, data = self.load()
         scale = pipeline.vae_scale_factor
@@ -210,13 +211,22 @@ class Run:
         content |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         write_json(self.directory / "results.json", content)
         parts = [f"# {self.recipe.name}\n", markdown_table(rows)]
-        console.print(terminal_table(rows, title=self.recipe.name))
+        console.print(terminal_table(rows, title=self.recipe.name, width=console.width))
         for name, own in experts.items():
             parts += [f"\n## Experts of {name}\n", markdown_table(own, EXPERT_COLUMNS)]
-            console.print(terminal_table(own, EXPERT_COLUMNS, title=f"experts of {name}"))
+            console.print(terminal_table(own, EXPERT_COLUMNS, title=f"experts of {name}", width=console.width))
         parts += ["\n## What the evaluator says of known pictures\n", markdown_table(ceiling, CEILING_COLUMNS)]
-        console.print(terminal_table(ceiling, CEILING_COLUMNS, title="the evaluator on known pictures"))
+        console.print(
+            terminal_table(ceiling, CEILING_COLUMNS, title="the evaluator on known pictures", width=console.width)
+        )
         (self.directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own bars and notices; prunekit shows its own."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:

@@ -54,6 +54,7 @@ class EvaluationSet:
     seeds: list[int]
     embeddings: Tensor  # (n, Z) of the prompts
     real_features: Tensor = field(repr=False)  # (num_images, F)
+    real_embeddings: Tensor = field(repr=False)  # (num_images, E)
 
     @classmethod
     def build(
@@ -67,9 +68,10 @@ class EvaluationSet:
         prompts = [images.names[i] for i in names] + [images.captions[i] for i in held]
         targets = torch.cat([names, images.image_index[held]])
         embeddings = torch.as_tensor(prompt_encoder.encode(prompts)).float()
-        real = evaluator.features(images.pixels(range(images.num_images), size))
+        real = images.pixels(range(images.num_images), size)
+        features, embedded = evaluator.features(real), evaluator.embed_images(real)
         seeds = [seed * 1_000_003 + index for index in range(len(prompts))]
-        return cls(images, prompts, targets, len(names), seeds, embeddings, real)
+        return cls(images, prompts, targets, len(names), seeds, embeddings, features, embedded)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def measure(
         "params": sum(candidate.params),
         "macs": round(macs),
         "macs_ratio": macs / dense.macs[0],
-        "cmmd": cmmd(prompts.real_features, features),
+        "cmmd": cmmd(prompts.real_embeddings, embedded),
         "kid": kid(prompts.real_features, features),
         "frechet": frechet_distance(prompts.real_features, features),
         "clip_score": clip_score(embedded[prompts.num_names :], texts[prompts.num_names :]),

@@ -97,14 +97,22 @@ def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Colu
     return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
 
-def terminal_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, title: str | None = None) -> Table:
-    """Return a rich table; print it with a rich console."""
-    table = Table(title=title, title_justify="left")
+def terminal_table(
+    rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, title: str | None = None, width: int = 80
+) -> Table:
+    """Return a rich table that fits `width` letters: where one line a row does not, one line a column."""
     columns = shown(rows, columns)
-    for column in columns:
-        table.add_column(column.header, justify="right" if column.format else "left")
-    for row in rows:
-        table.add_row(*(column.show(row).replace("[", r"\[") for column in columns))
+    table = Table(title=title, title_justify="left")
+    lines = [[column.header for column in columns]]
+    lines += [[column.show(row).replace("[", r"\[") for column in columns] for row in rows]
+    justify = ["right" if column.format else "left" for column in columns]
+    if sum(max(map(len, cells)) + 3 for cells in zip(*lines, strict=True)) > width:
+        lines = [list(cells) for cells in zip(*lines, strict=True)]
+        justify = ["left", *("right" for _ in rows)]
+    for header, side in zip(lines[0], justify, strict=True):
+        table.add_column(header, justify=side)
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 

@@ -12,6 +12,7 @@ from prunekit.cost import CostModel
 from prunekit.methods.aptp.router import Router
 from prunekit.methods.budget import Scores, select
 from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.trainer import Log
 from prunekit.units import Architecture, UnitSpace, discover
 from prunekit.units.discovery import match
 
@@ -127,8 +128,12 @@ class Method:
         pipeline: DiffusionPipeline | UNet2DConditionModel,
         dataset: Any = None,
         directory: str | Path | None = None,
+        log: Log | None = None,
     ) -> PruneResult:
-        """Choose; see the method. Where a directory is given, the result is also saved there."""
+        """Choose; see the method. Where a directory is given, the result is also saved there.
+
+        log: takes rows of figures while a method trains.
+        """
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -147,6 +152,7 @@ class ScoreMethod(Method):
         pipeline: DiffusionPipeline | UNet2DConditionModel,
         dataset: Any = None,
         directory: str | Path | None = None,
+        log: Log | None = None,
     ) -> PruneResult:
         _, cost = space_and_cost(pipeline, self.config)
         scores = self.score(pipeline, dataset)

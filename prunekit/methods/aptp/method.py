@@ -13,7 +13,7 @@ from prunekit.gates import gated
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router
 from prunekit.methods.aptp.search import APTPConfig, Codes, SearchObjective
 from prunekit.methods.base import Method, PruneResult, describe_result, space_and_cost
-from prunekit.methods.budget import select_mixture
+from prunekit.methods.budget import budget_macs, select_mixture
 from prunekit.methods.registry import register
 from prunekit.training.diffusion import forward_process
 from prunekit.training.trainer import Log, Trainer
@@ -53,14 +53,10 @@ class APTP(Method):
         data = _encoded(pipeline, dataset)
         pairs = data.training_pairs()
         config, unet = self.config, pipeline.unet
-        if config.search.steps <= config.warmup:
-            raise ValueError(
-                f"search.steps={config.search.steps} must exceed warmup={config.warmup}: the codes train after it"
-            )
         if config.experts > len(pairs):
             raise ValueError(f"experts={config.experts} exceed the {len(pairs)} training prompts")
         space, cost = space_and_cost(pipeline, config)
-        select_mixture(torch.zeros(1, space.size), torch.ones(1, dtype=torch.long), cost, config.budget)  # floor
+        budget_macs(cost, config.budget)  # refuses a budget below the floor before the search
         predictor, codes = self._parameters(data.prompts.shape[1], space.size)
         unet.eval().requires_grad_(False)
         with gated(unet, space) as gates:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prunekit.cost import CostModel
@@ -42,6 +42,15 @@ class APTPConfig(PruneSettings):
         default_factory=lambda: TrainerConfig(steps=3000, batch_size=1024, learning_rate=6.4e-3, warmup_steps=100),
         description="how the predictor and the codes are trained",
     )
+
+
+    @model_validator(mode="after")
+    def _codes_train(self) -> "APTPConfig":
+        if self.search.steps <= self.warmup:
+            raise ValueError(
+                f"search.steps={self.search.steps} must exceed warmup={self.warmup}: the codes train after it"
+            )
+        return self
 
 
 class Codes(nn.Module):

@@ -1,0 +1,170 @@
+"""APTP's search on a small model: deterministic, resumable, independent of accumulation, and within its budget."""
+
+import pytest
+import torch
+from small_model import CAPTIONS, SHAPES
+
+from prunekit import CostModel, discover
+from prunekit.data.encoded import EncodedData
+from prunekit.data.images import CaptionedImages
+from prunekit.gates import gated
+from prunekit.methods import APTP
+from prunekit.methods.aptp.router import ArchitecturePredictor
+from prunekit.methods.aptp.search import Codes, SearchObjective, spherical_kmeans
+from prunekit.methods.base import PruneResult
+from prunekit.randomness import generator
+from prunekit.training import emoji_model
+from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
+
+SEARCH = {"steps": 6, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 1, "log_every": 1}
+SETTINGS = {"budget": 0.7, "experts": 3, "warmup": 2, "text_length": 16}
+
+
+def encoded(num_images=24, seed=0):
+    draw = generator(seed, "test data")
+    captions = [f"{CAPTIONS[i % len(CAPTIONS)]} {i}" for i in range(num_images)]
+    images = CaptionedImages(
+        [b""] * num_images, captions, captions, torch.arange(num_images), torch.zeros(num_images).bool()
+    )
+    return EncodedData(
+        latents=torch.randn(num_images, 4, 8, 8, generator=draw),
+        text=torch.randn(num_images, 16, SHAPES.text_width, generator=draw),
+        null_text=torch.zeros(16, SHAPES.text_width),
+        prompts=torch.nn.functional.normalize(torch.randn(num_images, 10, generator=draw), dim=1),
+        images=images,
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = emoji_model.build_tokenizer(CAPTIONS, SHAPES.vocabulary)
+        parts = (emoji_model.build_autoencoder(SHAPES), emoji_model.build_text_encoder(SHAPES, tokenizer), tokenizer)
+        return emoji_model.assemble(*parts, emoji_model.build_unet(SHAPES))
+
+
+@pytest.fixture(scope="module")
+def result(pipeline, tmp_path_factory):
+    return APTP(**SETTINGS, search=SEARCH).prune(pipeline, encoded(), tmp_path_factory.mktemp("search"))
+
+
+def test_twice_the_same(pipeline, result, tmp_path):
+    again = APTP(**SETTINGS, search={**SEARCH, "checkpoint_minutes": 1e-9}).prune(pipeline, encoded(), tmp_path)
+    assert again.architectures == result.architectures
+    assert torch.equal(again.router.weight, result.router.weight)
+    assert again.info["prompts_per_expert"] == result.info["prompts_per_expert"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_killed_and_resumed_the_same(pipeline, result, tmp_path, stop):
+    class StopError(Exception):
+        pass
+
+    def kill(row):
+        if row["step"] == stop + 1:
+            raise StopError
+
+    method = APTP(**SETTINGS, search={**SEARCH, "checkpoint_minutes": 1e-9})
+    with pytest.raises(StopError):
+        method.prune(pipeline, encoded(), tmp_path, log=kill)
+    resumed = method.prune(pipeline, encoded(), tmp_path)
+    assert resumed.architectures == result.architectures
+    assert torch.equal(resumed.router.weight, result.router.weight)
+
+
+def test_the_mixture_meets_the_budget_and_leaves_nothing_that_fits(pipeline, result):
+    space = discover(pipeline.unet, depth="aptp")
+    cost = CostModel(pipeline.unet, space, text_length=16)
+    counts, total = result.info["prompts_per_expert"], sum(result.info["prompts_per_expert"])
+    assert total == 24 and len(result.architectures) == 3
+    spent = sum(n * cost.macs(a) for n, a in zip(counts, result.architectures, strict=True))
+    assert spent * 10 <= 7 * cost.dense_macs * total
+    for count, architecture in zip(counts, result.architectures, strict=True):
+        for unit in torch.nonzero(~architecture.values).flatten().tolist():
+            more = cost.running(architecture).change(unit)
+            assert not count or more == 0 or (spent + count * more) * 10 > 7 * cost.dense_macs * total
+
+
+def test_result_round_trip(pipeline, result, tmp_path):
+    result.save(tmp_path)
+    loaded = PruneResult.load(tmp_path, pipeline.unet)
+    z = encoded().prompts
+    assert loaded.architectures == result.architectures
+    assert torch.equal(loaded.router.route(z), result.router.route(z))
+
+
+def losses_and_gradients(pipeline, micro_batch, step):
+    method = APTP(**SETTINGS, search=SEARCH)
+    space = discover(pipeline.unet, depth="aptp")
+    cost, data = CostModel(pipeline.unet, space, text_length=16), encoded()
+    predictor, codes = method._parameters(10, space.size)
+    assert isinstance(predictor, ArchitecturePredictor) and isinstance(codes, Codes)
+    scheduler = emoji_model.training_scheduler()
+    with gated(pipeline.unet.requires_grad_(False), space) as gates:
+        args = (pipeline.unet, gates, predictor, codes, cost, scheduler, data, method.config, torch.device("cpu"))
+        objective = SearchObjective(*args)
+        objective.batch(SETTINGS["warmup"])  # places the codes
+        batch = objective.batch(step)
+        terms = {name: float(value.detach()) for name, value in objective.shared_loss(batch).items()}
+        sum(objective.shared_loss(objective.batch(step)).values()).backward()
+        for positions in torch.arange(SEARCH["batch_size"]).split(micro_batch):
+            micro = objective.micro_loss(batch, positions)
+            sum(micro.values()).backward()
+            for name, value in micro.items():
+                terms[name] = terms.get(name, 0.0) + float(value.detach())
+    gradients = [p.grad for m in objective.modules.values() for p in m.parameters() if p.grad is not None]
+    return terms, torch.cat([g.flatten() for g in gradients]), batch
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_accumulation_changes_neither_losses_nor_gradients(pipeline, step):
+    whole, gradient, batch = losses_and_gradients(pipeline, SEARCH["batch_size"], step)
+    parts, other, _ = losses_and_gradients(pipeline, 3, step)
+    assert whole == pytest.approx(parts, rel=1e-5)
+    assert (gradient - other).norm() <= 1e-5 * gradient.norm() and gradient.norm() > 0
+    assert float(batch.weights.sum()) == pytest.approx(1.0)
+
+
+def test_kmeans_finds_separate_directions():
+    axes = torch.eye(3).repeat_interleave(10, 0) * 4 + 0.01 * torch.randn(30, 3, generator=generator(0, "noise"))
+    centres = spherical_kmeans(axes, 3, seed=0)
+    assert sorted((centres @ torch.eye(3)).argmax(1).tolist()) == [0, 1, 2]
+    assert torch.allclose(centres.norm(dim=1), torch.tensor(4.0), atol=0.1)
+    assert torch.equal(centres, spherical_kmeans(axes, 3, seed=0))
+
+
+def test_too_short_a_search_and_too_many_experts_are_refused(pipeline):
+    with pytest.raises(ValueError, match=r"search\.steps=6 must exceed warmup=9"):
+        APTP(**{**SETTINGS, "warmup": 9}, search=SEARCH)
+    with pytest.raises(ValueError, match="experts=99 exceed the 24 training prompts"):
+        APTP(**{**SETTINGS, "experts": 99}, search=SEARCH).prune(pipeline, encoded())
+    with pytest.raises(ValueError, match=r"floor|lowest|least"):
+        APTP(**{**SETTINGS, "budget": 0.01}, search=SEARCH).prune(pipeline, encoded())
+
+
+def test_distillation_of_an_unpruned_student_is_zero(pipeline):
+    from prunekit.slicing import slice_unet
+
+    space, data = discover(pipeline.unet), encoded()
+    student = slice_unet(pipeline.unet, space.full())
+    config = FineTuneConfig(steps=2, batch_size=6, learning_rate=1e-4)
+    args = (student, pipeline.unet, emoji_model.training_scheduler(), data, data.training_pairs(), config, 0)
+    objective = FineTuningObjective(*args, torch.device("cpu"))
+    batch = objective.batch(0)
+    whole = objective.micro_loss(batch, torch.arange(6))
+    parts = [objective.micro_loss(batch, p) for p in torch.arange(6).split(4)]
+    assert float(whole["distillation"]) == pytest.approx(0, abs=1e-9) and float(whole["denoising"]) > 0
+    assert float(sum(p["denoising"] for p in parts)) == pytest.approx(float(whole["denoising"]), rel=1e-5)
+
+
+def test_fine_tuning_lowers_the_distillation_error(pipeline, tmp_path):
+    from prunekit.slicing import slice_unet
+
+    space, data, rows = discover(pipeline.unet), encoded(), []
+    student = slice_unet(pipeline.unet, space.random(0.7, seed=1))
+    config = FineTuneConfig(steps=30, batch_size=8, learning_rate=2e-3, log_every=1)
+    figures = fine_tune(student, pipeline.unet, data, config, tmp_path, scheduler=pipeline.scheduler, log=rows.append)
+    first, last = (sum(r["distillation"] for r in part) for part in (rows[:5], rows[-5:]))
+    assert last < 0.7 * first and figures["steps"] == 30
+    assert not any(p.requires_grad for p in student.parameters())

@@ -1,0 +1,135 @@
+"""The main job on a small model: every stage, twice the same, and the same again after being killed in each stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from small_model import CAPTIONS, picture, write_pipeline, write_shard
+
+from prunekit.recipe import RecipeError
+from prunekit.run import resume, start
+
+TRAINING = {"batch_size": 4, "learning_rate": 1e-2, "checkpoint_minutes": 1e-9, "log_every": 1}
+COLOURS = ("red", "green", "blue", "yellow")
+RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
+    write_shard(folder / "shards" / "0.tar", samples)
+    content = {
+        "name": "small",
+        "model": str(write_pipeline(folder / "model")),
+        "data": {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25},
+        "prune": {"budget": 0.7},
+        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **TRAINING}}},
+        "fine_tune": {"steps": 5, **TRAINING},
+        "evaluation": {"num_images": 6, "steps": 2, "batch_size": 2, "num_predictions": 8, "num_pictures": 2},
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def figures(directory):
+    """Return all results of a run but for the times, which differ."""
+    content = [json.loads((directory / name).read_text()) for name in RESULTS]
+    for result in content[:2]:
+        result["info"].pop("search", None)
+    for table in (content[2]["table"], *content[2]["experts"].values()):
+        for row in table["rows"]:
+            row.pop("seconds_per_image", None)
+            row.pop("training_seconds", None)
+    return content
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "straight"
+    assert start(recipe, (), directory) == directory
+    return directory
+
+
+def test_every_stage_leaves_its_result(finished):
+    rows = json.loads((finished / "results.json").read_text())["table"]["rows"]
+    assert [row["name"] for row in rows] == ["dense", "norm", "aptp"]
+    assert rows[0]["macs_ratio"] == 1 and rows[0]["agreement"] == 0
+    for row in rows[1:]:
+        assert 0.5 < row["macs_ratio"] <= 0.7 and row["agreement"] > 0 and row["seconds_per_image"] > 0
+    assert (finished / "comparison.png").stat().st_size > 5_000
+    assert "| aptp |" in (finished / "table.md").read_text()
+    for path in (*RESULTS, "methods/aptp/router.safetensors", "methods/aptp/experts/1/unet/config.json"):
+        assert (finished / path).is_file(), path
+    assert not list(finished.rglob("checkpoints/step-*")), "checkpoints of finished trainings are left"
+
+
+def test_nothing_but_safetensors_json_yaml_and_pictures(finished):
+    kinds = {path.suffix for path in finished.rglob("*") if path.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png"}
+
+
+def test_twice_the_same(recipe, finished, tmp_path):
+    assert figures(start(recipe, (), tmp_path / "again")) == figures(finished)
+
+
+def test_a_finished_run_is_not_made_again(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    assert resume(finished) == finished
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def started(recipe, directory):
+    code = f"from prunekit.run import start; start({str(recipe)!r}, (), {str(directory)!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+STAGES = {  # what tells that a stage is under way
+    "encoding": lambda d: (d / "recipe.yaml").is_file(),
+    "search": lambda d: list(d.glob("methods/aptp/checkpoints/step-*")),
+    "fine-tuning": lambda d: list(d.glob("methods/*/experts/*/checkpoints/step-*")),
+    "generation": lambda d: list(d.glob("samples/*/*.png")),
+    "evaluation": lambda d: (d / "metrics" / "norm.json").is_file(),
+}
+
+
+def test_killed_once_in_each_stage_and_resumed_is_the_same(recipe, finished, tmp_path):
+    directory, killed = tmp_path / "killed", []
+    for stage, under_way in STAGES.items():
+        process = started(recipe, directory)
+        while process.poll() is None and not under_way(directory):
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed.append(stage)
+        process.wait()
+    assert len(killed) >= len(STAGES) - 1, killed  # the last stage may be over before the signal
+    assert figures(start(recipe, (), directory)) == figures(finished)
+
+
+def test_a_directory_of_another_recipe_is_refused(recipe, finished, tmp_path):
+    with pytest.raises(RecipeError, match=r"another recipe: prune\.budget is 0\.7 there and 0\.6 here"):
+        start(recipe, ["prune.budget=0.6"], finished)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RecipeError, match="not empty and holds no run"):
+        start(recipe, (), tmp_path)
+    with pytest.raises(RecipeError, match="is no run directory"):
+        resume(tmp_path)
+
+
+def test_a_stage_that_fails_leaves_the_finished_ones(recipe, tmp_path):
+    directory = tmp_path / "run"
+    with pytest.raises(ValueError, match="experts=50 exceed"):
+        start(recipe, ["methods.aptp.experts=50"], directory)
+    assert (directory / "methods" / "norm" / "result.json").is_file()
+    assert not Path(directory / "results.json").exists()
