@@ -105,9 +105,7 @@ def _flop_counter_row(unet: UNet2DConditionModel, size: tuple[int, int], text_le
     return Row("torch FlopCounterMode / 2", size, flops // 2, ours, explanation, flops // 2 - ours)
 
 
-def _thop_row(
-    unet: UNet2DConditionModel, size: tuple[int, int], text_length: int, ours: int, attention: int
-) -> Row:
+def _thop_row(unet: UNet2DConditionModel, size: tuple[int, int], text_length: int, ours: int, attention: int) -> Row:
     try:
         import thop
     except ImportError:

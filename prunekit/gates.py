@@ -73,9 +73,7 @@ class Gates:
         if isinstance(g, Architecture):
             g = g.on(self.space).values if g.space is not self.space else g.values
         if g.dim() not in (1, 2) or g.shape[-1] != self.space.size:
-            raise ValueError(
-                f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(g.shape)}"
-            )
+            raise ValueError(f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(g.shape)}")
         parameter = self._unet.conv_in.weight
         g = g.to(parameter.device)
         g = g if g.is_floating_point() else g.to(parameter.dtype)

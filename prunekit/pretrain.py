@@ -111,6 +111,7 @@ def train_diffusion(
         batch_size=recipe.diffusion.batch_size,
         seed=recipe.seed,
         caption_dropout=recipe.caption_dropout,
+        snr_weighted_steps=recipe.snr_weighted_steps,
         device=device,
     )
 

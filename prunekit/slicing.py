@@ -85,9 +85,7 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
 
 def _pairs(pruned: UNet2DConditionModel, unet: UNet2DConditionModel):
     originals = dict(unet.named_modules())
-    return [
-        (module, originals[name]) for name, module in pruned.named_modules() if isinstance(module, Attention)
-    ]
+    return [(module, originals[name]) for name, module in pruned.named_modules() if isinstance(module, Attention)]
 
 
 def _cut(unet: UNet2DConditionModel, architecture: Architecture) -> None:

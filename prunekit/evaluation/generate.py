@@ -1,7 +1,6 @@
 """Pictures from any diffusers text-to-image pipeline, the same for the same (prompt, seed) in every run."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prunekit.sampling import draw, quiet
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.progress import Progress
 
@@ -35,10 +35,10 @@ def generate(
     """
     _check(prompts, seeds, batch_size)
     pictures = []
-    with _quiet(pipeline), Progress(title, len(prompts)) as progress:
+    with quiet(pipeline), Progress(title, len(prompts)) as progress:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
-            pictures.append(_batch(pipeline, prompts[batch], seeds[batch], steps, guidance, size))
+            pictures.append(draw(pipeline, prompts[batch], seeds[batch], steps, guidance, size))
             progress.update(min(start + batch_size, len(prompts)))
     return torch.cat(pictures)
 
@@ -72,11 +72,11 @@ def generate_to(
                 )
     write_json(directory / REQUEST, request)
     paths = [directory / f"{index:05d}.png" for index in range(len(prompts))]
-    with _quiet(pipeline), Progress(title, len(prompts)) as progress:
+    with quiet(pipeline), Progress(title, len(prompts)) as progress:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             if not all(path.exists() for path in paths[batch]):
-                pictures = _batch(pipeline, prompts[batch], seeds[batch], steps, guidance, size)
+                pictures = draw(pipeline, prompts[batch], seeds[batch], steps, guidance, size)
                 for path, picture in zip(paths[batch], pictures, strict=True):
                     save_picture(path, picture)
             progress.update(min(start + batch_size, len(prompts)))
@@ -97,45 +97,6 @@ def read_pictures(paths: Sequence[Path]) -> Tensor:
         with Image.open(path) as picture:
             arrays.append(np.array(picture.convert("RGB")))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def _batch(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    size: int | tuple[int, int] | None,
-) -> Tensor:
-    height, width = (size, size) if isinstance(size, int) or size is None else size
-    output = pipeline(
-        list(prompts),
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="np",
-    ).images  # (n, H, W, 3) in [0, 1]
-    return torch.from_numpy((output * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
-
-
-@contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
-    """Leave out the pipeline's own progress bar and its safety checker, which would blacken pictures of a test."""
-    checker = getattr(pipeline, "safety_checker", None)
-    settings = getattr(pipeline, "_progress_bar_config", None)
-    if checker is not None:
-        pipeline.safety_checker = None
-    if hasattr(pipeline, "set_progress_bar_config"):
-        pipeline.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        if checker is not None:
-            pipeline.safety_checker = checker
-        if hasattr(pipeline, "set_progress_bar_config"):
-            pipeline.set_progress_bar_config(**(settings or {}))
 
 
 def _check(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> None:

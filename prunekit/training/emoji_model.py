@@ -1,6 +1,5 @@
 """The parts of the embedded text-to-image model: Stable Diffusion 2's topology in miniature, still untrained."""
 
-
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer, models, trainers

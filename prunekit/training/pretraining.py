@@ -37,7 +37,11 @@ class CaptionTable:
 
 @dataclass
 class PretrainingObjective:
-    """v- or epsilon-prediction with min-SNR weights; text encoder trained with the UNet."""
+    """v- or epsilon-prediction; the text encoder is trained with the UNet.
+
+    The first `snr_weighted_steps` carry min-SNR weights, which favour fine detail: for v-prediction they take nearly
+    all weight from the noisiest timesteps, where the text decides what is drawn. The steps after them are plain.
+    """
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
@@ -47,6 +51,7 @@ class PretrainingObjective:
     batch_size: int
     seed: int
     caption_dropout: float
+    snr_weighted_steps: int
     device: torch.device
 
     @property
@@ -54,23 +59,27 @@ class PretrainingObjective:
         """The trained modules."""
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
-    def batch(self, step: int) -> NoisePlan:
-        """Draw a step's images, captions, timesteps and noise."""
+    def batch(self, step: int) -> tuple[NoisePlan, bool]:
+        """Draw a step's images, captions, timesteps and noise; say whether it is weighted."""
         shape, steps = tuple(self.latents.shape[1:]), self.scheduler.config.num_train_timesteps
-        return NoisePlan.draw(step, self.seed, self.batch_size, len(self.latents), shape, steps)
+        plan = NoisePlan.draw(step, self.seed, self.batch_size, len(self.latents), shape, steps)
+        return plan, step < self.snr_weighted_steps
 
-    def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
+    def shared_loss(self, batch: tuple[NoisePlan, bool]) -> dict[str, Tensor]:
         """Nothing needs the whole batch."""
         return {}
 
-    def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the weighted denoising error of `positions`, divided by the batch size."""
-        indices = batch.indices[positions]
-        ids = self.captions.choose(indices, batch.choice[positions], batch.drop[positions], self.caption_dropout)
-        latents, noise = self.latents[indices].to(self.device), batch.noise[positions].to(self.device)
-        timesteps = batch.timesteps[positions].to(self.device)
+    def micro_loss(self, batch: tuple[NoisePlan, bool], positions: Tensor) -> dict[str, Tensor]:
+        """Return the denoising error of `positions`, divided by the batch size."""
+        plan, weighted = batch
+        indices = plan.indices[positions]
+        ids = self.captions.choose(indices, plan.choice[positions], plan.drop[positions], self.caption_dropout)
+        latents, noise = self.latents[indices].to(self.device), plan.noise[positions].to(self.device)
+        timesteps = plan.timesteps[positions].to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         text = self.text_encoder(ids.to(self.device)).last_hidden_state
         prediction = self.unet(noisy, timesteps, text).sample
         error = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
-        return {"denoising": (error * snr_weights(self.scheduler, timesteps)).sum() / self.batch_size}
+        if weighted:
+            error = error * snr_weights(self.scheduler, timesteps)
+        return {"denoising": error.sum() / self.batch_size}

@@ -115,9 +115,7 @@ def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
     return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
 
 
-def _select(
-    groups: list[UnitGroup], include: list[str] | None, exclude: list[str] | None
-) -> list[UnitGroup]:
+def _select(groups: list[UnitGroup], include: list[str] | None, exclude: list[str] | None) -> list[UnitGroup]:
     for pattern in (include or []) + (exclude or []):
         if not any(fnmatch.fnmatchcase(group.path, pattern) for group in groups):
             paths = dict.fromkeys(group.path for group in groups)

@@ -46,9 +46,7 @@ def gated_layer(module: FeedForward) -> nn.Module:
     return module.net[2]
 
 
-def cost(
-    module: nn.Module, norm: nn.Module, counter: ConvLinear, positions: int, num_groups: int | None
-) -> LayerCost:
+def cost(module: nn.Module, norm: nn.Module, counter: ConvLinear, positions: int, num_groups: int | None) -> LayerCost:
     """What a feed-forward costs on `positions` image tokens, with the LayerNorm that feeds it."""
     if isinstance(module, EmptiedFeedForward):
         return LayerCost(always=module.net[2].bias.numel() if counter.output_bias_stays else 0)

@@ -210,9 +210,7 @@ class Architecture:
         self._need_boolean()
         gone = [group for group in self.space.depth_groups if not bool(self[group.name])]
         return tuple(
-            group
-            for group in gone
-            if not any(other is not group and other.removes(group.path) for other in gone)
+            group for group in gone if not any(other is not group and other.removes(group.path) for other in gone)
         )
 
     def threshold(self, at: float) -> Architecture:

@@ -95,15 +95,18 @@ def check_supported(unet: nn.Module) -> None:
 
 
 def _check_site(site: Site) -> None:
-    module, expected = site.module, {
-        "resnet": (ResnetBlock2D, EmptiedResnet),
-        "transformer": (Transformer2DModel,),
-        "block": (BasicTransformerBlock,),
-        "attention": (Attention, EmptiedAttention),
-        "feedforward": (FeedForward, EmptiedFeedForward),
-        "downsampler": (Downsample2D,),
-        "upsampler": (Upsample2D,),
-    }[site.kind]
+    module, expected = (
+        site.module,
+        {
+            "resnet": (ResnetBlock2D, EmptiedResnet),
+            "transformer": (Transformer2DModel,),
+            "block": (BasicTransformerBlock,),
+            "attention": (Attention, EmptiedAttention),
+            "feedforward": (FeedForward, EmptiedFeedForward),
+            "downsampler": (Downsample2D,),
+            "upsampler": (Upsample2D,),
+        }[site.kind],
+    )
     layers: list[nn.Module] = []
     if isinstance(module, ResnetBlock2D):
         layers = [module.conv1, module.conv2, module.time_emb_proj]

@@ -43,7 +43,6 @@ class APTPConfig(PruneSettings):
         description="how the predictor and the codes are trained",
     )
 
-
     @model_validator(mode="after")
     def _codes_train(self) -> "APTPConfig":
         if self.search.steps <= self.warmup:
