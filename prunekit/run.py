@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from prunekit.cost import CostModel
@@ -25,7 +26,14 @@ from prunekit.evaluation.ceiling import evaluator_ceiling
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Sampling
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.evaluation.pictures import PictureRow, expert_note, picture_sheet
-from prunekit.evaluation.table import CEILING_COLUMNS, EXPERT_COLUMNS, json_table, markdown_table, terminal_table
+from prunekit.evaluation.table import (
+    CEILING_COLUMNS,
+    COLUMNS,
+    EXPERT_COLUMNS,
+    json_table,
+    markdown_table,
+    terminal_table,
+)
 from prunekit.methods.base import PruneResult, space_and_cost
 from prunekit.models import load_pipeline
 from prunekit.recipe import PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
@@ -210,15 +218,14 @@ class Run:
         content |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
         content |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         write_json(self.directory / "results.json", content)
-        parts = [f"# {self.recipe.name}\n", markdown_table(rows)]
-        console.print(terminal_table(rows, title=self.recipe.name, width=console.width))
-        for name, own in experts.items():
-            parts += [f"\n## Experts of {name}\n", markdown_table(own, EXPERT_COLUMNS)]
-            console.print(terminal_table(own, EXPERT_COLUMNS, title=f"experts of {name}", width=console.width))
-        parts += ["\n## What the evaluator says of known pictures\n", markdown_table(ceiling, CEILING_COLUMNS)]
-        console.print(
-            terminal_table(ceiling, CEILING_COLUMNS, title="the evaluator on known pictures", width=console.width)
-        )
+        screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
+        tables = [(None, rows, COLUMNS)]
+        tables += [(f"Experts of {name}", own, EXPERT_COLUMNS) for name, own in experts.items()]
+        tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
+        for title, content, columns in tables:
+            parts += [f"## {title}\n"] if title else []
+            parts += [markdown_table(content, columns)]
+            screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
         (self.directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunekit.data.images import CaptionedImages
+from prunekit.training.progress import Progress
 
 BATCH = 64
 
@@ -65,16 +66,21 @@ def encode(
 @torch.no_grad()
 def _run(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int) -> EncodedData:
     vae, device = pipeline.vae, pipeline.vae.device
-    latents = []
-    for part in torch.arange(images.num_images).split(BATCH):
-        pixels = images.pixels(part.tolist(), resolution).to(device, vae.dtype) / 127.5 - 1
-        latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).float().cpu())
 
     def states(texts: list[str]) -> Tensor:
         encoded = pipeline.encode_prompt(texts, device, 1, do_classifier_free_guidance=False)[0]
         return encoded.float().cpu()
 
-    text = [states(images.captions[i : i + BATCH]) for i in range(0, images.num_pairs, BATCH)]
+    latents, text = [], []
+    with Progress("encode", images.num_images + images.num_pairs) as progress:
+        for start in range(0, images.num_images, BATCH):
+            stop = min(start + BATCH, images.num_images)
+            pixels = images.pixels(range(start, stop), resolution).to(device, vae.dtype) / 127.5 - 1
+            latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).float().cpu())
+            progress.update(stop)
+        for start in range(0, images.num_pairs, BATCH):
+            text.append(states(images.captions[start : start + BATCH]))
+            progress.update(images.num_images + start + len(text[-1]))
     prompts = torch.as_tensor(prompt_encoder.encode(images.captions)).float()
     return EncodedData(torch.cat(latents), torch.cat(text), states([""])[0], prompts, images)
 
