@@ -96,8 +96,10 @@ def load_unet_on_meta(name: str | Path) -> UNet2DConditionModel:
     try:
         with torch.device("meta"):
             unet = kind.from_config(config)
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(f"the UNet config of {name} builds no {kind.__name__}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({error})"
+        ) from error
     check_supported(unet)
     return unet.eval()
 

@@ -141,7 +141,7 @@ def test_generate_refuses(run_directory, tmp_path):
         ("prune.resolution=63", "the nearest is"),
         ("model=nowhere/at/all", "no directory"),
         ("model=sd-2.2", "did you mean 'sd-2.1'"),
-        ("fine_tune.steps", "cannot be read"),
+        ("fine_tune.steps", "fine_tune.steps=None"),
     ],
 )
 def test_a_wrong_setting_is_one_line(recipe, override, expected):
@@ -185,7 +185,7 @@ def test_a_run_directory_of_another_recipe_is_refused(run_directory, recipe):
     [
         ([(picture(), "red apple"), (picture(), " ")], "empty caption"),
         ([(b"", "red apple")], "no picture"),
-        ([], "no sample"),
+        ([], "0.tar"),
         (None, "no shard"),
     ],
 )
