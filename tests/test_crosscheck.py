@@ -32,9 +32,13 @@ def test_every_counter_is_reconciled(shape):
 def test_a_large_model_is_traced_at_a_smaller_latent():
     pytest.importorskip("fvcore")
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=32, block_out_channels=[320, 640], layers_per_block=1,
-                                    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-                                    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+        unet = UNet2DConditionModel(
+            sample_size=32,
+            block_out_channels=[320, 640],
+            layers_per_block=1,
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        )
     row = crosscheck(unet, 48)[-1]
     assert row.sample_size == (8, 8)
     assert "at a latent of 8 x 8" in row.explanation

@@ -72,8 +72,12 @@ def test_the_order_is_the_forward_pass():
         "feedforward:down_blocks.0.attentions.0.transformer_blocks.0.ff",
     ]
     assert names[-1] == "stage:down_blocks.3"
-    places = [[part.split(".")[0] for part in ("down_blocks", "mid_block", "up_blocks")].index(
-        name.split(":")[1].split(".")[0]) for name in names[:70]]
+    places = [
+        [part.split(".")[0] for part in ("down_blocks", "mid_block", "up_blocks")].index(
+            name.split(":")[1].split(".")[0]
+        )
+        for name in names[:70]
+    ]
     assert places == sorted(places)
 
 
