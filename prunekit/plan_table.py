@@ -14,7 +14,8 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     sides = {key: f"{model[key][0]} x {model[key][1]}" for key in ("resolution", "training_resolution")}
     macs = f", {quantity(model['macs'])}MACs" if "macs" in model else ""
     console.print(
-        f"{plan['recipe']} ({plan['job']}): {model['unet']} of {model['name']}, {quantity(model['params'])}parameters"
+        f"{plan['recipe']} ({plan['job']}): {model['unet']} of {model['name']}, "
+        f"{quantity(model['params']).strip()} parameters"
         f"{macs}; used at {sides['resolution']}, trained at {sides['training_resolution']} pixels, "
         f"{model['text_length']} text tokens"
     )
