@@ -1,11 +1,20 @@
-"""prunekit: prune a text-to-image diffusion UNet, slice it, recover it, and route prompts to pruned experts."""
+"""prunekit: prune a text-to-image diffusion UNet, slice it, recover it, and route prompts to pruned experts.
 
-from typing import Any
+Names are imported when they are first used.
+"""
 
-from .cost import CostModel
-from .gates import gated, pipeline_rows
-from .slicing import PrunedUNet2DConditionModel, slice_unet
-from .units import Architecture, UnitGroup, UnitSpace, discover
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import methods
+    from .cost import CostModel
+    from .gates import gated, pipeline_rows
+    from .slicing import PrunedUNet2DConditionModel, slice_unet
+    from .training.fine_tuning import fine_tune
+    from .units import Architecture, UnitGroup, UnitSpace, discover
 
 __all__ = [
     "Architecture",
@@ -21,13 +30,34 @@ __all__ = [
     "slice_unet",
 ]
 
+_MODULES = {
+    "cost": ["CostModel"],
+    "gates": ["gated", "pipeline_rows"],
+    "methods": ["methods"],
+    "slicing": ["PrunedUNet2DConditionModel", "slice_unet"],
+    "training.fine_tuning": ["fine_tune"],
+    "units": ["Architecture", "UnitGroup", "UnitSpace", "discover"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what lies above the lowest layer when it is first used."""
-    import importlib
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
+    module = importlib.import_module(f"prunekit.{_MODULE_OF[name]}")
+    value = module if name == _MODULE_OF[name] else getattr(module, name)
+    globals()[name] = value
+    return value
 
-    if name == "methods":
-        return importlib.import_module("prunekit.methods")
-    if name == "fine_tune":
-        return importlib.import_module("prunekit.training.fine_tuning").fine_tune
-    raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_command() -> bool:
+    """Whether this process is the command line, whose commands import what they need."""
+    return Path(sys.argv[0]).name == "prunekit" or " -m prunekit " in f"{' '.join(sys.orig_argv)} "
+
+
+if not _is_command():  # diffusers finds the class of a pruned pipeline only in a module that is imported
+    from . import slicing  # noqa: F401

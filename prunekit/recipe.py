@@ -71,6 +71,8 @@ class PruneRecipe(_Section):
     def _methods(self) -> "PruneRecipe":
         if not self.methods:
             raise ValueError(f"methods is empty; available: {', '.join(registry.names())}")
+        if "seed" not in self.prune.model_fields_set:  # so that the written recipe says what a resumed run will use
+            self.prune = self.prune.model_copy(update={"seed": self.seed})
         for name in self.methods:
             self.method(name)
         return self
@@ -84,7 +86,7 @@ class PruneRecipe(_Section):
         if twice:
             raise ValueError(f"methods.{name}.{twice[0]} belongs to the section `prune`, which all methods share")
         try:
-            return kind(**common, **own, **({} if "seed" in common else {"seed": self.seed}))
+            return kind(**common, **own)
         except ValidationError as error:
             raise ValueError(_explain(error, kind.Config, f"methods.{name}.")) from error
 
@@ -130,7 +132,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> PruneRecipe 
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise RecipeError(f"{path} with {list(overrides)} cannot be read: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds no mapping of settings")
@@ -163,7 +165,7 @@ def _smoke(content: dict[str, Any]) -> dict[str, Any]:
             return node
         node = {key: shrink(value) for key, value in node.items()}
         if "learning_rate" in node:  # a training
-            node |= {key: value for key, value in SMOKE.items() if key in node or key != "warmup_steps"}
+            node |= SMOKE
         return node | ({"warmup": 1} if "warmup" in node else {})
 
     evaluation = {"num_images": SMOKE_IMAGES, "steps": 2, "num_predictions": SMOKE_IMAGES, "num_pictures": 2}

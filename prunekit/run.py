@@ -38,7 +38,7 @@ from prunekit.methods.base import PruneResult, space_and_cost
 from prunekit.models import load_pipeline
 from prunekit.recipe import PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
-from prunekit.training.checkpoint import read_json, write_folder, write_json
+from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
 from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import fine_tune
 from prunekit.training.progress import console
@@ -151,6 +151,7 @@ class Run:
                 figures = fine_tune(student, pipeline.unet, data, config, folder / "checkpoints", **options)
             write_json(folder / "figures.json", figures)
             write_folder(unet, student.save_pretrained)
+            Checkpoints(folder / "checkpoints").clear()
             self.say(f"{title}: fine-tuned on {len(pairs):,} captions")
         student = PrunedUNet2DConditionModel.from_pretrained(unet).to(device).eval()
         return student.requires_grad_(False), float(read_json(folder / "figures.json")["seconds"])

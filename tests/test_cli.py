@@ -1,6 +1,8 @@
 """Every command as a user types it, and every mistake that needs no trained model to be refused."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,3 +224,10 @@ def test_an_interrupt_is_one_line(monkeypatch):
 
     monkeypatch.setattr("prunekit.models.load_shape", interrupted)
     assert "prunekit resume" in refused("units", "sd-2.1")
+
+
+def test_help_needs_no_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "prunekit", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "generate" in result.stdout
+    assert "typer" in result.stderr and "torch" not in result.stderr and "diffusers" not in result.stderr

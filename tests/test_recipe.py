@@ -21,10 +21,11 @@ def test_defaults_and_overrides(path):
 
 
 def test_what_is_written_reads_back_the_same(path, tmp_path):
-    recipe = load_recipe(path, ["scale=smoke"])
+    recipe = load_recipe(path, ["scale=smoke", "seed=7"])
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_recipe(recipe))
     assert load_recipe(copy) == recipe
+    assert load_recipe(copy).method("norm").config.seed == recipe.method("norm").config.seed == 7
     assert recipe.fine_tune.steps == 2 and recipe.evaluation.num_images == 4
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit.methods.aptp.transport import assign, sinkhorn
+from prunekit.methods.aptp.transport import assign, expert_potentials, sinkhorn
 
 
 def paper_sinkhorn(scores, epsilon, iterations):
@@ -78,3 +78,15 @@ def test_no_gradient_and_bad_input():
         sinkhorn(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(ValueError, match="epsilon"):
         sinkhorn(torch.zeros(2, 2), epsilon=0)
+
+
+@pytest.mark.parametrize("num_experts", [2, 4, 16])
+def test_potentials_balance_a_router_that_one_expert_would_win(num_experts):
+    torch.manual_seed(0)
+    scores = torch.randn(4000, num_experts, dtype=torch.float64) + 30 * torch.rand(num_experts, dtype=torch.float64)
+    assert torch.bincount(scores.argmax(1), minlength=num_experts).max() > 3000 or num_experts == 16
+    potentials = expert_potentials(scores)
+    shares = torch.bincount((scores + potentials).argmax(1), minlength=num_experts) / 4000
+    assert (shares * num_experts - 1).abs().max() < 0.15
+    assert abs(float(potentials.mean())) < 1e-9
+    assert torch.allclose(expert_potentials(100 * scores), 100 * potentials)

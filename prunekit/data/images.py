@@ -76,12 +76,10 @@ def read_webdataset(shards: list[Path]) -> list[dict]:
 
     if not shards:
         raise DataError("no shard to read: give a folder that holds *.tar files, or the files themselves")
-    stream = datasets.load_dataset(
-        "webdataset", data_files={"train": [str(path) for path in shards]}, split="train", streaming=True
-    )
+    files = {"train": [str(path) for path in shards]}
     samples = []
     try:
-        for row in stream.decode(False):
+        for row in datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True).decode(False):
             samples.append(_sample(row))
     except (OSError, ValueError, EOFError) as error:
         if isinstance(error, DataError):

@@ -12,6 +12,7 @@ from prunekit.data.images import CaptionedImages
 from prunekit.gates import gated
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router
 from prunekit.methods.aptp.search import APTPConfig, Codes, SearchObjective
+from prunekit.methods.aptp.transport import expert_potentials
 from prunekit.methods.base import Method, PruneResult, describe_result, space_and_cost
 from prunekit.methods.budget import budget_macs, select_mixture
 from prunekit.methods.registry import register
@@ -66,6 +67,8 @@ class APTP(Method):
             trainer = Trainer(config.search, objective, directory / "checkpoints", f"{self.name} search", log)
             figures = trainer.fit()
         router = Router.from_codes(predictor, codes.values)
+        if config.balance:
+            router = router.shifted(expert_potentials(router.scores(data.prompts[pairs]), config.epsilon))
         counts = torch.bincount(router.route(data.prompts[pairs]), minlength=config.experts)
         router = router.with_fallback(int(counts.argmax()))
         experts = select_mixture(codes.values.detach().cpu(), counts, cost, config.budget)

@@ -115,6 +115,10 @@ class Router:
         """The same router with another expert for prompts without an embedding."""
         return Router(self.weight, self.bias, fallback, self.info)
 
+    def shifted(self, shift: Tensor) -> "Router":
+        """The same router with `shift` (N,) added to the experts' scores."""
+        return Router(self.weight, self.bias + shift.to(self.bias), self.fallback, self.info)
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with JSON in its header; a path without suffix is a directory."""
         tensors = {"weight": self.weight, "bias": self.bias}

@@ -37,6 +37,11 @@ class APTPConfig(PruneSettings):
     distillation_weight: float = Field(0.2, ge=0, description="lambda_distill of Eq. 25")
     resource_weight: float = Field(2.0, ge=0, description="lambda_res of Eq. 25")
     contrastive_weight: float = Field(100.0, ge=0, description="lambda_cont of Eq. 25")
+    balance: bool = Field(
+        True,
+        description="shift the experts' routing scores so that the training prompts spread as transport spreads them; "
+        "off: Eq. 22 as printed, under which one expert may take every prompt",
+    )
     warmup: int = Field(500, ge=0, description="first steps, in which a prompt's own embedding is its architecture")
     search: TrainerConfig = Field(
         default_factory=lambda: TrainerConfig(steps=3000, batch_size=1024, learning_rate=6.4e-3, warmup_steps=100),

@@ -51,3 +51,29 @@ def assign(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor
 
     """
     return sinkhorn(scores, epsilon, iterations).argmax(dim=1)
+
+
+@torch.no_grad()
+def expert_potentials(scores: Tensor, epsilon: float = 0.05, iterations: int = 100) -> Tensor:
+    """What to add to each expert's score so that prompts spread evenly when each takes its best expert.
+
+    These are the experts' dual variables of the transport problem (Eq. 5-7) over a whole data set: where `assign`
+    balances one batch, they balance any prompt by itself. Their mean is 0.
+
+    Args:
+        scores: (P, N), finite; their common scale does not matter.
+        epsilon: weight of the entropy, in standard deviations of the scores.
+        iterations: rounds of scaling the experts' sums, then the prompts'.
+
+    Returns:
+        (N,) float64, in the scores' own scale.
+
+    """
+    scores = scores.to(torch.float64)
+    unit = epsilon * (scores - scores.mean(dim=0)).std().clamp_min(1e-12)
+    log_k = scores / unit  # (P, N)
+    potentials = torch.zeros(scores.shape[1], dtype=torch.float64)
+    for _ in range(iterations):
+        log_q = (log_k + potentials).log_softmax(dim=1)
+        potentials = potentials - log_q.logsumexp(dim=0) + math.log(len(scores) / scores.shape[1])
+    return (potentials - potentials.mean()) * unit
