@@ -144,6 +144,7 @@ def test_sheet_of_pictures(pictures, tmp_path):
     path = picture_sheet(tmp_path / "sheet.png", rows, [*PROMPTS[:4], "costs $5, a long caption " * 5], "title")
     assert path.stat().st_size > 10_000
     assert expert_note(3, 1_300_000_000) == "expert 3 · 1.30 G MACs"
+    assert expert_note(0, 84_300_000) == "expert 0 · 84 M MACs"
     assert shortened("word " * 40).count("\n") == 2 and shortened("word " * 40).endswith("…")
     with pytest.raises(ValueError, match="'dense' has 5 pictures for 4 prompts"):
         picture_sheet(tmp_path / "other.png", rows, PROMPTS[:4])

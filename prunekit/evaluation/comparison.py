@@ -207,7 +207,7 @@ def seconds_per_image(
         if not shares[expert]:
             continue
         routed = with_unet(pipeline, unet)
-        generate(routed, prompts.prompts[:1], prompts.seeds[:1], 1, sampling.guidance, count)
+        generate(routed, prompts.prompts[:count], prompts.seeds[:count], 2, sampling.guidance, count)
         start = time.perf_counter()
         generate(routed, prompts.prompts[:count], prompts.seeds[:count], sampling.steps, sampling.guidance, count)
         total += float(shares[expert] / shares.sum()) * (time.perf_counter() - start) / count

@@ -24,8 +24,9 @@ class PictureRow:
 
 def expert_note(expert: int, macs: int) -> str:
     """Return what stands under a routed picture: which expert made it, and its MACs per UNet call."""
-    giga = macs / 1e9
-    return f"expert {expert} · {giga:.{2 if giga < 100 else 0}f} G MACs"
+    if macs < 1e9:
+        return f"expert {expert} · {macs / 1e6:.0f} M MACs"
+    return f"expert {expert} · {macs / 1e9:.{2 if macs < 1e11 else 0}f} G MACs"
 
 
 def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str], title: str | None = None) -> Path:
