@@ -51,12 +51,23 @@ class PipelineShape:
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
 
+def quiet_libraries() -> None:
+    """Silence the libraries' own bars and notices; prunekit shows its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def load_pipeline(name: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Load a text-to-image pipeline with its weights, on the CPU, in evaluation mode, without a safety checker.
 
     name: "emoji" (the embedded model), a diffusers directory, a hub id, or a short name in `KNOWN`.
     Raises ValueError, one line: no such model, or one whose UNet is not supported.
     """
+    quiet_libraries()
     directory = _directory(name)
     source = str(directory or KNOWN.get(str(name), name))
     if directory is not None and not (directory / "model_index.json").is_file():

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -21,6 +20,7 @@ from prunekit.evaluation.ceiling import text_figures
 from prunekit.evaluation.evaluator import Evaluator
 from prunekit.evaluation.evaluator_training import train_evaluator
 from prunekit.evaluation.generate import generate
+from prunekit.models import quiet_libraries
 from prunekit.randomness import generator
 from prunekit.recipe import PretrainRecipe
 from prunekit.training import emoji_model
@@ -33,7 +33,7 @@ from prunekit.training.trainer import Log, Trainer
 
 def pretrain(recipe: PretrainRecipe, directory: Path) -> Path:
     """Run the stages that are not done; return the directory."""
-    diffusers_logging.set_verbosity_error()
+    quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(recipe.data, recipe.seed)
     images = data.pixels(range(data.num_images), recipe.shapes.image_size)

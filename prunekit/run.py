@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from prunekit.cost import CostModel
 from prunekit.data.config import load_data
@@ -35,7 +33,7 @@ from prunekit.evaluation.table import (
     terminal_table,
 )
 from prunekit.methods.base import PruneResult, space_and_cost
-from prunekit.models import load_pipeline
+from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
 from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
@@ -228,13 +226,6 @@ class Run:
             parts += [markdown_table(content, columns)]
             screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
         (self.directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
-
-
-def quiet_libraries() -> None:
-    """Silence the libraries' own bars and notices; prunekit shows its own."""
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
