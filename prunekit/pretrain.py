@@ -5,7 +5,6 @@
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from prunekit.models import quiet_libraries
 from prunekit.randomness import generator
 from prunekit.recipe import PretrainRecipe
 from prunekit.training import emoji_model
-from prunekit.training.autoencoder import AutoencoderObjective, calibrate_scale, to_unit
-from prunekit.training.checkpoint import read_json, write_folder, write_json
+from prunekit.training.autoencoder import AutoencoderObjective, calibrate_scale, latent_means
+from prunekit.training.checkpoint import append_row, read_json, write_folder, write_json
 from prunekit.training.pretraining import CaptionTable, PretrainingObjective
 from prunekit.training.progress import console
 from prunekit.training.trainer import Log, Trainer
@@ -39,8 +38,7 @@ def pretrain(recipe: PretrainRecipe, directory: Path) -> Path:
     images = data.pixels(range(data.num_images), recipe.shapes.image_size)
 
     def log(row: dict[str, Any]) -> None:
-        with (directory / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(directory / "log.jsonl", row)
 
     train_autoencoder(recipe, images, directory, device, log)
     autoencoder = train_decoder(recipe, images, directory, device, log)
@@ -106,7 +104,7 @@ def train_diffusion(
         unet=unet,
         text_encoder=text_encoder,
         scheduler=emoji_model.training_scheduler(),
-        latents=encode_latents(autoencoder, images, device),
+        latents=latent_means(autoencoder, images, device).float().cpu() * autoencoder.config.scaling_factor,
         captions=CaptionTable(data, tokenizer),
         batch_size=recipe.diffusion.batch_size,
         seed=recipe.seed,
@@ -128,13 +126,6 @@ def train_diffusion(
     trainer.fit()
     keep("final")
     trainer.checkpoints.clear()
-
-
-@torch.no_grad()
-def encode_latents(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
-    """Return the scaled latent means of uint8 `images`, (n, C, h, w)."""
-    parts = [autoencoder.encode(to_unit(part).to(device)).latent_dist.mean for part in images.split(64)]
-    return torch.cat(parts).float().cpu() * autoencoder.config.scaling_factor
 
 
 def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDiffusionPipeline:

@@ -4,7 +4,6 @@ A stage's result appears whole or not at all, and every draw is keyed by the rec
 anywhere goes on where it was and ends where it would have ended (law 5).
 """
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +35,7 @@ from prunekit.methods.base import PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
-from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
+from prunekit.training.checkpoint import Checkpoints, append_row, read_json, write_folder, write_json
 from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import fine_tune
 from prunekit.training.progress import console
@@ -54,8 +53,7 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to `log.jsonl`."""
-        with (self.directory / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.directory / "log.jsonl", row)
 
     def say(self, text: str) -> None:
         """Print a line with the time since the start."""

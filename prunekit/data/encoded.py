@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunekit.data.images import CaptionedImages
+from prunekit.training.checkpoint import save_tensors
 from prunekit.training.progress import Progress
 
 BATCH = 64
@@ -56,10 +56,7 @@ def encode(
                 return EncodedData(*(file.get_tensor(name) for name in names), images)
     data = _run(pipeline, images, prompt_encoder, resolution)
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".tmp")
-        save_file({name: getattr(data, name) for name in names}, temporary, {"key": key})
-        temporary.replace(cache)
+        save_tensors(cache, {name: getattr(data, name) for name in names}, {"key": key})
     return data
 
 

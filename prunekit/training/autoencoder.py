@@ -64,5 +64,10 @@ def to_unit(images: Tensor) -> Tensor:
 @torch.no_grad()
 def calibrate_scale(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> None:
     """Set `scaling_factor` so that the latents of `images` have unit variance."""
-    means = torch.cat([autoencoder.encode(to_unit(part).to(device)).latent_dist.mean for part in images.split(64)])
-    autoencoder.register_to_config(scaling_factor=float(1 / means.std()))
+    autoencoder.register_to_config(scaling_factor=float(1 / latent_means(autoencoder, images, device).std()))
+
+
+@torch.no_grad()
+def latent_means(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
+    """Return the posterior's means of uint8 `images` (n, 3, H, W), not scaled, (n, C, h, w)."""
+    return torch.cat([autoencoder.encode(to_unit(part).to(device)).latent_dist.mean for part in images.split(64)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.gates import Gates
-from prunekit.methods.aptp.losses import contrastive_loss, gumbel, gumbel_sigmoid, resource_loss
+from prunekit.methods.aptp.losses import batch_weighted_cost, contrastive_loss, gumbel, gumbel_sigmoid, resource_loss
 from prunekit.methods.aptp.router import ArchitecturePredictor, cosine_scores
 from prunekit.methods.aptp.transport import assign
 from prunekit.methods.base import PruneSettings
@@ -137,8 +137,7 @@ class SearchObjective:
             self.prompts[batch.plan.indices.to(self.device)], soft, config.contrastive_temperature
         )
         costs = self.cost.macs(self.gate(logits, self._noise(batch, "gates", logits)))
-        rows = torch.bincount(batch.assignment, minlength=len(logits)).to(costs)
-        mean_macs = (costs * rows).sum() / rows.sum()
+        mean_macs = batch_weighted_cost(costs, batch.assignment)
         return {
             "contrastive": config.contrastive_weight * contrast,
             "resource": config.resource_weight * resource_loss(mean_macs, config.budget * self.cost.dense_macs),
