@@ -109,7 +109,7 @@ def train_diffusion(
         batch_size=recipe.diffusion.batch_size,
         seed=recipe.seed,
         caption_dropout=recipe.caption_dropout,
-        snr_weighted_steps=recipe.snr_weighted_steps,
+        timestep_shift=recipe.timestep_shift,
         device=device,
     )
 

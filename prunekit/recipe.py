@@ -105,7 +105,7 @@ class PretrainRecipe(_Section):
     diffusion: TrainerConfig
     evaluator: TrainerConfig
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for guidance")
-    snr_weighted_steps: int = Field(0, ge=0, description="first steps of `diffusion` with min-SNR weights, then plain")
+    timestep_shift: float = Field(1.0, ge=1, description="above 1: more of the noisiest timesteps in `diffusion`")
     milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -26,6 +26,9 @@ class EncodedData:
     null_text: Tensor  # (T, E): the empty caption's
     prompts: Tensor  # (P, Z) float32: the prompt encoder's embeddings
     images: CaptionedImages
+    pooled: Tensor | None = None  # (P, E2): pooled text embeddings, where the UNet is conditioned on them (SDXL)
+    null_pooled: Tensor | None = None  # (E2,)
+    time_ids: Tensor | None = None  # (6,): original size, crop and target size, where the UNet is conditioned on them
 
     @property
     def image_index(self) -> Tensor:
@@ -35,6 +38,29 @@ class EncodedData:
     def training_pairs(self) -> Tensor:
         """The pairs that training may use, (P_train,)."""
         return self.images.training_pairs()
+
+    def conditions(
+        self, pairs: Tensor, device: torch.device | str = "cpu", dropped: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Return the UNet's keyword arguments that condition it on the captions of `pairs` (n,).
+
+        dropped: (n,) bool, which samples get the empty caption instead.
+        """
+        dropped = torch.zeros(len(pairs), dtype=torch.bool) if dropped is None else dropped
+
+        def chosen(values: Tensor, null: Tensor) -> Tensor:
+            mask = dropped.view(-1, *[1] * null.dim())
+            return torch.where(mask, null, values[pairs]).to(device)
+
+        conditions: dict[str, Any] = {"encoder_hidden_states": chosen(self.text, self.null_text)}
+        if self.pooled is not None:
+            assert self.null_pooled is not None and self.time_ids is not None
+            time_ids = self.time_ids.expand(len(pairs), -1).to(device)
+            conditions["added_cond_kwargs"] = {
+                "text_embeds": chosen(self.pooled, self.null_pooled),
+                "time_ids": time_ids,
+            }
+        return conditions
 
 
 def encode(
@@ -48,15 +74,15 @@ def encode(
 
     prompt_encoder: has `.encode(list of str) -> (n, Z)`. resolution: pixels of a side.
     """
-    names = ("latents", "text", "null_text", "prompts")
     key = _fingerprint(pipeline, images, prompt_encoder, resolution) if cache else ""
     if cache is not None and cache.is_file():
         with safe_open(cache, "pt") as file:
             if (file.metadata() or {}).get("key") == key:
-                return EncodedData(*(file.get_tensor(name) for name in names), images)
+                return EncodedData(**{name: file.get_tensor(name) for name in file.keys()}, images=images)  # noqa: SIM118
     data = _run(pipeline, images, prompt_encoder, resolution)
     if cache is not None:
-        save_tensors(cache, {name: getattr(data, name) for name in names}, {"key": key})
+        tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
+        save_tensors(cache, tensors, {"key": key})
     return data
 
 
@@ -64,11 +90,12 @@ def encode(
 def _run(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int) -> EncodedData:
     vae, device = pipeline.vae, pipeline.vae.device
 
-    def states(texts: list[str]) -> Tensor:
-        encoded = pipeline.encode_prompt(texts, device, 1, do_classifier_free_guidance=False)[0]
-        return encoded.float().cpu()
+    def states(texts: list[str]) -> tuple[Tensor, Tensor | None]:
+        options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        encoded = pipeline.encode_prompt(texts, **options)  # SDXL: states, none, pooled, none
+        return encoded[0].float().cpu(), encoded[2].float().cpu() if len(encoded) > 2 else None
 
-    latents, text = [], []
+    latents, text, pooled = [], [], []
     with Progress("encode", images.num_images + images.num_pairs) as progress:
         for start in range(0, images.num_images, BATCH):
             stop = min(start + BATCH, images.num_images)
@@ -76,15 +103,23 @@ def _run(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: A
             latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).float().cpu())
             progress.update(stop)
         for start in range(0, images.num_pairs, BATCH):
-            text.append(states(images.captions[start : start + BATCH]))
+            states_of, pooled_of = states(images.captions[start : start + BATCH])
+            text.append(states_of)
+            pooled += [] if pooled_of is None else [pooled_of]
             progress.update(images.num_images + start + len(text[-1]))
     prompts = torch.as_tensor(prompt_encoder.encode(images.captions)).float()
-    return EncodedData(torch.cat(latents), torch.cat(text), states([""])[0], prompts, images)
+    null_text, null_pooled = states([""])
+    added: dict[str, Tensor] = {}
+    if null_pooled is not None:
+        sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
+        added = {"pooled": torch.cat(pooled), "null_pooled": null_pooled[0], "time_ids": sizes}
+    return EncodedData(torch.cat(latents), torch.cat(text), null_text[0], prompts, images, **added)
 
 
 def _fingerprint(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int) -> str:
     digest = hashlib.blake2b(repr(resolution).encode(), digest_size=16)
-    for module in (pipeline.vae, pipeline.text_encoder):
+    encoders = (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    for module in filter(None, encoders):
         for name, value in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().float().cpu().numpy().tobytes())

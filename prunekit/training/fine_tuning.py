@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
-from prunekit.training.diffusion import NoisePlan, forward_process, per_sample_mse, target
+from prunekit.training.diffusion import NoisePlan, attention_kernel, forward_process, per_sample_mse, target
 from prunekit.training.distillation import block_outputs, distillation_error
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
@@ -58,7 +58,7 @@ class FineTuningObjective:
         text = torch.where(dropped, self.data.null_text, self.data.text[pairs]).to(self.device)
         noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with block_outputs(self.student) as blocks:
+        with attention_kernel(noisy), block_outputs(self.student) as blocks:
             prediction = self.student(noisy, timesteps, text).sample
         denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
         terms = {"denoising": self.config.denoising_weight * denoising.sum() / self.config.batch_size}

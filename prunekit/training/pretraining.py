@@ -1,6 +1,6 @@
 """Training the embedded model's UNet and text encoder together on cached latents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prunekit.data.images import CaptionedImages
-from prunekit.training.diffusion import NoisePlan, per_sample_mse, snr_weights, target
+from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, shift_timesteps, target
 
 
 class CaptionTable:
@@ -39,8 +39,7 @@ class CaptionTable:
 class PretrainingObjective:
     """v- or epsilon-prediction; the text encoder is trained with the UNet.
 
-    The first `snr_weighted_steps` carry min-SNR weights, which favour fine detail: for v-prediction they take nearly
-    all weight from the noisiest timesteps, where the text decides what is drawn. The steps after them are plain.
+    `timestep_shift` above 1 draws more of the noisiest timesteps, where the text decides what is drawn.
     """
 
     unet: UNet2DConditionModel
@@ -51,7 +50,7 @@ class PretrainingObjective:
     batch_size: int
     seed: int
     caption_dropout: float
-    snr_weighted_steps: int
+    timestep_shift: float
     device: torch.device
 
     @property
@@ -59,27 +58,25 @@ class PretrainingObjective:
         """The trained modules."""
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
-    def batch(self, step: int) -> tuple[NoisePlan, bool]:
-        """Draw a step's images, captions, timesteps and noise; say whether it is weighted."""
+    def batch(self, step: int) -> NoisePlan:
+        """Draw a step's images, captions, timesteps and noise."""
         shape, steps = tuple(self.latents.shape[1:]), self.scheduler.config.num_train_timesteps
         plan = NoisePlan.draw(step, self.seed, self.batch_size, len(self.latents), shape, steps)
-        return plan, step < self.snr_weighted_steps
+        return replace(plan, timesteps=shift_timesteps(plan.timesteps, self.timestep_shift, steps))
 
-    def shared_loss(self, batch: tuple[NoisePlan, bool]) -> dict[str, Tensor]:
+    def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
         """Nothing needs the whole batch."""
         return {}
 
-    def micro_loss(self, batch: tuple[NoisePlan, bool], positions: Tensor) -> dict[str, Tensor]:
+    def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising error of `positions`, divided by the batch size."""
-        plan, weighted = batch
-        indices = plan.indices[positions]
-        ids = self.captions.choose(indices, plan.choice[positions], plan.drop[positions], self.caption_dropout)
-        latents, noise = self.latents[indices].to(self.device), plan.noise[positions].to(self.device)
-        timesteps = plan.timesteps[positions].to(self.device)
+        indices = batch.indices[positions]
+        ids = self.captions.choose(indices, batch.choice[positions], batch.drop[positions], self.caption_dropout)
+        latents, noise = self.latents[indices].to(self.device), batch.noise[positions].to(self.device)
+        timesteps = batch.timesteps[positions].to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        text = self.text_encoder(ids.to(self.device)).last_hidden_state
-        prediction = self.unet(noisy, timesteps, text).sample
+        with attention_kernel(noisy):
+            text = self.text_encoder(ids.to(self.device)).last_hidden_state
+            prediction = self.unet(noisy, timesteps, text).sample
         error = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
-        if weighted:
-            error = error * snr_weights(self.scheduler, timesteps)
         return {"denoising": error.sum() / self.batch_size}

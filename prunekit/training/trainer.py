@@ -89,8 +89,10 @@ class Trainer:
         self.parameters = [p for m in objective.modules.values() for p in m.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"{title}: nothing to train, every parameter is frozen")
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.average = EMAModel(self.parameters, decay=config.ema) if config.ema else None
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.average = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step` (0-based): linear warm-up, constant, linear fall over the last share."""

@@ -20,7 +20,7 @@ from prunekit.methods.aptp.router import ArchitecturePredictor, cosine_scores
 from prunekit.methods.aptp.transport import assign
 from prunekit.methods.base import PruneSettings
 from prunekit.randomness import generator
-from prunekit.training.diffusion import NoisePlan, per_sample_mse, target
+from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, target
 from prunekit.training.distillation import block_outputs, distillation_error
 from prunekit.training.trainer import TrainerConfig
 
@@ -159,7 +159,7 @@ class SearchObjective:
             logits = self.predictor(self.prompts[plan.indices.to(self.device)])
         soft = self.gate(logits, self._noise(batch, "gates", logits))
         self.gates.set(soft, rows=batch.assignment[positions])
-        with block_outputs(self.unet) as blocks:
+        with attention_kernel(noisy), block_outputs(self.unet) as blocks:
             prediction = self.unet(*inputs).sample
         denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
         error = distillation_error(prediction, teacher, blocks, teacher_blocks)
