@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .cost import CostModel
     from .gates import gated, pipeline_rows
     from .slicing import PrunedUNet2DConditionModel, slice_unet
+    from .stock import as_stock, export_unet
     from .training.fine_tuning import fine_tune
     from .units import Architecture, UnitGroup, UnitSpace, discover
 
@@ -22,7 +23,9 @@ __all__ = [
     "PrunedUNet2DConditionModel",
     "UnitGroup",
     "UnitSpace",
+    "as_stock",
     "discover",
+    "export_unet",
     "fine_tune",
     "gated",
     "methods",
@@ -35,6 +38,7 @@ _MODULES = {
     "gates": ["gated", "pipeline_rows"],
     "methods": ["methods"],
     "slicing": ["PrunedUNet2DConditionModel", "slice_unet"],
+    "stock": ["as_stock", "export_unet"],
     "training.fine_tuning": ["fine_tune"],
     "units": ["Architecture", "UnitGroup", "UnitSpace", "discover"],
 }

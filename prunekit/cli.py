@@ -101,6 +101,27 @@ def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run'
 
 
 @app.command()
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="comparison recipes or directories, and settings"),
+    ],
+    output: Annotated[Path | None, typer.Option(help="where cells and table go; runs/NAME by default")] = None,
+    part: Annotated[
+        str, typer.Option(help="I/N: make the I-th of N parts of the cells, then show what is there")
+    ] = "1/1",
+) -> None:
+    """Compare methods x budgets x seeds x protocols in one fair table; finished cells are kept."""
+    from prunekit.compare.comparison import compare
+
+    paths = [text for text in recipes if "=" not in text]
+    if not paths:
+        raise ValueError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
+    folder = compare(paths, [text for text in recipes if "=" in text], output, part)
+    _say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,

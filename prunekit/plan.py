@@ -1,11 +1,13 @@
 """`prunekit plan`: what a recipe will cut, cost and take, before anything runs; no weights, no network."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunekit.compare.cells import DENSE, budget_value, cells_of
 from prunekit.cost import CostModel
 from prunekit.estimates import (
     FLOAT32,
@@ -20,12 +22,30 @@ from prunekit.estimates import (
 from prunekit.methods.base import Method, space_and_cost
 from prunekit.methods.budget import budget_macs
 from prunekit.models import PipelineShape, load_shape
-from prunekit.recipe import PretrainRecipe, PruneRecipe
+from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
 from prunekit.training import emoji_model
+from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.units import Architecture, UnitSpace, discover
 
 
-def plan(recipe: PruneRecipe | PretrainRecipe, throughput: float | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PlannedRow:
+    """One row of a recipe's table, and how often its stages run: a comparison repeats them over seeds and protocols."""
+
+    method: Method
+    tuning: FineTuneConfig
+    searches: int
+    models: int  # fine-tuned ones that are kept
+    tuning_steps: int  # of all models together
+    generations: int
+
+    @property
+    def experts(self) -> int:
+        """Models of one result."""
+        return getattr(self.method.config, "experts", 1)
+
+
+def plan(recipe: AnyRecipe, throughput: float | None = None) -> dict[str, Any]:
     """Return what a recipe will do and take, as JSON values; MACs are multiply-adds, sizes bytes, times seconds.
 
     throughput: the device's MACs per second; measured here, in about a second, where it is not given.
@@ -35,13 +55,14 @@ def plan(recipe: PruneRecipe | PretrainRecipe, throughput: float | None = None) 
     if isinstance(recipe, PretrainRecipe):
         return _plan_pretraining(recipe, throughput)
     shape = load_shape(recipe.model)
-    methods = {name: recipe.method(name) for name in recipe.methods}
+    planned = _comparison_rows(recipe, shape) if isinstance(recipe, CompareRecipe) else _run_rows(recipe)
+    methods = {name: row.method for name, row in planned.items()}
     size = _latent(shape, recipe.resolution)
     training_cost = CostModel(shape.unet, discover(shape.unet, "none"), size, shape.tokenizer.model_max_length)
     rows = {name: _method_row(method, shape) for name, method in methods.items()}
     precision = recipe.fine_tune.precision
     speed = _speed(throughput, shape, training_cost, precision)
-    work = _pruning_work(recipe, methods, shape, training_cost.dense_macs)
+    work = _pruning_work(recipe, planned, shape, training_cost.dense_macs)
     return {
         "recipe": recipe.name,
         "job": recipe.job,
@@ -49,9 +70,33 @@ def plan(recipe: PruneRecipe | PretrainRecipe, throughput: float | None = None) 
         "units": _units(space_and_cost(shape, recipe.prune)[0]),
         "methods": rows,
         "memory": _memory(recipe, methods, rows, shape, size),
-        "disk": _disk(recipe, methods, rows, shape, size),
+        "disk": _disk(recipe, planned, rows, shape, size),
         **_time(work, speed),
     }
+
+
+def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
+    rows = {}
+    for name in recipe.methods:
+        method, tuning = recipe.method(name), recipe.fine_tuning(name)
+        models = getattr(method.config, "experts", 1)
+        rows[name] = PlannedRow(method, tuning, 1, models, models * tuning.steps, 1)
+    return rows
+
+
+def _comparison_rows(recipe: CompareRecipe, shape: PipelineShape) -> dict[str, PlannedRow]:
+    cost = space_and_cost(shape, recipe.prune)[1]
+    rows, cells = {}, [cell for cell in cells_of(recipe) if cell.label != DENSE]
+    for entry in recipe.budgets:
+        budget = budget_value(entry.budget, shape.unet, cost)
+        for label in entry.methods or recipe.methods:
+            own = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
+            models = sum(cell.num_models for cell in own)
+            steps = sum(cell.num_models * recipe.steps(cell.protocol, cell.num_models) for cell in own)
+            tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)
+            method = recipe.method(label, budget, entry.seeds[0])
+            rows[f"{label} @ {entry.label}"] = PlannedRow(method, tuning, len(entry.seeds), models, steps, len(own))
+    return rows
 
 
 def _model_row(shape: PipelineShape, resolution: int | None) -> dict[str, Any]:
@@ -103,32 +148,35 @@ def _uniform(cost: CostModel, target: int) -> torch.Tensor:
     return torch.full((cost.space.size,), low, dtype=torch.float64)
 
 
-def _pruning_work(recipe: PruneRecipe, methods: dict[str, Method], shape: PipelineShape, dense: int) -> list[Work]:
+def _pruning_work(
+    recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow], shape: PipelineShape, dense: int
+) -> list[Work]:
     """List the stages. A backward pass counts as one forward pass per gradient: of the input, of the weights."""
-    tuning, evaluation, work = recipe.fine_tune, recipe.evaluation, []
-    for name, method in methods.items():
-        search = getattr(method.config, "search", None)
+    evaluation, work = recipe.evaluation, []
+    for name, row in rows.items():
+        search = getattr(row.method.config, "search", None)
         if search is not None:
-            teacher = getattr(method.config, "distillation_weight", 0) > 0
+            teacher = getattr(row.method.config, "distillation_weight", 0) > 0
             passes = "forward, backward to the gates" + (", teacher" if teacher else "")
-            work.append(Work(f"{name}: search", search.steps * search.batch_size, (2 + teacher) * dense, passes))
-    for name, method in methods.items():
-        experts = getattr(method.config, "experts", 1)
-        teacher = tuning.distillation_weight > 0
-        macs = (3 * method.config.budget + teacher) * dense
-        passes = f"{experts} x (forward, backward{', teacher' if teacher else ''})"
-        work.append(Work(f"{name}: fine-tuning", experts * tuning.steps * tuning.batch_size, macs, passes))
+            samples = row.searches * search.steps * search.batch_size
+            work.append(Work(f"{name}: search", samples, (2 + teacher) * dense, passes))
+    for name, row in rows.items():
+        teacher = row.tuning.distillation_weight > 0
+        macs = (3 * row.method.config.budget + teacher) * dense
+        passes = f"{row.models} x (forward, backward{', teacher' if teacher else ''})"
+        work.append(Work(f"{name}: fine-tuning", row.tuning_steps * row.tuning.batch_size, macs, passes))
     generation = CostModel(shape.unet, discover(shape.unet, "none"), None, shape.tokenizer.model_max_length)
     calls = (evaluation.steps + 1) * (2 if evaluation.guidance > 1 else 1)  # PNDM calls once more
-    rows = {"dense": 1.0, **{name: method.config.budget for name, method in methods.items()}}
-    for name, ratio in rows.items():
+    seeds = max(row.searches for row in rows.values())
+    ratios = {DENSE: (1.0, seeds), **{name: (row.method.config.budget, row.generations) for name, row in rows.items()}}
+    for name, (ratio, count) in ratios.items():
         macs = calls * ratio * generation.dense_macs
-        work.append(Work(f"{name}: generation", evaluation.num_images, macs, f"{calls} UNet calls an image"))
+        work.append(Work(f"{name}: generation", count * evaluation.num_images, macs, f"{calls} UNet calls an image"))
     return work
 
 
 def _memory(
-    recipe: PruneRecipe,
+    recipe: PruneRecipe | CompareRecipe,
     methods: dict[str, Method],
     rows: dict[str, dict],
     shape: PipelineShape,
@@ -156,15 +204,16 @@ def _memory(
 
 
 def _disk(
-    recipe: PruneRecipe,
-    methods: dict[str, Method],
+    recipe: PruneRecipe | CompareRecipe,
+    planned: dict[str, PlannedRow],
     rows: dict[str, dict],
     shape: PipelineShape,
     size: tuple[int, int],
 ) -> dict[str, Any]:
-    experts = sum(row["experts"] * row["params_estimate"] for row in rows.values())
+    experts = sum(planned[name].models * row["params_estimate"] for name, row in rows.items())
     largest = max(row["params_estimate"] for row in rows.values())
     height, width = shape.resolution
+    pictures = 1 + sum(row.generations for row in planned.values())
     counted = data_size(recipe.data)
     cache = None
     if counted is not None:
@@ -175,7 +224,7 @@ def _disk(
     return {
         "experts": FLOAT32 * experts,
         "checkpoints": 2 * checkpoint_bytes(largest, recipe.fine_tune),  # the new one is written beside the old one
-        "samples": (1 + len(methods)) * recipe.evaluation.num_images * 3 * height * width,  # PNG compresses
+        "samples": pictures * recipe.evaluation.num_images * 3 * height * width,  # PNG compresses
         "encoded_cache": cache,
         "data": None if counted is None else {"images": counted[0], "captions": counted[1]},
     }

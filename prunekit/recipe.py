@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from prunekit.data.config import DataConfig
 from prunekit.methods import registry
-from prunekit.methods.base import PruneSettings
+from prunekit.methods.base import Method, PruneSettings
 from prunekit.training.emoji_model import EmojiModelConfig
 from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.trainer import TrainerConfig
@@ -43,10 +43,9 @@ class EvaluationConfig(_Section):
     num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
 
 
-class PruneRecipe(_Section):
-    """Prune one model by one or more methods, fine-tune, generate, and compare."""
+class CommonRecipe(_Section):
+    """What every recipe that prunes a model says."""
 
-    job: Literal["prune"] = "prune"
     name: str = Field(description="names the run directory")
     seed: int = Field(0, ge=0, description="what all randomness is keyed by")
     scale: Literal["full", "smoke"] = Field("full", description="smoke: every stage with two steps, to see it through")
@@ -57,8 +56,7 @@ class PruneRecipe(_Section):
     evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
     data: DataConfig = DataConfig()
     resolution: int | None = Field(None, gt=0, description="pixels of a side while training; unset: the model's own")
-    prune: PruneSettings = Field(description="what may be removed, and the budget")
-    methods: dict[str, dict[str, Any]] = Field(description="methods by name, each with its own settings")
+    prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -66,6 +64,14 @@ class PruneRecipe(_Section):
     @classmethod
     def _shrink(cls, data: Any) -> Any:
         return _smoke(data) if isinstance(data, dict) and data.get("scale") == "smoke" else data
+
+
+class PruneRecipe(CommonRecipe):
+    """Prune one model by one or more methods, fine-tune, generate, and compare."""
+
+    job: Literal["prune"] = "prune"
+    prune: PruneSettings = Field(description="what may be removed, and the budget")
+    methods: dict[str, dict[str, Any]] = Field(description="methods by name, each with its own settings")
 
     @model_validator(mode="after")
     def _methods(self) -> "PruneRecipe":
@@ -77,18 +83,97 @@ class PruneRecipe(_Section):
             self.method(name)
         return self
 
-    def method(self, name: str) -> Any:
+    def method(self, name: str) -> Method:
         """Return the method `name` with the recipe's common settings and its own."""
-        common = self.prune.model_dump(exclude_unset=True)
-        kind = registry.get(name)
-        own = self.methods[name] or {}
-        twice = sorted(set(own) & set(PruneSettings.model_fields))
+        return build_method(name, self.prune, self.methods[name] or {}, f"methods.{name}")
+
+    def fine_tuning(self, name: str) -> FineTuneConfig:
+        """Return how the method's architectures are fine-tuned: the recipe's settings, under what the method asks."""
+        return self.fine_tune.model_copy(update=self.method(name).fine_tuning())
+
+
+class BudgetEntry(_Section):
+    """One budget of a comparison."""
+
+    budget: float | str = Field(
+        description='share of the dense MACs, or "bksdm:base", "bksdm:2,1,1,1": that member\'s own'
+    )
+    seeds: list[int] = Field(
+        [0], min_length=1, description="repetitions: search, fine-tuning and noise are keyed by it"
+    )
+    methods: list[str] | None = Field(None, description="labels of the methods at this budget; unset: all")
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return str(self.budget)
+
+
+class CompareRecipe(CommonRecipe):
+    """Methods x budgets x seeds x protocols in one fair table."""
+
+    job: Literal["compare"]
+    methods: dict[str, dict[str, Any]] = Field(
+        description="rows by label; `method` (the label by default), `distillation` (true), and the method's settings"
+    )
+    budgets: list[BudgetEntry] = Field(min_length=1, description="budgets, each with its seeds")
+    protocols: list[Literal["equal_steps", "equal_compute"]] = Field(
+        ["equal_steps", "equal_compute"],
+        min_length=1,
+        description="equal_steps: every model trains for fine_tune.steps, as the papers do; "
+        "equal_compute: the N experts of a mixture share them, 1/N each",
+    )
+    published: list[dict[str, float | str]] = Field([], description="figures of a paper, printed beside ours")
+
+    @model_validator(mode="after")
+    def _rows(self) -> "CompareRecipe":
+        twice = {"budget", "seed"} & self.prune.model_fields_set
         if twice:
-            raise ValueError(f"methods.{name}.{twice[0]} belongs to the section `prune`, which all methods share")
-        try:
-            return kind(**common, **own)
-        except ValidationError as error:
-            raise ValueError(_explain(error, kind.Config, f"methods.{name}.")) from error
+            raise ValueError(f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds")
+        for label in self.methods:
+            self.method(label, 0.5, 0)
+        for entry in self.budgets:
+            for label in entry.methods or ():
+                if label not in self.methods:
+                    near = difflib.get_close_matches(label, self.methods, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(f"budgets name an unknown row {label!r}{hint} (rows: {', '.join(self.methods)})")
+        return self
+
+    def method(self, label: str, budget: float, seed: int) -> Method:
+        """Return the method of a row at a budget."""
+        settings = {**(self.methods[label] or {})}
+        name, distils = settings.pop("method", label), settings.pop("distillation", True)
+        if not isinstance(distils, bool):
+            raise ValueError(f"methods.{label}.distillation={distils!r}: true or false")
+        if not distils and "distillation_weight" in registry.get(name).Config.model_fields:
+            settings["distillation_weight"] = 0.0
+        common = self.prune.model_copy(update={"budget": budget, "seed": seed})
+        return build_method(name, common, settings, f"methods.{label}")
+
+    def steps(self, protocol: str, num_models: int) -> int:
+        """Return the fine-tuning steps of each of a row's models under a protocol."""
+        steps = self.fine_tune.steps
+        return max(1, steps // num_models) if protocol == "equal_compute" else steps
+
+    def fine_tuning(self, label: str, steps: int) -> FineTuneConfig:
+        """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full."""
+        changes: dict[str, Any] = {"steps": steps, **self.method(label, 0.5, 0).fine_tuning()}
+        if not (self.methods[label] or {}).get("distillation", True):
+            changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
+        return self.fine_tune.model_copy(update=changes)
+
+
+def build_method(name: str, common: PruneSettings, own: dict[str, Any], where: str) -> Method:
+    """Return a method from the settings that all methods share and its own."""
+    kind = registry.get(name)
+    twice = sorted(set(own) & set(PruneSettings.model_fields))
+    if twice:
+        raise ValueError(f"{where}.{twice[0]} belongs to the section `prune`, which all methods share")
+    try:
+        return kind(**common.model_dump(exclude_unset=True), **own)
+    except ValidationError as error:
+        raise ValueError(_explain(error, kind.Config, f"{where}.")) from error
 
 
 class PretrainRecipe(_Section):
@@ -115,10 +200,11 @@ class PretrainRecipe(_Section):
         return _smoke(data) | {"milestones": []} if isinstance(data, dict) and data.get("scale") == "smoke" else data
 
 
-Recipe = Annotated[PruneRecipe | PretrainRecipe, Field(discriminator="job")]
+AnyRecipe = PruneRecipe | PretrainRecipe | CompareRecipe
+Recipe = Annotated[AnyRecipe, Field(discriminator="job")]
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> PruneRecipe | PretrainRecipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     """Read a YAML recipe and put `key=value` overrides over it (dotted keys, as `fine_tune.steps=100`).
 
     Raises RecipeError, one line: no such file, bad YAML, an unknown key (with the nearest valid one), a wrong value
@@ -139,10 +225,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> PruneRecipe 
     return parse_recipe(content, str(path))
 
 
-def parse_recipe(content: dict[str, Any], where: str = "recipe") -> PruneRecipe | PretrainRecipe:
+def parse_recipe(content: dict[str, Any], where: str = "recipe") -> AnyRecipe:
     """Check the settings of a recipe; errors as in `load_recipe`."""
     content = {"job": "prune", **content}
-    kinds = {"prune": PruneRecipe, "pretrain": PretrainRecipe}
+    kinds = {"prune": PruneRecipe, "pretrain": PretrainRecipe, "compare": CompareRecipe}
     kind = kinds.get(content["job"])
     if kind is None:
         raise RecipeError(f"{where}: job={content['job']!r}; allowed: {', '.join(kinds)}")
@@ -152,7 +238,7 @@ def parse_recipe(content: dict[str, Any], where: str = "recipe") -> PruneRecipe 
         raise RecipeError(f"{where}: {_explain(error, kind)}") from error
 
 
-def dump_recipe(recipe: PruneRecipe | PretrainRecipe) -> str:
+def dump_recipe(recipe: AnyRecipe) -> str:
     """Return a recipe as YAML, every setting written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -178,7 +264,7 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     location = [
         str(part)
         for part in first["loc"]
-        if part not in ("prune", "pretrain") or len(first["loc"]) == 1 or first["loc"][0] != part
+        if part not in ("prune", "pretrain", "compare") or len(first["loc"]) == 1 or first["loc"][0] != part
     ]
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":

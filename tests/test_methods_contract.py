@@ -1,6 +1,6 @@
 """What every registered method must do; a new method is tested by being registered.
 
-A method that needs data joins when `dataset_for` returns data for it, and `SMALL` its smallest settings.
+A method that needs data gets small encoded data. `SMALL` has settings under which a method runs in about a second.
 """
 
 import inspect
@@ -9,35 +9,59 @@ import json
 import pytest
 import torch
 from pydantic import BaseModel
+from small_data import encoded_for, stub
 from unets import SHAPES, build, inputs, relative_error
 
 from prunekit import CostModel, discover
 from prunekit.gates import gated
-from prunekit.methods import PruneResult, PruneSettings, get, names
+from prunekit.methods import PruneResult, PruneSettings, ScoreMethod, get, names
 from prunekit.slicing import slice_unet
 
-SMALL: dict[str, dict] = {}  # method: settings under which it runs in a second
-DATA_FREE = [name for name in names() if not get(name).needs_data]
+SEARCH = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "log_every": 1}
+SMALL: dict[str, dict] = {
+    "aptp": {"experts": 2, "warmup": 1, "search": SEARCH},
+    "norm": {"samples": 1},
+    "taylor_sp": {"samples": 2, "batch_size": 2, "num_timesteps": 2},
+    "uniarch": {"search": SEARCH},
+}
+BUDGET = 0.66  # in reach of families with fixed members, too
 
 
 @pytest.fixture(scope="module")
 def unets():
-    return {shape: build(shape) for shape in SHAPES}
+    unets = {shape: build(shape) for shape in SHAPES}
+    for unet in unets.values():
+        unet.register_to_config(sample_size=8)
+    return unets
 
 
-@pytest.fixture
-def dataset_for():
-    """Method name -> the data that it is tested with."""
-    return lambda name: None
+@pytest.fixture(scope="module")
+def dataset_for(unets):
+    """Method name and shape -> the data that it is tested with; none where it can do without."""
+    data = {shape: encoded_for(unet) for shape, unet in unets.items()}
+    return lambda name, shape: data[shape] if get(name).needs_data else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prune(unets, dataset_for):
     def run(name, shape, directory=None, **settings):
-        method = get(name)(**{**SMALL.get(name, {}), **settings})
-        return method.prune(unets[shape], dataset_for(name), directory)
+        method = get(name)(**{**SMALL.get(name, {}), "depth": "all", "budget": BUDGET, **settings})
+        return method.prune(stub(unets[shape]), dataset_for(name, shape), directory)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def pruned(prune):
+    """Method name and shape -> its result, made once."""
+    results = {}
+
+    def get_or_make(name, shape):
+        if (name, shape) not in results:
+            results[name, shape] = prune(name, shape)
+        return results[name, shape]
+
+    return get_or_make
 
 
 def weights_of(result):
@@ -62,23 +86,27 @@ def check_documented(config, where):
             check_documented(field.annotation, f"{where}.{setting}")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", DATA_FREE)
-def test_budget_is_met_and_the_same_again(name, shape, prune, unets):
-    for budget in (0.8, 0.45):
-        result, again = (prune(name, shape, budget=budget, depth="all") for _ in range(2))
-        assert result.architectures == again.architectures and result.info == again.info
-        cost = CostModel(unets[shape], result.space)
-        ratios = torch.tensor([cost.ratio(a) for a in result.architectures], dtype=torch.float64)
-        assert (weights_of(result) * ratios).sum() <= budget
-        assert result.info["ratio"] == ratios.tolist() and all(a.is_boolean for a in result.architectures)
+def without_times(info):
+    return {name: value for name, value in info.items() if name != "search"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", DATA_FREE)
-def test_masked_is_sliced(name, shape, prune, unets):
+@pytest.mark.parametrize("name", names())
+def test_budget_is_met_and_the_same_again(name, shape, prune, pruned, unets):
+    result, again = pruned(name, shape), prune(name, shape)
+    assert result.architectures == again.architectures
+    assert without_times(result.info) == without_times(again.info)
+    cost = CostModel(unets[shape], result.space)
+    ratios = torch.tensor([cost.ratio(a) for a in result.architectures], dtype=torch.float64)
+    assert (weights_of(result) * ratios).sum() <= BUDGET
+    assert result.info["ratio"] == ratios.tolist() and all(a.is_boolean for a in result.architectures)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", names())
+def test_masked_is_sliced(name, shape, pruned, unets):
     unet = unets[shape]
-    for architecture in prune(name, shape, budget=0.5, depth="all").architectures:
+    for architecture in pruned(name, shape).architectures:
         expert = slice_unet(unet, architecture)
         with torch.no_grad(), gated(unet, architecture.space) as gates:
             gates.set(architecture)
@@ -87,19 +115,32 @@ def test_masked_is_sliced(name, shape, prune, unets):
         assert relative_error(masked, sliced) <= 1e-5
 
 
-@pytest.mark.parametrize("name", DATA_FREE)
-def test_result_round_trip(name, prune, unets, tmp_path):
-    result = prune(name, "sd1", directory=tmp_path)
+@pytest.mark.parametrize("name", names())
+def test_result_round_trip(name, pruned, unets, tmp_path):
+    result = pruned(name, "sd1")
+    result.save(tmp_path)
     with torch.device("meta"):
         meta = build("sd1", device="meta")
-    for of in (None, discover(meta), meta):
+    for of in (None, discover(meta, result.info["settings"]["depth"]), meta):
         loaded = PruneResult.load(tmp_path, of)
         assert loaded.architectures == result.architectures and loaded.info == result.info
         assert (loaded.router is None) == (result.router is None)
-    assert all(path.suffix in (".json", ".safetensors") for path in tmp_path.rglob("*") if path.is_file())
     assert json.loads((tmp_path / "result.json").read_text())["info"]["method"] == name
     with pytest.raises(ValueError, match=r"resnet:|attention:|feedforward:|layer:"):
         PruneResult.load(tmp_path, unets["sdxl"])
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_directory_gets_the_result_and_scores_for_other_budgets(name, prune, tmp_path):
+    small = {"depth": "aptp", "include": "down_blocks.*"} if issubclass(get(name), ScoreMethod) else {}
+    result = prune(name, "sd1", tmp_path, **small, **({"budget": 0.9} if small else {}))
+    assert PruneResult.load(tmp_path).architectures == result.architectures
+    assert all(path.suffix in (".json", ".safetensors") for path in tmp_path.rglob("*") if path.is_file())
+    if issubclass(get(name), ScoreMethod):
+        written = (tmp_path / "scores.safetensors").stat()
+        again = prune(name, "sd1", tmp_path, **small, budget=0.85)
+        assert again.info["macs"][0] < result.info["macs"][0]
+        assert (tmp_path / "scores.safetensors").stat() == written
 
 
 def test_result_with_router(unets, tmp_path):

@@ -1,6 +1,5 @@
 """The frozen parts run once: latents, text states and prompt embeddings of a data set, cached on disk."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import Tensor
 
+from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
 from prunekit.training.checkpoint import save_tensors
 from prunekit.training.progress import Progress
@@ -117,14 +117,8 @@ def _run(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: A
 
 
 def _fingerprint(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int) -> str:
-    digest = hashlib.blake2b(repr(resolution).encode(), digest_size=16)
-    encoders = (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
-    for module in filter(None, encoders):
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
-    for encoded in images.encoded:
-        digest.update(hashlib.blake2b(encoded, digest_size=16).digest())
-    digest.update("\0".join(images.captions).encode())
-    digest.update(torch.as_tensor(prompt_encoder.encode(images.captions[:16])).numpy().tobytes())
-    return digest.hexdigest()
+    fingerprint = Fingerprint(resolution)
+    for module in filter(None, (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))):
+        fingerprint.add_module(module)
+    fingerprint.add_pictures(images.encoded).add_texts(images.captions)
+    return fingerprint.add_tensor(torch.as_tensor(prompt_encoder.encode(images.captions[:16]))).key()

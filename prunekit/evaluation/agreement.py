@@ -1,6 +1,6 @@
 """How closely a pruned UNet predicts what the dense one does: a quality figure without any sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,22 @@ class AgreementSamples:
     noisy: Tensor  # (n, C, h, w)
     timesteps: Tensor  # (n,) int64
     text: Tensor  # (n, T, E)
+    added: dict[str, Tensor] | None = None  # added_cond_kwargs, (n, ...) each, where the UNet has them (SDXL)
 
 
 def agreement_samples(
-    latents: Tensor, text: Tensor, scheduler: Any, seed: int = 0, count: int = SAMPLES
+    latents: Tensor,
+    text: Tensor,
+    scheduler: Any,
+    seed: int = 0,
+    count: int = SAMPLES,
+    added: Mapping[str, Tensor] | None = None,
 ) -> AgreementSamples:
     """Draw `count` triples (latents of a picture and its text, timestep, noise), the same for the same seed.
 
     `latents` (n, C, h, w) are scaled as the UNet expects, `text` (n, T, E) are the hidden states of their captions;
-    `scheduler` is a diffusers training scheduler (`add_noise`). Where `count` exceeds n, rows come again.
+    `scheduler` is a diffusers training scheduler (`add_noise`). Where `count` exceeds n, rows come again. `added` are
+    the captions' `added_cond_kwargs`, (n, ...) each, of an SDXL-shaped UNet: `EncodedData.conditions` returns them.
     """
     if len(latents) != len(text) or not len(latents):
         raise ValueError(f"agreement needs one text a latent, got {len(latents)} latents and {len(text)} texts")
@@ -37,7 +44,8 @@ def agreement_samples(
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=draws)
     noise = torch.randn(count, *latents.shape[1:], generator=draws)
     noisy = scheduler.add_noise(latents[indices].cpu().float(), noise, timesteps)
-    return AgreementSamples(indices, noisy, timesteps, text[indices].cpu().float())
+    own = {name: values[indices].cpu().float() for name, values in added.items()} if added is not None else None
+    return AgreementSamples(indices, noisy, timesteps, text[indices].cpu().float(), own)
 
 
 @torch.no_grad()
@@ -48,7 +56,11 @@ def predictions(unet: nn.Module, samples: AgreementSamples, rows: Tensor | None 
     outputs = []
     for part in rows.split(batch_size):
         inputs = (samples.noisy[part].to(parameter), samples.timesteps[part].to(parameter.device))
-        outputs.append(unet(*inputs, samples.text[part].to(parameter)).sample.float().cpu())
+        conditions: dict[str, Any] = {"encoder_hidden_states": samples.text[part].to(parameter)}
+        if samples.added is not None:
+            own = {name: values[part].to(parameter) for name, values in samples.added.items()}
+            conditions["added_cond_kwargs"] = own
+        outputs.append(unet(*inputs, **conditions).sample.float().cpu())
     return torch.cat(outputs)
 
 

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,18 @@ class EvaluationSet:
         embeddings = torch.as_tensor(prompt_encoder.encode(prompts)).float()
         real = images.pixels(range(images.num_images), size)
         features, embedded = evaluator.features(real), evaluator.embed_images(real)
-        seeds = [seed * 1_000_003 + index for index in range(len(prompts))]
-        return cls(images, prompts, targets, len(names), seeds, embeddings, features, embedded)
+        return cls(
+            images, prompts, targets, len(names), noise_seeds(seed, len(prompts)), embeddings, features, embedded
+        )
+
+    def reseeded(self, seed: int | None) -> "EvaluationSet":
+        """Return the same prompts with another seed of their noise; None changes nothing."""
+        return self if seed is None else replace(self, seeds=noise_seeds(seed, len(self.prompts)))
+
+
+def noise_seeds(seed: int, count: int) -> list[int]:
+    """Return the seed of each prompt's noise."""
+    return [seed * 1_000_003 + index for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -117,12 +127,30 @@ def sample(
     return torch.stack([picture for picture in pictures if picture is not None]), experts
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What an evaluator sees in a row's pictures, and in the texts that they are held against."""
+
+    features: Tensor  # (n, F)
+    embedded: Tensor  # (n, E)
+    texts: Tensor  # (n, E) of the prompts
+    names: Tensor  # (num_images, E) of all pictures' names
+
+
+def judge(pictures: Tensor, prompts: EvaluationSet, evaluator: Any) -> Judged:
+    """Run the evaluator over a row's pictures, uint8 (n, 3, H, W), and the texts."""
+    return Judged(
+        features=evaluator.features(pictures),
+        embedded=evaluator.embed_images(pictures),
+        texts=evaluator.embed_texts(prompts.prompts),
+        names=evaluator.embed_texts(prompts.images.names),
+    )
+
+
 def measure(
     candidate: Candidate,
-    pictures: Tensor,
-    experts: Tensor,
+    judged: Judged,
     prompts: EvaluationSet,
-    evaluator: Any,
     data: EncodedData,
     samples: AgreementSamples,
     dense_predictions: Tensor,
@@ -131,10 +159,8 @@ def measure(
     """Return the row's figures (keys of `table.COLUMNS`), costs being means over the training prompts."""
     shares = training_shares(candidate, data)
     macs = float((shares * torch.tensor(candidate.macs, dtype=torch.float64)).sum())
-    features, embedded = evaluator.features(pictures), evaluator.embed_images(pictures)
-    texts = evaluator.embed_texts(prompts.prompts)
+    features, embedded, texts, names = judged.features, judged.embedded, judged.texts, judged.names
     asked = prompts.targets[: prompts.num_names]
-    names = evaluator.embed_texts(prompts.images.names)
     pair_experts = candidate.experts(data.prompts[samples.indices])
     return {
         "name": candidate.name,

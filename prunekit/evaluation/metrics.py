@@ -58,10 +58,21 @@ def kid(real: Tensor, generated: Tensor, subset: int | None = None, subsets: int
 
 
 def _kid(x: Tensor, y: Tensor) -> float:
-    within_x, within_y, between = (((a @ b.T) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within_x, within_y, between = (polynomial_kernel(a, b) for a, b in ((x, x), (y, y), (x, y)))
     n, m = len(x), len(y)
     same = (within_x.sum() - within_x.trace()) / (n * (n - 1)) + (within_y.sum() - within_y.trace()) / (m * (m - 1))
     return float(same - 2 * between.mean())
+
+
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return KID's kernel (x·y/F + 1)³ of features (n, F) and (m, F): (n, m)."""
+    return ((x @ y.T) / x.shape[1] + 1) ** 3
+
+
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return CMMD's kernel exp(-‖x-y‖²/2σ²), σ = 10, of unit embeddings (n, E) and (m, E): (n, m)."""
+    squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
+    return torch.exp(-squares / (2 * CMMD_SIGMA**2))
 
 
 def cmmd(real: Tensor, generated: Tensor) -> float:
@@ -71,11 +82,8 @@ def cmmd(real: Tensor, generated: Tensor) -> float:
     """
     x, y = (torch.nn.functional.normalize(values, dim=1) for values in _checked(real, generated, least=1))
 
-    def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-        return torch.exp(-squares / (2 * CMMD_SIGMA**2)).mean()
-
-    return float(CMMD_SCALE * (kernel_mean(x, x) + kernel_mean(y, y) - 2 * kernel_mean(x, y)))
+    within_x, within_y, between = (gaussian_kernel(a, b).mean() for a, b in ((x, x), (y, y), (x, y)))
+    return float(CMMD_SCALE * (within_x + within_y - 2 * between))
 
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
@@ -87,7 +95,12 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
 
 
 def retrieval(images: Tensor, texts: Tensor, targets: Tensor, k: int = 1) -> float:
-    """Return the share of pictures whose own text is among the `k` nearest of all texts.
+    """Return the share of pictures whose own text is among the `k` nearest of all texts; arguments as in `ranks`."""
+    return float((ranks(images, texts, targets) < k).double().mean())
+
+
+def ranks(images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
+    """Return how many other texts are as near to each picture as its own, (n,): 0 where its own is the nearest.
 
     `images` (n, E) and `texts` (m, E) are unit vectors, `targets` (n,) the index of each picture's text. A tie counts
     against the picture, so that a collapsed model gets nothing.
@@ -96,8 +109,7 @@ def retrieval(images: Tensor, texts: Tensor, targets: Tensor, k: int = 1) -> flo
         raise ValueError(f"retrieval needs one target a picture, got {len(images)} pictures and {len(targets)} targets")
     scores = images.double() @ texts.double().T  # (n, m)
     own = scores.gather(1, targets.to(scores.device)[:, None])
-    rank = (scores >= own).sum(dim=1) - 1  # (n,)
-    return float((rank < k).double().mean())
+    return (scores >= own).sum(dim=1) - 1
 
 
 def _checked(real: Tensor, generated: Tensor, least: int) -> tuple[Tensor, Tensor]:

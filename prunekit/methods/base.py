@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prunekit.cost import CostModel
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.images import CaptionedImages
 from prunekit.methods.aptp.router import Router
 from prunekit.methods.budget import Scores, select
 from prunekit.training.checkpoint import read_json, write_json
@@ -18,6 +20,8 @@ from prunekit.units.discovery import match
 
 FORMAT = 1
 RESULT = "result.json"
+SCORES = "scores.safetensors"
+SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are made anew
 
 
 class PruneSettings(BaseModel):
@@ -136,6 +140,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def fine_tuning(self) -> dict[str, Any]:
+        """Fine-tuning settings, by name, that the method asks for in place of a recipe's; none unless it says so."""
+        return {}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.config)})"
 
@@ -147,21 +155,58 @@ class ScoreMethod(Method):
         """The importance of every unit."""
         raise NotImplementedError
 
-    def prune(  # noqa: D102
+    def prune(
         self,
         pipeline: DiffusionPipeline | UNet2DConditionModel,
         dataset: Any = None,
         directory: str | Path | None = None,
         log: Log | None = None,
     ) -> PruneResult:
+        """Score, and take the highest scores within the budget.
+
+        Where a directory is given, the scores are kept there as `scores.safetensors`. A later prune of the same
+        weights with the same data and settings reads them, whatever its budget; otherwise they are made anew.
+        """
         _, cost = space_and_cost(pipeline, self.config)
-        scores = self.score(pipeline, dataset)
+        path = None if directory is None else Path(directory) / SCORES
+        scores = self.score(pipeline, dataset) if path is None else self._cached(path, pipeline, dataset)
         architecture = select(scores, cost, self.config.budget)
         result = PruneResult([architecture], info=describe_result(self, [architecture], cost))
         if directory is not None:
-            scores.save(Path(directory) / "scores.safetensors")
             result.save(directory)
         return result
+
+    def score_info(self) -> dict[str, Any]:
+        """What every `Scores.info` of the method holds: its name, and its settings without the budget."""
+        return {"method": self.name, "settings": self.config.model_dump(mode="json", exclude={"budget"})}
+
+    def _cached(self, path: Path, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any) -> Scores:
+        key = self._key(pipeline, dataset)
+        if path.is_file():
+            try:
+                scores = Scores.load(path)
+            except ValueError:  # of another format
+                scores = None
+            if scores is not None and scores.info.get("key") == key:
+                return scores
+        scores = self.score(pipeline, dataset)
+        scores.info["key"] = key
+        scores.save(path)
+        return scores
+
+    def _key(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any) -> str:
+        """A digest of all that the scores depend on: settings, the UNet's weights, the noise schedule, the data."""
+        unet, scheduler = unet_of(pipeline), getattr(pipeline, "scheduler", None)
+        configs = [{} if part is None else part.config for part in (unet, scheduler)]
+        plain = [sorted(item for item in config.items() if not item[0].startswith("_")) for config in configs]
+        fingerprint = Fingerprint(SCORES_FORMAT, self.score_info(), *plain)
+        if unet.device.type != "meta":
+            fingerprint.add_module(unet)
+        if isinstance(dataset, CaptionedImages):  # what will encode them
+            encoders = (getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2"))
+            for encoder in filter(None, encoders):
+                fingerprint.add_module(encoder)
+        return fingerprint.add_data(dataset).key()
 
 
 def unet_of(pipeline: DiffusionPipeline | UNet2DConditionModel) -> UNet2DConditionModel:

@@ -134,6 +134,12 @@ def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
     return limit
 
 
+def budget_of(macs: int, dense_macs: int) -> float:
+    """The smallest budget of 14 decimals under which an architecture of that many MACs fits, by `budget_macs`."""
+    scale = 10**14
+    return float(Fraction(-(-macs * scale // dense_macs), scale))
+
+
 def _check(scores: Tensor, space: UnitSpace) -> None:
     if scores.ndim != 2 or scores.shape[1] != space.size:
         raise ValueError(f"scores must have one value for each of {space.size} units; got {tuple(scores.shape)}")

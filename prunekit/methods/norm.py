@@ -9,13 +9,17 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
 from prunekit.methods.budget import Scores
+from prunekit.methods.calibration import as_encoded
+from prunekit.methods.depth_scores import joint_scores, output_changes
 from prunekit.methods.registry import register
-from prunekit.methods.weights import covered_weights, sum_per_unit
-from prunekit.units import UnitGroup, UnitSpace
+from prunekit.methods.weights import sum_per_unit
+from prunekit.units import UnitSpace
+
+SAMPLES = 16  # calibration samples, unless the settings say
 
 
 class NormSettings(PruneSettings):
@@ -25,67 +29,58 @@ class NormSettings(PruneSettings):
     scope: Literal["global", "layer"] = Field(
         "global", description="Rank all units together, or remove the same share of every layer."
     )
+    samples: int | None = Field(
+        None,
+        gt=0,
+        description=f"Calibration samples on which depth units are measured; unset: {SAMPLES}, or all there are.",
+    )
 
 
 @register("norm")
 class Norm(ScoreMethod):
-    """Remove the units whose weights are smallest, without data (Li et al., 2017)."""
+    """Remove the units whose weights are smallest, with or without data (Li et al., 2017)."""
 
     Config = NormSettings
+    config: NormSettings
     needs_data = False
 
     @torch.no_grad()
     def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
-        """Relative magnitude of every unit.
+        """Relative magnitude of every width unit, measured output change of every depth unit.
 
         A width unit scores the sum of |w|^order over the weights it owns, relative to the mean of its group: equal
         to torch-pruning's MagnitudeImportance(p=order), so that layers of different size and scale compare. A depth
-        unit scores the magnitude of its own weights relative to the mean of the depth units of its kind, where a
-        matrix counts fan_in^(order/2) x mean |w|^order, which does not depend on its width.
+        unit scores how much its removal changes the UNet's output, and the widths are multiplied by one factor so
+        that both rank together (see `depth_scores`); without depth units they stay as they are.
 
         Scope "layer" replaces the scores by ranks within their group, so that a budget takes the same share of each;
         depth units rank among all depth units.
 
         Args:
             pipeline: a pipeline or its UNet; its weights must be there, not on the meta device.
-            dataset: not used.
+            dataset: EncodedData or CaptionedImages, on which depth units are measured; None: on random inputs.
 
         Raises:
-            ValueError: a UNet on the meta device, or units that the settings name and the UNet lacks.
+            ValueError: a UNet on the meta device, units that the settings name and the UNet lacks, or more `samples`
+                than training pairs.
 
         """
-        unet, space = unet_of(pipeline), space_of(pipeline, self.config)
+        unet, space, config = unet_of(pipeline), space_of(pipeline, self.config), self.config
         if unet.device.type == "meta":
             raise ValueError("Norm reads the weights, and this UNet is on the meta device; load it with its weights")
-        order = self.config.order
-        values = torch.empty(space.size, dtype=torch.float64)
+        widths = torch.empty(space.num_width, dtype=torch.float64)
         for group in space.width_groups:
-            values[space.slice(group)] = sum_per_unit(unet, group, lambda weight: weight.double().abs() ** order)
-        for group in space.depth_groups:
-            values[space.slice(group)] = _scale_free(covered_weights(unet, group), order)
-        for pool in _pools(unet, space):
-            values[pool] /= values[pool].mean().clamp_min(torch.finfo(torch.float64).tiny)
-        if self.config.scope == "layer":
-            values = _ranks(values, space)
-        return Scores(space, values, {"method": self.name, "settings": self.config.model_dump(mode="json")})
-
-
-def _scale_free(weights: list[nn.Parameter], order: int) -> float:
-    means = [weight[0].numel() ** (order / 2) * (weight.double().abs() ** order).mean() for weight in weights]
-    return torch.stack(means).mean().item()
-
-
-def _pools(unet: UNet2DConditionModel, space: UnitSpace) -> list[Tensor]:
-    """Positions of the units that are measured against each other: a width group, or the depth units of one kind."""
-    pools = [torch.arange(space.size)[space.slice(group)] for group in space.width_groups]
-    kinds: dict[str, list[int]] = {}
-    for group in space.depth_groups:
-        kinds.setdefault(_depth_kind(unet, group), []).append(space.slice(group).start)
-    return pools + [torch.tensor(positions) for positions in kinds.values()]
-
-
-def _depth_kind(unet: UNet2DConditionModel, group: UnitGroup) -> str:
-    return group.kind if group.kind == "stage" else type(unet.get_submodule(group.path)).__name__
+            norms = sum_per_unit(unet, group, lambda weight: weight.double().abs() ** config.order)
+            widths[space.slice(group)] = norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        data = None if dataset is None or not space.num_depth else as_encoded(pipeline, dataset)
+        available = SAMPLES if data is None else max(1, len(data.training_pairs()))
+        samples = config.samples or min(SAMPLES, available)
+        if config.scope == "global":
+            values = joint_scores(widths, pipeline, space, data, samples, config.seed)
+        else:
+            depths = output_changes(pipeline, space, space.depth_groups, data, samples, config.seed)
+            values = _ranks(torch.cat([widths, depths]), space)
+        return Scores(space, values, self.score_info())
 
 
 def _ranks(values: Tensor, space: UnitSpace) -> Tensor:

@@ -39,22 +39,25 @@ def owned_weights(unet: UNet2DConditionModel, group: UnitGroup) -> list[OwnedWei
     return [OwnedWeight(module.net[0].proj, is_halved=True), OwnedWeight(module.net[2], is_input=True)]
 
 
-def sum_per_unit(unet: UNet2DConditionModel, group: UnitGroup, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
-    """Sum of `value(weight)`, a tensor of the weight's shape, over what each unit of a width group owns: (size,)."""
+def sum_per_channel(owned: OwnedWeight, values: Tensor) -> Tensor:
+    """Sum of `values`, of the layer's weight's shape, over what each channel owns: (C,), or (2C,) where halved."""
+    return (values.transpose(0, 1) if owned.is_input else values).flatten(1).sum(1)
+
+
+def sum_per_unit(
+    unet: UNet2DConditionModel,
+    group: UnitGroup,
+    value: Callable[[nn.Parameter], Tensor],
+    of_sum: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
+    """Sum of `value(weight)`, a tensor of the weight's shape, over what each unit of a width group owns: (size,).
+
+    of_sum: applied to the sum over each layer's channel, before those of a unit are added.
+    """
     total = torch.zeros(group.size, dtype=torch.float64)
     for owned in owned_weights(unet, group):
-        values = value(owned.layer.weight)
-        per_channel = (values.transpose(0, 1) if owned.is_input else values).flatten(1).sum(1)  # (C,) or (2C,)
+        per_channel = of_sum(sum_per_channel(owned, value(owned.layer.weight)))
         if owned.is_halved:
             per_channel = per_channel.view(2, -1).sum(0)
         total += per_channel.double().cpu().view(group.size, group.channels).sum(1)
     return total
-
-
-def covered_weights(unet: UNet2DConditionModel, group: UnitGroup) -> list[nn.Parameter]:
-    """The convolution and linear weights that go when a depth unit goes."""
-    return [
-        module.weight
-        for path, module in unet.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and group.removes(path)
-    ]

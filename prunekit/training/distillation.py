@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from prunekit.training.diffusion import per_sample_mse
 
+FeatureBlocks = Literal["all", "down_up", "none"]  # every block; all but the mid block; no block
+
 
 @contextmanager
-def block_outputs(unet: UNet2DConditionModel) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that every forward pass fills with the blocks' outputs, by path; hooks go on exit."""
+def block_outputs(unet: UNet2DConditionModel, which: FeatureBlocks = "all") -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that every forward pass fills with the outputs of blocks, by path; hooks go on exit."""
     outputs: dict[str, Tensor] = {}
 
     def keep(path: str) -> Callable:
@@ -21,11 +24,7 @@ def block_outputs(unet: UNet2DConditionModel) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
-    if unet.mid_block is not None:
-        blocks["mid_block"] = unet.mid_block
-    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
-    handles = [block.register_forward_hook(keep(path)) for path, block in blocks.items()]
+    handles = [block.register_forward_hook(keep(path)) for path, block in _blocks(unet, which).items()]
     try:
         yield outputs
     finally:
@@ -33,12 +32,24 @@ def block_outputs(unet: UNet2DConditionModel) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+def _blocks(unet: UNet2DConditionModel, which: FeatureBlocks) -> dict[str, torch.nn.Module]:
+    """Return the blocks to compare, by path, in the order of the forward pass."""
+    if which == "none":
+        return {}
+    blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+    if which == "all" and unet.mid_block is not None:
+        blocks["mid_block"] = unet.mid_block
+    return blocks | {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+
+
 def distillation_error(
     prediction: Tensor, teacher: Tensor, blocks: dict[str, Tensor], teacher_blocks: dict[str, Tensor]
 ) -> Tensor:
     """Return each sample's output error plus the sum of its blocks' errors, (B,) (Eq. 27-29).
 
-    Blocks are compared where both models have them and their shapes agree; widths of the residual stream never change.
+    Blocks are compared where both dictionaries have them and their shapes agree: widths of the residual stream never
+    change, but inside a removed stage hidden states have another size. Its up block is compared: what a removed one
+    passes on has the size of what the teacher's returns.
     """
     error = per_sample_mse(prediction, teacher)
     for path, reference in teacher_blocks.items():

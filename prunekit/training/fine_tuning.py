@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
 from prunekit.training.diffusion import NoisePlan, attention_kernel, forward_process, per_sample_mse, target
-from prunekit.training.distillation import block_outputs, distillation_error
+from prunekit.training.distillation import FeatureBlocks, block_outputs, distillation_error
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
@@ -20,6 +20,11 @@ class FineTuneConfig(TrainerConfig):
 
     denoising_weight: float = Field(1e-4, ge=0, description="alpha_DDPM of Eq. 30")
     distillation_weight: float = Field(1.0, ge=0, description="alpha_distill of Eq. 30; 0 trains without a teacher")
+    feature_blocks: FeatureBlocks = Field(
+        "all",
+        description="blocks whose outputs are distilled: all (Eq. 29); down_up leaves out the mid block, which with "
+        "denoising_weight=1 is BK-SDM's own distillation (Kim et al., 2023); none distils the output alone",
+    )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
 
 
@@ -54,19 +59,21 @@ class FineTuningObjective:
         """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
         pairs = self.pairs[batch.indices[positions]]
         latents = self.data.latents[self.data.image_index[pairs]].to(self.device)
-        dropped = (batch.drop[positions] < self.config.caption_dropout)[:, None, None]
-        text = torch.where(dropped, self.data.null_text, self.data.text[pairs]).to(self.device)
+        dropped = batch.drop[positions] < self.config.caption_dropout
+        conditions = self.data.conditions(pairs, self.device, dropped)
         noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with attention_kernel(noisy), block_outputs(self.student) as blocks:
-            prediction = self.student(noisy, timesteps, text).sample
+        weight, size = self.config.distillation_weight, self.config.batch_size
+        which: FeatureBlocks = self.config.feature_blocks if weight else "none"
+        with attention_kernel(noisy), block_outputs(self.student, which) as blocks:
+            prediction = self.student(noisy, timesteps, **conditions).sample
         denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
-        terms = {"denoising": self.config.denoising_weight * denoising.sum() / self.config.batch_size}
-        if self.config.distillation_weight:
-            with torch.no_grad(), block_outputs(self.teacher) as teacher_blocks:
-                teacher = self.teacher(noisy, timesteps, text).sample
+        terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
+        if weight:
+            with torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
+                teacher = self.teacher(noisy, timesteps, **conditions).sample
             error = distillation_error(prediction, teacher, blocks, teacher_blocks)
-            terms["distillation"] = self.config.distillation_weight * error.sum() / self.config.batch_size
+            terms["distillation"] = weight * error.sum() / size
         return terms
 
 

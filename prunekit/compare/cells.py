@@ -1,0 +1,216 @@
+"""The cells of a comparison: one method at one budget, seed and training protocol, each a JSON file of its own.
+
+A cell is cached by content: its key is a hash of all that its figures depend on, so a changed setting makes it anew and
+an unchanged one is never repeated, on whatever machine it was finished. What cells can share they share: the encoded
+data, a score method's calibration over all budgets, a mixture's search over both protocols, and a static method's one
+model, which has as many steps under either protocol.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+
+from prunekit.cost import CostModel
+from prunekit.evaluation import comparison
+from prunekit.evaluation.comparison import Candidate
+from prunekit.evaluation.uncertainty import jackknife_errors
+from prunekit.methods.base import PruneResult
+from prunekit.methods.bksdm import BKSDM
+from prunekit.methods.budget import budget_of
+from prunekit.recipe import CompareRecipe, RecipeError
+from prunekit.stages import Stages
+from prunekit.training.checkpoint import read_json, write_json
+
+FORMAT = 1
+DENSE = "dense"
+STATIC = "static"  # the protocol of a cell with one model: it serves every protocol
+SCORES = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget, seed and protocol; the dense model has no budget."""
+
+    label: str
+    budget: str  # as the recipe writes it
+    seed: int
+    protocol: str = STATIC  # "equal_steps", "equal_compute", or "static"
+    num_models: int = 1
+
+    @property
+    def name(self) -> str:
+        """The stem of the cell's files."""
+        parts = (self.label, self.budget, f"seed{self.seed}", self.protocol)
+        return "__".join(part.replace(":", "-").replace(",", "") for part in parts if part)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return " ".join(part for part in (self.label, self.budget, f"seed {self.seed}", self.protocol) if part)
+
+
+def cells_of(recipe: CompareRecipe) -> list[Cell]:
+    """Return a comparison's cells, a whole seed before the next, so that a table that is cut off is still balanced."""
+    cells = []
+    most = max(len(entry.seeds) for entry in recipe.budgets)
+    for repetition in range(most):
+        for entry in recipe.budgets:
+            if repetition >= len(entry.seeds):
+                continue
+            seed = entry.seeds[repetition]
+            cells += [] if any(c.label == DENSE and c.seed == seed for c in cells) else [Cell(DENSE, "", seed)]
+            for label in entry.methods or recipe.methods:
+                count = getattr(recipe.method(label, 0.5, seed).config, "experts", 1)
+                protocols = recipe.protocols if count > 1 else [STATIC]
+                cells += [Cell(label, entry.label, seed, protocol, count) for protocol in protocols]
+    return cells
+
+
+def budget_value(budget: float | str, unet: UNet2DConditionModel, cost: CostModel) -> float:
+    """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
+
+    cost: what counts the table's MACs; of its space nothing is used. The UNet may be on the meta device.
+    Raises RecipeError for a text of another form, ValueError for a member that the UNet has not.
+    """
+    if not isinstance(budget, str):
+        return budget
+    method, _, variant = budget.partition(":")
+    if method != BKSDM.name or not variant:
+        raise RecipeError(f"budget {budget!r}: give a share of the dense MACs, or {BKSDM.name}:VARIANT")
+    architecture = BKSDM(variant=variant).architecture(unet)
+    own = CostModel(unet, architecture.space, cost.sample_size, cost.text_length)
+    return budget_of(own.macs(architecture), own.dense_macs)
+
+
+class CellRunner:
+    """Makes the cells of one comparison in its directory."""
+
+    def __init__(self, recipe: CompareRecipe, directory: Path, stages: Stages):
+        self.recipe, self.directory, self.stages = recipe, directory, stages
+        self.budgets = {
+            entry.label: budget_value(entry.budget, stages.pipeline.unet, stages.cost) for entry in recipe.budgets
+        }
+
+    def path(self, cell: Cell) -> Path:
+        """Where a cell's result is."""
+        return self.directory / "cells" / f"{cell.name}.json"
+
+    def finished(self, cell: Cell) -> dict[str, Any] | None:
+        """Return a cell's result where it is there, for the same content."""
+        path = self.path(cell)
+        result = read_json(path) if path.is_file() else None
+        return result if result and result["key"] == key_of(self.fields(cell)) else None
+
+    def steps(self, cell: Cell) -> int:
+        """Return the fine-tuning steps of each of a cell's models."""
+        return 0 if cell.label == DENSE else self.recipe.steps(cell.protocol, cell.num_models)
+
+    def distillation(self, cell: Cell) -> str:
+        """Return how a cell's models are distilled: "shared", as the recipe says; "own", the method's way; "none"."""
+        if cell.label == DENSE:
+            return "–"
+        if self.recipe.method(cell.label, 0.5, cell.seed).fine_tuning():
+            return "own"
+        return "shared" if self.recipe.fine_tuning(cell.label, 1).distillation_weight else "none"
+
+    def fields(self, cell: Cell) -> dict[str, Any]:
+        """Return all that a cell's figures depend on, flat: what must not differ between rows of one table."""
+        recipe, stages = self.recipe, self.stages
+        fields: dict[str, Any] = {
+            "format": FORMAT,
+            "model": stages.model_digest,
+            "data": {
+                **recipe.data.model_dump(mode="json", exclude={"path"}),
+                "seed": recipe.seed,
+                "content": stages.data_digest,
+                "prompt_encoder": recipe.prompt_encoder,
+            },
+            "resolution": stages.resolution,
+            "evaluation": {**recipe.evaluation.model_dump(mode="json"), "evaluator": recipe.evaluator},
+            "seed": cell.seed,
+        }
+        if cell.label != DENSE:
+            method = recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+            settings = method.config.model_dump(mode="json", exclude={"seed"})
+            shared = ("budget", "depth", "resolution", "text_length", "include", "exclude", "convention")
+            fields |= {
+                "prune": {name: settings.pop(name) for name in shared},
+                "method": {"name": method.name, **settings},
+                "fine_tune": recipe.fine_tuning(cell.label, self.steps(cell)).model_dump(mode="json"),
+            }
+        return flat(fields)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Make a cell, or go on with it, unless it is there; return its result."""
+        if result := self.finished(cell):
+            return result
+        stages, fields = self.stages, self.fields(cell)
+        work = self.directory / "work" / f"{cell.name}-{key_of(fields)[:8]}"
+        candidate, chosen = self.candidate(cell)
+        pictures, experts = stages.sample(candidate, work / "samples", cell.seed)
+        judged = stages.judge(pictures)
+        figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
+        arguments = (experts, stages.data, stages.prompts, stages.dense)
+        result = {
+            "format": FORMAT,
+            "key": key_of(fields),
+            "cell": {"method": cell.label, "budget": cell.budget, "seed": cell.seed, "protocol": cell.protocol},
+            "distillation": self.distillation(cell),
+            "models": cell.num_models,
+            "steps": self.steps(cell),
+            "variant": chosen.info.get("variant") if chosen else None,
+            "figures": figures,
+            "errors": errors,
+            "experts": comparison.expert_rows(candidate, *arguments) if candidate.router else [],
+            "work": work.name,
+            "environment": stages.environment,
+            "fields": fields,
+        }
+        write_json(self.path(cell), result)
+        stages.say(f"{cell.title}: " + ", ".join(f"{name} {figures[name]:.4g}" for name in errors))
+        return result
+
+    def candidate(self, cell: Cell) -> tuple[Candidate, PruneResult | None]:
+        """Choose a cell's architectures and recover them, or read what an earlier start left."""
+        if cell.label == DENSE:
+            return self.stages.dense, None
+        fields = self.fields(cell)
+        searched = {name: value for name, value in fields.items() if not name.startswith(("fine_tune", "evaluation"))}
+        chosen = self._chosen(cell, searched)
+        config = self.recipe.fine_tuning(cell.label, self.steps(cell))
+        folder = self.directory / "work" / f"{cell.name}-{key_of(fields)[:8]}" / "experts"
+        return self.stages.recover(cell.title, chosen, folder, config, cell.seed), chosen
+
+    def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
+        """Return the architectures: one search for both protocols, one calibration for all budgets."""
+        work = self.directory / "work"
+        folder = work / f"{cell.label}-chosen-{key_of(fields)[:8]}"
+        key = key_of({name: value for name, value in fields.items() if name != "prune.budget"})
+        shared = work / "calibrations" / f"{cell.label}-{key[:8]}.safetensors"
+        if shared.is_file() and not folder.is_dir():
+            folder.mkdir(parents=True)
+            shutil.copy(shared, folder / SCORES)
+        method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+        result = self.stages.choose(method, folder, f"{cell.label} {cell.budget} seed {cell.seed}")
+        if (folder / SCORES).is_file() and not shared.is_file():
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / SCORES, shared)
+        return result
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level with dotted keys."""
+    rows: dict[str, Any] = {}
+    for key, value in content.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
+
+
+def key_of(fields: dict[str, Any]) -> str:
+    """Return the hash of a cell's fields."""
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()

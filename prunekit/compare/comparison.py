@@ -1,0 +1,148 @@
+"""`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prunekit.compare.cells import DENSE, Cell, CellRunner, cells_of
+from prunekit.compare.fairness import Result, refuse_unfair
+from prunekit.compare.pareto import pareto_picture
+from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows
+from prunekit.compare.timing import cell_ratio
+from prunekit.evaluation.table import Column, markdown_table, terminal_table
+from prunekit.recipe import CompareRecipe, RecipeError, dump_recipe, load_recipe
+from prunekit.run import RECIPE
+from prunekit.stages import RunLog, Stages
+from prunekit.training.checkpoint import read_json, write_json
+
+TIMINGS = "timings.json"
+NOTE = (
+    "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
+    "jackknife errors over the pictures). **Bold**: the best pruned row. ≈: its interval overlaps the best row's, so "
+    "the two cannot be told apart."
+)
+
+
+class Comparison:
+    """One comparison recipe in its directory."""
+
+    def __init__(self, recipe: CompareRecipe, directory: Path):
+        self.recipe, self.directory = recipe, directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+        self.log = RunLog(directory)
+        self.cells = cells_of(recipe)
+        self.stages = Stages(recipe, self.log, directory / "cache")
+        self.runner = CellRunner(recipe, directory, self.stages)
+
+    def make(self, part: tuple[int, int] = (1, 1)) -> None:
+        """Make the cells of one part of several (1-based), which other processes or machines may share."""
+        index, count = part
+        mine = self.cells[index - 1 :: count]
+        for number, cell in enumerate(mine, start=1):
+            if self.runner.finished(cell) is None:
+                self.log.say(f"cell {number} of {len(mine)}: {cell.title}")
+                self.runner.run(cell)
+
+    def results(self) -> tuple[list[Result], list[Cell]]:
+        """Return the finished cells' results, and the cells that are missing."""
+        found = [(cell, self.runner.finished(cell)) for cell in self.cells]
+        return [result for _, result in found if result], [cell for cell, result in found if not result]
+
+    def timings(self, cells: Sequence[Result]) -> dict[str, float]:
+        """Return every cell's time of a UNet call over the dense one's; measured once, in this process."""
+        path = self.directory / TIMINGS
+        timings = read_json(path) if path.is_file() else {}
+        for cell in cells:
+            if cell["work"] not in timings and cell["cell"]["method"] != DENSE:
+                ratio = cell_ratio(cell, self.directory, self.stages)
+                if ratio is not None:
+                    timings[cell["work"]] = ratio
+                    write_json(path, timings)
+        return timings
+
+
+def compare(
+    paths: Sequence[str | Path],
+    overrides: Iterable[str] = (),
+    output: str | Path | None = None,
+    part: str = "1/1",
+) -> Path:
+    """Run comparisons, or read finished ones, and write `results.json`, `table.csv`, `table.md` and `pareto.png`.
+
+    paths: comparison recipes, whose missing cells are made in `runs/NAME`, and directories with finished `cells/`.
+    output: where the table goes; the first comparison's directory by default.
+    part: "I/N" makes the I-th of N parts of the cells, for N processes or machines on one directory.
+    Returns the output directory. Raises RecipeError for what is no comparison, ValueError for cells that cannot share
+    a table, by the field that differs.
+    """
+    share, overrides = _part(part), list(overrides)
+    cells, timings, missing, published = [], {}, [], []
+    folder = None
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [read_json(file) for file in sorted((path / "cells").glob("*.json"))]
+            if not found:
+                raise RecipeError(f"{path} holds no cells of a comparison")
+            times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
+        else:
+            recipe = load_recipe(path, overrides)
+            if not isinstance(recipe, CompareRecipe):
+                raise RecipeError(f"{path} is a recipe of job={recipe.job}; compare takes job=compare")
+            comparison = Comparison(recipe, Path("runs") / recipe.name if output is None else Path(output))
+            comparison.make(share)
+            found, lacking = comparison.results()
+            missing += lacking
+            times = comparison.timings(found) if not lacking else {}
+            published += recipe.published
+        cells += found
+        timings |= times
+        folder = folder or (path if path.is_dir() else comparison.directory)
+    refuse_unfair(cells)
+    target = Path(output or folder)
+    return _write(target, cells, timings, missing, published)
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise RecipeError(f"part {text!r}: give I/N, such as 1/2 and 2/2 for two processes")
+    return int(match[1]), int(match[2])
+
+
+def _write(
+    folder: Path, cells: list[Result], timings: dict[str, float], missing: list[Cell], published: list[dict[str, Any]]
+) -> Path:
+    """Write and print the tables of the finished cells."""
+    console = Console(highlight=False)
+    rows = rows_of(cells, timings)
+    content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
+    write_json(folder / "results.json", {"environments": _environments(cells), **content})
+    (folder / "table.csv").write_text(csv_text(rows), encoding="utf-8")
+    parts = [NOTE + "\n"]
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        for budget in dict.fromkeys(row.budget for row in rows):
+            own = [row for row in rows if row.protocol == protocol and row.budget == budget]
+            if own:
+                lines, columns = shown_rows(own)
+                heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
+                parts += [f"## {heading}\n", markdown_table(lines, columns)]
+                console.print(terminal_table(lines, columns, heading, console.width))
+    if published:
+        columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]
+        parts += ["## As published\n", markdown_table(published, columns)]
+        console.print(terminal_table(published, columns, "As published", console.width))
+    if missing:
+        parts += [f"Missing cells ({len(missing)}): {', '.join(cell.name for cell in missing)}\n"]
+        console.print(f"{len(missing)} of {len(cells) + len(missing)} cells are still missing", markup=False)
+    (folder / "table.md").write_text("\n".join(parts), encoding="utf-8")
+    if any(row.method != DENSE for row in rows):
+        pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
+    return folder
+
+
+def _environments(cells: Sequence[Result]) -> list[dict[str, Any]]:
+    return [dict(items) for items in dict.fromkeys(tuple(sorted(cell["environment"].items())) for cell in cells)]

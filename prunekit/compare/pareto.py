@@ -1,0 +1,86 @@
+"""The Pareto picture of a comparison: quality against exact MACs and against measured time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunekit.compare.cells import DENSE
+from prunekit.compare.table import BY_KEY, Row
+
+PANELS = ("cmmd", "clip_score")
+COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a UNet call (% of dense)"}
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
+MARKERS = "*osD^vP<>X"
+SHIFT = 0.35  # percentage points between the rows of one budget, so that their bars do not hide each other
+
+
+def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
+    """Write a PNG of the rows' means and 95 % intervals, and return its path.
+
+    A mixture has a filled marker for equal steps and an open one for equal compute; rows of one model have one.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    costs = [key for key in COSTS if any(row.costs.get(key) is not None and row.method != DENSE for row in rows)]
+    figure = Figure(figsize=(5.2 * len(costs) + 2.2, 3.9 * len(PANELS)), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(PANELS), len(costs), squeeze=False)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    points = _distinct(rows)
+    for line, figure_name in zip(axes, PANELS, strict=True):
+        for panel, cost in zip(line, costs, strict=True):
+            for row in points:
+                _point(panel, row, methods.index(row.method), figure_name, cost, len(methods))
+            panel.set_xlabel(COSTS[cost])
+            panel.set_ylabel(BY_KEY[figure_name].header)
+            panel.grid(color="#dddddd", linewidth=0.6)
+            panel.set_axisbelow(True)
+    handles, labels = _legend(axes[0][0])
+    figure.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1 - 2.0 / figure.get_figwidth(), 0.97))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Leave out the second copy of a row that both protocols share."""
+    seen, distinct = set(), []
+    for row in rows:
+        key = (row.method, row.budget if row.method != DENSE else "", row.protocol if row.models > 1 else "")
+        if key not in seen:
+            seen.add(key)
+            distinct.append(row)
+    return distinct
+
+
+def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> None:
+    value = 1.0 if row.method == DENSE else row.costs.get(cost)
+    if value is None:
+        return
+    column, estimate = BY_KEY[name], row.estimates[name]
+    open_marker = row.models > 1 and row.protocol == "equal_compute"
+    colour = COLOURS[index % len(COLOURS)]
+    protocol = f", {row.protocol.replace('_', ' ')}" if row.models > 1 else ""
+    shift = 0.0 if row.method == DENSE else SHIFT * (index - count / 2 + 0.5 * open_marker)
+    panel.errorbar(
+        100 * value + (shift if cost == "macs_ratio" else 0),
+        estimate.mean * column.scale,
+        yerr=(estimate.high - estimate.low) / 2 * column.scale,
+        fmt=MARKERS[index % len(MARKERS)],
+        color=colour,
+        markerfacecolor="white" if open_marker else colour,
+        markersize=9 if row.method == DENSE else 6,
+        elinewidth=1,
+        capsize=2,
+        label=row.method + protocol,
+    )
+
+
+def _legend(panel) -> tuple[list, list[str]]:
+    handles, labels = panel.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    return list(unique.values()), list(unique)

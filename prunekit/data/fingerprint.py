@@ -1,0 +1,60 @@
+"""What a cached result is keyed by: a digest of weights, pictures, captions, tensors and settings."""
+
+import hashlib
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Fingerprint:
+    """A digest that parts are added to; the same parts in the same order give the same key."""
+
+    def __init__(self, *values: Any):
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.add(*values)
+
+    def add(self, *values: Any) -> "Fingerprint":
+        """Add plain values, by their repr."""
+        self._digest.update("\0".join(map(repr, values)).encode())
+        return self
+
+    def add_tensor(self, value: Tensor) -> "Fingerprint":
+        """Add a tensor's values, whatever its device."""
+        self._digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return self
+
+    def add_module(self, module: nn.Module) -> "Fingerprint":
+        """Add a module's state: names, and values as float32."""
+        for name, value in sorted(module.state_dict().items()):
+            self._digest.update(name.encode())
+            self.add_tensor(value.float())
+        return self
+
+    def add_pictures(self, encoded: list[bytes]) -> "Fingerprint":
+        """Add compressed pictures."""
+        for picture in encoded:
+            self._digest.update(hashlib.blake2b(picture, digest_size=16).digest())
+        return self
+
+    def add_texts(self, texts: list[str]) -> "Fingerprint":
+        """Add texts."""
+        self._digest.update("\0".join(texts).encode())
+        return self
+
+    def add_data(self, data: Any) -> "Fingerprint":
+        """Add a data set: a dataclass (EncodedData, CaptionedImages) field by field, anything else by its repr."""
+        if isinstance(data, Tensor):
+            return self.add(tuple(data.shape)).add_tensor(data)
+        if isinstance(data, list) and data and isinstance(data[0], bytes):
+            return self.add_pictures(data)
+        if not is_dataclass(data) or isinstance(data, type):
+            return self.add(data)
+        for field in fields(data):
+            self.add(field.name).add_data(getattr(data, field.name))
+        return self
+
+    def key(self) -> str:
+        """The digest so far, as 32 hexadecimal digits."""
+        return self._digest.hexdigest()

@@ -1,0 +1,266 @@
+"""BK-SDM: whole layers go, by a fixed rule (Kim et al., BK-SDM: A Lightweight, Fast, and Cheap Version of SD, 2023).
+
+Base drops the second ResBlock and Transformer layer of every down block and of every up block, Small also the mid
+block, Tiny also the innermost level. Between the dense UNet and Base lie the members that thin only some levels.
+"""
+
+import itertools
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from pydantic import Field, field_validator
+from torch import nn
+
+from prunekit.cost import CostModel
+from prunekit.methods.base import (
+    Method,
+    PruneResult,
+    PruneSettings,
+    describe_result,
+    space_and_cost,
+    space_of,
+    unet_of,
+)
+from prunekit.methods.registry import register
+from prunekit.training.trainer import Log
+from prunekit.units import Architecture, UnitSpace
+from prunekit.units.depth import BYPASSED
+from prunekit.units.space import near
+
+NAMED = ("base", "small", "tiny")
+NO_MID = "-mid"  # suffix of a variant: the mid block goes too
+_LAYERS = re.compile(rf"\d+(,\d+)*({NO_MID})?")
+
+
+class BKSDMSettings(PruneSettings):
+    """Settings of BK-SDM."""
+
+    depth: Literal["aptp", "all", "blocks", "none"] = Field(
+        "blocks", description="Does not apply, whatever is given: the family is defined over whole layers and stages."
+    )
+    variant: str | None = Field(
+        None,
+        description="'base', 'small', 'tiny', or the layers per down block, outermost first, as '2,1,1,1', followed by "
+        "'-mid' where the mid block goes too; unset: the largest member within the budget.",
+    )
+    own_distillation: bool = Field(
+        False,
+        description="Fine-tune with BK-SDM's distillation: task, output, and down and up blocks, each weighted by 1.",
+    )
+
+    @field_validator("depth")
+    @classmethod
+    def _whole_layers(cls, value: str) -> str:
+        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is no fault
+
+    @field_validator("variant", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        text = text.replace(" ", "").lower()
+        if text not in NAMED and not _LAYERS.fullmatch(text):
+            raise ValueError(
+                f"variant={value!r}: choose {', '.join(map(repr, NAMED))}, or the layers per down block, as '2,1,1,1' "
+                f"or '2,1,1,1{NO_MID}'.{near(text, NAMED)}"
+            )
+        return text
+
+
+@register("bksdm")
+class BKSDM(Method):
+    """Remove whole layers by BK-SDM's rule: the largest member of its family within the budget (Kim et al., 2023)."""
+
+    Config = BKSDMSettings
+    needs_data = False
+
+    def members(self, pipeline: DiffusionPipeline | UNet2DConditionModel) -> dict[str, Architecture]:
+        """The family on this UNet, which may be on the meta device: Architectures over the "blocks" space, by name.
+
+        "base", "small" and "tiny" first, then the layers per down block ("2,1,1,1", outermost first), with "-mid"
+        where the mid block goes too. A level goes from two layers to one: the second layer of its down block and the
+        second of its up block. What the UNet or the settings' include and exclude do not allow is left out, as "tiny"
+        where the two innermost levels differ in width.
+
+        Raises:
+            ValueError: a UNet with a level of other than one or two layers.
+
+        """
+        return _members(unet_of(pipeline), space_of(pipeline, self.config))
+
+    def architecture(self, pipeline: DiffusionPipeline | UNet2DConditionModel) -> Architecture:
+        """The Architecture of the `variant` of the settings, whatever it costs; without one, what `prune` would take.
+
+        Args:
+            pipeline: a pipeline or its UNet, which may be on the meta device.
+
+        Raises:
+            ValueError: a variant that this UNet cannot have (the message names those it has), or as in `prune`.
+
+        """
+        if self.config.variant is None:
+            return self.prune(pipeline).architectures[0]
+        return self._fixed(unet_of(pipeline), self.members(pipeline))[1]
+
+    def prune(
+        self,
+        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        dataset: Any = None,
+        directory: str | Path | None = None,
+        log: Log | None = None,
+    ) -> PruneResult:
+        """Take the variant of the settings or, without one, the member of most MACs that is within the budget.
+
+        Of members with equally many MACs the one with more parameters is taken. `info["variant"]` names the member,
+        and `info["ratio"]` says what it reached.
+
+        Args:
+            pipeline: a pipeline or its UNet, which may be on the meta device.
+            dataset: not used.
+            directory: where the result is also saved.
+            log: not used.
+
+        Raises:
+            ValueError: no member is within the budget, or the variant is not within a budget that was given (the
+                messages have the costs); a variant that this UNet cannot have.
+
+        """
+        space, cost = space_and_cost(pipeline, self.config)
+        unet = unet_of(pipeline)
+        members = _members(unet, space)
+        if self.config.variant is None:
+            name, architecture = _largest(members, cost, self.config.budget)
+        else:
+            name, architecture = self._fixed(unet, members)
+            self._check_budget(name, architecture, cost)
+        info = {**describe_result(self, [architecture], cost), "variant": name}
+        result = PruneResult([architecture], info=info)
+        if directory is not None:
+            result.save(directory)
+        return result
+
+    def fine_tuning(self) -> dict[str, Any]:
+        """With `own_distillation`: task, output and feature losses, each weighted by 1 (Kim et al., 2023)."""
+        if not self.config.own_distillation:
+            return {}
+        return {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up"}
+
+    def _fixed(self, unet: UNet2DConditionModel, members: dict[str, Architecture]) -> tuple[str, Architecture]:
+        variant = self.config.variant
+        ones = (1,) * len(unet.down_blocks)
+        name = "base" if variant == _written(ones, False) else "small" if variant == _written(ones, True) else variant
+        if name not in members:
+            raise ValueError(
+                f"variant={variant!r} is not possible on this UNet.{near(name, members)}. It has: {'; '.join(members)}"
+            )
+        return name, members[name]
+
+    def _check_budget(self, name: str, member: Architecture, cost: CostModel) -> None:
+        """ValueError where the settings name both a variant and a budget, and they contradict each other."""
+        budget = self.config.budget
+        if "budget" in self.config.model_fields_set and not _fits(member, cost, budget):
+            raise ValueError(
+                f"variant={name!r} costs {cost.ratio(member):.4f} of the dense UNet, above budget={budget}; raise the "
+                "budget, or leave variant unset to get the largest member within it"
+            )
+
+
+def _fits(member: Architecture, cost: CostModel, budget: float) -> bool:
+    return cost.macs(member) <= Fraction(repr(float(budget))) * cost.dense_macs  # the decimal that was written
+
+
+def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -> tuple[str, Architecture]:
+    if not members:
+        raise ValueError("BK-SDM's rule can remove nothing from this UNet")
+    within = [name for name, member in members.items() if _fits(member, cost, budget)]
+    if not within:
+        cheapest = sorted(members, key=lambda name: cost.macs(members[name]))[:3]
+        listed = ", ".join(f"{name!r} at {cost.ratio(members[name]):.4f}" for name in cheapest)
+        raise ValueError(
+            f"budget={budget} is below every member of BK-SDM's family on this UNet; the nearest are {listed} of the "
+            "dense MACs"
+        )
+    name = max(within, key=lambda name: (cost.macs(members[name]), cost.params(members[name])))
+    return name, members[name]
+
+
+def _members(unet: UNet2DConditionModel, space: UnitSpace) -> dict[str, Architecture]:
+    layers = [_num_layers(block) for block in unet.down_blocks]
+    if not set(layers) <= {1, 2}:
+        raise ValueError(
+            "BK-SDM's rule is for UNets with one or two layers in every down block; this one has "
+            f"{','.join(map(str, layers))}"
+        )
+    second = [_second_layers(unet, space, level) if count == 2 else [] for level, count in enumerate(layers)]
+    mid = _droppable(space, _layers_of("mid_block", unet.mid_block))
+    members: dict[str, Architecture] = {}
+    for thin in itertools.product(*[(False, True) if names else (False,) for names in second]):
+        counts = tuple(count - is_thin for count, is_thin in zip(layers, thin, strict=True))
+        names = list(itertools.chain.from_iterable(itertools.compress(second, thin)))
+        if names:
+            members[_name(counts, False)] = _without(space, names)
+        if mid:
+            members[_name(counts, True)] = _without(space, names + mid)
+    if tiny := _tiny(unet, space, layers, second, mid):
+        members["tiny"] = _without(space, tiny)
+    order = sorted(members, key=lambda name: NAMED.index(name) if name in NAMED else len(NAMED))
+    return {name: members[name] for name in order}
+
+
+def _tiny(
+    unet: UNet2DConditionModel, space: UnitSpace, layers: list[int], second: list[list[str]], mid: list[str]
+) -> list[str]:
+    """What Tiny removes: what Small does, and the innermost stage; nothing where one of these cannot go."""
+    stage = _droppable(space, [f"stage:down_blocks.{len(layers) - 1}"])
+    all_thin = all(names or count == 1 for count, names in zip(layers, second, strict=True))
+    if not stage or not all_thin or (unet.mid_block is not None and not mid):
+        return []
+    return [*itertools.chain.from_iterable(second), *mid, *stage]
+
+
+def _name(counts: tuple[int, ...], without_mid: bool) -> str:
+    if set(counts) == {1}:
+        return "small" if without_mid else "base"
+    return _written(counts, without_mid)
+
+
+def _written(counts: tuple[int, ...], without_mid: bool) -> str:
+    return ",".join(map(str, counts)) + (NO_MID if without_mid else "")
+
+
+def _num_layers(block: nn.Module) -> int:
+    return sum(not isinstance(resnet, BYPASSED) for resnet in block.resnets)
+
+
+def _layers_of(path: str, block: nn.Module | None, index: int | None = None) -> list[str]:
+    """Names of the depth units of all layers of a block, or of its layer at `index`."""
+    return [
+        f"layer:{path}.{kind}.{position}"
+        for kind in ("resnets", "attentions")
+        for position in range(len(getattr(block, kind, None) or ()))
+        if index is None or position == index
+    ]
+
+
+def _second_layers(unet: UNet2DConditionModel, space: UnitSpace, level: int) -> list[str]:
+    up = len(unet.up_blocks) - 1 - level
+    names = _layers_of(f"down_blocks.{level}", unet.down_blocks[level], 1)
+    return _droppable(space, names + _layers_of(f"up_blocks.{up}", unet.up_blocks[up], 1))
+
+
+def _droppable(space: UnitSpace, names: list[str]) -> list[str]:
+    """The names, or nothing unless the space has every one of them."""
+    known = {group.name for group in space.depth_groups}
+    return names if known.issuperset(names) else []
+
+
+def _without(space: UnitSpace, names: list[str]) -> Architecture:
+    values = torch.ones(space.size, dtype=torch.bool, device="cpu")
+    for name in names:
+        values[space.slice(name)] = False
+    return Architecture(space, values)

@@ -1,0 +1,34 @@
+"""Random pruning: what any method has to beat."""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from prunekit.methods.base import ScoreMethod, space_of
+from prunekit.methods.budget import Scores
+from prunekit.methods.registry import register
+from prunekit.randomness import generator
+
+
+@register("random")
+class Random(ScoreMethod):
+    """Remove units at random, by the seed alone: parts and whole layers alike, without data."""
+
+    needs_data = False
+
+    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+        """Scores uniform in [0, 1), independent of each other, for widths and depths alike.
+
+        Args:
+            pipeline: a pipeline or its UNet, which may be on the meta device.
+            dataset: not used.
+
+        Raises:
+            ValueError: units that the settings name and the UNet lacks.
+
+        """
+        space = space_of(pipeline, self.config)
+        with torch.device("cpu"):
+            values = torch.rand(space.size, dtype=torch.float64, generator=generator(self.config.seed, "random scores"))
+        return Scores(space, values, self.score_info())

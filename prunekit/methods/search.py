@@ -1,0 +1,195 @@
+"""What the methods share that learn soft gates by gradient while the UNet stays frozen: settings, step and run.
+
+A step draws its global batch once. The resource term looks at the gates alone; the UNet runs micro-batches under soft
+gates with per-sample weights that are set for the whole batch, so accumulation and processes change nothing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit.cost import CostModel
+from prunekit.data.encoded import EncodedData
+from prunekit.data.images import CaptionedImages
+from prunekit.gates import Gates, gated
+from prunekit.methods.aptp.losses import gumbel, gumbel_sigmoid, resource_loss
+from prunekit.methods.base import Method, PruneResult, PruneSettings, space_and_cost, unet_of
+from prunekit.methods.budget import budget_macs
+from prunekit.methods.calibration import as_encoded, noise_schedule
+from prunekit.randomness import generator
+from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, target
+from prunekit.training.distillation import block_outputs, distillation_error
+from prunekit.training.trainer import Log, Trainer, TrainerConfig
+
+
+class SearchSettings(PruneSettings):
+    """Settings of every method that learns gates; defaults are APTP's paper's where it names one that works."""
+
+    temperature: float = Field(0.4, gt=0, description="gamma of the Gumbel-sigmoid gates (Eq. 9)")
+    offset: float = Field(3.0, description="added to every logit, so that all gates start open")
+    distillation_weight: float = Field(
+        0.2, ge=0, description="lambda_distill of Eq. 25; 0 searches without a teacher's pass"
+    )
+    resource_weight: float = Field(2.0, ge=0, description="lambda_res of Eq. 25")
+    search: TrainerConfig = Field(
+        default_factory=lambda: TrainerConfig(steps=3000, batch_size=1024, learning_rate=6.4e-3, warmup_steps=100),
+        description="how what decides the gates is trained",
+    )
+
+
+class Codes(nn.Module):
+    """The N architecture codes a, (N, D); logits without the offset."""
+
+    def __init__(self, num_experts: int, num_units: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_experts, num_units))
+
+
+@dataclass(frozen=True)
+class SearchBatch:
+    """What a step draws for its global batch."""
+
+    step: int
+    plan: NoisePlan
+    pairs: Tensor  # (B,) indices of pairs
+
+
+@dataclass
+class GateSearchObjective:
+    """The terms of a search step that all such methods share; `gates` are open on `unet` while it trains.
+
+    A subclass has the modules that are trained, and says which logits each sample runs under.
+    """
+
+    unet: UNet2DConditionModel
+    gates: Gates
+    cost: CostModel
+    scheduler: DDPMScheduler
+    data: EncodedData
+    config: SearchSettings
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.pairs = self.data.training_pairs()  # (P,)
+
+    def draw(self, step: int) -> SearchBatch:
+        """Draw a step's pairs, timesteps and noise: a function of (seed, step) alone."""
+        size, shape = self.config.search.batch_size, tuple(self.data.latents.shape[1:])
+        timesteps = self.scheduler.config.num_train_timesteps
+        plan = NoisePlan.draw(step, self.config.seed, size, len(self.pairs), shape, timesteps)
+        return SearchBatch(step, plan, self.pairs[plan.indices])
+
+    def gate(self, batch: SearchBatch, logits: Tensor, purpose: str = "gates") -> Tensor:
+        """Soft gates of logits (N, D), shifted by the offset (Eq. 9); their noise is keyed by (seed, purpose, step)."""
+        noise = gumbel(tuple(logits.shape), generator(self.config.seed, purpose, batch.step)).to(logits)
+        return gumbel_sigmoid(logits + self.config.offset, self.config.temperature, noise)
+
+    def resource_term(self, mean_macs: Tensor) -> Tensor:
+        """Weighted distance of a mean cost, in MACs, to the budget (Eq. 26): a scalar."""
+        return self.config.resource_weight * resource_loss(mean_macs, self.config.budget * self.cost.dense_macs)
+
+    def sample_terms(
+        self, batch: SearchBatch, positions: Tensor, logits: Tensor, rows: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the denoising and the distillation term of some of a batch's samples (Eq. 25).
+
+        Args:
+            batch: from `draw`.
+            positions: (n,) the samples' places in the batch.
+            logits: (N, D), what the gates come from.
+            rows: (n,) which row of the logits each sample runs under.
+            weights: (n,) what each sample counts; over the whole batch they sum to 1.
+
+        Returns:
+            Scalars: "denoising", and "distillation" from the ungated UNet, which does not run where its weight is 0.
+
+        """
+        pairs, weights = batch.pairs[positions], weights.to(self.device)
+        latents = self.data.latents[self.data.image_index[pairs]].to(self.device)
+        noise, timesteps = (values[positions].to(self.device) for values in (batch.plan.noise, batch.plan.timesteps))
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        conditions = self.data.conditions(pairs, self.device)
+        weight = self.config.distillation_weight
+        teacher = self._teacher(noisy, timesteps, conditions) if weight else None
+        self.gates.set(self.gate(batch, logits), rows=rows)
+        with attention_kernel(noisy), block_outputs(self.unet, "all" if weight else "none") as blocks:
+            prediction = self.unet(noisy, timesteps, **conditions).sample
+        denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
+        terms = {"denoising": (weights * denoising).sum()}
+        if teacher is not None:
+            error = distillation_error(prediction, teacher[0], blocks, teacher[1])
+            terms["distillation"] = weight * (weights * error).sum()
+        return terms
+
+    @torch.no_grad()
+    def _teacher(
+        self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the ungated UNet's output and its blocks' outputs."""
+        self.gates.set(self.cost.space.full())
+        with block_outputs(self.unet) as blocks:
+            return self.unet(noisy, timesteps, **conditions).sample, blocks
+
+
+class SearchMethod(Method):
+    """A method that learns gates on data, then decides. A subclass has `_objective` and `_decide`."""
+
+    Config = SearchSettings
+    config: SearchSettings
+
+    def prune(
+        self,
+        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        dataset: EncodedData | CaptionedImages,
+        directory: str | Path | None = None,
+        log: Log | None = None,
+    ) -> PruneResult:
+        """Search on a data set; started again on the same directory, go on where an earlier call was cut off.
+
+        Args:
+            pipeline: a Stable Diffusion pipeline, whose UNet's weights stay as they are; or, with encoded data, the
+                UNet alone, whose noise schedule is then Stable Diffusion's (`noise_schedule`).
+            dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder.
+            directory: where checkpoints go, for resuming, and the result; a temporary one if None.
+            log: takes one row a few steps.
+
+        Returns:
+            Boolean Architectures that meet the budget (law 3), and in `info["search"]` the training's figures.
+
+        Raises:
+            ValueError: a budget below the floor of the space, or data that the method cannot learn from.
+
+        """
+        if directory is None:
+            with TemporaryDirectory() as temporary:
+                return self.prune(pipeline, dataset, temporary, log)
+        directory = Path(directory)
+        data = as_encoded(pipeline, dataset)
+        space, cost = space_and_cost(pipeline, self.config)
+        budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
+        unet = unet_of(pipeline).eval().requires_grad_(False)
+        with gated(unet, space) as gates:
+            objective = self._objective(unet, gates, cost, noise_schedule(pipeline), data)
+            trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
+            figures = trainer.fit()
+        result = self._decide(objective)
+        result.info["search"] = figures
+        result.save(directory)
+        trainer.checkpoints.clear()
+        return result
+
+    def _objective(
+        self, unet: UNet2DConditionModel, gates: Gates, cost: CostModel, scheduler: DDPMScheduler, data: EncodedData
+    ) -> Any:
+        """Return what is trained, at its start: a GateSearchObjective that is a trainer's Objective."""
+        raise NotImplementedError
+
+    def _decide(self, objective: Any) -> PruneResult:
+        """Return the result of a trained objective."""
+        raise NotImplementedError

@@ -1,0 +1,197 @@
+"""Taylor-SP: the parts go whose removal changes the loss least, to first order, at the timesteps that matter.
+
+Diff-Pruning (Fang, Ma, Wang: Structural Pruning for Diffusion Models, NeurIPS 2023). With the training loss L_t at
+timestep t, a weight w scores |w · Σ_t ∂L_t/∂w|, where t ascends from 0 until L_t / L_max falls below a threshold,
+0.05 there: the noisiest timesteps, where the loss of a noise prediction and its gradient are small, only blur the sum.
+As in the published implementation the gradients are summed over timesteps before the magnitude is taken, and L_max is
+the largest loss so far; unlike it, the timestep at which the sum stops is left out, as the paper's formula says.
+
+L_t is the model's own loss. For a noise prediction it falls with t by orders of magnitude. For a v-prediction it does
+not: at high t the velocity is nearly minus the clean latents, which no model can tell from noise, so L_t stays near
+their variance. Then nothing is cut off and all timesteps are summed, which is what the criterion asks for; the losses
+and the timesteps that were used are in the scores' `info`.
+
+The paper prunes widths only; whole layers are scored by `depth_scores`.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit.data.encoded import EncodedData
+from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
+from prunekit.methods.budget import Scores
+from prunekit.methods.calibration import (
+    CalibrationBatch,
+    as_encoded,
+    calibration_batches,
+    evaluation_mode,
+    process_share,
+)
+from prunekit.methods.depth_scores import joint_scores
+from prunekit.methods.registry import register
+from prunekit.methods.weights import owned_weights, sum_per_unit
+from prunekit.training.diffusion import attention_kernel, forward_process, per_sample_mse, target
+from prunekit.training.progress import Progress
+from prunekit.units import UnitSpace
+
+Gradients = dict[nn.Parameter, Tensor]  # of a weight's shape, float32
+
+
+class TaylorSPSettings(PruneSettings):
+    """Settings of Taylor-SP."""
+
+    samples: int = Field(128, gt=0, description="Calibration samples, the same ones at every timestep.")
+    batch_size: int = Field(8, gt=0, description="Samples of one forward and backward pass.")
+    num_timesteps: int = Field(50, gt=0, description="Timesteps visited, evenly spaced over the schedule from 0.")
+    threshold: float = Field(
+        0.05, ge=0, lt=1, description="The sum ends where the loss falls below this share of the largest one so far."
+    )
+    aggregation: Literal["sum_abs", "abs_sum"] = Field(
+        "sum_abs",
+        description="sum_abs: sum of |w·g| over a unit's weights (Diff-Pruning); abs_sum: |sum of w·g| of each layer's "
+        "channel (torch-pruning's multivariable=True), then their sum.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Autocast of forward passes.")
+
+
+@register("taylor_sp")
+class TaylorSP(ScoreMethod):
+    """Remove the units whose loss changes least to first order, over timesteps (Diff-Pruning, NeurIPS 2023)."""
+
+    Config = TaylorSPSettings
+    config: TaylorSPSettings
+
+    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+        """First-order change of the loss for every width unit; measured output change for depth units.
+
+        Without depth units a score is in units of the loss, summed over the timesteps used; with them, in units of
+        output change (`depth_scores`). `info` has `timesteps`, those that were summed, and `losses`, L_t by timestep,
+        the one at which the sum ended included. The UNet is left as it was.
+
+        Args:
+            pipeline: a pipeline with UNet and scheduler.
+            dataset: EncodedData, or CaptionedImages, which are then encoded; training pairs are drawn from it.
+
+        Raises:
+            ValueError: no data, or fewer training pairs than samples; no scheduler; a loss or gradient that is not
+                finite; scores that are all zero.
+
+        """
+        config, unet, space = self.config, unet_of(pipeline), space_of(pipeline, self.config)
+        if dataset is None:
+            raise ValueError("taylor_sp needs data: pass EncodedData or CaptionedImages (norm and random need none)")
+        if getattr(pipeline, "scheduler", None) is None:
+            raise ValueError("taylor_sp needs the whole pipeline: its scheduler says what the loss is")
+        data = as_encoded(pipeline, dataset)
+        gradients, losses, used = self._gradients(pipeline, space, data)
+        with torch.no_grad():
+            widths = width_scores(unet, space, gradients, config.aggregation)
+        _check(widths, used)
+        values = joint_scores(widths, pipeline, space, data, config.samples, config.seed)
+        return Scores(space, values, {**self.score_info(), "timesteps": used, "losses": losses})
+
+    def _gradients(
+        self, pipeline: DiffusionPipeline, space: UnitSpace, data: EncodedData
+    ) -> tuple[Gradients, dict[str, float], list[int]]:
+        """Gradients of Σ_t L_t over all processes' samples, L_t by timestep, and the timesteps that are in the sum."""
+        config, unet, scheduler = self.config, pipeline.unet, forward_process(pipeline.scheduler)
+        accelerator, share = process_share()
+        weights = [owned.layer.weight for group in space.width_groups for owned in owned_weights(unet, group)]
+        total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
+        losses: dict[str, float] = {}
+        used: list[int] = []
+        timesteps = spaced_timesteps(scheduler.config.num_train_timesteps, config.num_timesteps) if weights else []
+        bar = Progress(f"{self.name} calibration", len(timesteps), enabled=accelerator.is_main_process)
+        with evaluation_mode(unet), gradients_only_of(unet, weights), bar as progress:
+            for timestep in timesteps:
+                draw = (config.samples, config.batch_size, config.seed, timestep, share)
+                loss, step = self._step(unet, scheduler, calibration_batches(pipeline, data, *draw), weights)
+                loss = accelerator.reduce(loss.to(accelerator.device), "sum").item()
+                if not math.isfinite(loss):
+                    raise ValueError(f"the loss at timestep {timestep} is not finite ({loss}); use precision=float32")
+                losses[str(timestep)] = loss
+                if loss < config.threshold * max(losses.values()):
+                    break
+                used.append(timestep)
+                for weight, gradient in step.items():
+                    total[weight] += gradient
+                progress.update(len(used), loss)
+        return {weight: accelerator.reduce(value, "sum") for weight, value in total.items()}, losses, used
+
+    def _step(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        batches: Iterator[CalibrationBatch],
+        weights: list[nn.Parameter],
+    ) -> tuple[Tensor, Gradients]:
+        """The part of L_t that these batches are, and of its gradients."""
+        total, step = torch.zeros((), dtype=torch.float64), Gradients()
+        for batch in batches:
+            with (
+                attention_kernel(batch.noisy),
+                torch.autocast(unet.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"),
+            ):
+                prediction = unet(batch.noisy, batch.timesteps, **batch.conditions).sample
+            goal = target(scheduler, batch.latents, batch.noise, batch.timesteps)
+            loss = per_sample_mse(prediction, goal).sum() / self.config.samples
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                step[weight] = step[weight] + gradient if weight in step else gradient.float()
+            total += loss.item()
+        return total, step
+
+
+def width_scores(
+    unet: UNet2DConditionModel, space: UnitSpace, gradients: Gradients, aggregation: Literal["sum_abs", "abs_sum"]
+) -> Tensor:
+    """Taylor scores of the width units, (num_width,) float64, from the gradients of their weights.
+
+    sum_abs: Σ |w·g| over the weights that a unit owns. abs_sum: |Σ w·g| over each channel's row or column of each
+    layer, summed over the unit's. As torch-pruning's GroupTaylorImportance with multivariable False and True.
+    """
+    widths = torch.zeros(space.num_width, dtype=torch.float64)
+    for group in space.width_groups:
+        if aggregation == "sum_abs":
+            scores = sum_per_unit(unet, group, lambda weight: (weight.double() * gradients[weight].double()).abs())
+        else:
+            scores = sum_per_unit(unet, group, lambda weight: weight.double() * gradients[weight].double(), torch.abs)
+        widths[space.slice(group)] = scores
+    return widths
+
+
+def spaced_timesteps(num_train_timesteps: int, count: int) -> list[int]:
+    """`count` timesteps evenly spaced from 0, ascending; all of them where there are fewer."""
+    count = min(count, num_train_timesteps)
+    return [i * num_train_timesteps // count for i in range(count)]
+
+
+@contextmanager
+def gradients_only_of(unet: UNet2DConditionModel, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Let only `weights` require gradients; then every flag is as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    unet.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _check(widths: Tensor, used: list[int]) -> None:
+    if not widths.isfinite().all():
+        raise ValueError("Taylor scores are not finite: the gradients overflow; use precision=float32")
+    if len(widths) and not widths.any():
+        raise ValueError(
+            f"all Taylor scores are zero at the timesteps {used}: the loss does not depend on any prunable weight, as "
+            "where the UNet's output layer is zero or its weights are; load a trained UNet"
+        )

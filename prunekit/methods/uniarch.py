@@ -1,0 +1,78 @@
+"""Uni-Arch: one architecture, learned as APTP learns its codes (Ganjdanesh et al., ICLR 2025, Table 3).
+
+The first row of APTP's ablation: the same gates, losses and budget with a single code, and neither router, contrastive
+term nor transport. That row trains without distillation, distillation_weight=0; one learned architecture with
+distillation, the default here, is the row that the table lacks.
+"""
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from prunekit.cost import CostModel
+from prunekit.data.encoded import EncodedData
+from prunekit.gates import Gates
+from prunekit.methods.base import PruneResult, describe_result
+from prunekit.methods.budget import select
+from prunekit.methods.registry import register
+from prunekit.methods.search import Codes, GateSearchObjective, SearchBatch, SearchMethod, SearchSettings
+
+
+class UniArchConfig(SearchSettings):
+    """Settings of Uni-Arch: those of the search."""
+
+
+class UniArchObjective(GateSearchObjective):
+    """One code (1, D), learned with the denoising, distillation and resource terms of Eq. 25; all gates start open."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        gates: Gates,
+        cost: CostModel,
+        scheduler: DDPMScheduler,
+        data: EncodedData,
+        config: SearchSettings,
+        device: torch.device,
+    ):
+        super().__init__(unet, gates, cost, scheduler, data, config, device)
+        self.codes = Codes(1, cost.space.size).to(device)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained module."""
+        return {"codes": self.codes}
+
+    def batch(self, step: int) -> SearchBatch:
+        """Draw a step's pairs, timesteps and noise."""
+        return self.draw(step)
+
+    def shared_loss(self, batch: SearchBatch) -> dict[str, Tensor]:
+        """Return the resource term of the code's gates (Eq. 26)."""
+        return {"resource": self.resource_term(self.cost.macs(self.gate(batch, self.codes.values))[0])}
+
+    def micro_loss(self, batch: SearchBatch, positions: Tensor) -> dict[str, Tensor]:
+        """Return the denoising and distillation terms of `positions`; every sample runs under the one code."""
+        rows = torch.zeros(len(positions), dtype=torch.long)
+        weights = torch.full((len(positions),), 1 / len(batch.pairs))
+        return self.sample_terms(batch, positions, self.codes.values, rows, weights)
+
+
+@register("uniarch")
+class UniArch(SearchMethod):
+    """One learned architecture for all prompts, without a router (Uni-Arch of APTP's ablation, ICLR 2025).
+
+    `prune` returns the highest logits of the learned code that fit the budget (`select`, law 3).
+    """
+
+    Config = UniArchConfig
+    config: UniArchConfig
+
+    def _objective(
+        self, unet: UNet2DConditionModel, gates: Gates, cost: CostModel, scheduler: DDPMScheduler, data: EncodedData
+    ) -> UniArchObjective:
+        return UniArchObjective(unet, gates, cost, scheduler, data, self.config, unet.device)
+
+    def _decide(self, objective: UniArchObjective) -> PruneResult:
+        architecture = select(objective.codes.values[0].detach(), objective.cost, self.config.budget)
+        return PruneResult([architecture], info=describe_result(self, [architecture], objective.cost))

@@ -1,0 +1,238 @@
+"""The stock form of a depth-only pruned UNet: a UNet2DConditionModel that needs no prunekit to load.
+
+A removed down layer leaves a copy of the skip before it, so a pruned UNet is a smaller stock UNet where the up layers
+that stay read, in order and level by level, the skips that the smaller one would push. BK-SDM's models are of this
+kind (Kim et al., BK-SDM, 2023). The layers are renumbered: paths into the pruned form do not hold in the stock form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from .slicing import PrunedUNet2DConditionModel
+from .units.depth import BYPASSED
+
+_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+_PER_LEVEL = (  # config values that are one for all levels or one per level, outermost first
+    "block_out_channels",
+    "down_block_types",
+    "only_cross_attention",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "transformer_layers_per_block",
+)
+_PER_LEVEL_REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")  # innermost first
+
+
+def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
+    """A stock UNet with the same function and a copy of the weights, or None where no stock config expresses it.
+
+    None for a UNet with any width cut, with a layer of which only the ResBlock or only the attention is gone (unless a
+    block lost all its attentions), with a part of the mid block gone, or whose skips do not pair up.
+    Works on the meta device. The result has the UNet's dtype, device, training mode, frozen parameters and attention
+    processors.
+    """
+    form = _Form.of(unet)
+    config = None if form is None else _config(unet, form)
+    if config is None:
+        return None
+    sources = dict(_sources(unet, form))
+    state = {
+        f"{path}.{key}": tensor
+        for path, source in sources.items()
+        for key, tensor in unet.get_submodule(source).state_dict().items()
+    }
+    with torch.device("meta"):
+        stock = UNet2DConditionModel(**config)
+    if _shapes(stock.state_dict()) != _shapes(state):  # a width cut
+        return None
+    stock.load_state_dict(state, assign=True)
+    for path, source in sources.items():
+        _carry_over(stock.get_submodule(path), unet.get_submodule(source))
+    return stock.train(unet.training)
+
+
+def export_unet(unet: PrunedUNet2DConditionModel, folder: str | Path) -> Literal["stock", "pruned"]:
+    """Save a UNet in its stock form where it has one, else in its pruned form; says which.
+
+    The stock form loads without prunekit, by `UNet2DConditionModel.from_pretrained(folder)`; the pruned form by
+    `PrunedUNet2DConditionModel.from_pretrained(folder)`.
+    """
+    stock = as_stock(unet)
+    (unet if stock is None else stock).save_pretrained(folder)
+    return "pruned" if stock is None else "stock"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What stays: per level, outermost first, the indices of the layers of its down and of its up block."""
+
+    down: list[list[int]]
+    up: list[list[int]]
+    has_mid: bool
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel) -> _Form | None:
+        """Read it off a UNet's modules; None where the layers that stay are not those of a stock UNet."""
+        down = [_live_layers(block) for block in unet.down_blocks]
+        up = [_live_layers(block) for block in reversed(unet.up_blocks)]
+        mid = [_is_live(module) for module in _layer_modules(unet.mid_block)]
+        if None in down or None in up or (any(mid) and not all(mid)):
+            return None
+        size = next((i + 1 for i, block in enumerate(unet.down_blocks) if _is_shut(block)), len(down))
+        if any(down[size:]) or any(up[size:]) or (size < len(down) and any(mid)):
+            return None
+        if not _skips_pair_up(unet, down, up, size):
+            return None
+        return cls(down[:size], up[:size], any(mid))
+
+
+def _layer_modules(block: nn.Module | None) -> list[nn.Module]:
+    return [] if block is None else [*block.resnets, *(getattr(block, "attentions", None) or ())]
+
+
+def _is_live(module: nn.Module) -> bool:
+    return not isinstance(module, BYPASSED)
+
+
+def _is_shut(block: nn.Module) -> bool:
+    """Whether the block's downsampler is gone, and with it the levels further in."""
+    return any(not _is_live(sampler) for sampler in block.downsamplers or ())
+
+
+def _live(modules: nn.ModuleList | None) -> list[int]:
+    return [index for index, module in enumerate(modules or ()) if _is_live(module)]
+
+
+def _live_layers(block: nn.Module) -> list[int] | None:
+    """Indices of a down or up block's layers that stay; None unless all or none of them have their attention."""
+    resnets, attentions = _live(block.resnets), _live(getattr(block, "attentions", None))
+    return resnets if attentions in ([], resnets) else None
+
+
+def _skips_pair_up(unet: UNet2DConditionModel, down: list[list[int]], up: list[list[int]], size: int) -> bool:
+    """Whether the up layers that stay read the skips that a stock UNet of the down layers that stay would push.
+
+    A skip is named by the module that made it; removed down layers and downsamplers push the name before once more.
+    """
+    skip: Any = "conv_in"
+    stack, entered = [skip], []
+    for level, block in enumerate(unet.down_blocks):
+        entered.append(skip)
+        for index in range(len(block.resnets)):
+            skip = (level, index) if index in down[level] else skip
+            stack.append(skip)
+        for sampler in block.downsamplers or ():
+            skip = (level, "downsampler") if _is_live(sampler) else skip
+            stack.append(skip)
+    for level, block in reversed(list(enumerate(reversed(unet.up_blocks)))):
+        offered = [stack.pop() for _ in block.resnets]
+        read = [offered[index] for index in up[level]]
+        if level < size and read != [*((level, index) for index in reversed(down[level])), entered[level]]:
+            return False
+    return True
+
+
+def _config(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
+    """The stock config; None where the mid block and the innermost level need different transformer blocks."""
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
+    gone = len(unet.down_blocks) - len(form.down)
+    for key in _PER_LEVEL:
+        if isinstance(config[key], list | tuple):
+            config[key] = config[key][: len(form.down)]
+    for key in _PER_LEVEL_REVERSED:
+        if isinstance(config[key], list | tuple):
+            config[key] = config[key][gone:]
+    blocks = {"down_block_types": unet.down_blocks[: len(form.down)], "up_block_types": unet.up_blocks[gone:]}
+    for (key, modules), plain in zip(blocks.items(), ("DownBlock2D", "UpBlock2D"), strict=True):
+        names = zip(modules, config[key], strict=True)
+        config[key] = tuple(plain if _lost_attentions(block) else name for block, name in names)
+    layers = [len(indices) for indices in form.down]
+    config["layers_per_block"] = layers[0] if len(set(layers)) == 1 else layers
+    if not form.has_mid:
+        config["mid_block_type"] = None
+    transformers = _transformer_blocks(unet, form)
+    return None if transformers is None else {**config, **transformers}
+
+
+def _lost_attentions(block: nn.Module) -> bool:
+    """Whether a block has layers, and had attentions that are all gone."""
+    return bool(_live(block.resnets)) and hasattr(block, "attentions") and not _live(block.attentions)
+
+
+def _transformer_blocks(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
+    """Config values for how many transformer blocks each layer has; the mid block takes the innermost level's first."""
+    if all(map(_is_live, _all_transformer_blocks(unet))):
+        return {}
+    size = len(form.down)
+    down = [_block_counts(unet.down_blocks[level], form.down[level]) for level in range(size)]
+    up = [_block_counts(unet.up_blocks[-1 - level], form.up[level]) for level in range(size)]
+    if form.has_mid:
+        (mid,) = _block_counts(unet.mid_block, range(len(unet.mid_block.attentions)))
+        down[-1] = down[-1] or [mid]
+        if down[-1][0] != mid:
+            return None
+    return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up[::-1]}
+
+
+def _all_transformer_blocks(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
+    for name, module in unet.named_modules():
+        if name.rpartition(".")[2] == "transformer_blocks":
+            yield from module
+
+
+def _block_counts(block: nn.Module, layers: list[int] | range) -> list[int]:
+    attentions = getattr(block, "attentions", None)
+    return [len(_live(attentions[index].transformer_blocks)) for index in layers if attentions and _live(attentions)]
+
+
+def _sources(unet: UNet2DConditionModel, form: _Form) -> Iterator[tuple[str, str]]:
+    """(path in the stock form, path in the UNet) of modules that together hold all weights."""
+    yield from ((name, name) for name, _ in unet.named_children() if name not in _BLOCKS)
+    if form.has_mid:
+        yield from _layer_sources(unet, "mid_block", "mid_block", list(range(len(unet.mid_block.resnets))))
+    levels, size = len(unet.down_blocks), len(form.down)
+    for level in range(size):
+        path, source = f"down_blocks.{level}", f"down_blocks.{level}"
+        yield from _layer_sources(unet, path, source, form.down[level])
+        if level < size - 1:
+            yield f"{path}.downsamplers", f"{source}.downsamplers"
+        path, source = f"up_blocks.{size - 1 - level}", f"up_blocks.{levels - 1 - level}"
+        yield from _layer_sources(unet, path, source, form.up[level])
+        if level > 0:
+            yield f"{path}.upsamplers", f"{source}.upsamplers"
+
+
+def _layer_sources(unet: UNet2DConditionModel, path: str, source: str, layers: list[int]) -> Iterator[tuple[str, str]]:
+    attentions = getattr(unet.get_submodule(source), "attentions", None) or ()
+    for new, old in enumerate(layers):
+        yield f"{path}.resnets.{new}", f"{source}.resnets.{old}"
+        if old >= len(attentions) or not _is_live(attentions[old]):
+            continue
+        to, of = f"{path}.attentions.{new}", f"{source}.attentions.{old}"
+        yield from ((f"{to}.{name}", f"{of}.{name}") for name in ("norm", "proj_in", "proj_out"))
+        for index, live in enumerate(_live(attentions[old].transformer_blocks)):
+            yield f"{to}.transformer_blocks.{index}", f"{of}.transformer_blocks.{live}"
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in state.items()}
+
+
+def _carry_over(module: nn.Module, source: nn.Module) -> None:
+    """Give a module memory of its own, and the source's frozen parameters and attention processors."""
+    originals = dict(source.named_parameters())
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.clone()
+        parameter.requires_grad_(originals[name].requires_grad)
+    for own, original in zip(module.modules(), source.modules(), strict=True):
+        if isinstance(own, Attention):
+            own.set_processor(original.processor)

@@ -1,0 +1,154 @@
+"""Comparisons in small: cells, their cache, both protocols, the refusal of unfair tables."""
+
+import copy
+import csv
+import json
+
+import pytest
+import yaml
+from small_model import CAPTIONS, picture, write_pipeline, write_shard
+
+from prunekit.compare.cells import DENSE, cells_of
+from prunekit.compare.comparison import compare
+from prunekit.compare.fairness import refuse_unfair
+from prunekit.compare.table import best, rows_of, shown_rows
+from prunekit.recipe import RecipeError, load_recipe
+
+TRAINING = {"batch_size": 4, "learning_rate": 1e-2}
+COLOURS = ("red", "green", "blue", "yellow")
+BASE = "bksdm:base"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
+    write_shard(folder / "shards" / "0.tar", samples)
+    content = {
+        "job": "compare",
+        "name": "small",
+        "model": str(write_pipeline(folder / "model")),
+        "data": {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25},
+        "budgets": [{"budget": BASE, "seeds": [0, 1]}, {"budget": 0.8, "methods": ["norm", "plain"]}],
+        "methods": {
+            "norm": {},
+            "plain": {"method": "norm", "distillation": False},
+            "bksdm": {},
+            "aptp": {"experts": 2, "warmup": 1, "search": {"steps": 3, **TRAINING}},
+        },
+        "fine_tune": {"steps": 4, **TRAINING},
+        "evaluation": {"num_images": 6, "steps": 2, "batch_size": 3, "num_predictions": 8},
+        "published": [{"row": "norm", "FID": 141.04}],
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    for part in ("1/2", "2/2"):
+        compare([recipe], (), folder, part)
+    assert compare([recipe], (), folder) == folder
+    return folder
+
+
+def read(folder):
+    return [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+
+
+def test_every_cell_once(recipe, finished):
+    names = {path.stem for path in (finished / "cells").glob("*.json")}
+    assert names == {cell.name for cell in cells_of(load_recipe(recipe))}
+    assert len(names) == 2 + 2 * 5 + 2  # dense; norm, plain, bksdm and aptp twice, at two seeds; norm, plain at 0.8
+    content = json.loads((finished / "results.json").read_text())
+    assert content["missing"] == [] and content["published"] == [{"row": "norm", "FID": 141.04}]
+    assert (finished / "pareto.png").stat().st_size > 10_000
+
+
+def test_rows_of_both_protocols(finished):
+    rows = rows_of(read(finished))
+    table = {(row.protocol, row.budget, row.method): row for row in rows}
+    steps, compute = table["equal_steps", BASE, "aptp"], table["equal_compute", BASE, "aptp"]
+    assert (steps.models, steps.steps, compute.steps) == (2, 4, 2)
+    assert table["equal_steps", BASE, "norm"].estimates == table["equal_compute", BASE, "norm"].estimates
+    assert table["equal_steps", BASE, "plain"].distillation == "none"
+    assert table["equal_steps", BASE, "norm"].distillation == "shared" and table["equal_steps", BASE, "norm"].seeds == (
+        0,
+        1,
+    )
+    member = table["equal_steps", BASE, "bksdm"].costs["macs"]
+    for row in rows:
+        if row.method != DENSE and row.budget == BASE:
+            assert row.costs["macs"] <= member + 1 and row.costs["macs"] > 0.97 * member, row.method
+    assert table["equal_steps", "0.8", "norm"].seeds == (0,)
+
+
+def test_the_table_marks_the_best_and_what_cannot_be_told_apart(finished):
+    rows = [row for row in rows_of(read(finished)) if (row.protocol, row.budget) == ("equal_steps", BASE)]
+    lines, columns = shown_rows(rows)
+    top = best(rows, "cmmd").method
+    assert [line["name"] for line in lines if line["cmmd"].startswith("**")] == [top]
+    assert {"cmmd", "kid", "clip_score"} <= {column.key for column in columns}
+    text = (finished / "table.md").read_text()
+    assert text.count("## Budget") == 4 and "## As published" in text and "141.04" in text
+    with (finished / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows_of(read(finished))) and float(lines[0]["cmmd_low"]) <= float(lines[0]["cmmd_mean"])
+
+
+def test_finished_cells_are_not_made_again(recipe, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    compare([recipe], (), finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def test_finished_cells_are_enough_elsewhere(finished, tmp_path):
+    (tmp_path / "cells").mkdir()
+    for path in (finished / "cells").glob("*.json"):
+        (tmp_path / "cells" / path.name).write_text(path.read_text())
+    compare([tmp_path], (), tmp_path)
+    assert (tmp_path / "table.md").read_text().count("## Budget") == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("evaluation.steps", 50),
+        ("resolution", 512),
+        ("prune.convention", "aptp"),
+        ("prune.budget", 0.9),
+        ("prune.depth", "all"),
+        ("fine_tune.steps", 99),
+        ("fine_tune.batch_size", 64),
+        ("fine_tune.denoising_weight", 0.5),
+        ("data.content", "other"),
+        ("model", "other"),
+    ],
+)
+def test_an_undeclared_difference_is_refused_by_name(finished, field, value):
+    cells = read(finished)
+    refuse_unfair(cells)
+    changed = copy.deepcopy(cells)
+    index = next(i for i, cell in enumerate(changed) if cell["cell"]["method"] == "norm")
+    changed[index]["fields"][field] = value
+    with pytest.raises(ValueError, match=f"cannot share a table: {field} is"):
+        refuse_unfair(changed)
+
+
+def test_bad_comparisons_are_refused(recipe, tmp_path):
+    for override, message in (
+        ("budgets=[{budget: 'bksdm:huge'}]", "huge"),
+        ("budgets=[{budget: base}]", "bksdm:VARIANT"),
+        ("prune.budget=0.7", "`budgets` has budgets"),
+        ("methods.plain.distillation=maybe", "true or false"),
+        ("methods.norm.method=nrom", "did you mean 'norm'"),
+        ("budgets=[{budget: 0.8, methods: [nrm]}]", "did you mean 'norm'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare([recipe], [override], tmp_path / "refused")
+    with pytest.raises(RecipeError, match="give I/N"):
+        compare([recipe], (), tmp_path, "3/2")
+    with pytest.raises(RecipeError, match="holds no cells"):
+        compare([tmp_path], ())
