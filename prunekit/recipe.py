@@ -37,6 +37,7 @@ class EvaluationConfig(_Section):
     steps: int = Field(25, gt=0, description="PNDM steps")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast while generating")
     num_predictions: int = Field(
         256, gt=0, description="(image, t, noise) triples of the agreement with the dense UNet"
     )

@@ -106,7 +106,7 @@ class Stages:
     def sampling(self) -> Sampling:
         """How every row's pictures are made."""
         settings = self.recipe.evaluation
-        return Sampling(settings.steps, settings.guidance, settings.batch_size)
+        return Sampling(settings.steps, settings.guidance, settings.batch_size, settings.precision)
 
     @cached_property
     def prompts(self) -> EvaluationSet:

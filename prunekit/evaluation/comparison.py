@@ -91,6 +91,11 @@ class Sampling:
     steps: int
     guidance: float
     batch_size: int
+    precision: str = "float32"  # of the UNet and the text encoder: "float32" or "bfloat16" (autocast)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context under which pictures are made."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
@@ -112,16 +117,17 @@ def sample(
         if not rows:
             continue
         target = folder if len(candidate.unets) == 1 else folder / f"expert-{expert}"
-        paths = generate_to(
-            target,
-            with_unet(pipeline, unet),
-            [prompts.prompts[i] for i in rows],
-            [prompts.seeds[i] for i in rows],
-            sampling.steps,
-            sampling.guidance,
-            sampling.batch_size,
-            title=f"{candidate.name}: images" if len(candidate.unets) == 1 else f"{candidate.name} {expert}: images",
-        )
+        with sampling.autocast(unet.device):
+            paths = generate_to(
+                target,
+                with_unet(pipeline, unet),
+                [prompts.prompts[i] for i in rows],
+                [prompts.seeds[i] for i in rows],
+                sampling.steps,
+                sampling.guidance,
+                sampling.batch_size,
+                title=f"{candidate.name}{f' {expert}' * (len(candidate.unets) > 1)}: images",
+            )
         for row, picture in zip(rows, read_pictures(paths), strict=True):
             pictures[row] = picture
     return torch.stack([picture for picture in pictures if picture is not None]), experts
@@ -232,9 +238,10 @@ def seconds_per_image(
     for expert, unet in enumerate(candidate.unets):
         if not shares[expert]:
             continue
-        routed = with_unet(pipeline, unet)
-        generate(routed, prompts.prompts[:count], prompts.seeds[:count], 2, sampling.guidance, count)
-        start = time.perf_counter()
-        generate(routed, prompts.prompts[:count], prompts.seeds[:count], sampling.steps, sampling.guidance, count)
+        routed, inputs = with_unet(pipeline, unet), (prompts.prompts[:count], prompts.seeds[:count])
+        with sampling.autocast(unet.device):
+            generate(routed, *inputs, 2, sampling.guidance, count)
+            start = time.perf_counter()
+            generate(routed, *inputs, sampling.steps, sampling.guidance, count)
         total += float(shares[expert] / shares.sum()) * (time.perf_counter() - start) / count
     return total
