@@ -19,6 +19,7 @@ from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
 
 TIMINGS = "timings.json"
+PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
     "jackknife errors over the pictures). **Bold**: the best pruned row. ≈: its interval overlaps the best row's, so "
@@ -118,6 +119,7 @@ def _write(
 ) -> Path:
     """Write and print the tables of the finished cells."""
     console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
     rows = rows_of(cells, timings)
     content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
     write_json(folder / "results.json", {"environments": _environments(cells), **content})
