@@ -136,7 +136,8 @@ def plan(
 
     content = plan(load_recipe(recipe, overrides or ()), None if throughput is None else throughput * 1e12)
     show_plan(content, _console())
-    _say(f"Nothing was run; start it with: prunekit run {' '.join([str(recipe), *(overrides or ())])}")
+    command = "compare" if content["job"] == "compare" else "run"
+    _say(f"Nothing was run; start it with: prunekit {command} {' '.join([str(recipe), *(overrides or ())])}")
 
 
 @app.command()

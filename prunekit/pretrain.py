@@ -169,6 +169,8 @@ def export(directory: Path) -> None:
 
     def write(temporary: Path) -> None:
         pipeline_of(directory, "final", torch.device("cpu")).to(dtype=torch.float16).save_pretrained(temporary)
+        for path in temporary.rglob("config.json"):  # diffusers notes the folder that a part was read from
+            write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
 
     write_folder(directory / "emoji_model", write)
     console.print(f"the pipeline: {directory / 'emoji_model'}", highlight=False)

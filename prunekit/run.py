@@ -24,7 +24,7 @@ from prunekit.evaluation.table import (
     markdown_table,
     terminal_table,
 )
-from prunekit.recipe import PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
+from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
 
@@ -113,6 +113,8 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
     A directory that holds the same recipe's run is resumed. Raises RecipeError where it holds another's.
     """
     recipe = load_recipe(recipe_path, overrides)
+    if isinstance(recipe, CompareRecipe):
+        raise RecipeError(f"{recipe_path} is a comparison; start it with: prunekit compare {recipe_path}")
     folder = Path(directory or Path("runs") / recipe.name)
     _claim(folder, recipe)
     return _execute(recipe, folder)
@@ -123,7 +125,10 @@ def resume(directory: str | Path) -> Path:
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
-    return _execute(load_recipe(folder / RECIPE), folder)
+    recipe = load_recipe(folder / RECIPE)
+    if isinstance(recipe, CompareRecipe):
+        raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
+    return _execute(recipe, folder)
 
 
 def _execute(recipe: PruneRecipe | PretrainRecipe, folder: Path) -> Path:

@@ -64,6 +64,18 @@ def write_shard(path: Path, samples: list[tuple[bytes, str]]) -> Path:
     return path
 
 
+TRAINING = {"batch_size": 4, "learning_rate": 1e-2}
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def write_world(folder: Path) -> dict:
+    """Write the pipeline and a data set of 12 pictures; return the recipe's settings that name them."""
+    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
+    write_shard(folder / "shards" / "0.tar", samples)
+    data = {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25}
+    return {"name": "small", "model": str(write_pipeline(folder / "model")), "data": data}
+
+
 def picture(colour: str = "red") -> bytes:
     """Return a picture of one colour as PNG."""
     buffer = io.BytesIO()

@@ -6,29 +6,24 @@ import json
 
 import pytest
 import yaml
-from small_model import CAPTIONS, picture, write_pipeline, write_shard
+from small_model import TRAINING, write_world
 
 from prunekit.compare.cells import DENSE, cells_of
 from prunekit.compare.comparison import compare
 from prunekit.compare.fairness import refuse_unfair
 from prunekit.compare.table import best, rows_of, shown_rows
 from prunekit.recipe import RecipeError, load_recipe
+from prunekit.run import start
 
-TRAINING = {"batch_size": 4, "learning_rate": 1e-2}
-COLOURS = ("red", "green", "blue", "yellow")
 BASE = "bksdm:base"
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
-    write_shard(folder / "shards" / "0.tar", samples)
     content = {
         "job": "compare",
-        "name": "small",
-        "model": str(write_pipeline(folder / "model")),
-        "data": {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25},
+        **write_world(folder),
         "budgets": [{"budget": BASE, "seeds": [0, 1]}, {"budget": 0.8, "methods": ["norm", "plain"]}],
         "methods": {
             "norm": {},
@@ -148,6 +143,8 @@ def test_bad_comparisons_are_refused(recipe, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compare([recipe], [override], tmp_path / "refused")
+    with pytest.raises(RecipeError, match="prunekit compare"):
+        start(recipe, (), tmp_path / "run")
     with pytest.raises(RecipeError, match="give I/N"):
         compare([recipe], (), tmp_path, "3/2")
     with pytest.raises(RecipeError, match="holds no cells"):

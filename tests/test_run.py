@@ -10,28 +10,23 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_model import CAPTIONS, picture, write_pipeline, write_shard
+from small_model import TRAINING, write_world
 
 from prunekit.recipe import RecipeError
 from prunekit.run import resume, start
 
-TRAINING = {"batch_size": 4, "learning_rate": 1e-2, "checkpoint_minutes": 1e-9, "log_every": 1}
-COLOURS = ("red", "green", "blue", "yellow")
+STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9, "log_every": 1}
 RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
-    write_shard(folder / "shards" / "0.tar", samples)
     content = {
-        "name": "small",
-        "model": str(write_pipeline(folder / "model")),
-        "data": {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25},
+        **write_world(folder),
         "prune": {"budget": 0.7},
-        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **TRAINING}}},
-        "fine_tune": {"steps": 5, **TRAINING},
+        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **STEPWISE}}},
+        "fine_tune": {"steps": 5, **STEPWISE},
         "evaluation": {"num_images": 6, "steps": 2, "batch_size": 2, "num_predictions": 8, "num_pictures": 2},
     }
     path = folder / "small.yaml"
