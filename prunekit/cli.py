@@ -111,13 +111,13 @@ def compare(
         str, typer.Option(help="I/N: make the I-th of N parts of the cells, then show what is there")
     ] = "1/1",
 ) -> None:
-    """Compare methods x budgets x seeds x protocols in one fair table; finished cells are kept."""
+    """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
     from prunekit.compare.comparison import compare
 
     paths = [text for text in recipes if "=" not in text]
     if not paths:
         raise ValueError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
-    folder = compare(paths, [text for text in recipes if "=" in text], output, part)
+    folder = compare(paths, [text for text in recipes if "=" in text], output)
     _say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
 
 

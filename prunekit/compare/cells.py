@@ -49,6 +49,11 @@ class Cell:
         return "__".join(part.replace(":", "-").replace(",", "") for part in parts if part)
 
     @property
+    def choice(self) -> str:
+        """What names the cells that share one choice of architectures: one process makes them."""
+        return Cell(self.label, self.budget, self.seed, "").name
+
+    @property
     def title(self) -> str:
         """What messages call it."""
         return " ".join(part for part in (self.label, self.budget, f"seed {self.seed}", self.protocol) if part)

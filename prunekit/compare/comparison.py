@@ -1,10 +1,11 @@
 """`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from prunekit.compare.cells import DENSE, Cell, CellRunner, cells_of
@@ -39,14 +40,14 @@ class Comparison:
         self.stages = Stages(recipe, self.log, directory / "cache")
         self.runner = CellRunner(recipe, directory, self.stages)
 
-    def make(self, part: tuple[int, int] = (1, 1)) -> None:
-        """Make the cells of one part of several (1-based), which other processes or machines may share."""
-        index, count = part
-        mine = self.cells[index - 1 :: count]
-        for number, cell in enumerate(mine, start=1):
+    def make(self) -> None:
+        """Make the cells that are missing, but for those that another process on this directory is making."""
+        for number, cell in enumerate(self.cells, start=1):
             if self.runner.finished(cell) is None:
-                self.log.say(f"cell {number} of {len(mine)}: {cell.title}")
-                self.runner.run(cell)
+                with claimed(self.directory / "work" / "locks" / f"{cell.choice}.lock") as mine:
+                    if mine:
+                        self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
+                        self.runner.run(cell)
 
     def results(self) -> tuple[list[Result], list[Cell]]:
         """Return the finished cells' results, and the cells that are missing."""
@@ -70,17 +71,16 @@ def compare(
     paths: Sequence[str | Path],
     overrides: Iterable[str] = (),
     output: str | Path | None = None,
-    part: str = "1/1",
 ) -> Path:
     """Run comparisons, or read finished ones, and write `results.json`, `table.csv`, `table.md` and `pareto.png`.
 
     paths: comparison recipes, whose missing cells are made in `runs/NAME`, and directories with finished `cells/`.
     output: where the table goes; the first comparison's directory by default.
-    part: "I/N" makes the I-th of N parts of the cells, for N processes or machines on one directory.
+    Several processes may share a directory: each makes the cells that no other is making, and then shows what is there.
     Returns the output directory. Raises RecipeError for what is no comparison, ValueError for cells that cannot share
     a table, by the field that differs.
     """
-    share, overrides = _part(part), list(overrides)
+    overrides = list(overrides)
     cells, timings, missing, published = [], {}, [], []
     folder = None
     for path in map(Path, paths):
@@ -94,7 +94,7 @@ def compare(
             if not isinstance(recipe, CompareRecipe):
                 raise RecipeError(f"{path} is a recipe of job={recipe.job}; compare takes job=compare")
             comparison = Comparison(recipe, Path("runs") / recipe.name if output is None else Path(output))
-            comparison.make(share)
+            comparison.make()
             found, lacking = comparison.results()
             missing += lacking
             times = comparison.timings(found) if not lacking else {}
@@ -107,11 +107,20 @@ def compare(
     return _write(target, cells, timings, missing, published)
 
 
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise RecipeError(f"part {text!r}: give I/N, such as 1/2 and 2/2 for two processes")
-    return int(match[1]), int(match[2])
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold a lock file, and say whether this process has it; the lock goes with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _write(
