@@ -27,6 +27,7 @@ from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import CommonRecipe
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
+from prunekit.stock import export_unet
 from prunekit.training.checkpoint import Checkpoints, append_row, read_json, write_folder, write_json
 from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
@@ -58,7 +59,9 @@ class Stages:
         quiet_libraries()
         self.recipe, self.log, self.say = recipe, log.log, log.say
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipeline: DiffusionPipeline = load_pipeline(recipe.model).to(device)
+        self.pipeline: DiffusionPipeline = load_pipeline(
+            recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
+        ).to(device)
         images = load_data(recipe.data, recipe.seed)
         self.resolution = recipe.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
@@ -176,7 +179,7 @@ class Stages:
                     student, self.pipeline.unet, self.data, config, checkpoints, log=self.log, **options
                 )
             write_json(folder / "figures.json", figures)
-            write_folder(unet, student.save_pretrained)
+            write_folder(unet, lambda temporary: export_unet(student, temporary))
             Checkpoints(folder / "checkpoints").clear()
             self.say(f"{title}: fine-tuned on {len(pairs):,} captions")
         student = PrunedUNet2DConditionModel.from_pretrained(unet).to(device).eval()

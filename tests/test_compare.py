@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 
 import pytest
 import yaml
@@ -66,6 +67,15 @@ def test_every_cell_once(recipe, finished):
     assert (finished / "pareto.png").stat().st_size > 10_000
 
 
+def test_a_depth_only_expert_is_a_stock_unet(finished):
+    def saved(label):
+        (path,) = finished.glob(f"work/{label}__bksdm-base__seed0__static-models-*/0/unet/config.json")
+        return json.loads(path.read_text())
+
+    assert saved("bksdm")["_class_name"] == "UNet2DConditionModel" and "pruning" not in saved("bksdm")
+    assert saved("norm")["_class_name"] == "PrunedUNet2DConditionModel" and saved("norm")["pruning"]["kept"]
+
+
 def test_rows_of_both_protocols(finished):
     rows = rows_of(read(finished))
     table = {(row.protocol, row.budget, row.method): row for row in rows}
@@ -101,6 +111,15 @@ def test_finished_cells_are_not_made_again(recipe, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     compare([recipe], (), finished)
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def test_another_evaluation_keeps_the_models(recipe, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    models = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*.safetensors")}
+    compare([recipe], ["evaluation.guidance=1.5"], tmp_path / "copy")
+    assert models == {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*.safetensors")}
+    cell = json.loads((tmp_path / "copy" / "cells" / f"{Cell('norm', BASE, 0).name}.json").read_text())
+    assert cell["fields"]["evaluation.guidance"] == 1.5
 
 
 def test_finished_cells_are_enough_elsewhere(finished, tmp_path):

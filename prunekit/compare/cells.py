@@ -155,9 +155,9 @@ class CellRunner:
         if result := self.finished(cell):
             return result
         stages, fields = self.stages, self.fields(cell)
-        work = self.directory / "work" / f"{cell.name}-{key_of(fields)[:8]}"
         candidate, chosen = self.candidate(cell)
-        pictures, experts = stages.sample(candidate, work / "samples", cell.seed)
+        samples = self.directory / "work" / f"{cell.name}-samples-{key_of(fields)[:8]}"
+        pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
         figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
         arguments = (experts, stages.data, stages.prompts, stages.dense)
@@ -172,7 +172,7 @@ class CellRunner:
             "figures": figures,
             "errors": errors,
             "experts": comparison.expert_rows(candidate, *arguments) if candidate.router else [],
-            "work": work.name,
+            "models_folder": self.models_folder(cell).name,
             "environment": stages.environment,
             "fields": fields,
         }
@@ -180,16 +180,21 @@ class CellRunner:
         stages.say(f"{cell.title}: " + ", ".join(f"{name} {figures[name]:.4g}" for name in errors))
         return result
 
+    def models_folder(self, cell: Cell) -> Path:
+        """Where a cell's fine-tuned models are; another evaluation finds them again."""
+        trained = {name: value for name, value in self.fields(cell).items() if not name.startswith("evaluation")}
+        return self.directory / "work" / f"{cell.name}-models-{key_of(trained)[:8]}"
+
     def candidate(self, cell: Cell) -> tuple[Candidate, PruneResult | None]:
         """Choose a cell's architectures and recover them, or read what an earlier start left."""
         if cell.label == DENSE:
             return self.stages.dense, None
-        fields = self.fields(cell)
-        searched = {name: value for name, value in fields.items() if not name.startswith(("fine_tune", "evaluation"))}
+        searched = {
+            name: value for name, value in self.fields(cell).items() if not name.startswith(("fine_tune", "evaluation"))
+        }
         chosen = self._chosen(cell, searched)
         config = self.recipe.fine_tuning(cell.label, self.steps(cell))
-        folder = self.directory / "work" / f"{cell.name}-{key_of(fields)[:8]}" / "experts"
-        return self.stages.recover(cell.title, chosen, folder, config, cell.seed), chosen
+        return self.stages.recover(cell.title, chosen, self.models_folder(cell), config, cell.seed), chosen
 
     def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
         """Return the architectures: one search for both protocols, one calibration for all budgets."""

@@ -59,10 +59,10 @@ class Comparison:
         path = self.directory / TIMINGS
         timings = read_json(path) if path.is_file() else {}
         for cell in cells:
-            if cell["work"] not in timings and cell["cell"]["method"] != DENSE:
+            if cell["models_folder"] not in timings and cell["cell"]["method"] != DENSE:
                 ratio = cell_ratio(cell, self.directory, self.stages)
                 if ratio is not None:
-                    timings[cell["work"]] = ratio
+                    timings[cell["models_folder"]] = ratio
                     write_json(path, timings)
         return timings
 

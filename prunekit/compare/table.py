@@ -42,7 +42,7 @@ class Row:
 def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None) -> list[Row]:
     """Return the rows of all tables, by protocol, budget and method; a static cell stands under every protocol.
 
-    timings: time of a UNet call over the dense one's, by a cell's `work`.
+    timings: time of a UNet call over the dense one's, by a cell's `models_folder`.
     """
     protocols = [p for p in PROTOCOLS if any(cell["cell"]["protocol"] == p for cell in cells)] or ["equal_steps"]
     budgets = list(dict.fromkeys(cell["cell"]["budget"] for cell in cells if cell["cell"]["budget"]))
@@ -72,7 +72,7 @@ def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: 
         errors = [cell["errors"].get(name, 0.0) for cell in cells]
         estimates[name] = estimate([cell["figures"][name] for cell in cells], errors)
     costs = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
-    timed = [timings[cell["work"]] for cell in cells if cell["work"] in timings]
+    timed = [timings[cell["models_folder"]] for cell in cells if cell["models_folder"] in timings]
     costs["call_ratio"] = _mean(timed) if timed else None
     trained = [cell["figures"]["training_seconds"] for cell in cells]
     costs["training_seconds"] = None if None in trained else _mean(trained)

@@ -35,7 +35,7 @@ def call_ratio(dense: nn.Module, pruned: nn.Module, inputs: Sequence[Tensor], pa
 
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     """Return a cell's call ratio, the mean over its experts by their training prompts; None where models are gone."""
-    folders = sorted((directory / "work" / cell["work"] / "experts").glob("*/unet"), key=lambda p: int(p.parent.name))
+    folders = sorted((directory / "work" / cell["models_folder"]).glob("*/unet"), key=lambda p: int(p.parent.name))
     if len(folders) != cell["models"]:
         return None
     samples, _ = stages.agreement

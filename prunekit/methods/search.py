@@ -24,7 +24,7 @@ from prunekit.methods.budget import budget_macs
 from prunekit.methods.calibration import as_encoded, noise_schedule
 from prunekit.randomness import generator
 from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, target
-from prunekit.training.distillation import block_outputs, distillation_error
+from prunekit.training.distillation import FeatureBlocks, block_outputs, distillation_error
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
@@ -33,6 +33,11 @@ class SearchSettings(PruneSettings):
 
     temperature: float = Field(0.4, gt=0, description="gamma of the Gumbel-sigmoid gates (Eq. 9)")
     offset: float = Field(3.0, description="added to every logit, so that all gates start open")
+    feature_blocks: FeatureBlocks = Field(
+        "none",
+        description="blocks whose outputs are distilled beside the UNet's own; all: as in the paper, where their "
+        "unscaled errors may outweigh the resource term, so that gates stay open and the last cut is blind",
+    )
     distillation_weight: float = Field(
         0.2, ge=0, description="lambda_distill of Eq. 25; 0 searches without a teacher's pass"
     )
@@ -116,9 +121,10 @@ class GateSearchObjective:
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         conditions = self.data.conditions(pairs, self.device)
         weight = self.config.distillation_weight
+        which = self.config.feature_blocks if weight else "none"
         teacher = self._teacher(noisy, timesteps, conditions) if weight else None
         self.gates.set(self.gate(batch, logits), rows=rows)
-        with attention_kernel(noisy), block_outputs(self.unet, "all" if weight else "none") as blocks:
+        with attention_kernel(noisy), block_outputs(self.unet, which) as blocks:
             prediction = self.unet(noisy, timesteps, **conditions).sample
         denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
         terms = {"denoising": (weights * denoising).sum()}
@@ -133,7 +139,7 @@ class GateSearchObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the ungated UNet's output and its blocks' outputs."""
         self.gates.set(self.cost.space.full())
-        with block_outputs(self.unet) as blocks:
+        with block_outputs(self.unet, self.config.feature_blocks) as blocks:
             return self.unet(noisy, timesteps, **conditions).sample, blocks
 
 
