@@ -1,23 +1,17 @@
 """What a run will take, from shapes alone: UNet passes, memory, disk, and seconds at a device's measured speed."""
 
 import copy
-import json
-import tarfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from prunekit.data.config import DataConfig
-from prunekit.data.emoji import EMOJI_DIRECTORY, emoji_captions
+from prunekit.data.config import data_size as data_size
 from prunekit.training.trainer import TrainerConfig
 
 FLOAT32 = 4  # bytes
-MOST_SCANNED_BYTES = 256 * 2**20  # of shards that are read to count their captions
 MOST_RUN_PARAMS = 50_000_000  # a UNet of fewer parameters is itself timed; for a larger one a matrix product is
 SAVED_PER_OUTPUT = 1.1  # what autograd saves over the outputs of all leaf layers: measured 1.09 on SD 2's topology
 
@@ -134,24 +128,3 @@ def _time(function, device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
-
-
-def data_size(config: DataConfig) -> tuple[int, int] | None:
-    """Return (images, captions) of a data set that is here and small; None where it is neither."""
-    folder = Path(config.path).expanduser() if config.path else EMOJI_DIRECTORY if config.kind == "emoji" else None
-    shards = sorted(folder.glob("*.tar")) if folder else []
-    if not shards or sum(path.stat().st_size for path in shards) > MOST_SCANNED_BYTES:
-        return None
-    images = captions = 0
-    with suppress(tarfile.TarError, ValueError, KeyError):  # a plan does not judge data; the run will
-        for shard in shards:
-            with tarfile.open(shard) as archive:
-                for member in archive:
-                    if member.name.endswith(".txt"):
-                        images += 1
-                        captions += config.kind != "emoji"
-                    elif member.name.endswith(".json") and config.kind == "emoji":
-                        entry = json.load(archive.extractfile(member))
-                        captions += len(emoji_captions(entry["name"], entry.get("keywords", [])))
-        return images, captions
-    return None

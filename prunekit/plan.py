@@ -54,7 +54,7 @@ def plan(recipe: AnyRecipe, throughput: float | None = None) -> dict[str, Any]:
     """
     if isinstance(recipe, PretrainRecipe):
         return _plan_pretraining(recipe, throughput)
-    shape = load_shape(recipe.model)
+    shape = load_shape(recipe.model, recipe.single_file_config)
     planned = _comparison_rows(recipe, shape) if isinstance(recipe, CompareRecipe) else _run_rows(recipe)
     methods = {name: row.method for name, row in planned.items()}
     size = _latent(shape, recipe.resolution)

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from prunekit.data.config import DataConfig
 from prunekit.methods import registry
 from prunekit.methods.base import Method, PruneSettings
+from prunekit.models import LoraWeights, as_lora
 from prunekit.training.emoji_model import EmojiModelConfig
 from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.trainer import TrainerConfig
@@ -38,9 +39,7 @@ class EvaluationConfig(_Section):
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast while generating")
-    num_predictions: int = Field(
-        256, gt=0, description="(image, t, noise) triples of the agreement with the dense UNet"
-    )
+    num_predictions: int = Field(256, gt=0, description="(image, t, noise) triples of the agreement with dense")
     num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
 
 
@@ -50,10 +49,12 @@ class CommonRecipe(_Section):
     name: str = Field(description="names the run directory")
     seed: int = Field(0, ge=0, description="what all randomness is keyed by")
     scale: Literal["full", "smoke"] = Field("full", description="smoke: every stage with two steps, to see it through")
-    model: str = Field("emoji", description="the embedded model, a diffusers directory, or a hub id")
-    prompt_encoder: str = Field(
-        "emoji", description="the embedded prompt encoder, or a Sentence Transformer's id or path"
+    model: str = Field("emoji", description="the embedded model, a directory, a .safetensors file, or a hub id")
+    single_file_config: str | None = Field(None, description="with a single file: the pipeline whose configs it has")
+    lora: Annotated[list[LoraWeights], BeforeValidator(as_lora)] = Field(
+        [], description="LoRA weights merged into the model first: a path, or a list of paths or {path, scale}"
     )
+    prompt_encoder: str = Field("emoji", description="the embedded one, or a Sentence Transformer's id or path")
     evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
     data: DataConfig = DataConfig()
     resolution: int | None = Field(None, gt=0, description="pixels of a side while training; unset: the model's own")

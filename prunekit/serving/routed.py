@@ -56,7 +56,8 @@ class RoutedModel:
         directory = _method_directory(run_directory, method)
         result = PruneResult.load(directory)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        pipeline = load_pipeline(settings["model"]).to(device)
+        own = {"lora": settings.get("lora", ()), "single_file_config": settings.get("single_file_config")}
+        pipeline = load_pipeline(settings["model"], **own).to(device)
 
         def expert(index: int) -> UNet2DConditionModel:
             folder = directory / "experts" / str(index) / "unet"

@@ -1,0 +1,59 @@
+"""Samples that cannot be used: what is wrong with them, how many may be, and the file that lists them."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prunekit.training.progress import console
+
+
+class DataError(ValueError):
+    """Bad input data: the message names the file or sample and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One sample that is left out with its captions, or a shard that is missing or damaged."""
+
+    sample: str  # its key, row or name
+    file: str  # the file that holds it, or should
+    reason: str  # follows the sample's name in a sentence: "has an empty caption"
+    captions: int = 1  # that are lost with it; an estimate where a whole shard is
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How many bad samples a data set may have, and where they are listed."""
+
+    max_bad_share: float = 0.0  # of all captions
+    report: Path | None = None  # JSON Lines: sample, file, reason, captions
+
+    def check(self, skipped: list[BadSample], used: int) -> None:
+        """Write the report, say what was skipped, and raise DataError where it is more than the share allows.
+
+        used: how many captions are left.
+        """
+        if self.report is not None:
+            write_report(skipped, self.report)
+        lost = sum(bad.captions for bad in skipped)
+        if not skipped:
+            return
+        listed = f"listed in {self.report}" if self.report else "set data.report to a file that shall list them"
+        counts = f"{lost:,} of {lost + used:,} captions cannot be used ({listed})"
+        if not used or lost > self.max_bad_share * (lost + used):
+            first = skipped[0]
+            where = "" if Path(first.file).name in first.sample else f" ({first.file})"
+            raise DataError(
+                f"{first.sample}{where} {first.reason}; {counts}; data.max_bad_share allows {self.max_bad_share:g}"
+            )
+        console.print(f"data: {counts}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_report(skipped: list[BadSample], path: Path) -> None:
+    """Write one JSON object a bad sample to a JSON Lines file, atomically; an empty file where all are good."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rows = [json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in skipped]
+    temporary.write_text("".join(rows), encoding="utf-8", errors="surrogateescape")
+    temporary.replace(path)

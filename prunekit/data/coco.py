@@ -1,0 +1,73 @@
+"""COCO 2014's captions: every picture with all its captions, or the 30,000 captions that papers evaluate on."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prunekit.data.bad_samples import BadSample, DataError
+from prunekit.data.samples import Sample, file_sample
+
+VALIDATION = "val30k"  # the split that `coco_validation` chooses
+SPLITS = {"train": "train2014", "val": "val2014", VALIDATION: "val2014"}
+
+
+def coco_validation(annotations: list[dict[str, Any]], count: int = 30_000, seed: int = 42) -> list[dict[str, Any]]:
+    """Choose the captions of the validation protocol: the first of each picture, `count` of them at random.
+
+    The same as APTP's published script (`sample_coco_30k.py`): NumPy's legacy generator, without replacement, in the
+    order drawn; all of them, in an order drawn, where there are fewer.
+    """
+    import numpy as np
+
+    first: dict[Any, dict[str, Any]] = {}
+    for annotation in annotations:
+        first.setdefault(annotation["image_id"], annotation)
+    unique = list(first.values())
+    chosen = np.random.RandomState(seed).choice(len(unique), min(count, len(unique)), replace=False)
+    return [unique[index] for index in chosen]
+
+
+def coco_files(root: Path, split: str | None, annotations: str | None, images: str | None) -> tuple[Path, Path]:
+    """Return the captions' json and the folder of pictures; relative settings start at `root`."""
+    year = SPLITS.get(split or "", "")
+    captions = root / (annotations or f"annotations/captions_{year}.json")
+    if not captions.is_file():
+        raise DataError(f"no COCO captions at {captions}: set data.path to COCO's folder, or data.annotations")
+    candidates = [root / images] if images else [root / year, root / "images" / year]
+    folder = next((folder for folder in candidates if folder.is_dir()), None)
+    if folder is None:
+        raise DataError(f"no folder of pictures at {' or '.join(map(str, candidates))}: set data.images")
+    return captions, folder
+
+
+def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iterator[Sample | BadSample]:
+    """Yield each picture with its captions, in the json's order; with `validation` those of `coco_validation`.
+
+    Raises DataError for a file that is no COCO captions json.
+    """
+    try:
+        content = json.loads(captions.read_text(encoding="utf-8"))
+        annotations = [{key: entry[key] for key in ("id", "image_id", "caption")} for entry in content["annotations"]]
+        listed = [(image["id"], image["file_name"]) for image in content.get("images", [])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{captions} is no COCO captions json ({type(error).__name__}: {error})") from error
+    names: dict[Any, str] = {}
+    for number, name in listed:
+        if names.setdefault(number, name) != name:
+            yield BadSample(f"image {number}", str(captions), f"is listed twice; {name} is left out", 0)
+    if not listed:  # only annotations, as the 30,000 captions are published: COCO 2014's own names
+        names = {entry["image_id"]: f"COCO_{images.name}_{entry['image_id']:012d}.jpg" for entry in annotations}
+    texts: dict[Any, list[str]] = {} if validation else {number: [] for number in names}
+    seen: set[Any] = set()
+    for entry in coco_validation(annotations) if validation else annotations:
+        fault = "comes twice" if entry["id"] in seen else None
+        if entry["image_id"] not in names:
+            fault = f"is of image {entry['image_id']}, which the file does not list"
+        if fault:
+            yield BadSample(f"annotation {entry['id']}", str(captions), fault)
+            continue
+        seen.add(entry["id"])
+        texts.setdefault(entry["image_id"], []).append(entry["caption"])
+    for number, own in texts.items():
+        yield file_sample(f"image {number}", images / names[number], own)

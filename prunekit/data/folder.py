@@ -1,0 +1,77 @@
+"""Image folders: captions in NAME.txt beside NAME.jpg, or in metadata.jsonl or metadata.csv as in imagefolder."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from prunekit.data.bad_samples import BadSample, DataError
+from prunekit.data.samples import PICTURE_SUFFIXES, Sample, file_sample
+from prunekit.data.tables import Row, csv_rows, grouped
+
+NO_CAPTIONS = ("readme", "license", "requirements")  # text files that belong to no picture
+
+
+def folder_samples(
+    folder: Path, image_column: str = "file_name", text_column: str = "text"
+) -> Iterator[Sample | BadSample]:
+    """Yield the pictures of a folder and its subfolders with their captions.
+
+    Where there is a metadata file, its rows count, in their order, and paths start at its folder; else the pictures
+    in the order of their paths, with the text files beside them.
+    """
+    if not folder.is_dir():
+        raise DataError(f"data.path={folder} is no folder")
+    files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
+    pictures = [path for path in files if path.suffix[1:].lower() in PICTURE_SUFFIXES]
+    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    yield from _listed(metadata, pictures, image_column, text_column) if metadata else _beside(files, pictures)
+
+
+def _listed(
+    metadata: list[Path], pictures: list[Path], image_column: str, text_column: str
+) -> Iterator[Sample | BadSample]:
+    seen: set[str] = set()
+    for path in metadata:
+        read = csv_rows if path.suffix == ".csv" else _json_rows
+        for sample in grouped(read(path, path.parent, image_column, text_column), path):
+            seen.add(sample.file)
+            yield sample
+    for picture in pictures:
+        if str(picture) not in seen:
+            yield BadSample(picture.name, str(picture), f"has no row in {metadata[0].name}")
+
+
+def _beside(files: list[Path], pictures: list[Path]) -> Iterator[Sample | BadSample]:
+    texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
+    owned: set[Path] = set()
+    for picture in pictures:
+        text = texts.get(picture.with_suffix(""))
+        if text is None:
+            yield BadSample(picture.name, str(picture), f"has no caption ({picture.stem}.txt is not there)")
+            continue
+        owned.add(text)
+        try:
+            caption = text.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            yield BadSample(picture.name, str(text), f"has a caption that cannot be read as UTF-8 ({error})")
+            continue
+        yield file_sample(picture.name, picture, [caption])
+    for text in texts.values():
+        if text not in owned and not text.name.lower().startswith(NO_CAPTIONS):
+            yield BadSample(text.name, str(text), "is a caption without a picture")
+
+
+def _json_rows(path: Path, root: Path, image_column: str, text_column: str) -> Iterator[Row | BadSample]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            label = f"line {number}"
+            try:
+                row = json.loads(line)
+                name, text = row[image_column], row[text_column]
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"has no {image_column} and {text_column} in its JSON ({type(error).__name__}: {error})"
+                yield BadSample(f"{path.name}:{label}", str(path), reason)
+                continue
+            yield label, root / str(name), str(text or "")

@@ -1,0 +1,77 @@
+"""Parquet files with a column of pictures (bytes, or bytes and path as `datasets` writes them) and one of captions."""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prunekit.data.bad_samples import BadSample, DataError
+from prunekit.data.samples import Sample
+from prunekit.data.tables import check_columns
+
+TEXT_COLUMNS = ("text", "caption", "txt")  # tried in this order where data.text_column is unset
+IMAGE_COLUMNS = ("image", "jpg", "png")
+
+
+def columns_of(files: list[Path], image_column: str | None, text_column: str | None) -> tuple[str, str]:
+    """Return the columns of pictures and captions; raises DataError where no file can be read or one is not there."""
+    errors = []
+    for path in files:
+        try:
+            names = _open(path).schema_arrow.names
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        image = image_column or next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])
+        text = text_column or next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0])
+        check_columns(path, names, image, text)
+        return image, text
+    raise DataError(f"no Parquet file can be read: {errors[0]}")
+
+
+def parquet_samples(files: list[Path], missing: list[Path], text_column: str) -> Iterator[Sample | BadSample]:
+    """Yield the rows of the files in order, by their captions alone; pictures are read when asked for.
+
+    A row's caption is a text or a list of texts. A lost file counts as many captions as the median of the others.
+    """
+    whole: list[int] = []
+    damaged: list[tuple[Path, str]] = []
+    for path in files:
+        try:
+            opened = _open(path)
+            captions = [opened.read_row_group(g, columns=[text_column]) for g in range(opened.num_row_groups)]
+        except (DataError, *_errors()) as error:
+            damaged.append((path, f"cannot be read ({error})"))
+            continue
+        row = 0
+        for group, table in enumerate(captions):
+            for index, value in enumerate(table.column(0).to_pylist()):
+                texts = list(value) if isinstance(value, list) else [value]
+                yield Sample(f"{path.name}:row {row}", str(path), (group, index), [str(text or "") for text in texts])
+                row += 1
+        whole.append(row)
+    usual = max(1, int(statistics.median(whole))) if whole else 1
+    for path, reason in damaged:
+        yield BadSample(path.name, str(path), reason, usual)
+    for path in missing:
+        yield BadSample(path.name, str(path), "is missing from the numbered files", usual)
+
+
+def num_rows(files: list[Path]) -> int:
+    """Count the rows of Parquet files by their footers."""
+    return sum(_open(path).metadata.num_rows for path in files)
+
+
+def _open(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except _errors() as error:
+        raise DataError(f"{path} is no whole Parquet file ({error})") from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, KeyError)

@@ -1,0 +1,105 @@
+"""Compressed pictures that stay on disk: a sequence that reads a picture's bytes when it is asked for."""
+
+import tarfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunekit.data.bad_samples import DataError
+
+
+class Pictures(Sequence):
+    """Pictures by file and place; it holds no picture.
+
+    files: the files that hold them. places (n, 3) int64: of each picture its file's index and two numbers that say
+    where in the file it is, as the subclass defines.
+    """
+
+    def __init__(self, files: list[str], places: np.ndarray):
+        self.files, self.places = files, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The picture's bytes, empty where its file has none; raises DataError where they cannot be read."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        file, first, second = self.places[index].tolist()
+        try:
+            return self._read(self.files[file], first, second)
+        except OSError as error:
+            raise DataError(f"cannot be read ({self.files[file]}: {error.strerror or error})") from error
+
+    def take(self, indices: list[int]) -> "Pictures":
+        """Return the pictures with these indices, in this order."""
+        return type(self)(self.files, self.places[np.asarray(indices, dtype=np.int64)])
+
+    def where(self, index: int) -> tuple[str, str]:
+        """Return (what a person calls the picture, its file)."""
+        raise NotImplementedError
+
+    def _read(self, file: str, first: int, second: int) -> bytes:
+        raise NotImplementedError
+
+
+class FilePictures(Pictures):
+    """Pictures that are files, or parts of uncompressed tar archives: a place is (offset, bytes)."""
+
+    def where(self, index: int) -> tuple[str, str]:
+        """As in Pictures; a part of an archive by shard and member."""
+        file, offset, _ = self.places[index].tolist()
+        path, member = Path(self.files[file]), None
+        if path.suffix == ".tar":
+            with suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as archive:
+                member = next((entry.name for entry in archive if entry.offset_data == offset), None)
+        return (f"{path.name}:{member or offset}" if path.suffix == ".tar" else path.name), str(path)
+
+    def _read(self, file: str, first: int, second: int) -> bytes:
+        with Path(file).open("rb") as opened:
+            opened.seek(first)
+            content = opened.read(second)
+        if len(content) < second:
+            raise DataError(f"cannot be read ({file} ends before byte {first + second})")
+        return content
+
+
+class ParquetPictures(Pictures):
+    """Pictures in a column of Parquet files: a place is (row group, row in it). The last row group read is kept."""
+
+    def __init__(self, files: list[str], places: np.ndarray, column: str = "image"):
+        super().__init__(files, places)
+        self.column = column
+        self._group: tuple[Any, Any] = (None, None)  # (file, row group), values
+
+    def take(self, indices: list[int]) -> "ParquetPictures":
+        """As in Pictures."""
+        return ParquetPictures(self.files, self.places[np.asarray(indices, dtype=np.int64)], self.column)
+
+    def where(self, index: int) -> tuple[str, str]:
+        """As in Pictures: the file, and the row counted within its row group."""
+        file, group, row = self.places[index].tolist()
+        return f"{Path(self.files[file]).name}: row {row} of row group {group}", self.files[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_group": (None, None)}
+
+    def _read(self, file: str, first: int, second: int) -> bytes:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._group[0] != (file, first):
+            try:
+                with pq.ParquetFile(file) as opened:
+                    values = opened.read_row_group(first, columns=[self.column]).column(self.column)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"cannot be read ({file}, row group {first}: {error})") from error
+            self._group = ((file, first), values)
+        value = self._group[1][second].as_py()
+        if isinstance(value, dict):
+            content, path = value.get("bytes"), value.get("path")
+            value = (Path(file).parent / path).read_bytes() if content is None and path else content
+        return value or b""

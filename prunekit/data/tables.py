@@ -1,0 +1,97 @@
+"""Tables of paths and captions: a CSV file, CC3M's TSV, the metadata of an image folder."""
+
+import csv
+import difflib
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prunekit.data.bad_samples import BadSample, DataError
+from prunekit.data.samples import Sample, file_sample
+
+Row = tuple[str, Path, str]  # what messages call it, the picture's file, the caption
+NUMBERED = re.compile(r"(\d+)(?:_(\d+))?")  # the file names of CC3M's downloads: the row from 0, a checksum of the link
+
+
+def grouped(rows: Iterable[Row | BadSample], where: Path) -> Iterator[Sample | BadSample]:
+    """Yield a sample for each picture, with the captions of all its rows, in the order of first rows.
+
+    where: the table, for messages. A row that says the same as an earlier one is bad.
+    """
+    captions: dict[Path, tuple[str, list[str]]] = {}
+    for row in rows:
+        if isinstance(row, BadSample):
+            yield row
+            continue
+        label, picture, caption = row
+        _, texts = captions.setdefault(picture, (f"{where.name}:{label}", []))
+        if caption in texts:
+            yield BadSample(f"{where.name}:{label}", str(picture), "repeats an earlier row")
+        else:
+            texts.append(caption)
+    for picture, (key, texts) in captions.items():
+        yield file_sample(key, picture, texts)
+
+
+def csv_rows(path: Path, root: Path, image_column: str, text_column: str) -> Iterator[Row | BadSample]:
+    """Yield the rows of a CSV file whose first line names its columns; relative paths start at `root`."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            check_columns(path, list(reader.fieldnames or ()), image_column, text_column)
+            for row in reader:
+                label = f"line {reader.line_num}"
+                if not row[image_column]:
+                    yield BadSample(f"{path.name}:{label}", str(path), f"has no {image_column}")
+                else:
+                    yield label, root / row[image_column], row[text_column] or ""
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as CSV in UTF-8 ({error})") from error
+
+
+def check_columns(path: Path, columns: list[str], image_column: str, text_column: str) -> None:
+    """Raise DataError for a column that is not there, with the nearest that is."""
+    for setting, column in (("image_column", image_column), ("text_column", text_column)):
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{path} has no column {column!r}{hint} (it has {', '.join(columns)}): set data.{setting}")
+
+
+def cc3m_rows(path: Path, images: Path) -> Iterator[Row | BadSample]:
+    """Yield the rows of CC3M's TSV (caption, tab, link; no header) with their pictures in a folder.
+
+    The second column is a path below `images`, or a link: its picture is then the file whose name begins with the
+    row's number, counted from 0, alone or followed by `_` and the link's CRC-32, as CC3M's downloaders write them.
+    """
+    numbered: dict[int, tuple[str, str | None]] = {}
+    for name in sorted(file.name for file in images.iterdir()):
+        matched = NUMBERED.fullmatch(name.split(".")[0])
+        if matched:
+            numbered.setdefault(int(matched[1]), (name, matched[2]))
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for index, line in enumerate(file):
+                yield _cc3m_row(index, line.rstrip("\r\n"), path, images, numbered)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read as UTF-8 ({error})") from error
+
+
+def _cc3m_row(
+    index: int, line: str, path: Path, images: Path, numbered: dict[int, tuple[str, str | None]]
+) -> Row | BadSample:
+    label = f"line {index + 1}"
+    key = f"{path.name}:{label}"
+    caption, tab, link = line.partition("\t")
+    link = link.strip()
+    if not tab or not link:
+        return BadSample(key, str(path), "has no tab between a caption and a link")
+    if "://" not in link:
+        return label, images / link, caption
+    name, checksum = numbered.get(index, (None, None))
+    if name is None:
+        return BadSample(key, str(images), f"has no picture: no file of the folder is numbered {index}")
+    if checksum is not None and int(checksum) != zlib.crc32(link.encode()):
+        return BadSample(key, str(images / name), "has a picture whose checksum in the name is not its link's")
+    return label, images / name, caption

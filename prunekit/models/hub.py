@@ -1,0 +1,110 @@
+"""A hub id's files in the local hub cache: fetched where the hub can be reached, one line where it cannot."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from prunekit.models.names import LOCAL, check_index, first_line, hub_id, read_object
+from prunekit.models.weights import WITHOUT, missing_parts, variant_of
+
+INDEX, UNET = "model_index.json", "unet/config.json"
+CONFIGS = ("*.json", "*.txt", "**/*.json", "**/*.txt")
+HTTP_CLIENTS = {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+TIMEOUT = 30  # seconds to wait for the list of a repository's files
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What the hub says of a repository: its files, or why it cannot be asked; then the cache answers."""
+
+    names: list[str]
+    failure: Exception | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of a download: from the cache alone where the hub cannot be asked, without waiting again."""
+        return {"local_files_only": self.failure is not None}
+
+
+def fetch(name: str | Path, check_unet: Callable[[dict[str, Any], str], Any]) -> Path:
+    """Return the directory in the hub cache of a pipeline, fetched where it is not there; only safetensors and text.
+
+    check_unet: is called with the UNet's config and the hub id before any weights are fetched.
+    Raises ValueError, one line: the hub has no such model or cannot be reached, or the model is not supported.
+    """
+    repository = hub_id(name)
+    with asking(repository) as hub:
+        index = read_object(Path(hf_hub_download(repository, INDEX, **hub.options)))
+        check_index(index, name)
+        check_unet(read_object(Path(hf_hub_download(repository, UNET, **hub.options))), repository)
+        options = {part: None for part in WITHOUT if part in index} | {"use_safetensors": True, **hub.options}
+        directory = Path(DiffusionPipeline.download(repository, variant=variant_of(hub.names), **options))
+        if missing := missing_parts(directory, index):
+            raise FileNotFoundError(f"no {', '.join(missing)}")
+        return directory
+
+
+def fetch_configs(name: str | Path, what: str) -> Path:
+    """Return the directory in the hub cache that has a pipeline's configs and tokenizers; errors as in `fetch`."""
+    repository = hub_id(name)
+    with asking(repository, what, "single_file_config=DIRECTORY, a pipeline's, which works offline") as hub:
+        return Path(snapshot_download(repository, allow_patterns=list(CONFIGS), **hub.options))
+
+
+def fetch_file(repository: str, file: str, local: str) -> Path:
+    """Return one file of a repository in the hub cache; errors as in `fetch`, naming `local` in its place."""
+    with asking(repository, f"its {file}", local) as hub:
+        return Path(hf_hub_download(repository, file, **hub.options))
+
+
+@contextmanager
+def asking(repository: str, what: str = "it", local: str = LOCAL) -> Iterator[Hub]:
+    """Turn what the hub or its cache fails with into a ValueError, one line; a new cache without weights is removed.
+
+    what: is asked for, for the message. local: what can be given in its place. Whole weight files stay, so that a new
+    start goes on.
+    """
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    existed, hub = folder.is_dir(), _listing(repository)
+    try:
+        yield hub
+    except BaseException as error:
+        if not existed and not any(folder.glob("snapshots/**/*.safetensors")):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
+        if not _of_the_hub(error):
+            raise
+        raise ValueError(f"{_reason(repository, hub.failure or error, what)}; give {local}") from error
+
+
+def _listing(repository: str) -> Hub:
+    try:
+        return Hub([file.rfilename for file in HfApi().model_info(repository, timeout=TIMEOUT).siblings or ()])
+    except Exception as error:
+        if not _of_the_hub(error):
+            raise
+        return Hub([], error)
+
+
+def _of_the_hub(error: BaseException) -> bool:
+    """Whether a connection, the hub or the disk failed; the HTTP client, and so its errors, differ by version."""
+    roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(roots & HTTP_CLIENTS)
+
+
+def _reason(repository: str, error: BaseException, what: str) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"model {repository!r} is gated: accept its terms on the hub and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no model {repository!r}, or it is private (then set HF_TOKEN)"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f"the hub's {repository!r} is not what was asked for: {first_line(error)}"
+    offline = "offline mode is on, HF_HUB_OFFLINE" if constants.is_offline_mode() else first_line(error)
+    return f"model {repository!r}: the hub cannot be reached, and {what} is not whole in the local cache ({offline})"

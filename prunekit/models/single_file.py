@@ -1,0 +1,94 @@
+"""A single .safetensors file that holds a whole Stable Diffusion model, as most fine-tunes are shared."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
+from safetensors import SafetensorError, safe_open
+
+from prunekit.models.hub import fetch_configs
+from prunekit.models.names import SUPPORTED, check_index, first_line, local_path, read_object
+
+FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' name of a file's kind: whose configs it has
+UNET_PREFIX, V_PREDICTION = "model.diffusion_model.", "v_pred"
+UNET = f"{UNET_PREFIX}input_blocks.0.0.weight"
+OTHERS = {"autoencoder": "first_stage_model.", "text encoder": ("cond_stage_model.", "conditioner.embedders.")}
+
+
+def load_single_file(
+    path: Path, config: str | Path | None, dtype: torch.dtype, say: Callable[[str], Any]
+) -> DiffusionPipeline:
+    """Load a file with the UNet, the autoencoder and the text encoders of Stable Diffusion 1.x, 2.x or XL.
+
+    config: what has its configs and tokenizers, a pipeline's directory or a hub id; None: what `config_name` finds.
+    Raises ValueError, one line: a file of another kind, configs that do not fit it or cannot be had.
+    """
+    source, outline = config_name(path, config), _outline(path)
+    for part, prefix in OTHERS.items():
+        if not any(name.startswith(prefix) for name in outline):
+            raise ValueError(f"{path} holds no {part}; give a file with the whole model, or a pipeline's directory")
+    if config is None:
+        also = ", or single_file_config=sd-2.1-base where it predicts epsilon at 512 px" if source == "sd-2.1" else ""
+        say(f"{path.name} is read with the configs of {source}; single_file_config=NAME sets others{also}")
+    directory = local_path(source) or fetch_configs(source, f"the configs of {path.name}")
+    if directory.is_file() or not (directory / "model_index.json").is_file():
+        raise ValueError(f"single_file_config={source}: no diffusers pipeline's directory")
+    index = read_object(directory / "model_index.json")
+    check_index(index, source)
+    options: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    if index["_class_name"] == StableDiffusionPipeline.__name__:
+        kind, options = StableDiffusionPipeline, {**options, "safety_checker": None, "requires_safety_checker": False}
+    else:
+        kind, options = StableDiffusionXLPipeline, {**options, "add_watermarker": False}
+    try:
+        pipeline = kind.from_single_file(
+            str(path), config=str(directory), dtype=dtype, local_files_only=True, **options
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SingleFileComponentError) as error:
+        raise ValueError(f"{path} does not fit the configs of {source}: {first_line(error)}") from error
+    if V_PREDICTION in outline and pipeline.scheduler.config.prediction_type != "v_prediction":
+        raise ValueError(
+            f"{path} says that it predicts v, and the scheduler of {source} does not: give single_file_config a "
+            "pipeline's directory whose scheduler has prediction_type v_prediction"
+        )
+    return pipeline
+
+
+def config_name(path: Path, config: str | Path | None = None) -> str | Path:
+    """Return the model whose configs a file has: `config`, or what its tensors' names and shapes tell.
+
+    Raises ValueError, one line, for a file that holds no supported model.
+    """
+    outline = _outline(path)
+    if UNET not in outline:
+        raise ValueError(f"{path} holds no whole Stable Diffusion model (no tensor {UNET}); {SUPPORTED}")
+    if config is not None:
+        return config
+    kind = infer_diffusers_model_type(outline)
+    if kind not in FAMILIES:
+        raise ValueError(f"{path} holds a model of the kind {kind!r}, which is not supported; {SUPPORTED}")
+    return FAMILIES[kind]
+
+
+def check_size(path: Path, unet: torch.nn.Module, source: str | Path) -> None:
+    """ValueError, one line, where a file's UNet has another number of weights than the one of its configs."""
+    own = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
+    expected = sum(parameter.numel() for parameter in unet.parameters())
+    if own != expected:
+        raise ValueError(
+            f"{path} does not fit the configs of {source}: its UNet has {own:,} weights, not {expected:,}; name the "
+            "pipeline that it is one of by single_file_config"
+        )
+
+
+def _outline(path: Path) -> dict[str, torch.Tensor]:
+    """Return the file's tensors on the meta device: names and shapes, no weights read."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable .safetensors file: {first_line(error)}") from error
