@@ -135,16 +135,16 @@ def plain_terms(unet, data, objective, batch, logits, rows, weights):
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latent
         denoising += weights[position] * (student[0] - velocity).square().mean()
         errors = [(a - b).square().mean() for a, b in zip(student, teacher, strict=True)]
-        distillation += weights[position] * sum(errors)
+        distillation += weights[position] * sum(errors[: None if config.feature_blocks == "all" else 1])
     return float(denoising), config.distillation_weight * float(distillation), gates
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", ["sd2", "sdxl"])
-def test_the_terms_are_those_of_a_plain_computation(shape):
+@pytest.mark.parametrize(("shape", "blocks"), [("sd2", "all"), ("sd2", "none"), ("sdxl", "all")])
+def test_the_terms_are_those_of_a_plain_computation(shape, blocks):
     unet = build(shape, layers_per_block=1)
     data, space = encoded_for(unet), discover(unet)
-    config = SearchSettings(budget=0.6, distillation_weight=0.3, search={**SEARCH, "batch_size": 4})
+    config = SearchSettings(budget=0.6, distillation_weight=0.3, feature_blocks=blocks, search={**SEARCH, "batch_size": 4})
     scheduler = forward_process(stub(unet).scheduler)
     cost = CostModel(unet, space, text_length=5)
     logits = torch.randn(3, space.size, generator=generator(0, "logits"))
