@@ -144,7 +144,9 @@ def plain_terms(unet, data, objective, batch, logits, rows, weights):
 def test_the_terms_are_those_of_a_plain_computation(shape, blocks):
     unet = build(shape, layers_per_block=1)
     data, space = encoded_for(unet), discover(unet)
-    config = SearchSettings(budget=0.6, distillation_weight=0.3, feature_blocks=blocks, search={**SEARCH, "batch_size": 4})
+    config = SearchSettings(
+        budget=0.6, distillation_weight=0.3, feature_blocks=blocks, search={**SEARCH, "batch_size": 4}
+    )
     scheduler = forward_process(stub(unet).scheduler)
     cost = CostModel(unet, space, text_length=5)
     logits = torch.randn(3, space.size, generator=generator(0, "logits"))
