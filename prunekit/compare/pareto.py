@@ -31,6 +31,7 @@ def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
         for panel, cost in zip(line, costs, strict=True):
             for row in points:
                 _point(panel, row, methods.index(row.method), figure_name, cost, len(methods))
+            _limit(panel, points, figure_name)
             panel.set_xlabel(COSTS[cost])
             panel.set_ylabel(BY_KEY[figure_name].header)
             panel.grid(color="#dddddd", linewidth=0.6)
@@ -78,6 +79,20 @@ def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> Non
         capsize=2,
         label=row.method + protocol,
     )
+
+
+def _limit(panel, rows: Sequence[Row], name: str) -> None:
+    """Make the axis fit the means, so that one wide interval does not flatten all others; CMMD's is logarithmic."""
+    means = [row.estimates[name].mean * BY_KEY[name].scale for row in rows]
+    low, high = min(means), max(means)
+    if name == "cmmd" and low > 0:
+        panel.set_yscale("log")
+        panel.set_ylim(low / 1.5, high * 1.5)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    elif high > low:
+        margin = 0.2 * (high - low)
+        panel.set_ylim(low - margin, high + margin)
 
 
 def _legend(panel) -> tuple[list, list[str]]:

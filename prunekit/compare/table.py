@@ -46,7 +46,7 @@ def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None)
     """
     protocols = [p for p in PROTOCOLS if any(cell["cell"]["protocol"] == p for cell in cells)] or ["equal_steps"]
     budgets = list(dict.fromkeys(cell["cell"]["budget"] for cell in cells if cell["cell"]["budget"]))
-    methods = list(dict.fromkeys(cell["cell"]["method"] for cell in cells))
+    methods = list(dict.fromkeys([DENSE, *(cell["cell"]["method"] for cell in cells)]))
     rows = []
     for protocol in protocols:
         for budget in budgets:
