@@ -80,11 +80,9 @@ class Stages:
     @cached_property
     def data_digest(self) -> str:
         """Hash of the images, the captions, and the frozen encoders' weights; the same on every machine."""
-        pipeline, images = self.pipeline, self.data.images
+        images = self.data.images
         fingerprint = Fingerprint(self.resolution).add_pictures(images.encoded).add_texts(images.captions)
-        for encoder in filter(None, (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))):
-            fingerprint.add_module(encoder)
-        return fingerprint.key()
+        return fingerprint.add_encoders(self.pipeline).key()
 
     @cached_property
     def environment(self) -> dict[str, Any]:

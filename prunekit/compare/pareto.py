@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prunekit.compare.cells import DENSE
 from prunekit.compare.table import BY_KEY, Row
+from prunekit.evaluation.pictures import save_figure
 
 PANELS = ("cmmd", "clip_score")
 COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a UNet call (% of dense)"}
@@ -40,11 +41,7 @@ def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
     figure.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1 - 2.0 / figure.get_figwidth(), 0.97))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

@@ -131,8 +131,6 @@ def _run(
 
 
 def _fingerprint(pipeline: DiffusionPipeline, images: CaptionedImages, prompt_encoder: Any, resolution: int) -> str:
-    fingerprint = Fingerprint(resolution)
-    for module in filter(None, (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))):
-        fingerprint.add_module(module)
+    fingerprint = Fingerprint(resolution).add_encoders(pipeline)
     fingerprint.add_pictures(images.encoded).add_texts(images.captions)
     return fingerprint.add_tensor(torch.as_tensor(prompt_encoder.encode(images.captions[:16]))).key()

@@ -36,6 +36,13 @@ class Fingerprint:
             self.add_tensor(value.float())
         return self
 
+    def add_encoders(self, pipeline: Any) -> "Fingerprint":
+        """Add a pipeline's frozen encoders, those that it has."""
+        encoders = (getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2"))
+        for encoder in filter(None, encoders):
+            self.add_module(encoder)
+        return self
+
     def add_pictures(self, encoded: Sequence[bytes]) -> "Fingerprint":
         """Add compressed pictures; one that cannot be read counts as empty."""
         for index in range(len(encoded)):

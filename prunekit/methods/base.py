@@ -203,9 +203,7 @@ class ScoreMethod(Method):
         if unet.device.type != "meta":
             fingerprint.add_module(unet)
         if isinstance(dataset, CaptionedImages):  # what will encode them
-            encoders = (getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2"))
-            for encoder in filter(None, encoders):
-                fingerprint.add_module(encoder)
+            fingerprint.add_encoders(pipeline)
         return fingerprint.add_data(dataset).key()
 
 

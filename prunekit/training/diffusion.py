@@ -1,4 +1,4 @@
-"""The denoising objective: noise a latent, predict what the scheduler asks for, weigh by signal-to-noise."""
+"""The denoising objective: noise a latent, and predict what the scheduler asks for."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunekit.randomness import epoch_indices, generator
 
-MIN_SNR_GAMMA = 5.0  # Hang et al., 2023
 SHORT_ATTENTION = 256  # tokens up to which plain matrix products train faster on a CPU than its flash kernel
 
 
@@ -30,14 +29,6 @@ def target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: 
     if kind == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     raise ValueError(f"prediction type {kind!r} is not supported; supported: epsilon, v_prediction")
-
-
-def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
-    """Return min-SNR weights with gamma 5, (B,): min(SNR, 5)/SNR for epsilon, min(SNR, 5)/(SNR + 1) for velocity."""
-    alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alphas / (1 - alphas)
-    offset = 1.0 if scheduler.config.prediction_type == "v_prediction" else 0.0
-    return snr.clamp(max=MIN_SNR_GAMMA) / (snr + offset)
 
 
 def shift_timesteps(timesteps: Tensor, shift: float, num_timesteps: int) -> Tensor:
