@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
 from prunekit.methods import registry
 from prunekit.methods.base import Method, PruneSettings
 from prunekit.models import LoraWeights, as_lora
 from prunekit.training.emoji_model import EmojiModelConfig
 from prunekit.training.fine_tuning import FineTuneConfig
+from prunekit.training.tracking import TrackingConfig
 from prunekit.training.trainer import TrainerConfig
 
 SMOKE = {"steps": 2, "batch_size": 4, "warmup_steps": 1}  # what scale=smoke puts in place of a training's figures
@@ -35,6 +37,9 @@ class EvaluationConfig(_Section):
     """What is generated and compared, the same for every row of the table."""
 
     num_images: int = Field(500, gt=1, description="generated images of each row")
+    at_steps: list[int] = Field(
+        [], description="fine-tuning steps whose weights are kept and get rows of their own, beside the last one's"
+    )
     steps: int = Field(25, gt=0, description="PNDM steps")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
@@ -57,6 +62,8 @@ class CommonRecipe(_Section):
     prompt_encoder: str = Field("emoji", description="the embedded one, or a Sentence Transformer's id or path")
     evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
     data: DataConfig = DataConfig()
+    cache: CacheConfig = Field(CacheConfig(), description="what of the frozen parts' output is kept on disk, and how")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where figures go beside log.jsonl")
     resolution: int | None = Field(None, gt=0, description="pixels of a side while training; unset: the model's own")
     prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
     fine_tune: FineTuneConfig

@@ -42,6 +42,9 @@ class SearchSettings(PruneSettings):
         0.2, ge=0, description="lambda_distill of Eq. 25; 0 searches without a teacher's pass"
     )
     resource_weight: float = Field(2.0, ge=0, description="lambda_res of Eq. 25")
+    snr_gamma: float | None = Field(
+        None, gt=0, description="min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: none"
+    )
     search: TrainerConfig = Field(
         default_factory=lambda: TrainerConfig(steps=3000, batch_size=1024, learning_rate=6.4e-3, warmup_steps=100),
         description="how what decides the gates is trained",

@@ -26,6 +26,9 @@ class FineTuneConfig(TrainerConfig):
         "denoising_weight=1 is BK-SDM's own distillation (Kim et al., 2023); none distils the output alone",
     )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
+    snr_gamma: float | None = Field(
+        None, gt=0, description="min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: none"
+    )
 
 
 @dataclass

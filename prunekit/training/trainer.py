@@ -36,11 +36,19 @@ class TrainerConfig(BaseModel):
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradient clipping by global norm")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward passes")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="autocast of forward passes; float16 scales the loss"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    channels_last: bool = Field(False, description="keep convolutions' tensors channels-last, faster on GPUs")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the moving average that replaces the weights at the end"
     )
     checkpoint_minutes: float = Field(2.0, gt=0, description="minutes between checkpoints")
+    checkpoint_steps: int | None = Field(None, gt=0, description="steps between checkpoints, beside the minutes")
+    keep_checkpoints: int = Field(1, gt=0, description="how many of the last checkpoints stay while it trains")
     log_every: int = Field(10, gt=0, description="steps between log rows")
 
 
