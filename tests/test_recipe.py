@@ -43,7 +43,7 @@ def test_methods_take_the_common_settings_and_the_seed(path):
         ("methods.norm.ordre=1", "did you mean 'order'"),
         ("methods.norm.budget=0.5", "belongs to the section `prune`"),
         ("methods.norm.order=3", "methods.norm.order=3"),
-        ("fine_tune.precision=float8", "'float32' or 'bfloat16'"),
+        ("fine_tune.precision=float8", "'float32', 'bfloat16' or 'float16'"),
         ("fine_tune.steps=0", "greater than 0"),
         ("fine_tune.steps=many", "fine_tune.steps='many'"),
         ("data.kind=coco", "data.kind='coco'"),
