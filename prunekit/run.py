@@ -4,6 +4,8 @@ A stage's result appears whole or not at all, and every draw is keyed by the rec
 anywhere goes on where it was and ends where it would have ended (law 5).
 """
 
+import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,37 +27,56 @@ from prunekit.evaluation.table import (
     terminal_table,
 )
 from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
-from prunekit.stages import RunLog, Stages
+from prunekit.stages import Recovery, RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.claims import Piece, share
+from prunekit.training.processes import apart, current
 
 RECIPE = "recipe.yaml"
+RESULTS = "results.json"  # the last that a run writes
 
 
 class Run:
     """One recipe's directory, log and stages."""
 
     def __init__(self, recipe: PruneRecipe, directory: Path):
-        self.recipe, self.directory, self.log = recipe, directory, RunLog(directory)
+        self.recipe, self.directory, self.log = recipe, directory, RunLog.of(recipe, directory)
+        self.started = time.time()
 
     def execute(self) -> Path:
         """Run every stage that is not done; print the table; return the directory."""
         recipe = self.recipe
         self.log.say(f"{recipe.name}: {self.directory}")
-        stages = Stages(recipe, self.log, self.directory / "cache")
-        folders = {name: self.directory / "methods" / name for name in recipe.methods}
-        results = {name: stages.choose(recipe.method(name), folder) for name, folder in folders.items()}
-        candidates = [stages.dense]
-        for name, result in results.items():
-            config = recipe.fine_tuning(name)
-            candidates.append(stages.recover(name, result, folders[name] / "experts", config, recipe.seed))
-        return self.compare(candidates, stages)
+        stages = Stages(recipe, self.log, self.directory)
+        recoveries = []
+        for name in recipe.methods:
+            folder = self.directory / "methods" / name
+            result = stages.choose(recipe.method(name), folder)
+            recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
+        candidates = [stages.dense, *stages.recover(recoveries)]
+        with apart():  # from here on processes share work by files alone, so that one may be lost
+            for candidate in candidates:
+                stages.sample(candidate, self.samples(candidate))
+            table = Piece("table", self._is_written, lambda: self.compare(candidates, stages))
+            share([table], stages.locks)
+        shutil.rmtree(stages.locks, ignore_errors=True)
+        return self.directory
 
-    def compare(self, candidates: list[Candidate], stages: Stages) -> Path:
-        """Generate and measure every row; write and print `results.json`, `table.md` and `comparison.png`."""
+    def _is_written(self) -> bool:
+        """Whether the tables were written since this start."""
+        path = self.directory / RESULTS
+        return path.is_file() and path.stat().st_mtime >= self.started
+
+    def samples(self, candidate: Candidate) -> Path:
+        """Where a row's pictures are."""
+        return self.directory / "samples" / candidate.name
+
+    def compare(self, candidates: list[Candidate], stages: Stages) -> None:
+        """Measure every row's pictures; write and print `results.json`, `table.md` and `comparison.png`."""
         rows, sheets, experts_of, prompts = [], [], {}, stages.prompts
         chosen = torch.arange(min(self.recipe.evaluation.num_pictures, prompts.num_names))
         for candidate in candidates:
-            pictures, experts = stages.sample(candidate, self.directory / "samples" / candidate.name)
+            pictures, experts = stages.sample(candidate, self.samples(candidate))
             row = self.figures(candidate, pictures, stages)
             notes = [expert_note(int(experts[i]), candidate.macs[int(experts[i])]) for i in chosen]
             sheets.append(PictureRow(candidate.name, pictures[chosen], notes if candidate.router else None))
@@ -67,13 +88,12 @@ class Run:
         ceiling = evaluator_ceiling(
             stages.evaluator, stages.data.images, stages.pipeline.vae, stages.resolution, self.recipe.seed
         )
-        self.write(rows, experts_of, [{"name": name, **figures} for name, figures in ceiling.items()])
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
+        self.write(rows, experts_of, [{"name": name, **figures} for name, figures in ceiling.items()])
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
-        return self.directory
 
     def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
         """Return a row's figures, measured once."""
@@ -92,10 +112,9 @@ class Run:
 
     def write(self, rows: list[dict], experts: dict[str, list[dict]], ceiling: list[dict]) -> None:
         """Write the tables as JSON and Markdown, and print them."""
-        content = {"recipe": self.recipe.name, "seed": self.recipe.seed, "table": json_table(rows)}
-        content |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
-        content |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
-        write_json(self.directory / "results.json", content)
+        results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "table": json_table(rows)}
+        results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
+        results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
         tables = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", own, EXPERT_COLUMNS) for name, own in experts.items()]
@@ -105,6 +124,7 @@ class Run:
             parts += [markdown_table(content, columns)]
             screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
         (self.directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
+        write_json(self.directory / RESULTS, results)
 
 
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
@@ -116,7 +136,7 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{recipe_path} is a comparison; start it with: prunekit compare {recipe_path}")
     folder = Path(directory or Path("runs") / recipe.name)
-    _claim(folder, recipe)
+    current().first(lambda: _claim(folder, recipe))
     return _execute(recipe, folder)
 
 

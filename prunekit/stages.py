@@ -4,8 +4,11 @@ A stage's result appears whole or not at all, and is not made again where it is 
 """
 
 import os
+import re
 import time
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,52 +24,107 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation import comparison
 from prunekit.evaluation.agreement import AgreementSamples, agreement_samples, predictions
-from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
+from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling, StoredUNets
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import CommonRecipe
-from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
+from prunekit.slicing import slice_unet
 from prunekit.stock import export_unet
 from prunekit.training.checkpoint import Checkpoints, append_row, read_json, write_folder, write_json
+from prunekit.training.claims import Piece, share
 from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
+from prunekit.training.processes import apart, current
 from prunekit.training.progress import console
+from prunekit.training.tracking import Trackers
 from prunekit.units import Architecture
 
 
 class RunLog:
-    """What a run says: lines for the person who watches, rows for `log.jsonl`."""
+    """What a run says: lines for the person who watches, rows for `log.jsonl` and for trackers."""
 
-    def __init__(self, directory: Path):
-        self.directory, self.started = directory, time.monotonic()
+    def __init__(self, directory: Path, trackers: Trackers | None = None):
+        self.directory, self.trackers, self.started = directory, trackers, time.monotonic()
+
+    @classmethod
+    def of(cls, recipe: CommonRecipe, directory: Path) -> "RunLog":
+        """Return the log of a recipe's run, with the trackers that the recipe names."""
+        return cls(directory, Trackers(recipe.tracking, recipe.name, directory, recipe.model_dump(mode="json")))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to `log.jsonl`."""
+        """Append one row to `log.jsonl`; trackers get its numbers. Where processes work together, the main one does."""
+        if not current().is_main:
+            return
         append_row(self.directory / "log.jsonl", row)
+        if self.trackers is not None:
+            self.trackers.log(row)
 
     def say(self, text: str) -> None:
-        """Print a line with the time since the start."""
+        """Print a line with the time since the start; where processes work together, the main one does."""
+        if not current().is_main:
+            return
         seconds = time.monotonic() - self.started
         console.print(f"[{int(seconds // 60):3d}:{int(seconds % 60):02d}] {text}", highlight=False, markup=False)
         self.log({"event": text, "seconds": round(seconds, 1)})
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """A method's architectures that are to be fine-tuned in a folder."""
+
+    name: str
+    result: PruneResult
+    folder: Path
+    config: FineTuneConfig
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to fine-tune, independent of all others."""
+
+    recovery: Recovery
+    index: int
+    architecture: Architecture
+    pairs: Tensor  # (P_i,) that it learns from
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        return self.recovery.folder / str(self.index)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.recovery.name} {self.index}"
+
+    @property
+    def lock(self) -> str:
+        """The name of its lock file."""
+        return re.sub(r"\W", "-", self.title)
+
+    def done(self) -> bool:
+        """Whether the model is there."""
+        return (self.folder / "unet").is_dir()
+
+
 class Stages:
     """The model and data of a recipe, loaded once, and what is done with them."""
 
-    def __init__(self, recipe: CommonRecipe, log: RunLog, cache: Path):
+    def __init__(self, recipe: CommonRecipe, log: RunLog, directory: Path):
         quiet_libraries()
         self.recipe, self.log, self.say = recipe, log.log, log.say
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.locks = directory / "locks"
+        self.device = current().device
         self.pipeline: DiffusionPipeline = load_pipeline(
             recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
-        ).to(device)
+        ).to(self.device)
         images = load_data(recipe.data, recipe.seed)
         self.resolution = recipe.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
         self.data: EncodedData = encode(
-            self.pipeline, images, self.encoder, self.resolution, cache / "encoded.safetensors"
+            self.pipeline, images, self.encoder, self.resolution, directory / "cache" / "encoded.safetensors"
         )
         images = self.data.images  # without what could not be decoded
         held_out = int(images.held_out.sum())
@@ -137,56 +195,96 @@ class Stages:
         return Candidate("dense", [self.pipeline.unet], [self.cost.dense_macs], [self.cost.dense_params])
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
-        """Return a method's architectures, or what an earlier start chose."""
-        if (folder / "result.json").is_file():
-            return PruneResult.load(folder, self.pipeline.unet)
-        started = time.monotonic()
-        result = method.prune(self.pipeline, self.data, folder, log=self.log)
-        ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
-        name = name or method.name
-        self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
-        self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
-        return result
+        """Return a method's architectures, or what an earlier start chose.
 
-    def recover(self, name: str, result: PruneResult, folder: Path, config: FineTuneConfig, seed: int) -> Candidate:
-        """Slice and fine-tune a method's architectures, each on the prompts routed to it."""
-        pairs = self.data.training_pairs()
+        The processes of a launch choose together; of several launches on one directory one chooses, the others wait.
+        """
+        processes, name = current(), name or method.name
+
+        def done() -> bool:
+            return (folder / "result.json").is_file()
+
+        def prune() -> None:
+            started = time.monotonic()
+            result = method.prune(self.pipeline, self.data, folder, log=self.log)
+            ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
+            self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
+            self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
+
+        if processes.count == 1:
+            share([Piece(f"{folder.name}-choice", done, prune)], self.locks)
+        elif not processes.agree(done()):
+            prune()
+            processes.wait()
+        return PruneResult.load(folder, self.pipeline.unet)
+
+    def recover(self, recoveries: Sequence[Recovery]) -> list[Candidate]:
+        """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
+
+        The models are a queue of independent jobs, which the processes of this launch and of others on the directory
+        share; where a launch has more processes than there are models, it trains one after another with all of them.
+        """
+        jobs = [job for recovery in recoveries for job in self._jobs(recovery)]
+        if len(jobs) >= current().count:
+            with apart():
+                share([Piece(job.lock, job.done, partial(self._fine_tune, job)) for job in jobs], self.locks)
+        else:
+            for job in jobs:
+                if not current().agree(job.done()):
+                    self._fine_tune(job)
+        return [candidate for recovery in recoveries for candidate in self._recovered(recovery)]
+
+    def _jobs(self, recovery: Recovery) -> list[Job]:
+        pairs, result = self.data.training_pairs(), recovery.result
         routed = None if result.router is None else result.router.route(self.data.prompts[pairs])
-        unets, seconds = [], float(result.info.get("search", {}).get("seconds", 0.0))
-        for index, architecture in enumerate(result.architectures):
-            own = pairs if routed is None else pairs[routed == index]
-            unet, spent = self._expert(folder / str(index), f"{name} {index}", architecture, own, config, seed)
-            unets.append(unet)
-            seconds += spent
+        return [
+            Job(recovery, index, architecture, pairs if routed is None else pairs[routed == index])
+            for index, architecture in enumerate(result.architectures)
+        ]
+
+    def _fine_tune(self, job: Job) -> None:
+        """Make one model's folder; an expert without prompts stays as sliced."""
+        recovery, folder, processes = job.recovery, job.folder, current()
+        student = slice_unet(self.pipeline.unet, job.architecture).to(self.device)
+        figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
+
+        def keep(name: str) -> None:
+            if processes.is_main:
+                write_folder(folder / name, lambda temporary: export_unet(student, temporary))
+
+        if len(job.pairs):
+            milestones = {step: partial(keep, f"step-{step}/unet") for step in self.recipe.evaluation.at_steps}
+            options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
+            inputs = (student, self.pipeline.unet, self.data, recovery.config, folder / "checkpoints")
+            figures = fine_tune(*inputs, scheduler=self.pipeline.scheduler, log=self.log, **options)
+        else:
+            for step in self.recipe.evaluation.at_steps:
+                keep(f"step-{step}/unet")
+        if processes.is_main:
+            write_json(folder / "figures.json", figures)
+            keep("unet")
+            Checkpoints(folder / "checkpoints").clear()
+        processes.wait()
+        self.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
+
+    def _recovered(self, recovery: Recovery) -> list[Candidate]:
+        """Return what was made: a row for each step whose weights were kept, then one for the last."""
+        result, folders = recovery.result, [job.folder for job in self._jobs(recovery)]
         cost = CostModel(self.pipeline.unet, result.space, self.cost.sample_size, self.cost.text_length)
         macs = [cost.macs(architecture) for architecture in result.architectures]
         params = [cost.params(architecture) for architecture in result.architectures]
-        return Candidate(name, unets, macs, params, result.router, seconds)
-
-    def _expert(
-        self, folder: Path, title: str, architecture: Architecture, pairs: Tensor, config: FineTuneConfig, seed: int
-    ) -> tuple[PrunedUNet2DConditionModel, float]:
-        """Return one fine-tuned expert and the seconds that it took; an expert without prompts stays as sliced."""
-        unet, device = folder / "unet", self.pipeline.unet.device
-        if not unet.is_dir():
-            student = slice_unet(self.pipeline.unet, architecture).to(device)
-            figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
-            if len(pairs):
-                options = {"scheduler": self.pipeline.scheduler, "pairs": pairs, "seed": seed, "title": title}
-                checkpoints = folder / "checkpoints"
-                figures = fine_tune(
-                    student, self.pipeline.unet, self.data, config, checkpoints, log=self.log, **options
-                )
-            write_json(folder / "figures.json", figures)
-            write_folder(unet, lambda temporary: export_unet(student, temporary))
-            Checkpoints(folder / "checkpoints").clear()
-            self.say(f"{title}: fine-tuned on {len(pairs):,} captions")
-        student = PrunedUNet2DConditionModel.from_pretrained(unet).to(device).eval()
-        return student.requires_grad_(False), float(read_json(folder / "figures.json")["seconds"])
+        seconds = float(result.info.get("search", {}).get("seconds", 0.0))
+        seconds += sum(float(read_json(folder / "figures.json")["seconds"]) for folder in folders)
+        rows = [(f"{recovery.name}@{step}", f"step-{step}/unet", None) for step in self.recipe.evaluation.at_steps]
+        return [
+            Candidate(name, StoredUNets([f / part for f in folders], self.device), macs, params, result.router, spent)
+            for name, part, spent in [*rows, (recovery.name, "unet", seconds)]
+        ]
 
     def sample(self, candidate: Candidate, folder: Path, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise."""
-        return comparison.sample(candidate, self.pipeline, self.prompts.reseeded(seed), self.sampling, folder)
+        prompts = self.prompts.reseeded(seed)
+        return comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
 
     def judge(self, pictures: Tensor) -> Judged:
         """Return what the evaluator sees in a row's pictures."""

@@ -10,11 +10,12 @@ import yaml
 from small_model import TRAINING, write_world
 
 from prunekit.compare.cells import DENSE, Cell, cells_of
-from prunekit.compare.comparison import claimed, compare
+from prunekit.compare.comparison import compare
 from prunekit.compare.fairness import refuse_unfair
 from prunekit.compare.table import best, rows_of, shown_rows
 from prunekit.recipe import RecipeError, load_recipe
 from prunekit.run import start
+from prunekit.training.claims import claimed
 
 BASE = "bksdm:base"
 

@@ -23,7 +23,7 @@ from prunekit.methods.base import PruneResult
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
 from prunekit.recipe import CompareRecipe, RecipeError
-from prunekit.stages import Stages
+from prunekit.stages import Recovery, Stages
 from prunekit.training.checkpoint import read_json, write_json
 
 FORMAT = 1
@@ -194,7 +194,8 @@ class CellRunner:
         }
         chosen = self._chosen(cell, searched)
         config = self.recipe.fine_tuning(cell.label, self.steps(cell))
-        return self.stages.recover(cell.title, chosen, self.models_folder(cell), config, cell.seed), chosen
+        recovery = Recovery(cell.title, chosen, self.models_folder(cell), config, cell.seed)
+        return self.stages.recover([recovery])[-1], chosen
 
     def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
         """Return the architectures: one search for both protocols, one calibration for all budgets."""

@@ -1,11 +1,10 @@
 """`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from prunekit.compare.cells import DENSE, Cell, CellRunner, cells_of
@@ -18,6 +17,8 @@ from prunekit.recipe import CompareRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.run import RECIPE
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.claims import Piece, share
+from prunekit.training.processes import apart
 
 TIMINGS = "timings.json"
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
@@ -35,19 +36,27 @@ class Comparison:
         self.recipe, self.directory = recipe, directory
         directory.mkdir(parents=True, exist_ok=True)
         (directory / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-        self.log = RunLog(directory)
+        self.log = RunLog.of(recipe, directory)
         self.cells = cells_of(recipe)
-        self.stages = Stages(recipe, self.log, directory / "cache")
+        self.stages = Stages(recipe, self.log, directory)
         self.runner = CellRunner(recipe, directory, self.stages)
 
     def make(self) -> None:
         """Make the cells that are missing, but for those that another process on this directory is making."""
-        for number, cell in enumerate(self.cells, start=1):
-            if self.runner.finished(cell) is None:
-                with claimed(self.directory / "work" / "locks" / f"{cell.choice}.lock") as mine:
-                    if mine:
-                        self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
-                        self.runner.run(cell)
+
+        def make(number: int, cell: Cell) -> None:
+            self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
+            self.runner.run(cell)
+
+        pieces = [
+            Piece(cell.choice, partial(self._has, cell), partial(make, number, cell))
+            for number, cell in enumerate(self.cells, start=1)
+        ]
+        with apart():
+            share(pieces, self.directory / "work" / "locks", wait=False)
+
+    def _has(self, cell: Cell) -> bool:
+        return self.runner.finished(cell) is not None
 
     def results(self) -> tuple[list[Result], list[Cell]]:
         """Return the finished cells' results, and the cells that are missing."""
@@ -105,22 +114,6 @@ def compare(
     refuse_unfair(cells)
     target = Path(output or folder)
     return _write(target, cells, timings, missing, published)
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Hold a lock file, and say whether this process has it; the lock goes with its process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _write(

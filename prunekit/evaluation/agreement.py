@@ -78,14 +78,14 @@ def agreement(
     Raises ValueError where `expert` does not name one expert a sample.
     """
     target = dense if isinstance(dense, Tensor) else predictions(dense, samples, batch_size=batch_size)
-    experts = [student] if isinstance(student, nn.Module) else list(student)
+    experts = [student] if isinstance(student, nn.Module) else student
     if expert is None and len(experts) == 1:
         expert = torch.zeros(len(target), dtype=torch.long)
     if expert is None or len(expert) != len(target) or not 0 <= int(expert.min()) <= int(expert.max()) < len(experts):
         raise ValueError(f"agreement of {len(experts)} experts needs each of the {len(target)} samples' expert index")
     total = 0.0
-    for index, unet in enumerate(experts):
+    for index in expert.unique().tolist():
         rows = torch.nonzero(expert == index).flatten()
-        if len(rows):
-            total += float((predictions(unet, samples, rows, batch_size) - target[rows]).double().square().sum())
+        errors = predictions(experts[index], samples, rows, batch_size) - target[rows]
+        total += float(errors.double().square().sum())
     return total / target.numel()

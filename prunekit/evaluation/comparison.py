@@ -19,6 +19,7 @@ from prunekit.evaluation.generate import generate, generate_to, read_pictures
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
 from prunekit.methods.aptp.router import Router
 from prunekit.randomness import generator
+from prunekit.slicing import PrunedUNet2DConditionModel
 
 TIMED_IMAGES = 8
 FREQUENT_WORDS = 6
@@ -39,6 +40,27 @@ class Candidate:
     def experts(self, embeddings: Tensor) -> Tensor:
         """Return the expert of each prompt, (B,), from prompt embeddings (B, Z)."""
         return torch.zeros(len(embeddings), dtype=torch.long) if self.router is None else self.router.route(embeddings)
+
+
+class StoredUNets(Sequence):
+    """Pruned UNets in folders, read when they are asked for; the last one that was stays in memory."""
+
+    def __init__(self, folders: Sequence[Path], device: torch.device):
+        self.folders, self.device = list(folders), device
+        self._last: tuple[int, UNet2DConditionModel] | None = None
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, index: int) -> UNet2DConditionModel:
+        """Return UNet `index`, in evaluation mode, frozen."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        if self._last is None or self._last[0] != index:
+            self._last = None  # before the next is read
+            unet = PrunedUNet2DConditionModel.from_pretrained(self.folders[index]).to(self.device)
+            self._last = (index, unet.eval().requires_grad_(False))
+        return self._last[1]
 
 
 @dataclass
@@ -107,29 +129,33 @@ def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> Diffus
 
 
 def sample(
-    candidate: Candidate, pipeline: DiffusionPipeline, prompts: EvaluationSet, sampling: Sampling, folder: Path
+    candidate: Candidate,
+    pipeline: DiffusionPipeline,
+    prompts: EvaluationSet,
+    sampling: Sampling,
+    folder: Path,
+    locks: Path,
 ) -> tuple[Tensor, Tensor]:
-    """Generate every prompt's picture, each by its own expert; resumable.
+    """Generate every prompt's picture, each by its own expert; resumable, and shared by all processes that call it.
 
     Returns uint8 (n, 3, H, W) and the expert of each prompt (n,). An expert's prompts go in batches of their own.
     """
     experts = candidate.experts(prompts.embeddings)
     pictures: list[Tensor | None] = [None] * len(prompts.prompts)
-    for expert, unet in enumerate(candidate.unets):
+    for expert in experts.unique().tolist():
         rows = torch.nonzero(experts == expert).flatten().tolist()
-        if not rows:
-            continue
         target = folder if len(candidate.unets) == 1 else folder / f"expert-{expert}"
-        with sampling.autocast(unet.device):
+        with sampling.autocast(pipeline.device):
             paths = generate_to(
                 target,
-                with_unet(pipeline, unet),
+                lambda expert=expert: with_unet(pipeline, candidate.unets[expert]),
                 [prompts.prompts[i] for i in rows],
                 [prompts.seeds[i] for i in rows],
                 sampling.steps,
                 sampling.guidance,
                 sampling.batch_size,
                 title=f"{candidate.name}{f' {expert}' * (len(candidate.unets) > 1)}: images",
+                locks=locks,
             )
         for row, picture in zip(rows, read_pictures(paths), strict=True):
             pictures[row] = picture
@@ -182,7 +208,7 @@ def measure(
         "clip_score": clip_score(embedded[prompts.num_names :], texts[prompts.num_names :]),
         "top1": retrieval(embedded[: prompts.num_names], names, asked, k=1),
         "top5": retrieval(embedded[: prompts.num_names], names, asked, k=5),
-        "agreement": agreement(dense_predictions, list(candidate.unets), samples, pair_experts),
+        "agreement": agreement(dense_predictions, candidate.unets, samples, pair_experts),
         "training_seconds": candidate.training_seconds,
     }
 

@@ -1,16 +1,19 @@
 """Pictures from any diffusers text-to-image pipeline, the same for the same (prompt, seed) in every run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from prunekit.sampling import draw, quiet
-from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.checkpoint import read_json, temporary_for, write_json
+from prunekit.training.claims import Piece, share
 from prunekit.training.progress import Progress
 
 REQUEST = "request.json"
@@ -45,7 +48,7 @@ def generate(
 
 def generate_to(
     directory: Path,
-    pipeline: Any,
+    pipeline: DiffusionPipeline | Callable[[], DiffusionPipeline],
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int = 25,
@@ -53,11 +56,14 @@ def generate_to(
     batch_size: int = 16,
     size: int | tuple[int, int] | None = None,
     title: str = "generate",
+    locks: Path | None = None,
 ) -> list[Path]:
     """As `generate`, into `directory`/00000.png, 00001.png …; return their paths.
 
     A picture appears whole or not at all, and a batch whose pictures are all there is not made again. What was asked
     for is kept beside them; another request for the same directory raises ValueError that names what differs.
+    pipeline: or a function that returns it, called for the first batch that is made here.
+    locks: a folder; processes that call this with the same one share the batches, and return when all are made.
     """
     _check(prompts, seeds, batch_size)
     side = list(size) if isinstance(size, tuple) else size
@@ -72,20 +78,35 @@ def generate_to(
                 )
     write_json(directory / REQUEST, request)
     paths = [directory / f"{index:05d}.png" for index in range(len(prompts))]
-    with quiet(pipeline), Progress(title, len(prompts)) as progress:
-        for start in range(0, len(prompts), batch_size):
-            batch = slice(start, start + batch_size)
-            if not all(path.exists() for path in paths[batch]):
-                pictures = draw(pipeline, prompts[batch], seeds[batch], steps, guidance, size)
-                for path, picture in zip(paths[batch], pictures, strict=True):
-                    save_picture(path, picture)
-            progress.update(min(start + batch_size, len(prompts)))
+    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    load = (lambda: pipeline) if isinstance(pipeline, DiffusionPipeline) else cache(pipeline)
+
+    def done(batch: slice) -> bool:
+        return all(path.exists() for path in paths[batch])
+
+    with Progress(title, len(prompts)) as progress:
+
+        def make(batch: slice) -> None:
+            with quiet(load()):
+                pictures = draw(load(), prompts[batch], seeds[batch], steps, guidance, size)
+            for path, picture in zip(paths[batch], pictures, strict=True):
+                save_picture(path, picture)
+            progress.update(min(batch.stop, len(prompts)))
+
+        name = "-".join(directory.parts[-2:])
+        pieces = [Piece(f"{name}-{b.start}", partial(done, b), partial(make, b)) for b in batches]
+        if locks is None:
+            for piece in pieces:
+                if not piece.done():
+                    piece.do()
+        else:
+            share(pieces, locks)
     return paths
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
     """Write a uint8 picture (3, H, W) as PNG, atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_for(path)
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
     temporary.replace(path)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from prunekit.training.checkpoint import temporary_for
+
 CELL = 1.15  # inches of a picture's side
 CAPTION_LETTERS = 19  # in a line above a picture
 CAPTION_LINES = 3
@@ -86,7 +88,7 @@ def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str]
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a matplotlib figure as PNG, atomically, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_for(path)
     figure.savefig(temporary, format="png")
     temporary.replace(path)
     return path

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
@@ -120,12 +119,6 @@ def num_probes(pipeline: DiffusionPipeline | UNet2DConditionModel, data: Encoded
     """How many samples of the calibration data run through the UNet at once without gradients."""
     sides = _probe_sides(unet_of(pipeline)) if data is None else data.latents.shape[-2:]
     return max(1, ROW_TOKENS // (sides[0] * sides[1]))
-
-
-def process_share() -> tuple[Accelerator, tuple[int, int]]:
-    """Return the accelerator, and which share of the batches this process takes."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    return accelerator, (accelerator.process_index, accelerator.num_processes)
 
 
 @contextmanager

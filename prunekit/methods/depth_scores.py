@@ -29,8 +29,8 @@ from prunekit.methods.calibration import (
     calibration_batches,
     evaluation_mode,
     num_probes,
-    process_share,
 )
+from prunekit.training.processes import current
 from prunekit.units import UnitGroup, UnitSpace
 
 
@@ -100,9 +100,9 @@ def output_changes(
     if not groups:
         return torch.zeros(0, dtype=torch.float64)
     unet, rows = unet_of(pipeline), num_probes(pipeline, data)
-    accelerator, share = process_share()
+    processes = current()
     batch_size = min(samples, rows)
-    batches = calibration_batches(pipeline, data, samples, batch_size, seed, share=share)
+    batches = calibration_batches(pipeline, data, samples, batch_size, seed, share=(processes.index, processes.count))
     table = torch.zeros(-(-samples // batch_size), len(groups), dtype=torch.float64)  # sums over a batch's samples
     probes = torch.ones(len(groups), space.size)
     for row, group in zip(probes, groups, strict=True):
@@ -111,7 +111,7 @@ def output_changes(
         for batch in batches:
             changes = _changes(unet, gates, batch, probes.split(max(1, rows // batch_size)))
             table[batch.index] = torch.cat(list(changes)).cpu()
-    table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+    processes.sum([table])
     if not table.isfinite().all():
         raise ValueError("the UNet's output is not finite on the calibration inputs; try it in float32")
     return table.sum(0) / samples

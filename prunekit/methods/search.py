@@ -23,8 +23,9 @@ from prunekit.methods.base import Method, PruneResult, PruneSettings, space_and_
 from prunekit.methods.budget import budget_macs
 from prunekit.methods.calibration import as_encoded, noise_schedule
 from prunekit.randomness import generator
-from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, target
+from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors
 from prunekit.training.distillation import FeatureBlocks, block_outputs, distillation_error
+from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
@@ -129,7 +130,8 @@ class GateSearchObjective:
         self.gates.set(self.gate(batch, logits), rows=rows)
         with attention_kernel(noisy), block_outputs(self.unet, which) as blocks:
             prediction = self.unet(noisy, timesteps, **conditions).sample
-        denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
+        drawn = (latents, noise, timesteps)
+        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
         terms = {"denoising": (weights * denoising).sum()}
         if teacher is not None:
             error = distillation_error(prediction, teacher[0], blocks, teacher[1])
@@ -183,7 +185,7 @@ class SearchMethod(Method):
         space, cost = space_and_cost(pipeline, self.config)
         budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
         unet = unet_of(pipeline).eval().requires_grad_(False)
-        with gated(unet, space) as gates:
+        with held(self.config.search, unet), gated(unet, space) as gates:
             objective = self._objective(unet, gates, cost, noise_schedule(pipeline), data)
             trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
             figures = trainer.fit()

@@ -14,7 +14,6 @@ and the timesteps that were used are in the scores' `info`.
 The paper prunes widths only; whole layers are scored by `depth_scores`.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -32,12 +31,12 @@ from prunekit.methods.calibration import (
     as_encoded,
     calibration_batches,
     evaluation_mode,
-    process_share,
 )
 from prunekit.methods.depth_scores import joint_scores
 from prunekit.methods.registry import register
 from prunekit.methods.weights import owned_weights, sum_per_unit
 from prunekit.training.diffusion import attention_kernel, forward_process, per_sample_mse, target
+from prunekit.training.processes import current
 from prunekit.training.progress import Progress
 from prunekit.units import UnitSpace
 
@@ -102,28 +101,30 @@ class TaylorSP(ScoreMethod):
     ) -> tuple[Gradients, dict[str, float], list[int]]:
         """Gradients of Σ_t L_t over all processes' samples, L_t by timestep, and the timesteps that are in the sum."""
         config, unet, scheduler = self.config, pipeline.unet, forward_process(pipeline.scheduler)
-        accelerator, share = process_share()
+        processes = current()
+        share = (processes.index, processes.count)
         weights = [owned.layer.weight for group in space.width_groups for owned in owned_weights(unet, group)]
         total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
         losses: dict[str, float] = {}
         used: list[int] = []
         timesteps = spaced_timesteps(scheduler.config.num_train_timesteps, config.num_timesteps) if weights else []
-        bar = Progress(f"{self.name} calibration", len(timesteps), enabled=accelerator.is_main_process)
+        bar = Progress(f"{self.name} calibration", len(timesteps), enabled=processes.is_main)
         with evaluation_mode(unet), gradients_only_of(unet, weights), bar as progress:
             for timestep in timesteps:
                 draw = (config.samples, config.batch_size, config.seed, timestep, share)
                 loss, step = self._step(unet, scheduler, calibration_batches(pipeline, data, *draw), weights)
-                loss = accelerator.reduce(loss.to(accelerator.device), "sum").item()
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss at timestep {timestep} is not finite ({loss}); use precision=float32")
-                losses[str(timestep)] = loss
-                if loss < config.threshold * max(losses.values()):
+                processes.sum([loss])
+                if not loss.isfinite():
+                    raise ValueError(f"the loss at timestep {timestep} is not finite; use precision=float32")
+                losses[str(timestep)] = loss.item()
+                if loss.item() < config.threshold * max(losses.values()):
                     break
                 used.append(timestep)
                 for weight, gradient in step.items():
                     total[weight] += gradient
-                progress.update(len(used), loss)
-        return {weight: accelerator.reduce(value, "sum") for weight, value in total.items()}, losses, used
+                progress.update(len(used), loss.item())
+        processes.sum(list(total.values()))
+        return total, losses, used
 
     def _step(
         self,

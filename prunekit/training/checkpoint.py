@@ -1,7 +1,7 @@
 """Checkpoints of a training: safetensors and JSON in a folder that appears whole or not at all."""
 
 import json
-import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+def temporary_for(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process uses, here or on another machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically: a kill leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
@@ -33,15 +38,19 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
     temporary.replace(path)
 
 
 def write_folder(folder: Path, write: Any) -> None:
-    """Call `write(temporary folder)`, then move it to `folder` in one step, replacing what was there."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Call `write(temporary folder)`, then move it to `folder` in one step, replacing what was there.
+
+    One process at a time may write a folder: what a killed one left half-written is removed.
+    """
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = temporary_for(folder)
     temporary.mkdir(parents=True)
     write(temporary)
     if folder.exists():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,6 +36,27 @@ def shift_timesteps(timesteps: Tensor, shift: float, num_timesteps: int) -> Tens
     """Move timesteps towards the noisy end, T·s·t/(T + (s - 1)·t) (Esser et al., 2024, Eq. 23); 1 changes nothing."""
     shifted = num_timesteps * shift * timesteps / (num_timesteps + (shift - 1) * timesteps)
     return shifted.long().clamp(max=num_timesteps - 1)
+
+
+def denoising_errors(
+    prediction: Tensor,
+    scheduler: DDPMScheduler,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """Return each sample's denoising error, (B,), float32: of the noise or the velocity, as the scheduler asks.
+
+    snr_gamma: weights each sample by min(SNR, gamma)/SNR, for the velocity by min(SNR, gamma)/(SNR + 1) (Hang et al.,
+    2023), which counts the error of the clean latent alike at all noisy timesteps.
+    """
+    errors = per_sample_mse(prediction, target(scheduler, latents, noise, timesteps))
+    if snr_gamma is None:
+        return errors
+    snr = compute_snr(scheduler, timesteps)  # (B,)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    return errors * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
 
 
 def attention_kernel(latents: Tensor) -> AbstractContextManager:

@@ -1,5 +1,6 @@
 """Recovering a sliced UNet's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
-from prunekit.training.diffusion import NoisePlan, attention_kernel, forward_process, per_sample_mse, target
+from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors, forward_process
 from prunekit.training.distillation import FeatureBlocks, block_outputs, distillation_error
+from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
@@ -70,7 +72,8 @@ class FineTuningObjective:
         which: FeatureBlocks = self.config.feature_blocks if weight else "none"
         with attention_kernel(noisy), block_outputs(self.student, which) as blocks:
             prediction = self.student(noisy, timesteps, **conditions).sample
-        denoising = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
+        drawn = (latents, noise, timesteps)
+        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
         terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
         if weight:
             with torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
@@ -92,11 +95,13 @@ def fine_tune(
     seed: int = 0,
     title: str = "fine-tune",
     log: Log | None = None,
+    milestones: Mapping[int, Callable[[], None]] | None = None,
 ) -> dict[str, float]:
     """Train a sliced UNet in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
 
     student: usually from `slice_unet`, float32. teacher: the dense UNet, left as it is. scheduler: the pipeline's.
     pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
+    milestones: called after these steps, with the (averaged) weights of then in the student.
     Returns the trainer's figures: steps, seconds, loss and its terms.
     """
     pairs = data.training_pairs() if pairs is None else pairs
@@ -106,6 +111,7 @@ def fine_tune(
     student.train().requires_grad_(True)
     teacher.eval().requires_grad_(False)
     objective = FineTuningObjective(student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
-    figures = Trainer(config, objective, directory, title, log).fit()
+    with held(config, student, teacher):
+        figures = Trainer(config, objective, directory, title, log, milestones).fit()
     student.eval().requires_grad_(False)
     return figures

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from prunekit.training.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer
-from prunekit.training.progress import Progress
+from prunekit.training.processes import current
+from prunekit.training.progress import Progress, console
+from prunekit.training.termination import deferred
 
 
 class TrainerConfig(BaseModel):
@@ -51,6 +52,8 @@ class TrainerConfig(BaseModel):
     keep_checkpoints: int = Field(1, gt=0, description="how many of the last checkpoints stay while it trains")
     log_every: int = Field(10, gt=0, description="steps between log rows")
 
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Log = Callable[[dict[str, Any]], None]  # takes one row of a run's log
 
@@ -92,8 +95,13 @@ class Trainer:
         self.config, self.objective, self.title = config, objective, title
         self.log = log or (lambda row: None)
         self.milestones = dict(milestones or {})
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.checkpoints = Checkpoints(directory)
+        self.processes = current()
+        self.checkpoints = Checkpoints(directory, config.keep_checkpoints)
+        if config.batch_size < self.processes.count:
+            raise ValueError(
+                f"{title}: batch_size={config.batch_size} is less than one sample for each of the "
+                f"{self.processes.count} processes; raise it, or start fewer"
+            )
         self.parameters = [p for m in objective.modules.values() for p in m.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"{title}: nothing to train, every parameter is frozen")
@@ -101,6 +109,7 @@ class Trainer:
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.average = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.precision == "float16")
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step` (0-based): linear warm-up, constant, linear fall over the last share."""
@@ -116,67 +125,80 @@ class Trainer:
         Raises NonFiniteLossError without touching the last checkpoint.
         """
         step, seconds = self._restore()
-        progress = Progress(self.title, self.config.steps, step, enabled=self.accelerator.is_main_process)
-        last_save = last = time.monotonic()
+        progress = Progress(self.title, self.config.steps, step, enabled=self.processes.is_main)
+        last = last_save = time.monotonic()
         terms: dict[str, float] = {}
-        with progress:
+        with progress, deferred() as termination:
             while step < self.config.steps:
-                terms = self._step(step)
+                terms, stop = self._step(step, termination.requested)
                 step += 1
                 now = time.monotonic()
                 seconds, last = seconds + now - last, now
-                if step % self.config.log_every == 0 or step == self.config.steps:
-                    self.log(
-                        {
-                            "stage": self.title,
-                            "step": step,
-                            **terms,
-                            "rate": self.learning_rate(step - 1),
-                            "seconds": round(seconds, 2),
-                        }
-                    )
+                self._log(step, seconds, terms)
                 progress.update(step, terms["loss"])
                 if step in self.milestones:
                     self._reach(step)
-                if now - last_save > 60 * self.config.checkpoint_minutes or step == self.config.steps:
+                if stop or self._is_due(step, now - last_save):
                     self._save(step, seconds, terms)
                     last_save = time.monotonic()
+                if stop and step < self.config.steps:
+                    console.print(f"{self.title}: asked to end; saved step {step} in {self.checkpoints.folder}")
+                    termination.leave()
         if self.average is not None:
             self.average.copy_to(self.parameters)
+        self.processes.wait()  # the main one may still be writing
         return {"steps": step, "seconds": seconds, **terms}
 
-    def _step(self, step: int) -> dict[str, float]:
-        config, accelerator = self.config, self.accelerator
+    def _log(self, step: int, seconds: float, terms: dict[str, float]) -> None:
+        if self.processes.is_main and (step % self.config.log_every == 0 or step == self.config.steps):
+            row = {"stage": self.title, "step": step, **terms, "rate": self.learning_rate(step - 1)}
+            self.log({**row, "seconds": round(seconds, 2)})
+
+    def _is_due(self, step: int, seconds: float) -> bool:
+        """Whether a checkpoint is due after `step` steps, `seconds` after the last one."""
+        config = self.config
+        by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
+        return by_steps or seconds > 60 * config.checkpoint_minutes or step == config.steps
+
+    def _step(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
+        """Make a step; return its terms, and whether any process was asked to stop."""
+        config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         batch = self.objective.batch(step)
-        sums: dict[str, Tensor] = {}
         shared = self.objective.shared_loss(batch)
-        rank, world = accelerator.process_index, accelerator.num_processes
         if shared:
-            (_total(shared) / world).backward()
-        mine = torch.arange(config.batch_size).tensor_split(world)[rank]
+            self.scaler.scale(_total(shared) / processes.count).backward()
+        sums: dict[str, Tensor] = {}
+        mine = torch.arange(config.batch_size).tensor_split(processes.count)[processes.index]
         for positions in mine.split(config.micro_batch or config.batch_size):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with self._autocast():
                 micro = self.objective.micro_loss(batch, positions)
             if micro:
-                _total(micro).backward()
+                self.scaler.scale(_total(micro)).backward()
             for name, value in micro.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        terms = self._reduce(sums) | {name: float(value.detach()) for name, value in shared.items()}
+        stopping = self._reduce(sums, stop)
+        terms = {name: float(value.detach()) for name, value in {**sums, **shared}.items()}
         loss = sum(terms.values())
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"{self.title}: the loss of step {step} is not finite ({terms}); the last good checkpoint is in "
                 f"{self.checkpoints.folder}; lower the learning rate or use precision=float32, then resume"
             )
+        self.scaler.unscale_(self.optimizer)
         if config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.step(self.parameters)
-        return {"loss": loss, **terms}
+        return {"loss": loss, **terms}, stopping
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
 
     def _reach(self, step: int) -> None:
         """Call a milestone with the averaged weights in place."""
@@ -187,22 +209,27 @@ class Trainer:
         if self.average is not None:
             self.average.restore(self.parameters)
 
-    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sum the terms and the gradients over the processes."""
-        accelerator = self.accelerator
-        if accelerator.num_processes > 1:
-            for parameter in self.parameters:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = accelerator.reduce(gradient, "sum")
-            sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
-        return {name: float(value) for name, value in sums.items()}
+    def _reduce(self, sums: dict[str, Tensor], stop: bool) -> bool:
+        """Sum the terms and the gradients over the processes, in place; return whether any process asks to stop."""
+        if self.processes.count == 1:
+            return stop
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.processes.sum([parameter.grad for parameter in self.parameters])
+        figures = [*sums.values(), torch.tensor(float(stop))]
+        packed = torch.stack([figure.float().to(self.processes.device) for figure in figures])
+        self.processes.sum([packed])
+        sums.update(zip(sums, packed, strict=False))
+        return bool(packed[-1] > 0)
 
     def _save(self, step: int, seconds: float, terms: dict[str, float]) -> None:
         tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)} | flatten_optimizer(self.optimizer)
         if self.average is not None:
             tensors |= {f"average.{i}": p for i, p in enumerate(self.average.shadow_params)}
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(step, tensors, {"seconds": seconds, "terms": terms})
+        if self.processes.is_main:
+            state = {"seconds": seconds, "terms": terms, "scaler": self.scaler.state_dict()}
+            self.checkpoints.save(step, tensors, state)
 
     def _restore(self) -> tuple[int, float]:
         found = self.checkpoints.latest()
@@ -216,6 +243,8 @@ class Trainer:
         if self.average is not None:
             self.average.shadow_params = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
             self.average.optimization_step = state["step"]
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         return state["step"], state["seconds"]
 
 

@@ -1,0 +1,137 @@
+"""The processes of a launch: how many there are, which one this is, and what they do together, through accelerate.
+
+`accelerate launch` and `torchrun` start them, on one machine or many. A launch that would not become what it was asked
+to be is refused: accelerate starts one process where `--cpu --num_processes 2` asks for two, and several processes
+that each think themselves alone would all write the same run.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+T = TypeVar("T")
+
+BUCKET = 2**24  # numbers that are summed over the processes at once
+START = "torchrun --nproc-per-node N -m prunekit run RECIPE"
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+class LaunchError(RuntimeError):
+    """Processes that were started so that they would not work together; the message says how to start them."""
+
+
+class Processes:
+    """What a process knows of the launch; where it works apart, it is alone, but on its own device."""
+
+    def __init__(self, accelerator: Accelerator, apart: bool):
+        self._accelerator = accelerator
+        self.index = 0 if apart else accelerator.process_index
+        self.count = 1 if apart else accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.index == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype, the same shapes in every process, by their sums over the processes."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket]).to(self.device)
+            parts = self._accelerator.reduce(flat, "sum").split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
+
+    def agree(self, value: T) -> T:
+        """Return the main process's value in every process."""
+        return value if self.count == 1 else broadcast_object_list([value])[0]
+
+    def first(self, do: Callable[[], T]) -> T:
+        """Let the main process do something while the others wait; its result, or its error, is everyone's."""
+        if self.count == 1:
+            return do()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = do()
+            except Exception as raised:
+                error = raised
+        result, error = self.agree((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            self._accelerator.wait_for_everyone()
+
+
+def current() -> Processes:
+    """Return the processes that this one works with. Raises LaunchError for a launch that is not what it seems."""
+    accelerator = _accelerator()
+    return Processes(accelerator, _apart.get())
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """A context in which this process works alone: what is trained or measured in it is not shared with the others."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+@lru_cache(maxsize=1)
+def _accelerator() -> Accelerator:
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    check_launch(os.environ, accelerator.num_processes)
+    return accelerator
+
+
+def check_launch(environment: Mapping[str, str], count: int) -> None:
+    """Raise LaunchError where the environment of a launch asks for another number of processes than there are."""
+    asked = environment.get("WORLD_SIZE")
+    if asked is not None:
+        if int(asked) != count:
+            raise LaunchError(
+                f"{asked} processes were started, but each would run as one of {count}; start them with: {START}"
+            )
+        return
+    if "MASTER_PORT" in environment and "ACCELERATE_MIXED_PRECISION" in environment:
+        raise LaunchError(
+            f"`accelerate launch` was asked for several processes and started one (--cpu does so); use: {START}"
+        )
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(environment.get(name, 1)) > max(1, count):
+            raise LaunchError(
+                f"{environment[name]} processes were started ({name}), and each thinks itself alone; start one a node, "
+                f"and in it: {START}"
+            )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def describe(processes: Processes) -> dict[str, Any]:
+    """Return what a log says of the launch."""
+    return {"processes": processes.count, "process": processes.index, "device": str(processes.device)}
