@@ -123,21 +123,61 @@ def compare(
 
 @app.command()
 def plan(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes' YAML files, and settings")
+    ],
+    throughput: Annotated[
+        float | None, typer.Option(help="a device's TMAC/s; measured on this machine where it is not given", min=1e-6)
+    ] = None,
+    measure: Annotated[float, typer.Option(help="seconds of that measurement", min=0.1)] = 1.0,
+    devices: Annotated[int, typer.Option(help="how many devices share the work", min=1)] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plans there")] = None,
+) -> None:
+    """Show what recipes will cut, cost and take, without weights or network."""
+    from prunekit.plan import Devices, plan_all
+    from prunekit.plan.table import show_plan, show_summary
+    from prunekit.recipe import load_recipe
+    from prunekit.training.checkpoint import write_json
+
+    paths, overrides = _recipes_and_overrides(recipes)
+    made_for = Devices(devices, None if throughput is None else throughput * 1e12, measure)
+    plans = plan_all([load_recipe(path, overrides) for path in paths], made_for)
+    for content in plans:
+        show_plan(content, _console())
+        _console().print()
+    if len(plans) > 1:
+        show_summary(plans, _console())
+    if json_file is not None:
+        write_json(json_file, plans)
+        _say(f"The plans are in {json_file}")
+    if len(plans) == 1:
+        command = "compare" if plans[0]["job"] == "compare" else "run"
+        _say(f"Nothing was run; start it with: prunekit {command} {' '.join([*paths, *overrides])}")
+
+
+def _recipes_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part a command's arguments into recipes, which are YAML files, and settings."""
+    paths = [text for text in arguments if "=" not in text and (Path(text).suffix == ".yaml" or Path(text).is_file())]
+    if not paths:
+        raise ValueError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
+    return paths, [text for text in arguments if text not in paths]
+
+
+@app.command()
+def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    throughput: Annotated[
-        float | None, typer.Option(help="the device's TMAC/s; measured on this machine where it is not given", min=1e-6)
-    ] = None,
+    devices: Annotated[int, typer.Option(help="how many devices the recipe will run on; one is tried", min=1)] = 1,
 ) -> None:
-    """Show what a recipe will cut, cost and take, without weights or network."""
-    from prunekit.plan import plan
-    from prunekit.plan_table import show_plan
+    """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole."""
+    from prunekit.check import check
+    from prunekit.plan.table import show_check, show_checked
     from prunekit.recipe import load_recipe
 
-    content = plan(load_recipe(recipe, overrides or ()), None if throughput is None else throughput * 1e12)
-    show_plan(content, _console())
-    command = "compare" if content["job"] == "compare" else "run"
-    _say(f"Nothing was run; start it with: prunekit {command} {' '.join([str(recipe), *(overrides or ())])}")
+    console = _console()
+    content = check(load_recipe(recipe, overrides or ()), devices, lambda stage: show_checked(stage, console))
+    show_check(content, console)
+    _say("Every stage works; nothing was kept")
 
 
 @app.command()
@@ -275,6 +315,33 @@ def generate(
         table.add_row(f"{index:05d}.png", str(expert), text)
     _console().print(table)
     _say(f"{len(prompts)} pictures by {method} ({model.num_experts} experts), seed {seed}, are in {folder}")
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN", help="a recipe with job: bench, or a run's directory")
+    ],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="where rows and table go; runs/NAME or RUN/bench by default")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="begin no row that would end later; start again", min=0)] = None,
+    reduced: Annotated[bool, typer.Option("--reduced", help="32 x 32 latents, batch 1, eager, few repeats")] = False,
+) -> None:
+    """Time pruned models beside the dense one, interleaved, with the noise floor; a row a file, none made twice."""
+    from rich.table import Table
+
+    from prunekit.benchmark.command import bench
+    from prunekit.benchmark.table import BRIEF, shown
+
+    path, recipe, rows, is_done = bench(target, overrides or (), output, minutes, reduced, _say)
+    header, lines = shown(rows, recipe, BRIEF)
+    table = Table(*header)
+    for line in lines:
+        table.add_row(*(text.replace("[", r"\[") for text in line))
+    _console().print(table)
+    _say(f"The table is in {path}" + ("" if is_done else "; rows are missing: start the same command again to go on"))
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

@@ -76,8 +76,10 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
     for module, original in _pairs(pruned, unet):
         module.set_processor(original.processor)
     _cut(pruned, architecture)
-    for parameter in pruned.parameters():  # what was not cut is still the UNet's own memory
-        parameter.data = parameter.data.clone()
+    own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    for parameter in pruned.parameters():
+        if parameter.untyped_storage().data_ptr() in own:  # was not cut: still the UNet's own memory
+            parameter.data = parameter.data.clone()
     pruned.train(unet.training)
     pruned.register_to_config(pruning=_record(architecture, unet.config.get("pruning")))
     return pruned

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from prunekit.cost import CostModel
 from prunekit.data.config import load_data
+from prunekit.data.digests import Digests
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation import comparison
-from prunekit.evaluation.agreement import AgreementSamples, agreement_samples, predictions
+from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling, StoredUNets
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.methods.base import Method, PruneResult, space_and_cost
@@ -120,12 +121,11 @@ class Stages:
         self.pipeline: DiffusionPipeline = load_pipeline(
             recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
         ).to(self.device)
-        images = load_data(recipe.data, recipe.seed)
+        self.cache = Path(recipe.cache.directory).expanduser() if recipe.cache.directory else directory / "cache"
+        images = load_data(recipe.data, recipe.seed, self.cache)
         self.resolution = recipe.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
-        self.data: EncodedData = encode(
-            self.pipeline, images, self.encoder, self.resolution, directory / "cache" / "encoded.safetensors"
-        )
+        self.data: EncodedData = encode(self.pipeline, images, self.encoder, self.resolution, self.cache, recipe.cache)
         images = self.data.images  # without what could not be decoded
         held_out = int(images.held_out.sum())
         self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out:,} held out)")
@@ -139,8 +139,8 @@ class Stages:
     def data_digest(self) -> str:
         """Hash of the images, the captions, and the frozen encoders' weights; the same on every machine."""
         images = self.data.images
-        fingerprint = Fingerprint(self.resolution).add_pictures(images.encoded).add_texts(images.captions)
-        return fingerprint.add_encoders(self.pipeline).key()
+        fingerprint = Fingerprint(self.resolution).add_pictures(images.encoded, Digests(self.cache))
+        return fingerprint.add_texts(images.captions).add_encoders(self.pipeline).key()
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -179,14 +179,8 @@ class Stages:
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:
         """The fixed (image, t, noise) triples, and the dense UNet's predictions for them."""
-        samples = agreement_samples(
-            self.data.latents[self.data.image_index],
-            self.data.text,
-            forward_process(self.pipeline.scheduler),
-            self.recipe.seed,
-            self.recipe.evaluation.num_predictions,
-            self.data.conditions(torch.arange(self.data.images.num_pairs)).get("added_cond_kwargs"),
-        )
+        settings = (forward_process(self.pipeline.scheduler), self.recipe.seed, self.recipe.evaluation.num_predictions)
+        samples = data_samples(self.data, *settings)
         return samples, predictions(self.pipeline.unet, samples)
 
     @cached_property

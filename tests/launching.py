@@ -17,11 +17,16 @@ def environment(rank: int = 0, count: int = 1, port: int = 0) -> dict[str, str]:
     return own
 
 
-def launch(arguments: list[str], count: int = 1) -> list[subprocess.Popen]:
-    """Start `python ARGUMENTS` in `count` processes that know of each other."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(arguments: list[str], count: int = 1) -> list[subprocess.Popen]:
+    """Start `python ARGUMENTS` in `count` processes that know of each other."""
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *arguments],

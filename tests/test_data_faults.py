@@ -277,16 +277,16 @@ def test_pictures_that_were_not_verified_are_left_out_when_encoded(pipeline, tmp
     settings = webdataset(tmp_path / "data", samples) | {"report": str(tmp_path / "bad.jsonl"), "max_bad_share": 0.2}
     images, prompts = load(settings), load_prompt_encoder("emoji")
     assert images.num_images == 6 and not images.skipped and report_of(tmp_path / "bad.jsonl") == []
-    data = encode(pipeline, images, prompts, 16, tmp_path / "cache.safetensors")
+    data = encode(pipeline, images, prompts, 16, tmp_path / "cache")
     (row,) = report_of(tmp_path / "bad.jsonl")
     assert row["sample"] == "cc3m-train-0000.tar:000000002.jpg" and "cannot be read" in row["reason"]
     expected = [(colour, f"a {colour} square") for _, colour in SIX if colour != "blue"]
     assert pairs(data.images) == expected and len(data.latents) == len(data.text) == len(data.prompts) == 5
     (tmp_path / "bad.jsonl").unlink()
-    again = encode(pipeline, images, prompts, 16, tmp_path / "cache.safetensors")
-    assert torch.equal(again.latents, data.latents) and pairs(again.images) == expected
+    again = encode(pipeline, images, prompts, 16, tmp_path / "cache")
+    assert torch.equal(again.latents[:], data.latents[:]) and pairs(again.images) == expected
     assert report_of(tmp_path / "bad.jsonl") == [row]
     verified = encode(pipeline, load(settings, verify=True), prompts, 16)
-    assert torch.allclose(verified.latents, data.latents, atol=1e-5) and pairs(verified.images) == expected
+    assert torch.allclose(verified.latents, data.latents[:], atol=1e-5) and pairs(verified.images) == expected
     with pytest.raises(DataError, match=r"cc3m-train-0000.tar:000000002.jpg cannot be read .*1 of 6 captions"):
         encode(pipeline, load(settings, max_bad_share=0.1), prompts, 16)

@@ -14,7 +14,7 @@ from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.comparison import with_unet
 from prunekit.evaluation.generate import generate
 from prunekit.models import load_pipeline
-from prunekit.plan import plan
+from prunekit.plan import Devices, plan
 from prunekit.recipe import load_recipe
 from prunekit.run import start
 from prunekit.serving import RoutedModel
@@ -71,7 +71,7 @@ def test_experts_generate(run):
 
 def test_a_plan_counts_it(run):
     _, recipe, directory = run
-    counted = plan(load_recipe(recipe), throughput=1e12)
+    counted = plan(load_recipe(recipe), Devices(throughput=1e12))
     ratio = json.loads((directory / "methods" / "norm" / "result.json").read_text())["info"]["dense_macs"]
     assert counted["methods"]["norm"]["dense_macs"] == ratio
 

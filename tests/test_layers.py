@@ -11,7 +11,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "benchmark"},
-    {"report", "run", "pretrain", "plan", "plan_table", "estimates", "recipe", "stages", "compare"},
+    {"report", "run", "pretrain", "plan", "check", "recipe", "stages", "compare"},
     {"cli"},
     {"__main__"},
 )
@@ -28,7 +28,8 @@ WITHIN = {  # what may be imported within a layer
     "run": {"recipe", "pretrain", "report", "stages"},
     "compare": {"recipe", "stages", "run"},
     "pretrain": {"recipe"},
-    "plan": {"recipe", "estimates", "compare"},
+    "plan": {"recipe", "compare"},
+    "check": {"recipe", "stages", "plan"},
     "report": {"recipe"},
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

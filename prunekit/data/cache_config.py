@@ -1,5 +1,6 @@
 """What of the frozen parts' output a run keeps on disk."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,3 +22,28 @@ class CacheConfig(BaseModel):
     text: bool = Field(True, description="keep the text encoder's states; false: captions are encoded at every step")
     precision: Literal["float32", "float16"] = Field("float32", description="what is stored")
     shard_size: int = Field(4096, gt=0, description="pictures, or captions, of one file")
+
+
+def cache_bytes(
+    images: int,
+    captions: int,
+    latent_shape: tuple[int, ...],
+    text_shape: tuple[int, ...],
+    prompt_width: int,
+    config: CacheConfig,
+    pooled_width: int = 0,
+) -> dict[str, int]:
+    """Return the bytes that the cache of a data set takes on disk, by part: latents, text, prompts, pooled.
+
+    latent_shape: (C, h, w). text_shape: (T, E) of one caption. prompt_width: Z. pooled_width: of SDXL's pooled text
+    embeddings, else 0. A part that `config` does not keep is 0; files' headers (about 100 bytes each) are left out.
+    """
+    size = {"float32": 4, "float16": 2}[config.precision]
+    values = {"off": 0, "means": 1, "moments": 2}[config.latents] * math.prod(latent_shape)
+    kept = captions if config.text else 0
+    return {
+        "latents": images * values * size,
+        "text": kept * math.prod(text_shape) * size,
+        "prompts": captions * prompt_width * size,
+        "pooled": kept * pooled_width * size,
+    }

@@ -92,8 +92,10 @@ class DataConfig(BaseModel):
         return Tolerance(self.max_bad_share, Path(self.report).expanduser() if self.report else None)
 
 
-def load_data(config: DataConfig, seed: int) -> CaptionedImages:
+def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> CaptionedImages:
     """Read the images and captions that a recipe names; pictures stay on disk until they are asked for.
+
+    cache: a directory in which what tar shards hold is remembered, so that a second start does not open them.
 
     Bad samples are left out with their captions: `skipped` of the result has them, and `data.report` lists them.
     Raises DataError for a path that is missing or empty, and for more bad samples than `data.max_bad_share` allows.
@@ -105,7 +107,8 @@ def load_data(config: DataConfig, seed: int) -> CaptionedImages:
         return load_emoji(path, config.holdout, seed)
     if path is None:
         raise DataError(f"data.kind={config.kind} needs data.path, {PATHS[config.kind]}")
-    found, pictures = READERS[config.kind](config, path)
+    remembered = {"indexes": cache / "indexes"} if cache is not None and config.kind == "webdataset" else {}
+    found, pictures = READERS[config.kind](config, path, **remembered)
     return collect(found, pictures, config.tolerance, str(path), config.verify, config.holdout, seed)
 
 
@@ -145,9 +148,10 @@ def _bytes_to_read(config: DataConfig, path: Path) -> int:
 Found = tuple[Iterable[Sample | BadSample], Callable[..., Any]]
 
 
-def _webdataset(config: DataConfig, path: Path) -> Found:
+def _webdataset(config: DataConfig, path: Path, indexes: Path | None = None) -> Found:
     shards = shards_of(path, "tar", config.split)
-    return webdataset_samples(shards, missing_shards(shards), config.image_column, config.text_column), FilePictures
+    members = (config.image_column, config.text_column)
+    return webdataset_samples(shards, missing_shards(shards), *members, indexes), FilePictures
 
 
 def _cc3m_tsv(config: DataConfig, path: Path) -> Found:
@@ -185,7 +189,7 @@ def _images(table: Path, images: str | None) -> Path:
     return folder
 
 
-READERS: dict[str, Callable[[DataConfig, Path], Found]] = {
+READERS: dict[str, Callable[..., Found]] = {
     "webdataset": _webdataset,
     "cc3m_tsv": _cc3m_tsv,
     "coco": _coco,

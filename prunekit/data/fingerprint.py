@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.data.bad_samples import DataError
+from prunekit.data.digests import Digests
 from prunekit.data.pictures import Pictures
 
 
@@ -43,13 +43,12 @@ class Fingerprint:
             self.add_module(encoder)
         return self
 
-    def add_pictures(self, encoded: Sequence[bytes]) -> "Fingerprint":
-        """Add compressed pictures; one that cannot be read counts as empty."""
-        for index in range(len(encoded)):
-            try:
-                picture = encoded[index]
-            except DataError:
-                picture = b""
+    def add_pictures(self, encoded: Sequence[bytes], digests: Digests | None = None) -> "Fingerprint":
+        """Add compressed pictures; of those on disk the files' contents, which `digests` may know without reading."""
+        if isinstance(encoded, Pictures):
+            self.add(*(digests or Digests()).of(encoded.files), *encoded.identity())
+            return self
+        for picture in encoded:
             self._digest.update(hashlib.blake2b(picture, digest_size=16).digest())
         return self
 
@@ -59,7 +58,11 @@ class Fingerprint:
         return self
 
     def add_data(self, data: Any) -> "Fingerprint":
-        """Add a data set: a dataclass (EncodedData, CaptionedImages) field by field, anything else by its repr."""
+        """Add a data set: by its `key` where it has one (EncodedData that was read or made), else a dataclass
+        (EncodedData, CaptionedImages) field by field, anything else by its repr.
+        """
+        if getattr(data, "key", ""):
+            return self.add(data.key)
         if isinstance(data, Tensor):
             return self.add(tuple(data.shape)).add_tensor(data)
         if isinstance(data, Pictures) or (isinstance(data, list) and data and isinstance(data[0], bytes)):

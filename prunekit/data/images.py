@@ -1,6 +1,6 @@
 """Captioned images: compressed pictures, their captions, and the pairs that training draws from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,9 +85,10 @@ class CaptionedImages:
                 progress.update(index + 1)
         return found
 
-    def without(self, bad: dict[int, str]) -> "CaptionedImages":
+    def without(self, bad: Mapping[int, str], names: Mapping[int, str] | None = None) -> "CaptionedImages":
         """Return the images without some, and their captions; reasons by image, which `skipped` and the report get.
 
+        names: what a person calls the bad ones, where that is known without looking (`where`).
         Raises DataError where more are bad than `tolerance` allows.
         """
         if not bad:
@@ -98,7 +99,8 @@ class CaptionedImages:
         image_index = new_index[self.image_index]
         pairs = torch.nonzero(image_index >= 0).flatten()
         lost = torch.bincount(self.image_index, minlength=self.num_images)
-        gone = [BadSample(*self._where(i), bad[i], int(lost[i])) for i in sorted(bad)]
+        named = {i: (names[i], self._file(i)) if names else self.where(i) for i in sorted(bad)}
+        gone = [BadSample(*named[i], bad[i], int(lost[i])) for i in named]
         skipped = [*self.skipped, *gone]
         self.tolerance.check(skipped, len(pairs))
         encoded = self.encoded
@@ -123,10 +125,14 @@ class CaptionedImages:
             name = self.names[index]
             raise DataError(f"the picture of {name!r} {error}; remove or replace it") from error
 
-    def _where(self, index: int) -> tuple[str, str]:
+    def where(self, index: int) -> tuple[str, str]:
+        """Return (what a person calls a picture, its file)."""
         if isinstance(self.encoded, Pictures):
             return self.encoded.where(index)
         return f"the picture of {self.names[index]!r}", ""
+
+    def _file(self, index: int) -> str:
+        return self.encoded.file_of(index) if isinstance(self.encoded, Pictures) else ""
 
 
 def hold_out(captions: list[str], image_index: Tensor, share: float, seed: int) -> Tensor:

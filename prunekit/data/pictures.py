@@ -1,5 +1,6 @@
 """Compressed pictures that stay on disk: a sequence that reads a picture's bytes when it is asked for."""
 
+import hashlib
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -42,6 +43,14 @@ class Pictures(Sequence):
         """Return (what a person calls the picture, its file)."""
         raise NotImplementedError
 
+    def file_of(self, index: int) -> str:
+        """Return the file that holds a picture."""
+        return self.files[int(self.places[index, 0])]
+
+    def identity(self) -> tuple[Any, ...]:
+        """What tells which pictures of the files these are: with the files' contents it is their identity."""
+        return (hashlib.blake2b(self.places.tobytes(), digest_size=16).hexdigest(),)
+
     def _read(self, file: str, first: int, second: int) -> bytes:
         raise NotImplementedError
 
@@ -74,6 +83,10 @@ class ParquetPictures(Pictures):
         super().__init__(files, places)
         self.column = column
         self._group: tuple[Any, Any] = (None, None)  # (file, row group), values
+
+    def identity(self) -> tuple[Any, ...]:
+        """As in Pictures, and the column."""
+        return (*super().identity(), self.column)
 
     def take(self, indices: list[int]) -> "ParquetPictures":
         """As in Pictures."""

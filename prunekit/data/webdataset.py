@@ -1,83 +1,33 @@
 """WebDataset shards: tar archives whose members KEY.jpg, KEY.txt and KEY.json make one sample."""
 
 import json
-import re
 import statistics
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from prunekit.data.bad_samples import BadSample, DataError
 from prunekit.data.samples import PICTURE_SUFFIXES, Sample
-
-MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and suffix; the key ends at the base name's first dot
-Part = tuple[int, int]  # offset and bytes in the archive
-
-
-@dataclass
-class Shard:
-    """What one archive holds: the place of every sample's parts, by key and suffix, in the archive's order."""
-
-    path: Path
-    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
-    repeated: list[tuple[str, str]] = field(default_factory=list)  # (key, suffix) of members that come again
-    contents: dict[tuple[str, str], bytes] = field(default_factory=dict)  # of the parts that were asked for
-    fault: str | None = None  # why the archive could not be read to its end
-
-
-def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
-    """List an archive's samples without their pictures; of a damaged archive what comes before the damage.
-
-    read: suffixes of the parts whose contents are kept. Of members with one name the first counts.
-    """
-    shard = Shard(path)
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for member in archive:
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError(f"the file ends within {member.name}")
-                    matched = MEMBER.fullmatch(member.name) if member.isreg() else None
-                    if matched:
-                        _add(shard, matched[1], matched[2].lower(), (member.offset_data, member.size), file, read)
-                file.seek(archive.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops at damage without a word
-                    raise tarfile.ReadError(f"no end mark at byte {archive.offset} of {size}")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        shard.fault = f"is cut short or damaged ({error})"
-    if not shard.parts and shard.fault is None:
-        shard.fault = "holds no sample"
-    return shard
-
-
-def _add(shard: Shard, key: str, suffix: str, part: Part, file: Any, read: tuple[str, ...]) -> None:
-    parts = shard.parts.setdefault(key, {})
-    if suffix in parts:
-        shard.repeated.append((key, suffix))
-        return
-    parts[suffix] = part
-    if suffix in read:
-        file.seek(part[0])
-        shard.contents[key, suffix] = file.read(part[1])
+from prunekit.data.tar_index import Part, Shard, index_shard, index_shards
 
 
 def webdataset_samples(
-    shards: list[Path], missing: list[Path], image_suffix: str | None = None, text_suffix: str | None = None
+    shards: list[Path],
+    missing: list[Path],
+    image_suffix: str | None = None,
+    text_suffix: str | None = None,
+    indexes: Path | None = None,
 ) -> Iterator[Sample | BadSample]:
     """Yield the samples of shards in order, then the shards that are missing or damaged.
 
-    image_suffix, text_suffix: the members that hold picture and caption; None: any picture's, and txt. A lost shard
-    counts as many captions as the median of the whole ones, a damaged one those that it has less than that.
+    image_suffix, text_suffix: the members that hold picture and caption; None: any picture's, and txt.
+    indexes: where what the shards hold is remembered (`index_shards`).
+    A lost shard counts as many captions as the median of the whole ones, a damaged one those that it has less.
     """
     images, text = (image_suffix,) if image_suffix else PICTURE_SUFFIXES, text_suffix or "txt"
     whole: list[int] = []
     damaged: list[tuple[Shard, int]] = []
-    for path in shards:
-        shard = index_shard(path, (text,))
+    for shard in index_shards(shards, (text,), indexes):
+        path = shard.path
         for key, parts in shard.parts.items():
             yield _sample(shard, key, parts, images, text)
         for key, suffix in shard.repeated:

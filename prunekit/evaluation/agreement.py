@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.data.encoded import EncodedData
 from prunekit.randomness import epoch_indices, generator
 
 SAMPLES = 256
@@ -40,12 +41,28 @@ def agreement_samples(
     if len(latents) != len(text) or not len(latents):
         raise ValueError(f"agreement needs one text a latent, got {len(latents)} latents and {len(text)} texts")
     indices = epoch_indices(len(latents), count, seed, 0)
+    own = None if added is None else {name: values[indices] for name, values in added.items()}
+    return _noised(indices, latents[indices], text[indices], scheduler, seed, own)
+
+
+def data_samples(data: EncodedData, scheduler: Any, seed: int = 0, count: int = SAMPLES) -> AgreementSamples:
+    """Draw the samples of `agreement_samples` among a data set's pairs, and read no other row of it."""
+    indices = epoch_indices(data.images.num_pairs, count, seed, 0)
+    conditions = data.conditions(indices)
+    latents, text = data.latents[data.image_index[indices]], conditions["encoder_hidden_states"]
+    return _noised(indices, latents, text, scheduler, seed, conditions.get("added_cond_kwargs"))
+
+
+def _noised(
+    indices: Tensor, latents: Tensor, text: Tensor, scheduler: Any, seed: int, added: Mapping[str, Tensor] | None
+) -> AgreementSamples:
+    count = len(indices)
     draws = generator(seed, "agreement")
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=draws)
     noise = torch.randn(count, *latents.shape[1:], generator=draws)
-    noisy = scheduler.add_noise(latents[indices].cpu().float(), noise, timesteps)
-    own = {name: values[indices].cpu().float() for name, values in added.items()} if added is not None else None
-    return AgreementSamples(indices, noisy, timesteps, text[indices].cpu().float(), own)
+    noisy = scheduler.add_noise(latents.cpu().float(), noise, timesteps)
+    own = {name: values.cpu().float() for name, values in added.items()} if added is not None else None
+    return AgreementSamples(indices, noisy, timesteps, text.cpu().float(), own)
 
 
 @torch.no_grad()

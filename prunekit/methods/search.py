@@ -91,7 +91,8 @@ class GateSearchObjective:
         """Draw a step's pairs, timesteps and noise: a function of (seed, step) alone."""
         size, shape = self.config.search.batch_size, tuple(self.data.latents.shape[1:])
         timesteps = self.scheduler.config.num_train_timesteps
-        plan = NoisePlan.draw(step, self.config.seed, size, len(self.pairs), shape, timesteps)
+        sampled = self.data.deviations is not None
+        plan = NoisePlan.draw(step, self.config.seed, size, len(self.pairs), shape, timesteps, sampled)
         return SearchBatch(step, plan, self.pairs[plan.indices])
 
     def gate(self, batch: SearchBatch, logits: Tensor, purpose: str = "gates") -> Tensor:
@@ -120,7 +121,7 @@ class GateSearchObjective:
 
         """
         pairs, weights = batch.pairs[positions], weights.to(self.device)
-        latents = self.data.latents[self.data.image_index[pairs]].to(self.device)
+        latents = self.data.draw_latents(pairs, batch.plan.posterior_at(positions)).to(self.device)
         noise, timesteps = (values[positions].to(self.device) for values in (batch.plan.noise, batch.plan.timesteps))
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         conditions = self.data.conditions(pairs, self.device)

@@ -78,12 +78,20 @@ class NoisePlan:
     noise: Tensor  # (B, C, h, w)
     choice: Tensor  # (B,) uniform in [0, 1): a caption's choice
     drop: Tensor  # (B,) uniform in [0, 1): caption dropout
+    posterior: Tensor | None = None  # (B, C, h, w): what latents that are kept as moments are sampled with
 
     @classmethod
     def draw(
-        cls, step: int, seed: int, batch_size: int, num_items: int, latent_shape: tuple[int, ...], num_timesteps: int
+        cls,
+        step: int,
+        seed: int,
+        batch_size: int,
+        num_items: int,
+        latent_shape: tuple[int, ...],
+        num_timesteps: int,
+        sampled: bool = False,
     ) -> "NoisePlan":
-        """Draw the plan of a step; latent_shape is (C, h, w)."""
+        """Draw the plan of a step; latent_shape is (C, h, w). sampled: `posterior` too, from a stream of its own."""
         source = generator(seed, "noise", step)
         return cls(
             indices=epoch_indices(num_items, batch_size, seed, step),
@@ -91,7 +99,14 @@ class NoisePlan:
             noise=torch.randn(batch_size, *latent_shape, generator=source),
             choice=torch.rand(batch_size, generator=source),
             drop=torch.rand(batch_size, generator=source),
+            posterior=torch.randn(batch_size, *latent_shape, generator=generator(seed, "posterior", step))
+            if sampled
+            else None,
         )
+
+    def posterior_at(self, positions: Tensor) -> Tensor | None:
+        """Return what the latents of some positions (n,) are sampled with, (n, C, h, w), or None."""
+        return None if self.posterior is None else self.posterior[positions]
 
 
 def per_sample_mse(prediction: Tensor, reference: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class FineTuningObjective:
     def batch(self, step: int) -> NoisePlan:
         """Draw a step's pairs, timesteps and noise."""
         shape, steps = tuple(self.data.latents.shape[1:]), self.scheduler.config.num_train_timesteps
-        return NoisePlan.draw(step, self.seed, self.config.batch_size, len(self.pairs), shape, steps)
+        sizes = (self.config.batch_size, len(self.pairs), shape, steps)
+        return NoisePlan.draw(step, self.seed, *sizes, sampled=self.data.deviations is not None)
 
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
         """Nothing needs the whole batch."""
@@ -63,7 +64,7 @@ class FineTuningObjective:
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
         """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
         pairs = self.pairs[batch.indices[positions]]
-        latents = self.data.latents[self.data.image_index[pairs]].to(self.device)
+        latents = self.data.draw_latents(pairs, batch.posterior_at(positions)).to(self.device)
         dropped = batch.drop[positions] < self.config.caption_dropout
         conditions = self.data.conditions(pairs, self.device, dropped)
         noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)

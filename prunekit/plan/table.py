@@ -1,5 +1,6 @@
-"""A plan on the terminal."""
+"""Plans on the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,11 +13,10 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what `prunekit.plan.plan` returned."""
     model = plan["model"]
     sides = {key: f"{model[key][0]} x {model[key][1]}" for key in ("resolution", "training_resolution")}
-    macs = f", {quantity(model['macs'])}MACs" if "macs" in model else ""
     console.print(
         f"{plan['recipe']} ({plan['job']}): {model['unet']} of {model['name']}, "
-        f"{quantity(model['params']).strip()} parameters"
-        f"{macs}; used at {sides['resolution']}, trained at {sides['training_resolution']} pixels, "
+        f"{quantity(model['params']).strip()} parameters, {quantity(model['macs'])}MACs; "
+        f"used at {sides['resolution']}, trained at {sides['training_resolution']} pixels, "
         f"{model['text_length']} text tokens"
     )
     if "units" in plan:
@@ -26,9 +26,47 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         console.print(_methods(plan["methods"]))
         console.print("* estimate: parameters where every layer gives up the same share; what is chosen will differ")
     console.print(_work(plan))
-    console.print(f"Speed: {quantity(plan['speed']['macs_per_second'])}MACs/s, {plan['speed']['how']}")
+    console.print(f"Speed of a device: {quantity(plan['speed']['macs_per_second'])}MACs/s, {plan['speed']['how']}")
     console.print(_sizes(plan))
     console.print(f"Memory counts {plan['memory']['how']}")
+    if data := plan["disk"].get("data"):
+        console.print(f"Data: {data['images']:,} images, {data['captions']:,} captions, {data['source']}")
+
+
+def show_summary(plans: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print one line for each plan."""
+    table = Table("recipe", title="all plans", title_justify="left")
+    for column in ("MACs dense", "MACs at most", "experts", "memory, largest stage", "disk", "GPU-hours", "wall-clock"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        rows = list(plan.get("methods", {}).values())
+        stage, peak = max(plan["memory"]["peak"].items(), key=lambda item: item[1])
+        table.add_row(
+            plan["recipe"],
+            _each(f"{row['dense_macs']:,}" for row in rows) or f"{plan['model']['macs']:,}",
+            _each(f"{row['target_macs']:,}" for row in rows),
+            _each(str(row["experts"]) for row in rows),
+            f"{in_bytes(peak)} ({stage})",
+            in_bytes(plan["disk"]["total"]) + ("" if plan["disk"].get("encoded", {}) is not None else " + data"),
+            f"{plan['gpu_hours']:,.3g}",
+            f"{duration(plan['wall_seconds'])} on {plan['devices']}",
+        )
+    console.print(table)
+
+
+def show_checked(stage: Any, console: Console) -> None:
+    """Print a stage that `prunekit.check` saw through, as soon as it has."""
+    console.print(f"ok  {stage.stage}: {duration(stage.seconds)}, peak memory {in_bytes(stage.peak_bytes)}")
+
+
+def show_check(content: dict[str, Any], console: Console) -> None:
+    """Print the hours that a check estimated of the whole recipe."""
+    console.print(_work(content))
+    console.print("Estimated from the batches above, by the multiply-adds of each stage; without evaluation")
+
+
+def _each(values: Any) -> str:
+    return "\n".join(dict.fromkeys(values))
 
 
 def _methods(rows: dict[str, dict[str, Any]]) -> Table:
@@ -70,8 +108,21 @@ def _work(plan: dict[str, Any]) -> Table:
         macs = NOT_KNOWN if row["macs"] is None else quantity(row["macs"])
         seconds = NOT_KNOWN if row["seconds"] is None else duration(row["seconds"])
         table.add_row(row["stage"], f"{row['samples']:,}", macs, seconds, row["passes"])
-    table.add_row("all", "", "", duration(plan["seconds"]), "", style="bold")
+    total = f"{plan['gpu_hours']:.3g} device-hours"
+    if plan["devices"] > 1:
+        total += f"; {duration(plan['wall_seconds'])} on {plan['devices']} devices"
+    table.add_row("all", "", "", duration(plan["seconds"]), total, style="bold")
     return table
+
+
+DISK = {
+    "experts": "disk: experts, float32 *",
+    "snapshots": "disk: experts at evaluation.at_steps *",
+    "checkpoints": "disk: checkpoints of the training under way, at most",
+    "milestones": "disk: UNets of the milestones, float16",
+    "samples": "disk: generated pictures, before compression",
+}
+ENCODED = {"latents": "latents", "text": "text states", "prompts": "prompt embeddings", "pooled": "pooled text"}
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
@@ -81,18 +132,17 @@ def _sizes(plan: dict[str, Any]) -> Table:
     for key, label in (("dense_weights", "dense UNet"), ("expert_weights", "largest expert *")):
         for dtype, size in memory.get(key, {}).items():
             table.add_row(f"{label}, {dtype}", in_bytes(size))
-    for stage, size in memory["training_peak"].items():
-        table.add_row(f"peak of training, {stage} (estimate)", in_bytes(size))
-    labels = {
-        "experts": "disk: experts, float32 *",
-        "checkpoints": "disk: checkpoints of the training under way, at most",
-        "milestones": "disk: UNets of the milestones, float16",
-        "samples": "disk: generated pictures, before compression",
-        "encoded_cache": "disk: encoded data",
-    }
-    for key, size in disk.items():
-        if key in labels:
-            table.add_row(labels[key], "not known before the data is read" if size is None else in_bytes(size))
+    for stage, size in memory["peak"].items():
+        table.add_row(f"peak of {stage}, each device (estimate)", in_bytes(size))
+    for key, label in DISK.items():
+        if disk.get(key):
+            table.add_row(label, in_bytes(disk[key]))
+    if "encoded" in disk and disk["encoded"] is None:
+        table.add_row("disk: encoded data", "not known before the data is read")
+    for key, size in (disk.get("encoded") or {}).items():
+        if size:
+            table.add_row(f"disk: encoded data, {ENCODED[key]}", in_bytes(size))
+    table.add_row("disk: all", in_bytes(disk["total"]), style="bold")
     return table
 
 
@@ -108,7 +158,8 @@ def in_bytes(value: float) -> str:
     """Return a size in binary units."""
     for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}"
+            amount = value / factor
+            return f"{amount:.0f} {unit}" if amount >= 1000 else f"{amount:.3g} {unit}"
     return f"{value:.0f} B"
 
 

@@ -1,39 +1,28 @@
-"""A recipe: everything that a run depends on, in one YAML file with `key=value` overrides, checked before it starts."""
+"""The schema of a recipe: every setting with its type, default and meaning; a section per part of a run."""
 
-import difflib
-import typing
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
 from prunekit.methods import registry
 from prunekit.methods.base import Method, PruneSettings
 from prunekit.models import LoraWeights, as_lora
+from prunekit.recipe.errors import explain, nearest
 from prunekit.training.emoji_model import EmojiModelConfig
 from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.tracking import TrackingConfig
 from prunekit.training.trainer import TrainerConfig
 
-SMOKE = {"steps": 2, "batch_size": 4, "warmup_steps": 1}  # what scale=smoke puts in place of a training's figures
-SMOKE_IMAGES = 4
 
+class Section(BaseModel):
+    """A part of a recipe, in which a setting that it does not know is a mistake."""
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message is one line that says what to change."""
-
-
-class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """What is generated and compared, the same for every row of the table."""
 
     num_images: int = Field(500, gt=1, description="generated images of each row")
@@ -48,12 +37,11 @@ class EvaluationConfig(_Section):
     num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
 
 
-class CommonRecipe(_Section):
+class CommonRecipe(Section):
     """What every recipe that prunes a model says."""
 
     name: str = Field(description="names the run directory")
     seed: int = Field(0, ge=0, description="what all randomness is keyed by")
-    scale: Literal["full", "smoke"] = Field("full", description="smoke: every stage with two steps, to see it through")
     model: str = Field("emoji", description="the embedded model, a directory, a .safetensors file, or a hub id")
     single_file_config: str | None = Field(None, description="with a single file: the pipeline whose configs it has")
     lora: Annotated[list[LoraWeights], BeforeValidator(as_lora)] = Field(
@@ -68,11 +56,6 @@ class CommonRecipe(_Section):
     prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shrink(cls, data: Any) -> Any:
-        return _smoke(data) if isinstance(data, dict) and data.get("scale") == "smoke" else data
 
 
 class PruneRecipe(CommonRecipe):
@@ -90,6 +73,12 @@ class PruneRecipe(CommonRecipe):
             self.prune = self.prune.model_copy(update={"seed": self.seed})
         for name in self.methods:
             self.method(name)
+        late = [step for step in self.evaluation.at_steps if not 0 < step < self.fine_tune.steps]
+        if late:
+            raise ValueError(
+                f"evaluation.at_steps={self.evaluation.at_steps}: each must be above 0 and below "
+                f"fine_tune.steps={self.fine_tune.steps}, whose weights always have a row"
+            )
         return self
 
     def method(self, name: str) -> Method:
@@ -101,7 +90,7 @@ class PruneRecipe(CommonRecipe):
         return self.fine_tune.model_copy(update=self.method(name).fine_tuning())
 
 
-class BudgetEntry(_Section):
+class BudgetEntry(Section):
     """One budget of a comparison."""
 
     budget: float | str = Field(
@@ -139,14 +128,15 @@ class CompareRecipe(CommonRecipe):
         twice = {"budget", "seed"} & self.prune.model_fields_set
         if twice:
             raise ValueError(f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds")
+        if self.evaluation.at_steps:
+            raise ValueError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
         for label in self.methods:
             self.method(label, 0.5, 0)
         for entry in self.budgets:
             for label in entry.methods or ():
                 if label not in self.methods:
-                    near = difflib.get_close_matches(label, self.methods, n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(f"budgets name an unknown row {label!r}{hint} (rows: {', '.join(self.methods)})")
+                    rows = f"(rows: {', '.join(self.methods)})"
+                    raise ValueError(f"budgets name an unknown row {label!r}{nearest(label, self.methods)} {rows}")
         return self
 
     def method(self, label: str, budget: float, seed: int) -> Method:
@@ -182,16 +172,15 @@ def build_method(name: str, common: PruneSettings, own: dict[str, Any], where: s
     try:
         return kind(**common.model_dump(exclude_unset=True), **own)
     except ValidationError as error:
-        raise ValueError(_explain(error, kind.Config, f"{where}.")) from error
+        raise ValueError(explain(error, kind.Config, f"{where}.")) from error
 
 
-class PretrainRecipe(_Section):
+class PretrainRecipe(Section):
     """Train the embedded model and its evaluator from nothing."""
 
     job: Literal["pretrain"]
     name: str = Field(description="names the run directory")
     seed: int = Field(0, ge=0, description="what all randomness is keyed by")
-    scale: Literal["full", "smoke"] = Field("full", description="smoke: every stage with two steps, to see it through")
     data: DataConfig = DataConfig()
     shapes: EmojiModelConfig = EmojiModelConfig()
     autoencoder: TrainerConfig
@@ -203,103 +192,7 @@ class PretrainRecipe(_Section):
     milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _shrink(cls, data: Any) -> Any:
-        return _smoke(data) | {"milestones": []} if isinstance(data, dict) and data.get("scale") == "smoke" else data
-
 
 AnyRecipe = PruneRecipe | PretrainRecipe | CompareRecipe
 Recipe = Annotated[AnyRecipe, Field(discriminator="job")]
-
-
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """Read a YAML recipe and put `key=value` overrides over it (dotted keys, as `fine_tune.steps=100`).
-
-    Raises RecipeError, one line: no such file, bad YAML, an unknown key (with the nearest valid one), a wrong value
-    (with what is allowed).
-    """
-    path = Path(path)
-    if not path.is_file():
-        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, known, n=1)
-        raise RecipeError(f"no recipe at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path} with {list(overrides)} cannot be read: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds no mapping of settings")
-    return parse_recipe(content, str(path))
-
-
-def parse_recipe(content: dict[str, Any], where: str = "recipe") -> AnyRecipe:
-    """Check the settings of a recipe; errors as in `load_recipe`."""
-    content = {"job": "prune", **content}
-    kinds = {"prune": PruneRecipe, "pretrain": PretrainRecipe, "compare": CompareRecipe}
-    kind = kinds.get(content["job"])
-    if kind is None:
-        raise RecipeError(f"{where}: job={content['job']!r}; allowed: {', '.join(kinds)}")
-    try:
-        return TypeAdapter(Recipe).validate_python(content)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(error, kind)}") from error
-
-
-def dump_recipe(recipe: AnyRecipe) -> str:
-    """Return a recipe as YAML, every setting written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _smoke(content: dict[str, Any]) -> dict[str, Any]:
-    """Shrink every training to two steps of four samples and the evaluation to a few images."""
-
-    def shrink(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        node = {key: shrink(value) for key, value in node.items()}
-        if "learning_rate" in node:  # a training
-            node |= SMOKE
-        return node | ({"warmup": 1} if "warmup" in node else {})
-
-    evaluation = {"num_images": SMOKE_IMAGES, "steps": 2, "num_predictions": SMOKE_IMAGES, "num_pictures": 2}
-    return shrink(content) | {"evaluation": {**(content.get("evaluation") or {}), **evaluation}}
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Return the first fault as one line that names the setting, what is allowed and the nearest valid name."""
-    first = error.errors()[0]
-    location = [
-        str(part)
-        for part in first["loc"]
-        if part not in ("prune", "pretrain", "compare") or len(first["loc"]) == 1 or first["loc"][0] != part
-    ]
-    key = prefix + ".".join(location)
-    if first["type"] == "extra_forbidden":
-        allowed = sorted(_fields(model, location[:-1]))
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown setting {key!r}{hint} (allowed: {', '.join(allowed)})"
-    if first["type"] == "missing":
-        return f"setting {key!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return _one_line(message)
-    return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _fields(model: type[BaseModel], location: list[str]) -> set[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        options = [
-            a for a in (annotation, *typing.get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
-        if not options:
-            return set()
-        model = options[0]
-    return set(model.model_fields)
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())
+KINDS: dict[str, type[AnyRecipe]] = {"prune": PruneRecipe, "pretrain": PretrainRecipe, "compare": CompareRecipe}

@@ -1,0 +1,94 @@
+"""`prunekit bench`: time a recipe's architectures, or a run's pruned models, on the device at hand."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from prunekit.benchmark.config import JOB, ArchitectureConfig, BenchRecipe, CellConfig, load_bench_recipe, reduced
+from prunekit.benchmark.rows import Row
+from prunekit.benchmark.runner import Bench
+from prunekit.benchmark.table import markdown
+from prunekit.models import load_shape, quiet_libraries
+
+TABLE = "table.md"
+
+
+def bench(
+    target: Path,
+    overrides: Iterable[str] = (),
+    output: Path | None = None,
+    minutes: float | None = None,
+    small: bool = False,
+    say: Callable[[str], Any] = print,
+) -> tuple[Path, BenchRecipe, list[Row], bool]:
+    """Time what a target names, row by row; what is there already is not made again.
+
+    Args:
+        target: a recipe with job: bench, or a run's directory: then its dense model and all its finished experts.
+        overrides: `key=value` over the recipe.
+        output: where rows and table go; runs/NAME by default, or RUN/bench.
+        minutes: no row is begun that would end later.
+        small: the reduced form, for a CPU.
+        say: told of every row.
+
+    Returns:
+        The table's path, the recipe, the finished rows of all devices, and whether all rows of this device are made.
+
+    """
+    quiet_libraries()
+    if target.is_dir():
+        if list(overrides):
+            raise ValueError(f"{target} is a run, which takes no KEY=VALUE; write a recipe with job: {JOB} instead")
+        recipe, default = run_recipe(target), target / "bench"
+    else:
+        recipe = load_bench_recipe(target, overrides)
+        default = None
+    recipe = reduced(recipe) if small else recipe
+    directory = output or default or Path("runs") / recipe.name
+    work = Bench(recipe, directory, say)
+    is_done = work.run(minutes)
+    rows = work.rows()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / TABLE
+    path.write_text(markdown(rows, recipe), encoding="utf-8")
+    return path, recipe, rows, is_done
+
+
+def run_recipe(directory: Path) -> BenchRecipe:
+    """Return the benchmark of a run: its model and its finished experts, at the resolution that its model is used at.
+
+    Raises FileNotFoundError for a directory without a run, ValueError for one without a finished expert.
+    """
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is no run directory: it holds no recipe.yaml")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folders = sorted(directory.glob("methods/*/experts/*/unet/config.json"))
+    if not folders:
+        raise ValueError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")
+    experts = {}
+    for config in folders:
+        unet = config.parent
+        name = f"{unet.parents[2].name}_{unet.parent.name}"
+        experts[name] = ArchitectureConfig(path=str(unet))
+    height, width = load_shape(settings["model"], settings.get("single_file_config")).resolution
+    if height != width:
+        raise ValueError(f"{settings['model']} is made for {height} x {width} pixels; a benchmark takes squares")
+    cells = [CellConfig(workload="unet"), CellConfig(workload="image", repeats=10)]
+    if torch.cuda.is_available():
+        cells.insert(1, CellConfig(workload="unet", dtype="bfloat16", mode="compiled"))
+    evaluation = settings.get("evaluation") or {}
+    return BenchRecipe(
+        job=JOB,
+        name=f"bench_{directory.name}",
+        model=settings["model"],
+        weights="own",
+        resolution=height,
+        guidance=evaluation.get("guidance", 7.5),
+        steps=evaluation.get("steps", 25),
+        architectures=experts,
+        cells=cells,
+    )

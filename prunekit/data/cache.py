@@ -1,0 +1,204 @@
+"""The encoded cache on disk: shards of rows, made once by however many processes, checked whenever they are opened.
+
+    DIRECTORY/latents-KEY/00000.safetensors …   the rows of a fixed range of pictures or captions
+    DIRECTORY/latents-KEY/manifest.json         every shard's rows, bytes, checksum, and what was left out of it
+    DIRECTORY/digests.jsonl, indexes/, locks/   what is known of the source files; no part of the result
+
+A shard appears whole or not at all, and its content depends on its range alone; so neither the number of processes nor
+a kill changes a byte.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunekit.data.digests import Digests, file_digest
+from prunekit.data.rows import MappedRows, stored_tensors
+from prunekit.data.sharing import share_and_tidy
+from prunekit.training.checkpoint import temporary_for, write_json
+from prunekit.training.claims import Piece
+from prunekit.training.progress import console
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Batch:
+    """What one batch of sources gives."""
+
+    tensors: dict[str, Tensor]  # (n, …) each: rows of the sources that are good
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # source: what it is called, why it is left out
+    sources: int = 0  # how many were looked at
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of rows of a data set: how they are made from `count` sources, and what tells them from others."""
+
+    kind: str
+    key: str  # digest of all that the rows depend on
+    count: int  # pictures or captions
+    make: Callable[[range], Iterator[Batch]]
+    precision: torch.dtype = torch.float32
+    shard_size: int = 4096
+
+    @property
+    def ranges(self) -> dict[str, range]:
+        """The sources of every shard, by its file's name."""
+        starts = range(0, self.count, self.shard_size)
+        return {
+            f"{number:05d}.safetensors": range(start, min(start + self.shard_size, self.count))
+            for number, start in enumerate(starts)
+        }
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in a cache."""
+        return f"{self.kind}-{self.key[:16]}"
+
+
+def collect(batches: Iterator[Batch], most: int, precision: torch.dtype, progress: Callable[[int], None]) -> Batch:
+    """Put batches together in one of at most `most` rows, in the precision in which they are kept."""
+    whole, filled = Batch({}), 0
+    for batch in batches:
+        rows = 0
+        for name, values in batch.tensors.items():
+            rows = len(values)
+            target = whole.tensors.setdefault(name, torch.empty(most, *values.shape[1:], dtype=precision))
+            target[filled : filled + rows] = values
+        filled += rows
+        whole.bad |= batch.bad
+        whole.sources += batch.sources
+        progress(batch.sources)
+    whole.tensors = {name: values[:filled] for name, values in whole.tensors.items()}
+    return whole
+
+
+class Manifest:
+    """What a part's folder holds, by shard; every process sees what the others add."""
+
+    def __init__(self, folder: Path, key: str, lock: Path):
+        self.path, self.key, self.lock = folder / MANIFEST, key, lock
+        self._records: dict[str, dict[str, Any]] = {}
+        self._read_at: tuple[int, ...] | None = None
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Return what each shard was when it was made; nothing where the file is not there, damaged, or another's."""
+        try:
+            stat = self.path.stat()
+            read_at = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if read_at != self._read_at:
+                self._read_at, self._records = read_at, {}
+                content = json.loads(self.path.read_text(encoding="utf-8"))
+                if content["key"] == self.key and content["format"] == FORMAT:
+                    self._records = dict(content["shards"])
+                else:
+                    _say(f"{self.path} is of another format or key; its folder is made again")
+        except FileNotFoundError:
+            self._read_at, self._records = None, {}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _say(f"{self.path} cannot be read ({type(error).__name__}); its folder is made again")
+        return self._records
+
+    def add(self, name: str, record: dict[str, Any]) -> None:
+        """Record a shard."""
+        self.lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.lock):
+            records = dict(sorted({**self.records(), name: record}.items()))
+            write_json(self.path, {"format": FORMAT, "key": self.key, "shards": records})
+
+
+class StoredPart:
+    """A part in a cache's directory."""
+
+    def __init__(self, part: Part, directory: Path, digests: Digests, verify: bool = False):
+        self.part, self.digests, self.verify = part, digests, verify
+        self.folder, self.locks = directory / part.folder, directory / "locks"
+        self.manifest = Manifest(self.folder, part.key, self.locks / f"{part.folder}.lock")
+        self._good: dict[str, dict[str, Any]] = {}  # shards that were checked, and their records of then
+        self._told: set[str] = set()
+
+    def is_whole(self) -> bool:
+        """Whether every shard is there and good."""
+        return all(self._is_good(name) for name in self.part.ranges)
+
+    def complete(self, progress: Callable[[int], None]) -> None:
+        """Make the shards that are missing or damaged, with whatever other processes do the same; wait for them all."""
+        pieces = [
+            Piece(f"{self.part.folder}-{name}", partial(self._is_good, name), partial(self._make, name, progress))
+            for name in self.part.ranges
+        ]
+        share_and_tidy(pieces, self.locks)
+        self.manifest.lock.unlink(missing_ok=True)
+
+    @property
+    def bad(self) -> dict[int, tuple[str, str]]:
+        """The sources without rows: what each is called, and why."""
+        records = self.manifest.records().values()
+        return {int(source): (name, why) for record in records for source, (name, why) in record["bad"].items()}
+
+    def rows(self) -> dict[str, MappedRows]:
+        """Return the rows of every tensor, by its name."""
+        paths = [self.folder / name for name, record in self.manifest.records().items() if record["bytes"] is not None]
+        if not paths:
+            return {}
+        return {name: MappedRows(paths, name) for name in stored_tensors(paths[0])}
+
+    def _is_good(self, name: str) -> bool:
+        record = self.manifest.records().get(name)
+        if record is None or self._good.get(name) == record:
+            return record is not None
+        fault = self._fault(self.folder / name, record)
+        if fault is None:
+            self._good[name] = record
+        elif name not in self._told:
+            self._told.add(name)
+            _say(f"{self.folder / name} {fault}; it is made again")
+        return fault is None
+
+    def _fault(self, path: Path, record: dict[str, Any]) -> str | None:
+        if record["bytes"] is None:  # only what was left out is kept
+            return None
+        try:
+            size = path.stat().st_size
+            if size != record["bytes"]:
+                return f"has {size:,} bytes of {record['bytes']:,}"
+            if self.digests.of_file(path, self.verify) != record["blake2b"]:
+                return "is not what was written: its checksum differs"
+            if any(tensor.shape[0] != record["rows"] for tensor in stored_tensors(path).values()):
+                return f"does not hold {record['rows']:,} rows"
+        except (OSError, ValueError, KeyError) as error:
+            return f"cannot be read ({error})"
+        return None
+
+    def _make(self, name: str, progress: Callable[[int], None]) -> None:
+        path, sources = self.folder / name, self.part.ranges[name]
+        for left in self.folder.glob(f".{name}.*.tmp"):  # of a process that was killed: this one has the shard's lock
+            left.unlink()
+        made = collect(self.part.make(sources), len(sources), self.part.precision, progress)
+        record: dict[str, Any] = {"rows": len(sources) - len(made.bad), "bytes": None, "blake2b": None}
+        if made.tensors:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_for(path)
+            save_file(made.tensors, temporary)
+            record |= {"bytes": temporary.stat().st_size, "blake2b": file_digest(temporary)}
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            self.digests.learn(path, record["blake2b"])
+        record["bad"] = {str(source): list(why) for source, why in sorted(made.bad.items())}
+        self.manifest.add(name, record)
+
+
+def _say(text: str) -> None:
+    console.print(f"cache: {text}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,124 @@
+"""Rows of a data set that are read from memory-mapped files when they are asked for, so that memory holds a batch."""
+
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}  # safetensors' names of what is stored
+
+
+class Rows:
+    """Rows that are read or made when asked for: `shape`, `len()`, and `rows[index]` as with a tensor (n, …).
+
+    An index is an integer, a slice, or a tensor of integers or booleans; the result is float32 on the CPU. A subclass
+    has `_take`.
+    """
+
+    def __init__(self, count: int, row_shape: tuple[int, ...]):
+        self.shape = torch.Size((count, *row_shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The rows of an index; raises IndexError for one that is out of range."""
+        if not isinstance(index, Tensor) or index.dtype == torch.bool:
+            index = torch.arange(len(self))[index]
+        flat = index.reshape(-1).long().cpu()
+        if len(flat) and not -len(self) <= int(flat.min()) <= int(flat.max()) < len(self):
+            raise IndexError(f"rows {int(flat.min())} to {int(flat.max())} were asked for; there are {len(self)}")
+        taken = self._take(torch.where(flat < 0, flat + len(self), flat))
+        return taken.view(*index.shape, *self.shape[1:])
+
+    def _take(self, index: Tensor) -> Tensor:
+        """Return the rows of an index (k,) in range, (k, …), float32."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's start
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file. Raises ValueError where it has none, or other bytes than it says."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"{path} has no whole header")
+        header = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if stop - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + stop > size:
+            raise ValueError(f"{path} does not hold the {shape} of {name} that its header names")
+        found[name] = StoredTensor(dtype, shape, 8 + length + start)
+    return found
+
+
+class MappedRows(Rows):
+    """A tensor's rows over the safetensors files that hold them one after another.
+
+    Raises ValueError for files whose rows differ in shape or type, or that lack the tensor.
+    """
+
+    def __init__(self, paths: list[Path], name: str):
+        self.name = name
+        self._maps: list[mmap.mmap] = []
+        self._arrays: list[np.ndarray] = []
+        for path in paths:
+            tensors = stored_tensors(path)
+            if name not in tensors:
+                raise ValueError(f"{path} holds {', '.join(tensors)}, no {name}")
+            tensor = tensors[name]
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            count = int(np.prod(tensor.shape))
+            array = np.frombuffer(mapped, tensor.dtype, count, tensor.offset).reshape(tensor.shape)
+            if self._arrays and (array.shape[1:], array.dtype) != (self._arrays[0].shape[1:], self._arrays[0].dtype):
+                raise ValueError(f"{path} has rows {array.shape[1:]} of {array.dtype}, unlike the files before it")
+            self._maps.append(mapped)
+            self._arrays.append(array)
+            self._offsets = [*getattr(self, "_offsets", []), tensor.offset]
+        self._ends = np.cumsum([len(array) for array in self._arrays])  # (files,)
+        super().__init__(int(self._ends[-1]), self._arrays[0].shape[1:])
+
+    def _take(self, index: Tensor) -> Tensor:
+        wanted = index.numpy()
+        files = np.searchsorted(self._ends, wanted, side="right")
+        taken = torch.empty(len(wanted), *self.shape[1:])
+        out = taken.numpy()
+        order = np.argsort(files, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(order) else []
+        owners = [(int(files[places[0]]), places) for places in parts]
+        for file, places in owners:
+            self._announce(file, wanted[places] - self._start(file))
+        for file, places in owners:
+            out[places] = self._arrays[file][wanted[places] - self._start(file)]
+            self._maps[file].madvise(mmap.MADV_DONTNEED)  # the pages stay in the file cache, not with this process
+        return taken
+
+    def _start(self, file: int) -> int:
+        return int(self._ends[file]) - len(self._arrays[file])
+
+    def _announce(self, file: int, rows: np.ndarray) -> None:
+        """Let the kernel read the rows all at once, each with one request of its length."""
+        size = self._arrays[file].itemsize * int(np.prod(self.shape[1:]))
+        for row in rows.tolist():
+            start = self._offsets[file] + row * size
+            first = start - start % mmap.PAGESIZE
+            self._maps[file].madvise(mmap.MADV_WILLNEED, first, start + size - first)

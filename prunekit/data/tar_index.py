@@ -1,0 +1,127 @@
+"""What WebDataset shards hold: the place of every part of every sample, and captions; listed once and remembered."""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prunekit.data.sharing import share_and_tidy
+from prunekit.training.checkpoint import temporary_for
+from prunekit.training.claims import Piece
+
+MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and suffix; the key ends at the base name's first dot
+Part = tuple[int, int]  # offset and bytes in the archive
+
+
+@dataclass
+class Shard:
+    """What one archive holds: the place of every sample's parts, by key and suffix, in the archive's order."""
+
+    path: Path
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    repeated: list[tuple[str, str]] = field(default_factory=list)  # (key, suffix) of members that come again
+    contents: dict[tuple[str, str], bytes] = field(default_factory=dict)  # of the parts that were asked for
+    fault: str | None = None  # why the archive could not be read to its end
+
+
+def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
+    """List an archive's samples without their pictures; of a damaged archive what comes before the damage.
+
+    read: suffixes of the parts whose contents are kept. Of members with one name the first counts.
+    """
+    shard = Shard(path)
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"the file ends within {member.name}")
+                    matched = MEMBER.fullmatch(member.name) if member.isreg() else None
+                    if matched:
+                        _add(shard, matched[1], matched[2].lower(), (member.offset_data, member.size), file, read)
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops at damage without a word
+                    raise tarfile.ReadError(f"no end mark at byte {archive.offset} of {size}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        shard.fault = f"is cut short or damaged ({error})"
+    if not shard.parts and shard.fault is None:
+        shard.fault = "holds no sample"
+    return shard
+
+
+def _add(shard: Shard, key: str, suffix: str, part: Part, file: Any, read: tuple[str, ...]) -> None:
+    parts = shard.parts.setdefault(key, {})
+    if suffix in parts:
+        shard.repeated.append((key, suffix))
+        return
+    parts[suffix] = part
+    if suffix in read:
+        file.seek(part[0])
+        shard.contents[key, suffix] = file.read(part[1])
+
+
+def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None = None) -> Iterator[Shard]:
+    """Yield what `index_shard` finds in each archive.
+
+    indexes: a folder in which that is remembered by path, size and time of change, so that an archive is opened once;
+    several processes may use it, and share the archives. A damaged archive is listed anew at every start.
+    """
+    if indexes is None:
+        yield from (index_shard(path, read) for path in shards)
+        return
+    faulty: dict[Path, Shard] = {}
+
+    def make(path: Path, file: Path) -> None:
+        shard = index_shard(path, read)
+        if shard.fault:
+            faulty[path] = shard
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for stale in file.parent.glob(f"{file.name.split('-')[0]}-*"):
+            stale.unlink()
+        temporary = temporary_for(file)
+        temporary.write_text(json.dumps(_packed(shard)), encoding="utf-8")
+        temporary.replace(file)
+
+    files = {path: indexes / _file_name(path, read) for path in shards}
+    pieces = [
+        Piece(f"index-{file.stem}", lambda p=path, f=file: p in faulty or f.is_file(), partial(make, path, file))
+        for path, file in files.items()
+    ]
+    share_and_tidy(pieces, indexes.parent / "locks")
+    for path, file in files.items():
+        yield faulty.get(path) or _unpacked(path, file) or index_shard(path, read)
+
+
+def _file_name(path: Path, read: tuple[str, ...]) -> str:
+    """Two digests: of the archive's path and of what is read, and of its size and time of change."""
+    stat = path.stat() if path.exists() else None
+    parts = ((str(path.absolute()), read), stat and (stat.st_size, stat.st_mtime_ns))
+    return "-".join(hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest() for part in parts) + ".json"
+
+
+def _packed(shard: Shard) -> dict[str, Any]:
+    contents = [(*name, content.decode("utf-8", "surrogateescape")) for name, content in shard.contents.items()]
+    return {"parts": shard.parts, "repeated": shard.repeated, "contents": contents}
+
+
+def _unpacked(path: Path, file: Path) -> Shard | None:
+    """Return what `_packed` was made of; None where the file has been damaged, and is removed."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        parts = {
+            key: {suffix: (place[0], place[1]) for suffix, place in own.items()}
+            for key, own in content["parts"].items()
+        }
+        contents = {(key, suffix): text.encode("utf-8", "surrogateescape") for key, suffix, text in content["contents"]}
+        return Shard(path, parts, [(key, suffix) for key, suffix in content["repeated"]], contents)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        file.unlink(missing_ok=True)
+        return None

@@ -1,0 +1,254 @@
+"""One Python file out of several modules: what a definition needs, gathered from prunekit's own sources.
+
+The sources are parsed, the definitions that are reached are copied in the order of their modules, and names that two
+modules share (`cut`, `group`) get their module's name in front. What is written is thus never older than the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_SCOPES = (ast.FunctionDef, ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
+Key = tuple[str, str]  # (module, name); the name "" stands for the module itself, used as a value
+
+
+@dataclass
+class _Module:
+    """A parsed module: its definitions, what it imports, and statements that set attributes of a definition."""
+
+    name: str
+    package: str
+    tree: ast.Module
+    definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    attached: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    external: dict[str, str] = field(default_factory=dict)  # local name -> import statement
+    internal: dict[str, Key] = field(default_factory=dict)  # local name -> where it is defined
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def attributes(self) -> set[str]:
+        """All names that the module reads as attributes."""
+        return {node.attr for node in ast.walk(self.tree) if isinstance(node, ast.Attribute)}
+
+
+def bundle(module: str, name: str, instead: Mapping[Key, Key], title: str) -> str:
+    """Return the source of one file that defines `name` of `module` and all of prunekit that it needs.
+
+    instead: definitions that others take the place of, {(module, name): (module, name)}.
+    title: the file's docstring.
+    """
+    return _Bundle(instead).write((module, name), title)
+
+
+class _Bundle:
+    def __init__(self, instead: Mapping[Key, Key]):
+        self.instead = instead
+        self.modules: dict[str, _Module] = {}
+        self.reached: dict[Key, set[str]] = {}  # of a module as a value: the names that are asked of it
+        self.imports: set[str] = set()
+        self.order: list[str] = []  # modules, what others need first
+
+    def write(self, start: Key, title: str) -> str:
+        self._reach(start)
+        self._name()
+        body = [
+            ast.unparse(self._renamed(self.modules[module], statement))
+            for module in self.order
+            for statement in self._statements(module)
+        ]
+        parts = [f'"""{title}"""', "from __future__ import annotations", "\n".join(sorted(self.imports)), *body]
+        return "\n\n".join(parts) + "\n"
+
+    def module(self, name: str) -> _Module:
+        """Parse a module, once."""
+        if name not in self.modules:
+            spec = importlib.util.find_spec(name)
+            package = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
+            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            module = self.modules[name] = _Module(name, package, tree)
+            for statement in tree.body:
+                _enter(module, statement)
+        return self.modules[name]
+
+    def resolve(self, key: Key) -> Key | str | None:
+        """Where a module's name is defined: a key, an import statement of another package, or None (a builtin)."""
+        key = self.instead.get(key, key)
+        module = self.module(key[0])
+        if not key[1] or key[1] in module.definitions:
+            return key
+        if key[1] in module.internal:
+            source, name = module.internal[key[1]]
+            if _is_package(source) and importlib.util.find_spec(f"{source}.{name}") is not None:
+                return (f"{source}.{name}", "")
+            return self.resolve((source, name))
+        return module.external.get(key[1])
+
+    def _reach(self, key: Key) -> None:
+        module, name = key
+        if key in self.reached:
+            return
+        self.reached[key] = set()
+        owner = self.module(module)
+        for statement in [owner.definitions[name], *owner.attached.get(name, ())]:
+            for found in _references(statement, owner):
+                self._follow(owner, *found)
+        if module not in self.order:
+            self.order.append(module)
+
+    def _follow(self, owner: _Module, name: str, attribute: str | None) -> None:
+        target = self.resolve((owner.name, name))
+        if isinstance(target, str):
+            self.imports.add(target)
+        elif target is not None and not target[1] and attribute is not None:
+            self._follow_key(self.resolve((target[0], attribute)))
+        elif target is not None and not target[1]:  # the module as a value
+            asked = owner.attributes & set(self.module(target[0]).definitions)
+            self.imports.add("from types import SimpleNamespace")
+            for item in sorted(asked):
+                self._follow_key((target[0], item))
+            self.reached.setdefault(target, set()).update(asked)
+        else:
+            self._follow_key(target)
+
+    def _follow_key(self, key: Key | str | None) -> None:
+        if isinstance(key, str):
+            self.imports.add(key)
+        elif key is not None:
+            self._reach(key)
+
+    def _name(self) -> None:
+        """Give every reached definition a name of its own."""
+        taken: dict[str, list[Key]] = {}
+        for key in self.reached:
+            taken.setdefault(key[1], []).append(key)
+        self.names = {}
+        for name, keys in taken.items():
+            for module, _ in keys:
+                stem = self.modules[module].stem
+                self.names[module, name] = f"_{stem}_{name.strip('_')}" if len(keys) > 1 else name
+        self.names |= {key: f"_{self.modules[key[0]].stem}" for key in self.reached if not key[1]}
+        assert len(set(self.names.values())) == len(self.names), "two definitions got one name"
+
+    def _renamed(self, module: _Module, statement: ast.stmt) -> ast.stmt:
+        statement = _Rename(self, module).visit(statement)
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            statement.name = self.names.get((module.name, statement.name), statement.name)
+        return statement
+
+    def _statements(self, module: str) -> Iterator[ast.stmt]:
+        owner = self.modules[module]
+        wanted = {name for key, name in self.reached if key == module}
+        attached = {id(item): root for root, items in owner.attached.items() for item in items}
+        for statement in owner.tree.body:
+            root = attached.get(id(statement))
+            if root in wanted or any(owner.definitions.get(name) is statement for name in wanted):
+                yield statement
+        if (module, "") in self.reached:
+            asked = sorted(self.reached[module, ""])
+            pairs = ", ".join(f"{name}={self.names[module, name]}" for name in asked)
+            yield ast.parse(f"{self.names[module, '']} = SimpleNamespace({pairs})").body[0]
+
+
+def _enter(module: _Module, statement: ast.stmt) -> None:
+    """File one statement of a module."""
+    if isinstance(statement, ast.Import):
+        for alias in statement.names:
+            local = alias.asname or alias.name
+            module.external[local] = ast.unparse(ast.Import([alias]))
+    elif isinstance(statement, ast.ImportFrom):
+        base = statement.module or ""
+        if statement.level:
+            parts = module.package.split(".")
+            base = ".".join([*parts[: len(parts) - statement.level + 1], *filter(None, [statement.module])])
+        for alias in statement.names:
+            if base.partition(".")[0] == __package__.partition(".")[0]:
+                module.internal[alias.asname or alias.name] = (base, alias.name)
+            elif base != "__future__":
+                module.external[alias.asname or alias.name] = ast.unparse(ast.ImportFrom(base, [alias], 0))
+    elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        module.definitions[statement.name] = statement
+    elif isinstance(statement, ast.Assign | ast.AnnAssign):
+        for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+            if isinstance(target, ast.Name):
+                module.definitions[target.id] = statement
+            else:
+                root = next(node.id for node in ast.walk(target) if isinstance(node, ast.Name))
+                module.attached.setdefault(root, []).append(statement)
+
+
+def _is_package(name: str) -> bool:
+    return importlib.util.find_spec(name).submodule_search_locations is not None
+
+
+def _bound(node: ast.AST) -> set[str]:
+    """The names that a function binds itself: its arguments, and what it assigns."""
+    arguments = {item.arg for item in ast.walk(node) if isinstance(item, ast.arg)}
+    stored = {item.id for item in ast.walk(node) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    return arguments | stored
+
+
+class _Scoped(ast.NodeTransformer):
+    """Walks a statement and knows which names are a function's own."""
+
+    def __init__(self):
+        self.own: set[str] = set()
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        before = self.own
+        if isinstance(node, _SCOPES):
+            self.own = self.own | _bound(node)
+        node = super().visit(node)
+        self.own = before
+        return node
+
+
+class _Find(_Scoped):
+    def __init__(self, module: _Module):
+        super().__init__()
+        self.module, self.found = module, []
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if isinstance(node.value, ast.Name) and node.value.id not in self.own:
+            self.found.append((node.value.id, node.attr))
+            return node
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id not in self.own:
+            self.found.append((node.id, None))
+        return node
+
+
+def _references(statement: ast.stmt, module: _Module) -> list[tuple[str, str | None]]:
+    """(name, attribute read from it or None) of all that a statement reads from its module."""
+    finder = _Find(module)
+    finder.visit(statement)
+    return finder.found
+
+
+class _Rename(_Scoped):
+    def __init__(self, bundle: _Bundle, module: _Module):
+        super().__init__()
+        self.bundle, self.module = bundle, module
+
+    def _named(self, name: str) -> str | None:
+        target = self.bundle.resolve((self.module.name, name)) if name not in self.own else None
+        return self.bundle.names.get(target) if isinstance(target, tuple) else None
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if isinstance(node.value, ast.Name) and node.value.id not in self.own:
+            target = self.bundle.resolve((self.module.name, node.value.id))
+            if isinstance(target, tuple) and not target[1]:
+                found = self.bundle.resolve((target[0], node.attr))
+                return ast.Name(self.bundle.names[found], node.ctx)
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Name(self._named(node.id) or node.id, node.ctx)

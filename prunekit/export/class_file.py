@@ -1,0 +1,39 @@
+"""The class file: PrunedUNet2DConditionModel in one file that needs torch and diffusers alone.
+
+It lies beside the weights (`unet/modeling_pruned.py`), so that diffusers loads the model with `trust_remote_code=True`
+where prunekit is not installed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from prunekit.export.bundle import bundle
+from prunekit.slicing import PrunedUNet2DConditionModel
+
+MODULE = "modeling_pruned"
+CLASS = PrunedUNet2DConditionModel.__name__
+_CUTTING, _PLAIN = "prunekit.units.cutting", "prunekit.export.plain_cutting"
+_INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_groups")}
+_TITLE = """A Stable Diffusion UNet with parts cut out: {name}, for diffusers.
+
+Written by prunekit {version} from its own sources; do not edit. It needs torch and diffusers, and nothing else. The
+config's `pruning` says which units each layer keeps and which layers are gone; the constructor cuts a UNet to it.
+Licence: Apache-2.0.
+"""
+
+
+@cache
+def class_file_source() -> str:
+    """Return the text of the class file."""
+    title = _TITLE.format(name=CLASS, version=version("prunekit"))
+    return bundle(PrunedUNet2DConditionModel.__module__, CLASS, _INSTEAD, title)
+
+
+def write_class_file(folder: Path) -> Path:
+    """Write the class file into a UNet's folder; return its path."""
+    path = folder / f"{MODULE}.py"
+    path.write_text(class_file_source(), encoding="utf-8")
+    return path

@@ -1,0 +1,120 @@
+"""What an export says about itself: in the header of its safetensors files, its architecture and hashes.
+
+The header travels with the weights, so that a config that was changed, or weights of another cut, are noticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.training.checkpoint import read_json, save_tensors, write_json
+
+FORMAT = 1
+KEY = "prunekit"  # of the header's entry
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+CONFIG = "config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FREE = ("auto_map",)  # config entries that say how a model is loaded, not what it is
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return the hash of a UNet's config, as its file holds it, without private entries."""
+    own = {key: value for key, value in config.items() if not key.startswith("_") and key not in _FREE}
+    return Fingerprint(json.dumps(own, sort_keys=True)).key()
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of named tensors: names, types, shapes and bytes."""
+    fingerprint = Fingerprint("weights")
+    for name in sorted(tensors):
+        value = tensors[name]
+        fingerprint.add(name, str(value.dtype), tuple(value.shape)).add_tensor(value)
+    return fingerprint.key()
+
+
+def stamp(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Write the specification into the header of every weight file of a UNet's folder; return it, hashes by file.
+
+    architecture: what the dense UNet keeps, {kept, removed}, as in a pruned UNet's config; None for a dense UNet.
+    The config loses the path that it was loaded from.
+    """
+    config = read_json(folder / CONFIG)
+    config.pop("_name_or_path", None)
+    write_json(folder / CONFIG, config)
+    common = {"format": FORMAT, "version": version("prunekit"), "tier": tier, "architecture": architecture}
+    common["config"] = config_hash(config)
+    hashes = {}
+    for path in weight_files(folder):
+        tensors = load_file(path)
+        hashes[path.name] = weights_hash(tensors)
+        own = json.dumps({**common, "weights": hashes[path.name]}, sort_keys=True)
+        save_tensors(path, tensors, {"format": "pt", KEY: own})
+    return {**common, "weights": hashes}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a UNet's folder; ValueError, one line, where there is none."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = {Path(name).name for name in read_json(folder / INDEX)["weight_map"].values()}
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            raise ValueError(f"{folder} lacks the weight file {missing[0]}, which {INDEX} names; copy it again")
+        return [folder / name for name in sorted(names)]
+    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+        raise ValueError(
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code and are not loaded; convert them "
+            "where you trust them, and give safetensors"
+        )
+    raise ValueError(f"{folder} holds no weights: {WEIGHTS} is expected")
+
+
+def read_outline(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]]]:
+    """Return a weight file's specification, None where it has none, and its tensors' shapes; no weights are read.
+
+    Raises ValueError, one line, for a file that is truncated or no safetensors file, and for a newer specification.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(KEY)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}); copy or export it again") from error
+    if header is None:
+        return None, shapes
+    specification = _parsed(header)
+    if specification.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has a specification of format {specification.get('format')!r}; this version of prunekit reads "
+            f"format {FORMAT}: use the version that wrote it, or a newer one"
+        )
+    return specification, shapes
+
+
+def _parsed(header: str) -> dict[str, Any]:
+    try:
+        content = json.loads(header)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return a weight file's tensors in memory of their own, so that a result does not depend on the file's layout."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {
+        name: value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+        for name, value in tensors.items()
+    }

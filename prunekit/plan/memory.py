@@ -1,0 +1,165 @@
+"""The memory that a stage takes, from a rehearsal of its step: the real code runs on tensors that have no content.
+
+PyTorch's fake tensors know shapes alone, so a step of a full-size UNet takes about a second and no memory, and every
+storage that it would make is counted while it lives. What this does not see: the allocator's gaps and the scratch
+space of kernels.
+"""
+
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prunekit.gates import gated
+from prunekit.training.memory import held
+from prunekit.training.trainer import TrainerConfig
+from prunekit.units import UnitSpace
+
+FLOAT32 = 4  # bytes
+KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask
+
+
+class LiveMemory(TorchDispatchMode):
+    """A context: `now` and `peak` are the bytes of the storages that operations in it made and that still live.
+
+    known: tensors that were there before and are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it made."""
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, size).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        self._seen.discard(key)
+
+
+class Rehearsal:
+    """A pipeline's UNet and autoencoder as fake tensors. Every method returns the bytes of a step beyond the weights.
+
+    latent: (h, w). samples: of one forward pass on one device.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, autoencoder: AutoencoderKL):
+        """Take the shapes of parts that may be on the meta device."""
+        self.mode = FakeTensorMode()
+        with self.mode:
+            self.unet = type(unet).from_config(unet.config).eval()
+            self.autoencoder = type(autoencoder).from_config(autoencoder.config).eval().requires_grad_(False)
+        for module in self.unet.modules():
+            if isinstance(module, KEPT_IN_FLOAT32):
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+    def search(
+        self, space: UnitSpace, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig
+    ) -> int:
+        """A step that learns soft gates: forward, backward to the gates. A teacher's pass before it takes less."""
+        self.unet.requires_grad_(False)
+        with self.mode, _held(config, self.unet), gated(self.unet, space) as gates:
+            values = torch.rand(samples, space.size, requires_grad=True)
+            with LiveMemory(self.unet.parameters()) as memory:
+                inputs = unet_inputs(self.unet, latent, tokens, samples)
+                gates.set(values)
+                with autocast(config.precision):
+                    prediction = self.unet(**inputs).sample
+                prediction.float().square().mean().backward()
+        return memory.peak
+
+    def training(self, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig | None = None) -> int:
+        """A step that trains the weights; their gradients are not counted. config None: float32, nothing recomputed."""
+        config = config or TrainerConfig(steps=1, batch_size=samples, learning_rate=1.0)
+        self.unet.requires_grad_(True)
+        with self.mode, _held(config, self.unet):
+            for parameter in self.unet.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            with LiveMemory([*self.unet.parameters(), *(p.grad for p in self.unet.parameters())]) as memory:
+                inputs = unet_inputs(self.unet, latent, tokens, samples)
+                with autocast(config.precision):
+                    prediction = self.unet(**inputs).sample
+                prediction.float().square().mean().backward()
+            self.unet.zero_grad(set_to_none=True)
+        return memory.peak
+
+    @torch.no_grad()
+    def sampling(self, latent: tuple[int, int], tokens: int, samples: int, guided: bool, precision: str) -> int:
+        """A pipeline's call: the UNet on all samples, twice under guidance, and the decoder on all samples."""
+        channels = self.autoencoder.config.latent_channels
+        with self.mode:
+            with LiveMemory(self.unet.parameters()) as memory, autocast(precision):
+                self.unet(**unet_inputs(self.unet, latent, tokens, samples * (2 if guided else 1)))
+            with LiveMemory(self.autoencoder.parameters()) as decoding, autocast(precision):
+                self.autoencoder.decode(torch.zeros(samples, channels, *latent))
+        return max(memory.peak, decoding.peak)
+
+    @torch.no_grad()
+    def encoding(self, pixels: tuple[int, int], samples: int) -> int:
+        """The encoder on pictures of (height, width) pixels."""
+        with self.mode, LiveMemory(self.autoencoder.parameters()) as memory:
+            self.autoencoder.encode(torch.zeros(samples, 3, *pixels))
+        return memory.peak
+
+
+def autocast(precision: str) -> torch.autocast:
+    """Return the context of a forward pass; both halves are of one size."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
+
+
+def unet_inputs(
+    unet: UNet2DConditionModel, latent: tuple[int, int], tokens: int, samples: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Return zeros that a UNet takes, SDXL's added conditions included; latent: (h, w)."""
+    config = unet.config
+    width = config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(samples, config.in_channels, *latent, device=device),
+        "timestep": torch.ones(samples, dtype=torch.long, device=device),
+        "encoder_hidden_states": torch.zeros(samples, tokens, width, device=device),
+    }
+    if config.addition_embed_type == "text_time":
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(samples, pooled_width(unet), device=device),
+            "time_ids": torch.zeros(samples, 6, device=device),
+        }
+    return inputs
+
+
+def pooled_width(unet: UNet2DConditionModel) -> int:
+    """Return the width of the pooled text embedding that conditions a UNet (SDXL); 0: none does."""
+    if unet.config.addition_embed_type != "text_time":
+        return 0
+    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+
+
+def training_bytes(params: int, config: TrainerConfig) -> int:
+    """Bytes of the weights in training: float32 weight, gradient, AdamW's two moments, and an average where kept."""
+    return params * FLOAT32 * (4 + (config.ema is not None))
+
+
+def _held(config: TrainerConfig, unet: UNet2DConditionModel) -> AbstractContextManager:
+    """Hold the UNet as a training does; fake tensors cannot change their layout, which has no size."""
+    return held(config.model_copy(update={"channels_last": False}), unet)

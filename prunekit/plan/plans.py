@@ -1,0 +1,81 @@
+"""Plans: what recipes will cut, cost and take, before anything runs; no weights, no network."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from prunekit.plan.data import size_of
+from prunekit.plan.models import Models, PlannedModel
+from prunekit.plan.pretraining import plan_pretraining
+from prunekit.plan.rows import describe_row, rows_of
+from prunekit.plan.sizes import disk, memory
+from prunekit.plan.speed import Speed, measure_speed
+from prunekit.plan.work import pruning_work, timed
+from prunekit.recipe import AnyRecipe, PretrainRecipe
+from prunekit.units import UnitSpace
+
+Plan = dict[str, Any]  # JSON values; MACs are multiply-adds, sizes bytes, times seconds
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a plan is made for."""
+
+    count: int = 1
+    throughput: float | None = None  # MACs per second of each, as stated; None: measured here
+    seconds: float = 1.0  # of the measurement
+
+
+def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | None = None) -> Plan:
+    """Return what a recipe will do and take.
+
+    devices: by default one, whose speed is measured here in about a second. models: from earlier plans, so that what
+    is known of a model is not worked out again.
+    Raises ValueError as the run would: an unknown or unsupported model, a pattern that matches nothing, a budget
+    below the floor.
+    """
+    devices = devices or Devices()
+    if isinstance(recipe, PretrainRecipe):
+        model, content, work = plan_pretraining(recipe)
+        precision, latent = recipe.diffusion.precision, model.latent()
+    else:
+        model = (models or Models()).get(recipe.model, recipe.single_file_config)
+        rows, data = rows_of(recipe, model), size_of(recipe.data)
+        described = {name: describe_row(row, model) for name, row in rows.items()}
+        content = {
+            "model": model.describe(recipe.resolution),
+            "units": _units(model.costs(recipe.prune)[0]),
+            "methods": described,
+            "memory": memory(recipe, rows, described, model, devices.count),
+            "disk": disk(recipe, rows, described, model, data, devices.count),
+        }
+        work = pruning_work(recipe, rows, model, data)
+        precision, latent = recipe.fine_tune.precision, model.latent(recipe.resolution)
+    speed = _speed(devices, model, latent, precision)
+    return {"recipe": recipe.name, "job": recipe.job, **content, **timed(work, speed, devices.count)}
+
+
+def plan_all(recipes: Iterable[AnyRecipe], devices: Devices | None = None) -> list[Plan]:
+    """Return the plans of recipes; what they share is worked out once. Errors as in `plan`, with the recipe's name."""
+    models, plans = Models(), []
+    for recipe in recipes:
+        try:
+            plans.append(plan(recipe, devices, models))
+        except ValueError as error:
+            raise ValueError(f"{recipe.name}: {error}") from error
+    return plans
+
+
+def _units(space: UnitSpace) -> dict[str, dict[str, int]]:
+    groups, units = Counter(g.kind for g in space.groups), Counter()
+    for group in space.groups:
+        units[group.kind] += group.size
+    return {kind: {"groups": groups[kind], "units": units[kind]} for kind in groups}
+
+
+def _speed(devices: Devices, model: PlannedModel, latent: tuple[int, int], precision: str) -> Speed:
+    if devices.throughput is not None:
+        return Speed(devices.throughput, "as stated")
+    arguments = (model.shape.unet, model.dense_macs(latent), latent, model.tokens, precision, devices.seconds)
+    return model.once(("speed", latent, precision), lambda: measure_speed(*arguments))

@@ -1,0 +1,27 @@
+"""A recipe: everything that a run depends on, in one YAML file with `key=value` overrides, checked before it starts."""
+
+from prunekit.recipe.errors import RecipeError
+from prunekit.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from prunekit.recipe.schema import (
+    AnyRecipe,
+    BudgetEntry,
+    CommonRecipe,
+    CompareRecipe,
+    EvaluationConfig,
+    PretrainRecipe,
+    PruneRecipe,
+)
+
+__all__ = [
+    "AnyRecipe",
+    "BudgetEntry",
+    "CommonRecipe",
+    "CompareRecipe",
+    "EvaluationConfig",
+    "PretrainRecipe",
+    "PruneRecipe",
+    "RecipeError",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+]

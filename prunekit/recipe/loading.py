@@ -1,0 +1,96 @@
+"""Reading a recipe: the files that it extends, `key=value` overrides, the check; and writing one, resolved."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from prunekit.recipe.errors import RecipeError, explain, nearest, one_line
+from prunekit.recipe.schema import KINDS, AnyRecipe, Recipe
+from prunekit.recipe.smoke import smoke
+
+EXTENDS = "extends"  # in a file: the file, or list of files, that it goes on from
+SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
+SCALES = {"full": dict, "smoke": smoke}
+HIDDEN = "_"  # top-level settings that begin so are for ${...} in the same file or the files that extend it
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
+    """Read a YAML recipe with the files that it extends, and put `key=value` overrides over it (dotted keys).
+
+    The files that `extends` names come first, in order, then the recipe, then the overrides: later wins. `scale=smoke`
+    shrinks what the files say; overrides stay as given. Raises RecipeError, one line: no such file, a circle of
+    `extends`, bad YAML, an unknown key (with the nearest valid one), a wrong value (with what is allowed).
+    """
+    path, overrides = Path(path), list(overrides)
+    try:
+        changes = OmegaConf.from_dotlist(overrides)
+        if wrong := next((str(key) for key in changes if _is_for_files(str(key))), None):
+            raise RecipeError(f"{wrong} is for recipe files: write it there, and override the setting itself")
+        files = _merged(path, ())
+        scale = changes.pop(SCALE, files.pop(SCALE, "full"))
+        shrunk = OmegaConf.create(_scaled(_resolved(files), scale, str(path)))
+        content = _resolved(OmegaConf.merge(shrunk, changes)) if overrides else _resolved(shrunk)
+    except RecipeError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError) as error:
+        raise RecipeError(f"{path} with {overrides} cannot be read: {one_line(error)}") from error
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], where: str = "recipe") -> AnyRecipe:
+    """Check the settings of a recipe; errors as in `load_recipe`."""
+    content = {"job": "prune", **content}
+    if content["job"] not in KINDS:
+        raise RecipeError(f"{where}: job={content['job']!r}; allowed: {', '.join(KINDS)}")
+    content = _scaled(content, content.pop(SCALE, "full"), where)
+    try:
+        return TypeAdapter(Recipe).validate_python(content)
+    except ValidationError as error:
+        more = (SCALE, EXTENDS)
+        raise RecipeError(f"{where}: {explain(error, KINDS[content['job']], kinds=KINDS, more=more)}") from error
+
+
+def dump_recipe(recipe: AnyRecipe) -> str:
+    """Return a recipe as YAML, every setting written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
+    """Return a file's content over that of the files that it extends; `above`: the files that lead here."""
+    if path.resolve() in (file.resolve() for file in above):
+        raise RecipeError(f"{above[0]} extends itself: {' -> '.join(map(str, (*above, path)))}")
+    if not path.is_file():
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = nearest(path.name, known).replace("mean '", f"mean '{path.parent}/")
+        who = f"{above[-1]} extends what is missing: " if above else ""
+        raise RecipeError(f"{who}no recipe at {path}{hint}")
+    own = OmegaConf.load(path)
+    if not isinstance(own, DictConfig):
+        raise RecipeError(f"{path} holds no mapping of settings")
+    given = own.pop(EXTENDS, None)
+    given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+    bases = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f"{path}: {EXTENDS}={given!r}; give a file, or a list of files, from the recipe's folder")
+    merged = [_merged(path.parent / base, (*above, path)) for base in bases]
+    return OmegaConf.merge(*merged, own) if merged else own
+
+
+def _resolved(config: Any) -> dict[str, Any]:
+    content = OmegaConf.to_container(config, resolve=True)
+    return {key: value for key, value in content.items() if not str(key).startswith(HIDDEN)}
+
+
+def _scaled(content: dict[str, Any], scale: Any, where: str) -> dict[str, Any]:
+    if scale not in SCALES:
+        raise RecipeError(f"{where}: {SCALE}={scale!r}; allowed: {', '.join(SCALES)}")
+    return SCALES[scale](content)
+
+
+def _is_for_files(key: str) -> bool:
+    return key == EXTENDS or key.startswith(HIDDEN)

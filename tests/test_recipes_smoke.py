@@ -1,0 +1,93 @@
+"""Every recipe that ships, with scale=smoke, through every stage to its table: small models, data in its own layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small_sdxl
+from data_layouts import COLOURS, LAYOUTS, picture, write_tar
+from small_model import write_pipeline
+
+from prunekit.compare.comparison import compare
+from prunekit.models import EMBEDDED_DIRECTORY
+from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, load_recipe
+from prunekit.run import start
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("bench_"))
+OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl"}  # the rest prune Stable Diffusion 2's topology
+LESS = {  # cells of the comparisons, which share their rows, for time
+    "compare_cc3m": [
+        "budgets=[{budget: 0.85, methods: [norm-undistilled, taylor_sp, bksdm, uniarch, aptp-base]}]",
+        "protocols=[equal_steps]",
+    ],
+    "compare_coco": [
+        "budgets=[{budget: 0.78, methods: [norm]}, {budget: 0.64, methods: [norm, aptp-small]}]",
+        "protocols=[equal_steps]",
+    ],
+    "compare_emoji": ["budgets=[{budget: 'bksdm:base', methods: [bksdm, random, uniarch-undistilled, aptp]}]"],
+}
+PAIRS = 24
+WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed(LAYOUTS)}
+
+
+def samples(count: int) -> list[tuple[bytes, str]]:
+    """Return (picture, caption) samples, all captions different."""
+    return [(picture(COLOURS[i % 8], "jpeg"), f"{COLOURS[i % 8]} picture number {i}") for i in range(count)]
+
+
+def write_data(folder: Path, kind: str, count: int = PAIRS) -> str:
+    """Write a data set in the published layout of a kind; return `data.path`."""
+    if kind == "emoji":
+        members = []
+        for index, (image, caption) in enumerate(samples(count)):
+            content = {"name": caption, "keywords": [caption.split()[0], "picture"]}
+            parts = (("jpg", image), ("txt", caption.encode()), ("json", json.dumps(content).encode()))
+            members += [(f"{index:05d}.{suffix}", part) for suffix, part in parts]
+        write_tar(folder / "emoji64-00000.tar", members)
+        return str(folder)
+    options = {"webdataset": {"per_shard": 12}, "coco": {"captions_each": 5, "year": "train2014"}}
+    return WRITERS[kind](folder, samples(count), **options.get(kind, {}))["path"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "sd2": write_pipeline(folder / "sd2"),
+        **{family: small_sdxl.write(folder / family, family) for family in ("sd1", "sdxl")},
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # recipes name caches and reports from where they are started
+    recipe = load_recipe(path)
+    overrides = ["scale=smoke", f"data.path={write_data(tmp_path / 'data', recipe.data.kind)}"]
+    if not isinstance(recipe, PretrainRecipe):
+        overrides.append(f"model={models[OTHER_MODELS.get(path.stem, 'sd2')]}")
+    overrides += LESS.get(path.stem, [])
+    run = compare if isinstance(recipe, CompareRecipe) else start
+    directory = run([path] if run is compare else path, overrides)
+    assert directory == Path("runs") / f"{recipe.name}_smoke"
+    if isinstance(recipe, PretrainRecipe):
+        assert list(directory.rglob("model_index.json"))
+        return
+    content = json.loads((directory / "results.json").read_text())
+    assert (directory / "table.md").is_file() and not content.get("missing")
+    if isinstance(recipe, PruneRecipe):
+        rows = {row["name"]: row for row in content["table"]["rows"]}
+        names = {
+            name for method in recipe.methods for name in (method, *(f"{method}@1" for _ in recipe.evaluation.at_steps))
+        }
+        assert set(rows) == {"dense", *names}
+        assert all(rows[name]["macs_ratio"] <= recipe.prune.budget for name in names)
+
+
+@pytest.mark.skipif(not EMBEDDED_DIRECTORY.is_dir(), reason="the embedded model is not in this checkout")
+def test_the_papers_recipe_on_the_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path / "data", "webdataset", 200)
+    directory = start(FOLDER / "aptp_cc3m_base.yaml", ["model=emoji", f"data.path={data}", "scale=smoke"])
+    rows = {row["name"]: row for row in json.loads((directory / "results.json").read_text())["table"]["rows"]}
+    assert rows["aptp"]["macs_ratio"] <= 0.85 and rows["aptp"]["macs_ratio"] > 0.8
