@@ -4,6 +4,7 @@ A draw is keyed by (seed, purpose, step …) and made for the whole global batch
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ def epoch_indices(size: int, batch_size: int, seed: int, step: int) -> Tensor:
     position, parts, missing = step * batch_size, [], batch_size
     while missing:
         epoch, offset = divmod(position, size)
-        part = torch.randperm(size, generator=generator(seed, "epoch", epoch))[offset : offset + missing]
+        part = _permutation(size, seed, epoch)[offset : offset + missing]
         parts.append(part)
         position, missing = position + len(part), missing - len(part)
     return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, "epoch", epoch))

@@ -86,7 +86,7 @@ class Run:
                 arguments = (experts, stages.data, prompts, stages.dense)
                 experts_of[candidate.name] = comparison.expert_rows(candidate, *arguments)
         ceiling = evaluator_ceiling(
-            stages.evaluator, stages.data.images, stages.pipeline.vae, stages.resolution, self.recipe.seed
+            stages.evaluator, prompts.images, stages.pipeline.vae, stages.resolution, self.recipe.seed
         )
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"

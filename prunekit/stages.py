@@ -171,10 +171,9 @@ class Stages:
     @cached_property
     def prompts(self) -> EvaluationSet:
         """What every row is measured on."""
-        count = self.recipe.evaluation.num_images
-        return EvaluationSet.build(
-            self.data.images, count, self.recipe.seed, self.evaluator, self.encoder, self.resolution
-        )
+        settings, seed = self.recipe.evaluation, self.recipe.seed
+        models, most = (self.evaluator, self.encoder), settings.num_references
+        return EvaluationSet.build(self.data.images, settings.num_images, seed, *models, self.resolution, most)
 
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:

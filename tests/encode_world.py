@@ -17,6 +17,7 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 
 COUNT = 30
 BAD = 7  # this picture cannot be decoded
+KEPT = COUNT - 1
 
 
 def write(folder: Path, layout) -> Path:

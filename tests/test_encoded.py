@@ -13,7 +13,7 @@ import data_layouts
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from encode_world import BAD, COUNT, encoded, write
+from encode_world import BAD, COUNT, KEPT, encoded, write
 from launching import environment, finish, launch
 
 from prunekit.data.cache import MANIFEST
@@ -23,7 +23,6 @@ from prunekit.training.progress import console
 
 SMALL = {"shard_size": 4}
 WRITER = str(Path(__file__).parent / "encode_world.py")
-KEPT = COUNT - 1
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +121,10 @@ DAMAGE = [
     ("text-*/00000.safetensors", empty, "has 0 bytes"),
     ("null-*/00000.safetensors", flip, "checksum differs"),
     ("prompts-*/00003.safetensors", Path.unlink, "cannot be read"),
-    (f"latents-*/{MANIFEST}", cut, "manifest.json cannot be read"),
+    (f"latents-*/{MANIFEST}", lambda path: path.write_bytes(path.read_bytes()[:200]), "manifest.json cannot be read"),
     (f"text-*/{MANIFEST}", Path.unlink, ""),
     (f"prompts-*/{MANIFEST}", lambda path: path.write_text('{"format": 0, "key": ""}'), "another format"),
+    (f"text-*/{MANIFEST}", lambda path: path.write_text(path.read_text().replace("rows", "row")), "cannot be read"),
     ("digests.jsonl", cut, ""),
     ("digests.jsonl", lambda path: path.write_bytes(b"\xff{}\n[]\n"), ""),
     ("indexes/*.json", cut, ""),

@@ -30,6 +30,7 @@ from prunekit.training.progress import console
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+RECORD = {"rows", "bytes", "blake2b", "bad"}  # what the manifest says of a shard
 
 
 @dataclass
@@ -100,13 +101,15 @@ class Manifest:
             if read_at != self._read_at:
                 self._read_at, self._records = read_at, {}
                 content = json.loads(self.path.read_text(encoding="utf-8"))
+                if any(set(record) != RECORD for record in content.get("shards", {}).values()):
+                    raise ValueError("not a manifest of shards")
                 if content["key"] == self.key and content["format"] == FORMAT:
                     self._records = dict(content["shards"])
                 else:
                     _say(f"{self.path} is of another format or key; its folder is made again")
         except FileNotFoundError:
             self._read_at, self._records = None, {}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             _say(f"{self.path} cannot be read ({type(error).__name__}); its folder is made again")
         return self._records
 

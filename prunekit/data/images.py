@@ -93,16 +93,20 @@ class CaptionedImages:
         """
         if not bad:
             return self
-        kept = [index for index in range(self.num_images) if index not in bad]
+        lost = torch.bincount(self.image_index, minlength=self.num_images)
+        named = {i: (names[i], self._file(i)) if names else self.where(i) for i in sorted(bad)}
+        gone = [BadSample(*named[i], bad[i], int(lost[i])) for i in named]
+        left = self.take([index for index in range(self.num_images) if index not in bad])
+        left = replace(left, skipped=[*self.skipped, *gone])
+        self.tolerance.check(left.skipped, left.num_pairs)
+        return left
+
+    def take(self, kept: list[int]) -> "CaptionedImages":
+        """Return the pictures with these indices, ascending, and their captions."""
         new_index = torch.full((self.num_images,), -1)
         new_index[torch.tensor(kept, dtype=torch.long)] = torch.arange(len(kept))
         image_index = new_index[self.image_index]
         pairs = torch.nonzero(image_index >= 0).flatten()
-        lost = torch.bincount(self.image_index, minlength=self.num_images)
-        named = {i: (names[i], self._file(i)) if names else self.where(i) for i in sorted(bad)}
-        gone = [BadSample(*named[i], bad[i], int(lost[i])) for i in named]
-        skipped = [*self.skipped, *gone]
-        self.tolerance.check(skipped, len(pairs))
         encoded = self.encoded
         return replace(
             self,
@@ -111,7 +115,6 @@ class CaptionedImages:
             captions=[self.captions[p] for p in pairs.tolist()],
             image_index=image_index[pairs],
             held_out=self.held_out[pairs],
-            skipped=skipped,
         )
 
     def write_report(self, path: str | Path) -> None:

@@ -68,6 +68,7 @@ class EvaluationSet:
     """What every row is measured on: prompts with their pictures' names, fixed seeds, and real features.
 
     The first part are names (their pictures are asked for by name: top-k), the rest held-out captions.
+    `images` are the real pictures that the rows are held against: all of the data set, or as many as are asked for.
     """
 
     images: CaptionedImages
@@ -81,9 +82,19 @@ class EvaluationSet:
 
     @classmethod
     def build(
-        cls, images: CaptionedImages, count: int, seed: int, evaluator: Any, prompt_encoder: Any, size: int
+        cls,
+        images: CaptionedImages,
+        count: int,
+        seed: int,
+        evaluator: Any,
+        prompt_encoder: Any,
+        size: int,
+        num_references: int | None = None,
     ) -> "EvaluationSet":
-        """Choose half of `count` prompts among the names and half among the held-out captions, as far as there are."""
+        """Choose half of `count` prompts among the names and half among the held-out captions, as far as there are.
+
+        num_references: real pictures at most, the prompts' own first; None: all.
+        """
         order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
         held = torch.nonzero(images.held_out).flatten()
         held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))][: count // 2]
@@ -91,6 +102,10 @@ class EvaluationSet:
         prompts = [images.names[i] for i in names] + [images.captions[i] for i in held]
         targets = torch.cat([names, images.image_index[held]])
         embeddings = torch.as_tensor(prompt_encoder.encode(prompts)).float()
+        if num_references is not None and num_references < images.num_images:
+            others = order[~torch.isin(order, targets)]
+            kept = torch.cat([targets.unique(), others])[: max(num_references, len(targets.unique()))].sort().values
+            images, targets = images.take(kept.tolist()), torch.searchsorted(kept, targets)
         real = images.pixels(range(images.num_images), size)
         features, embedded = evaluator.features(real), evaluator.embed_images(real)
         return cls(

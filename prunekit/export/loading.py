@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from prunekit.export.specification import (
     CONFIG,
@@ -49,13 +50,12 @@ def load_unet(
     _check_shapes(folder, unet, shapes)
     state: dict[str, torch.Tensor] = {}
     for path in files:
-        tensors = read_tensors(path, None if verify else dtype)
         specification = read_outline(path)[0] if verify else None
-        if specification is not None and weights_hash(tensors) != specification["weights"]:
+        if specification is not None and weights_hash(load_file(path)) != specification["weights"]:
             raise ValueError(f"the weights in {path} are not those that were exported: their hash differs")
-        state |= tensors
+        state |= read_tensors(path, dtype)
     unet.load_state_dict(state, assign=True)
-    return unet.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return unet.to(device).eval().requires_grad_(False)
 
 
 def _check_specification(folder: Path, config: Mapping[str, Any], specification: Mapping[str, Any]) -> None:

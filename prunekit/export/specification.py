@@ -114,7 +114,8 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     """Return a weight file's tensors in memory of their own, so that a result does not depend on the file's layout."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {
-        name: value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
-        for name, value in tensors.items()
-    }
+    return {name: _copy(value, dtype) for name, value in tensors.items()}
+
+
+def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype if dtype is not None and value.is_floating_point() else value.dtype, copy=True)

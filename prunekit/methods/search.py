@@ -129,7 +129,8 @@ class GateSearchObjective:
         which = self.config.feature_blocks if weight else "none"
         teacher = self._teacher(noisy, timesteps, conditions) if weight else None
         self.gates.set(self.gate(batch, logits), rows=rows)
-        with attention_kernel(noisy), block_outputs(self.unet, which) as blocks:
+        kernel = attention_kernel(noisy, self.config.search.gradient_checkpointing)
+        with kernel, block_outputs(self.unet, which) as blocks:
             prediction = self.unet(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
         denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)

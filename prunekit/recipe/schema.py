@@ -26,6 +26,9 @@ class EvaluationConfig(Section):
     """What is generated and compared, the same for every row of the table."""
 
     num_images: int = Field(500, gt=1, description="generated images of each row")
+    num_references: int = Field(
+        10_000, gt=1, description="real images at most that they are held against; each prompt's own is among them"
+    )
     at_steps: list[int] = Field(
         [], description="fine-tuning steps whose weights are kept and get rows of their own, beside the last one's"
     )

@@ -59,14 +59,17 @@ def denoising_errors(
     return errors * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
 
 
-def attention_kernel(latents: Tensor) -> AbstractContextManager:
+def attention_kernel(latents: Tensor, recomputed: bool = False) -> AbstractContextManager:
     """Return the context for a forward pass that is trained through, by the UNet's input (B, C, h, w).
 
     On a CPU the flash kernel's backward pass is up to 25 times slower than plain matrix products for few tokens (8x8
     latents, heads of 16 channels, bfloat16) and faster for many; the results agree to rounding.
+    recomputed: activations are made anew in the backward pass, outside of this context, where another kernel would not
+    fit what the first one saved; then the choice is torch's.
     """
     few = latents.shape[-2] * latents.shape[-1] <= SHORT_ATTENTION
-    return sdpa_kernel(SDPBackend.MATH) if few and latents.device.type == "cpu" else nullcontext()
+    own = few and latents.device.type == "cpu" and not recomputed
+    return sdpa_kernel(SDPBackend.MATH) if own else nullcontext()
 
 
 @dataclass(frozen=True)

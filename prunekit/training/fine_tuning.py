@@ -71,7 +71,8 @@ class FineTuningObjective:
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         weight, size = self.config.distillation_weight, self.config.batch_size
         which: FeatureBlocks = self.config.feature_blocks if weight else "none"
-        with attention_kernel(noisy), block_outputs(self.student, which) as blocks:
+        kernel = attention_kernel(noisy, self.config.gradient_checkpointing)
+        with kernel, block_outputs(self.student, which) as blocks:
             prediction = self.student(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
         denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)

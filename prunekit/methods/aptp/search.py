@@ -21,6 +21,8 @@ from prunekit.methods.aptp.transport import assign
 from prunekit.methods.search import Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.randomness import generator
 
+MOST_CLUSTERED = 16_384  # prompts whose embeddings the codes are placed among
+
 
 class APTPConfig(SearchSettings):
     """Settings of APTP; defaults are the paper's where it names one and the search can work with it."""
@@ -74,7 +76,6 @@ class SearchObjective(GateSearchObjective):
     ):
         super().__init__(unet, gates, cost, scheduler, data, config, device)
         self.predictor, self.codes = predictor.to(device), codes.to(device)
-        self.prompts = data.prompts[self.pairs].to(device)  # (P, Z)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -86,7 +87,8 @@ class SearchObjective(GateSearchObjective):
         config, drawn = self.config, self.draw(step)
         if step == config.warmup:
             with torch.no_grad():
-                centres = spherical_kmeans(self.predictor(self.prompts), config.experts, config.seed)
+                embedded = self.predictor(self.data.prompts[self._sampled_pairs()].to(self.device))
+                centres = spherical_kmeans(embedded, config.experts, config.seed)
                 self.codes.values.copy_(centres)
         size, embeddings = len(drawn.pairs), self._embeddings(drawn)
         if step < config.warmup:
@@ -103,9 +105,7 @@ class SearchObjective(GateSearchObjective):
         """Return the contrastive term (Eq. 14) and the resource term (Eq. 26) of the whole batch."""
         config = self.config
         soft = self.gate(batch, batch.embeddings, "embeddings")
-        contrast = contrastive_loss(
-            self.prompts[batch.plan.indices.to(self.device)], soft, config.contrastive_temperature
-        )
+        contrast = contrastive_loss(self._prompts(batch), soft, config.contrastive_temperature)
         logits = batch.embeddings if batch.step < config.warmup else self.codes.values
         mean_macs = batch_weighted_cost(self.cost.macs(self.gate(batch, logits)), batch.assignment)
         return {"contrastive": config.contrastive_weight * contrast, "resource": self.resource_term(mean_macs)}
@@ -120,7 +120,18 @@ class SearchObjective(GateSearchObjective):
 
     def _embeddings(self, batch: SearchBatch) -> Tensor:
         """Return e (B, D) of the whole batch (Eq. 4)."""
-        return self.predictor(self.prompts[batch.plan.indices.to(self.device)])
+        return self.predictor(self._prompts(batch))
+
+    def _prompts(self, batch: SearchBatch) -> Tensor:
+        """Return z (B, Z) of the whole batch."""
+        return self.data.prompts[batch.pairs].to(self.device)
+
+    def _sampled_pairs(self) -> Tensor:
+        """Return the pairs whose embeddings the codes start from: all, or as many as are enough, in their order."""
+        if len(self.pairs) <= MOST_CLUSTERED:
+            return self.pairs
+        drawn = torch.randperm(len(self.pairs), generator=generator(self.config.seed, "clustered"))[:MOST_CLUSTERED]
+        return self.pairs[drawn.sort().values]
 
 
 def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:

@@ -1,0 +1,82 @@
+"""The program of the fresh process that opens an export: a script of its own, which imports nothing of prunekit.
+
+It is started as `python fresh.py JOBS`, where the JSON file JOBS lists what to open: the form, the folder, a file with
+the inputs, a file for the outputs, and whether prunekit may be imported.
+"""
+
+import importlib.abc
+import json
+import sys
+from pathlib import Path
+
+
+class Forbidden(importlib.abc.MetaPathFinder):
+    """Makes an installed prunekit look as if it were not there."""
+
+    def find_spec(self, name, path=None, target=None):
+        """Refuse prunekit, leave everything else to others."""
+        if name.partition(".")[0] == "prunekit":
+            raise ModuleNotFoundError(f"No module named {name!r} (it is kept out here)", name=name)
+
+
+def open_unet(form: str, folder: str):
+    """Return a function from named tensors to the UNet's output, opened as a user of that form would."""
+    import torch
+
+    if form == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), providers=["CPUExecutionProvider"])
+        names = [item.name for item in session.get_inputs()]
+        return lambda inputs: torch.from_numpy(session.run(None, {n: inputs[n].numpy() for n in names})[0])
+    if form == "torch":
+        module = torch.export.load(Path(folder) / "model.pt2").module()
+        return lambda inputs: module(**inputs)
+    if form == "stock":
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(folder)
+    elif form == "class":
+        from diffusers import AutoModel
+
+        unet = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    elif form == "pipeline":
+        from diffusers import DiffusionPipeline
+
+        unet = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).unet
+    else:
+        import prunekit
+
+        unet = prunekit.PrunedUNet2DConditionModel.from_pretrained(folder)
+    unet.eval()
+
+    def call(inputs):
+        inputs = dict(inputs)
+        added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
+        return unet(**inputs, added_cond_kwargs=added or None).sample
+
+    return call
+
+
+def main(path: str) -> None:
+    """Open everything that the jobs name, and write each output."""
+    jobs = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not jobs["prunekit"]:
+        sys.meta_path.insert(0, Forbidden())
+    import torch
+    from diffusers.utils import logging
+    from safetensors.torch import load_file, save_file
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
+    for job in jobs["jobs"]:
+        call = open_unet(job["form"], job["folder"])
+        for inputs, output in job["files"]:
+            save_file({"out": call(load_file(inputs)).contiguous()}, output)
+    if not jobs["prunekit"]:
+        assert not any(name.partition(".")[0] == "prunekit" for name in sys.modules)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,91 @@
+"""A UNet as a graph: ONNX and torch.export, for a fixed batch or any."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from prunekit.export.inputs import Called, example_inputs, latent_size
+from prunekit.export.specification import FORMAT, KEY, weights_hash
+from prunekit.export.tiers import architecture_of
+from prunekit.training.checkpoint import write_json
+
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+SPECIFICATION = "specification.json"
+OPSET = 18
+MOST_SAMPLES = 63  # of a graph for any batch: from 64 on diffusers' upsampler takes another way
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+def check_onnx() -> None:
+    """ImportError that names the extra where a package that ONNX needs is missing."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ImportError(f"exporting to ONNX needs {', '.join(missing)}; pip install 'prunekit[onnx]'")
+
+
+def save_graph(
+    unet: UNet2DConditionModel, folder: Path, tier: str, batch: int | None, text_length: int
+) -> dict[str, Any]:
+    """Write a UNet as `model.onnx` or `model.pt2` with `specification.json`; return the specification.
+
+    tier: "onnx" or "torch". batch: samples of a call; None: any number up to 63. The latent's size is the UNet's own. Inputs are
+    sample, timestep (B,), encoder_hidden_states and, of XL, text_embeds and time_ids; the output is `out_sample`.
+    """
+    if tier == "onnx":
+        check_onnx()
+    size = latent_size(unet)
+    arguments = example_inputs(unet, batch or 2, size, text_length)
+    batch_axis = torch.export.Dim("batch", min=1, max=MOST_SAMPLES)
+    shapes = None if batch else {name: {0: batch_axis} for name in arguments}
+    folder.mkdir(parents=True, exist_ok=True)
+    path, called = folder / FILES[tier], Called(unet).eval()
+    with torch.no_grad(), _silent():
+        program = torch.export.export(called, (), arguments, dynamic_shapes=shapes)
+        if tier == "torch":
+            torch.export.save(program, path)
+        else:
+            onnx = torch.onnx.export(
+                program,
+                (),
+                kwargs=arguments,
+                input_names=list(arguments),
+                output_names=["out_sample"],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            onnx.save(path, external_data=True)
+    content = {
+        "format": FORMAT,
+        "tier": tier,
+        "architecture": architecture_of(unet),
+        "weights": weights_hash(unet.state_dict()),
+        "inputs": {name: ["batch" if batch is None else batch, *value.shape[1:]] for name, value in arguments.items()},
+    }
+    write_json(folder / SPECIFICATION, {KEY: content})
+    return content
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the exporters' progress and notices from the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,125 @@
+"""Before an export is reported: open it in a fresh process, and hold its output against the model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunekit.export import fresh
+from prunekit.export.inputs import Called, example_inputs, latent_size, relative_error
+
+TOLERANCE = {"onnx": 1e-3}  # relative L2 error; of all other forms:
+DEFAULT_TOLERANCE = 1e-5
+FORMS = {  # by tier: how a user opens it, and whether prunekit is there
+    "stock": (("stock", False), ("prunekit", True)),
+    "class": (("class", False), ("prunekit", True)),
+    "onnx": (("onnx", False),),
+    "torch": (("torch", False),),
+}
+SAID = {
+    "stock": "UNet2DConditionModel without prunekit",
+    "class": "AutoModel with the class file, without prunekit",
+    "pipeline": "DiffusionPipeline without prunekit",
+    "prunekit": "PrunedUNet2DConditionModel of prunekit",
+    "onnx": "onnxruntime",
+    "torch": "torch.export.load without prunekit",
+}
+SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a UNet gives on random inputs, in memory: (inputs, output) of each batch."""
+
+    pairs: list[tuple[dict[str, Tensor], Tensor]]
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel, text_length: int, batches: Sequence[int] = (2,)) -> Expected:
+        """Run a UNet in float32 on the CPU, at its own size."""
+        unet = unet.to("cpu", torch.float32) if (unet.device.type, unet.dtype) != ("cpu", torch.float32) else unet
+        pairs = []
+        for batch in batches:
+            inputs = example_inputs(unet, batch, latent_size(unet), text_length)
+            with torch.no_grad():
+                pairs.append((inputs, Called(unet).eval()(**inputs)))
+        return cls(pairs)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An export that must give what is expected: the form in which it is opened, its folder, with prunekit or not."""
+
+    form: str
+    folder: Path
+    expected: Expected
+    with_prunekit: bool
+
+
+def claims_of(tier: str, folder: Path, expected: Expected) -> list[Claim]:
+    """Return what a UNet's folder of a tier claims: each way to open it."""
+    return [Claim(form, folder, expected, with_prunekit) for form, with_prunekit in FORMS[tier]]
+
+
+def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Open each export in a fresh process, once without prunekit and once with it; return what was checked.
+
+    Raises ValueError, one line, for an export that does not open, or whose output differs by more than 1e-5 (ONNX:
+    1e-3), relative, in L2.
+    """
+    checked = []
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as name:
+        for with_prunekit in (False, True):
+            own = [claim for claim in claims if claim.with_prunekit is with_prunekit]
+            if own:
+                checked += _verify(own, Path(name), with_prunekit)
+    return checked
+
+
+def _verify(claims: Sequence[Claim], scratch: Path, with_prunekit: bool) -> list[dict[str, Any]]:
+    jobs = []
+    for index, claim in enumerate(claims):
+        files = []
+        for batch, (inputs, _) in enumerate(claim.expected.pairs):
+            stem = scratch / f"{int(with_prunekit)}-{index}-{batch}"
+            save_file(inputs, f"{stem}.in.safetensors")
+            files.append([f"{stem}.in.safetensors", f"{stem}.out.safetensors"])
+        jobs.append({"form": claim.form, "folder": str(claim.folder), "files": files})
+    path = scratch / "jobs.json"
+    path.write_text(json.dumps({"prunekit": with_prunekit, "jobs": jobs}), encoding="utf-8")
+    _run(path, scratch)
+    checked = []
+    for claim, job in zip(claims, jobs, strict=True):
+        outputs = [load_file(output)["out"] for _, output in job["files"]]
+        pairs = zip(outputs, claim.expected.pairs, strict=True)
+        error = max(relative_error(output, expected) for output, (_, expected) in pairs)
+        tolerance = TOLERANCE.get(claim.form, DEFAULT_TOLERANCE)
+        if not error <= tolerance:
+            raise ValueError(
+                f"the export, opened by {SAID[claim.form]}, differs from the model in memory by {error:.1e} (allowed: "
+                f"{tolerance:.0e}); nothing was written. Please report this"
+            )
+        checked.append({"opened_by": SAID[claim.form], "relative_error": error, "tolerance": tolerance})
+    return checked
+
+
+def _run(jobs: Path, scratch: Path) -> None:
+    """Run the fresh process: isolated from this one's paths, offline, with a module cache of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+    environment |= {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+    command = [sys.executable, "-I", str(Path(fresh.__file__)), str(jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, cwd=scratch)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
+        raise ValueError(f"the export does not open in a fresh process: {lines[-1].strip()}; nothing was written")

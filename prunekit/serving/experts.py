@@ -1,0 +1,109 @@
+"""Experts kept in memory up to a bound: the one that was least recently used goes first."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+
+
+@dataclass
+class Slot:
+    """An expert in memory, how many threads use it, and its size."""
+
+    unet: UNet2DConditionModel
+    size: int  # bytes of its weights
+    users: int = field(default=0)
+
+
+class Experts:
+    """N UNets by index, loaded when they are used; safe for many threads.
+
+    A thread that needs an expert for which there is no room waits until others leave theirs, so that the bound holds
+    at every moment; threads are served in turn.
+
+    Args:
+        load: returns the UNet of expert i.
+        num_experts: N.
+        max_resident: how many experts may be in memory; None: all.
+        max_bytes: how many bytes their weights may take; None: any. One expert always fits.
+
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], UNet2DConditionModel],
+        num_experts: int,
+        max_resident: int | None = None,
+        max_bytes: int | None = None,
+    ):
+        if max_resident is not None and max_resident < 1:
+            raise ValueError(f"max_resident={max_resident}: at least 1, or None for all {num_experts} experts")
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes={max_bytes}: at least 1, or None for no bound")
+        self.load, self.num_experts = load, num_experts
+        self.max_resident, self.max_bytes = max_resident, max_bytes
+        self._slots: OrderedDict[int, Slot] = OrderedDict()  # least recently used first
+        self._sizes: dict[int, int] = {}  # of experts that were loaded once
+        self._turn = threading.Lock()  # held by the thread that is next, so that nobody overtakes it
+        self._changed = threading.Condition()
+
+    @property
+    def resident(self) -> list[int]:
+        """The experts in memory, least recently used first."""
+        with self._changed:
+            return list(self._slots)
+
+    @contextmanager
+    def use(self, index: int) -> Iterator[UNet2DConditionModel]:
+        """Give expert `index` and keep it in memory meanwhile; a thread uses one at a time."""
+        if not 0 <= index < self.num_experts:
+            raise ValueError(f"expert {index}: there are {self.num_experts}, 0 to {self.num_experts - 1}")
+        with self._turn, self._changed:
+            slot = self._slots.get(index) or self._enter(index)
+            self._slots.move_to_end(index)
+            slot.users += 1
+        try:
+            yield slot.unet
+        finally:
+            with self._changed:
+                slot.users -= 1
+                self._changed.notify_all()
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move the experts in memory; `load` must give the later ones there."""
+        with self._changed:
+            for slot in self._slots.values():
+                slot.unet.to(device=device or slot.unet.device, dtype=dtype or slot.unet.dtype)
+                slot.size = _bytes(slot.unet)
+            self._sizes.clear()
+
+    def _enter(self, index: int) -> Slot:
+        """Make room for an expert and load it; the caller holds the lock."""
+        self._changed.wait_for(lambda: self._make_room(self._sizes.get(index, 0), 1))
+        unet = self.load(index)
+        size = self._sizes[index] = _bytes(unet)
+        self._changed.wait_for(lambda: self._make_room(size, 1))  # its size is known only now
+        self._slots[index] = slot = Slot(unet, size)
+        return slot
+
+    def _make_room(self, size: int, count: int) -> bool:
+        """Drop unused experts until there is room; say whether there is."""
+        while self._slots and not self._fits(size, count):
+            unused = next((index for index, slot in self._slots.items() if not slot.users), None)
+            if unused is None:
+                return False
+            del self._slots[unused]
+        return True
+
+    def _fits(self, size: int, count: int) -> bool:
+        total = sum(slot.size for slot in self._slots.values())
+        few = self.max_resident is None or len(self._slots) + count <= self.max_resident
+        return few and (self.max_bytes is None or total + size <= self.max_bytes)
+
+
+def _bytes(unet: UNet2DConditionModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
