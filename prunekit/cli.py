@@ -88,16 +88,20 @@ def run(
 ) -> None:
     """Run a recipe; where its directory holds the same run, go on with it."""
     from prunekit.run import start
+    from prunekit.training.termination import graceful
 
-    _say(f"The run is in {start(recipe, overrides or (), directory)}")
+    with graceful():
+        _say(f"The run is in {start(recipe, overrides or (), directory)}")
 
 
 @app.command()
 def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
     """Go on with a run that was stopped; a finished one is shown again."""
     from prunekit.run import resume
+    from prunekit.training.termination import graceful
 
-    _say(f"The run is in {resume(directory)}")
+    with graceful():
+        _say(f"The run is in {resume(directory)}")
 
 
 @app.command()
@@ -107,17 +111,16 @@ def compare(
         typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="comparison recipes or directories, and settings"),
     ],
     output: Annotated[Path | None, typer.Option(help="where cells and table go; runs/NAME by default")] = None,
-    part: Annotated[
-        str, typer.Option(help="I/N: make the I-th of N parts of the cells, then show what is there")
-    ] = "1/1",
 ) -> None:
     """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
     from prunekit.compare.comparison import compare
+    from prunekit.training.termination import graceful
 
     paths = [text for text in recipes if "=" not in text]
     if not paths:
         raise ValueError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
-    folder = compare(paths, [text for text in recipes if "=" in text], output)
+    with graceful():
+        folder = compare(paths, [text for text in recipes if "=" in text], output)
     _say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
 
 
@@ -134,12 +137,17 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plans there")] = None,
 ) -> None:
     """Show what recipes will cut, cost and take, without weights or network."""
+    from prunekit.benchmark.config import is_benchmark
     from prunekit.plan import Devices, plan_all
     from prunekit.plan.table import show_plan, show_summary
     from prunekit.recipe import load_recipe
     from prunekit.training.checkpoint import write_json
 
-    paths, overrides = _recipes_and_overrides(recipes)
+    given, overrides = _recipes_and_overrides(recipes)
+    paths = [path for path in given if not is_benchmark(path)]
+    for path in given:
+        if path not in paths:
+            _say(f"{path} is a benchmark, which prunes nothing; try it with: prunekit bench {path} --reduced")
     made_for = Devices(devices, None if throughput is None else throughput * 1e12, measure)
     plans = plan_all([load_recipe(path, overrides) for path in paths], made_for)
     for content in plans:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from encode_world import BAD, COUNT, KEPT, encoded, write
-from launching import environment, finish, launch
+from launching import environment, finish
 
 from prunekit.data.cache import MANIFEST
 from prunekit.data.cache_config import CacheConfig, cache_bytes
@@ -82,23 +82,35 @@ def test_plan_computes_the_bytes(kept, world, pipeline, tmp_path):
 
 
 def test_writers_and_kills_change_no_byte(world, pipeline, tmp_path):
-    """One process is killed within its work; two go on; the result is that of one that was left alone."""
+    """Two processes share the work, one is killed within it; the other's result is that of one that was left alone."""
     encoded(world, tmp_path / "alone", pipeline, shard_size=1)
-    shared, arguments = tmp_path / "shared", [WRITER, str(world), str(tmp_path / "shared"), '{"shard_size": 1}']
-    first = subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.PIPE)
+    shared = tmp_path / "shared"
+    program = [sys.executable, WRITER, str(world), str(shared), '{"shard_size": 1}']
+    options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    doomed, other = (subprocess.Popen(program, **options) for _ in range(2))
     deadline = time.monotonic() + 120
     while len(list(shared.glob("latents-*/*.safetensors"))) < 3:
-        assert time.monotonic() < deadline and first.poll() is None, first.stderr.read()
+        assert time.monotonic() < deadline and doomed.poll() is None and other.poll() is None
         time.sleep(0.001)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    left = results(shared)
-    assert len(left) < len(results(tmp_path / "alone")), "killed too late to show anything"
-    (part,) = shared.glob("latents-*")
-    (part / ".00029.safetensors.abcd.tmp").write_bytes(b"half a shard")  # as a kill within a write leaves it
-    finish(launch(arguments, 2))
+    doomed.send_signal(signal.SIGKILL)
+    assert len(results(shared)) < len(results(tmp_path / "alone")), "killed too late to show anything"
+    doomed.communicate()
+    finish([other])
     assert results(shared) == results(tmp_path / "alone")
-    assert not list(shared.rglob("*.tmp")) and not list(shared.rglob("*.lock"))
+    assert not list(shared.rglob("*.lock"))
+
+
+def test_what_a_kill_leaves_is_cleared_and_the_rest_kept(world, pipeline, whole, tmp_path):
+    encoded(world, tmp_path, pipeline, **SMALL)
+    (part,) = tmp_path.glob("text-*")
+    manifest = json.loads((part / MANIFEST).read_text())
+    del manifest["shards"]["00002.safetensors"]  # killed between a shard and its record
+    (part / MANIFEST).write_text(json.dumps(manifest))
+    (part / ".00002.safetensors.abcd.tmp").write_bytes(b"half a shard")
+    others = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors") if path.stem != "00002"}
+    encoded(world, tmp_path, pipeline, **SMALL)
+    assert results(tmp_path) == whole
+    assert others == {path: path.stat().st_mtime_ns for path in others}, "shards that were there were made again"
 
 
 def cut(path):

@@ -111,6 +111,15 @@ def reduced(recipe: BenchRecipe) -> BenchRecipe:
     return recipe.model_copy(update={**REDUCED, "cells": cells, "name": f"{recipe.name}_reduced"})
 
 
+def is_benchmark(path: str | Path) -> bool:
+    """Whether a YAML file says that it is a benchmark's recipe."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and content.get("job") == JOB
+
+
 def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchRecipe:
     """Read a benchmark's YAML recipe and put `key=value` overrides over it (dotted keys).
 

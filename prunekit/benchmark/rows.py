@@ -7,7 +7,7 @@ from typing import Any
 
 from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
 from prunekit.benchmark.environment import SAME
-from prunekit.benchmark.timing import Measurement, Timing
+from prunekit.benchmark.timing import Measurement, Ratio, Timing
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.training.checkpoint import read_json
 
@@ -104,7 +104,7 @@ def row_of(piece: Piece, measured: Measurement, facts: Mapping[str, Any], enviro
         "noise": asdict(measured.noise),
         "noise_floor": measured.noise.distance,
         "latency_per_mac": None if ratio is None else ratio.value / macs_ratio,
-        "not_faster": ratio is not None and macs_ratio < 1 and ratio.high >= 1 - measured.noise.distance,
+        "not_faster": ratio is not None and macs_ratio < 1 and not _is_faster(ratio, measured.noise),
         "warmup_rounds": measured.warmup_rounds,
         "is_warm": measured.is_warm,
         "calls_per_sample": measured.calls,
@@ -116,6 +116,11 @@ def row_of(piece: Piece, measured: Measurement, facts: Mapping[str, Any], enviro
             f"{measured.reference} again": list(measured.again.seconds),
         },
     }
+
+
+def _is_faster(ratio: Ratio, noise: Ratio) -> bool:
+    """Whether a time is below the dense one's: its ratio lies below the noise, and its interval below 1."""
+    return ratio.value < 1 - noise.distance and ratio.high < 1
 
 
 def _times(prefix: str, timing: Timing) -> Row:

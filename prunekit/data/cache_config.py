@@ -1,9 +1,14 @@
 """What of the frozen parts' output a run keeps on disk."""
 
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _unquoted_off(value: Any) -> Any:
+    """YAML reads an unquoted `off` as false."""
+    return "off" if value is False else value
 
 
 class CacheConfig(BaseModel):
@@ -14,7 +19,7 @@ class CacheConfig(BaseModel):
     directory: str | None = Field(
         None, description="where encoded data lies; runs that share it share the work; unset: the run's own cache"
     )
-    latents: Literal["means", "moments", "off"] = Field(
+    latents: Annotated[Literal["means", "moments", "off"], BeforeValidator(_unquoted_off)] = Field(
         "means",
         description="what of a picture is kept: the posterior's mean; mean and deviation, sampled anew each time it is "
         "seen; off: nothing, pictures are encoded at every step",

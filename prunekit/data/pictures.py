@@ -4,6 +4,7 @@ import hashlib
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,10 @@ class FilePictures(Pictures):
     def where(self, index: int) -> tuple[str, str]:
         """As in Pictures; a part of an archive by shard and member."""
         file, offset, _ = self.places[index].tolist()
-        path, member = Path(self.files[file]), None
-        if path.suffix == ".tar":
-            with suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as archive:
-                member = next((entry.name for entry in archive if entry.offset_data == offset), None)
-        return (f"{path.name}:{member or offset}" if path.suffix == ".tar" else path.name), str(path)
+        path = Path(self.files[file])
+        if path.suffix != ".tar":
+            return path.name, str(path)
+        return f"{path.name}:{_member_names(path).get(offset, offset)}", str(path)
 
     def _read(self, file: str, first: int, second: int) -> bytes:
         with Path(file).open("rb") as opened:
@@ -74,6 +74,15 @@ class FilePictures(Pictures):
         if len(content) < second:
             raise DataError(f"cannot be read ({file} ends before byte {first + second})")
         return content
+
+
+@lru_cache(maxsize=1)
+def _member_names(path: Path) -> dict[int, str]:
+    """The names of an archive's members by their contents' offsets; kept, as bad pictures are named shard by shard."""
+    names: dict[int, str] = {}
+    with suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as archive:
+        names.update((entry.offset_data, entry.name) for entry in archive)
+    return names
 
 
 class ParquetPictures(Pictures):

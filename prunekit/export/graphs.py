@@ -37,8 +37,9 @@ def save_graph(
 ) -> dict[str, Any]:
     """Write a UNet as `model.onnx` or `model.pt2` with `specification.json`; return the specification.
 
-    tier: "onnx" or "torch". batch: samples of a call; None: any number up to 63. The latent's size is the UNet's own. Inputs are
-    sample, timestep (B,), encoder_hidden_states and, of XL, text_embeds and time_ids; the output is `out_sample`.
+    tier: "onnx" or "torch". batch: samples of a call; None: any number up to 63. The latent's size is the UNet's own.
+    Inputs are sample, timestep (B,), encoder_hidden_states and, of XL, text_embeds and time_ids; the output is
+    `out_sample`.
     """
     if tier == "onnx":
         check_onnx()

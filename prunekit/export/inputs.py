@@ -13,7 +13,7 @@ MOST_TOKENS = 77
 
 
 class Called(nn.Module):
-    """A UNet with tensors in and one tensor out, as graphs need it: XL's added conditions are arguments of their own."""
+    """A UNet with tensors in and one tensor out, for graphs: XL's added conditions are arguments of their own."""
 
     def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
@@ -64,7 +64,7 @@ def latent_size(unet: UNet2DConditionModel) -> tuple[int, int]:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Return the L2 error of `a` against `b`, relative to `b`; infinite where shapes differ or a value is not finite."""
+    """Return the L2 error of `a` relative to `b`; infinite where shapes differ or a value is not finite."""
     if a.shape != b.shape or not bool(a.isfinite().all()):
         return float("inf")
     return ((a.double() - b.double()).norm() / b.double().norm()).item()

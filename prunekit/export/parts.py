@@ -46,7 +46,8 @@ class Parts:
         """Load all but the UNet of a pipeline's directory, in evaluation mode; ValueError, one line, where it fails."""
         quiet_libraries()
         index = read_object(directory / INDEX)
-        kind = getattr(diffusers, class_name(index, directory))
+        check_index({**index, "unet": ["a UNet"]}, directory)
+        kind = getattr(diffusers, index["_class_name"])
         options: dict[str, Any] = {part: None for part in (*WITHOUT, "unet") if part in index}
         options |= {"add_watermarker": False} if kind.__name__ == PIPELINES[1] else {"requires_safety_checker": False}
         try:
@@ -71,16 +72,6 @@ class Parts:
             config = read_json(path)
             if config.pop("_name_or_path", None) is not None:
                 write_json(path, config)
-
-
-def class_name(index: Mapping[str, Any], where: Path) -> str:
-    """Return the stock pipeline's class that a `model_index.json` names; ValueError, one line, for an unsupported one.
-
-    A prompt-routed pipeline's index names the class that it puts its experts into.
-    """
-    name = index.get("_base_class_name", index.get("_class_name"))
-    check_index({**index, "_class_name": name, "unet": ["a UNet"]}, where)
-    return name
 
 
 def save_pipeline(parts: Parts, unet: UNet2DConditionModel, directory: Path, tier: str = "auto") -> dict[str, Any]:

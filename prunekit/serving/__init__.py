@@ -1,5 +1,5 @@
 """Using what a run made: prompts go to the expert that serves them."""
 
-from prunekit.serving.routed import RoutedModel
+from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
 
-__all__ = ["RoutedModel"]
+__all__ = ["PromptRoutedPipeline", "RoutedOutput"]

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,11 +12,10 @@ from diffusers import UNet2DConditionModel
 
 @dataclass
 class Slot:
-    """An expert in memory, how many threads use it, and its size."""
+    """An expert in memory, and how many threads use it."""
 
     unet: UNet2DConditionModel
-    size: int  # bytes of its weights
-    users: int = field(default=0)
+    users: int = 0
 
 
 class Experts:
@@ -26,8 +25,10 @@ class Experts:
     at every moment; threads are served in turn.
 
     Args:
-        load: returns the UNet of expert i.
+        load: returns the UNet of expert i on a device and in a type.
+        num_weights: returns how many weights it has; asked before it is loaded.
         num_experts: N.
+        device, dtype: where experts are loaded.
         max_resident: how many experts may be in memory; None: all.
         max_bytes: how many bytes their weights may take; None: any. One expert always fits.
 
@@ -35,8 +36,11 @@ class Experts:
 
     def __init__(
         self,
-        load: Callable[[int], UNet2DConditionModel],
+        load: Callable[[int, torch.device, torch.dtype], UNet2DConditionModel],
+        num_weights: Callable[[int], int],
         num_experts: int,
+        device: torch.device,
+        dtype: torch.dtype,
         max_resident: int | None = None,
         max_bytes: int | None = None,
     ):
@@ -44,10 +48,10 @@ class Experts:
             raise ValueError(f"max_resident={max_resident}: at least 1, or None for all {num_experts} experts")
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes={max_bytes}: at least 1, or None for no bound")
-        self.load, self.num_experts = load, num_experts
+        self.load, self.num_weights, self.num_experts = load, num_weights, num_experts
+        self.device, self.dtype = device, dtype
         self.max_resident, self.max_bytes = max_resident, max_bytes
         self._slots: OrderedDict[int, Slot] = OrderedDict()  # least recently used first
-        self._sizes: dict[int, int] = {}  # of experts that were loaded once
         self._turn = threading.Lock()  # held by the thread that is next, so that nobody overtakes it
         self._changed = threading.Condition()
 
@@ -73,37 +77,34 @@ class Experts:
                 slot.users -= 1
                 self._changed.notify_all()
 
-    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Move the experts in memory; `load` must give the later ones there."""
-        with self._changed:
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the experts in memory, and load the later ones there."""
+        with self._turn, self._changed:
+            self.device, self.dtype = device, dtype
             for slot in self._slots.values():
-                slot.unet.to(device=device or slot.unet.device, dtype=dtype or slot.unet.dtype)
-                slot.size = _bytes(slot.unet)
-            self._sizes.clear()
+                slot.unet.to(device=device, dtype=dtype)
+
+    def size(self, index: int) -> int:
+        """Return the bytes of an expert's weights in memory."""
+        return self.num_weights(index) * self.dtype.itemsize
 
     def _enter(self, index: int) -> Slot:
-        """Make room for an expert and load it; the caller holds the lock."""
-        self._changed.wait_for(lambda: self._make_room(self._sizes.get(index, 0), 1))
-        unet = self.load(index)
-        size = self._sizes[index] = _bytes(unet)
-        self._changed.wait_for(lambda: self._make_room(size, 1))  # its size is known only now
-        self._slots[index] = slot = Slot(unet, size)
+        """Make room for an expert and load it; the caller holds the lock, and nobody else enters meanwhile."""
+        size = self.size(index) if self.max_bytes is not None else 0
+        self._changed.wait_for(lambda: self._make_room(size))
+        self._slots[index] = slot = Slot(self.load(index, self.device, self.dtype))
         return slot
 
-    def _make_room(self, size: int, count: int) -> bool:
-        """Drop unused experts until there is room; say whether there is."""
-        while self._slots and not self._fits(size, count):
+    def _make_room(self, size: int) -> bool:
+        """Drop unused experts until there is room for one of that size; say whether there is."""
+        while self._slots and not self._fits(size):
             unused = next((index for index, slot in self._slots.items() if not slot.users), None)
             if unused is None:
                 return False
             del self._slots[unused]
         return True
 
-    def _fits(self, size: int, count: int) -> bool:
-        total = sum(slot.size for slot in self._slots.values())
-        few = self.max_resident is None or len(self._slots) + count <= self.max_resident
-        return few and (self.max_bytes is None or total + size <= self.max_bytes)
-
-
-def _bytes(unet: UNet2DConditionModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
+    def _fits(self, size: int) -> bool:
+        if self.max_resident is not None and len(self._slots) >= self.max_resident:
+            return False
+        return self.max_bytes is None or size + sum(map(self.size, self._slots)) <= self.max_bytes

@@ -1,0 +1,172 @@
+"""Stable Diffusion 2.1 at its full size, random weights, 256 pixels: what a search step and a fine-tuning step take.
+
+    python benchmarks/full_size.py              every case in a process of its own; prints a table
+    python benchmarks/full_size.py search bfloat16
+    python benchmarks/full_size.py fine_tuning float32
+    python benchmarks/full_size.py cache bfloat16     fine-tuning steps from the cache, and with the encoders at work
+
+A case prints one JSON object: seconds of a step (the median of those after the first), peak memory of the process in
+GiB (resident on a CPU, allocated on a GPU). The pipeline is put together from the published shapes, nothing is fetched.
+"""
+
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import prunekit as pk
+from prunekit.data.cache_config import CacheConfig
+from prunekit.data.emoji import load_emoji
+from prunekit.data.encoded import EncodedData, encode
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.methods import APTP
+from prunekit.methods.base import space_and_cost
+from prunekit.methods.budget import select_mixture
+from prunekit.models import load_shape
+from prunekit.randomness import generator
+from prunekit.training import emoji_model
+from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
+
+CASES = [("search", "bfloat16"), ("search", "float32"), ("fine_tuning", "bfloat16"), ("fine_tuning", "float32")]
+CASES += [("cache", "bfloat16")]
+RESOLUTION, PICTURES, BATCH, MICRO, STEPS, BUDGET = 256, 16, 4, 2, 3, 0.66
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """Return Stable Diffusion 2.1 with random weights."""
+    torch.manual_seed(0)
+    shape, images = load_shape("sd-2.1"), load_emoji(None, 0.0)
+    tokenizer = emoji_model.build_tokenizer(images.captions, 2000)
+    tokenizer.model_max_length = shape.tokenizer.model_max_length
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        max_position_embeddings=77,
+        hidden_act="gelu",
+    )
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=768,
+    )
+    made = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_config(shape.unet.config),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for part in (made.vae, made.text_encoder, made.unet):
+        part.eval().requires_grad_(False)
+    return made.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encoded(made: StableDiffusionPipeline, kept: bool) -> EncodedData:
+    """Encode the first pictures at 256 pixels; `kept`: latents and text states once, else at every step."""
+    images = load_emoji(None, 0.0).take(list(range(PICTURES)))
+    config = CacheConfig(precision="float16") if kept else CacheConfig(latents="off", text=False)
+    return encode(made, images, load_prompt_encoder("emoji"), RESOLUTION, config=config)
+
+
+def training(precision: str) -> dict:
+    """Return the settings that search and fine-tuning share."""
+    own = {"steps": STEPS, "batch_size": BATCH, "micro_batch": MICRO, "log_every": 1, "precision": precision}
+    return {**own, "learning_rate": 1e-5, "gradient_checkpointing": True, "checkpoint_minutes": 1e6}
+
+
+def step_seconds(rows: list[dict]) -> float:
+    """Return the median seconds of the steps after the first."""
+    ends = [row["seconds"] for row in rows if "rate" in row]
+    return statistics.median(after - before for before, after in itertools.pairwise(ends))
+
+
+def search(precision: str) -> dict:
+    """Time APTP's search with per-sample gates of two experts."""
+    made, rows = pipeline(), []
+    method = APTP(budget=BUDGET, experts=2, warmup=1, search=training(precision))
+    data = encoded(made, kept=True)
+    made.vae = made.text_encoder = None
+    method.prune(made, data, log=rows.append)
+    return {"step_seconds": step_seconds(rows)}
+
+
+def fine_tuning(precision: str) -> dict:
+    """Time the fine-tuning of a UNet sliced to the budget, with the dense one as its teacher."""
+    made = pipeline()
+    data = encoded(made, kept=True)
+    made.vae = made.text_encoder = None
+    return {"step_seconds": tune(made, data, sliced(made), precision)}
+
+
+def cache(precision: str) -> dict:
+    """Time fine-tuning steps from the cache and with live encoders, one after the other, twice."""
+    made = pipeline()
+    student, seconds = sliced(made), {True: [], False: []}
+    data = {kept: encoded(made, kept) for kept in (True, False)}
+    for kept in (True, False, True, False):
+        seconds[kept].append(tune(made, data[kept], student, precision))
+    best = {kept: min(values) for kept, values in seconds.items()}
+    return {"step_seconds": best[True], "without_cache": best[False], "ratio": best[False] / best[True]}
+
+
+def sliced(made: StableDiffusionPipeline) -> UNet2DConditionModel:
+    """Return the UNet sliced to the budget by random scores."""
+    space, cost = space_and_cost(made, APTP(budget=BUDGET).config)
+    scores = torch.randn(1, space.size, generator=generator(0, "full size"))
+    return pk.slice_unet(made.unet, select_mixture(scores, torch.ones(1), cost, BUDGET)[0])
+
+
+def tune(made: StableDiffusionPipeline, data: EncodedData, student: UNet2DConditionModel, precision: str) -> float:
+    """Return the seconds of a fine-tuning step."""
+    rows: list[dict] = []
+    with TemporaryDirectory() as folder:  # the last step's checkpoint is of the training, not of a step
+        config = FineTuneConfig(**training(precision))
+        fine_tune(student, made.unet, data, config, Path(folder), scheduler=made.scheduler, log=rows.append)
+    return step_seconds(rows)
+
+
+def peak() -> float:
+    """Return the process's peak memory in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Run one case here, or all of them."""
+    if len(sys.argv) == 3:
+        case = {"search": search, "fine_tuning": fine_tuning, "cache": cache}[sys.argv[1]]
+        print(json.dumps({**case(sys.argv[2]), "peak_gib": round(peak(), 2)}))
+        return
+    print("| step | precision | seconds | peak memory (GiB) | without cache (s) | ratio |\n|---|---|---|---|---|---|")
+    for stage, precision in CASES:
+        done = subprocess.run([sys.executable, __file__, stage, precision], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rest = [f"{row[key]:.2f}" if key in row else "–" for key in ("without_cache", "ratio")]
+        print(
+            f"| {stage} | {precision} | {row['step_seconds']:.2f} | {row['peak_gib']} | {' | '.join(rest)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

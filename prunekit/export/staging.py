@@ -1,0 +1,28 @@
+"""A directory that appears whole, or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prunekit.training.checkpoint import temporary_for
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `directory` at the end; an error or an interrupt removes it.
+
+    Raises ValueError, one line, for a directory that holds something already.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} holds something already; give a directory that is new or empty")
+    temporary = temporary_for(directory.absolute())
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if directory.exists():
+            directory.rmdir()
+        temporary.replace(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

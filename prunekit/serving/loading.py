@@ -1,0 +1,142 @@
+"""What a PromptRoutedPipeline is made of, read from a run, from its own directory, or from any diffusers directory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.export.loading import load_unet
+from prunekit.export.parts import INDEX, Parts
+from prunekit.export.specification import read_outline, weight_files
+from prunekit.methods.aptp.router import FILE_NAME, Router
+from prunekit.methods.base import PruneResult
+from prunekit.models import load_pipeline
+from prunekit.models.names import read_object
+from prunekit.serving.experts import Experts
+from prunekit.serving.pipeline import DEFAULT_GUIDANCE, Mixture
+
+RECIPE = "recipe.yaml"  # of a run
+ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
+FORMAT = 1
+PROMPT_ENCODER = "prompt_encoder"
+
+
+def load(
+    directory: Path,
+    method: str,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    max_resident: int | None,
+    max_bytes: int | None,
+) -> tuple[Parts, Mixture]:
+    """Read a pipeline's parts and its experts; arguments and errors as `PromptRoutedPipeline.from_pretrained`."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bounds = {"max_resident": max_resident, "max_bytes": max_bytes}
+    if (directory / RECIPE).is_file():
+        parts, mixture = _from_run(directory, method, place, dtype, bounds)
+    elif (directory / ROUTED).is_file():
+        parts, mixture = _from_routed(directory, place, dtype, bounds)
+    elif (directory / INDEX).is_file():
+        experts = _experts(lambda index: directory / "unet", 1, place, dtype, bounds)
+        parts, mixture = Parts.load(directory, dtype), Mixture(experts)
+    else:
+        raise FileNotFoundError(
+            f"{directory} is no run directory and no pipeline: it holds none of {RECIPE}, {ROUTED} and {INDEX}"
+        )
+    for part in parts.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(place)
+    return parts, mixture
+
+
+def read_recipe(directory: Path) -> dict[str, Any]:
+    """Return the settings of a run; FileNotFoundError for a directory without one."""
+    path = directory / RECIPE
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def recipe_hash(directory: Path) -> str:
+    """Return the hash of a run's recipe, which names it in what is made from it."""
+    return Fingerprint((directory / RECIPE).read_text(encoding="utf-8")).key()
+
+
+def _from_run(
+    directory: Path, method: str, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
+) -> tuple[Parts, Mixture]:
+    settings, folder = read_recipe(directory), method_directory(directory, method)
+    result = PruneResult.load(folder)
+    own = {"lora": settings.get("lora", ()), "single_file_config": settings.get("single_file_config")}
+    parts = Parts.of(load_pipeline(settings["model"], dtype, **own))
+
+    def place_of(index: int) -> Path:
+        unet = folder / "experts" / str(index) / "unet"
+        if not unet.is_dir():
+            raise FileNotFoundError(f"expert {index} of {method} is not there yet ({unet}); resume the run")
+        return unet
+
+    experts = _experts(place_of, len(result.architectures), device, dtype, bounds)
+    encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
+    info = {"recipe": recipe_hash(directory), "method": method, "model": settings["model"], "result": result.info}
+    return parts, Mixture(experts, result.router, encoder, settings["evaluation"]["guidance"], info)
+
+
+def _from_routed(
+    directory: Path, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
+) -> tuple[Parts, Mixture]:
+    content = read_object(directory / ROUTED)
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{directory / ROUTED} has format {content.get('format')!r}; this version of prunekit reads format "
+            f"{FORMAT}: use the version that wrote it, or a newer one"
+        )
+    count = content.get("num_experts")
+    if not isinstance(count, int) or not all((directory / "experts" / str(index)).is_dir() for index in range(count)):
+        raise ValueError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
+    experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
+    router = encoder = None
+    if content.get("has_router"):
+        router, encoder = Router.load(directory / FILE_NAME), load_prompt_encoder(directory / PROMPT_ENCODER)
+        if (router.num_experts, router.embedding_size) != (count, encoder.size):
+            raise ValueError(
+                f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
+                f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
+            )
+    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
+    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+
+
+def _experts(
+    place_of: Callable[[int], Path],
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    bounds: Mapping[str, int | None],
+) -> Experts:
+    def read(index: int, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+        return load_unet(place_of(index), dtype, device)
+
+    def num_weights(index: int) -> int:
+        shapes = [read_outline(path)[1] for path in weight_files(place_of(index))]
+        return sum(math.prod(shape) for own in shapes for shape in own.values())
+
+    return Experts(read, num_weights, count, device, dtype, **bounds)
+
+
+def method_directory(directory: Path, method: str) -> Path:
+    """Return where a run keeps what a method made; ValueError, one line, for a method that it has not."""
+    folder = directory / "methods" / method
+    if not (folder / "result.json").is_file():
+        finished = sorted(path.parent.name for path in directory.glob("methods/*/result.json"))
+        known = f"it has {', '.join(finished)}" if finished else "it has none yet; resume it first"
+        raise ValueError(f"{directory} has no result of method {method!r}: {known}")
+    return folder

@@ -1,0 +1,290 @@
+"""PromptRoutedPipeline: a text-to-image pipeline whose UNet is, prompt by prompt, the one that the router chooses."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from prunekit.cost import CostModel
+from prunekit.data.prompt_encoder import PromptEncoder
+from prunekit.export.inputs import latent_size
+from prunekit.export.parts import Parts
+from prunekit.methods.aptp.router import Router
+from prunekit.serving.experts import Experts
+from prunekit.serving.requests import Image, check_options, images_of
+from prunekit.units import discover
+
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 25, 7.5
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
+
+
+@dataclass
+class RoutedOutput(BaseOutput):
+    """images: as the stock pipeline gives them, in the order asked for. The rest has one entry an image.
+
+    experts: who drew it. macs: what its UNet calls took, both halves of guidance counted. seeds: of its noise.
+    """
+
+    images: Any
+    experts: list[int]
+    macs: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is served: the experts, and who goes where.
+
+    router, encoder: None where there is one expert. guidance: where a call asks for none. info: JSON values about where
+    it comes from, `recipe` (a hash) and `method` among them.
+    """
+
+    experts: Experts
+    router: Router | None = None
+    encoder: PromptEncoder | None = None
+    guidance: float = DEFAULT_GUIDANCE
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class PromptRoutedPipeline(DiffusionPipeline):
+    """A base pipeline whose UNet is, prompt by prompt, the expert that the router chooses.
+
+    Called as Stable Diffusion's pipelines are. Prompts of one expert run together, `batch_size` of them in one call of
+    the stock pipeline; images come back in the order asked for, each from its own noise. Any diffusers scheduler may
+    be put on `.scheduler`. Many threads may call one pipeline. Made by `from_pretrained`.
+    """
+
+    _optional_components = ["text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (as diffusers has it)
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        parts: Parts | None = None,
+        mixture: Mixture | None = None,
+    ):
+        super().__init__()
+        if parts is None or mixture is None:
+            raise ValueError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY)")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+        )
+        self.parts, self.mixture = parts, mixture
+        self._texts = threading.Lock()  # tokenizers are not made for threads
+        self._upcasting = threading.Lock()
+        self._macs: dict[tuple[int, tuple[int, int]], int] = {}
+
+    @classmethod
+    def of(cls, parts: Parts, mixture: Mixture) -> PromptRoutedPipeline:
+        """Put a mixture of experts into a pipeline's parts."""
+        given = {name: parts.components[name] for name in PARTS if name in parts.components}
+        return cls(**given, parts=parts, mixture=mixture)
+
+    @classmethod
+    def from_pretrained(  # noqa: D417
+        cls,
+        directory: str | Path,
+        method: str = "aptp",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        max_resident: int | None = None,
+        max_bytes: int | None = None,
+    ) -> PromptRoutedPipeline:
+        """Load a run, what `save_pretrained` or `prunekit export` wrote, or any diffusers directory (one expert).
+
+        Args:
+            directory: where it is.
+            method: of a run: whose architectures.
+            device: where it runs; by default a GPU where there is one.
+            dtype: of all weights.
+            max_resident, max_bytes: how many experts, or bytes of their weights, may be in memory; by default all.
+                The least recently used goes first; an expert is read when it is first used.
+
+        Raises FileNotFoundError for a directory without a model, ValueError, one line, for a faulty one.
+
+        """
+        from prunekit.serving.loading import load
+
+        parts, mixture = load(Path(directory), method, device, dtype, max_resident, max_bytes)
+        return cls.of(parts, mixture)
+
+    def save_pretrained(self, save_directory: str | Path, tier: str = "auto") -> None:
+        """Write base pipeline, experts, router and prompt encoder as one directory of safetensors and JSON.
+
+        tier: of the experts, as `prunekit export` has it.
+        """
+        from prunekit.serving.storage import save
+
+        save(self, Path(save_directory), tier)
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.mixture.experts.num_experts
+
+    def to(self, *args: Any, **kwargs: Any) -> PromptRoutedPipeline:
+        """As every diffusers pipeline's; the experts go along."""
+        super().to(*args, **kwargs)
+        self.mixture.experts.to(self.vae.device, self.vae.dtype)
+        return self
+
+    def route(self, prompts: Sequence[str]) -> Tensor:
+        """Return the expert of each prompt, LongTensor (n,); the same for a prompt in any company."""
+        if self.mixture.router is None or self.mixture.encoder is None:
+            return torch.zeros(len(prompts), dtype=torch.long)
+        with self._texts:
+            return self.mixture.router.route(self.mixture.encoder.encode(list(prompts)))
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int = 1,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> RoutedOutput | tuple:
+        """Draw prompts, each by its expert.
+
+        Args:
+            prompt, negative_prompt: texts; a list of negative ones has one a prompt.
+            num_inference_steps: scheduler steps.
+            guidance_scale: classifier-free guidance; the recipe's by default.
+            height, width: pixels; the model's own by default.
+            num_images_per_prompt: images of a prompt, side by side in the output.
+            seeds, generator: of the noise, as `images_of` says: one an image, so that it depends on nothing beside it.
+            batch_size: images of one call of the stock pipeline. At 1 an image has the same bytes whatever is asked
+                with it; in larger batches up to the rounding of the device's kernels.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called as callback(pipeline, step, timestep, tensors) for every batch; pipeline is the
+                stock one, and its `image_indices` are the positions of the batch's images in the output.
+            return_dict: false: a tuple of RoutedOutput's fields.
+            options: of the stock pipeline, the same for all images.
+
+        Raises ValueError, one line, for what does not fit together or is unknown.
+
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r}: choose one of pil, np, pt, latent")
+        check_options(self.parts.kind, options)
+        images = images_of(prompt, negative_prompt, num_images_per_prompt, seeds, generator)
+        guidance = self.mixture.guidance if guidance_scale is None else guidance_scale
+        experts = self.route([image.prompt for image in images]).tolist()
+        options |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance}
+        options |= {"height": height, "width": width, "output_type": output_type}
+        if callback_on_step_end is not None:
+            options["callback_on_step_end"] = callback_on_step_end
+        drawn: dict[int, tuple[Any, int]] = {}
+        with self.progress_bar(total=len(images)) as bar:
+            for expert in sorted(set(experts)):
+                rows = [row for row, own in enumerate(experts) if own == expert]
+                rows.sort(key=lambda row: (images[row].prompt, images[row].negative_prompt or "", images[row].seed))
+                with self.mixture.experts.use(expert) as unet:
+                    for start in range(0, len(rows), batch_size):
+                        batch = rows[start : start + batch_size]
+                        drawn |= self._draw(expert, unet, batch, [images[row] for row in batch], options)
+                        bar.update(len(batch))
+        output = RoutedOutput(
+            images=_joined([drawn[row][0] for row in range(len(images))]),
+            experts=experts,
+            macs=[drawn[row][1] for row in range(len(images))],
+            seeds=[image.seed for image in images],
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _draw(
+        self, expert: int, unet: UNet2DConditionModel, rows: list[int], images: list[Image], options: dict[str, Any]
+    ) -> dict[int, tuple[Any, int]]:
+        """Draw one batch by one expert; return each row's image and the MACs of its UNet calls."""
+        base = self._base(unet)
+        base.image_indices = list(rows)
+        guided = options["guidance_scale"] > 1
+        scale, own = base.vae_scale_factor, latent_size(unet)
+        height, width = options["height"] or own[0] * scale, options["width"] or own[1] * scale
+        with self._texts:
+            given = _encoded(base, images, guided, options.get("clip_skip"))
+        options = {**options, "height": height, "width": width}
+        with self._decoding():
+            drawn = base(**given, **options, generator=[image.noise() for image in images]).images
+        macs = self._call_macs(expert, unet, (height // scale, width // scale)) * base.num_timesteps * (1 + guided)
+        return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
+
+    def _base(self, unet: UNet2DConditionModel) -> DiffusionPipeline:
+        """Return a stock pipeline around an expert, with a scheduler of its own: a call leaves nothing behind."""
+        parts = {name: getattr(self, name) for name in PARTS if name != "scheduler" and name in self.parts.components}
+        base = self.parts.pipeline(unet, **parts)
+        base.scheduler = copy.deepcopy(self.scheduler)  # set as a user does, so that it is taken as it is
+        base.set_progress_bar_config(disable=True)
+        return base
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Keep other threads out where the stock pipeline changes the shared autoencoder's type to decode."""
+        upcasts = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
+        with self._upcasting if upcasts else nullcontext():
+            yield
+
+    def _call_macs(self, expert: int, unet: UNet2DConditionModel, size: tuple[int, int]) -> int:
+        """Exact MACs of one UNet call for one image at a latent of (h, w)."""
+        if (expert, size) not in self._macs:
+            length = self.tokenizer.model_max_length
+            self._macs[expert, size] = CostModel(unet, discover(unet, "none"), size, length).dense_macs
+        return self._macs[expert, size]
+
+
+def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_skip: int | None) -> dict[str, Any]:
+    """Return the texts of a batch as the stock pipeline's embeddings.
+
+    Negative prompts are left out where no image has one, as the stock pipelines tell that from an empty text.
+    """
+    negatives = [image.negative_prompt for image in images]
+    negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]
+    encoded = base.encode_prompt(
+        prompt=[image.prompt for image in images],
+        device=base._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
+        negative_prompt=negative if guided else None,
+        clip_skip=clip_skip,
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, encoded, strict=False))
+
+
+def _joined(images: list[Any]) -> Any:
+    """Return single images in the form of a stock pipeline's output."""
+    if isinstance(images[0], np.ndarray):
+        return np.stack(images)
+    return torch.stack(images) if isinstance(images[0], Tensor) else images

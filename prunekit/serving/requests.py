@@ -1,0 +1,103 @@
+"""What a call of the pipeline asks for, one entry per image, before anything is routed or drawn."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+MOST_SEED = 2**63 - 1
+PER_PROMPT = (  # arguments of the stock pipelines that would have to be cut to each expert's prompts
+    "latents",
+    "prompt_2",
+    "negative_prompt_2",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "return_dict",
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image to draw: its prompts, its seed, and the noise generator that the caller gave, if any."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    generator: torch.Generator | None = None
+
+    def noise(self) -> torch.Generator:
+        """Return the image's own generator, on the CPU unless the caller's is elsewhere."""
+        return self.generator or torch.Generator().manual_seed(self.seed)
+
+
+def images_of(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None = None,
+    num_images_per_prompt: int = 1,
+    seeds: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> list[Image]:
+    """Return the images that are asked for, a prompt's own side by side.
+
+    seeds: one a prompt or one an image; of a prompt's k images with one seed the j-th takes seed + j. One int counts
+    for every prompt. generator: one an image, or a single one, from which each image's seed is drawn, in this order.
+    With neither, seeds are drawn at random. ValueError, one line, for what does not fit together.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError("prompt must be a text or a list of texts with at least one; got " + repr(prompt)[:80])
+    count = num_images_per_prompt
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_images_per_prompt={count!r}: a whole number, at least 1")
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str | None) else list(negative_prompt)
+    if not all(isinstance(text, str | None) for text in negatives) or len({text is None for text in negatives}) > 1:
+        raise ValueError("negative_prompt must be a text or a list of texts; an empty text asks for nothing")
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: one, or one each")
+    total = len(prompts) * count
+    if seeds is not None and generator is not None:
+        raise ValueError("seeds and generator are both given: an image's noise comes from one of them")
+    generators: list[torch.Generator | None] = [None] * total
+    if generator is None:
+        numbers = _seeds(seeds, len(prompts), count)
+    elif isinstance(generator, torch.Generator) and total > 1:
+        drawn = torch.randint(MOST_SEED, (total,), generator=generator, device=generator.device)
+        numbers = drawn.tolist()
+    else:
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != total:
+            raise ValueError(f"generator has {len(generators)} entries for {total} images: one, or one each")
+        numbers = [own.initial_seed() for own in generators]
+    rows = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(count)]
+    return [Image(*row, seed, own) for row, seed, own in zip(rows, numbers, generators, strict=True)]
+
+
+def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:
+    if seeds is None:
+        return torch.randint(MOST_SEED, (prompts * count,)).tolist()
+    numbers = [seeds] * prompts if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(numbers) == prompts:
+        numbers = [seed + offset for seed in numbers for offset in range(count)]
+    if len(numbers) != prompts * count:
+        raise ValueError(f"seeds has {len(numbers)} entries for {prompts} prompts and {prompts * count} images")
+    return numbers
+
+
+def check_options(kind: type[DiffusionPipeline], options: Mapping[str, Any]) -> None:
+    """ValueError, one line, for an argument that the stock pipeline has not, or that cannot be given here."""
+    known = [name for name in inspect.signature(kind.__call__).parameters if name not in ("self", "kwargs")]
+    for name in options:
+        if name in PER_PROMPT:
+            raise ValueError(f"{name} cannot be given to a prompt-routed pipeline, which batches prompts by expert")
+        if name not in known:
+            allowed = ", ".join(item for item in known if item not in PER_PROMPT)
+            raise ValueError(f"{name} is no argument of {kind.__name__}; allowed: {allowed}")

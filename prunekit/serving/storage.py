@@ -1,0 +1,56 @@
+"""A PromptRoutedPipeline as one directory: base pipeline, experts, router and prompt encoder; safetensors and JSON.
+
+    model_index.json  vae/ text_encoder/ tokenizer/ scheduler/ …   a diffusers pipeline without its UNet
+    experts/0/ 1/ …                                               UNets, each in its own tier
+    router.safetensors  prompt_encoder/                           who goes where
+    routed.json                                                   what belongs together
+
+Without prunekit, diffusers opens it with one expert: `DiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunekit.export.staging import staged
+from prunekit.export.tiers import save_unet
+from prunekit.methods.aptp.router import FILE_NAME
+from prunekit.serving.loading import FORMAT, PROMPT_ENCODER, ROUTED
+from prunekit.training.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from prunekit.serving.pipeline import PromptRoutedPipeline
+
+
+def save(pipeline: PromptRoutedPipeline, directory: Path, tier: str = "auto") -> None:
+    """Write the pipeline to a directory that is new or empty; it appears whole or not at all."""
+    with staged(directory) as folder:
+        write(pipeline, folder, tier)
+
+
+def write(pipeline: PromptRoutedPipeline, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
+    """Write the pipeline into an existing folder; return the experts' specifications."""
+    specifications = []
+    for index in range(pipeline.num_experts):
+        with pipeline.mixture.experts.use(index) as unet:
+            specifications.append(save_unet(unet, folder / "experts" / str(index), tier))
+    write_shared(pipeline, folder)
+    return specifications
+
+
+def write_shared(pipeline: PromptRoutedPipeline, folder: Path) -> None:
+    """Write all but the experts."""
+    mixture = pipeline.mixture
+    pipeline.parts.save(folder)
+    if mixture.router is not None and mixture.encoder is not None:
+        mixture.router.save(folder / FILE_NAME)
+        mixture.encoder.model.save(str(folder / PROMPT_ENCODER), create_model_card=False, safe_serialization=True)
+    content = {
+        "format": FORMAT,
+        "num_experts": pipeline.num_experts,
+        "has_router": mixture.router is not None,
+        "guidance": mixture.guidance,
+        "info": mixture.info,
+    }
+    write_json(folder / ROUTED, content)

@@ -1,0 +1,40 @@
+"""A run with several experts and a router, as `prunekit run` leaves it, on a small pipeline."""
+
+from pathlib import Path
+
+import torch
+from small_model import CAPTIONS, RECIPE, write_pipeline
+from small_sdxl import write
+
+import prunekit as pk
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.methods import PruneResult
+from prunekit.methods.aptp.router import Router
+from prunekit.models import load_pipeline
+from prunekit.recipe import dump_recipe, parse_recipe
+
+SUBJECTS = ("apple", "ball", "cube", "star", "cat", "dog", "tree", "house", "car", "moon", "fish", "bird")
+PROMPTS = [f"{colour} {subject}" for subject in SUBJECTS for colour in ("red", "green", "blue", "big", "old", "two")]
+
+
+def write_mixture(folder: Path, experts: int = 2, family: str = "sd2", depth_only: tuple[int, ...] = ()) -> Path:
+    """Write the run to `folder`; the same in every call.
+
+    depth_only: experts that are BK-SDM's, which a stock config expresses.
+    """
+    model = write_pipeline(folder / "model") if family == "sd2" else write(folder / "model", family)
+    unet = load_pipeline(model).unet
+    space = pk.discover(unet, "blocks")
+    architectures = [space.random(0.4 + 0.1 * seed, seed=seed) for seed in range(experts)]
+    for index in depth_only:
+        architectures[index] = pk.methods.BKSDM(variant="base").architecture(unet).on(space)
+    z = load_prompt_encoder("emoji").encode(CAPTIONS)
+    weight = torch.randn(experts, z.shape[1], generator=torch.Generator().manual_seed(0))
+    method = folder / "methods" / "aptp"
+    info = {"method": "aptp", "ratio": [0.5] * experts}
+    PruneResult(architectures, Router(weight, torch.zeros(experts)), info).save(method)
+    for index, architecture in enumerate(architectures):
+        pk.slice_unet(unet, architecture).save_pretrained(method / "experts" / str(index) / "unet")
+    recipe = parse_recipe({**RECIPE, "model": str(model), "methods": {"aptp": {"experts": experts}}})
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    return folder
