@@ -25,8 +25,8 @@ quickstart: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/prunekit run recipes/quickstart.yaml
 
 lint: $(STAMP)
-	$(BIN)/ruff check prunekit tests
-	$(BIN)/ruff format --check prunekit tests
+	$(BIN)/ruff check prunekit tests benchmarks
+	$(BIN)/ruff format --check prunekit tests benchmarks
 
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

@@ -116,11 +116,11 @@ def fine_tuning(precision: str) -> dict:
 
 
 def cache(precision: str) -> dict:
-    """Time fine-tuning steps from the cache and with live encoders, one after the other, twice."""
+    """Time fine-tuning steps from the cache and with live encoders, one after the other."""
     made = pipeline()
     student, seconds = sliced(made), {True: [], False: []}
     data = {kept: encoded(made, kept) for kept in (True, False)}
-    for kept in (True, False, True, False):
+    for kept in (True, False):
         seconds[kept].append(tune(made, data[kept], student, precision))
     best = {kept: min(values) for kept, values in seconds.items()}
     return {"step_seconds": best[True], "without_cache": best[False], "ratio": best[False] / best[True]}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import methods
     from .cost import CostModel
     from .gates import gated, pipeline_rows
+    from .serving import PromptRoutedPipeline
     from .slicing import PrunedUNet2DConditionModel, slice_unet
     from .stock import as_stock, export_unet
     from .training.fine_tuning import fine_tune
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "CostModel",
+    "PromptRoutedPipeline",
     "PrunedUNet2DConditionModel",
     "UnitGroup",
     "UnitSpace",
@@ -37,6 +39,7 @@ _MODULES = {
     "cost": ["CostModel"],
     "gates": ["gated", "pipeline_rows"],
     "methods": ["methods"],
+    "serving": ["PromptRoutedPipeline"],
     "slicing": ["PrunedUNet2DConditionModel", "slice_unet"],
     "stock": ["as_stock", "export_unet"],
     "training.fine_tuning": ["fine_tune"],

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 INTERRUPTED = 130
+MOST_ROWS = 50  # of pictures that `generate` lists
 UsageError, ClickException = typer.BadParameter.__mro__[1:3]  # of click, which newer typers carry inside
 
 
@@ -292,37 +293,81 @@ def _default(value: Any) -> str:
 
 @app.command()
 def generate(
-    directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a run's directory, an export, or any diffusers pipeline")
+    ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt (repeatable)")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file with a prompt a line")] = None,
+    prompt_list: Annotated[
+        str | None, typer.Option("--list", help="a shipped list: aptp-cc3m, aptp-coco, aptp-parti")
+    ] = None,
+    validation: Annotated[
+        int | None, typer.Option(help="the first N captions that the run's training did not see", min=1)
+    ] = None,
+    extremes: Annotated[
+        int | None, typer.Option(help="of those captions, N of the cheapest expert and N of the dearest", min=1)
+    ] = None,
     method: Annotated[str, typer.Option(help="whose pruned model")] = "aptp",
     seed: Annotated[int, typer.Option(help="of every prompt's noise", min=0)] = 0,
+    negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's by default", min=0)] = None,
     batch_size: Annotated[int, typer.Option(help="pictures of one pipeline call", min=1)] = 1,
+    max_resident: Annotated[int | None, typer.Option(help="experts in memory at once; all by default", min=1)] = None,
+    picture_format: Annotated[str, typer.Option("--format", help="png or webp, both without loss")] = "png",
     output: Annotated[Path | None, typer.Option(help="where pictures go; RUN/generated/METHOD by default")] = None,
 ) -> None:
-    """Draw prompts with a run's pruned model, each by the expert that serves it."""
-    prompts = _prompts(prompt or [], prompts_file)
+    """Draw prompts, each by the expert that serves it; several processes may share the work, and it can be resumed."""
     from rich.table import Table
 
-    from prunekit.evaluation.generate import save_picture
-    from prunekit.serving import RoutedModel
-    from prunekit.training.progress import Progress
+    from prunekit.serving import PromptRoutedPipeline
+    from prunekit.serving.bulk import Request, generate_to
+    from prunekit.serving.prompts import collect
 
-    model = RoutedModel.load(directory, method)
-    with Progress("generate", len(prompts)) as progress:
-        pictures, experts = model.generate(
-            prompts, [seed] * len(prompts), steps, guidance, batch_size, progress=progress.update
-        )
+    given = {"prompts": prompt or (), "file": prompts_file, "shipped": prompt_list}
+    pipeline = PromptRoutedPipeline.from_pretrained(directory, method, max_resident=max_resident)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = collect(pipeline, directory, **given, validation=validation, extremes=extremes)
+    drawn_by = (steps, guidance, negative_prompt, None, batch_size, picture_format)
     folder = output or directory / "generated" / method
-    folder.mkdir(parents=True, exist_ok=True)
+    made = generate_to(folder, pipeline, Request(prompts, [seed] * len(prompts), *drawn_by))
     table = Table("picture", "expert", "prompt")
-    for index, (text, picture, expert) in enumerate(zip(prompts, pictures, experts.tolist(), strict=True)):
-        save_picture(folder / f"{index:05d}.png", picture)
-        table.add_row(f"{index:05d}.png", str(expert), text)
+    for text, (path, expert) in list(zip(prompts, made, strict=True))[:MOST_ROWS]:
+        table.add_row(path.name, str(expert), text[:100])
     _console().print(table)
-    _say(f"{len(prompts)} pictures by {method} ({model.num_experts} experts), seed {seed}, are in {folder}")
+    of = f"by {method} ({pipeline.num_experts} experts), seed {seed}"
+    _say(f"{len(prompts)} pictures {of}, are in {folder}")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|UNET", help="a run, a pipeline's directory, or a UNet's folder")
+    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="where it goes; new or empty")],
+    tier: Annotated[
+        str, typer.Option(help="stock, class, onnx, torch; auto: stock where it expresses the cut, else class")
+    ] = "auto",
+    method: Annotated[str, typer.Option(help="of a run: whose pruned model")] = "aptp",
+    expert: Annotated[int | None, typer.Option(help="of a mixture: this expert alone", min=0)] = None,
+    batch: Annotated[int | None, typer.Option(help="onnx, torch: samples of a call; any by default", min=1)] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="then upload it to the hub")] = None,
+) -> None:
+    """Take a pruned model elsewhere; it is opened in a fresh process and compared before this reports success."""
+    from rich.table import Table
+
+    from prunekit.export.card import push_to_hub
+    from prunekit.serving.exporting import export
+
+    done = export(source, directory, tier, method, expert, batch)
+    table = Table("checked", "opened by", "relative error", "allowed")
+    for line in done.checked:
+        errors = (f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}")
+        table.add_row(line["what"], line["opened_by"], *errors)
+    _console().print(table)
+    _say(f"{len(done.tiers)} UNet(s), tier {', '.join(dict.fromkeys(done.tiers))}, are in {done.directory}")
+    if push is not None:
+        _say(f"They are also at {push_to_hub(done.directory, push)}")
 
 
 @app.command()
@@ -350,14 +395,6 @@ def bench(
         table.add_row(*(text.replace("[", r"\[") for text in line))
     _console().print(table)
     _say(f"The table is in {path}" + ("" if is_done else "; rows are missing: start the same command again to go on"))
-
-
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
-    prompts = [text.strip() for text in [*given, *lines] if text.strip()]
-    if not prompts:
-        raise ValueError("nothing to draw: give --prompt TEXT, or --prompts-file FILE with a prompt a line")
-    return prompts
 
 
 def _latent_size(size: str | None) -> int | tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from small_model import CAPTIONS, RECIPE, write_pipeline
+from small_model import CAPTIONS, RECIPE, SHAPES, write_pipeline
 from small_sdxl import write
 
 import prunekit as pk
@@ -12,17 +12,27 @@ from prunekit.methods import PruneResult
 from prunekit.methods.aptp.router import Router
 from prunekit.models import load_pipeline
 from prunekit.recipe import dump_recipe, parse_recipe
+from prunekit.training import emoji_model
 
 SUBJECTS = ("apple", "ball", "cube", "star", "cat", "dog", "tree", "house", "car", "moon", "fish", "bird")
 PROMPTS = [f"{colour} {subject}" for subject in SUBJECTS for colour in ("red", "green", "blue", "big", "old", "two")]
 
 
-def write_mixture(folder: Path, experts: int = 2, family: str = "sd2", depth_only: tuple[int, ...] = ()) -> Path:
+def write_mixture(
+    folder: Path,
+    experts: int = 2,
+    family: str = "sd2",
+    depth_only: tuple[int, ...] = (),
+    channels: tuple[int, ...] | None = None,
+) -> Path:
     """Write the run to `folder`; the same in every call.
 
-    depth_only: experts that are BK-SDM's, which a stock config expresses.
+    depth_only: experts that are BK-SDM's, which a stock config expresses. channels: of a larger UNet, of "sd2".
     """
     model = write_pipeline(folder / "model") if family == "sd2" else write(folder / "model", family)
+    if channels is not None:
+        large = SHAPES.model_copy(update={"unet_channels": channels})
+        emoji_model.build_unet(large).save_pretrained(model / "unet")
     unet = load_pipeline(model).unet
     space = pk.discover(unet, "blocks")
     architectures = [space.random(0.4 + 0.1 * seed, seed=seed) for seed in range(experts)]

@@ -237,7 +237,7 @@ def recipe(tmp_path_factory):
         "resolution": 64,
         "guidance": 2.0,
         "steps": 2,
-        "warmup_seconds": 0.2,
+        "warmup_seconds": 0.05,
         "architectures": {"mixed": {"budget": 0.6}, "depth": {"budget": 0.7, "choose": "depth"}},
         "cells": [
             {"workload": "unet", "repeats": 3},

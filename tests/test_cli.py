@@ -113,7 +113,7 @@ def test_generate(run_directory, tmp_path):
     given = ["--prompt", "red apple", "--prompts-file", tmp_path / "prompts.txt"]
     assert "red apple" in ok("generate", run_directory, *given, *options)
     folder = run_directory / "generated" / "norm"
-    assert [path.name for path in sorted(folder.iterdir())] == ["00000.png", "00001.png", "00002.png"]
+    assert [path.name for path in sorted(folder.glob("*.png"))] == ["00000.png", "00001.png", "00002.png"]
     ok("generate", run_directory, "--prompt", "green cube", *options, "--output", tmp_path / "alone")
     alone = (tmp_path / "alone" / "00000.png").read_bytes()
     assert alone == (folder / "00002.png").read_bytes()

@@ -17,7 +17,7 @@ from prunekit.models import load_pipeline
 from prunekit.plan import Devices, plan
 from prunekit.recipe import load_recipe
 from prunekit.run import start
-from prunekit.serving import RoutedModel
+from prunekit.serving import PromptRoutedPipeline
 
 METHODS = {
     "norm": {},
@@ -62,11 +62,13 @@ def test_every_method_reaches_the_table(run):
 
 def test_experts_generate(run):
     _, _, directory = run
-    model = RoutedModel.load(directory, "aptp", device="cpu")
-    pictures, experts = model.generate(CAPTIONS[:3], [0, 1, 2], steps=2, guidance=3.0)
-    assert pictures.shape == (3, 3, 64, 64) and pictures.float().std() > 0
-    alone, expert = model.generate(CAPTIONS[2:3], [2], steps=2, guidance=3.0)
-    assert torch.equal(alone[0], pictures[2]) and expert[0] == experts[2]
+    pipeline = PromptRoutedPipeline.from_pretrained(directory, device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    drawn = pipeline(CAPTIONS[:3], seeds=[0, 1, 2], **options)
+    assert drawn.images.shape == (3, 64, 64, 3) and drawn.images.std() > 0
+    alone = pipeline(CAPTIONS[2], seeds=2, **options)
+    assert (alone.images[0] == drawn.images[2]).all() and alone.experts[0] == drawn.experts[2]
 
 
 def test_a_plan_counts_it(run):

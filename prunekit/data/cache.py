@@ -117,6 +117,7 @@ class Manifest:
         """Record a shard."""
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.lock):
+            _clear(self.path)
             records = dict(sorted({**self.records(), name: record}.items()))
             write_json(self.path, {"format": FORMAT, "key": self.key, "shards": records})
 
@@ -186,8 +187,7 @@ class StoredPart:
 
     def _make(self, name: str, progress: Callable[[int], None]) -> None:
         path, sources = self.folder / name, self.part.ranges[name]
-        for left in self.folder.glob(f".{name}.*.tmp"):  # of a process that was killed: this one has the shard's lock
-            left.unlink()
+        _clear(path)
         made = collect(self.part.make(sources), len(sources), self.part.precision, progress)
         record: dict[str, Any] = {"rows": len(sources) - len(made.bad), "bytes": None, "blake2b": None}
         if made.tensors:
@@ -201,6 +201,12 @@ class StoredPart:
             self.digests.learn(path, record["blake2b"])
         record["bad"] = {str(source): list(why) for source, why in sorted(made.bad.items())}
         self.manifest.add(name, record)
+
+
+def _clear(path: Path) -> None:
+    """Remove what a process that was killed while it wrote a file has left; the caller has the file's lock."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _say(text: str) -> None:

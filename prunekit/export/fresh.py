@@ -20,7 +20,10 @@ class Forbidden(importlib.abc.MetaPathFinder):
 
 
 def open_unet(form: str, folder: str):
-    """Return a function from named tensors to the UNet's output, opened as a user of that form would."""
+    """Return a function from named tensors to the UNet's output, opened as a user of that form would.
+
+    Of a prompt-routed pipeline: from prompts, as bytes, to one more than their experts.
+    """
     import torch
 
     if form == "onnx":
@@ -32,6 +35,11 @@ def open_unet(form: str, folder: str):
     if form == "torch":
         module = torch.export.load(Path(folder) / "model.pt2").module()
         return lambda inputs: module(**inputs)
+    if form == "routed":
+        import prunekit
+
+        pipeline = prunekit.PromptRoutedPipeline.from_pretrained(folder, device="cpu", max_resident=1)
+        return lambda inputs: pipeline.route(bytes(inputs["prompts"].tolist()).decode().split("\n")).double() + 1
     if form == "stock":
         from diffusers import UNet2DConditionModel
 

@@ -32,6 +32,7 @@ SAID = {
     "stock": "UNet2DConditionModel without prunekit",
     "class": "AutoModel with the class file, without prunekit",
     "pipeline": "DiffusionPipeline without prunekit",
+    "routed": "PromptRoutedPipeline of prunekit: the expert of each of 17 prompts",
     "prunekit": "PrunedUNet2DConditionModel of prunekit",
     "onnx": "onnxruntime",
     "torch": "torch.export.load without prunekit",
@@ -59,17 +60,21 @@ class Expected:
 
 @dataclass(frozen=True)
 class Claim:
-    """An export that must give what is expected: the form in which it is opened, its folder, with prunekit or not."""
+    """An export that must give what is expected: the form in which it is opened, its folder, with prunekit or not.
+
+    what: what it is called in reports.
+    """
 
     form: str
+    what: str
     folder: Path
     expected: Expected
     with_prunekit: bool
 
 
-def claims_of(tier: str, folder: Path, expected: Expected) -> list[Claim]:
+def claims_of(tier: str, folder: Path, what: str, expected: Expected) -> list[Claim]:
     """Return what a UNet's folder of a tier claims: each way to open it."""
-    return [Claim(form, folder, expected, with_prunekit) for form, with_prunekit in FORMS[tier]]
+    return [Claim(form, what, folder, expected, with_prunekit) for form, with_prunekit in FORMS[tier]]
 
 
 def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
@@ -107,10 +112,11 @@ def _verify(claims: Sequence[Claim], scratch: Path, with_prunekit: bool) -> list
         tolerance = TOLERANCE.get(claim.form, DEFAULT_TOLERANCE)
         if not error <= tolerance:
             raise ValueError(
-                f"the export, opened by {SAID[claim.form]}, differs from the model in memory by {error:.1e} (allowed: "
-                f"{tolerance:.0e}); nothing was written. Please report this"
+                f"the export's {claim.what}, opened by {SAID[claim.form]}, differs from the model in memory by "
+                f"{error:.1e} (allowed: {tolerance:.0e}); nothing was written. Please report this"
             )
-        checked.append({"opened_by": SAID[claim.form], "relative_error": error, "tolerance": tolerance})
+        own = {"what": claim.what, "opened_by": SAID[claim.form]}
+        checked.append({**own, "relative_error": error, "tolerance": tolerance})
     return checked
 
 

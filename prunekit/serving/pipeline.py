@@ -216,6 +216,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
                         batch = rows[start : start + batch_size]
                         drawn |= self._draw(expert, unet, batch, [images[row] for row in batch], options)
                         bar.update(len(batch))
+                del unet  # or it would stay in memory while the next one is loaded
         output = RoutedOutput(
             images=_joined([drawn[row][0] for row in range(len(images))]),
             experts=experts,

@@ -35,6 +35,7 @@ def write(pipeline: PromptRoutedPipeline, folder: Path, tier: str = "auto") -> l
     for index in range(pipeline.num_experts):
         with pipeline.mixture.experts.use(index) as unet:
             specifications.append(save_unet(unet, folder / "experts" / str(index), tier))
+        del unet  # or it would stay in memory while the next one is loaded
     write_shared(pipeline, folder)
     return specifications
 

@@ -68,9 +68,7 @@ class Checkpoints:
         """Save the state after `step` steps; atomic."""
 
         def write(temporary: Path) -> None:
-            save_file(
-                {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors"
-            )
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
             write_json(temporary / "state.json", {"step": step, **state})
 
         write_folder(self.folder / f"step-{step:08d}", write)

@@ -1,0 +1,154 @@
+"""The model card of an export, written from what made it; and its way to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunekit.models.names import KNOWN, first_line
+
+CARD = "README.md"
+COLUMNS = ("macs_ratio", "params", "clip_score", "frechet", "kid", "cmmd")  # of the run's table, where it has them
+_STOCK = """```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(MODEL)
+```"""
+_CLASS = """Without prunekit, the UNet's class comes from `unet/modeling_pruned.py` in this repository; read it first:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(MODEL, trust_remote_code=True)
+```
+
+With prunekit, no code of this repository runs:
+
+```python
+from prunekit.export import load_pipeline_directory
+
+pipeline = load_pipeline_directory(DIRECTORY)
+```"""
+_ROUTED = """```python
+from prunekit import PromptRoutedPipeline
+
+pipeline = PromptRoutedPipeline.from_pretrained(DIRECTORY)
+output = pipeline(["a red apple", "a city at night"], seeds=0, batch_size=4)
+output.images, output.experts
+```
+
+Without prunekit, one expert at a time:
+
+```python
+from diffusers import AutoModel, DiffusionPipeline
+
+expert = AutoModel.from_pretrained(f"{DIRECTORY}/experts/0", trust_remote_code=True)  # of a stock expert: without
+pipeline = DiffusionPipeline.from_pretrained(DIRECTORY, unet=expert)
+```"""
+_UNET = """```python
+from diffusers import AutoModel
+
+unet = AutoModel.from_pretrained(MODEL, trust_remote_code=True)  # of a stock UNet: without
+```"""
+_GRAPH = "`model.onnx` runs in onnxruntime, `model.pt2` by `torch.export.load`; `specification.json` lists the inputs."
+USES = {"stock": _STOCK, "class": _CLASS, "routed": _ROUTED, "unet": _UNET, "graph": _GRAPH}
+
+
+def model_card(
+    use: str,
+    name: str,
+    info: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    checked: Sequence[Mapping[str, Any]],
+    table: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return the card's text.
+
+    Args:
+        use: how it is loaded, a key of USES.
+        name: its title.
+        info: of the mixture: model, method, recipe, result; what is missing is left out.
+        rows: of each UNet: tier, macs, params.
+        checked: what `verify` checked.
+        table: rows of the run's results, by name, of which the method's and the dense model's are shown.
+
+    """
+    result, base = info.get("result") or {}, _hub_id(info.get("model"))
+    head = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prunekit", "pruned"]}
+    head |= {"base_model": base} if base else {}
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}", _summary(info, result, base, len(rows))]
+    parts += [_markdown(("UNet", "tier", "MACs", "parameters"), [(i, *_numbers(row)) for i, row in enumerate(rows)])]
+    shown = [row for row in table if row.get("name") in ("dense", info.get("method"))]
+    if shown:
+        columns = [column for column in COLUMNS if any(row.get(column) is not None for row in shown)]
+        body = [(row["name"], *(_figure(row.get(column)) for column in columns)) for row in shown]
+        parts += ["## Figures of the run", _markdown(("model", *columns), body)]
+    parts += ["## Use", USES[use], "## Checked", "Each in a fresh process, against the model in memory:"]
+    parts += [
+        "\n".join(
+            f"- {line['what']}, opened by {line['opened_by']}: relative error {line['relative_error']:.1e} "
+            f"(allowed {line['tolerance']:.0e})"
+            for line in checked
+        )
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(info: Mapping[str, Any], result: Mapping[str, Any], base: str | None, count: int) -> str:
+    method, settings = info.get("method"), result.get("settings") or {}
+    words = ["A text-to-image diffusion model" + (f", {base}" if base else "") + ", whose UNet was cut by"]
+    words.append(f"prunekit {version('prunekit')}" + (f" with {method}" if method else "") + ".")
+    if count > 1:
+        words.append(f"A router sends each prompt to one of {count} experts.")
+    if "budget" in settings:
+        words.append(f"Budget: {settings['budget']:g} of the dense MACs.")
+    if "dense_macs" in result:
+        words.append(f"The dense UNet takes {result['dense_macs']:,} MACs and {result['dense_params']:,} parameters.")
+    if info.get("recipe"):
+        words.append(f"Recipe: {info['recipe']}.")
+    return " ".join(words)
+
+
+def _hub_id(model: str | None) -> str | None:
+    """Return the hub id that a recipe's model means; None for a directory, a file or the embedded model."""
+    if model in KNOWN:
+        return KNOWN[model]
+    is_id = model is not None and model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    return model if is_id and not Path(model).exists() else None
+
+
+def _numbers(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["tier"], f"{row['macs']:,}", f"{row['params']:,}"
+
+
+def _figure(value: Any) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def push_to_hub(directory: str | Path, repository: str, private: bool = False) -> str:
+    """Upload an exported directory to a model repository, made where it is missing; return its address.
+
+    Raises ValueError, one line, where the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, exist_ok=True, private=private)
+        hub.upload_folder(repo_id=repository, folder_path=str(directory), commit_message="Export of prunekit")
+    except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"{directory} is exported, but cannot be pushed to {repository}: {first_line(error)}; log in with "
+            "`hf auth login`, and check the name"
+        ) from error
+    return str(address)

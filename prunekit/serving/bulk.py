@@ -1,0 +1,132 @@
+"""Many pictures into one directory, by any number of processes, in any order, through any number of kills.
+
+Pictures are cut into fixed batches: by expert, then by prompt and seed. So no byte depends on the order in which they
+are asked for, or on which process makes what; processes that are given the same work share it by lock files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prunekit.serving.pictures import FORMATS, write_picture
+from prunekit.serving.pipeline import PromptRoutedPipeline
+from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.claims import Piece, share
+from prunekit.training.progress import Progress
+
+WORK = ".work"  # in the directory: what was asked for, and the locks
+BATCHES_PER_PIECE = 4  # what a process takes at a time
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: prompts with their seeds, and how all of them are drawn.
+
+    size: pixels (height, width); None: the model's own. picture_format: "png" or "webp".
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    steps: int = 25
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    batch_size: int = 1
+    picture_format: str = "png"
+
+    def __post_init__(self):
+        if len(self.prompts) != len(self.seeds) or not self.prompts:
+            raise ValueError(f"one seed a prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.picture_format not in FORMATS:
+            raise ValueError(f"picture_format={self.picture_format!r}: choose one of {', '.join(FORMATS)}")
+
+
+def generate_to(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> list[tuple[Path, int]]:
+    """Draw all prompts to `directory`/00000.png …; return each picture's path and expert.
+
+    A picture appears whole or not at all, and what is there is not made again. Returns when all are there, made here
+    or by other processes. Raises ValueError, one line, for a directory that holds pictures of another request.
+    """
+    _claim(directory, pipeline, request)
+    experts = pipeline.route(request.prompts).tolist()
+    paths = [directory / f"{row:05d}.{request.picture_format}" for row in range(len(request.prompts))]
+    batches = _batches(experts, request)
+    size = request.batch_size * BATCHES_PER_PIECE
+    with Progress("generate", len(paths)) as progress:
+
+        def done(rows: list[int]) -> bool:
+            return all(paths[row].exists() for row in rows)
+
+        def make(piece: list[list[int]]) -> None:
+            for rows in piece:
+                if not done(rows):
+                    _draw(pipeline, request, rows, paths)
+            progress.update(sum(path.exists() for path in paths))
+
+        pieces = []
+        for expert, own in batches.items():
+            for start in range(0, len(own), BATCHES_PER_PIECE):
+                part = own[start : start + BATCHES_PER_PIECE]
+                rows = [row for batch in part for row in batch]
+                pieces.append(Piece(f"{expert}-{start}-{size}", partial(done, rows), partial(make, part)))
+        share(pieces, directory / WORK)
+    return list(zip(paths, experts, strict=True))
+
+
+def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> None:
+    """Write down what is asked for; ValueError that names a difference to what was asked for before."""
+    info = pipeline.mixture.info
+    content = {**asdict(request), "recipe": info.get("recipe"), "method": info.get("method")}
+    content["scheduler"] = type(pipeline.scheduler).__name__
+    content["size"] = list(request.size) if request.size else None
+    path = directory / WORK / "request.json"
+    if path.is_file():
+        earlier = read_json(path)
+        if different := [name for name in content if earlier.get(name) != content[name]]:
+            raise ValueError(
+                f"{directory} holds pictures made with other {', '.join(different)}; give another directory (--output)"
+            )
+    write_json(path, content)
+
+
+def _batches(experts: list[int], request: Request) -> dict[int, list[list[int]]]:
+    """Cut the rows of each expert, in the order of their prompts and seeds, into batches."""
+    batches = {}
+    for expert in sorted(set(experts)):
+        rows = [row for row, own in enumerate(experts) if own == expert]
+        rows.sort(key=lambda row: (request.prompts[row], request.seeds[row], row))
+        batches[expert] = [rows[i : i + request.batch_size] for i in range(0, len(rows), request.batch_size)]
+    return batches
+
+
+def _draw(pipeline: PromptRoutedPipeline, request: Request, rows: Sequence[int], paths: Sequence[Path]) -> None:
+    height, width = request.size or (None, None)
+    output = pipeline(
+        [request.prompts[row] for row in rows],
+        request.negative_prompt,
+        request.steps,
+        request.guidance,
+        height,
+        width,
+        seeds=[request.seeds[row] for row in rows],
+        batch_size=request.batch_size,
+    )
+    common: dict[str, Any] = {
+        "negative_prompt": request.negative_prompt,
+        "steps": request.steps,
+        "guidance": pipeline.mixture.guidance if request.guidance is None else request.guidance,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "recipe": pipeline.mixture.info.get("recipe"),
+        "method": pipeline.mixture.info.get("method"),
+        "software": f"prunekit {version('prunekit')}",
+    }
+    for row, image, expert, macs in zip(rows, output.images, output.experts, output.macs, strict=True):
+        own = {"prompt": request.prompts[row], "seed": request.seeds[row], "expert": expert, "macs": macs}
+        write_picture(paths[row], image, {**common, **own})

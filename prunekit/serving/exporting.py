@@ -1,0 +1,173 @@
+"""`prunekit export`: a run, a pipeline or a UNet in the tier that fits, checked in a fresh process beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from prunekit.cost import CostModel
+from prunekit.export.card import CARD, model_card
+from prunekit.export.graphs import check_onnx, save_graph
+from prunekit.export.inputs import MOST_TOKENS
+from prunekit.export.loading import load_unet
+from prunekit.export.parts import INDEX, save_pipeline
+from prunekit.export.staging import staged
+from prunekit.export.tiers import GRAPHS, check_tier, save_unet
+from prunekit.export.verification import Claim, Expected, claims_of, verify
+from prunekit.serving.loading import RECIPE, ROUTED
+from prunekit.serving.pipeline import PromptRoutedPipeline
+from prunekit.serving.prompts import shipped_prompts
+from prunekit.serving.storage import write_shared
+from prunekit.training.checkpoint import read_json
+from prunekit.units import discover
+
+GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
+
+
+@dataclass
+class Exported:
+    """directory: where it is. tiers: of each UNet. checked: how each was opened, and what it differed by."""
+
+    directory: Path
+    tiers: list[str]
+    checked: list[dict[str, Any]]
+
+
+@dataclass
+class _Work:
+    """An export under way: what to save, what was saved, and what must be checked."""
+
+    tier: str
+    batch: int | None
+    text_length: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+    def unet(self, unet: UNet2DConditionModel, folder: Path, what: str) -> None:
+        """Save a UNet, which reports call `what`, to a folder of its own."""
+        graph = self.tier in GRAPHS
+        if graph:
+            specification = save_graph(unet, folder, self.tier, self.batch, self.text_length)
+        else:
+            specification = save_unet(unet, folder, self.tier)
+        self.saved(unet, folder, what, specification)
+
+    def saved(self, unet: UNet2DConditionModel, folder: Path, what: str, specification: Mapping[str, Any]) -> Expected:
+        """Take note of a UNet that is saved; return what it gives in memory."""
+        tier = specification["tier"]
+        batches = (self.batch,) if self.batch else GRAPH_BATCHES
+        expected = Expected.of(unet, self.text_length, batches if tier in GRAPHS else (2,))
+        self.claims += claims_of(tier, folder, what, expected)
+        cost = CostModel(unet, discover(unet, "none"), text_length=self.text_length)
+        self.rows.append({"tier": tier, "macs": cost.dense_macs, "params": cost.dense_params})
+        return expected
+
+
+def export(
+    source: str | Path,
+    directory: str | Path,
+    tier: str = "auto",
+    method: str = "aptp",
+    expert: int | None = None,
+    batch: int | None = None,
+) -> Exported:
+    """Export what a run made, a pipeline's directory or a UNet's folder; return where it is and what was checked.
+
+    Args:
+        source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a UNet's folder.
+        directory: new or empty; it appears once every check is passed, with a model card.
+        tier: "stock", "class", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
+        method: of a run.
+        expert: of a mixture, export it alone, as a plain pipeline; by default all, with their router.
+        batch: of "onnx" and "torch": samples of a call; by default any number.
+
+    Raises:
+        ValueError: one line: a faulty source, a directory in use, a tier that does not fit, a check that fails.
+        FileNotFoundError: nothing at `source`.
+        ImportError: "onnx" without its packages.
+
+    """
+    source, directory = Path(source), Path(directory)
+    check_tier(tier)
+    if tier == "onnx":
+        check_onnx()
+    if batch is not None and (tier not in GRAPHS or batch < 1):
+        raise ValueError(f"batch={batch} is for the tiers {' and '.join(GRAPHS)}, and at least 1")
+    if (source / "config.json").is_file() and not any((source / name).is_file() for name in (RECIPE, ROUTED, INDEX)):
+        return _export_unet(source, directory, _Work(tier, batch, MOST_TOKENS))
+    pipeline = PromptRoutedPipeline.from_pretrained(source, method, device="cpu", max_resident=1)
+    work = _Work(tier, batch, pipeline.tokenizer.model_max_length)
+    table = _table(source)
+    if expert is not None or pipeline.num_experts == 1:
+        return _export_one(pipeline, expert or 0, directory, work, table)
+    return _export_all(pipeline, directory, work, table)
+
+
+def _export_unet(source: Path, directory: Path, work: _Work) -> Exported:
+    unet = load_unet(source, torch.float32)
+    with staged(directory) as folder:
+        work.unet(unet, folder, "UNet")
+        return _finish(folder, directory, work, "graph" if work.tier in GRAPHS else "unet", {}, ())
+
+
+def _export_one(
+    pipeline: PromptRoutedPipeline, index: int, directory: Path, work: _Work, table: Sequence[Mapping[str, Any]]
+) -> Exported:
+    with staged(directory) as folder, pipeline.mixture.experts.use(index) as unet:
+        if work.tier in GRAPHS:
+            work.unet(unet, folder, "UNet")
+            use = "graph"
+        else:
+            specification = save_pipeline(pipeline.parts, unet, folder, work.tier)
+            expected = work.saved(unet, folder / "unet", "UNet", specification)
+            work.claims.append(Claim("pipeline", "pipeline", folder, expected, with_prunekit=False))
+            use = specification["tier"]
+        return _finish(folder, directory, work, use, pipeline.mixture.info, table)
+
+
+def _export_all(
+    pipeline: PromptRoutedPipeline, directory: Path, work: _Work, table: Sequence[Mapping[str, Any]]
+) -> Exported:
+    with staged(directory) as folder:
+        for index in range(pipeline.num_experts):
+            with pipeline.mixture.experts.use(index) as unet:
+                work.unet(unet, folder / "experts" / str(index), f"expert {index}")
+            del unet  # or it would stay in memory while the next one is loaded
+        if work.tier not in GRAPHS:
+            write_shared(pipeline, folder)
+            work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
+        use = "graph" if work.tier in GRAPHS else "routed"
+        return _finish(folder, directory, work, use, pipeline.mixture.info, table)
+
+
+def _routes(pipeline: PromptRoutedPipeline) -> Expected:
+    """Return prompts, as bytes of their text, and one more than their experts, so that no expectation is zero."""
+    prompts = ["", *shipped_prompts("aptp-coco")]
+    text = torch.frombuffer(bytearray("\n".join(prompts).encode()), dtype=torch.uint8)
+    return Expected([({"prompts": text}, pipeline.route(prompts).double() + 1)])
+
+
+def _finish(
+    folder: Path,
+    directory: Path,
+    work: _Work,
+    use: str,
+    info: Mapping[str, Any],
+    table: Sequence[Mapping[str, Any]],
+) -> Exported:
+    """Check everything, and write the card."""
+    checked = verify(work.claims)
+    card = model_card(use, directory.name, info, work.rows, checked, table)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return Exported(directory, [row["tier"] for row in work.rows], checked)
+
+
+def _table(source: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's results; none where there are no results."""
+    path = source / "results.json"
+    return read_json(path)["table"]["rows"] if path.is_file() else []

@@ -1,0 +1,42 @@
+"""Pictures on disk that say how they were made: PNG text, or WebP's EXIF description."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from prunekit.training.checkpoint import temporary_for
+
+FORMATS = ("png", "webp")  # both without loss
+KEY = "prunekit"
+_DESCRIPTION = 0x010E  # EXIF's ImageDescription
+
+
+def write_picture(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
+    """Write a picture, by its name's ending, atomically; `metadata`, JSON values, goes in."""
+    text = json.dumps(metadata, sort_keys=True)
+    temporary = temporary_for(path)
+    if path.suffix == ".webp":
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = text
+        picture.save(temporary, format="webp", lossless=True, exif=exif)
+    else:
+        info = PngInfo()
+        info.add_text(KEY, text)
+        picture.save(temporary, format="png", pnginfo=info)
+    temporary.replace(path)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what `write_picture` put into a picture; ValueError, one line, where there is nothing."""
+    with Image.open(path) as picture:
+        picture.load()
+        text = picture.getexif().get(_DESCRIPTION) if path.suffix == ".webp" else picture.info.get(KEY)
+    if not text:
+        raise ValueError(f"{path} does not say how it was made: it is no picture of `prunekit generate`")
+    return json.loads(text)

@@ -1,0 +1,87 @@
+"""Where prompts come from: a text file, a shipped list, a data set's validation captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunekit.data.config import DataConfig, load_data
+from prunekit.serving.loading import read_recipe
+from prunekit.serving.pipeline import PromptRoutedPipeline
+from prunekit.units.space import near
+
+LISTS = Path(__file__).parent.parent / "assets" / "prompts"
+
+
+def collect(
+    pipeline: PromptRoutedPipeline,
+    directory: Path,
+    prompts: Sequence[str] = (),
+    file: Path | None = None,
+    shipped: str | None = None,
+    validation: int | None = None,
+    extremes: int | None = None,
+) -> list[str]:
+    """Return all prompts that are asked for: given ones, a file's, a shipped list's, the run's validation captions.
+
+    directory: the run. extremes: as in `extreme_prompts`, of the validation captions, all or the first `validation`.
+    Raises ValueError, one line, where nothing is asked for.
+    """
+    found = [*prompts, *(read_prompts(file) if file else ()), *(shipped_prompts(shipped) if shipped else ())]
+    if validation is not None or extremes is not None:
+        held = validation_prompts(read_recipe(directory), validation)
+        found += held if extremes is None else extreme_prompts(pipeline, held, extremes)
+    if not found:
+        raise ValueError(
+            "nothing to draw: give --prompt TEXT, --prompts-file FILE with a prompt a line, --list NAME of "
+            f"{', '.join(prompt_lists())}, or --validation N"
+        )
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line; empty lines count for nothing."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def prompt_lists() -> list[str]:
+    """Return the names of the shipped lists."""
+    return sorted(path.stem for path in LISTS.glob("*.txt"))
+
+
+def shipped_prompts(name: str) -> list[str]:
+    """Return a shipped list: the captions of the APTP paper's Table 8 (aptp-cc3m, aptp-coco) or 9 (aptp-parti)."""
+    if name not in prompt_lists():
+        raise ValueError(f"no prompt list {name!r}.{near(name, prompt_lists())}")
+    return read_prompts(LISTS / f"{name}.txt")
+
+
+def validation_prompts(settings: dict[str, Any], count: int | None = None) -> list[str]:
+    """Return the first captions, in the data's order, that no training of a run sees; `count` of them, or all.
+
+    settings: the run's recipe. Raises ValueError, one line, where its data holds back fewer.
+    """
+    images = load_data(DataConfig(**settings["data"]), settings["seed"])
+    held = torch.nonzero(images.held_out).flatten().tolist()
+    if (count is not None and count > len(held)) or not held:
+        raise ValueError(
+            f"the run's data holds {len(held)} captions back (data.holdout), {count or 'some'} are asked for"
+        )
+    return [images.captions[index] for index in held[:count]]
+
+
+def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], count: int) -> list[str]:
+    """Return the first `count` prompts of the cheapest expert and of the dearest, among the experts that are used.
+
+    As the APTP paper's Figure 4 shows them. Raises ValueError, one line, for one expert, or unknown costs.
+    """
+    macs = (pipeline.mixture.info.get("result") or {}).get("macs")
+    experts = pipeline.route(prompts).tolist()
+    if not macs or len(set(experts)) < 2:
+        raise ValueError("the cheapest and the dearest expert: the prompts go to one expert, or costs are unknown")
+    used = sorted(set(experts), key=lambda expert: macs[expert])
+    rows = [[row for row, own in enumerate(experts) if own == expert][:count] for expert in (used[0], used[-1])]
+    return [prompts[row] for own in rows for row in own]
