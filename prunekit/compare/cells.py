@@ -25,6 +25,7 @@ from prunekit.methods.budget import budget_of
 from prunekit.recipe import CompareRecipe, RecipeError
 from prunekit.stages import Recovery, Stages
 from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.tracking import flat
 
 FORMAT = 1
 DENSE = "dense"
@@ -212,14 +213,6 @@ class CellRunner:
             shared.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / SCORES, shared)
         return result
-
-
-def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level with dotted keys."""
-    rows: dict[str, Any] = {}
-    for key, value in content.items():
-        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return rows
 
 
 def key_of(fields: dict[str, Any]) -> str:
