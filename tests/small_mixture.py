@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from small_model import CAPTIONS, RECIPE, SHAPES, write_pipeline
+from small_model import RECIPE, SHAPES, write_pipeline
 from small_sdxl import write
 
 import prunekit as pk
@@ -38,11 +38,12 @@ def write_mixture(
     architectures = [space.random(0.4 + 0.1 * seed, seed=seed) for seed in range(experts)]
     for index in depth_only:
         architectures[index] = pk.methods.BKSDM(variant="base").architecture(unet).on(space)
-    z = load_prompt_encoder("emoji").encode(CAPTIONS)
+    z = load_prompt_encoder("emoji").encode(PROMPTS)
     weight = torch.randn(experts, z.shape[1], generator=torch.Generator().manual_seed(0))
+    bias = -(z @ weight.T).mean(dim=0)  # so that every expert has prompts
     method = folder / "methods" / "aptp"
     info = {"method": "aptp", "ratio": [0.5] * experts}
-    PruneResult(architectures, Router(weight, torch.zeros(experts)), info).save(method)
+    PruneResult(architectures, Router(weight, bias), info).save(method)
     for index, architecture in enumerate(architectures):
         pk.slice_unet(unet, architecture).save_pretrained(method / "experts" / str(index) / "unet")
     recipe = parse_recipe({**RECIPE, "model": str(model), "methods": {"aptp": {"experts": experts}}})

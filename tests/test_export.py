@@ -149,15 +149,13 @@ def test_a_mixture_is_exported_checked_and_opens_without_prunekit(run, tmp_path)
     assert np.abs(drawn[0] - drawn[1]).max() <= 1e-5
 
 
-@pytest.mark.parametrize(("expert", "tier"), [(1, "stock"), (1, "class")])
-def test_one_expert_is_a_plain_pipeline(run, tmp_path, expert, tier):
-    done = export(run, tmp_path / "one", "auto" if tier == "stock" else tier, expert=expert)
-    assert done.tiers == [tier] and len(done.checked) == 3
+def test_one_expert_is_a_plain_pipeline(run, tmp_path):
+    done = export(run, tmp_path / "one", expert=2)
+    assert done.tiers == ["class"] and len(done.checked) == 3
     assert all(line["relative_error"] <= 1e-5 for line in done.checked)
     assert {line["what"] for line in done.checked} == {"UNet", "pipeline"}
     index = read_json(tmp_path / "one" / "model_index.json")
-    name = PrunedUNet2DConditionModel.__name__
-    assert index["unet"] == (["diffusers", "UNet2DConditionModel"] if tier == "stock" else ["modeling_pruned", name])
+    assert index["unet"] == ["modeling_pruned", PrunedUNet2DConditionModel.__name__]
     ours = load_pipeline_directory(tmp_path / "one", verify=True)
     own = ours("red cat", num_inference_steps=1, output_type="np", generator=torch.Generator().manual_seed(0)).images
     routed = PromptRoutedPipeline.from_pretrained(tmp_path / "one", device="cpu")
@@ -166,9 +164,7 @@ def test_one_expert_is_a_plain_pipeline(run, tmp_path, expert, tier):
     assert not any(str(run) in path.read_text() for path in (tmp_path / "one").rglob("*.json"))
 
 
-@pytest.mark.parametrize(
-    ("tier", "batch", "shape"), [("onnx", None, "sd2"), ("torch", 2, "sdxl"), ("torch", None, "sd2")]
-)
+@pytest.mark.parametrize(("tier", "batch", "shape"), [("onnx", None, "sd2"), ("torch", 2, "sdxl")])
 def test_graphs(tmp_path, tier, batch, shape):
     if tier == "onnx":
         for name in ("onnx", "onnxruntime", "onnxscript"):

@@ -1,5 +1,6 @@
 """`prunekit generate`: the same bytes in any order, from any number of processes, through kills, in bounded memory."""
 
+import io
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from prunekit.serving.loading import recipe_hash
 from prunekit.serving.pictures import read_metadata
 from prunekit.serving.prompts import extreme_prompts, prompt_lists, shipped_prompts
 
-STEPS = 2
+STEPS = 1
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +76,22 @@ def by_prompt(folder, prompts):
     return {prompt: (folder / f"{index:05d}.png").read_bytes() for index, prompt in enumerate(prompts)}
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_order_changes_no_byte(pipeline, pictures, tmp_path, batch_size):
-    expected = pictures if batch_size == 1 else drawn(pipeline, tmp_path / "in order", PROMPTS[:64], batch_size=4)
-    assert len(set(pipeline.route(PROMPTS[:64]).tolist())) == 4
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled = [PROMPTS[row] for row in order]
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 64), (4, 24)])
+def test_order_changes_no_byte(pipeline, pictures, tmp_path, batch_size, count):
+    prompts = PROMPTS[:count]
+    expected = pictures if batch_size == 1 else drawn(pipeline, tmp_path / "in order", prompts, batch_size=batch_size)
+    assert len(set(pipeline.route(prompts).tolist())) == 4
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = [prompts[row] for row in order]
     assert drawn(pipeline, tmp_path / "shuffled", shuffled, batch_size=batch_size) == expected
 
 
 def test_batches_differ_by_rounding_alone(pipeline, pictures, tmp_path):
-    drawn(pipeline, tmp_path / "eight", PROMPTS[:64], batch_size=8)
-    drawn(pipeline, tmp_path / "one", PROMPTS[:64])
-    folders = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "eight"))
-    for one, eight in zip(*folders, strict=True):
-        difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(eight))
-        assert np.abs(difference).max() <= 2
+    def pixels(content):
+        return np.asarray(Image.open(io.BytesIO(content))).astype(int)
+
+    for prompt, content in drawn(pipeline, tmp_path / "eight", PROMPTS[:64], batch_size=8).items():
+        assert np.abs(pixels(content) - pixels(pictures[prompt])).max() <= 2
 
 
 def test_three_processes_share_the_work(run, pictures, tmp_path):

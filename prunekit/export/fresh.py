@@ -1,7 +1,8 @@
 """The program of the fresh process that opens an export: a script of its own, which imports nothing of prunekit.
 
-It is started as `python fresh.py JOBS`, where the JSON file JOBS lists what to open: the form, the folder, a file with
-the inputs, a file for the outputs, and whether prunekit may be imported.
+It is started as `python fresh.py JOBS`, where the JSON file JOBS lists what to open: the form, the folder, files with
+the inputs, files for the outputs, and whether prunekit may be imported. Until all that must open without it is done,
+it cannot be.
 """
 
 import importlib.abc
@@ -67,10 +68,10 @@ def open_unet(form: str, folder: str):
 
 
 def main(path: str) -> None:
-    """Open everything that the jobs name, and write each output."""
+    """Open everything that the jobs name, first what must open without prunekit, and write each output."""
     jobs = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not jobs["prunekit"]:
-        sys.meta_path.insert(0, Forbidden())
+    forbidden = Forbidden()
+    sys.meta_path.insert(0, forbidden)
     import torch
     from diffusers.utils import logging
     from safetensors.torch import load_file, save_file
@@ -78,12 +79,15 @@ def main(path: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_grad_enabled(False)
-    for job in jobs["jobs"]:
-        call = open_unet(job["form"], job["folder"])
-        for inputs, output in job["files"]:
-            save_file({"out": call(load_file(inputs)).contiguous()}, output)
-    if not jobs["prunekit"]:
-        assert not any(name.partition(".")[0] == "prunekit" for name in sys.modules)
+    for with_prunekit in (False, True):
+        if with_prunekit:
+            assert not any(name.partition(".")[0] == "prunekit" for name in sys.modules)
+            sys.meta_path.remove(forbidden)
+        for job in jobs:
+            if job["prunekit"] is with_prunekit:
+                call = open_unet(job["form"], job["folder"])
+                for inputs, output in job["files"]:
+                    save_file({"out": call(load_file(inputs)).contiguous()}, output)
 
 
 if __name__ == "__main__":
