@@ -19,9 +19,8 @@ STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9, "log_every": 1}
 RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json")
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
+def write_small_recipe(folder):
+    """Write the world and a recipe of every stage, with a checkpoint after each step; return its path."""
     content = {
         **write_world(folder),
         "prune": {"budget": 0.7},
@@ -32,6 +31,11 @@ def recipe(tmp_path_factory):
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_small_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 def figures(directory):

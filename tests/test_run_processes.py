@@ -7,29 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from launching import environment
-from small_model import TRAINING, write_world
-from test_run import figures
+from test_run import figures, write_small_recipe
 
 KILLS = int(os.environ.get("PRUNEKIT_KILLS", "3"))  # more on demand
-STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """(folder, what the script reports)."""
     folder = tmp_path_factory.mktemp("killed")
-    content = {
-        **write_world(folder),
-        "prune": {"budget": 0.7},
-        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **STEPWISE}}},
-        "fine_tune": {"steps": 5, **STEPWISE},
-        "evaluation": {"num_images": 6, "steps": 2, "batch_size": 2, "num_predictions": 8, "num_pictures": 2},
-    }
-    (folder / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    recipe = write_small_recipe(folder)
     script = str(Path(__file__).parent / "killed.py")
-    command = [sys.executable, script, str(folder / "small.yaml"), str(folder), str(KILLS), "0"]
+    command = [sys.executable, script, str(recipe), str(folder), str(KILLS), "0"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
