@@ -329,6 +329,7 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     prompts = collect(pipeline, directory, **given, validation=validation, extremes=extremes)
     drawn_by = (steps, guidance, negative_prompt, None, batch_size, picture_format)
+    method = pipeline.mixture.info.get("method", method)
     folder = output or directory / "generated" / method
     made = generate_to(folder, pipeline, Request(prompts, [seed] * len(prompts), *drawn_by))
     table = Table("picture", "expert", "prompt")

@@ -177,6 +177,11 @@ def test_graphs(tmp_path, tier, batch, shape):
     specification = read_json(tmp_path / "graph" / "specification.json")[KEY]
     assert specification["architecture"] == load_unet(tmp_path / "unet").config["pruning"]
     assert specification["inputs"]["sample"][0] == (batch or "batch")
+    if tier == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(tmp_path / "graph" / "model.onnx"))
+        assert {item.shape[0] for item in session.get_inputs()} == {"batch"}
 
 
 def test_the_header_says_what_the_weights_are(tmp_path):

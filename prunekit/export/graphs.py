@@ -61,6 +61,7 @@ def save_graph(
                 input_names=list(arguments),
                 output_names=["out_sample"],
                 opset_version=OPSET,
+                dynamic_shapes=None if batch else {name: {0: "batch"} for name in arguments},  # what it is called
                 dynamo=True,
                 verbose=False,
             )
