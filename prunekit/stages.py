@@ -217,7 +217,8 @@ class Stages:
         The models are a queue of independent jobs, which the processes of this launch and of others on the directory
         share; where a launch has more processes than there are models, it trains one after another with all of them.
         """
-        jobs = [job for recovery in recoveries for job in self._jobs(recovery)]
+        jobs_of = [self._jobs(recovery) for recovery in recoveries]
+        jobs = [job for own in jobs_of for job in own]
         if len(jobs) >= current().count:
             with apart():
                 share([Piece(job.lock, job.done, partial(self._fine_tune, job)) for job in jobs], self.locks)
@@ -225,7 +226,8 @@ class Stages:
             for job in jobs:
                 if not current().agree(job.done()):
                     self._fine_tune(job)
-        return [candidate for recovery in recoveries for candidate in self._recovered(recovery)]
+        made = zip(recoveries, jobs_of, strict=True)
+        return [candidate for recovery, own in made for candidate in self._recovered(recovery, own)]
 
     def _jobs(self, recovery: Recovery) -> list[Job]:
         pairs, result = self.data.training_pairs(), recovery.result
@@ -260,9 +262,9 @@ class Stages:
         processes.wait()
         self.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
 
-    def _recovered(self, recovery: Recovery) -> list[Candidate]:
+    def _recovered(self, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
         """Return what was made: a row for each step whose weights were kept, then one for the last."""
-        result, folders = recovery.result, [job.folder for job in self._jobs(recovery)]
+        result, folders = recovery.result, [job.folder for job in jobs]
         cost = CostModel(self.pipeline.unet, result.space, self.cost.sample_size, self.cost.text_length)
         macs = [cost.macs(architecture) for architecture in result.architectures]
         params = [cost.params(architecture) for architecture in result.architectures]

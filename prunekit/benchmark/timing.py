@@ -16,7 +16,6 @@ import torch
 
 from prunekit.benchmark.clock import clock
 
-AGAIN = "again"  # what is added to the first callable's name for its second arm
 CONFIDENCE = 0.95
 SHORTEST = 1e-4  # seconds of one sample: a faster callable is called several times a sample (not on CUDA)
 

@@ -1,10 +1,10 @@
 """Samples that cannot be used: what is wrong with them, how many may be, and the file that lists them."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from prunekit.training.checkpoint import temporary_for
 from prunekit.training.progress import console
 
 
@@ -53,7 +53,7 @@ class Tolerance:
 def write_report(skipped: list[BadSample], path: Path) -> None:
     """Write one JSON object a bad sample to a JSON Lines file, atomically; an empty file where all are good."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     rows = [json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in skipped]
     temporary.write_text("".join(rows), encoding="utf-8", errors="surrogateescape")
     temporary.replace(path)
