@@ -1,5 +1,7 @@
 """APTP's search on a small model: deterministic, resumable, independent of accumulation, and within its budget."""
 
+import math
+
 import pytest
 import torch
 from small_model import CAPTIONS, SHAPES
@@ -56,6 +58,42 @@ def test_twice_the_same(pipeline, result, tmp_path):
     assert again.info["prompts_per_expert"] == result.info["prompts_per_expert"]
 
 
+VARIANTS = {
+    "paper": {"preset": "paper", "warmup": 2},
+    "bfloat16": {"preset": "paper", "warmup": 2, "search": {**SEARCH, "steps": 4, "precision": "bfloat16"}},
+    "hardened": {"similarity": "hardened"},
+    "random codes": {"codes": "random"},
+    "cumulative": {"depth_gates": "cumulative"},
+    "hard concrete": {"noise": "hard_concrete"},
+    "spread": {"spread_weight": 0.1, "maximum_weight": 0.1},
+    "normalised": {"feature_blocks": "all", "feature_scale": "normalised"},
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_every_setting_searches_and_meets_the_budget(pipeline, result, settings):
+    rows = []
+    search = {**SEARCH, "steps": 4}
+    other = APTP(**{**SETTINGS, "search": search, **settings}).prune(pipeline, encoded(), log=rows.append)
+    assert other.info["mixture_ratio"] <= 0.7 and all(math.isfinite(row["loss"]) for row in rows)
+    plain = APTP(**SETTINGS, search=search).prune(pipeline, encoded())
+    assert other.router.weight.shape == plain.router.weight.shape
+    assert not torch.equal(other.router.weight, plain.router.weight)  # each changes what is learned
+    if settings.get("spread_weight") or settings.get("preset"):
+        assert {"spread", "maximum"} <= set(rows[-1])
+
+
+def test_the_papers_preset_yields_to_what_is_given():
+    config = APTP(preset="paper", offset=1.0).config
+    assert (config.offset, config.depth_gates, config.similarity, config.balance) == (
+        1.0,
+        "cumulative",
+        "hardened",
+        False,
+    )
+    assert APTP().config.depth_gates == "independent"
+
+
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_killed_and_resumed_the_same(pipeline, result, tmp_path, stop):
     class StopError(Exception):
@@ -94,8 +132,8 @@ def test_result_round_trip(pipeline, result, tmp_path):
     assert torch.equal(loaded.router.route(z), result.router.route(z))
 
 
-def losses_and_gradients(pipeline, micro_batch, step):
-    method = APTP(**SETTINGS, search=SEARCH)
+def losses_and_gradients(pipeline, micro_batch, step, **settings):
+    method = APTP(**SETTINGS, **settings, search=SEARCH)
     space = discover(pipeline.unet, depth="aptp")
     cost, data = CostModel(pipeline.unet, space, text_length=16), encoded()
     predictor, codes = method._parameters(10, space.size)
@@ -124,6 +162,19 @@ def test_accumulation_changes_neither_losses_nor_gradients(pipeline, step):
     assert whole == pytest.approx(parts, rel=1e-5)
     assert (gradient - other).norm() <= 1e-5 * gradient.norm() and gradient.norm() > 0
     assert float(batch.weights.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("transport", [True, False])
+def test_transport_spreads_a_batch_and_without_it_the_nearest_code_wins(pipeline, transport):
+    method = APTP(**SETTINGS, transport=transport, search=SEARCH)
+    space = discover(pipeline.unet, depth="aptp")
+    with gated(pipeline.unet, space) as gates:
+        cost = CostModel(pipeline.unet, space, text_length=16)
+        objective = method._objective(pipeline.unet, gates, cost, emoji_model.training_scheduler(), encoded())
+        objective.codes.values.data = torch.cat([objective.codes.values.data[:1] + 1.0, -torch.ones(2, space.size)])
+        torch.nn.init.constant_(objective.predictor.bias, 1.0)  # every prompt is nearest to the first code
+        assignment = objective.batch(SETTINGS["warmup"] + 1).assignment
+    assert assignment.any() if transport else not assignment.any()
 
 
 def test_kmeans_finds_separate_directions():

@@ -66,21 +66,6 @@ def test_contrastive_needs_two_prompts():
         losses.contrastive_loss(torch.ones(3, 4), torch.ones(2, 4))
 
 
-def test_gumbel_sigmoid_equals_the_paper():
-    logits, noise = draw(3, 10), draw(3, 10, seed=1)
-    expected = 1 / (1 + np.exp(-(logits.numpy() + noise.numpy()) / 0.4))
-    np.testing.assert_allclose(losses.gumbel_sigmoid(logits, 0.4, noise).numpy(), expected, rtol=0, atol=1e-12)
-    assert torch.equal(losses.gumbel_sigmoid(logits, 0.4), torch.sigmoid(logits / 0.4))
-
-
-def test_gumbel_noise():
-    noise = losses.gumbel((200_000,), torch.Generator().manual_seed(0))
-    assert torch.equal(noise, losses.gumbel((200_000,), torch.Generator().manual_seed(0)))
-    assert noise.isfinite().all()
-    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
-    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
-
-
 @pytest.mark.parametrize("x, y", [(3.0, 7.0), (7.0, 3.0), (1e12, 8e11), (2.0, 2.0)])
 def test_resource_loss_equals_the_paper(x, y):
     macs = torch.tensor(x, dtype=torch.float64, requires_grad=True)
@@ -96,3 +81,12 @@ def test_batch_weighted_cost():
     assert mean.item() == pytest.approx(0.75 * 10 + 0.25 * 40)
     mean.backward()
     assert costs.grad.tolist() == [0.75, 0.0, 0.25]
+
+
+def test_spread_and_maximum():
+    ratios = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
+    assert losses.spread_loss(ratios).item() == pytest.approx(-0.2)
+    assert losses.maximum_loss(ratios).item() == pytest.approx(0.1)
+    assert losses.spread_loss(ratios[:1]).item() == 0
+    (losses.spread_loss(ratios) + losses.maximum_loss(ratios)).backward()
+    assert ratios.grad[2] < 0 < ratios.grad[0]  # sizes are driven apart

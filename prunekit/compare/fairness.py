@@ -5,7 +5,9 @@ from typing import Any
 
 Result = dict[str, Any]  # a cell's JSON
 
-DISTILLATION = ("fine_tune.distillation_weight", "fine_tune.denoising_weight", "fine_tune.feature_blocks")
+DISTILLATION = tuple(
+    f"fine_tune.{name}" for name in ("distillation_weight", "denoising_weight", "feature_blocks", "feature_scale")
+)
 AXES = {"seed"}
 
 

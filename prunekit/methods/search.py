@@ -18,13 +18,20 @@ from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.gates import Gates, gated
-from prunekit.methods.aptp.losses import gumbel, gumbel_sigmoid, resource_loss
+from prunekit.methods.aptp.losses import resource_loss
 from prunekit.methods.base import Method, PruneResult, PruneSettings, space_and_cost, unet_of
 from prunekit.methods.budget import budget_macs
 from prunekit.methods.calibration import as_encoded, noise_schedule
+from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
 from prunekit.randomness import generator
 from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors
-from prunekit.training.distillation import FeatureBlocks, block_outputs, distillation_error
+from prunekit.training.distillation import (
+    FEATURE_SCALE,
+    FeatureBlocks,
+    FeatureScale,
+    block_outputs,
+    distillation_error,
+)
 from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
@@ -34,11 +41,22 @@ class SearchSettings(PruneSettings):
 
     temperature: float = Field(0.4, gt=0, description="gamma of the Gumbel-sigmoid gates (Eq. 9)")
     offset: float = Field(3.0, description="added to every logit, so that all gates start open")
+    noise: Noise = Field(
+        "gumbel",
+        description="of the gates: gumbel as in the paper, logistic as of a coin, hard_concrete: logistic, stretched "
+        "and clipped so that gates reach 0 and 1",
+    )
+    depth_gates: DepthGates = Field(
+        "independent",
+        description="whole layers each by a logit of their own, or cumulative: by one softmax, dropped in a fixed "
+        "order from the middle of the UNet outwards, as in APTP's published code",
+    )
     feature_blocks: FeatureBlocks = Field(
         "none",
         description="blocks whose outputs are distilled beside the UNet's own; all: as in the paper, where their "
         "unscaled errors may outweigh the resource term, so that gates stay open and the last cut is blind",
     )
+    feature_scale: FeatureScale = Field("sum", description=FEATURE_SCALE)
     distillation_weight: float = Field(
         0.2, ge=0, description="lambda_distill of Eq. 25; 0 searches without a teacher's pass"
     )
@@ -86,6 +104,8 @@ class GateSearchObjective:
 
     def __post_init__(self) -> None:
         self.pairs = self.data.training_pairs()  # (P,)
+        config, num_width = self.config, self.cost.space.num_width
+        self.relaxation = Relaxation(num_width, config.noise, config.depth_gates, config.temperature, config.offset)
 
     def draw(self, step: int) -> SearchBatch:
         """Draw a step's pairs, timesteps and noise: a function of (seed, step) alone."""
@@ -97,8 +117,7 @@ class GateSearchObjective:
 
     def gate(self, batch: SearchBatch, logits: Tensor, purpose: str = "gates") -> Tensor:
         """Soft gates of logits (N, D), shifted by the offset (Eq. 9); their noise is keyed by (seed, purpose, step)."""
-        noise = gumbel(tuple(logits.shape), generator(self.config.seed, purpose, batch.step)).to(logits)
-        return gumbel_sigmoid(logits + self.config.offset, self.config.temperature, noise)
+        return self.relaxation.gates(logits, generator(self.config.seed, purpose, batch.step))
 
     def resource_term(self, mean_macs: Tensor) -> Tensor:
         """Weighted distance of a mean cost, in MACs, to the budget (Eq. 26): a scalar."""
@@ -136,7 +155,7 @@ class GateSearchObjective:
         denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
         terms = {"denoising": (weights * denoising).sum()}
         if teacher is not None:
-            error = distillation_error(prediction, teacher[0], blocks, teacher[1])
+            error = distillation_error(prediction, teacher[0], blocks, teacher[1], self.config.feature_scale)
             terms["distillation"] = weight * (weights * error).sum()
         return terms
 

@@ -62,7 +62,7 @@ class UniArchObjective(GateSearchObjective):
 class UniArch(SearchMethod):
     """One learned architecture for all prompts, without a router (Uni-Arch of APTP's ablation, ICLR 2025).
 
-    `prune` returns the highest logits of the learned code that fit the budget (`select`, law 3).
+    `prune` returns the highest scores of the learned code that fit the budget (`select`, law 3).
     """
 
     Config = UniArchConfig
@@ -74,5 +74,6 @@ class UniArch(SearchMethod):
         return UniArchObjective(unet, gates, cost, scheduler, data, self.config, unet.device)
 
     def _decide(self, objective: UniArchObjective) -> PruneResult:
-        architecture = select(objective.codes.values[0].detach(), objective.cost, self.config.budget)
+        scores = objective.relaxation.scores(objective.codes.values.detach())[0]
+        architecture = select(scores, objective.cost, self.config.budget)
         return PruneResult([architecture], info=describe_result(self, [architecture], objective.cost))

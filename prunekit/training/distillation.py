@@ -11,6 +11,11 @@ from torch import Tensor
 from prunekit.training.diffusion import per_sample_mse
 
 FeatureBlocks = Literal["all", "down_up", "none"]  # every block; all but the mid block; no block
+FeatureScale = Literal["sum", "mean", "normalised"]
+FEATURE_SCALE = (  # the setting's description
+    "how the blocks' errors are added: sum, as the paper prints it (Eq. 28); mean, as its published code takes it; "
+    "normalised: each divided by the mean square of the teacher's output, then their mean"
+)
 
 
 @contextmanager
@@ -43,16 +48,22 @@ def _blocks(unet: UNet2DConditionModel, which: FeatureBlocks) -> dict[str, torch
 
 
 def distillation_error(
-    prediction: Tensor, teacher: Tensor, blocks: dict[str, Tensor], teacher_blocks: dict[str, Tensor]
+    prediction: Tensor,
+    teacher: Tensor,
+    blocks: dict[str, Tensor],
+    teacher_blocks: dict[str, Tensor],
+    scale: FeatureScale = "sum",
 ) -> Tensor:
-    """Return each sample's output error plus the sum of its blocks' errors, (B,) (Eq. 27-29).
+    """Return each sample's output error plus its blocks' errors, (B,) (Eq. 27-29).
 
     Blocks are compared where both dictionaries have them and their shapes agree: widths of the residual stream never
     change, but inside a removed stage hidden states have another size. Its up block is compared: what a removed one
     passes on has the size of what the teacher's returns.
     """
-    error = per_sample_mse(prediction, teacher)
+    error, compared = per_sample_mse(prediction, teacher), []
     for path, reference in teacher_blocks.items():
         if path in blocks and blocks[path].shape == reference.shape:
-            error = error + per_sample_mse(blocks[path], reference)
-    return error
+            own = per_sample_mse(blocks[path], reference)
+            compared.append(own / reference.float().square().mean() if scale == "normalised" else own)
+    share = 1.0 if scale == "sum" else 1 / max(1, len(compared))
+    return sum((share * own for own in compared), start=error)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
 from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors, forward_process
-from prunekit.training.distillation import FeatureBlocks, block_outputs, distillation_error
+from prunekit.training.distillation import (
+    FEATURE_SCALE,
+    FeatureBlocks,
+    FeatureScale,
+    block_outputs,
+    distillation_error,
+)
 from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
@@ -27,6 +33,7 @@ class FineTuneConfig(TrainerConfig):
         description="blocks whose outputs are distilled: all (Eq. 29); down_up leaves out the mid block, which with "
         "denoising_weight=1 is BK-SDM's own distillation (Kim et al., 2023); none distils the output alone",
     )
+    feature_scale: FeatureScale = Field("sum", description=FEATURE_SCALE)
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
     snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: none"
@@ -80,7 +87,7 @@ class FineTuningObjective:
         if weight:
             with torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
                 teacher = self.teacher(noisy, timesteps, **conditions).sample
-            error = distillation_error(prediction, teacher, blocks, teacher_blocks)
+            error = distillation_error(prediction, teacher, blocks, teacher_blocks, self.config.feature_scale)
             terms["distillation"] = weight * error.sum() / size
         return terms
 

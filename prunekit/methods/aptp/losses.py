@@ -1,28 +1,10 @@
-"""The terms of APTP's objective that look at the whole batch: gates, contrastive and resource loss."""
+"""The terms of APTP's objective that look at the whole batch: contrastive, resource and spread losses."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunekit.methods.aptp.router import cosine_scores
-
-
-def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Gumbel(0, 1) noise: float32 of the given shape, on the generator's device."""
-    uniform = torch.empty(shape, device=generator.device).exponential_(generator=generator)
-    return -uniform.clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-def gumbel_sigmoid(logits: Tensor, temperature: float, noise: Tensor | float = 0.0) -> Tensor:
-    """Soft gates in [0, 1]: sigmoid((logits + noise) / temperature) (Eq. 9, and Eq. 12 for e').
-
-    Args:
-        logits: any shape, e.g. codes (N, D).
-        temperature: gamma, 0.4 in the paper.
-        noise: drawn by `gumbel` with a keyed generator, broadcastable to logits; 0 gives the gates without noise.
-
-    """
-    return torch.sigmoid((logits + noise) / temperature)
 
 
 def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Tensor:
@@ -34,7 +16,7 @@ def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Ten
 
     Args:
         z: (B, Z) prompt embeddings; no gradient is sent into them.
-        gates: (B, D) e' of Eq. 12, `gumbel_sigmoid` of the predicted embeddings.
+        gates: (B, D) e' of Eq. 12, soft gates of the predicted embeddings.
         temperature: tau, 0.03 in the paper.
 
     Returns:
@@ -86,3 +68,17 @@ def resource_loss(mean_macs: Tensor, target: Tensor | float) -> Tensor:
     """
     target = torch.as_tensor(target, dtype=mean_macs.dtype, device=mean_macs.device)
     return (mean_macs.log() - target.log()).abs()
+
+
+def spread_loss(ratios: Tensor) -> Tensor:
+    """Minus the standard deviation of the batch's costs: experts of different sizes lower it.
+
+    In APTP's published code, not in its paper; so is `maximum_loss`. Both take ratios (B,), each sample's share of the
+    dense cost. A batch of one has no spread: 0.
+    """
+    return -ratios.std() if len(ratios) > 1 else ratios.sum() * 0
+
+
+def maximum_loss(ratios: Tensor) -> Tensor:
+    """How much the batch's largest cost lacks to the dense one."""
+    return 1 - ratios.max()

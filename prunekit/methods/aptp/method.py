@@ -43,7 +43,7 @@ class APTP(SearchMethod):
             router = router.shifted(expert_potentials(router.scores(prompts), config.epsilon))
         counts = torch.bincount(router.route(prompts), minlength=config.experts)
         router = router.with_fallback(int(counts.argmax()))
-        experts = select_mixture(codes.cpu(), counts, cost, config.budget)
+        experts = select_mixture(objective.relaxation.scores(codes).cpu(), counts, cost, config.budget)
         info = describe_result(self, experts, cost)
         info["prompts_per_expert"] = counts.tolist()
         shares = counts.double() / counts.sum()

@@ -6,6 +6,7 @@ global batch; so accumulation and processes change nothing.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.gates import Gates
-from prunekit.methods.aptp.losses import batch_weighted_cost, contrastive_loss
+from prunekit.methods.aptp.losses import batch_weighted_cost, contrastive_loss, maximum_loss, spread_loss
 from prunekit.methods.aptp.router import ArchitecturePredictor, cosine_scores
 from prunekit.methods.aptp.transport import assign
 from prunekit.methods.search import Codes, GateSearchObjective, SearchBatch, SearchSettings
@@ -24,20 +25,71 @@ from prunekit.randomness import generator
 MOST_CLUSTERED = 16_384  # prompts whose embeddings the codes are placed among
 
 
+PAPER = {  # preset="paper": the paper, and where it is silent its published code
+    "temperature": 0.4,
+    "offset": 3.0,
+    "noise": "gumbel",
+    "depth_gates": "cumulative",
+    "feature_blocks": "all",
+    "feature_scale": "mean",
+    "distillation_weight": 0.2,
+    "resource_weight": 2.0,
+    "snr_gamma": 5.0,
+    "epsilon": 0.05,
+    "sinkhorn_iterations": 3,
+    "contrastive_temperature": 0.03,
+    "contrastive_weight": 100.0,
+    "transport": True,
+    "similarity": "hardened",
+    "codes": "random",
+    "spread_weight": 0.1,
+    "maximum_weight": 0.1,
+    "balance": False,
+    "warmup": 500,
+}
+
+
 class APTPConfig(SearchSettings):
-    """Settings of APTP; defaults are the paper's where it names one and the search can work with it."""
+    """Settings of APTP; defaults are the paper's where it names one and nothing else measured better (docs/aptp.md)."""
+
+    preset: Literal["default", "paper"] = Field(
+        "default", description="where settings that are not given come from: what measured best, or the paper"
+    )
 
     experts: int = Field(8, gt=0, description="N, the number of experts")
     epsilon: float = Field(0.05, gt=0, description="entropy weight of the transport (Eq. 5)")
     sinkhorn_iterations: int = Field(3, gt=0, description="Sinkhorn iterations (Eq. 7)")
     contrastive_temperature: float = Field(0.03, gt=0, description="tau of the contrastive loss (Eq. 12)")
     contrastive_weight: float = Field(100.0, ge=0, description="lambda_cont of Eq. 25")
+    transport: bool = Field(
+        True,
+        description="assign a batch's prompts by optimal transport (Eq. 5-7, 20-21); off: each to its nearest code",
+    )
+    similarity: Literal["cosine", "hardened"] = Field(
+        "cosine",
+        description="what transport goes by in training: cosine of e and a (Eq. 5); hardened: of their gates at 0 or "
+        "1, weighted by 1/sqrt(width), as in the published code. Inference takes Eq. 22 either way",
+    )
+    codes: Literal["kmeans", "random"] = Field(
+        "kmeans", description="where codes start: at the centres of the predicted embeddings, or at random (orthogonal)"
+    )
+    spread_weight: float = Field(
+        0.0, ge=0, description="of the spread of the batch's costs, which is rewarded; published code: 0.1"
+    )
+    maximum_weight: float = Field(
+        0.0, ge=0, description="of what the costliest sample lacks to the dense cost; published code: 0.1"
+    )
     balance: bool = Field(
         True,
         description="shift the experts' routing scores so that the training prompts spread as transport spreads them; "
         "off: Eq. 22 as printed, under which one expert may take every prompt",
     )
     warmup: int = Field(500, ge=0, description="first steps, in which a prompt's own embedding is its architecture")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        return {**PAPER, **data} if isinstance(data, dict) and data.get("preset") == "paper" else data
 
     @model_validator(mode="after")
     def _codes_train(self) -> "APTPConfig":
@@ -86,17 +138,15 @@ class SearchObjective(GateSearchObjective):
         """Draw a step; at the first step with codes, place them at the centres of the predicted embeddings."""
         config, drawn = self.config, self.draw(step)
         if step == config.warmup:
-            with torch.no_grad():
-                embedded = self.predictor(self.data.prompts[self._sampled_pairs()].to(self.device))
-                centres = spherical_kmeans(embedded, config.experts, config.seed)
-                self.codes.values.copy_(centres)
+            self._place_codes()
         size, embeddings = len(drawn.pairs), self._embeddings(drawn)
         if step < config.warmup:
             assignment, weights = torch.arange(size), torch.full((size,), 1 / size)
         else:
             with torch.no_grad():
-                scores = cosine_scores(embeddings, self.codes.values)
-                assignment = assign(scores, config.epsilon, config.sinkhorn_iterations).cpu()
+                scores = self._similarities(drawn, embeddings)
+                chosen = assign(scores, config.epsilon, config.sinkhorn_iterations) if config.transport else None
+                assignment = (scores.argmax(dim=1) if chosen is None else chosen).cpu()
             counts = torch.bincount(assignment, minlength=config.experts)
             weights = 1 / (int((counts > 0).sum()) * counts[assignment])
         return RoutedBatch(step, drawn.plan, drawn.pairs, embeddings, assignment, weights)
@@ -107,8 +157,14 @@ class SearchObjective(GateSearchObjective):
         soft = self.gate(batch, batch.embeddings, "embeddings")
         contrast = contrastive_loss(self._prompts(batch), soft, config.contrastive_temperature)
         logits = batch.embeddings if batch.step < config.warmup else self.codes.values
-        mean_macs = batch_weighted_cost(self.cost.macs(self.gate(batch, logits)), batch.assignment)
-        return {"contrastive": config.contrastive_weight * contrast, "resource": self.resource_term(mean_macs)}
+        macs = self.cost.macs(self.gate(batch, logits))  # (N,), during the warm-up (B,)
+        terms = {"contrastive": config.contrastive_weight * contrast}
+        terms["resource"] = self.resource_term(batch_weighted_cost(macs, batch.assignment))
+        if config.spread_weight or config.maximum_weight:
+            ratios = macs[batch.assignment.to(macs.device)] / self.cost.dense_macs  # (B,)
+            terms["spread"] = config.spread_weight * spread_loss(ratios)
+            terms["maximum"] = config.maximum_weight * maximum_loss(ratios)
+        return terms
 
     def micro_loss(self, batch: RoutedBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions` under their experts' gates (Eq. 25).
@@ -117,6 +173,33 @@ class SearchObjective(GateSearchObjective):
         """
         logits = self._embeddings(batch) if batch.step < self.config.warmup else self.codes.values
         return self.sample_terms(batch, positions, logits, batch.assignment[positions], batch.weights[positions])
+
+    @torch.no_grad()
+    def _place_codes(self) -> None:
+        """Set the codes to where they start."""
+        config, codes = self.config, self.codes.values
+        if config.codes == "random":
+            draw = torch.randn(codes.shape, generator=generator(config.seed, "codes"))
+            codes.copy_(torch.linalg.qr(draw.T).Q.T[: len(codes)])
+            return
+        embedded = self.predictor(self.data.prompts[self._sampled_pairs()].to(self.device))
+        codes.copy_(spherical_kmeans(embedded, config.experts, config.seed))
+
+    def _similarities(self, batch: SearchBatch, embeddings: Tensor) -> Tensor:
+        """Return how well each prompt fits each code, (B, N)."""
+        if self.config.similarity == "cosine":
+            return cosine_scores(embeddings, self.codes.values)
+        gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
+        return cosine_scores(*(self._hardened(own) for own in gates))
+
+    def _hardened(self, gates: Tensor) -> Tensor:
+        """Return gates (N, D) at 0 or 1, nothing under a removed layer, each group weighted by 1/sqrt(its width)."""
+        space, kept = self.cost.space, (gates >= 0.5).to(gates)
+        for group in space.width_groups:
+            for depth in space.depth_units_over(group.path, group.kind):
+                kept[:, space.slice(group)] *= kept[:, space.num_width + depth, None]
+        sizes = torch.tensor([group.size for group in space.groups for _ in range(group.size)], device=gates.device)
+        return kept / sizes.to(gates).sqrt()
 
     def _embeddings(self, batch: SearchBatch) -> Tensor:
         """Return e (B, D) of the whole batch (Eq. 4)."""

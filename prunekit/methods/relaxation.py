@@ -1,0 +1,97 @@
+"""How the logits of an architecture become soft gates while they are learned, and scores once they are.
+
+Gates are a relaxation of one coin a unit (Eq. 9 of APTP, ICLR 2025). The paper's noise is Gumbel's, which is not
+symmetric: at logit 0 a gate is open in 63 % of the draws. The noise of a coin is logistic (Maddison et al., 2017,
+"The Concrete Distribution"); hard concrete stretches and clips it, so that gates reach 0 and 1 (Louizos et al., 2018,
+"Learning Sparse Neural Networks through L0 Regularization").
+
+Whole layers have gates of their own, or, as in APTP's published code, share one softmax: its running sum from the
+inside of the UNet outwards says how sure each layer stays, so a layer is never surer than one further out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Noise = Literal["gumbel", "logistic", "hard_concrete"]
+DepthGates = Literal["independent", "cumulative"]
+
+STRETCH = (-0.1, 1.1)  # what hard concrete is stretched to before it is clipped (Louizos et al., Section 4)
+CLOSEST = 1e-6  # of a running sum to 0 and 1, before its log odds are taken
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Gumbel(0, 1) noise: float32 of the given shape, on the generator's device."""
+    uniform = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    return -uniform.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def logistic(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Logistic(0, 1) noise, the difference of two draws of Gumbel's: float32, on the generator's device."""
+    first, second = gumbel((2, *shape), generator)
+    return first - second
+
+
+def gumbel_sigmoid(logits: Tensor, temperature: float, noise: Tensor | float = 0.0) -> Tensor:
+    """Soft gates in [0, 1]: sigmoid((logits + noise) / temperature) (Eq. 9, and Eq. 12 for e').
+
+    Args:
+        logits: any shape, e.g. codes (N, D).
+        temperature: gamma, 0.4 in the paper.
+        noise: drawn with a keyed generator, broadcastable to logits; 0 gives the gates without noise.
+
+    """
+    return torch.sigmoid((logits + noise) / temperature)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """From logits (N, D) over a space, widths first, to soft gates (N, D) in [0, 1]."""
+
+    num_width: int  # the units before the whole layers
+    noise: Noise = "gumbel"
+    depth: DepthGates = "independent"
+    temperature: float = 0.4
+    offset: float = 3.0
+
+    def gates(self, logits: Tensor, source: torch.Generator | None = None) -> Tensor:
+        """Return soft gates of logits (N, D), shifted by the offset; `source` draws their noise, None: without any."""
+        scores, noise = self.scores(logits), 0.0
+        if source is not None:
+            draw = gumbel if self.noise == "gumbel" else logistic
+            noise = draw(tuple(logits.shape), source).to(logits)
+        gates = gumbel_sigmoid(scores + self.offset, self.temperature, noise)
+        if self.noise == "hard_concrete":
+            low, high = STRETCH
+            gates = (gates * (high - low) + low).clamp(0, 1)
+        return gates
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return what ranks the units, (N, D): logits, where layers share a softmax with its running sum's log odds."""
+        if self.depth == "independent":
+            return logits
+        inner = logits[:, self.num_width :].to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 rounds to 1
+        order = torch.tensor(drop_order(inner.shape[1]), device=logits.device)  # of the layers, first dropped first
+        kept = inner.index_select(1, order).softmax(dim=1).cumsum(dim=1).clamp(CLOSEST, 1 - CLOSEST)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return torch.cat([logits[:, : self.num_width], kept.logit().index_select(1, back)], dim=1)
+
+
+def drop_order(count: int) -> list[int]:
+    """Layers 0..count-1 of a UNet in its forward order, those next to the middle first (APTP's published order).
+
+    Pairs are taken in turn from either end, the last layers first: 13, 12, 0, 1, 11, 10, 2, 3 … stay longest of 14.
+    """
+    stay, low, high = [], 0, count - 1
+    while low <= high:
+        for _ in range(2):
+            if low <= high:
+                stay.append(high)
+                high -= 1
+        for _ in range(2):
+            if low <= high:
+                stay.append(low)
+                low += 1
+    return stay[::-1]
