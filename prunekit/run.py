@@ -22,18 +22,32 @@ from prunekit.evaluation.table import (
     CEILING_COLUMNS,
     COLUMNS,
     EXPERT_COLUMNS,
+    NAME,
+    Column,
     json_table,
     markdown_table,
     terminal_table,
 )
+from prunekit.methods.base import PruneResult, budget_cost, unet_of
+from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
-from prunekit.stages import Recovery, RunLog, Stages
+from prunekit.recovery import Recovery, recover
+from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, share
 from prunekit.training.processes import apart, current
 
 RECIPE = "recipe.yaml"
 RESULTS = "results.json"  # the last that a run writes
+LATENCY_COLUMNS = (
+    NAME,
+    Column("expert", "expert", ".0f"),
+    Column("macs_ratio", "MACs", ".1f", "", "% of dense", 100),
+    Column("predicted", "predicted time", ".1f", "", "% of dense", 100),
+    Column("measured", "measured time", ".1f", "↓", "% of dense", 100),
+    Column("error", "error of the prediction", "+.1f", "", "%", 100),
+    Column("noise", "noise floor", ".1f", "", "%", 100),
+)
 
 
 class Run:
@@ -53,7 +67,7 @@ class Run:
             folder = self.directory / "methods" / name
             result = stages.choose(recipe.method(name), folder)
             recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
-        candidates = [stages.dense, *stages.recover(recoveries)]
+        candidates = [stages.dense, *recover(stages, recoveries)]
         with apart():  # from here on processes share work by files alone, so that one may be lost
             for candidate in candidates:
                 stages.sample(candidate, self.samples(candidate))
@@ -91,7 +105,8 @@ class Run:
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
-        self.write(rows, experts_of, [{"name": name, **figures} for name, figures in ceiling.items()])
+        known = [{"name": name, **figures} for name, figures in ceiling.items()]
+        self.write(rows, experts_of, known, self.latency(stages))
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
 
@@ -110,14 +125,28 @@ class Run:
             write_json(path, {"seconds_per_image": seconds})
         return float(read_json(path)["seconds_per_image"])
 
-    def write(self, rows: list[dict], experts: dict[str, list[dict]], ceiling: list[dict]) -> None:
+    def latency(self, stages: Stages) -> list[dict]:
+        """Return the predicted and the measured time of every architecture of a budget in time, measured once."""
+        rows, settings = [], self.recipe.prune.latency
+        for name in self.recipe.methods if settings is not None else ():
+            path = self.directory / "metrics" / f"{name}.latency.json"
+            if not path.is_file():
+                unet, cost = unet_of(stages.pipeline), budget_cost(stages.pipeline, self.recipe.method(name).config)
+                chosen = PruneResult.load(self.directory / "methods" / name, unet).architectures
+                write_json(path, predicted_and_measured(unet, chosen, cost, settings))
+            rows += [{"name": name, **row} for row in read_json(path)]
+        return rows
+
+    def write(self, rows: list[dict], experts: dict[str, list[dict]], ceiling: list[dict], latency: list[dict]) -> None:
         """Write the tables as JSON and Markdown, and print them."""
         results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "table": json_table(rows)}
         results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
         results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
+        results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
         screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
         tables = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", own, EXPERT_COLUMNS) for name, own in experts.items()]
+        tables += [("Latency as the budget", latency, LATENCY_COLUMNS)] if latency else []
         tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
         for title, content, columns in tables:
             parts += [f"## {title}\n"] if title else []

@@ -3,12 +3,18 @@
 A pruned UNet's `config.json` holds the dense config and
 `pruning: {format: 1, kept: {module path: unit indices}, removed: [paths]}`, by name, in the dense UNet's units. A
 module path that is not named keeps all. A removed stage is named by its down block.
+
+Several pruned UNets may share one set of weights, a *backbone*: a *member's* folder has a config and `backbone.json`,
+which names the backbone's folder, and loading slices it.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +28,7 @@ from .units.space import near
 __all__ = ["ModelMixin", "PrunedUNet2DConditionModel", "slice_unet"]  # a pipeline's loader looks for ModelMixin here
 
 FORMAT = 1
+POINTER = "backbone.json"  # of a member: where its weights are
 _WIDTH_KINDS = {"resnet": resnet, "attention": attention, "feedforward": feedforward}
 
 
@@ -35,8 +42,16 @@ class PrunedUNet2DConditionModel(UNet2DConditionModel):
     def __init__(self, pruning: Mapping[str, Any] | None = None, **config):
         super().__init__(**config)
         if pruning is not None:
-            _cut(self, _read(pruning, discover(self, depth="blocks")))
+            _cut(self, read_pruning(pruning, discover(self, depth="blocks")))
         self.register_to_config(pruning=pruning)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> PrunedUNet2DConditionModel:
+        """As the stock method; also from a member's folder, whose weights are those of a shared backbone."""
+        backbone = backbone_of(pretrained_model_name_or_path)
+        if backbone is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        return slice_member(super().from_pretrained(backbone, **options), pretrained_model_name_or_path)
 
     def set_attention_slice(self, slice_size: str | int | list[int] = "auto") -> None:
         """As the stock method; "auto" halves every attention's own heads, and leaves one where there is one."""
@@ -85,6 +100,42 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
     return pruned
 
 
+def save_member(unet: UNet2DConditionModel, architecture: Architecture, folder: Path, backbone: Path) -> None:
+    """Write a folder that loads as the UNet sliced to the Architecture, and takes its weights from another's.
+
+    unet: a dense one. backbone: where it is saved; it is named by its path from the folder, so both move together.
+    """
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
+    with torch.device("meta"):
+        blank = UNet2DConditionModel(**config)
+    slice_unet(blank, architecture).save_config(folder)
+    pointer = {"format": FORMAT, "backbone": Path(os.path.relpath(backbone, folder)).as_posix()}
+    (folder / POINTER).write_text(json.dumps(pointer, indent=2) + "\n", encoding="utf-8")
+
+
+def backbone_of(folder: str | Path) -> Path | None:
+    """Where the weights of a member's folder are; None for any other folder. A ValueError of one line for a bad one."""
+    path = Path(folder) / POINTER
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"{path} has format {content['format']!r}; this version of prunekit reads format {FORMAT}")
+        backbone = (Path(folder) / content["backbone"]).resolve()
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not name a backbone: {error!r}") from error
+    if not backbone.is_dir():
+        raise ValueError(f"{path} names {backbone}, which is not there: copy the backbone's folder too")
+    return backbone
+
+
+def slice_member(unet: UNet2DConditionModel, folder: str | Path) -> PrunedUNet2DConditionModel:
+    """A backbone sliced to the Architecture of a member's folder."""
+    pruning = PrunedUNet2DConditionModel.load_config(folder)["pruning"]
+    return slice_unet(unet, read_pruning(pruning, discover(unet, depth="blocks")))
+
+
 def _pairs(pruned: UNet2DConditionModel, unet: UNet2DConditionModel):
     originals = dict(unet.named_modules())
     return [(module, originals[name]) for name, module in pruned.named_modules() if isinstance(module, Attention)]
@@ -125,7 +176,7 @@ def _record(architecture: Architecture, before: Mapping[str, Any] | None) -> dic
     }
 
 
-def _read(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
+def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
     """The Architecture that a config's record describes; ValueError that says what is wrong with it."""
     if not isinstance(pruning, Mapping) or pruning.get("format") != FORMAT:
         known = pruning.get("format") if isinstance(pruning, Mapping) else pruning

@@ -4,11 +4,8 @@ A stage's result appears whole or not at all, and is not made again where it is 
 """
 
 import os
-import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,21 +22,17 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation import comparison
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
-from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling, StoredUNets
+from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import CommonRecipe
-from prunekit.slicing import slice_unet
-from prunekit.stock import export_unet
-from prunekit.training.checkpoint import Checkpoints, append_row, read_json, write_folder, write_json
+from prunekit.training.checkpoint import append_row
 from prunekit.training.claims import Piece, share
 from prunekit.training.diffusion import forward_process
-from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
-from prunekit.training.processes import apart, current
+from prunekit.training.processes import current
 from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
-from prunekit.units import Architecture
 
 
 class RunLog:
@@ -68,46 +61,6 @@ class RunLog:
         seconds = time.monotonic() - self.started
         console.print(f"[{int(seconds // 60):3d}:{int(seconds % 60):02d}] {text}", highlight=False, markup=False)
         self.log({"event": text, "seconds": round(seconds, 1)})
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """A method's architectures that are to be fine-tuned in a folder."""
-
-    name: str
-    result: PruneResult
-    folder: Path
-    config: FineTuneConfig
-    seed: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to fine-tune, independent of all others."""
-
-    recovery: Recovery
-    index: int
-    architecture: Architecture
-    pairs: Tensor  # (P_i,) that it learns from
-
-    @property
-    def folder(self) -> Path:
-        """Where the model goes."""
-        return self.recovery.folder / str(self.index)
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{self.recovery.name} {self.index}"
-
-    @property
-    def lock(self) -> str:
-        """The name of its lock file."""
-        return re.sub(r"\W", "-", self.title)
-
-    def done(self) -> bool:
-        """Whether the model is there."""
-        return (self.folder / "unet").is_dir()
 
 
 class Stages:
@@ -202,6 +155,8 @@ class Stages:
             result = method.prune(self.pipeline, self.data, folder, log=self.log)
             ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
             self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
+            for note in result.notes():
+                self.say(f"{name}: {note}")
             self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
 
         if processes.count == 1:
@@ -210,71 +165,6 @@ class Stages:
             prune()
             processes.wait()
         return PruneResult.load(folder, self.pipeline.unet)
-
-    def recover(self, recoveries: Sequence[Recovery]) -> list[Candidate]:
-        """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
-
-        The models are a queue of independent jobs, which the processes of this launch and of others on the directory
-        share; where a launch has more processes than there are models, it trains one after another with all of them.
-        """
-        jobs_of = [self._jobs(recovery) for recovery in recoveries]
-        jobs = [job for own in jobs_of for job in own]
-        if len(jobs) >= current().count:
-            with apart():
-                share([Piece(job.lock, job.done, partial(self._fine_tune, job)) for job in jobs], self.locks)
-        else:
-            for job in jobs:
-                if not current().agree(job.done()):
-                    self._fine_tune(job)
-        made = zip(recoveries, jobs_of, strict=True)
-        return [candidate for recovery, own in made for candidate in self._recovered(recovery, own)]
-
-    def _jobs(self, recovery: Recovery) -> list[Job]:
-        pairs, result = self.data.training_pairs(), recovery.result
-        routed = None if result.router is None else result.router.route(self.data.prompts[pairs])
-        return [
-            Job(recovery, index, architecture, pairs if routed is None else pairs[routed == index])
-            for index, architecture in enumerate(result.architectures)
-        ]
-
-    def _fine_tune(self, job: Job) -> None:
-        """Make one model's folder; an expert without prompts stays as sliced."""
-        recovery, folder, processes = job.recovery, job.folder, current()
-        student = slice_unet(self.pipeline.unet, job.architecture).to(self.device)
-        figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
-
-        def keep(name: str) -> None:
-            if processes.is_main:
-                write_folder(folder / name, lambda temporary: export_unet(student, temporary))
-
-        if len(job.pairs):
-            milestones = {step: partial(keep, f"step-{step}/unet") for step in self.recipe.evaluation.at_steps}
-            options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
-            inputs = (student, self.pipeline.unet, self.data, recovery.config, folder / "checkpoints")
-            figures = fine_tune(*inputs, scheduler=self.pipeline.scheduler, log=self.log, **options)
-        else:
-            for step in self.recipe.evaluation.at_steps:
-                keep(f"step-{step}/unet")
-        if processes.is_main:
-            write_json(folder / "figures.json", figures)
-            keep("unet")
-            Checkpoints(folder / "checkpoints").clear()
-        processes.wait()
-        self.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
-
-    def _recovered(self, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
-        """Return what was made: a row for each step whose weights were kept, then one for the last."""
-        result, folders = recovery.result, [job.folder for job in jobs]
-        cost = CostModel(self.pipeline.unet, result.space, self.cost.sample_size, self.cost.text_length)
-        macs = [cost.macs(architecture) for architecture in result.architectures]
-        params = [cost.params(architecture) for architecture in result.architectures]
-        seconds = float(result.info.get("search", {}).get("seconds", 0.0))
-        seconds += sum(float(read_json(folder / "figures.json")["seconds"]) for folder in folders)
-        rows = [(f"{recovery.name}@{step}", f"step-{step}/unet", None) for step in self.recipe.evaluation.at_steps]
-        return [
-            Candidate(name, StoredUNets([f / part for f in folders], self.device), macs, params, result.router, spent)
-            for name, part, spent in [*rows, (recovery.name, "unet", seconds)]
-        ]
 
     def sample(self, candidate: Candidate, folder: Path, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise."""

@@ -16,16 +16,14 @@ from prunekit.run import start
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("bench_"))
 OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl"}  # the rest prune Stable Diffusion 2's topology
-LESS = {  # cells of the comparisons, which share their rows, for time
+LESS = {  # rows of the comparisons, which have them in common, for time
     "compare_cc3m": [
-        "budgets=[{budget: 0.85, methods: [norm-undistilled, taylor_sp, bksdm, uniarch, aptp-base]}]",
+        "budgets=[{budget: 0.85, methods: [norm-undistilled, bksdm, aptp-base]}]",
         "protocols=[equal_steps]",
     ],
-    "compare_coco": [
-        "budgets=[{budget: 0.78, methods: [norm]}, {budget: 0.64, methods: [norm, aptp-small]}]",
-        "protocols=[equal_steps]",
-    ],
-    "compare_emoji": ["budgets=[{budget: 'bksdm:base', methods: [bksdm, random, uniarch-undistilled, aptp]}]"],
+    "compare_coco": ["budgets=[{budget: 0.78, methods: [norm]}, {budget: 0.64, methods: [taylor_sp]}]"],
+    "compare_emoji": ["budgets=[{budget: 'bksdm:base', methods: [bksdm, aptp]}]"],
+    "settings_emoji": ["budgets=[{budget: 0.8, methods: [paper, hard_concrete]}]"],
 }
 PAIRS = 24
 WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed(LAYOUTS)}

@@ -57,7 +57,8 @@ def assert_equal(stock, pruned):
 @pytest.mark.parametrize("shape", ["sd1", "sd2"])
 def test_bksdms_family_loads_without_prunekit(shape, tmp_path):
     expected = {}
-    for name, member in BKSDM().members(UNETS[shape]).items():
+    members = list(BKSDM().members(UNETS[shape]).items())
+    for name, member in [*members[:3], *members[3 + SHAPES.index(shape) :: 4]]:
         pruned = slice_unet(UNETS[shape], member)
         assert_equal(as_stock(pruned), pruned)
         folder = tmp_path / name

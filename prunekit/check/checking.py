@@ -23,7 +23,8 @@ from prunekit.plan.models import Models, PlannedModel
 from prunekit.plan.rows import PlannedRow, rows_of, tuning_devices
 from prunekit.plan.work import Work, pruning_work, scheduled
 from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
-from prunekit.stages import Recovery, RunLog, Stages
+from prunekit.recovery import Recovery, recover
+from prunekit.stages import RunLog, Stages
 from prunekit.training.processes import current
 from prunekit.training.tracking import require_installed
 
@@ -159,7 +160,7 @@ class _Check:
         first = PruneResult([result.architectures[0]], info=result.info)
         with self._stage(f"{name}: fine-tuning", "fine_tune", "fine_tune.micro_batch"):
             recovery = Recovery(label, first, folder / "experts", row.tuning, self.recipe.seed)
-            candidate = stages.recover([recovery])[-1]
+            candidate = recover(stages, [recovery])[-1]
         self.spent[f"{label}: fine-tuning"] = self.log.steps_seconds(since) * row.models
         with self._stage(f"{name}: generation", "evaluation", "evaluation.batch_size"):
             pictures, _ = stages.sample(candidate, folder / "samples")

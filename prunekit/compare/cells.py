@@ -23,13 +23,14 @@ from prunekit.methods.base import PruneResult
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
 from prunekit.recipe import CompareRecipe, RecipeError
-from prunekit.stages import Recovery, Stages
+from prunekit.recovery import Recovery, recover
+from prunekit.stages import Stages
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.tracking import flat
 
 FORMAT = 1
 DENSE = "dense"
-STATIC = "static"  # the protocol of a cell with one model: it serves every protocol
+STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
 SCORES = "scores.safetensors"
 
 
@@ -72,7 +73,8 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
             cells += [] if any(c.label == DENSE and c.seed == seed for c in cells) else [Cell(DENSE, "", seed)]
             for label in entry.methods or recipe.methods:
                 count = getattr(recipe.method(label, 0.5, seed).config, "experts", 1)
-                protocols = recipe.protocols if count > 1 else [STATIC]
+                trainings = 1 if recipe.fine_tuning(label, 1).shared_backbone else count
+                protocols = recipe.protocols if trainings > 1 else [STATIC]
                 cells += [Cell(label, entry.label, seed, protocol, count) for protocol in protocols]
     return cells
 
@@ -196,7 +198,7 @@ class CellRunner:
         chosen = self._chosen(cell, searched)
         config = self.recipe.fine_tuning(cell.label, self.steps(cell))
         recovery = Recovery(cell.title, chosen, self.models_folder(cell), config, cell.seed)
-        return self.stages.recover([recovery])[-1], chosen
+        return recover(self.stages, [recovery])[-1], chosen
 
     def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
         """Return the architectures: one search for both protocols, one calibration for all budgets."""

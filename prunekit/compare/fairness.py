@@ -46,6 +46,7 @@ def _group(field: str, cell: Result) -> Hashable | None:
     rules: dict[str, Callable[[], Hashable | None]] = {
         "prune.budget": lambda: axes["budget"],
         "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own space
+        "fine_tune.shared_backbone": lambda: axes["method"],
         "fine_tune.steps": lambda: cell["models"] if axes["protocol"] == "equal_compute" else "",
     }
     if field in rules:

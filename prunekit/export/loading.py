@@ -20,7 +20,7 @@ from prunekit.export.specification import (
 )
 from prunekit.models.names import read_object
 from prunekit.models.shapes import unet_from_config
-from prunekit.slicing import PrunedUNet2DConditionModel
+from prunekit.slicing import PrunedUNet2DConditionModel, backbone_of, slice_member
 
 
 def load_unet(
@@ -38,6 +38,8 @@ def load_unet(
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
+    if (backbone := backbone_of(folder)) is not None:
+        return slice_member(load_unet(backbone, dtype, device, verify), folder).eval().requires_grad_(False)
     config = read_object(folder / CONFIG)
     files = weight_files(folder)
     unet = unet_from_config({key: value for key, value in config.items() if key != "auto_map"}, folder)

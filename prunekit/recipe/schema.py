@@ -115,7 +115,8 @@ class CompareRecipe(CommonRecipe):
 
     job: Literal["compare"]
     methods: dict[str, dict[str, Any]] = Field(
-        description="rows by label; `method` (the label by default), `distillation` (true), and the method's settings"
+        description="rows by label; `method` (the label by default), `distillation` (true), `shared_backbone` (as "
+        "fine_tune has it), and the method's settings"
     )
     budgets: list[BudgetEntry] = Field(min_length=1, description="budgets, each with its seeds")
     protocols: list[Literal["equal_steps", "equal_compute"]] = Field(
@@ -146,8 +147,9 @@ class CompareRecipe(CommonRecipe):
         """Return the method of a row at a budget."""
         settings = {**(self.methods[label] or {})}
         name, distils = settings.pop("method", label), settings.pop("distillation", True)
-        if not isinstance(distils, bool):
-            raise ValueError(f"methods.{label}.distillation={distils!r}: true or false")
+        for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
+            if not isinstance(value, bool):
+                raise ValueError(f"methods.{label}.{key}={value!r}: true or false")
         if not distils and "distillation_weight" in registry.get(name).Config.model_fields:
             settings["distillation_weight"] = 0.0
         common = self.prune.model_copy(update={"budget": budget, "seed": seed})
@@ -161,8 +163,11 @@ class CompareRecipe(CommonRecipe):
     def fine_tuning(self, label: str, steps: int) -> FineTuneConfig:
         """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full."""
         changes: dict[str, Any] = {"steps": steps, **self.method(label, 0.5, 0).fine_tuning()}
-        if not (self.methods[label] or {}).get("distillation", True):
+        row = self.methods[label] or {}
+        if not row.get("distillation", True):
             changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
+        if "shared_backbone" in row:
+            changes["shared_backbone"] = row["shared_backbone"]
         return self.fine_tune.model_copy(update=changes)
 
 

@@ -1,6 +1,7 @@
 """Recovering a sliced UNet's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
+from prunekit.gates import Gates, gated
 from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors, forward_process
 from prunekit.training.distillation import (
     FEATURE_SCALE,
@@ -21,6 +23,7 @@ from prunekit.training.distillation import (
 )
 from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
+from prunekit.units import Architecture
 
 
 class FineTuneConfig(TrainerConfig):
@@ -34,6 +37,11 @@ class FineTuneConfig(TrainerConfig):
         "denoising_weight=1 is BK-SDM's own distillation (Kim et al., 2023); none distils the output alone",
     )
     feature_scale: FeatureScale = Field("sum", description=FEATURE_SCALE)
+    shared_backbone: bool = Field(
+        False,
+        description="experts of a mixture share one set of weights, trained under all their masks, and are sliced from "
+        "it; off: each trains its own",
+    )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
     snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: none"
@@ -64,6 +72,9 @@ class FineTuningObjective:
         sizes = (self.config.batch_size, len(self.pairs), shape, steps)
         return NoisePlan.draw(step, self.seed, *sizes, sampled=self.data.deviations is not None)
 
+    def prepare(self, pairs: Tensor) -> None:
+        """Make the student ready for these pairs."""
+
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
         """Nothing needs the whole batch."""
         return {}
@@ -79,6 +90,7 @@ class FineTuningObjective:
         weight, size = self.config.distillation_weight, self.config.batch_size
         which: FeatureBlocks = self.config.feature_blocks if weight else "none"
         kernel = attention_kernel(noisy, self.config.gradient_checkpointing)
+        self.prepare(pairs)
         with kernel, block_outputs(self.student, which) as blocks:
             prediction = self.student(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
@@ -90,6 +102,27 @@ class FineTuningObjective:
             error = distillation_error(prediction, teacher, blocks, teacher_blocks, self.config.feature_scale)
             terms["distillation"] = weight * error.sum() / size
         return terms
+
+
+@dataclass
+class Mixture:
+    """Architectures that share a UNet's weights, and which of them serves each pair."""
+
+    architectures: Sequence[Architecture]
+    experts: Tensor  # (pairs,) of the data set
+
+
+@dataclass
+class BackboneObjective(FineTuningObjective):
+    """The same of one student under the masks of all experts, each sample under its own."""
+
+    gates: Gates
+    mixture: Mixture
+
+    def prepare(self, pairs: Tensor) -> None:
+        """Set each sample's mask."""
+        masks = torch.stack([architecture.values for architecture in self.mixture.architectures])
+        self.gates.set(masks.to(self.device), rows=self.mixture.experts[pairs])
 
 
 def fine_tune(
@@ -105,11 +138,13 @@ def fine_tune(
     title: str = "fine-tune",
     log: Log | None = None,
     milestones: Mapping[int, Callable[[], None]] | None = None,
+    mixture: Mixture | None = None,
 ) -> dict[str, float]:
     """Train a sliced UNet in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
 
     student: usually from `slice_unet`, float32. teacher: the dense UNet, left as it is. scheduler: the pipeline's.
     pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
+    mixture: the student is a backbone, a dense UNet, and trains under all experts' masks; slice it to each afterwards.
     milestones: called after these steps, with the (averaged) weights of then in the student.
     Returns the trainer's figures: steps, seconds, loss and its terms.
     """
@@ -119,8 +154,13 @@ def fine_tune(
     device = student.device
     student.train().requires_grad_(True)
     teacher.eval().requires_grad_(False)
-    objective = FineTuningObjective(student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
-    with held(config, student, teacher):
+    inputs = (student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
+    with held(config, student, teacher), ExitStack() as stack:
+        if mixture is None:
+            objective = FineTuningObjective(*inputs)
+        else:
+            gates = stack.enter_context(gated(student, mixture.architectures[0].space))
+            objective = BackboneObjective(*inputs, gates, mixture)
         figures = Trainer(config, objective, directory, title, log, milestones).fit()
     student.eval().requires_grad_(False)
     return figures

@@ -1,0 +1,167 @@
+"""Recovering what a method chose: architectures are sliced and fine-tuned, or train as masks of one backbone.
+
+experts/0/unet 1/unet …            each UNet, in its stock form where it has one
+experts/backbone/unet              with `fine_tune.shared_backbone`: the weights; the experts' folders name it
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from prunekit.cost import CostModel
+from prunekit.evaluation.comparison import Candidate, StoredUNets
+from prunekit.methods.base import PruneResult
+from prunekit.slicing import save_member, slice_unet
+from prunekit.stages import Stages
+from prunekit.stock import export_unet
+from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
+from prunekit.training.claims import Piece, share
+from prunekit.training.fine_tuning import FineTuneConfig, Mixture, fine_tune
+from prunekit.training.processes import apart, current
+
+BACKBONE = "backbone"
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A method's architectures that are to be fine-tuned in a folder."""
+
+    name: str
+    result: PruneResult
+    folder: Path
+    config: FineTuneConfig
+    seed: int
+
+    @property
+    def shares(self) -> bool:
+        """Whether its architectures share one set of weights."""
+        return self.config.shared_backbone and len(self.result.architectures) > 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One UNet to fine-tune, independent of all others: expert `index`, or the backbone of all (None)."""
+
+    recovery: Recovery
+    index: int | None
+    pairs: Tensor  # (P_i,) that it learns from
+    experts: Tensor | None = None  # (pairs of the data set,) of a backbone
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        return self.recovery.folder / (BACKBONE if self.index is None else str(self.index))
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.recovery.name} {BACKBONE if self.index is None else self.index}"
+
+    @property
+    def lock(self) -> str:
+        """The name of its lock file."""
+        return re.sub(r"\W", "-", self.title)
+
+    def done(self) -> bool:
+        """Whether the model is there."""
+        return (self.folder / "unet").is_dir()
+
+
+def recover(stages: Stages, recoveries: Sequence[Recovery]) -> list[Candidate]:
+    """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
+
+    The models are a queue of independent jobs, which the processes of this launch and of others on the directory
+    share; where a launch has more processes than there are models, it trains one after another with all of them.
+    """
+    jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
+    jobs = [job for own in jobs_of for job in own]
+    if len(jobs) >= current().count:
+        with apart():
+            share([Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs], stages.locks)
+    else:
+        for job in jobs:
+            if not current().agree(job.done()):
+                _fine_tune(stages, job)
+    made = zip(recoveries, jobs_of, strict=True)
+    return [candidate for recovery, own in made for candidate in _recovered(stages, recovery, own)]
+
+
+def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
+    data, result = stages.data, recovery.result
+    pairs = data.training_pairs()
+    routed = None if result.router is None else result.router.route(data.prompts[pairs])
+    if recovery.shares and routed is not None:
+        if stages.pipeline.unet.config.get("pruning"):
+            raise ValueError(
+                "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
+            )
+        experts = routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)
+        return [Job(recovery, None, pairs, experts)]
+    return [
+        Job(recovery, index, pairs if routed is None else pairs[routed == index])
+        for index in range(len(result.architectures))
+    ]
+
+
+def _fine_tune(stages: Stages, job: Job) -> None:
+    """Make one model's folder; an expert without prompts stays as sliced."""
+    recovery, folder, processes = job.recovery, job.folder, current()
+    unet, architectures = stages.pipeline.unet, recovery.result.architectures
+    mixture = None if job.experts is None else Mixture(architectures, job.experts)
+    architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
+    student = slice_unet(unet, architecture).to(stages.device)
+    figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
+    at_steps = stages.recipe.evaluation.at_steps
+
+    def keep(name: str) -> None:
+        if processes.is_main:
+            _keep(student, recovery, job, name)
+
+    if len(job.pairs):
+        milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
+        options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
+        inputs = (student, unet, stages.data, recovery.config, folder / "checkpoints")
+        schedule = {"scheduler": stages.pipeline.scheduler, "log": stages.log, "mixture": mixture}
+        figures = fine_tune(*inputs, **schedule, **options)
+    else:
+        for step in at_steps:
+            keep(f"step-{step}/unet")
+    if processes.is_main:
+        write_json(folder / FIGURES, figures)
+        keep("unet")
+        Checkpoints(folder / "checkpoints").clear()
+    processes.wait()
+    stages.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
+
+
+def _keep(student: UNet2DConditionModel, recovery: Recovery, job: Job, name: str) -> None:
+    """Write a model's folder; of a backbone, the experts' folders first, so that what is there is complete."""
+    target = job.folder / name
+    if job.index is None:
+        for index, architecture in enumerate(recovery.result.architectures):
+            member = recovery.folder / str(index) / name
+            write_folder(member, partial(save_member, student, architecture, backbone=target))
+    write_folder(target, lambda temporary: export_unet(student, temporary))
+
+
+def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
+    """Return what was made: a row for each step whose weights were kept, then one for the last."""
+    result = recovery.result
+    folders = [recovery.folder / str(index) for index in range(len(result.architectures))]
+    cost = CostModel(stages.pipeline.unet, result.space, stages.cost.sample_size, stages.cost.text_length)
+    macs = [cost.macs(architecture) for architecture in result.architectures]
+    params = [cost.params(architecture) for architecture in result.architectures]
+    seconds = float(result.info.get("search", {}).get("seconds", 0.0))
+    seconds += sum(float(read_json(job.folder / FIGURES)["seconds"]) for job in jobs)
+    at_steps = stages.recipe.evaluation.at_steps
+    rows = [(f"{recovery.name}@{step}", f"step-{step}/unet", None) for step in at_steps]
+    return [
+        Candidate(name, StoredUNets([f / part for f in folders], stages.device), macs, params, result.router, spent)
+        for name, part, spent in [*rows, (recovery.name, "unet", seconds)]
+    ]
