@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -27,6 +27,8 @@ class CostModel:
             takes a text of one token, and charges cross-attention as if the text were as long as the image.
     """
 
+    unit = "MACs"  # of what a budget counts
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -45,8 +47,8 @@ class CostModel:
         self.text_length = text_length
         self.convention = convention
         counter = CONVENTIONS[convention](text_length)
-        self._macs = _Polynomial(unet, space, counter, self.sample_size)
-        self._params = _Polynomial(unet, space, Parameters(), self.sample_size)
+        self._macs = Polynomial(space, _layer_costs(unet, counter, self.sample_size))
+        self._params = Polynomial(space, _layer_costs(unet, Parameters(), self.sample_size))
         self.dense_macs: int = self._macs.count(space.full().values)
         self.dense_params: int = self._params.count(space.full().values)
 
@@ -67,12 +69,21 @@ class CostModel:
         """MACs as a share of the dense UNet's."""
         return self.macs(architecture) / self.dense_macs
 
+    @property
+    def dense_total(self) -> int:
+        """What a budget is a share of: here the dense UNet's MACs."""
+        return self.dense_macs
+
+    def total(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
+        """What a budget counts: here MACs; types as in `macs`."""
+        return self.macs(architecture)
+
     def running(self, architecture: Architecture) -> RunningCost:
-        """The MACs of a boolean Architecture whose units are then flipped one by one, in O(1) each."""
+        """The `total` of a boolean Architecture whose units are then flipped one by one, in O(1) each."""
         return RunningCost(self._macs, self._vector(architecture))
 
     def marginal(self, architecture: Architecture) -> torch.Tensor:
-        """Per unit, int64 (D,): how the MACs would change (signed) if that one unit were flipped."""
+        """Per unit, int64 (D,): how the `total` would change (signed) if that one unit were flipped."""
         running = self.running(architecture)
         return torch.tensor([running.change(unit) for unit in range(self.space.size)], dtype=torch.int64, device="cpu")
 
@@ -85,21 +96,23 @@ class CostModel:
             raise ValueError(f"gates have shape (..., {self.space.size}), got {tuple(architecture.shape)}")
         return architecture
 
-    def _evaluate(self, polynomial: _Polynomial, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
+    def _evaluate(self, polynomial: Polynomial, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
         values = self._vector(architecture)
         if values.dtype == torch.bool:
             return polynomial.count(values) if values.dim() == 1 else polynomial.expectation(values.double())
         return polynomial.expectation(values)
 
 
-class _Polynomial:
-    """base + sum over chains k of P_k · (always_k + sum over k's width groups g of a_g·n_g + b_g·[n_g > 0]).
+class Polynomial:
+    """The sum over chains k of P_k · (always_k + sum over k's width groups g of a_g·n_g + b_g·[n_g > 0]).
 
     A chain is the set of depth units that a layer lies under, P_k the product of their gates; n_g is the number of
     kept units of a group. So the polynomial is linear in every gate alone once [n > 0] is 1 - prod(1 - gate).
+
+    layers: (path, kind, units, cost) of everything in the UNet that costs something.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, space: UnitSpace, counter: ConvLinear, size: tuple[int, int]):
+    def __init__(self, space: UnitSpace, layers: Iterable[tuple[str, str, int, LayerCost]]):
         self.space = space
         groups = {(group.kind, group.path): index for index, group in enumerate(space.width_groups)}
         self.per_unit = [0] * len(groups)
@@ -107,7 +120,7 @@ class _Polynomial:
         self.chain_of_group = [0] * len(groups)
         chains: dict[tuple[int, ...], int] = {}
         always: list[int] = []
-        for path, kind, full, cost in _layer_costs(unet, counter, size):
+        for path, kind, full, cost in layers:
             chain = chains.setdefault(space.depth_units_over(path), len(chains))
             always += [0] * (len(chains) - len(always))
             always[chain] += cost.always
@@ -121,6 +134,10 @@ class _Polynomial:
         self.always = always
         self._soft: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
 
+    def width_cost(self, group: int, kept: int) -> int:
+        """What the width group of that index costs with `kept` units, its layer not being removed."""
+        return self.per_unit[group] * kept + self.if_any[group] * (kept > 0)
+
     def count(self, values: torch.Tensor) -> int:
         """The exact integer for boolean values (D,)."""
         return RunningCost(self, values).total
@@ -133,16 +150,21 @@ class _Polynomial:
             gates = gates.float()
         tables = self._tables(gates.device, gates.dtype)
         widths, depths = gates[:, : self.space.num_width], gates[:, self.space.num_width :]  # (B, W), (B, U)
-        kept = (widths @ tables["members"]).double()  # (B, G)
-        per_chain = tables["always"] + kept @ tables["per_unit"]  # (B, K)
-        if "if_any" in tables:
-            closed = torch.cat([1 - widths, widths.new_ones(len(widths), 1)], dim=1)
-            nonempty = 1 - closed[:, tables["units"]].prod(dim=-1)  # (B, G)
-            per_chain = per_chain + nonempty.double() @ tables["if_any"]
+        per_chain = tables["always"] + self.inside(widths, tables)  # (B, K)
         depths = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)
         for column in tables["chain_units"]:  # (K,): one depth unit of every chain, or the closing one
             per_chain = per_chain * depths.index_select(1, column)
         return per_chain.sum(dim=-1).to(dtype).reshape(shape)
+
+    def inside(self, widths: torch.Tensor, tables: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What soft width gates (B, W) make each chain's layers cost, (B, K) float64."""
+        kept = (widths @ tables["members"]).double()  # (B, G)
+        per_chain = kept @ tables["per_unit"]
+        if "if_any" in tables:
+            closed = torch.cat([1 - widths, widths.new_ones(len(widths), 1)], dim=1)
+            nonempty = 1 - closed[:, tables["units"]].prod(dim=-1)  # (B, G)
+            per_chain = per_chain + nonempty.double() @ tables["if_any"]
+        return per_chain
 
     def _tables(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if (device, dtype) in self._soft:
@@ -169,8 +191,13 @@ class _Polynomial:
                     units[index, : group.size] = torch.arange(space.slice(group).start, space.slice(group).stop)
                 tables["units"] = units
                 tables["if_any"] = torch.tensor(self.if_any, dtype=torch.float64)[:, None] * in_chain
+            tables |= self.extra_tables(in_chain)
         self._soft[device, dtype] = {name: table.to(device) for name, table in tables.items()}
         return self._soft[device, dtype]
+
+    def extra_tables(self, in_chain: torch.Tensor) -> dict[str, torch.Tensor]:
+        """More constants for `inside`; in_chain (G, K) is 1 where a width group lies in a chain."""
+        return {}
 
 
 class RunningCost:
@@ -179,7 +206,7 @@ class RunningCost:
     total: the cost now. bits: the vector now, a list of D booleans (read only).
     """
 
-    def __init__(self, polynomial: _Polynomial, values: torch.Tensor):
+    def __init__(self, polynomial: Polynomial, values: torch.Tensor):
         if values.dtype != torch.bool:
             raise ValueError("a running cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
         space = polynomial.space
@@ -190,7 +217,7 @@ class RunningCost:
         self._kept = [sum(self.bits[space.slice(group)]) for group in space.width_groups]
         self._inside = list(polynomial.always)  # per chain, what it costs while all its depth units stay
         for group, kept in enumerate(self._kept):
-            self._inside[polynomial.chain_of_group[group]] += self._width_cost(group, kept)
+            self._inside[polynomial.chain_of_group[group]] += polynomial.width_cost(group, kept)
         self._closed = [0] * len(polynomial.chains)
         self._chains_of: list[list[int]] = [[] for _ in range(space.num_depth)]
         for chain, units in enumerate(polynomial.chains):
@@ -198,9 +225,6 @@ class RunningCost:
                 self._chains_of[unit].append(chain)
                 self._closed[chain] += not self.bits[space.num_width + unit]
         self.total = sum(inside for inside, closed in zip(self._inside, self._closed, strict=True) if not closed)
-
-    def _width_cost(self, group: int, kept: int) -> int:
-        return self._polynomial.per_unit[group] * kept + self._polynomial.if_any[group] * (kept > 0)
 
     def change(self, unit: int) -> int:
         """How the total would change (signed) if this unit were flipped."""
@@ -210,7 +234,8 @@ class RunningCost:
             if self._closed[self._polynomial.chain_of_group[group]]:
                 return 0
             count = self._kept[group]
-            return self._width_cost(group, count + (-1 if kept else 1)) - self._width_cost(group, count)
+            width_cost = self._polynomial.width_cost
+            return width_cost(group, count + (-1 if kept else 1)) - width_cost(group, count)
         chains = self._chains_of[unit - self._num_width]
         if kept:
             return -sum(self._inside[chain] for chain in chains if self._closed[chain] == 0)
@@ -221,10 +246,10 @@ class RunningCost:
         change, step = self.change(unit), -1 if self.bits[unit] else 1
         if unit < self._num_width:
             group = self._group_of[unit]
-            before = self._width_cost(group, self._kept[group])
+            chain, before = self._polynomial.chain_of_group[group], self._kept[group]
             self._kept[group] += step
-            chain = self._polynomial.chain_of_group[group]
-            self._inside[chain] += self._width_cost(group, self._kept[group]) - before
+            width_cost = self._polynomial.width_cost
+            self._inside[chain] += width_cost(group, self._kept[group]) - width_cost(group, before)
         else:
             for chain in self._chains_of[unit - self._num_width]:
                 self._closed[chain] -= step

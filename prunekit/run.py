@@ -18,6 +18,7 @@ from prunekit.evaluation import comparison
 from prunekit.evaluation.ceiling import evaluator_ceiling
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.pictures import PictureRow, expert_note, picture_sheet
+from prunekit.evaluation.routing import routing_lines, routing_report
 from prunekit.evaluation.table import (
     CEILING_COLUMNS,
     COLUMNS,
@@ -87,7 +88,7 @@ class Run:
 
     def compare(self, candidates: list[Candidate], stages: Stages) -> None:
         """Measure every row's pictures; write and print `results.json`, `table.md` and `comparison.png`."""
-        rows, sheets, experts_of, prompts = [], [], {}, stages.prompts
+        rows, sheets, experts_of, routing, prompts = [], [], {}, {}, stages.prompts
         chosen = torch.arange(min(self.recipe.evaluation.num_pictures, prompts.num_names))
         for candidate in candidates:
             pictures, experts = stages.sample(candidate, self.samples(candidate))
@@ -99,6 +100,7 @@ class Run:
             if candidate.router is not None:
                 arguments = (experts, stages.data, prompts, stages.dense)
                 experts_of[candidate.name] = comparison.expert_rows(candidate, *arguments)
+                routing[candidate.name] = self.routing(candidate, stages)
         ceiling = evaluator_ceiling(
             stages.evaluator, prompts.images, stages.pipeline.vae, stages.resolution, self.recipe.seed
         )
@@ -106,7 +108,7 @@ class Run:
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
         known = [{"name": name, **figures} for name, figures in ceiling.items()]
-        self.write(rows, experts_of, known, self.latency(stages))
+        self.write(rows, experts_of, known, self.latency(stages), routing)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
 
@@ -115,6 +117,13 @@ class Run:
         path = self.directory / "metrics" / f"{candidate.name}.json"
         if not path.is_file():
             write_json(path, stages.measure(candidate, stages.judge(pictures)))
+        return read_json(path)
+
+    def routing(self, candidate: Candidate, stages: Stages) -> dict[str, Any]:
+        """Return what a mixture's router does beside its controls, measured once."""
+        path = self.directory / "metrics" / f"{candidate.name}.routing.json"
+        if not path.is_file():
+            write_json(path, routing_report(candidate, stages.data, *stages.agreement, self.recipe.seed))
         return read_json(path)
 
     def timing(self, candidate: Candidate, stages: Stages) -> float:
@@ -137,7 +146,14 @@ class Run:
             rows += [{"name": name, **row} for row in read_json(path)]
         return rows
 
-    def write(self, rows: list[dict], experts: dict[str, list[dict]], ceiling: list[dict], latency: list[dict]) -> None:
+    def write(
+        self,
+        rows: list[dict],
+        experts: dict[str, list[dict]],
+        ceiling: list[dict],
+        latency: list[dict],
+        routing: dict[str, dict],
+    ) -> None:
         """Write the tables as JSON and Markdown, and print them."""
         results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "table": json_table(rows)}
         results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
@@ -152,6 +168,9 @@ class Run:
             parts += [f"## {title}\n"] if title else []
             parts += [markdown_table(content, columns)]
             screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
+        for name, report in routing.items():
+            parts += routing_lines(name, report)
+        results |= {"routing": routing} if routing else {}
         (self.directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
         write_json(self.directory / RESULTS, results)
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unets import build
 
-from prunekit import Architecture, CostModel, discover
+from prunekit import Architecture, CostModel, UnitGroup, discover
 from prunekit.methods import Scores, select, select_mixture
-from prunekit.methods.budget import budget_macs
+from prunekit.methods.budget import ALIGNMENTS, budget_macs, unaligned, unit_step
 
 SPACES = {
     "sd1": ("sd1", "aptp", None, "exact"),
@@ -21,6 +21,7 @@ SPACES = {
 seeds = st.integers(0, 2**31)
 spaces = st.sampled_from(list(SPACES))
 kinds = st.sampled_from(["normal", "ties", "equal", "depth first", "depth last"])
+alignments = st.sampled_from([None, *ALIGNMENTS])
 
 
 @cache
@@ -60,51 +61,88 @@ def live_and_missing(architecture):
             yield from (position for position in positions if not architecture.values[position])
 
 
-def flipped(architecture, position):
+def flipped(architecture, *positions):
     values = architecture.values.clone()
-    values[position] = ~values[position]
+    values[list(positions)] ^= True
     return Architecture(architecture.space, values)
 
 
-def assert_full(architectures, counts, cost, budget):
-    """Within the budget, and nothing that is missing can be added; by whole recounts."""
+def missing_steps(architecture, align):
+    """Per group under no removed layer, the positions that are missing and how many of them come back together."""
+    space, missing = architecture.space, set(live_and_missing(architecture))
+    for group in space.groups:
+        own = [position for position in range(space.size)[space.slice(group)] if position in missing]
+        if own:
+            yield own, min(unit_step(group, align), len(own))
+
+
+def assert_full(architectures, counts, cost, budget, align=None):
+    """Within the budget, aligned, and nothing that is missing can be added; by whole recounts."""
     limit = Fraction(repr(budget)) * cost.dense_macs * sum(counts)
     total = sum(n * cost.macs(a) for n, a in zip(counts, architectures, strict=True))
     assert total <= limit
     for count, architecture in zip(counts, architectures, strict=True):
         before = cost.macs(architecture)
-        for position in live_and_missing(architecture):
-            assert total + count * (cost.macs(flipped(architecture, position)) - before) > limit, position
+        for positions, step in missing_steps(architecture, align):
+            for start in range(0, len(positions) - step + 1, step):
+                more = flipped(architecture, *positions[start : start + step])
+                assert total + count * (cost.macs(more) - before) > limit, positions
+        for group in architecture.space.width_groups:
+            kept = int(architecture[group.name].sum())
+            assert kept == group.size or kept % unit_step(group, align) == 0
+        if align is not None:
+            for name, channels in unaligned(architecture, align).items():
+                group = architecture.space.group(name)
+                narrow = all(units * group.channels % align for units in range(1, group.size + 1))
+                assert channels % align and (channels == group.size * group.channels or narrow)
 
 
-@settings(max_examples=25, deadline=None)
-@given(spaces, kinds, st.floats(0, 1), seeds)
-def test_select_meets_the_budget_and_leaves_nothing_out(name, kind, share, seed):
+@settings(max_examples=30, deadline=None)
+@given(spaces, kinds, st.floats(0, 1), seeds, alignments)
+def test_select_meets_the_budget_and_leaves_nothing_out(name, kind, share, seed, align):
     cost = cost_of(name)
     scores, budget = draw(cost, kind, seed)[0], a_budget(cost, share)
-    architecture = select(scores, cost, budget)
-    assert_full([architecture], [1], cost, budget)
-    again = select(Scores(cost.space, scores.clone()), cost, budget)
+    architecture = select(scores, cost, budget, align)
+    assert_full([architecture], [1], cost, budget, align)
+    again = select(Scores(cost.space, scores.clone()), cost, budget, align)
     assert torch.equal(again.values, architecture.values)
 
 
-@settings(max_examples=12, deadline=None)
-@given(spaces, kinds, st.floats(0, 1), seeds, st.lists(st.integers(0, 5000), min_size=1, max_size=4).filter(any))
-def test_mixture_meets_the_budget_and_leaves_nothing_out(name, kind, share, seed, counts):
+@settings(max_examples=15, deadline=None)
+@given(
+    spaces,
+    kinds,
+    st.floats(0, 1),
+    seeds,
+    st.lists(st.integers(0, 5000), min_size=1, max_size=4).filter(any),
+    alignments,
+)
+def test_mixture_meets_the_budget_and_leaves_nothing_out(name, kind, share, seed, counts, align):
     cost = cost_of(name)
     logits, budget = draw(cost, kind, seed, len(counts)), a_budget(cost, share)
-    experts = select_mixture(logits, counts, cost, budget)
+    experts = select_mixture(logits, counts, cost, budget, align)
     used = [i for i, count in enumerate(counts) if count]
-    assert_full([experts[i] for i in used], [counts[i] for i in used], cost, budget)
+    assert_full([experts[i] for i in used], [counts[i] for i in used], cost, budget, align)
     for i, count in enumerate(counts):
         if not count:
-            assert torch.equal(experts[i].values, select(logits[i], cost, budget).values)
-    again = select_mixture(logits, torch.tensor(counts), cost, budget)
+            assert torch.equal(experts[i].values, select(logits[i], cost, budget, align).values)
+    again = select_mixture(logits, torch.tensor(counts), cost, budget, align)
     assert all(torch.equal(a.values, b.values) for a, b in zip(experts, again, strict=True))
 
 
-def plain_mixture(logits, counts, cost, budget):
-    """The rule word by word: bisect one threshold, then again and again put back the best unit that fits."""
+def rounded_down(architecture, scores, align):
+    """Drop the lowest units of every group that is neither whole nor aligned."""
+    space, values = architecture.space, architecture.values.clone()
+    for group in space.width_groups:
+        part = space.slice(group)
+        kept = [(scores[unit].item(), unit) for unit in range(space.size)[part] if values[unit]]
+        excess = len(kept) % unit_step(group, align) if len(kept) < group.size else 0
+        values[[unit for _, unit in sorted(kept)[:excess]]] = False
+    return Architecture(space, values)
+
+
+def plain_mixture(logits, counts, cost, budget, align):
+    """The rule word by word: bisect one threshold, round down, then again and again put back the best that fits."""
     limit = Fraction(repr(budget)) * cost.dense_macs * sum(counts)
 
     def total(experts):
@@ -116,11 +154,15 @@ def plain_mixture(logits, counts, cost, budget):
         middle = (low + high) // 2
         fits = total([Architecture(cost.space, row > levels[middle]) for row in logits]) <= limit
         low, high = (low, middle) if fits else (middle + 1, high)
-    experts = [Architecture(cost.space, row > levels[low]) for row in logits]
+    experts = [rounded_down(Architecture(cost.space, row > levels[low]), row, align) for row in logits]
     while True:
-        missing = [(-logits[i, unit].item(), unit, i) for i, a in enumerate(experts) for unit in live_and_missing(a)]
-        for _, unit, i in sorted(missing):
-            candidate = [*experts[:i], flipped(experts[i], unit), *experts[i + 1 :]]
+        steps = []
+        for i, architecture in enumerate(experts):
+            for positions, step in missing_steps(architecture, align):
+                ranked = sorted((-logits[i, unit].item(), unit) for unit in positions)[:step]
+                steps.append((*ranked[(step - 1) // 2], i, [unit for _, unit in ranked]))
+        for _, _, i, units in sorted(steps):
+            candidate = [*experts[:i], flipped(experts[i], *units), *experts[i + 1 :]]
             if total(candidate) <= limit:
                 experts = candidate
                 break
@@ -128,13 +170,13 @@ def plain_mixture(logits, counts, cost, budget):
             return experts
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.floats(0, 1), seeds, st.sampled_from([(1,), (3, 1), (2, 7)]))
-def test_is_the_rule_word_by_word(share, seed, counts):
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0, 1), seeds, st.sampled_from([(1,), (3, 1), (2, 7)]), st.sampled_from([None, 8, 16]))
+def test_is_the_rule_word_by_word(share, seed, counts, align):
     cost = cost_of("one-block")
     logits, budget = draw(cost, "normal", seed, len(counts)), a_budget(cost, share)
-    experts = select_mixture(logits, counts, cost, budget)
-    expected = plain_mixture(logits, counts, cost, budget)
+    experts = select_mixture(logits, counts, cost, budget, align)
+    expected = plain_mixture(logits, counts, cost, budget, align)
     assert all(torch.equal(a.values, b.values) for a, b in zip(experts, expected, strict=True))
 
 
@@ -154,6 +196,16 @@ def test_what_ranks_above_the_threshold_stays_at_every_higher_budget(name, one, 
     above = Architecture(cost.space, values)
     for budget in (small, large):
         assert not (above.values & ~select(scores, cost, budget).values).any()
+
+
+def test_steps_of_stable_diffusions_widths():
+    """Groups of 10, 20 and 40 channels, heads of 64; a width without a multiple takes the next lower power of two."""
+    expected = {(10, 32): (4, 8, 16, 32), (20, 32): (2, 4, 8, 16), (40, 32): (1, 2, 4, 8), (64, 5): (1, 1, 1, 1)}
+    for (channels, size), steps in expected.items():
+        group = UnitGroup("resnet", "down_blocks.0.resnets.0", size, channels)
+        assert tuple(unit_step(group, align) for align in ALIGNMENTS) == steps and unit_step(group, None) == 1
+    narrow = UnitGroup("resnet", "down_blocks.0.resnets.0", 12, 10)  # 120 channels: 80 is their only multiple of 16
+    assert unit_step(narrow, 64) == 8
 
 
 def test_one_expert_is_select():
@@ -201,6 +253,8 @@ def test_errors():
         select(scores[0, :-1], cost, 0.8)
     with pytest.raises(ValueError, match=r"NaN.*resnet:down_blocks\.0\.resnets\.0"):
         Scores(cost.space, scores[0].index_fill(0, torch.tensor(0), float("nan")))
+    with pytest.raises(ValueError, match="align=12: choose one of 8, 16, 32, 64"):
+        select(scores[0], cost, 0.8, align=12)
     for counts in ([1, 2], [0], [0.5], [-1]):
         with pytest.raises(ValueError, match="whole number"):
             select_mixture(scores, counts, cost, 0.8)

@@ -7,11 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "prunekit"
 LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
-    {"units", "cost", "gates", "slicing", "stock", "models", "sampling", "randomness", "crosscheck"},
+    {
+        "units",
+        "cost",
+        "gates",
+        "slicing",
+        "stock",
+        "models",
+        "sampling",
+        "randomness",
+        "crosscheck",
+        "timing",
+        "latency",
+    },
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},
-    {"report", "run", "pretrain", "plan", "check", "recipe", "stages", "compare"},
+    {"report", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare"},
     {"cli"},
     {"__main__"},
 )
@@ -22,15 +34,17 @@ WITHIN = {  # what may be imported within a layer
     "stock": {"units", "slicing"},
     "models": {"units", "slicing"},
     "crosscheck": {"units", "cost"},
+    "latency": {"units", "cost", "slicing", "timing"},
     "data": {"training"},
     "training": {"data"},
     "serving": {"export"},
     "stages": {"recipe"},
-    "run": {"recipe", "pretrain", "report", "stages"},
-    "compare": {"recipe", "stages", "run"},
+    "recovery": {"stages"},
+    "run": {"recipe", "pretrain", "report", "stages", "recovery"},
+    "compare": {"recipe", "stages", "recovery", "run"},
     "pretrain": {"recipe"},
     "plan": {"recipe", "compare"},
-    "check": {"recipe", "stages", "plan"},
+    "check": {"recipe", "stages", "recovery", "plan"},
     "report": {"recipe"},
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -26,7 +26,13 @@ from prunekit.recipe import (
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("bench_"))
-EMBEDDED = ("quickstart", "aptp_emoji", "pretrain_emoji", "compare_emoji")  # go through on one machine without a GPU
+EMBEDDED = (
+    "quickstart",
+    "aptp_emoji",
+    "pretrain_emoji",
+    "compare_emoji",
+    "settings_emoji",
+)  # go through on one machine without a GPU
 STATED = 50e12  # MACs per second, by which the recipes state their hours
 
 

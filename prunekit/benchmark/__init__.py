@@ -1,10 +1,17 @@
 """Latency: what a model's call, sampling and image take, interleaved with the dense model, with the noise floor."""
 
-from prunekit.benchmark.clock import peak_memory
 from prunekit.benchmark.config import BenchRecipe, load_bench_recipe, reduced
-from prunekit.benchmark.environment import environment
 from prunekit.benchmark.modes import in_mode
-from prunekit.benchmark.timing import Measurement, Ratio, Timing, WarmUp, measure, paired_ratio
+from prunekit.timing import (
+    Measurement,
+    Ratio,
+    Timing,
+    WarmUp,
+    environment,
+    measure,
+    paired_ratio,
+    peak_memory,
+)
 
 __all__ = [
     "BenchRecipe",

@@ -66,7 +66,7 @@ def run_recipe(directory: Path) -> BenchRecipe:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no run directory: it holds no recipe.yaml")
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    folders = sorted(directory.glob("methods/*/experts/*/unet/config.json"))
+    folders = sorted(directory.glob("methods/*/experts/[0-9]*/unet/config.json"))
     if not folders:
         raise ValueError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")
     experts = {}

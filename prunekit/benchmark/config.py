@@ -34,6 +34,9 @@ class ArchitectureConfig(_Section):
         description="what goes, by random scores: random: parts, and the layers that are units under depth=aptp; "
         "width: parts alone; depth: whole layers (depth=all), and of the parts only what must",
     )
+    align: Literal[8, 16, 32, 64] | None = Field(
+        None, description="channels of which every cut width is a multiple; unset: any"
+    )
     path: str | None = Field(None, description="instead of a budget: a folder that holds a pruned or stock UNet")
     published_seconds: float | None = Field(None, gt=0, description="seconds an image, as published")
 
@@ -41,6 +44,8 @@ class ArchitectureConfig(_Section):
     def _one_source(self) -> "ArchitectureConfig":
         if (self.budget is None) == (self.path is None):
             raise ValueError("an architecture has either a budget or a path")
+        if self.path is not None and self.align is not None:
+            raise ValueError("align goes with a budget: the widths of a UNet at a path are what they are")
         return self
 
 

@@ -86,12 +86,12 @@ def choose(config: ArchitectureConfig, unet: UNet2DConditionModel, latent: int, 
 
     The scores are Random's. Where widths or depths alone are asked for, the others' scores lie above all of theirs.
     """
-    method = Random(budget=config.budget, seed=seed, depth=DEPTH_OF[config.choose])
+    method = Random(seed=seed, depth=DEPTH_OF[config.choose])
     scores = method.score(unet)
     if config.choose == "depth":
         scores.values[: scores.space.num_width] += 1
     cost = CostModel(unet, scores.space, latent, text_length)
-    return select(scores, cost, config.budget), cost
+    return select(scores, cost, config.budget, config.align), cost
 
 
 def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:

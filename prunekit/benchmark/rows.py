@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
-from prunekit.benchmark.environment import SAME
-from prunekit.benchmark.timing import Measurement, Ratio, Timing
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.timing import Measurement, Ratio, Timing
+from prunekit.timing.environment import SAME
 from prunekit.training.checkpoint import read_json
 
 FORMAT = 1
@@ -20,7 +20,8 @@ class Subject:
     """An architecture of a benchmark, by shapes alone.
 
     macs, params: exact, batch 1, at the benchmark's resolution. digest: of what it keeps. budget: where it has one.
-    kept: [kept, total] units of each kind, where it was chosen here.
+    kept: [kept, total] units of each kind, where it was chosen here. unaligned: groups that stayed so, and their
+    channels, where it was chosen with `align`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Subject:
     budget: float | None = None
     published_seconds: float | None = None
     kept: Mapping[str, list[int]] | None = None
+    unaligned: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def row_of(piece: Piece, measured: Measurement, facts: Mapping[str, Any], enviro
         "architecture": subject.name,
         "budget": subject.budget,
         "kept": subject.kept,
+        "unaligned": subject.unaligned,
         "macs": subject.macs,
         "macs_ratio": macs_ratio,
         "params": subject.params,

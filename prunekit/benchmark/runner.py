@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from prunekit.benchmark.clock import peak_memory
 from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
-from prunekit.benchmark.environment import device_name, environment, folder_name
 from prunekit.benchmark.models import (
     choose,
     dense_cost,
@@ -25,11 +23,13 @@ from prunekit.benchmark.models import (
 )
 from prunekit.benchmark.modes import in_mode
 from prunekit.benchmark.rows import Piece, Row, Subject, row_of
-from prunekit.benchmark.timing import WarmUp, measure
-from prunekit.benchmark.workloads import pipeline_call, unet_call, unet_calls, unet_inputs, with_unet
+from prunekit.benchmark.workloads import pipeline_call, unet_calls, with_unet
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.methods.budget import unaligned
 from prunekit.models import load_shape, load_unet_on_meta
 from prunekit.slicing import slice_unet
+from prunekit.timing import WarmUp, measure, peak_memory, unet_call, unet_inputs
+from prunekit.timing.environment import device_name, environment, folder_name
 from prunekit.training.checkpoint import write_json
 from prunekit.units import Architecture
 
@@ -116,8 +116,9 @@ class Bench:
         architecture, cost = choose(config, self.shape.unet, self.latent, self.text_length, self.recipe.seed)
         self._chosen[name] = architecture
         digest = Fingerprint(architecture.space.to_dict()).add_tensor(architecture.canonical).key()
-        kept = kept_units(architecture)
-        return Subject(name, cost.macs(architecture), cost.params(architecture), digest, config.budget, published, kept)
+        counts = (cost.macs(architecture), cost.params(architecture))
+        rest = None if config.align is None else unaligned(architecture, config.align)
+        return Subject(name, *counts, digest, config.budget, published, kept_units(architecture), rest)
 
 
 class _Dense:

@@ -59,6 +59,8 @@ def _note(row: Row) -> str:
     notes = []
     if row["not_faster"]:
         notes.append("NOT FASTER: its MACs fell, its time did not beyond the noise")
+    if row.get("unaligned"):
+        notes.append(f"{len(row['unaligned'])} widths not aligned")
     if not row["is_warm"]:
         notes.append("had not settled")
     if not row["is_finite"]:

@@ -1,8 +1,7 @@
 """The three things that are timed: one UNet call, the whole sampling, and the whole image."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -10,40 +9,11 @@ from torch import Tensor
 
 from prunekit.benchmark.models import PROMPT
 from prunekit.sampling import quiet
+from prunekit.timing.calls import unet_call, unet_inputs
 
-TIMESTEP = 500  # of a single call; which one it is does not change the time
+__all__ = ["pipeline_call", "unet_call", "unet_calls", "unet_inputs", "with_unet"]
+
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-
-
-def unet_inputs(
-    unet: UNet2DConditionModel, batch: int, latent: int | tuple[int, int], text_length: int, seed: int = 0
-) -> dict[str, Any]:
-    """Return keyword arguments of a UNet call: normal noise and text on its device, in its dtype, for `batch` samples.
-
-    The timestep is a scalar, as a pipeline's; SDXL's further conditions are there where the UNet takes them.
-    """
-    height, width = (latent, latent) if isinstance(latent, int) else latent
-    config, device, dtype = unet.config, unet.device, unet.dtype
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    text = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else config.cross_attention_dim[0]
-    inputs: dict[str, Any] = {
-        "sample": normal(batch, config.in_channels, height, width),
-        "timestep": torch.tensor(TIMESTEP, device=device),
-        "encoder_hidden_states": normal(batch, text_length, text),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": normal(batch, pooled), "time_ids": normal(batch, 6)}
-    return inputs
-
-
-def unet_call(unet: UNet2DConditionModel, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """Return one call of the UNet."""
-    return lambda: unet(**inputs, return_dict=False)[0]
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:

@@ -1,6 +1,7 @@
 """What every method shares: its common settings, what it works on, and the form of its result."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from prunekit.cost import CostModel
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
+from prunekit.latency import LatencyModel
 from prunekit.methods.aptp.router import Router
-from prunekit.methods.budget import Scores, select
+from prunekit.methods.budget import Scores, select, unaligned
+from prunekit.methods.latency_budget import LatencySettings, latency_model
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.trainer import Log
 from prunekit.units import Architecture, UnitSpace, discover
@@ -29,7 +32,18 @@ class PruneSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budget: float = Field(0.8, gt=0, lt=1, description="Cost to reach, as a share of the dense UNet's MACs.")
+    budget: float = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="Cost to reach, as a share of the dense UNet's MACs; or {latency: 0.7, device: here}: of its time.",
+    )
+    latency: LatencySettings | None = Field(
+        None, description="What the budget's time is measured on; unset: the budget counts MACs."
+    )
+    align: Literal[8, 16, 32, 64] | None = Field(
+        None, description="Channels of which every cut width is a multiple; unset: any. Methods of whole layers: none."
+    )
     depth: Literal["aptp", "all", "blocks", "none"] = Field("aptp", description="Which whole layers may be removed.")
     include: str | list[str] | None = Field(
         None, description="Globs over module paths: prune only these; all if unset."
@@ -45,6 +59,11 @@ class PruneSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("budget"), Mapping):
+            own = dict(data["budget"])
+            if "latency" not in own:
+                raise ValueError(f"budget={own}: give a number, or a mapping with `latency`, the share of the time")
+            data = {**data, "budget": own.pop("latency"), "latency": own}
         for name in data if isinstance(data, dict) else ():
             if name not in cls.model_fields:
                 near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
@@ -64,6 +83,19 @@ class PruneResult:
     architectures: list[Architecture]
     router: Router | None = None
     info: dict[str, Any] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a person should know beside the MACs, a line each: the predicted time, widths that stay unaligned."""
+        info, lines = self.info, []
+        if ratios := info.get("latency_ratio"):
+            counts = info.get("prompts_per_expert", [1] * len(ratios))
+            mean = sum(n * ratio for n, ratio in zip(counts, ratios, strict=True)) / sum(counts)
+            lines.append(f"predicted at {mean:.4f} of the dense time on {info['latency_table']['device']}")
+        left = {f"{path} ({channels})" for own in info.get("unaligned", ()) for path, channels in own.items()}
+        if left:
+            few = ", ".join(sorted(left)[:3]) + (", …" if len(left) > 3 else "")
+            lines.append(f"{len(left)} width(s) are no multiple of {info['settings']['align']} channels: {few}")
+        return lines
 
     @property
     def space(self) -> UnitSpace:
@@ -167,18 +199,19 @@ class ScoreMethod(Method):
         Where a directory is given, the scores are kept there as `scores.safetensors`. A later prune of the same
         weights with the same data and settings reads them, whatever its budget; otherwise they are made anew.
         """
-        _, cost = space_and_cost(pipeline, self.config)
+        cost = budget_cost(pipeline, self.config)
         path = None if directory is None else Path(directory) / SCORES
         scores = self.score(pipeline, dataset) if path is None else self._cached(path, pipeline, dataset)
-        architecture = select(scores, cost, self.config.budget)
+        architecture = select(scores, cost, self.config.budget, self.config.align)
         result = PruneResult([architecture], info=describe_result(self, [architecture], cost))
         if directory is not None:
             result.save(directory)
         return result
 
     def score_info(self) -> dict[str, Any]:
-        """What every `Scores.info` of the method holds: its name, and its settings without the budget."""
-        return {"method": self.name, "settings": self.config.model_dump(mode="json", exclude={"budget"})}
+        """What every `Scores.info` of the method holds: its name, and its settings without what meets the budget."""
+        settings = self.config.model_dump(mode="json", exclude={"budget", "latency", "align"})
+        return {"method": self.name, "settings": settings}
 
     def _cached(self, path: Path, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any) -> Scores:
         key = self._key(pipeline, dataset)
@@ -238,6 +271,19 @@ def space_and_cost(
     return space, CostModel(unet, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
 
 
+def budget_cost(pipeline: DiffusionPipeline | UNet2DConditionModel, settings: PruneSettings) -> CostModel:
+    """What counts the budget: MACs, or the time on a device, whose table is then measured unless it is there.
+
+    Raises:
+        ValueError: as `space_and_cost` and `latency_model`.
+
+    """
+    _, cost = space_and_cost(pipeline, settings)
+    return (
+        cost if settings.latency is None else latency_model(unet_of(pipeline), cost, settings.latency, settings.align)
+    )
+
+
 def _sample_size(
     pipeline: DiffusionPipeline | UNet2DConditionModel, resolution: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
@@ -259,8 +305,12 @@ def _sample_size(
 
 
 def describe_result(method: Method, architectures: list[Architecture], cost: CostModel) -> dict[str, Any]:
-    """What every result's `info` holds: method, settings, and what was reached."""
-    return {
+    """What every result's `info` holds: method, settings, and what was reached.
+
+    With `align`: `unaligned`, per architecture the groups that stay so, with their channels. With a budget in time:
+    `latency_ratio`, predicted.
+    """
+    info = {
         "method": method.name,
         "settings": method.config.model_dump(mode="json"),
         "sample_size": list(cost.sample_size),
@@ -272,3 +322,9 @@ def describe_result(method: Method, architectures: list[Architecture], cost: Cos
         "dense_params": cost.dense_params,
         "params": [cost.params(architecture) for architecture in architectures],
     }
+    if (align := method.config.align) is not None:
+        info["unaligned"] = [unaligned(architecture, align) for architecture in architectures]
+    if isinstance(cost, LatencyModel):
+        info["latency_ratio"] = [cost.latency_ratio(architecture) for architecture in architectures]
+        info["latency_table"] = {**cost.table.conditions, "dense": cost.table.dense, "digest": cost.table.digest}
+    return info

@@ -20,8 +20,8 @@ from prunekit.methods.base import (
     Method,
     PruneResult,
     PruneSettings,
+    budget_cost,
     describe_result,
-    space_and_cost,
     space_of,
     unet_of,
 )
@@ -114,9 +114,9 @@ class BKSDM(Method):
         directory: str | Path | None = None,
         log: Log | None = None,
     ) -> PruneResult:
-        """Take the variant of the settings or, without one, the member of most MACs that is within the budget.
+        """Take the variant of the settings or, without one, the costliest member that is within the budget.
 
-        Of members with equally many MACs the one with more parameters is taken. `info["variant"]` names the member,
+        Of members that cost the same the one with more parameters is taken. `info["variant"]` names the member,
         and `info["ratio"]` says what it reached.
 
         Args:
@@ -130,9 +130,9 @@ class BKSDM(Method):
                 messages have the costs); a variant that this UNet cannot have.
 
         """
-        space, cost = space_and_cost(pipeline, self.config)
+        cost = budget_cost(pipeline, self.config)
         unet = unet_of(pipeline)
-        members = _members(unet, space)
+        members = _members(unet, cost.space)
         if self.config.variant is None:
             name, architecture = _largest(members, cost, self.config.budget)
         else:
@@ -165,13 +165,17 @@ class BKSDM(Method):
         budget = self.config.budget
         if "budget" in self.config.model_fields_set and not _fits(member, cost, budget):
             raise ValueError(
-                f"variant={name!r} costs {cost.ratio(member):.4f} of the dense UNet, above budget={budget}; raise the "
-                "budget, or leave variant unset to get the largest member within it"
+                f"variant={name!r} costs {_share(member, cost):.4f} of the dense UNet, above budget={budget}; raise "
+                "the budget, or leave variant unset to get the largest member within it"
             )
 
 
 def _fits(member: Architecture, cost: CostModel, budget: float) -> bool:
-    return cost.macs(member) <= Fraction(repr(float(budget))) * cost.dense_macs  # the decimal that was written
+    return cost.total(member) <= Fraction(repr(float(budget))) * cost.dense_total  # the decimal that was written
+
+
+def _share(member: Architecture, cost: CostModel) -> float:
+    return cost.total(member) / cost.dense_total
 
 
 def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -> tuple[str, Architecture]:
@@ -179,13 +183,13 @@ def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -
         raise ValueError("BK-SDM's rule can remove nothing from this UNet")
     within = [name for name, member in members.items() if _fits(member, cost, budget)]
     if not within:
-        cheapest = sorted(members, key=lambda name: cost.macs(members[name]))[:3]
-        listed = ", ".join(f"{name!r} at {cost.ratio(members[name]):.4f}" for name in cheapest)
+        cheapest = sorted(members, key=lambda name: cost.total(members[name]))[:3]
+        listed = ", ".join(f"{name!r} at {_share(members[name], cost):.4f}" for name in cheapest)
         raise ValueError(
             f"budget={budget} is below every member of BK-SDM's family on this UNet; the nearest are {listed} of the "
-            "dense MACs"
+            f"dense {cost.unit}"
         )
-    name = max(within, key=lambda name: (cost.macs(members[name]), cost.params(members[name])))
+    name = max(within, key=lambda name: (cost.total(members[name]), cost.params(members[name])))
     return name, members[name]
 
 

@@ -1,7 +1,8 @@
 """From scores to Architectures that meet a budget exactly, and leave nothing out that would still fit.
 
 Units go in the order of their scores, lowest first, until the cost is at or below the budget; then every removed
-unit that still fits is put back, highest score first. All comparisons are between integers, in MACs.
+unit that still fits is put back, highest score first. All comparisons are between integers: MACs, or nanoseconds where
+the budget is a latency.
 
 A score is the importance of the whole unit, so it is not divided by what the unit costs: the methods whose published
 results we reproduce rank this way (Norm and Taylor globally, APTP by one threshold on its logits, which its resource
@@ -9,6 +10,11 @@ loss has already weighed against MACs). A method that wants importance per MAC d
 
 A removed layer keeps the bits of what lies under it: they say with which units it would come back. Units under a
 removed layer cost nothing and are not put back by themselves; they become candidates again once the layer is back.
+
+With `align`, a width group goes down to an aligned number of channels before units are put back, and then they come
+back in whole steps, each the best removed units of its group that make the next aligned number. A step ranks by its
+middle unit, so that at a common threshold numbers are rounded to the nearest step, and only the order of scores
+matters, as without `align`. None and all of a group are aligned whatever their number.
 """
 
 import heapq
@@ -16,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +31,9 @@ from torch import Tensor
 
 from prunekit.cost import CostModel
 from prunekit.methods.storage import read_tensors, write_tensors
-from prunekit.units import Architecture, UnitSpace
+from prunekit.units import Architecture, UnitGroup, UnitSpace
+
+ALIGNMENTS = (8, 16, 32, 64)  # channels
 
 
 @dataclass
@@ -57,32 +66,35 @@ class Scores:
         return cls(own, torch.cat([tensors[group.name] for group in own.groups]), metadata["info"])
 
 
-def select(scores: Scores | Tensor, cost: CostModel, budget: float) -> Architecture:
+def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int | None = None) -> Architecture:
     """The Architecture of the highest scores within the budget.
 
     Args:
         scores: `Scores`, or a tensor (D,), over the cost model's space.
-        cost: counts the MACs, at its resolution and by its convention.
-        budget: share of the dense UNet's MACs, above 0 and below 1.
+        cost: counts the MACs, at its resolution and by its convention; or a LatencyModel, which counts time.
+        budget: share of the dense UNet's cost, above 0 and below 1.
+        align: 8, 16, 32 or 64; every width group keeps a multiple of that many channels, or none, or all (see
+            `unaligned` for what can remain). Unset: any number.
 
     Returns:
-        A boolean Architecture whose cost is at most budget x dense, and to which no removed unit can be added
-        without exceeding that. Equal scores go in the order of the space. The same input gives the same output.
+        A boolean Architecture whose cost is at most budget x dense, and to which no removed unit (with `align`, no
+        step of units) can be added without exceeding that. Equal scores go in the order of the space. The same input
+        gives the same output.
 
     Raises:
         ValueError: scores of another space or with NaN; a budget outside (0, 1), or below what is left when every
-            unit is removed (the message has that floor).
+            unit is removed (the message has that floor); another `align`.
 
     """
     if isinstance(scores, Scores):
         if difference := cost.space.difference(scores.space):
             raise ValueError(f"the scores belong to another space than the cost model: {difference}")
         scores = scores.values
-    return _select(scores[None], [1], cost, budget)[0]
+    return _select(scores[None], [1], cost, budget, align)[0]
 
 
 def select_mixture(
-    logits: Tensor, counts: Sequence[int] | Tensor, cost: CostModel, budget: float
+    logits: Tensor, counts: Sequence[int] | Tensor, cost: CostModel, budget: float, align: int | None = None
 ) -> list[Architecture]:
     """The Architectures of N experts whose mean cost over the training prompts is within the budget.
 
@@ -95,8 +107,9 @@ def select_mixture(
     Args:
         logits: (N, D), the experts' codes.
         counts: (N,), how many training prompts inference routing sends to each expert.
-        cost: counts the MACs.
-        budget: share of the dense UNet's MACs, above 0 and below 1.
+        cost: counts the MACs, or the time.
+        budget: share of the dense UNet's cost, above 0 and below 1.
+        align: as in `select`.
 
     Raises:
         ValueError: as in `select`; counts that are not N whole numbers, not negative, at least one above 0.
@@ -108,13 +121,15 @@ def select_mixture(
             f"counts must be one whole number of prompts per expert ({len(logits)} of them), not all 0; got {counts}"
         )
     used = [expert for expert, count in enumerate(counts) if count]
-    chosen = _select(logits[used], [int(counts[expert]) for expert in used], cost, budget)
+    chosen = _select(logits[used], [int(counts[expert]) for expert in used], cost, budget, align)
     mixture = dict(zip(used, chosen, strict=True))
-    return [mixture.get(expert) or select(logits[expert], cost, budget) for expert in range(len(logits))]
+    return [mixture.get(expert) or select(logits[expert], cost, budget, align) for expert in range(len(logits))]
 
 
 def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
-    """The most MACs that `prompts` prompts may cost together. The budget is read as the decimal that was written.
+    """The most that `prompts` prompts may cost together, in MACs or in what `cost.total` counts instead.
+
+    The budget is read as the decimal that was written.
 
     Raises:
         ValueError: a budget outside (0, 1), or below the floor of the space.
@@ -122,9 +137,9 @@ def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
     """
     if not 0 < budget < 1:
         raise ValueError(f"a budget is a share of the dense cost, above 0 and below 1; got {budget}")
-    dense = cost.dense_macs
+    dense = cost.dense_total
     limit = math.floor(Fraction(repr(float(budget))) * dense * prompts)
-    floor = cost.macs(Architecture(cost.space, torch.zeros(cost.space.size, dtype=torch.bool)))
+    floor = cost.total(Architecture(cost.space, torch.zeros(cost.space.size, dtype=torch.bool)))
     if floor * prompts > limit:
         lowest = math.ceil(10_000 * Fraction(floor, dense)) / 10_000
         raise ValueError(
@@ -140,6 +155,30 @@ def budget_of(macs: int, dense_macs: int) -> float:
     return float(Fraction(-(-macs * scale // dense_macs), scale))
 
 
+def unit_step(group: UnitGroup, align: int | None) -> int:
+    """The units by which a width group's number goes up and down: the fewest that make a multiple of `align` channels.
+
+    A group that has no multiple of `align` within its width takes the next lower power of two.
+    """
+    if align is None or group.is_depth:
+        return 1
+    while (step := align // math.gcd(align, group.channels)) > group.size:
+        align //= 2
+    return step
+
+
+def unaligned(architecture: Architecture, align: int) -> dict[str, int]:
+    """The width groups, by name, whose kept channels are no multiple of `align`, and how many they keep.
+
+    After `select` with the same `align` these are groups that stay whole and are unaligned in the dense UNet already,
+    and groups too narrow for it. Groups under a removed layer are not among them.
+    """
+    kept = {
+        group.name: len(architecture.kept(group.name)) * group.channels for group in architecture.space.width_groups
+    }
+    return {name: channels for name, channels in kept.items() if channels % align}
+
+
 def _check(scores: Tensor, space: UnitSpace) -> None:
     if scores.ndim != 2 or scores.shape[1] != space.size:
         raise ValueError(f"scores must have one value for each of {space.size} units; got {tuple(scores.shape)}")
@@ -148,53 +187,93 @@ def _check(scores: Tensor, space: UnitSpace) -> None:
         raise ValueError(f"scores must not be NaN; they are in {', '.join(names[:3])} ({len(names)} groups)")
 
 
-def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float) -> list[Architecture]:
+def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, align: int | None) -> list[Architecture]:
     """`select_mixture` for experts (N, D) that all have prompts."""
     space, scores = cost.space, scores.detach().cpu()
     _check(scores, space)
-    mixture = _Mixture(scores, counts, cost, budget_macs(cost, budget, sum(counts)))
+    if align is not None and align not in ALIGNMENTS:
+        raise ValueError(f"align={align!r}: choose one of {', '.join(map(str, ALIGNMENTS))}, or leave it unset")
+    mixture = _Mixture(scores, counts, cost, budget_macs(cost, budget, sum(counts)), align)
     for position in scores.T.flatten().argsort(stable=True).tolist():  # of equal ones by unit, then by expert
         if mixture.total <= mixture.limit:
             break
         unit, expert = divmod(position, len(counts))
         mixture.flip(expert, unit)
+    mixture.round_down()
     mixture.put_back()
     return [Architecture(space, torch.tensor(running.bits)) for running in mixture.running]
 
 
 class _Mixture:
-    """N architectures, all complete at first, and the MACs that they take for all prompts together."""
+    """N architectures, all complete at first, and what they cost for all prompts together."""
 
-    def __init__(self, scores: Tensor, counts: list[int], cost: CostModel, limit: int):
+    def __init__(self, scores: Tensor, counts: list[int], cost: CostModel, limit: int, align: int | None):
         self.space, self.counts, self.limit = cost.space, counts, limit
         self.scores: list[list[float]] = scores.tolist()  # (N, D)
         self.running = [cost.running(cost.space.full()) for _ in counts]
-        self.total = sum(counts) * cost.dense_macs
-        self.over: list[list[int]] = []  # per unit, the depth units whose removal removes it
-        for group in self.space.groups:
-            depths = self.space.depth_units_over(group.path, group.kind)
-            self.over += [[self.space.num_width + depth for depth in depths]] * group.size
+        self.total = sum(counts) * cost.dense_total
+        self.steps = [unit_step(group, align) for group in self.space.groups]
+
+    @cached_property
+    def over(self) -> list[list[int]]:
+        """Per group, the depth units (by position) whose removal removes it."""
+        depths = (self.space.depth_units_over(group.path, group.kind) for group in self.space.groups)
+        return [[self.space.num_width + depth for depth in own] for own in depths]
 
     def flip(self, expert: int, unit: int) -> None:
         self.total += self.counts[expert] * self.running[expert].flip(unit)
 
+    def round_down(self) -> None:
+        """Remove the lowest units of every width group down to a whole number of steps; all of a group stay."""
+        for expert, scores in enumerate(self.scores):
+            for group, step in zip(self.space.groups, self.steps, strict=True):
+                kept = [unit for unit in self._units(group) if self.running[expert].bits[unit]]
+                excess = len(kept) % step if len(kept) < group.size else 0
+                for unit in sorted(kept, key=lambda unit: (scores[unit], unit))[:excess]:
+                    self.flip(expert, unit)
+
     def put_back(self) -> None:
-        """Put back every removed unit that fits, highest score first. One that does not fit once never will."""
+        """Put back every removed step of units that fits, highest score first. One that does not fit never will:
+        what a group costs does not fall with its units, and without this step its later ones cannot come.
+        """
         candidates = [entry for expert in range(len(self.counts)) for entry in self._missing(expert)]
         heapq.heapify(candidates)
         while candidates:
-            _, unit, expert = heapq.heappop(candidates)
-            added = self.counts[expert] * self.running[expert].change(unit)
-            if self.total + added <= self.limit:
+            _, _, expert, group, units = heapq.heappop(candidates)
+            for unit in units:
                 self.flip(expert, unit)
-                if unit >= self.space.num_width:  # a layer is back: so may be what is missing under it
-                    for entry in self._missing(expert, under=unit):
-                        heapq.heappush(candidates, entry)
+            if self.total > self.limit:
+                for unit in units:
+                    self.flip(expert, unit)
+                continue
+            if (entry := self._next_step(expert, group)) is not None:
+                heapq.heappush(candidates, entry)
+            if self.space.groups[group].is_depth:  # a layer is back: so may be what is missing under it
+                for entry in self._missing(expert, under=units[0]):
+                    heapq.heappush(candidates, entry)
 
-    def _missing(self, expert: int, under: int | None = None) -> list[tuple[float, int, int]]:
-        bits, scores = self.running[expert].bits, self.scores[expert]
-        return [
-            (-scores[unit], unit, expert)
-            for unit, over in enumerate(self.over)
-            if not bits[unit] and (under is None or under in over) and all(bits[depth] for depth in over)
+    def _missing(self, expert: int, under: int | None = None) -> list["_Step"]:
+        bits = self.running[expert].bits
+        steps = [
+            self._next_step(expert, group)
+            for group, over in enumerate(self.over)
+            if (under is None or under in over) and all(bits[depth] for depth in over)
         ]
+        return [step for step in steps if step is not None]
+
+    def _next_step(self, expert: int, index: int) -> "_Step | None":
+        """The units that come back next in a group, by the order of `put_back`; None where it is whole."""
+        bits, scores = self.running[expert].bits, self.scores[expert]
+        missing = [unit for unit in self._units(self.space.groups[index]) if not bits[unit]]
+        if not missing:
+            return None
+        missing.sort(key=lambda unit: (-scores[unit], unit))
+        units = missing[: self.steps[index]]
+        middle = units[(len(units) - 1) // 2]
+        return -scores[middle], middle, expert, index, units
+
+    def _units(self, group: UnitGroup) -> range:
+        return range(self.space.size)[self.space.slice(group)]
+
+
+_Step = tuple[float, int, int, int, list[int]]  # (minus the score, the unit that has it, expert, group, units)

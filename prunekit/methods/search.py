@@ -19,7 +19,7 @@ from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.gates import Gates, gated
 from prunekit.methods.aptp.losses import resource_loss
-from prunekit.methods.base import Method, PruneResult, PruneSettings, space_and_cost, unet_of
+from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost, unet_of
 from prunekit.methods.budget import budget_macs
 from prunekit.methods.calibration import as_encoded, noise_schedule
 from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
@@ -119,9 +119,9 @@ class GateSearchObjective:
         """Soft gates of logits (N, D), shifted by the offset (Eq. 9); their noise is keyed by (seed, purpose, step)."""
         return self.relaxation.gates(logits, generator(self.config.seed, purpose, batch.step))
 
-    def resource_term(self, mean_macs: Tensor) -> Tensor:
-        """Weighted distance of a mean cost, in MACs, to the budget (Eq. 26): a scalar."""
-        return self.config.resource_weight * resource_loss(mean_macs, self.config.budget * self.cost.dense_macs)
+    def resource_term(self, mean_cost: Tensor) -> Tensor:
+        """Weighted distance of a mean cost, in what `cost.total` counts, to the budget (Eq. 26): a scalar."""
+        return self.config.resource_weight * resource_loss(mean_cost, self.config.budget * self.cost.dense_total)
 
     def sample_terms(
         self, batch: SearchBatch, positions: Tensor, logits: Tensor, rows: Tensor, weights: Tensor
@@ -203,10 +203,10 @@ class SearchMethod(Method):
                 return self.prune(pipeline, dataset, temporary, log)
         directory = Path(directory)
         data = as_encoded(pipeline, dataset)
-        space, cost = space_and_cost(pipeline, self.config)
+        cost = budget_cost(pipeline, self.config)
         budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
         unet = unet_of(pipeline).eval().requires_grad_(False)
-        with held(self.config.search, unet), gated(unet, space) as gates:
+        with held(self.config.search, unet), gated(unet, cost.space) as gates:
             objective = self._objective(unet, gates, cost, noise_schedule(pipeline), data)
             trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
             figures = trainer.fit()

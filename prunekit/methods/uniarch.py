@@ -49,7 +49,7 @@ class UniArchObjective(GateSearchObjective):
 
     def shared_loss(self, batch: SearchBatch) -> dict[str, Tensor]:
         """Return the resource term of the code's gates (Eq. 26)."""
-        return {"resource": self.resource_term(self.cost.macs(self.gate(batch, self.codes.values))[0])}
+        return {"resource": self.resource_term(self.cost.total(self.gate(batch, self.codes.values))[0])}
 
     def micro_loss(self, batch: SearchBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions`; every sample runs under the one code."""
@@ -75,5 +75,5 @@ class UniArch(SearchMethod):
 
     def _decide(self, objective: UniArchObjective) -> PruneResult:
         scores = objective.relaxation.scores(objective.codes.values.detach())[0]
-        architecture = select(scores, objective.cost, self.config.budget)
+        architecture = select(scores, objective.cost, self.config.budget, self.config.align)
         return PruneResult([architecture], info=describe_result(self, [architecture], objective.cost))

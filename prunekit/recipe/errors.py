@@ -27,7 +27,7 @@ def explain(
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if len(place) > 1 and place[0] in kinds:
-        place = [part for part in place if part != place[0]]
+        place = place[1:]
     key = prefix + ".".join(place)
     if first["type"] == "extra_forbidden":
         allowed = sorted({*_fields(model, place[:-1]), *(more if len(place) == 1 else ())})

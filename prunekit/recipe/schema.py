@@ -131,7 +131,12 @@ class CompareRecipe(CommonRecipe):
     def _rows(self) -> "CompareRecipe":
         twice = {"budget", "seed"} & self.prune.model_fields_set
         if twice:
-            raise ValueError(f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds")
+            raise ValueError(
+                f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds (of the time: "
+                "add prune.latency={device: here})"
+            )
+        if self.prune.latency is not None and (named := [e.budget for e in self.budgets if isinstance(e.budget, str)]):
+            raise ValueError(f"budget {named[0]!r} is a member's MACs; with prune.latency give shares of the time")
         if self.evaluation.at_steps:
             raise ValueError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
         for label in self.methods:

@@ -157,11 +157,11 @@ class SearchObjective(GateSearchObjective):
         soft = self.gate(batch, batch.embeddings, "embeddings")
         contrast = contrastive_loss(self._prompts(batch), soft, config.contrastive_temperature)
         logits = batch.embeddings if batch.step < config.warmup else self.codes.values
-        macs = self.cost.macs(self.gate(batch, logits))  # (N,), during the warm-up (B,)
+        costs = self.cost.total(self.gate(batch, logits))  # (N,), during the warm-up (B,)
         terms = {"contrastive": config.contrastive_weight * contrast}
-        terms["resource"] = self.resource_term(batch_weighted_cost(macs, batch.assignment))
+        terms["resource"] = self.resource_term(batch_weighted_cost(costs, batch.assignment))
         if config.spread_weight or config.maximum_weight:
-            ratios = macs[batch.assignment.to(macs.device)] / self.cost.dense_macs  # (B,)
+            ratios = costs[batch.assignment.to(costs.device)] / self.cost.dense_total  # (B,)
             terms["spread"] = config.spread_weight * spread_loss(ratios)
             terms["maximum"] = config.maximum_weight * maximum_loss(ratios)
         return terms

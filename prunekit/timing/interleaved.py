@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunekit.benchmark.clock import clock
+from prunekit.timing.clock import clock
 
 CONFIDENCE = 0.95
 SHORTEST = 1e-4  # seconds of one sample: a faster callable is called several times a sample (not on CUDA)

@@ -1,0 +1,186 @@
+"""What every layer of a UNet takes at several widths, measured in place: inside whole calls, by hooks.
+
+A layer alone, called again and again, finds its weights in the cache and looks faster than it is; inside a call it
+finds what the call leaves it. So the UNet is sliced to several widths, all layers at once, and one call of such a UNet
+times every layer at that width. Its calls take turns with the dense UNet's, by whose time theirs are divided, so that
+drift from width to width cancels. A layer's time is a median, so on a busy machine what interrupts now one layer, now
+another does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from prunekit.latency.table import DEFAULT_WIDTHS, LatencyTable, LayerTimes, conditions_of
+from prunekit.slicing import slice_unet
+from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
+from prunekit.units import Architecture, UnitSpace, discover
+from prunekit.units.attention import NORM_OF
+from prunekit.units.walk import walk
+
+FEWEST, MOST = 3, 25  # rounds of one width
+REST = ""  # in place of a path: what a call takes beside its layers
+BEGIN, END = "begin", "end"
+
+Marks = dict[tuple[str, str], Any]  # (path, BEGIN or END) -> an instant
+Seconds = dict[str, float]  # of a layer by its path, and of the rest
+
+
+def measure_table(
+    unet: UNet2DConditionModel,
+    sample_size: tuple[int, int],
+    text_length: int = 77,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    widths: int = DEFAULT_WIDTHS,
+    seconds: float = 3.0,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> LatencyTable:
+    """Measure a UNet on its device, eager.
+
+    Args:
+        unet: with its weights, whose values do not matter; it may be pruned. It is left as it is.
+        sample_size: (h, w) of the latent.
+        text_length: tokens of the text.
+        batch: of one UNet call; guidance doubles the images'.
+        dtype: that the UNet runs in.
+        widths: at how many numbers of kept units each width group is measured, besides none.
+        seconds: for one width, where calls are short; where they are long, three rounds.
+        progress: is told how many widths are done, of `widths` + 1.
+
+    Raises:
+        ValueError: a UNet on the meta device, or on one that cannot be timed.
+
+    """
+    device, space = unet.device, discover(unet, "none")
+    if device.type == "meta":
+        raise ValueError("a latency table is measured, and this UNet is on the meta device; load it with its weights")
+    conditions = conditions_of(unet, sample_size, text_length, batch, dtype)
+    dense = nn.Module.to(slice_unet(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
+    inputs = unet_inputs(dense, batch, sample_size, text_length)
+    units = {group.path: group.size for group in space.width_groups}
+    samples: dict[str, dict[int, list[float]]] = {}
+    with torch.no_grad():
+        warm_up = WarmUp(max_seconds=10 * seconds)
+        call = measure({"dense": unet_call(dense, inputs)}, FEWEST, device, warm_up).arms["dense"].p50
+        rounds = round(min(MOST, max(FEWEST, seconds / (2 * call))))
+        reference = None
+        for level in range(widths, -1, -1):
+            kept = {group.path: round(group.size * level / widths) for group in space.width_groups}
+            beside, times = _level(dense, space, kept, inputs, rounds)
+            reference = reference or beside
+            for path, own in times.items():
+                scaled = [second * reference / beside for second in own]
+                samples.setdefault(path, {}).setdefault(kept.get(path, 0), []).extend(scaled)
+            progress(widths + 1 - level)
+    rest = statistics.median(samples.pop(REST)[0])
+    kinds = {site.path: site.kind for site in walk(dense)}
+    layers = {path: LayerTimes.fitted(kinds[path], units.get(path, 0), own) for path, own in samples.items()}
+    return LatencyTable(conditions, max(0, round(1e9 * rest)), layers)
+
+
+def _level(
+    dense: UNet2DConditionModel, space: UnitSpace, kept: Mapping[str, int], inputs: Mapping[str, Any], rounds: int
+) -> tuple[float, dict[str, list[float]]]:
+    """Return (the dense call's time beside, every layer's samples with `kept` units of each group, by path)."""
+    is_full = all(kept[group.path] == group.size for group in space.width_groups)
+    values = [unit < kept[group.path] for group in space.groups for unit in range(group.size)]
+    pruned = dense if is_full else slice_unet(dense, Architecture(space, torch.tensor(values, dtype=torch.bool)))
+    samples: dict[str, list[float]] = {}
+    beside: list[float] = []
+    whole = unet_call(dense, inputs)
+    with in_place(pruned) as marks:
+        call = unet_call(pruned, inputs)
+        call()
+        for _ in range(rounds):
+            beside.append(_seconds_of(whole, dense.device))
+            took = _seconds_of(call, dense.device)
+            seconds = layer_seconds(pruned, marks)
+            for path, second in (*seconds.items(), (REST, took - sum(seconds.values()))):
+                samples.setdefault(path, []).append(second)
+    return statistics.median(beside), samples
+
+
+def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Return one call's time by the instants that layers are timed by."""
+    start = _instant(device)
+    call()
+    return _elapsed(start, _instant(device))
+
+
+@contextmanager
+def in_place(unet: UNet2DConditionModel) -> Iterator[Marks]:
+    """A context in which a call of the UNet marks where its layers begin and end; each call overwrites the marks.
+
+    An attention or feed-forward begins with the norm that feeds it and ends where the next one, or the block, does.
+    """
+    marks: Marks = {}
+    device = unet.device
+
+    def begin(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            marks[path, BEGIN] = _instant(device)
+
+        return hook
+
+    def end(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            marks[path, END] = _instant(device)
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in walk(unet):
+            if site.kind in ("attention", "feedforward"):
+                block, _, name = site.path.rpartition(".")
+                norm = unet.get_submodule(f"{block}.{NORM_OF.get(name, 'norm3')}")
+                stack.callback(norm.register_forward_pre_hook(begin(site.path)).remove)
+            else:
+                if site.kind != "block":
+                    stack.callback(site.module.register_forward_pre_hook(begin(site.path)).remove)
+                stack.callback(site.module.register_forward_hook(end(site.path)).remove)
+        yield marks
+
+
+def layer_seconds(unet: UNet2DConditionModel, marks: Marks) -> Seconds:
+    """Return what each layer took in the last call; a transformer layer without its blocks."""
+    if unet.device.type == "cuda":
+        torch.cuda.synchronize(unet.device)
+    seconds: Seconds = {}
+    parts: dict[str, list[str]] = {}  # of a block, in order
+    for site in walk(unet):
+        if site.kind == "block":
+            parts[site.path] = []
+        elif site.kind in ("attention", "feedforward"):
+            parts[site.path.rpartition(".")[0]].append(site.path)
+        else:
+            seconds[site.path] = _elapsed(marks[site.path, BEGIN], marks[site.path, END])
+    for block, paths in parts.items():
+        ends = [*(marks[path, BEGIN] for path in paths[1:]), marks[block, END]]
+        for path, stop in zip(paths, ends, strict=True):
+            seconds[path] = _elapsed(marks[path, BEGIN], stop)
+            seconds[block.rpartition(".transformer_blocks.")[0]] -= seconds[path]
+    return seconds
+
+
+def _instant(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _elapsed(start: Any, stop: Any) -> float:
+    if isinstance(start, float):
+        return stop - start
+    stop.synchronize()
+    return 1e-3 * start.elapsed_time(stop)

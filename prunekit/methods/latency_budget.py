@@ -1,0 +1,101 @@
+"""A budget in time instead of MACs: the latency table of the UNet on a device, measured once and kept as JSON."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from prunekit.cost import CostModel
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
+from prunekit.latency.table import DEFAULT_WIDTHS
+from prunekit.methods.budget import unit_step
+from prunekit.slicing import slice_unet
+from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
+from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.processes import current
+from prunekit.training.progress import Progress
+from prunekit.units import Architecture
+
+HERE = "here"
+ANYWHERE = ("model", "sample_size", "text_length")  # conditions that a table from elsewhere must have too
+PAIRS = 9  # interleaved samples of an architecture and the dense UNet
+
+
+class LatencySettings(BaseModel):
+    """What a budget in time is measured on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = Field(HERE, description="here: the device of the UNet; or a table's file, measured elsewhere.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="That the UNet is timed in.")
+    batch: int = Field(2, ge=1, description="Of a UNet call; guidance takes two for an image.")
+    tables: str = Field("~/.cache/prunekit/latency", description="Folder in which tables are kept, by conditions.")
+
+
+def latency_model(
+    unet: UNet2DConditionModel, cost: CostModel, settings: LatencySettings, align: int | None = None
+) -> LatencyModel:
+    """Return the cost model in time; where the folder has no table of these conditions, measure and keep one.
+
+    Raises:
+        ValueError: a UNet on the meta device; a file that is no table, or one of another model, size or text length.
+
+    """
+    path, conditions = Path(settings.device).expanduser(), _conditions(unet, cost, settings)
+    if settings.device == HERE:
+        path = Path(settings.tables).expanduser() / f"{Fingerprint(*sorted(conditions.items())).key()[:16]}.json"
+        current().first(lambda: path.is_file() or write_json(path, _measured(unet, cost, settings).to_dict()))
+    elif not path.is_file():
+        raise ValueError(f"latency device {settings.device!r}: give {HERE!r}, or the file of a latency table")
+    table = LatencyTable.from_dict(read_json(path))
+    table.refuse(conditions if settings.device == HERE else {name: conditions[name] for name in ANYWHERE})
+    return LatencyModel(unet, cost, table, lambda group: unit_step(group, align))
+
+
+def predicted_and_measured(
+    unet: UNet2DConditionModel, architectures: list[Architecture], cost: LatencyModel, settings: LatencySettings
+) -> list[dict[str, Any]]:
+    """Time architectures beside the dense UNet, under the table's conditions; a row for each, JSON values.
+
+    macs_ratio, predicted, measured: shares of the dense UNet. error: of the prediction, relative. noise: the dense
+    UNet's against itself, as a distance from 1. Of a table from elsewhere nothing can be measured here: None.
+    """
+    rows = []
+    for index, architecture in enumerate(architectures):
+        row = {"expert": index, "macs_ratio": cost.ratio(architecture), "predicted": cost.latency_ratio(architecture)}
+        if settings.device == HERE:
+            row |= _against(unet, architecture, cost, settings, row["predicted"])
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def _against(
+    unet: UNet2DConditionModel,
+    architecture: Architecture,
+    cost: LatencyModel,
+    settings: LatencySettings,
+    predicted: float,
+) -> dict[str, float]:
+    dtype = getattr(torch, settings.dtype)
+    unets = [nn.Module.to(slice_unet(unet, kept), dtype).eval() for kept in (cost.space.full(), architecture)]
+    inputs = unet_inputs(unets[0], settings.batch, cost.sample_size, cost.text_length)
+    calls = {name: unet_call(own, inputs) for name, own in zip(("dense", "pruned"), unets, strict=True)}
+    measured = measure(calls, PAIRS, unet.device, WarmUp(max_seconds=10.0))
+    ratio = measured.ratio("pruned").value
+    return {"measured": ratio, "error": predicted / ratio - 1, "noise": measured.noise.distance}
+
+
+def _conditions(unet: UNet2DConditionModel, cost: CostModel, settings: LatencySettings) -> dict[str, Any]:
+    dtype = getattr(torch, settings.dtype)
+    return conditions_of(unet, cost.sample_size, cost.text_length, settings.batch, dtype)
+
+
+def _measured(unet: UNet2DConditionModel, cost: CostModel, settings: LatencySettings) -> LatencyTable:
+    call = (cost.sample_size, cost.text_length, settings.batch, getattr(torch, settings.dtype))
+    with Progress("latency table", DEFAULT_WIDTHS + 1) as bar:
+        return measure_table(unet, *call, widths=DEFAULT_WIDTHS, progress=bar.update)
