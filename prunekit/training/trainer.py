@@ -130,15 +130,18 @@ class Trainer:
         terms: dict[str, float] = {}
         with progress, deferred() as termination:
             while step < self.config.steps:
-                terms, stop = self._step(step, termination.requested)
+                unread, stop = self._step(step, termination.requested)
                 step += 1
                 now = time.monotonic()
                 seconds, last = seconds + now - last, now
-                self._log(step, seconds, terms)
-                progress.update(step, terms["loss"])
+                saves = stop or self._is_due(step, now - last_save)
+                if saves or self._is_read(step):
+                    terms = self._read(step, unread)
+                    self._log(step, seconds, terms)
+                    progress.update(step, terms["loss"])
                 if step in self.milestones:
                     self._reach(step)
-                if stop or self._is_due(step, now - last_save):
+                if saves:
                     self._save(step, seconds, terms)
                     last_save = time.monotonic()
                 if stop and step < self.config.steps:
@@ -160,8 +163,24 @@ class Trainer:
         by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
         return by_steps or seconds > 60 * config.checkpoint_minutes or step == config.steps
 
-    def _step(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
-        """Make a step; return its terms, and whether any process was asked to stop."""
+    def _is_read(self, step: int) -> bool:
+        """Whether the terms after `step` steps are looked at: reading them makes the host wait for the device."""
+        waits = self.processes.device.type != "cpu"
+        return not waits or step % self.config.log_every == 0 or step in self.milestones or step == self.config.steps
+
+    def _read(self, step: int, unread: dict[str, Tensor]) -> dict[str, float]:
+        """Return the terms of the last of `step` steps as numbers, and "loss", their sum, which must be finite."""
+        terms = {name: float(value) for name, value in unread.items()}
+        loss = sum(terms.values())
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"{self.title}: the loss of step {step - 1} is not finite ({terms}); the last good checkpoint is in "
+                f"{self.checkpoints.folder}; lower the learning rate or use precision=float32, then resume"
+            )
+        return {"loss": loss, **terms}
+
+    def _step(self, step: int, stop: bool) -> tuple[dict[str, Tensor], bool]:
+        """Make a step, without waiting for the device; return its terms, and whether any process was asked to stop."""
         config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -179,13 +198,6 @@ class Trainer:
             for name, value in micro.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         stopping = self._reduce(sums, stop)
-        terms = {name: float(value.detach()) for name, value in {**sums, **shared}.items()}
-        loss = sum(terms.values())
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"{self.title}: the loss of step {step} is not finite ({terms}); the last good checkpoint is in "
-                f"{self.checkpoints.folder}; lower the learning rate or use precision=float32, then resume"
-            )
         self.scaler.unscale_(self.optimizer)
         if config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
@@ -194,7 +206,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.step(self.parameters)
-        return {"loss": loss, **terms}, stopping
+        return {name: value.detach() for name, value in {**sums, **shared}.items()}, stopping
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.config.precision)

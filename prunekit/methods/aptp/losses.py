@@ -54,8 +54,13 @@ def batch_weighted_cost(costs: Tensor, assignment: Tensor) -> Tensor:
         assignment: LongTensor (B,), each prompt's expert.
 
     """
-    counts = torch.bincount(assignment, minlength=len(costs)).to(costs)
+    counts = counts_of(assignment, len(costs)).to(costs)
     return (costs * counts).sum() / counts.sum()
+
+
+def counts_of(assignment: Tensor, num_experts: int) -> Tensor:
+    """How many prompts each expert has, (N,) int64; as `bincount`, but the host need not wait for the device."""
+    return assignment.new_zeros(num_experts).index_add_(0, assignment, torch.ones_like(assignment))
 
 
 def resource_loss(mean_macs: Tensor, target: Tensor | float) -> Tensor:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.gates import Gates
-from prunekit.methods.aptp.losses import batch_weighted_cost, contrastive_loss, maximum_loss, spread_loss
+from prunekit.methods.aptp.losses import (
+    batch_weighted_cost,
+    contrastive_loss,
+    counts_of,
+    maximum_loss,
+    spread_loss,
+)
 from prunekit.methods.aptp.router import ArchitecturePredictor, cosine_scores
 from prunekit.methods.aptp.transport import assign
 from prunekit.methods.search import Codes, GateSearchObjective, SearchBatch, SearchSettings
@@ -141,14 +147,15 @@ class SearchObjective(GateSearchObjective):
             self._place_codes()
         size, embeddings = len(drawn.pairs), self._embeddings(drawn)
         if step < config.warmup:
-            assignment, weights = torch.arange(size), torch.full((size,), 1 / size)
+            assignment = torch.arange(size, device=self.device)
+            weights = torch.full((size,), 1 / size, device=self.device)
         else:
             with torch.no_grad():
                 scores = self._similarities(drawn, embeddings)
                 chosen = assign(scores, config.epsilon, config.sinkhorn_iterations) if config.transport else None
-                assignment = (scores.argmax(dim=1) if chosen is None else chosen).cpu()
-            counts = torch.bincount(assignment, minlength=config.experts)
-            weights = 1 / (int((counts > 0).sum()) * counts[assignment])
+                assignment = scores.argmax(dim=1) if chosen is None else chosen
+            counts = counts_of(assignment, config.experts)
+            weights = 1 / ((counts > 0).sum() * counts[assignment])
         return RoutedBatch(step, drawn.plan, drawn.pairs, embeddings, assignment, weights)
 
     def shared_loss(self, batch: RoutedBatch) -> dict[str, Tensor]:
@@ -161,7 +168,7 @@ class SearchObjective(GateSearchObjective):
         terms = {"contrastive": config.contrastive_weight * contrast}
         terms["resource"] = self.resource_term(batch_weighted_cost(costs, batch.assignment))
         if config.spread_weight or config.maximum_weight:
-            ratios = costs[batch.assignment.to(costs.device)] / self.cost.dense_total  # (B,)
+            ratios = costs[batch.assignment] / self.cost.dense_total  # (B,)
             terms["spread"] = config.spread_weight * spread_loss(ratios)
             terms["maximum"] = config.maximum_weight * maximum_loss(ratios)
         return terms

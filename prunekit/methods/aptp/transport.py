@@ -24,14 +24,15 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
         1/B exactly; an expert's to 1/N up to convergence. It carries no gradient.
 
     Raises:
-        ValueError: scores that are not a finite (B, N) matrix, epsilon not above 0, or fewer than 1 iteration.
+        ValueError: scores that are not a (B, N) matrix, or (on a CPU) not finite; epsilon not above 0, or fewer than
+            1 iteration.
 
     """
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores must be (prompts, experts), neither of them 0; got shape {tuple(scores.shape)}")
     if not epsilon > 0 or iterations < 1:
         raise ValueError(f"epsilon must be above 0 and iterations at least 1; got {epsilon} and {iterations}")
-    if not scores.isfinite().all():
+    if scores.device.type == "cpu" and not scores.isfinite().all():  # elsewhere the host would wait for the device
         raise ValueError("scores must be finite; got NaN or infinite entries")
     num_prompts, num_experts = scores.shape
     log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, N)

@@ -1,0 +1,141 @@
+"""A search step and a fine-tuning step beside the same mathematics written plainly (`plain.py`), with the optimizer.
+
+Ours: encoded data, bfloat16 autocast, the teacher ungated. Plain: pictures and captions encoded at every step, float32,
+the teacher run under open gates. Both take pictures that are decoded already.
+Run: python benchmarks/peers/step.py [--model emoji | sd-2.1] [--batch 48] [--micro 48] [--stage search | fine_tuning]
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import plain
+import torch
+from shared import compare, options, where
+
+import prunekit as pk
+from prunekit.data.emoji import load_emoji
+from prunekit.data.encoded import EncodedData, encode
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.methods import APTP
+from prunekit.methods.base import space_and_cost
+from prunekit.methods.calibration import noise_schedule
+from prunekit.methods.relaxation import gumbel
+from prunekit.models import load_pipeline
+from prunekit.randomness import generator
+from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
+from prunekit.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from full_size import pipeline as sd21_pipeline
+
+SEED, EXPERTS, BUDGET = 0, 4, 0.66
+
+
+class World:
+    """A pipeline, its data encoded once, and the pictures and captions as they are."""
+
+    def __init__(self, name: str, batch: int, micro: int):
+        self.pipeline = load_pipeline("emoji") if name == "emoji" else sd21_pipeline()
+        self.resolution = 64 if name == "emoji" else 256
+        images = load_emoji(None, 0.0).take(list(range(batch)))
+        self.data: EncodedData = encode(self.pipeline, images, load_prompt_encoder("emoji"), self.resolution)
+        self.pictures = images.pixels(list(range(batch)), self.resolution) / 127.5 - 1
+        self.training = {"steps": 10**6, "batch_size": batch, "micro_batch": micro, "learning_rate": 1e-4}
+        self.ours = {**self.training, "precision": "bfloat16", "gradient_checkpointing": name != "emoji"}
+        self.unet = self.pipeline.unet.eval().requires_grad_(False)
+        self.scheduler = noise_schedule(self.pipeline)
+
+    def inputs(self, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode a batch's pictures and captions, as the plain step does."""
+        captions = [self.data.images.captions[i] for i in pairs.tolist()]
+        return plain.encode(self.pipeline, self.pictures[self.data.image_index[pairs]], captions)
+
+
+def search(world: World, folder: Path) -> dict[str, Callable[[], None]]:
+    """Return both search steps."""
+    method = APTP(budget=BUDGET, experts=EXPERTS, warmup=1, search=world.ours)
+    space, cost = space_and_cost(world.pipeline, method.config)
+    unet, config = world.unet, method.config
+    gates = pk.gated(unet, space).__enter__()
+    objective = method._objective(unet, gates, cost, world.scheduler, world.data)
+    trainer = Trainer(config.search, objective, folder, "search")
+    objective.batch(1)
+    optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-4)
+    steps = iter(range(2, 10**6))
+
+    def ours() -> None:
+        trainer._step(next(steps), False)
+
+    def plainly() -> None:
+        step, size = next(steps), config.search.batch_size
+        drawn = objective.draw(step)
+        for part in torch.arange(size).split(config.search.micro_batch):
+            pairs = drawn.pairs[part]
+            noises = [
+                gumbel((rows, space.size), generator(SEED, purpose, step))
+                for purpose, rows in (("gates", EXPERTS), ("embeddings", len(part)))
+            ]
+            loss = plain.search_loss(
+                *(unet, gates, objective.predictor, objective.codes.values, cost, world.scheduler, config),
+                *world.inputs(pairs),
+                world.data.prompts[pairs],
+                drawn.plan.timesteps[part],
+                drawn.plan.noise[part],
+                *noises,
+            )
+            (loss * len(part) / size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"plain": plainly, "prunekit": ours}
+
+
+def fine_tuning(world: World, folder: Path) -> dict[str, Callable[[], None]]:
+    """Return both fine-tuning steps of a UNet sliced to the budget."""
+    unet, config = world.unet, FineTuneConfig(**world.ours, feature_blocks="none")
+    space, cost = space_and_cost(world.pipeline, APTP(budget=BUDGET).config)
+    scores = torch.randn(space.size, generator=generator(SEED, "step"))
+    student = pk.slice_unet(unet, pk.methods.select(scores, cost, BUDGET)).train().requires_grad_(True)
+    inputs = (student, unet, world.scheduler, world.data, world.data.training_pairs(), config, SEED)
+    objective = FineTuningObjective(*inputs, unet.device)
+    trainer = Trainer(config, objective, folder, "fine-tuning")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    steps = iter(range(10**6))
+    if config.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+
+    def ours() -> None:
+        trainer._step(next(steps), False)
+
+    def plainly() -> None:
+        drawn = objective.batch(next(steps))
+        with pk.gated(unet, space) as gates:
+            for part in torch.arange(config.batch_size).split(config.micro_batch):
+                pairs = objective.pairs[drawn.indices[part]]
+                noise = (drawn.timesteps[part], drawn.noise[part])
+                models = (student, unet, gates, world.scheduler, config)
+                loss = plain.fine_tuning_loss(*models, *world.inputs(pairs), *noise)
+                (loss * len(part) / config.batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"plain": plainly, "prunekit": ours}
+
+
+def main() -> None:
+    """Print the tables."""
+    given = options(__doc__.splitlines()[0], model="emoji", batch=48, micro=48, stage="both")
+    where()
+    world = World(given.model, given.batch, given.micro)
+    for stage in (search, fine_tuning):
+        if given.stage in ("both", stage.__name__):
+            with TemporaryDirectory() as folder:
+                arms = stage(world, Path(folder))
+                arms = {name: torch.enable_grad()(step) for name, step in arms.items()}  # timing has it off
+                compare(f"{given.model}, {given.batch} samples: {stage.__name__} step", arms, given.pairs)
+
+
+if __name__ == "__main__":
+    main()
