@@ -7,6 +7,7 @@ Run: python benchmarks/peers/step.py [--model emoji | sd-2.1] [--batch 48] [--mi
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,14 +54,14 @@ class World:
         return plain.encode(self.pipeline, self.pictures[self.data.image_index[pairs]], captions)
 
 
-def search(world: World, folder: Path) -> dict[str, Callable[[], None]]:
+def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
     """Return both search steps."""
     method = APTP(budget=BUDGET, experts=EXPERTS, warmup=1, search=world.ours)
     space, cost = space_and_cost(world.pipeline, method.config)
     unet, config = world.unet, method.config
-    gates = pk.gated(unet, space).__enter__()
+    gates = stack.enter_context(pk.gated(unet, space))
     objective = method._objective(unet, gates, cost, world.scheduler, world.data)
-    trainer = Trainer(config.search, objective, folder, "search")
+    trainer = Trainer(config.search, objective, Path(stack.enter_context(TemporaryDirectory())), "search")
     objective.batch(1)
     optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-4)
     steps = iter(range(2, 10**6))
@@ -92,7 +93,7 @@ def search(world: World, folder: Path) -> dict[str, Callable[[], None]]:
     return {"plain": plainly, "prunekit": ours}
 
 
-def fine_tuning(world: World, folder: Path) -> dict[str, Callable[[], None]]:
+def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
     """Return both fine-tuning steps of a UNet sliced to the budget."""
     unet, config = world.unet, FineTuneConfig(**world.ours, feature_blocks="none")
     space, cost = space_and_cost(world.pipeline, APTP(budget=BUDGET).config)
@@ -100,7 +101,7 @@ def fine_tuning(world: World, folder: Path) -> dict[str, Callable[[], None]]:
     student = pk.slice_unet(unet, pk.methods.select(scores, cost, BUDGET)).train().requires_grad_(True)
     inputs = (student, unet, world.scheduler, world.data, world.data.training_pairs(), config, SEED)
     objective = FineTuningObjective(*inputs, unet.device)
-    trainer = Trainer(config, objective, folder, "fine-tuning")
+    trainer = Trainer(config, objective, Path(stack.enter_context(TemporaryDirectory())), "fine-tuning")
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     steps = iter(range(10**6))
     if config.gradient_checkpointing:
@@ -131,9 +132,8 @@ def main() -> None:
     world = World(given.model, given.batch, given.micro)
     for stage in (search, fine_tuning):
         if given.stage in ("both", stage.__name__):
-            with TemporaryDirectory() as folder:
-                arms = stage(world, Path(folder))
-                arms = {name: torch.enable_grad()(step) for name, step in arms.items()}  # timing has it off
+            with ExitStack() as stack:
+                arms = stage(world, stack)
                 compare(f"{given.model}, {given.batch} samples: {stage.__name__} step", arms, given.pairs)
 
 
