@@ -23,6 +23,7 @@ from prunekit.benchmark.runner import Bench
 from prunekit.benchmark.table import markdown
 from prunekit.benchmark.workloads import unet_calls, unet_inputs
 from prunekit.cli import app
+from prunekit.methods.budget import unaligned
 from prunekit.models import load_unet_on_meta
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "bench_sd21_768.yaml"
@@ -190,6 +191,7 @@ def test_the_shipped_recipe():
         assert cost.dense_macs == 1_074_552_872_960 and config.budget - 1e-2 < cost.ratio(first) <= config.budget
         assert choose(config, unet, 96, 77, recipe.seed)[0] == first
         assert (config.choose == "depth") == (len(first.removed()) >= 10)
+        assert config.align is None or not unaligned(first, config.align)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,7 @@ def test_the_shipped_recipe():
         ("modle=x", "modle"),
         ("architectures.dense={budget: 0.5}", "always there"),
         ("architectures.a={}", "either a budget or a path"),
+        ("architectures.a={path: folder, align: 8}", "align goes with a budget"),
         ("cells=[{workload: unet, architectures: [b]}]", "'b'; there are dense, mixed_0.85"),
         ("job=prune", "lacks job: bench"),
     ],

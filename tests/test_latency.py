@@ -34,7 +34,14 @@ def unet():
 
 @pytest.fixture(scope="module")
 def table(unet):
-    return measure_table(unet, SIZE, TEXT, BATCH, widths=4, seconds=0.05)
+    """Times in which odd numbers of units take half as long again, as some kernels' do."""
+    groups = {group.path: group.size for group in pk.discover(unet, "none").width_groups}
+    layers = {}
+    for index, site in enumerate(site for site in walk(unet) if site.kind != "block"):
+        kept, unit = range(groups.get(site.path, 0) + 1), 1000 + 37 * index
+        times = [5000 + 10 * unit * count * (2 + count % 2) for count in kept]
+        layers[site.path] = LayerTimes(site.kind, kept[-1], tuple(kept), tuple(times))
+    return LatencyTable(conditions_of(unet, SIZE, TEXT, BATCH, torch.float32), 100_000, layers)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,9 @@ def file(table, tmp_path_factory):
     return path
 
 
-def test_a_table_has_every_layer_and_survives_saving(unet, table):
+def test_a_measured_table_has_every_layer_and_survives_saving(unet):
+    table = measure_table(unet, SIZE, TEXT, BATCH, widths=4, seconds=0.05)
+    table.refuse(conditions_of(unet, SIZE, TEXT, BATCH, torch.float32))
     sites = {site.path: site.kind for site in walk(unet) if site.kind != "block"}
     assert {path: layer.kind for path, layer in table.layers.items()} == sites
     groups = {group.path: group.size for group in pk.discover(unet, "none").width_groups}
@@ -57,7 +66,7 @@ def test_a_table_has_every_layer_and_survives_saving(unet, table):
         curve = layer.curve()
         assert layer.units == groups.get(path, 0) and len(curve) == layer.units + 1
         assert [curve[kept] for kept in layer.kept] == list(layer.nanoseconds)
-    assert table.dense > table.rest > 0
+    assert table.dense > table.rest >= 0
     again = LatencyTable.from_dict(json.loads(json.dumps(table.to_dict())))
     assert again == table and again.digest == table.digest
 
@@ -99,7 +108,7 @@ def test_the_cost_is_the_sum_of_layers(model, table):
         assert model.latency_ratio(architecture) == predicted / table.dense
         assert model.total(architecture) == expected == model.running(architecture).total
         assert model.total(architecture.values.double()) == expected
-        assert model.macs(architecture) < model.dense_macs and model.latency_ratio(architecture) < 1
+        assert model.total(architecture) <= predicted and model.macs(architecture) < model.dense_macs
     group = space.width_groups[0]
     removed.values[space.slice(group)] = torch.arange(group.size) < 3
     halves = removed.values.double()
@@ -140,11 +149,11 @@ def test_every_method_takes_a_budget_in_time(name, unet, model, file):
 
 
 def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("prunekit.latency.measuring.MOST", 1)  # rounds a width
-    monkeypatch.setattr("prunekit.methods.latency_budget.DEFAULT_WIDTHS", 4)
+    monkeypatch.setattr("prunekit.latency.measuring.MOST", 5)  # rounds a width
+    monkeypatch.setattr("prunekit.methods.latency_budget.DEFAULT_WIDTHS", 2)
     training = {**TRAINING, "steps": 1}
     evaluation = {"num_images": 4, "steps": 1, "num_predictions": 4, "num_pictures": 2}
-    prune = {"budget": {"latency": 0.8, "tables": str(tmp_path / "tables")}, "align": 64}
+    prune = {"budget": {"latency": 0.9, "tables": str(tmp_path / "tables")}, "align": 64}
     content = {**write_world(tmp_path), "prune": prune, "methods": {"random": {}}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**content, "fine_tune": training, "evaluation": evaluation}))
@@ -152,7 +161,7 @@ def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
     (kept,) = (tmp_path / "tables").iterdir()
     written = kept.stat().st_mtime_ns
     (row,) = json.loads((directory / "results.json").read_text())["latency"]["rows"]
-    assert row["predicted"] <= 0.8 and row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+    assert row["predicted"] <= 0.9 and row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
     assert "error of the prediction" in (directory / "table.md").read_text()
     log = (directory / "log.jsonl").read_text()
     assert "of the dense time on" in log and "are no multiple of 64 channels" in log
@@ -168,7 +177,7 @@ def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
         budget_cost(pipeline, loaded.prune)
 
 
-def test_what_does_not_fit_is_refused(unet, table, file):
+def test_what_does_not_fit_is_refused(unet, file):
     def cost(target=unet, **own):
         return budget_cost(target, PruneSettings(budget={"latency": 0.7, "device": str(file), **own}, text_length=TEXT))
 
@@ -187,4 +196,3 @@ def test_what_does_not_fit_is_refused(unet, table, file):
     for budget, message in (({"device": "here"}, "with `latency`"), ({"latency": 2}, "less than 1")):
         with pytest.raises(ValueError, match=message):
             PruneSettings(budget=budget)
-    table.refuse(conditions_of(unet, SIZE, TEXT, BATCH, torch.float32))

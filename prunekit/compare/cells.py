@@ -19,7 +19,7 @@ from prunekit.cost import CostModel
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.uncertainty import jackknife_errors
-from prunekit.methods.base import PruneResult
+from prunekit.methods.base import PruneResult, PruneSettings
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
 from prunekit.recipe import CompareRecipe, RecipeError
@@ -32,6 +32,7 @@ FORMAT = 1
 DENSE = "dense"
 STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
 SCORES = "scores.safetensors"
+MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields that no calibration depends on
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,8 @@ class CellRunner:
         if cell.label != DENSE:
             method = recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
             settings = method.config.model_dump(mode="json", exclude={"seed"})
-            shared = ("budget", "depth", "resolution", "text_length", "include", "exclude", "convention")
             fields |= {
-                "prune": {name: settings.pop(name) for name in shared},
+                "prune": {name: settings.pop(name) for name in list(settings) if name in PruneSettings.model_fields},
                 "method": {"name": method.name, **settings},
                 "fine_tune": recipe.fine_tuning(cell.label, self.steps(cell)).model_dump(mode="json"),
             }
@@ -204,7 +204,7 @@ class CellRunner:
         """Return the architectures: one search for both protocols, one calibration for all budgets."""
         work = self.directory / "work"
         folder = work / f"{cell.label}-chosen-{key_of(fields)[:8]}"
-        key = key_of({name: value for name, value in fields.items() if name != "prune.budget"})
+        key = key_of({name: value for name, value in fields.items() if not name.startswith(MEETING_THE_BUDGET)})
         shared = work / "calibrations" / f"{cell.label}-{key[:8]}.safetensors"
         if shared.is_file() and not folder.is_dir():
             folder.mkdir(parents=True)

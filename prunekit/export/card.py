@@ -105,7 +105,8 @@ def _summary(info: Mapping[str, Any], result: Mapping[str, Any], base: str | Non
     if count > 1:
         words.append(f"A router sends each prompt to one of {count} experts.")
     if "budget" in settings:
-        words.append(f"Budget: {settings['budget']:g} of the dense MACs.")
+        what = "time" if settings.get("latency") else "MACs"
+        words.append(f"Budget: {settings['budget']:g} of the dense {what}.")
     if "dense_macs" in result:
         words.append(f"The dense UNet takes {result['dense_macs']:,} MACs and {result['dense_params']:,} parameters.")
     if info.get("recipe"):

@@ -3,15 +3,15 @@
 A layer alone, called again and again, finds its weights in the cache and looks faster than it is; inside a call it
 finds what the call leaves it. So the UNet is sliced to several widths, all layers at once, and one call of such a UNet
 times every layer at that width. Its calls take turns with the dense UNet's, by whose time theirs are divided, so that
-drift from width to width cancels. A layer's time is a median, so on a busy machine what interrupts now one layer, now
-another does not count.
+drift from width to width cancels. A layer's time is a median, over the layers of the same shape too, so that on a busy
+machine what interrupts now one layer, now another does not count.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from prunekit.slicing import slice_unet
 from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
 from prunekit.units import Architecture, UnitSpace, discover
 from prunekit.units.attention import NORM_OF
-from prunekit.units.walk import walk
+from prunekit.units.walk import Site, walk
 
 FEWEST, MOST = 3, 25  # rounds of one width
 REST = ""  # in place of a path: what a call takes beside its layers
@@ -67,7 +67,8 @@ def measure_table(
     dense = nn.Module.to(slice_unet(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
     inputs = unet_inputs(dense, batch, sample_size, text_length)
     units = {group.path: group.size for group in space.width_groups}
-    samples: dict[str, dict[int, list[float]]] = {}
+    shapes: dict[str, Hashable] = {site.path: _shape(site, units.get(site.path, 0)) for site in walk(dense)}
+    samples: dict[Hashable, dict[int, list[float]]] = {}  # by shape, then by the number of kept units
     with torch.no_grad():
         warm_up = WarmUp(max_seconds=10 * seconds)
         call = measure({"dense": unet_call(dense, inputs)}, FEWEST, device, warm_up).arms["dense"].p50
@@ -79,12 +80,21 @@ def measure_table(
             reference = reference or beside
             for path, own in times.items():
                 scaled = [second * reference / beside for second in own]
-                samples.setdefault(path, {}).setdefault(kept.get(path, 0), []).extend(scaled)
+                samples.setdefault(shapes.get(path, REST), {}).setdefault(kept.get(path, 0), []).extend(scaled)
             progress(widths + 1 - level)
-    rest = statistics.median(samples.pop(REST)[0])
-    kinds = {site.path: site.kind for site in walk(dense)}
-    layers = {path: LayerTimes.fitted(kinds[path], units.get(path, 0), own) for path, own in samples.items()}
-    return LatencyTable(conditions, max(0, round(1e9 * rest)), layers)
+    layers = {
+        site.path: LayerTimes.fitted(site.kind, units.get(site.path, 0), samples[shapes[site.path]])
+        for site in walk(dense)
+        if site.kind != "block"
+    }
+    return LatencyTable(conditions, max(0, round(1e9 * statistics.median(samples[REST][0]))), layers)
+
+
+def _shape(site: Site, units: int) -> Hashable:
+    """What a layer's times depend on: layers that have it in common are samples of one another."""
+    name = site.path.rpartition(".")[2] if site.kind == "attention" else ""  # self- and cross-attention
+    shapes = tuple((key, tuple(parameter.shape)) for key, parameter in site.module.named_parameters())
+    return site.kind, name, site.level, units, shapes
 
 
 def _level(

@@ -88,6 +88,7 @@ def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
     floor = cost.macs(Architecture(space, torch.zeros(space.size, dtype=torch.bool)))
     return {
         "budget": settings.budget,
+        "budget_of": "MACs" if settings.latency is None else "time",  # whose MACs are then not known yet
         "experts": row.experts,
         "units": space.size,
         "convention": cost.convention,

@@ -88,10 +88,10 @@ def _methods(rows: dict[str, dict[str, Any]]) -> Table:
         table.add_row(
             name,
             str(row["experts"]),
-            f"{row['budget']:g}",
+            f"{row['budget']:g}" + (" of the time" if row["budget_of"] == "time" else ""),
             f"{row['floor']:.4f}",
             f"{row['dense_macs']:,}",
-            f"{row['target_macs']:,}",
+            ("about " if row["budget_of"] == "time" else "") + f"{row['target_macs']:,}",
             quantity(row["dense_params"]),
             quantity(row["params_estimate"]),
             f"{row['convention']}, latent {height} x {width}, {row['text_length']} tokens",
