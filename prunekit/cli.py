@@ -341,6 +341,52 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET... [KEY=VALUE]...",
+            help="runs, diffusers directories, hub ids or emoji; and settings of the protocol",
+        ),
+    ],
+    protocol: Annotated[str, typer.Option(help="emoji, aptp or bksdm: how pictures are made and measured")] = "emoji",
+    data: Annotated[
+        str | None,
+        typer.Option(help='emoji, a folder, a recipe, or "{kind: coco, path: coco, split: val30k}"; a run\'s own'),
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="of each model; the protocol's by default", min=2)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="where pictures and table go; runs/evaluate-PROTOCOL by default")
+    ] = None,
+) -> None:
+    """Measure runs and any diffusers pipelines under one protocol; processes may share the work, and it resumes."""
+    from prunekit.evaluation.command import TABLE, evaluate
+    from prunekit.evaluation.table import terminal_table
+    from prunekit.training.termination import graceful
+
+    places, overrides = [t for t in targets if "=" not in t], [t for t in targets if "=" in t]
+    with graceful():
+        done = evaluate(places, protocol, data, images, overrides, output, _say)
+    console = _console()
+    console.print(terminal_table(*done.shown(), f"protocol {protocol}", console.width))
+    _say(f"The table is in {done.folder / TABLE}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="directories of runs and comparisons")],
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="first measure each layer's damage, and what an older run lacks")
+    ] = False,
+) -> None:
+    """Write one HTML page a run or comparison: figures, pictures, architectures, routing, training, trust."""
+    from prunekit.report.command import report
+
+    for path in report(runs, sensitivity, _say):
+        _say(f"The report is {path}")
+
+
+@app.command()
 def export(
     source: Annotated[
         Path, typer.Argument(metavar="RUN|UNET", help="a run, a pipeline's directory, or a UNet's folder")
@@ -369,6 +415,35 @@ def export(
     _say(f"{len(done.tiers)} UNet(s), tier {', '.join(dict.fromkeys(done.tiers))}, are in {done.directory}")
     if push is not None:
         _say(f"They are also at {push_to_hub(done.directory, push)}")
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(metavar="aptp", help="whose format it has: aptp")],
+    release: Annotated[Path, typer.Argument(metavar="DIR", help="a release's directory, such as APTP-Base-COCO")],
+    output: Annotated[Path | None, typer.Option(help="the run that it becomes; runs/NAME by default")] = None,
+    model: Annotated[str, typer.Option(help="what was pruned")] = "sd-2.1",
+    prompt_encoder: Annotated[
+        str, typer.Option(help="what the router embeds prompts with")
+    ] = "sentence-transformers/all-mpnet-base-v2",
+) -> None:
+    """Turn the checkpoints that APTP's authors released into a run, which generate, export and macs understand."""
+    from rich.table import Table
+
+    from prunekit.importing import import_aptp
+
+    if kind != "aptp":
+        raise ValueError(f"import {kind}: choose aptp")
+    done = import_aptp(release, output or Path("runs") / release.resolve().name, model, prompt_encoder)
+    table, info = Table("expert", "MACs", "% of dense", "parameters", "weights"), done.result.info
+    for index, source in enumerate(done.weights):
+        numbers = (f"{info['macs'][index]:,}", f"{100 * info['ratio'][index]:.2f}", f"{info['params'][index]:,}")
+        table.add_row(str(index), *numbers, source)
+    _console().print(table)
+    for note in done.notes:
+        _say(note)
+    router = "a router" if done.result.router is not None else "no router"
+    _say(f"{len(done.weights)} architecture(s) and {router} are in {done.directory}")
 
 
 @app.command()

@@ -41,7 +41,7 @@ class _State:
     """The gates of one `set`, expanded to channels."""
 
     batch: int | None  # the batch they are for; None: any
-    masks: list[torch.Tensor]  # per width group (rows, channels); per depth group (rows,)
+    masks: list[torch.Tensor] | None  # per width group (rows, channels); per depth group (rows,); None: all are open
     token: _Token
     entered: dict[int, torch.Tensor] = field(default_factory=dict)  # the hidden states that entered open stages
 
@@ -67,9 +67,11 @@ class Gates:
         """Gates for the forward passes that follow.
 
         g: an Architecture or (D,): every sample runs under it, whatever the batch. (G, D): sample b runs under row b,
-            and the batch must be G; or, with rows (batch,) of integers, under row rows[b].
+            and the batch must be G; or, with rows (batch,) of integers, under row rows[b]. Under `space.full()` the
+            UNet runs as it is, without a mask.
         RuntimeError where a forward pass under the previous gates still waits for its backward.
         """
+        opens = isinstance(g, Architecture) and g.is_boolean and all(g.values.tolist())  # they lie on the host
         if isinstance(g, Architecture):
             g = g.on(self.space).values if g.space is not self.space else g.values
         if g.dim() not in (1, 2) or g.shape[-1] != self.space.size:
@@ -90,10 +92,12 @@ class Gates:
         token = _Token()
         if g.requires_grad and torch.is_grad_enabled():
             g = _Track.apply(g, token)
-        channels = g.index_select(1, self._unit_of_channel)  # (rows, all channels)
-        masks = list(channels.split(self._widths, dim=1)) + list(g[:, self.space.num_width :].unbind(dim=1))
-        self._state = _State(batch, masks, token)
+        self._state = _State(batch, None if opens else self._masks(g), token)
         self._token = weakref.ref(token)
+
+    def _masks(self, g: torch.Tensor) -> list[torch.Tensor]:
+        channels = g.index_select(1, self._unit_of_channel)  # (rows, all channels)
+        return list(channels.split(self._widths, dim=1)) + list(g[:, self.space.num_width :].unbind(dim=1))
 
     def _release(self, action: str) -> None:
         """Let the state go, unless something else still holds it, which is then an unfinished backward."""
@@ -140,7 +144,9 @@ class Gates:
                 "gate row each sample uses (for a pipeline: prunekit.pipeline_rows)"
             )
 
-    def _mask(self, index: int, batch: int) -> torch.Tensor:
+    def _mask(self, index: int, batch: int) -> torch.Tensor | None:
+        if self._state.masks is None:
+            return None
         mask = self._state.masks[index]
         if mask.shape[0] not in (1, batch):
             raise ValueError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
@@ -149,9 +155,11 @@ class Gates:
     def _multiplies(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> tuple:
             x = args[0]
-            mask = self._mask(index, x.shape[0]).to(x.dtype)  # (rows, channels)
+            mask = self._mask(index, x.shape[0])  # (rows, channels)
+            if mask is None:
+                return args
             shape = (-1, mask.shape[1], 1, 1) if isinstance(module, nn.Conv2d) else (-1, 1, mask.shape[1])
-            return (x * mask.view(shape), *args[1:])
+            return (x * mask.to(x.dtype).view(shape), *args[1:])
 
         return hook
 
@@ -160,9 +168,13 @@ class Gates:
             entered = args[0] if args else kwargs["hidden_states"]
             if entered.dim() == 4:
                 entered = entered[:, : group.channels]  # in up blocks without the skip
-            return depth.mix(entered, output, self._mask(index, entered.shape[0]))
+            return self._mixed(index, entered, output)
 
         return hook
+
+    def _mixed(self, index: int, entered: torch.Tensor, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        mask = self._mask(index, entered.shape[0])  # (rows,)
+        return output if mask is None else depth.mix(entered, output, mask)
 
     def _stage_enters(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -172,8 +184,7 @@ class Gates:
 
     def _stage_leaves(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            entered = self._state.entered.pop(index)
-            return depth.mix(entered, output, self._mask(index, entered.shape[0]))
+            return self._mixed(index, self._state.entered.pop(index), output)
 
         return hook
 

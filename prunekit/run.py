@@ -29,10 +29,12 @@ from prunekit.evaluation.table import (
     markdown_table,
     terminal_table,
 )
+from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.methods.base import PruneResult, budget_cost, unet_of
 from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.recovery import Recovery, recover
+from prunekit.report.command import finish
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, share
@@ -111,12 +113,15 @@ class Run:
         self.write(rows, experts_of, known, self.latency(stages), routing)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
+        finish(self.directory, self.log.say, stages)
 
     def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
         """Return a row's figures, measured once."""
         path = self.directory / "metrics" / f"{candidate.name}.json"
         if not path.is_file():
-            write_json(path, stages.measure(candidate, stages.judge(pictures)))
+            judged = stages.judge(pictures)
+            write_json(path.with_name(f"{candidate.name}.errors.json"), jackknife_errors(judged, stages.prompts))
+            write_json(path, stages.measure(candidate, judged))
         return read_json(path)
 
     def routing(self, candidate: Candidate, stages: Stages) -> dict[str, Any]:

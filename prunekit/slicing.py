@@ -28,6 +28,7 @@ from .units.space import near
 __all__ = ["ModelMixin", "PrunedUNet2DConditionModel", "slice_unet"]  # a pipeline's loader looks for ModelMixin here
 
 FORMAT = 1
+CLASS_FILE = "modeling_pruned"  # an export's file with the class, and its entry in model_index.json
 POINTER = "backbone.json"  # of a member: where its weights are
 _WIDTH_KINDS = {"resnet": resnet, "attention": attention, "feedforward": feedforward}
 
@@ -44,6 +45,11 @@ class PrunedUNet2DConditionModel(UNet2DConditionModel):
         if pruning is not None:
             _cut(self, read_pruning(pruning, discover(self, depth="blocks")))
         self.register_to_config(pruning=pruning)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **options) -> Any:
+        """As the stock method; `auto_map`, by which diffusers finds a class file, is no part of the UNet."""
+        return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> PrunedUNet2DConditionModel:

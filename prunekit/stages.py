@@ -4,6 +4,8 @@ A stage's result appears whole or not at all, and is not made again where it is 
 """
 
 import os
+import resource
+import sys
 import time
 from functools import cached_property
 from importlib.metadata import version
@@ -35,6 +37,13 @@ from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
 
 
+def peak_memory() -> int:
+    """Return the bytes that this process has held at most so far: on its GPU where it uses one, else in all."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class RunLog:
     """What a run says: lines for the person who watches, rows for `log.jsonl` and for trackers."""
 
@@ -50,6 +59,7 @@ class RunLog:
         """Append one row to `log.jsonl`; trackers get its numbers. Where processes work together, the main one does."""
         if not current().is_main:
             return
+        row = {**row, "memory": peak_memory()} if "step" in row else row
         append_row(self.directory / "log.jsonl", row)
         if self.trackers is not None:
             self.trackers.log(row)

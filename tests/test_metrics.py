@@ -1,9 +1,11 @@
 """The metrics against plain transcriptions of their definitions, and against closed forms."""
 
+import importlib
 import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from prunekit.evaluation import metrics
@@ -54,6 +56,55 @@ def test_distance_equals_its_transcription(metric, plain, features):
     assert metric(real, generated) == pytest.approx(expected, rel=1e-6)
     assert metric(generated, real) == pytest.approx(expected, rel=1e-6)
     assert metric(real, real) == pytest.approx(0, abs=1e-9 if metric is not metrics.kid else 1.0)
+
+
+def test_frechet_distance_equals_scipy(features):
+    real, generated = (values.double().numpy() for values in features)
+    first, second = np.cov(real, rowvar=False), np.cov(generated, rowvar=False)
+    cross = np.trace(scipy.linalg.sqrtm(first @ second)).real  # as FID's own code has it
+    apart = ((real.mean(0) - generated.mean(0)) ** 2).sum()
+    expected = apart + np.trace(first) + np.trace(second) - 2 * cross
+    assert metrics.frechet_distance(*features) == pytest.approx(expected, rel=1e-6)
+
+
+def published(name):
+    """Import a module of the extra `metrics`, or skip and say why it is not here."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        pytest.skip(f"needs pip install 'prunekit[metrics]' ({error})")
+
+
+def test_kid_equals_torch_fidelity(features):
+    theirs = published("torch_fidelity.metric_kid").kernel_mmd
+    real, generated = (values[:40].double() for values in features)  # its sets are of one size
+    found = theirs(real.numpy(), generated.numpy(), kid_kernel="poly", kid_kernel_poly_degree=3)
+    assert metrics.kid(real, generated) == pytest.approx(float(found), rel=1e-6)
+
+
+def test_frechet_distance_equals_torch_fidelity(features):
+    theirs = published("torch_fidelity.metric_fid").fid_statistics_to_metric
+    stats = [{"mu": v.mean(0), "sigma": np.cov(v, rowvar=False)} for v in (f.double().numpy() for f in features)]
+    found = theirs(*stats, verbose=False)["frechet_inception_distance"]
+    assert metrics.frechet_distance(*features) == pytest.approx(found, rel=1e-6)
+
+
+def test_kernels_in_blocks_are_the_whole(features, monkeypatch):
+    real, generated = features
+    whole = metrics.kid(real, generated), metrics.cmmd(real, generated)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert (metrics.kid(real, generated), metrics.cmmd(real, generated)) == pytest.approx(whole, rel=1e-9)
+
+
+def test_too_few_pictures_for_a_frechet_distance():
+    metrics.refuse_few(3840, 384)
+    with pytest.raises(ValueError, match=r"2,048 features needs at least 20,480 pictures .* there are 20,479 real"):
+        metrics.refuse_few(20_479, 2048, "real pictures")
+
+
+def test_pick_scores():
+    scores = metrics.pick_scores(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-3.0, 0.0]]), 50.0)
+    assert scores.tolist() == pytest.approx([50, -50])
 
 
 def test_gaussians_in_closed_form():

@@ -36,6 +36,12 @@ def opened(directory, **options):
     return pipeline
 
 
+@pytest.fixture(scope="module")
+def served(four):
+    """One pipeline for the tests that leave it as it is."""
+    return opened(four)
+
+
 def stock_image(run, expert, prompt, seed, scheduler=None, **options):
     """What plain diffusers draws with one expert in the base pipeline."""
     pipeline = load_pipeline(run / "model")
@@ -86,8 +92,8 @@ def test_macs_are_those_of_the_unet_calls(run):
     assert 2 * unguided.macs[0] == drawn.macs[0]
 
 
-def test_arguments_of_the_stock_pipelines(four):
-    pipeline = opened(four)
+def test_arguments_of_the_stock_pipelines(served):
+    pipeline = served
     plain = pipeline(PROMPTS[:2], seeds=[5, 6], num_inference_steps=STEPS, output_type="np")
     for kind, check in {
         "pt": lambda images: torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(plain.images)),
@@ -104,8 +110,8 @@ def test_arguments_of_the_stock_pipelines(four):
     assert len(images) == 2 and experts == plain.experts
 
 
-def test_callbacks_see_each_batch(four):
-    seen, pipeline = [], opened(four)
+def test_callbacks_see_each_batch(served):
+    seen, pipeline = [], served
 
     def callback(stock, step, timestep, tensors):
         seen.append((tuple(stock.image_indices), step, tensors["latents"].shape[0]))
@@ -140,15 +146,15 @@ def test_callbacks_see_each_batch(four):
         ({"prompt": "a", "guidence": 3}, "no argument of StableDiffusionPipeline"),
     ],
 )
-def test_what_does_not_fit_is_refused(four, arguments, expected):
+def test_what_does_not_fit_is_refused(served, arguments, expected):
     with pytest.raises(ValueError, match=expected) as error:
-        opened(four)(**arguments)
+        served(**arguments)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("prompt", ["", "ab " * 3400, "赤いりんご", "красное яблоко", "🍎" * 40, "\n\t"])
-def test_any_prompt_works(four, prompt):
-    drawn = opened(four)([prompt, PROMPTS[0]], seeds=1, num_inference_steps=1, output_type="np")
+def test_any_prompt_works(served, prompt):
+    drawn = served([prompt, PROMPTS[0]], seeds=1, num_inference_steps=1, output_type="np")
     assert np.isfinite(drawn.images).all() and drawn.images[0].std() > 0
 
 

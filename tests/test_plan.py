@@ -200,7 +200,7 @@ def test_the_rehearsal_takes_what_a_real_step_takes(trained, recompute, precisio
     if trained == "gates":
         expected = rehearsal.search(space, (8, 8), 16, 4, config)
         unet.requires_grad_(False)
-        with held(config, unet), gated(unet, space) as gates, LiveMemory(unet.parameters()) as memory:
+        with LiveMemory(unet.parameters()) as memory, held(config, unet), gated(unet, space) as gates:
             gates.set(torch.rand(4, space.size, requires_grad=True))
             with autocast(precision):
                 prediction = unet(**inputs).sample

@@ -1,12 +1,16 @@
-"""What a step does not do: read a tensor of the device on the host, which would make the one wait for the other."""
+"""What a step does not do: read a tensor of the device on the host, which would make the one wait for the other.
 
-from contextlib import ExitStack
+And what it saves changes no bit.
+"""
+
+from collections import Counter
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 from small_data import encoded_for, stub
 from torch.utils._python_dispatch import TorchDispatchMode
-from unets import build
+from unets import build, inputs
 
 import prunekit as pk
 from prunekit.methods import APTP, UniArch
@@ -14,21 +18,25 @@ from prunekit.methods.base import space_and_cost
 from prunekit.methods.calibration import noise_schedule
 from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
+from prunekit.training.memory import CAST, held
+from prunekit.training.trainer import TrainerConfig
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "bincount", "masked_select", "_unique2", "equal")
 SEARCH = {"steps": 4, "batch_size": 6, "learning_rate": 1e-2, "precision": "bfloat16"}
 
 
 class Reads(TorchDispatchMode):
-    """Keeps the operations whose result the host needs, with the dtype that they look at."""
+    """Keeps the operations whose result the host needs, with the dtype that they look at, and counts all."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found, self.counts = [], Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in WAITS:
-            self.found.append((function.overloadpacket.__name__, args[0].dtype))
+        name = function.overloadpacket.__name__
+        self.counts[name] += 1
+        if name in WAITS:
+            self.found.append((name, args[0].dtype))
         return function(*args, **(kwargs or {}))
 
 
@@ -64,12 +72,59 @@ def test_a_search_step_reads_nothing_of_the_device(method):
             )  # ranges of indices, checked on CPUs
 
 
+def test_a_full_architecture_costs_nothing_and_changes_no_bit():
+    unet = build("sd2").requires_grad_(False)
+    space, found = pk.discover(unet, depth="blocks"), []
+    with pk.gated(unet, space) as gates, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for opened in (space.full(), torch.ones(space.size)):
+            gates.set(opened)
+            with Reads() as calls:
+                found.append((unet(**inputs(unet, 2)).sample, calls.counts))
+    (output, calls), (masked, more) = found
+    assert torch.equal(output, masked)
+    assert more["mul"] - calls["mul"] == len(space.width_groups)
+    assert more["lerp"] - calls["lerp"] == len(space.depth_groups) > 0
+
+
+def test_hardened_gates_hold_nothing_under_a_removed_layer():
+    unet = build("sd2").requires_grad_(False)
+    method = APTP(experts=2, warmup=1, search=SEARCH, depth="blocks", similarity="hardened")
+    space, cost = space_and_cost(unet, method.config)
+    with pk.gated(unet, space) as gates:
+        objective = method._objective(unet, gates, cost, noise_schedule(stub(unet)), encoded_for(unet))
+    soft = torch.rand(5, space.size, generator=torch.Generator().manual_seed(0))
+    hardened = objective._hardened(soft)
+    for found, values in zip(hardened, soft >= 0.5, strict=True):
+        for group in space.groups:
+            expected = (space.canonical(values) if not group.is_depth else values)[space.slice(group)]
+            assert torch.equal(found[space.slice(group)], expected / torch.tensor(group.size).sqrt())
+
+
+def test_frozen_weights_are_cast_once_and_change_no_bit():
+    unet, found = build("sd2").requires_grad_(False), []
+    config = TrainerConfig(**SEARCH)
+    space, before = pk.discover(unet), {name: value.clone() for name, value in unet.state_dict().items()}
+    for holding in (held(config, unet), nullcontext()):
+        soft = torch.full((2, space.size), 0.5, requires_grad=True)
+        with holding, pk.gated(unet, space) as gates, torch.autocast("cpu", torch.bfloat16):
+            gates.set(soft)
+            with Reads() as calls:
+                loss = unet(**inputs(unet, 2)).sample.float().square().mean()
+            loss.backward()
+        found.append((loss.detach(), soft.grad, calls.counts["_to_copy"]))
+    (loss, gradient, casts), (cast_loss, cast_gradient, more) = found
+    assert torch.equal(loss, cast_loss) and torch.equal(gradient, cast_gradient)
+    layers = [module for module in unet.modules() if isinstance(module, CAST)]
+    assert more - casts == sum(1 + (layer.bias is not None) for layer in layers)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
 def test_a_fine_tuning_step_reads_nothing():
     unet = build("sd2")
     student = pk.slice_unet(unet, pk.discover(unet).random(0.6, seed=0)).requires_grad_(True)
     data, config = encoded_for(unet, num=12), FineTuneConfig(**SEARCH)
-    inputs = (student, unet, forward_process(stub(unet).scheduler), data, data.training_pairs(), config, 0)
-    objective = FineTuningObjective(*inputs, torch.device("cpu"))
+    parts = (student, unet, forward_process(stub(unet).scheduler), data, data.training_pairs(), config, 0)
+    objective = FineTuningObjective(*parts, torch.device("cpu"))
     batch = objective.batch(0)
     with ExitStack() as stack:
         reads = stack.enter_context(Reads())

@@ -13,7 +13,7 @@ from prunekit.benchmark.workloads import unet_inputs
 
 def main() -> None:
     """Print the tables."""
-    given = options(__doc__.splitlines()[0], latent=32, batch=1, dtype="float32", backward=1)
+    given = options(__doc__.splitlines()[0], latent=32, batch=1, dtype="float32", forward=1, backward=1)
     where()
     stock = sd21(given.dtype)
     unet = twin(stock)
@@ -42,7 +42,8 @@ def main() -> None:
             gates.set(learned)
             unet(sample, **inputs).sample.sum().backward()
 
-        compare(f"{title}: forward", {"stock": stock_forward, "gated": gated_forward}, given.pairs)
+        if given.forward:
+            compare(f"{title}: forward", {"stock": stock_forward, "gated": gated_forward}, given.pairs)
         if given.backward:
             both = {"stock, to its input": stock_backward, "gated, to the gates": gated_backward}
             compare(f"{title}: forward + backward", both, given.pairs)

@@ -1,8 +1,9 @@
 """A search step and a fine-tuning step beside the same mathematics written plainly (`plain.py`), with the optimizer.
 
 Ours: encoded data, bfloat16 autocast, the teacher ungated. Plain: pictures and captions encoded at every step, float32,
-the teacher run under open gates. Both take pictures that are decoded already.
+the teacher run under open gates. Both take pictures that are decoded already, and keep or recompute activations alike.
 Run: python benchmarks/peers/step.py [--model emoji | sd-2.1] [--batch 48] [--micro 48] [--stage search | fine_tuning]
+[--recompute 1]; fine-tuning Stable Diffusion 2.1 takes about 20 GB (an estimate).
 """
 
 import sys
@@ -13,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import plain
 import torch
-from shared import compare, options, where
+from shared import compare, options, twin, where
 
 import prunekit as pk
 from prunekit.data.emoji import load_emoji
@@ -26,6 +27,7 @@ from prunekit.methods.relaxation import gumbel
 from prunekit.models import load_pipeline
 from prunekit.randomness import generator
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
+from prunekit.training.memory import held
 from prunekit.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -37,14 +39,14 @@ SEED, EXPERTS, BUDGET = 0, 4, 0.66
 class World:
     """A pipeline, its data encoded once, and the pictures and captions as they are."""
 
-    def __init__(self, name: str, batch: int, micro: int):
+    def __init__(self, name: str, batch: int, micro: int, recompute: bool = False):
         self.pipeline = load_pipeline("emoji") if name == "emoji" else sd21_pipeline()
         self.resolution = 64 if name == "emoji" else 256
         images = load_emoji(None, 0.0).take(list(range(batch)))
         self.data: EncodedData = encode(self.pipeline, images, load_prompt_encoder("emoji"), self.resolution)
         self.pictures = images.pixels(list(range(batch)), self.resolution) / 127.5 - 1
-        self.training = {"steps": 10**6, "batch_size": batch, "micro_batch": micro, "learning_rate": 1e-4}
-        self.ours = {**self.training, "precision": "bfloat16", "gradient_checkpointing": name != "emoji"}
+        sizes = {"steps": 10**6, "batch_size": batch, "micro_batch": micro, "learning_rate": 1e-4}
+        self.ours = {**sizes, "precision": "bfloat16", "gradient_checkpointing": recompute}
         self.unet = self.pipeline.unet.eval().requires_grad_(False)
         self.scheduler = noise_schedule(self.pipeline)
 
@@ -58,9 +60,12 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
     """Return both search steps."""
     method = APTP(budget=BUDGET, experts=EXPERTS, warmup=1, search=world.ours)
     space, cost = space_and_cost(world.pipeline, method.config)
-    unet, config = world.unet, method.config
-    gates = stack.enter_context(pk.gated(unet, space))
-    objective = method._objective(unet, gates, cost, world.scheduler, world.data)
+    unet, own, config = world.unet, twin(world.unet), method.config
+    gates, own_gates = (stack.enter_context(pk.gated(each, space)) for each in (unet, own))
+    stack.enter_context(held(config.search, own))
+    if config.search.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    objective = method._objective(own, own_gates, cost, world.scheduler, world.data)
     trainer = Trainer(config.search, objective, Path(stack.enter_context(TemporaryDirectory())), "search")
     objective.batch(1)
     optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-4)
@@ -99,13 +104,13 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
     space, cost = space_and_cost(world.pipeline, APTP(budget=BUDGET).config)
     scores = torch.randn(space.size, generator=generator(SEED, "step"))
     student = pk.slice_unet(unet, pk.methods.select(scores, cost, BUDGET)).train().requires_grad_(True)
-    inputs = (student, unet, world.scheduler, world.data, world.data.training_pairs(), config, SEED)
+    teacher = twin(unet)
+    stack.enter_context(held(config, student, teacher))
+    inputs = (student, teacher, world.scheduler, world.data, world.data.training_pairs(), config, SEED)
     objective = FineTuningObjective(*inputs, unet.device)
     trainer = Trainer(config, objective, Path(stack.enter_context(TemporaryDirectory())), "fine-tuning")
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     steps = iter(range(10**6))
-    if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
 
     def ours() -> None:
         trainer._step(next(steps), False)
@@ -127,9 +132,9 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
 
 def main() -> None:
     """Print the tables."""
-    given = options(__doc__.splitlines()[0], model="emoji", batch=48, micro=48, stage="both")
+    given = options(__doc__.splitlines()[0], model="emoji", batch=48, micro=48, stage="both", recompute=0)
     where()
-    world = World(given.model, given.batch, given.micro)
+    world = World(given.model, given.batch, given.micro, bool(given.recompute))
     for stage in (search, fine_tuning):
         if given.stage in ("both", stage.__name__):
             with ExitStack() as stack:

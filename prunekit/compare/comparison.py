@@ -11,16 +11,16 @@ from prunekit.compare.cells import DENSE, Cell, CellRunner, cells_of
 from prunekit.compare.fairness import Result, refuse_unfair
 from prunekit.compare.pareto import pareto_picture
 from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows
-from prunekit.compare.timing import cell_ratio
+from prunekit.compare.timing import TIMINGS, cell_ratio
 from prunekit.evaluation.table import Column, markdown_table, terminal_table
 from prunekit.recipe import CompareRecipe, RecipeError, dump_recipe, load_recipe
+from prunekit.report.command import finish
 from prunekit.run import RECIPE
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, share
 from prunekit.training.processes import apart
 
-TIMINGS = "timings.json"
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
@@ -145,6 +145,7 @@ def _write(
     (folder / "table.md").write_text("\n".join(parts), encoding="utf-8")
     if any(row.method != DENSE for row in rows):
         pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
+    finish(folder, partial(console.print, highlight=False, markup=False))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prunekit.compare.cells import DENSE
 from prunekit.compare.table import BY_KEY, Row
@@ -22,19 +23,13 @@ def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    costs = [key for key in COSTS if any(row.costs.get(key) is not None and row.method != DENSE for row in rows)]
+    costs = costs_of(rows)
     figure = Figure(figsize=(5.2 * len(costs) + 2.2, 3.9 * len(PANELS)), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(PANELS), len(costs), squeeze=False)
-    methods = list(dict.fromkeys(row.method for row in rows))
-    points = _distinct(rows)
     for line, figure_name in zip(axes, PANELS, strict=True):
         for panel, cost in zip(line, costs, strict=True):
-            for row in points:
-                _point(panel, row, methods.index(row.method), figure_name, cost, len(methods))
-            _limit(panel, points, figure_name)
-            panel.set_xlabel(COSTS[cost])
-            panel.set_ylabel(BY_KEY[figure_name].header)
+            pareto_panel(panel, rows, figure_name, cost)
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.set_axisbelow(True)
     handles, labels = _legend(axes[0][0])
@@ -42,6 +37,21 @@ def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
     figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1 - 2.0 / figure.get_figwidth(), 0.97))
     return save_figure(figure, path)
+
+
+def costs_of(rows: Sequence[Row]) -> list[str]:
+    """Return the costs, keys of COSTS, that some pruned row has."""
+    return [key for key in COSTS if any(row.costs.get(key) is not None and row.method != DENSE for row in rows)]
+
+
+def pareto_panel(panel: Any, rows: Sequence[Row], name: str, cost: str) -> None:
+    """Draw the rows' figure `name` against `cost` on a matplotlib panel, with labels for a legend."""
+    methods, points = list(dict.fromkeys(row.method for row in rows)), _distinct(rows)
+    for row in points:
+        _point(panel, row, methods.index(row.method), name, cost, len(methods))
+    _limit(panel, points, name)
+    panel.set_xlabel(COSTS[cost])
+    panel.set_ylabel(BY_KEY[name].header)
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

@@ -11,6 +11,7 @@ from prunekit.slicing import PrunedUNet2DConditionModel
 from prunekit.stages import Stages
 from prunekit.timing import WarmUp, measure
 
+TIMINGS = "timings.json"  # of a comparison
 PAIRS = 15
 WARM_UP = WarmUp(max_seconds=10.0)
 

@@ -11,13 +11,17 @@ from prunekit.evaluation.evaluator import in_batches
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that OpenAI's CLIP was trained on
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+TOKENIZERS = {  # of models that are published without one
+    "yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
 
 
 class CLIPEvaluator:
     """The methods of `Evaluator` over a `CLIPModel` and its tokenizer.
 
     Pictures are resized bicubically to the model's size (a picture that is not square is squeezed) and normalised as
-    OpenAI's CLIP asks. `features` are the image embeddings before normalisation: what CMMD is defined on.
+    OpenAI's CLIP asks. `features` are the image embeddings before normalisation: what CMMD is defined on. PickScore's
+    model is one of these too: its score is the cosine times exp(`logit_scale`).
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):
@@ -32,12 +36,22 @@ class CLIPEvaluator:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            return cls(CLIPModel.from_pretrained(name).to(device), AutoTokenizer.from_pretrained(name))
-        except OSError as error:
+            tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(str(name), name))
+            model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
+            if info["missing_keys"]:  # such as the text encoder of a pipeline: the rest would be random
+                raise ValueError(f"it is no whole CLIP model, {len(info['missing_keys'])} weights are missing")
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(": ")
             raise ValueError(
                 f'cannot load the evaluator {str(name)!r}: use "emoji", a folder of a CLIP model, or its name on the '
-                f"hub ({str(error).splitlines()[0]})"
+                f"hub ({reason})"
             ) from error
+        return cls(model.to(device), tokenizer)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The logarithm of what cosines are multiplied by, a scalar."""
+        return self.model.logit_scale
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -64,19 +64,51 @@ class StoredUNets(Sequence):
 
 
 @dataclass
-class EvaluationSet:
-    """What every row is measured on: prompts with their pictures' names, fixed seeds, and real features.
+class Prompts:
+    """What every row draws: prompts with their pictures' names, and fixed seeds.
 
     The first part are names (their pictures are asked for by name: top-k), the rest held-out captions.
     `images` are the real pictures that the rows are held against: all of the data set, or as many as are asked for.
     """
 
-    images: CaptionedImages
+    images: CaptionedImages | None  # None: prompts alone
     prompts: list[str]
     targets: Tensor  # (n,) the picture whose prompt it is
     num_names: int
     seeds: list[int]
     embeddings: Tensor  # (n, Z) of the prompts
+
+    @classmethod
+    def choose(
+        cls,
+        images: CaptionedImages,
+        count: int,
+        seed: int,
+        prompt_encoder: Any | None = None,
+        num_references: int | None = None,
+    ) -> "Prompts":
+        """Choose half of `count` prompts among the names and half among the held-out captions, as far as there are.
+
+        prompt_encoder: with `encode`; None: embeddings are zeros (n, 1).
+        num_references: real pictures at most, the prompts' own first; None: all.
+        """
+        order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
+        held = torch.nonzero(images.held_out).flatten()
+        held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))][: count // 2]
+        names = order[: count - len(held)]
+        prompts = [images.names[i] for i in names] + [images.captions[i] for i in held]
+        targets = torch.cat([names, images.image_index[held]])
+        embeddings = torch.zeros(len(prompts), 1)
+        if prompt_encoder is not None:
+            embeddings = torch.as_tensor(prompt_encoder.encode(prompts)).float()
+        images, targets = referred(images, targets, order, num_references)
+        return cls(images, prompts, targets, len(names), noise_seeds(seed, len(prompts)), embeddings)
+
+
+@dataclass
+class EvaluationSet(Prompts):
+    """What a run's rows are measured on: prompts, and what its evaluator sees in the real pictures."""
+
     real_features: Tensor = field(repr=False)  # (num_images, F)
     real_embeddings: Tensor = field(repr=False)  # (num_images, E)
 
@@ -91,30 +123,28 @@ class EvaluationSet:
         size: int,
         num_references: int | None = None,
     ) -> "EvaluationSet":
-        """Choose half of `count` prompts among the names and half among the held-out captions, as far as there are.
-
-        num_references: real pictures at most, the prompts' own first; None: all.
-        """
-        order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
-        held = torch.nonzero(images.held_out).flatten()
-        held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))][: count // 2]
-        names = order[: count - len(held)]
-        prompts = [images.names[i] for i in names] + [images.captions[i] for i in held]
-        targets = torch.cat([names, images.image_index[held]])
-        embeddings = torch.as_tensor(prompt_encoder.encode(prompts)).float()
-        if num_references is not None and num_references < images.num_images:
-            others = order[~torch.isin(order, targets)]
-            kept = torch.cat([targets.unique(), others])[: max(num_references, len(targets.unique()))].sort().values
-            images, targets = images.take(kept.tolist()), torch.searchsorted(kept, targets)
-        real = images.pixels(range(images.num_images), size)
-        features, embedded = evaluator.features(real), evaluator.embed_images(real)
-        return cls(
-            images, prompts, targets, len(names), noise_seeds(seed, len(prompts)), embeddings, features, embedded
-        )
+        """Choose prompts as `Prompts.choose` does, and look at the real pictures, `size` pixels of a side."""
+        chosen = Prompts.choose(images, count, seed, prompt_encoder, num_references)
+        real = chosen.images.pixels(range(chosen.images.num_images), size)
+        return cls(**vars(chosen), real_features=evaluator.features(real), real_embeddings=evaluator.embed_images(real))
 
     def reseeded(self, seed: int | None) -> "EvaluationSet":
         """Return the same prompts with another seed of their noise; None changes nothing."""
         return self if seed is None else replace(self, seeds=noise_seeds(seed, len(self.prompts)))
+
+
+def referred(
+    images: CaptionedImages, targets: Tensor, order: Tensor, most: int | None
+) -> tuple[CaptionedImages, Tensor]:
+    """Return at most `most` real pictures (None: all), the targets' own first, then by `order`, with the targets.
+
+    targets: (n,) index `images`, and what is returned; order: a permutation of them, (num_images,).
+    """
+    if most is None or most >= images.num_images:
+        return images, targets
+    others = order[~torch.isin(order, targets)]
+    kept = torch.cat([targets.unique(), others])[: max(most, len(targets.unique()))].sort().values
+    return images.take(kept.tolist()), torch.searchsorted(kept, targets)
 
 
 def noise_seeds(seed: int, count: int) -> list[int]:
@@ -130,6 +160,7 @@ class Sampling:
     guidance: float
     batch_size: int
     precision: str = "float32"  # of the UNet and the text encoder: "float32" or "bfloat16" (autocast)
+    size: int | None = None  # pixels of a side; None: the model's own
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context under which pictures are made."""
@@ -146,17 +177,30 @@ def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> Diffus
 def sample(
     candidate: Candidate,
     pipeline: DiffusionPipeline,
-    prompts: EvaluationSet,
+    prompts: Prompts,
     sampling: Sampling,
     folder: Path,
     locks: Path,
 ) -> tuple[Tensor, Tensor]:
+    """Return the pictures that `sample_to` makes, uint8 (n, 3, H, W), and the expert of each prompt (n,)."""
+    paths, experts = sample_to(candidate, pipeline, prompts, sampling, folder, locks)
+    return read_pictures(paths), experts
+
+
+def sample_to(
+    candidate: Candidate,
+    pipeline: DiffusionPipeline,
+    prompts: Prompts,
+    sampling: Sampling,
+    folder: Path,
+    locks: Path,
+) -> tuple[list[Path], Tensor]:
     """Generate every prompt's picture, each by its own expert; resumable, and shared by all processes that call it.
 
-    Returns uint8 (n, 3, H, W) and the expert of each prompt (n,). An expert's prompts go in batches of their own.
+    Returns the pictures' files and the expert of each prompt (n,). An expert's prompts go in batches of their own.
     """
     experts = candidate.experts(prompts.embeddings)
-    pictures: list[Tensor | None] = [None] * len(prompts.prompts)
+    files: list[Path] = [folder] * len(prompts.prompts)
     for expert in experts.unique().tolist():
         rows = torch.nonzero(experts == expert).flatten().tolist()
         target = folder if len(candidate.unets) == 1 else folder / f"expert-{expert}"
@@ -169,12 +213,13 @@ def sample(
                 sampling.steps,
                 sampling.guidance,
                 sampling.batch_size,
+                sampling.size,
                 title=f"{candidate.name}{f' {expert}' * (len(candidate.unets) > 1)}: images",
                 locks=locks,
             )
-        for row, picture in zip(rows, read_pictures(paths), strict=True):
-            pictures[row] = picture
-    return torch.stack([picture for picture in pictures if picture is not None]), experts
+        for row, path in zip(rows, paths, strict=True):
+            files[row] = path
+    return files, experts
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunekit.data.fingerprint import Fingerprint
 from prunekit.training.checkpoint import read_json, save_tensors, write_folder, write_json
 
 EVALUATOR_DIRECTORY = Path(__file__).parent.parent / "assets" / "evaluator"
+INCEPTION = "inception"
 BATCH = 64  # every forward pass has this many pictures, so that a picture's numbers do not depend on its company
 INITIAL_SCALE = 14.0  # of the logits, as in CLIP
 WORDS = re.compile(r"\w+|[^\w\s,:]")
@@ -173,12 +175,22 @@ def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([embed(part).float().cpu() for part in filled.split(BATCH)])[: len(images)]
 
 
+def identity(evaluator: Any) -> str:
+    """Return a digest of what an evaluator is: its class and weights."""
+    module = evaluator if isinstance(evaluator, nn.Module) else evaluator.model
+    return Fingerprint(type(evaluator).__name__, BATCH).add_module(module).key()
+
+
 def load_evaluator(name: str | Path) -> Any:
     """Load an evaluator: "emoji" is the embedded one, a folder may hold one of ours or a CLIP model of transformers.
 
-    Anything else is a CLIP model's name on the hub. What comes back has `embed_images`, `embed_texts` and `features`.
-    Raises ValueError where there is no such model.
+    "inception" is FID's network, which has `features` alone; anything else is a CLIP model's name on the hub. What
+    comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError where there is no such model.
     """
+    if name == INCEPTION:
+        from prunekit.evaluation.inception import InceptionFeatures
+
+        return InceptionFeatures.load()
     if name == "emoji":
         return Evaluator.from_pretrained(EVALUATOR_DIRECTORY)
     if (Path(name) / "vocabulary.json").is_file():

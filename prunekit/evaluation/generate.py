@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from prunekit.data.picture_files import write_image
 from prunekit.sampling import draw, quiet
-from prunekit.training.checkpoint import read_json, temporary_for, write_json
+from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, share
 from prunekit.training.progress import Progress
 
@@ -76,7 +77,8 @@ def generate_to(
                 raise ValueError(
                     f"{directory} holds pictures made with other {name}; remove it or use another directory"
                 )
-    write_json(directory / REQUEST, request)
+    else:
+        write_json(directory / REQUEST, request)
     paths = [directory / f"{index:05d}.png" for index in range(len(prompts))]
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     load = (lambda: pipeline) if isinstance(pipeline, DiffusionPipeline) else cache(pipeline)
@@ -90,7 +92,7 @@ def generate_to(
             with quiet(load()):
                 pictures = draw(load(), prompts[batch], seeds[batch], steps, guidance, size)
             for path, picture in zip(paths[batch], pictures, strict=True):
-                save_picture(path, picture)
+                write_image(path, Image.fromarray(picture.permute(1, 2, 0).numpy()))
             progress.update(min(batch.stop, len(prompts)))
 
         name = "-".join(directory.parts[-2:])
@@ -104,19 +106,14 @@ def generate_to(
     return paths
 
 
-def save_picture(path: Path, picture: Tensor) -> None:
-    """Write a uint8 picture (3, H, W) as PNG, atomically."""
-    temporary = temporary_for(path)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
-    temporary.replace(path)
-
-
-def read_pictures(paths: Sequence[Path]) -> Tensor:
-    """Read PNG files of one size to uint8 (n, 3, H, W)."""
+def read_pictures(paths: Sequence[Path], size: int | None = None) -> Tensor:
+    """Read PNG files of one size to uint8 (n, 3, H, W); `size`: resized to that side, bilinearly, antialiased."""
     arrays = []
     for path in paths:
         with Image.open(path) as picture:
-            arrays.append(np.array(picture.convert("RGB")))
+            rgb = picture.convert("RGB")
+            same = size is None or rgb.size == (size, size)
+            arrays.append(np.array(rgb if same else rgb.resize((size, size), Image.Resampling.BILINEAR)))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

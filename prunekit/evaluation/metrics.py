@@ -5,6 +5,8 @@ the rest.
 Features and embeddings come from an evaluator; figures from different evaluators cannot be compared.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from prunekit.randomness import generator
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
+FRECHET_SAMPLES = 10  # pictures a feature that a Fréchet distance needs in each set
+BLOCK = 2048  # rows of a kernel matrix in memory at once
+Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -22,6 +27,18 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     real, generated = _checked(real, generated, least=2)
     covariances = [torch.atleast_2d(values.T.cov()) for values in (real, generated)]  # (F, F)
     return gaussian_distance(real.mean(dim=0), covariances[0], generated.mean(dim=0), covariances[1])
+
+
+def refuse_few(count: int, width: int, what: str = "generated pictures") -> None:
+    """Raise ValueError where `count` pictures are too few for a Fréchet distance of features of width `width`.
+
+    Its bias falls with the number of pictures and differs by model: below 10 a feature it decides the order of rows.
+    """
+    if count < FRECHET_SAMPLES * width:
+        raise ValueError(
+            f"a Fréchet distance of {width:,} features needs at least {FRECHET_SAMPLES * width:,} pictures in each "
+            f"set, and there are {count:,} {what}: ask for more, or leave it out (kid and cmmd serve few pictures)"
+        )
 
 
 def gaussian_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
@@ -58,10 +75,21 @@ def kid(real: Tensor, generated: Tensor, subset: int | None = None, subsets: int
 
 
 def _kid(x: Tensor, y: Tensor) -> float:
-    within_x, within_y, between = (polynomial_kernel(a, b) for a, b in ((x, x), (y, y), (x, y)))
-    n, m = len(x), len(y)
-    same = (within_x.sum() - within_x.trace()) / (n * (n - 1)) + (within_y.sum() - within_y.trace()) / (m * (m - 1))
-    return float(same - 2 * between.mean())
+    same = 0.0
+    for values in (x, y):
+        rows, diagonal = row_sums(polynomial_kernel, values, values), diagonal_of(polynomial_kernel, values)
+        same = same + (rows.sum() - diagonal.sum()) / (len(values) * (len(values) - 1))
+    return float(same - 2 * row_sums(polynomial_kernel, x, y).sum() / (len(x) * len(y)))
+
+
+def row_sums(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
+    """Return the sums over `y` of a kernel's rows, (n,), of values (n, F) and (m, F); the matrix is never whole."""
+    return torch.cat([kernel(part, y).sum(dim=1) for part in x.split(BLOCK)])
+
+
+def diagonal_of(kernel: Kernel, x: Tensor) -> Tensor:
+    """Return a kernel's values of each row of (n, F) with itself, (n,)."""
+    return torch.cat([kernel(part, part).diagonal() for part in x.split(64)])
 
 
 def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -81,17 +109,33 @@ def cmmd(real: Tensor, generated: Tensor) -> float:
     Embeddings are (n, E) and (m, E). As in the authors' code the estimate is the biased one, so never negative.
     """
     x, y = (torch.nn.functional.normalize(values, dim=1) for values in _checked(real, generated, least=1))
-
-    within_x, within_y, between = (gaussian_kernel(a, b).mean() for a, b in ((x, x), (y, y), (x, y)))
+    means = (row_sums(gaussian_kernel, a, b).sum() / (len(a) * len(b)) for a, b in ((x, x), (y, y), (x, y)))
+    within_x, within_y, between = means
     return float(CMMD_SCALE * (within_x + within_y - 2 * between))
 
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
     """Return the mean of 100 · max(cos, 0) over pairs of embeddings, both (n, E) (Hessel et al., 2021, w = 100)."""
+    return float(clip_scores(images, texts).mean())
+
+
+def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
+    """Return each pair's 100 · max(cos, 0), (n,)."""
+    return 100 * _cosines(images, texts).clamp(min=0)
+
+
+def pick_scores(images: Tensor, texts: Tensor, scale: float) -> Tensor:
+    """Return each pair's scale · cos, (n,) (PickScore, Kirstain et al., 2023); `scale`: exp of the model's logit_scale.
+
+    Embeddings are both (n, E). The score of a set is their mean.
+    """
+    return scale * _cosines(images, texts)
+
+
+def _cosines(images: Tensor, texts: Tensor) -> Tensor:
     if images.shape != texts.shape or not len(images):
-        raise ValueError(f"CLIP score needs one text a picture, got {tuple(images.shape)} and {tuple(texts.shape)}")
-    cosine = torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
-    return float(100 * cosine.clamp(min=0).mean())
+        raise ValueError(f"a score of pairs needs one text a picture, got {tuple(images.shape)}, {tuple(texts.shape)}")
+    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
 
 
 def retrieval(images: Tensor, texts: Tensor, targets: Tensor, k: int = 1) -> float:

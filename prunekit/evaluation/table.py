@@ -55,10 +55,12 @@ TEXT = (
     Column("clip_score", "CLIP score", ".2f", "↑"),
     Column("top1", "top-1", ".1f", "↑", "%", 100),
     Column("top5", "top-5", ".1f", "↑", "%", 100),
+    Column("pick_score", "PickScore", ".2f", "↑"),
 )
 COLUMNS = (
     NAME,
     *COST,
+    Column("images", "images", ",.0f"),
     *DISTANCES,
     *TEXT,
     Column("agreement", "agreement MSE", ".4f", "↓"),

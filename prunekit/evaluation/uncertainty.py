@@ -1,8 +1,8 @@
 """How far a row's figures would move with other pictures (jackknife errors) or other seeds (Student's t intervals).
 
 The jackknife leaves out one picture at a time (Efron and Stein, 1981). These figures have it in closed form, so nothing
-is drawn and the same pictures give the same error. The Fréchet distance has none here: no closed form, and its bias
-with the number of pictures is larger than its spread.
+is drawn and the same pictures give the same error. The Fréchet distance has no closed form: of it tenths of the
+pictures are left out in turn; its bias with the number of pictures is larger than its spread, and not in the error.
 """
 
 import math
@@ -10,13 +10,25 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from prunekit.evaluation.comparison import EvaluationSet, Judged
-from prunekit.evaluation.metrics import CMMD_SCALE, gaussian_kernel, polynomial_kernel, ranks
+from prunekit.evaluation.metrics import (
+    CMMD_SCALE,
+    Kernel,
+    clip_scores,
+    diagonal_of,
+    gaussian_distance,
+    gaussian_kernel,
+    polynomial_kernel,
+    ranks,
+    row_sums,
+)
 
 NORMAL_975 = 1.96
+FRECHET_GROUPS = 10
 
 
 def jackknife_errors(judged: Judged, prompts: EvaluationSet) -> dict[str, float]:
@@ -25,35 +37,46 @@ def jackknife_errors(judged: Judged, prompts: EvaluationSet) -> dict[str, float]
     The real pictures are the whole data set: they are not left out.
     """
     count = prompts.num_names
-    generated, real = (normalize(x.double(), dim=1) for x in (judged.embedded, prompts.real_embeddings))
-    features, real_features = judged.features.double(), prompts.real_features.double()
     rank = ranks(judged.embedded[:count], judged.names, prompts.targets[:count])
-    cosine = cosine_similarity(judged.embedded[count:].double(), judged.texts[count:].double(), dim=1)
-    cmmd = _distance_without_one(
-        gaussian_kernel(generated, generated), gaussian_kernel(real, generated), unbiased=False
-    )
-    kid = _distance_without_one(
-        polynomial_kernel(features, features), polynomial_kernel(real_features, features), unbiased=True
-    )
     return {
-        "cmmd": CMMD_SCALE * _jackknife(cmmd),
-        "kid": _jackknife(kid),
-        "clip_score": 100 * _error_of_mean(cosine.clamp(min=0)),
-        "top1": _error_of_mean((rank < 1).double()),
-        "top5": _error_of_mean((rank < 5).double()),
+        "cmmd": cmmd_error(prompts.real_embeddings, judged.embedded),
+        "kid": kid_error(prompts.real_features, judged.features),
+        "clip_score": error_of_mean(clip_scores(judged.embedded[count:], judged.texts[count:])),
+        "top1": error_of_mean((rank < 1).double()),
+        "top5": error_of_mean((rank < 5).double()),
     }
 
 
-def _distance_without_one(within: Tensor, between: Tensor, unbiased: bool) -> Tensor:
-    """Squared MMD without each generated picture in turn, (m,), but for the real pictures' own term.
+def cmmd_error(real: Tensor, generated: Tensor) -> float:
+    """Return the jackknife error of CMMD over the generated pictures; embeddings (n, E) and (m, E)."""
+    real, generated = (normalize(values.double(), dim=1) for values in (real, generated))
+    return CMMD_SCALE * _jackknife(_distance_without_one(gaussian_kernel, real, generated, unbiased=False))
 
-    within: (m, m) kernel of the generated pictures; between: (n, m), real against generated.
+
+def kid_error(real: Tensor, generated: Tensor) -> float:
+    """Return the jackknife error of KID over the generated pictures; features (n, F) and (m, F)."""
+    return _jackknife(_distance_without_one(polynomial_kernel, real.double(), generated.double(), unbiased=True))
+
+
+def frechet_error(mean: Tensor, covariance: Tensor, generated: Tensor) -> float:
+    """Return the delete-a-tenth jackknife error of the Fréchet distance over the generated pictures' features (m, F).
+
+    mean, covariance: of the real features, (F,) and (F, F).
     """
-    count, diagonal = len(within), within.diagonal()
-    rest = within.sum() - 2 * within.sum(1) + diagonal  # of the kernel without row and column i
+    generated = generated.double()
+    group = torch.arange(len(generated)) % FRECHET_GROUPS
+    left = [generated[group != index] for index in range(FRECHET_GROUPS)]
+    values = [gaussian_distance(mean, covariance, part.mean(dim=0), torch.atleast_2d(part.T.cov())) for part in left]
+    return _jackknife(torch.tensor(values, dtype=torch.float64))
+
+
+def _distance_without_one(kernel: Kernel, real: Tensor, generated: Tensor, unbiased: bool) -> Tensor:
+    """Squared MMD without each generated picture in turn, (m,), but for the real pictures' own term."""
+    count, rows, diagonal = len(generated), row_sums(kernel, generated, generated), diagonal_of(kernel, generated)
+    rest = rows.sum() - 2 * rows + diagonal  # of the kernel without row and column i
     pairs = (count - 1) * (count - 2) if unbiased else (count - 1) ** 2
     own = (rest - (diagonal.sum() - diagonal) * unbiased) / pairs
-    columns = between.mean(0)
+    columns = row_sums(kernel, generated, real) / len(real)
     return own - 2 * (columns.sum() - columns) / (count - 1)
 
 
@@ -62,7 +85,8 @@ def _jackknife(without_one: Tensor) -> float:
     return float(((count - 1) / count * (without_one - without_one.mean()).square().sum()).sqrt())
 
 
-def _error_of_mean(values: Tensor) -> float:
+def error_of_mean(values: Tensor) -> float:
+    """Return the standard error of the mean of values (n,); NaN for one."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 

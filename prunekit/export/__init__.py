@@ -1,7 +1,17 @@
 """Taking a pruned UNet elsewhere: as a stock diffusers UNet, with its class in a file, or as a graph."""
 
+from prunekit.export.adapters import check_controlnet, check_t2i_adapter, copy_ip_adapter
 from prunekit.export.loading import load_unet
+from prunekit.export.lora import slice_lora
 from prunekit.export.parts import load_pipeline_directory
 from prunekit.export.tiers import save_unet
 
-__all__ = ["load_pipeline_directory", "load_unet", "save_unet"]
+__all__ = [
+    "check_controlnet",
+    "check_t2i_adapter",
+    "copy_ip_adapter",
+    "load_pipeline_directory",
+    "load_unet",
+    "save_unet",
+    "slice_lora",
+]

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from prunekit.export.bundle import bundle
-from prunekit.slicing import PrunedUNet2DConditionModel
+from prunekit.slicing import CLASS_FILE, PrunedUNet2DConditionModel
 
-MODULE = "modeling_pruned"
+MODULE = CLASS_FILE
 CLASS = PrunedUNet2DConditionModel.__name__
 _CUTTING, _PLAIN = "prunekit.units.cutting", "prunekit.export.plain_cutting"
 _INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_groups")}

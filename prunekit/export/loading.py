@@ -49,7 +49,7 @@ def load_unet(
         shapes |= own
         if specification is not None:
             _check_specification(folder, config, specification)
-    _check_shapes(folder, unet, shapes)
+    check_shapes(folder, unet, shapes)
     state: dict[str, torch.Tensor] = {}
     for path in files:
         specification = read_outline(path)[0] if verify else None
@@ -71,7 +71,7 @@ def _check_specification(folder: Path, config: Mapping[str, Any], specification:
         raise ValueError(f"{folder / CONFIG} was changed after its weights were written; copy both again")
 
 
-def _check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError that names the first difference between a UNet's tensors and the files'."""
     expected = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
     faults = [f"they lack {name}" for name in expected if name not in shapes]

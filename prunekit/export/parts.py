@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
@@ -15,12 +14,11 @@ from prunekit.export.class_file import CLASS, MODULE
 from prunekit.export.loading import load_unet
 from prunekit.export.tiers import save_unet
 from prunekit.models import quiet_libraries
-from prunekit.models.names import PIPELINES, check_index, first_line, read_object
-from prunekit.models.weights import WITHOUT, variant_of, weight_names
+from prunekit.models.hub import INDEX
+from prunekit.models.loading import SETTINGS, freeze, load_directory
+from prunekit.models.names import PIPELINES
+from prunekit.models.weights import WITHOUT
 from prunekit.training.checkpoint import read_json, write_json
-
-INDEX = "model_index.json"
-_SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Parts:
         """Take a pipeline's parts; they are shared, not copied. A safety checker is left out."""
         parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
         parts = {name: None if name in WITHOUT else part for name, part in parts.items()}
-        settings = {name: pipeline.config[name] for name in _SETTINGS if name in pipeline.config}
+        settings = {name: pipeline.config[name] for name in SETTINGS if name in pipeline.config}
         is_xl = type(pipeline).__name__ == PIPELINES[1]
         settings |= {"add_watermarker": False} if is_xl else {"requires_safety_checker": False}
         return cls(type(pipeline), parts, settings)
@@ -45,21 +43,7 @@ class Parts:
     def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Parts:
         """Load all but the UNet of a pipeline's directory, in evaluation mode; ValueError, one line, where it fails."""
         quiet_libraries()
-        index = read_object(directory / INDEX)
-        check_index({**index, "unet": ["a UNet"]}, directory)
-        kind = getattr(diffusers, index["_class_name"])
-        options: dict[str, Any] = {part: None for part in (*WITHOUT, "unet") if part in index}
-        options |= {"add_watermarker": False} if kind.__name__ == PIPELINES[1] else {"requires_safety_checker": False}
-        try:
-            variant = variant_of([name for name in weight_names(directory) if not name.startswith("unet/")])
-            own = {} if variant is None else {"variant": variant}
-            pipeline = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True, **own, **options)
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"cannot load {directory}: {first_line(error)}") from error
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.eval().requires_grad_(False)
-        return cls.of(pipeline)
+        return cls.of(freeze(load_directory(directory, directory, dtype, with_unet=False)))
 
     def pipeline(self, unet: UNet2DConditionModel | None, **replaced: Any) -> DiffusionPipeline:
         """Return a stock pipeline around a UNet, whose other parts are these, or `replaced` by name."""

@@ -5,18 +5,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors import SafetensorError
 
-from prunekit.models.hub import fetch
+from prunekit.models.hub import INDEX, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
 from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, first_line, local_path, read_object
 from prunekit.models.shapes import unet_from_config
 from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
+from prunekit.slicing import PrunedUNet2DConditionModel
 from prunekit.units.walk import check_supported
 
 PREDICTIONS = ("epsilon", "v_prediction")
+SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)
 
 
@@ -43,8 +47,8 @@ def load_pipeline(
     """Load a text-to-image pipeline with its weights, on the CPU, in evaluation mode, without a safety checker.
 
     Args:
-        name: "emoji" (the embedded model), a diffusers directory, a .safetensors file with a whole model, a hub id, or
-            a short name in `KNOWN`.
+        name: "emoji" (the embedded model), a diffusers directory (its UNet stock or pruned), a .safetensors file with a
+            whole model, a hub id, or a short name in `KNOWN`.
         dtype: of all weights, whatever the files hold; training needs float32.
         lora: merged into the weights, in this order.
         single_file_config: with a file only: the directory or hub id of the pipeline whose configs and tokenizers the
@@ -64,36 +68,56 @@ def load_pipeline(
     elif single_file_config is not None:
         raise ValueError(f"single_file_config={single_file_config} is for a model in a single file, and {name} is none")
     else:
-        pipeline = _load_directory(path or fetch(name, unet_from_config), name, dtype, say)
+        pipeline = load_directory(path or fetch(name, unet_from_config), name, dtype, say)
     _check(pipeline, name)
     merge_lora(pipeline, lora, say)
     pipeline.set_progress_bar_config(disable=True)
+    return freeze(pipeline)
+
+
+def load_directory(
+    directory: Path,
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], Any] = logger.warning,
+    with_unet: bool = True,
+) -> DiffusionPipeline:
+    """Load a diffusers pipeline's directory, safetensors alone; a pruned UNet by prunekit's class, no code is run.
+
+    name: what errors call it. with_unet: without, its `unet` is None, and need not be there.
+    Raises ValueError, one line, for a directory that is no pipeline's, or does not load.
+    """
+    if not (directory / INDEX).is_file():
+        raise ValueError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
+    index = read_object(directory / INDEX)
+    check_index(index if with_unet else {**index, "unet": ["left out"]}, name)
+    is_pruned = with_unet and index["unet"][-1] == PrunedUNet2DConditionModel.__name__
+    left_out = WITHOUT if with_unet and not is_pruned else (*WITHOUT, "unet")
+    kind, options = getattr(diffusers, index["_class_name"]), {part: None for part in left_out if part in index}
+    plain = {"requires_safety_checker" if kind.__name__ == PIPELINES[0] else "add_watermarker": False}
+    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    try:
+        names = weight_names(directory)
+        variant = variant_of(names if with_unet else [one for one in names if not one.startswith("unet/")])
+        if variant is not None:
+            say(f"{name} has only {variant} weights; they are read as {str(dtype).removeprefix('torch.')}")
+            weights["variant"] = variant
+        pipeline = kind.from_pretrained(directory, **weights, **plain, **options)
+        if is_pruned:  # put in afterwards: diffusers would ask for trust_remote_code
+            unet = PrunedUNet2DConditionModel.from_pretrained(directory / "unet", **weights)
+            settings = {key: value for key, value in pipeline.config.items() if key in SETTINGS}
+            pipeline = kind(**{**pipeline.components, "unet": unet}, **plain, **settings)
+        return pipeline
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error
+
+
+def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Put a pipeline's parts into evaluation mode, their weights frozen; return it."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return pipeline
-
-
-def _load_directory(
-    directory: Path, name: str | Path, dtype: torch.dtype, say: Callable[[str], Any]
-) -> DiffusionPipeline:
-    if not (directory / "model_index.json").is_file():
-        raise ValueError(f"{directory} is no diffusers pipeline: it holds no model_index.json")
-    index = read_object(directory / "model_index.json")
-    check_index(index, name)
-    options: dict[str, Any] = {part: None for part in WITHOUT if part in index}
-    if index["_class_name"] == PIPELINES[0]:
-        options["requires_safety_checker"] = False
-    else:
-        options["add_watermarker"] = False
-    try:
-        variant = variant_of(weight_names(directory))
-        if variant is not None:
-            say(f"{name} has only {variant} weights; they are read as {str(dtype).removeprefix('torch.')}")
-            options["variant"] = variant
-        return DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error
 
 
 def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:

@@ -22,7 +22,7 @@ from prunekit.training.memory import held
 from prunekit.training.trainer import TrainerConfig
 from prunekit.units import UnitSpace
 
-FLOAT32 = 4  # bytes
+FLOAT32, LOWERED = 4, 2  # bytes of a number; frozen weights are held in both
 KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask
 
 
@@ -79,14 +79,13 @@ class Rehearsal:
     ) -> int:
         """A step that learns soft gates: forward, backward to the gates. A teacher's pass before it takes less."""
         self.unet.requires_grad_(False)
-        with self.mode, _held(config, self.unet), gated(self.unet, space) as gates:
-            values = torch.rand(samples, space.size, requires_grad=True)
-            with LiveMemory(self.unet.parameters()) as memory:
-                inputs = unet_inputs(self.unet, latent, tokens, samples)
-                gates.set(values)
-                with autocast(config.precision):
-                    prediction = self.unet(**inputs).sample
-                prediction.float().square().mean().backward()
+        memory = LiveMemory(self.unet.parameters())
+        with self.mode, memory, _held(config, self.unet), gated(self.unet, space) as gates:
+            inputs = unet_inputs(self.unet, latent, tokens, samples)
+            gates.set(torch.rand(samples, space.size, requires_grad=True))
+            with autocast(config.precision):
+                prediction = self.unet(**inputs).sample
+            prediction.float().square().mean().backward()
         return memory.peak
 
     def training(self, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig | None = None) -> int:

@@ -8,7 +8,7 @@ from prunekit.data.cache_config import cache_bytes
 from prunekit.data.encoders import BATCH, BATCH_SIDE
 from prunekit.methods import TaylorSP
 from prunekit.plan.data import DataSize, prompt_width
-from prunekit.plan.memory import FLOAT32, pooled_width, training_bytes
+from prunekit.plan.memory import FLOAT32, LOWERED, pooled_width, training_bytes
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.rows import PlannedRow, tuning_devices
 from prunekit.recipe import CompareRecipe, PruneRecipe
@@ -45,7 +45,8 @@ def memory(
             stages[f"{name}: calibration"] = gradients + step
     for config in (row.tuning for row in rows.values()):
         samples = samples_at_once(config, tuning_devices(rows, devices))
-        size = training_bytes(largest, config) + _training(samples, config, model, latent)
+        teacher = LOWERED * model.params if config.precision != "float32" and config.distillation_weight else 0
+        size = training_bytes(largest, config) + teacher + _training(samples, config, model, latent)
         stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
     stages["generation"] = FLOAT32 * largest + _sampling(recipe, model)
     return {

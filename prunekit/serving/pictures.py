@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from prunekit.training.checkpoint import temporary_for
+from prunekit.data.picture_files import write_image
 
 FORMATS = ("png", "webp")  # both without loss
 KEY = "prunekit"
@@ -20,16 +20,14 @@ _DESCRIPTION = 0x010E  # EXIF's ImageDescription
 def write_picture(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
     """Write a picture, by its name's ending, atomically; `metadata`, JSON values, goes in."""
     text = json.dumps(metadata, sort_keys=True)
-    temporary = temporary_for(path)
     if path.suffix == ".webp":
         exif = Image.Exif()
         exif[_DESCRIPTION] = text
-        picture.save(temporary, format="webp", lossless=True, exif=exif)
+        write_image(path, picture, lossless=True, exif=exif)
     else:
         info = PngInfo()
         info.add_text(KEY, text)
-        picture.save(temporary, format="png", pnginfo=info)
-    temporary.replace(path)
+        write_image(path, picture, pnginfo=info)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

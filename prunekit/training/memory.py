@@ -1,17 +1,22 @@
-"""How a training holds its UNets: activations recomputed or kept, and the layout of convolutions."""
+"""How a training holds its UNets: activations recomputed or kept, the layout of convolutions, frozen weights' dtype."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
-from prunekit.training.trainer import TrainerConfig
+from prunekit.training.trainer import AUTOCAST, TrainerConfig
+
+CAST = (nn.Conv2d, nn.Linear)  # whose weights autocast casts on every call; norms stay as they are
 
 
 @contextmanager
 def held(config: TrainerConfig, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> Iterator[None]:
     """Hold UNets as a training's settings say; on exit they are as before.
+
+    Frozen weights are held in the precision of forward passes, so what runs under them runs under autocast.
 
     trained: the one that gradients go through, to its weights or to the gates on it; it alone recomputes activations.
     """
@@ -22,10 +27,33 @@ def held(config: TrainerConfig, trained: UNet2DConditionModel, *others: UNet2DCo
     if config.gradient_checkpointing:
         trained.enable_gradient_checkpointing()
     try:
-        yield
+        with ExitStack() as stack:
+            if config.precision in AUTOCAST:
+                for unet in unets:
+                    stack.enter_context(cast_frozen(unet, AUTOCAST[config.precision]))
+            yield
     finally:
         if config.gradient_checkpointing:
             trained.disable_gradient_checkpointing()
         if config.channels_last:
             for unet in unets:
                 unet.to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def cast_frozen(unet: UNet2DConditionModel, dtype: torch.dtype) -> Iterator[None]:
+    """Hold the frozen float32 weights of convolutions and linear layers in autocast's dtype; on exit the old are back.
+
+    Autocast keeps its casts of weights that are trained for the length of its context, and casts frozen ones again at
+    every call. The numbers are the same, bit by bit. Both copies are in memory.
+    """
+    layers = (module for module in unet.modules() if isinstance(module, CAST))
+    weights = {id(weight): weight for layer in layers for weight in layer.parameters(recurse=False)}.values()
+    full = [(weight, weight.data) for weight in weights if not weight.requires_grad and weight.dtype is torch.float32]
+    for weight, data in full:
+        weight.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight, data in full:
+            weight.data = data

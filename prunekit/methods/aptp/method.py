@@ -2,17 +2,19 @@
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.gates import Gates
-from prunekit.methods.aptp.router import ArchitecturePredictor, Router
-from prunekit.methods.aptp.search import APTPConfig, SearchObjective
-from prunekit.methods.aptp.transport import expert_potentials
+from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
+from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
+from prunekit.methods.aptp.transport import assign, expert_potentials
 from prunekit.methods.base import PruneResult, describe_result
 from prunekit.methods.budget import select_mixture
 from prunekit.methods.registry import register
 from prunekit.methods.search import Codes, SearchMethod
+from prunekit.randomness import generator
 
 
 @register("aptp")
@@ -47,9 +49,27 @@ class APTP(SearchMethod):
         experts = select_mixture(scores, counts, cost, config.budget, config.align)
         info = describe_result(self, experts, cost)
         info["prompts_per_expert"] = counts.tolist()
+        info["assignment"] = self._assignment(objective, prompts)
         shares = counts.double() / counts.sum()
         info["mixture_ratio"] = float((shares * torch.tensor(info["ratio"], dtype=torch.float64)).sum())
         return PruneResult(experts, router, info)
+
+    @torch.no_grad()
+    def _assignment(self, objective: SearchObjective, prompts: Tensor) -> dict[str, list[int]]:
+        """Return how many of the training prompts (P, Z), or as many as are enough, each expert gets before balance.
+
+        nearest: each prompt takes the code nearest to it. transport: a batch is spread, as in the search (Eq. 5-7).
+        """
+        config, codes = self.config, objective.codes.values
+        counts = {"nearest": torch.zeros(config.experts, dtype=torch.long)}
+        counts |= {"transport": torch.zeros(config.experts, dtype=torch.long)}
+        order = torch.randperm(len(prompts), generator=generator(config.seed, "assignment"))[:MOST_CLUSTERED]
+        for batch in order.split(config.search.batch_size):
+            scores = cosine_scores(objective.predictor(prompts[batch].to(codes.device)), codes)
+            spread = assign(scores, config.epsilon, config.sinkhorn_iterations)
+            for name, experts in (("nearest", scores.argmax(dim=1)), ("transport", spread)):
+                counts[name] += torch.bincount(experts.cpu(), minlength=config.experts)
+        return {name: own.tolist() for name, own in counts.items()}
 
     def _parameters(self, embedding_size: int, num_units: int) -> tuple[ArchitecturePredictor, Codes]:
         with torch.random.fork_rng(devices=[]):

@@ -134,6 +134,14 @@ class SearchObjective(GateSearchObjective):
     ):
         super().__init__(unet, gates, cost, scheduler, data, config, device)
         self.predictor, self.codes = predictor.to(device), codes.to(device)
+        space = cost.space
+        over = [space.depth_units_over(group.path, group.kind) for group in space.width_groups]
+        none, longest = space.num_depth, max(map(len, over), default=0)  # the layer that always stays fills the rows
+        padded = [[*units, *[none] * (longest - len(units))] for units in over]
+        widths = [group.size for group in space.width_groups]
+        rows = [row for row, size in zip(padded, widths, strict=True) for _ in range(size)]
+        self._over = torch.tensor(rows, dtype=torch.long, device=device)  # (W, most layers over a unit)
+        self._sizes = torch.tensor([group.size for group in space.groups for _ in range(group.size)], device=device)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -201,12 +209,10 @@ class SearchObjective(GateSearchObjective):
 
     def _hardened(self, gates: Tensor) -> Tensor:
         """Return gates (N, D) at 0 or 1, nothing under a removed layer, each group weighted by 1/sqrt(its width)."""
-        space, kept = self.cost.space, (gates >= 0.5).to(gates)
-        for group in space.width_groups:
-            for depth in space.depth_units_over(group.path, group.kind):
-                kept[:, space.slice(group)] *= kept[:, space.num_width + depth, None]
-        sizes = torch.tensor([group.size for group in space.groups for _ in range(group.size)], device=gates.device)
-        return kept / sizes.to(gates).sqrt()
+        kept = (gates >= 0.5).to(gates)
+        widths, depths = kept.split([self.cost.space.num_width, self.cost.space.num_depth], dim=1)
+        stay = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)[:, self._over].prod(dim=2)  # (N, W)
+        return torch.cat([widths * stay, depths], dim=1) / self._sizes.to(gates).sqrt()
 
     def _embeddings(self, batch: SearchBatch) -> Tensor:
         """Return e (B, D) of the whole batch (Eq. 4)."""

@@ -1,0 +1,85 @@
+"""What models see in pictures, kept by content: real pictures are looked at once, whatever is held against them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prunekit.data.digests import Digests
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.images import CaptionedImages
+from prunekit.evaluation.evaluator import BATCH, identity, load_evaluator
+from prunekit.evaluation.generate import read_pictures
+from prunekit.training.checkpoint import save_tensors
+from prunekit.training.progress import Progress
+
+CHUNK = 4 * BATCH  # pictures in memory at once; whole batches, so that chunks change no number
+
+
+class Features:
+    """Features of real and of drawn pictures by model and view, computed once and kept in `folder`.
+
+    A view is a method of an evaluator that maps uint8 pictures to rows: "features" or "embed_images". A file's name
+    is a digest of the model's weights, the view, the pictures' contents and the side that they are resized to.
+    """
+
+    def __init__(self, folder: Path, digests: Digests):
+        self.folder, self.digests = folder, digests
+        self._models: dict[str, tuple[Any, str]] = {}
+
+    def model(self, name: str) -> Any:
+        """Return the evaluator of a name (`load_evaluator`), loaded once."""
+        return self._loaded(name)[0]
+
+    def real(self, images: CaptionedImages, name: str, view: str, size: int) -> Tensor:
+        """Return rows (n, F) of the real pictures, `size` pixels of a side; those that cannot be decoded are left out.
+
+        Raises DataError where more cannot be decoded than the data's tolerance allows.
+        """
+        model, key = self._loaded(name)
+        key = Fingerprint("real", key, view, size).add_pictures(images.encoded, self.digests).key()
+
+        def chunks() -> Iterator[Tensor]:
+            bad: dict[int, str] = {}
+            waiting: list[Tensor] = []
+            for start in range(0, images.num_images, CHUNK):
+                waiting += images.readable_pixels(range(start, min(start + CHUNK, images.num_images)), size, bad)
+                while len(waiting) >= CHUNK:
+                    yield torch.stack(waiting[:CHUNK])
+                    waiting = waiting[CHUNK:]
+            if waiting:
+                yield torch.stack(waiting)
+
+        return self._kept(key, lambda: _rows(chunks(), getattr(model, view), images.num_images, "real pictures"))
+
+    def drawn(self, paths: Sequence[Path], name: str, view: str, size: int | None) -> Tensor:
+        """Return rows (n, F) of drawn pictures, resized to `size` pixels of a side (None: as they are)."""
+        model, key = self._loaded(name)
+        key = Fingerprint("drawn", key, view, size).add(*self.digests.of([str(path) for path in paths])).key()
+        chunks = (read_pictures(paths[start : start + CHUNK], size) for start in range(0, len(paths), CHUNK))
+        return self._kept(key, lambda: _rows(chunks, getattr(model, view), len(paths), "drawn pictures"))
+
+    def _loaded(self, name: str) -> tuple[Any, str]:
+        if name not in self._models:
+            model = load_evaluator(name)
+            self._models[name] = (model, identity(model))
+        return self._models[name]
+
+    def _kept(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        path = self.folder / f"{key}.safetensors"
+        if not path.is_file():
+            save_tensors(path, {"rows": compute()})
+        return load_file(path)["rows"]
+
+
+def _rows(chunks: Iterator[Tensor], view: Callable[[Tensor], Tensor], total: int, title: str) -> Tensor:
+    rows, done = [], 0
+    with Progress(f"look at {title}", total) as progress:
+        for chunk in chunks:
+            rows.append(view(chunk))
+            done += len(chunk)
+            progress.update(done)
+    return torch.cat(rows)

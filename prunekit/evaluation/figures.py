@@ -1,0 +1,164 @@
+"""The figures of one model's pictures under a protocol, each with its error and the number of pictures behind it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunekit.evaluation import metrics, uncertainty
+from prunekit.evaluation.comparison import Prompts
+from prunekit.evaluation.features import Features
+from prunekit.evaluation.protocols import Protocol
+
+Figure = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One model's pictures and what they are held against; what a figure needs is computed when it is asked for."""
+
+    protocol: Protocol
+    features: Features
+    prompts: Prompts
+    paths: Sequence[Path]  # of the drawn pictures, one a prompt
+    size: int  # pixels of a side, real and drawn
+
+    def pair(self, name: str, view: str) -> tuple[Tensor, Tensor]:
+        """Return a model's rows of the real and of the drawn pictures, (n, F) and (m, F)."""
+        return self.features.real(self.prompts.images, name, view, self.size), self.drawn(name, view)
+
+    def drawn(self, name: str, view: str = "embed_images") -> Tensor:
+        """Return a model's rows of the drawn pictures, (m, F)."""
+        return self.features.drawn(self.paths, name, view, self.size)
+
+    def captioned(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return a model's unit vectors of the pictures that captions asked for, and of those captions, (k, E) each."""
+        first = self.prompts.num_names
+        texts = self.features.model(name).embed_texts(self.prompts.prompts)  # all, in the batches that a run cuts
+        return self.drawn(name)[first:], texts[first:]
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """How many other names are as near to each picture that a name asked for, (num_names,)."""
+        name, count = self.protocol.clip_model, self.prompts.num_names
+        texts = self.features.model(name).embed_texts(self.prompts.images.names)
+        return metrics.ranks(self.drawn(name)[:count], texts, self.prompts.targets[:count])
+
+
+def figures(seen: Seen) -> dict[str, Figure]:
+    """Return {metric: {value, error, low, high, count}}; low and high are the ends of the 95 % interval.
+
+    error: the jackknife error over the drawn pictures (`uncertainty`). count: drawn pictures behind the figure.
+    """
+    return {name: FIGURES[name](seen) for name in seen.protocol.metrics}
+
+
+def _figure(value: float, error: float, count: int) -> Figure:
+    own = uncertainty.estimate([value], [error])
+    return {"value": value, "error": error, "low": own.low, "high": own.high, "count": count}
+
+
+def _mean(values: Tensor) -> Figure:
+    return _figure(float(values.mean()), uncertainty.error_of_mean(values), len(values))
+
+
+def _cmmd(seen: Seen) -> Figure:
+    real, drawn = seen.pair(seen.protocol.cmmd_model, "embed_images")
+    return _figure(metrics.cmmd(real, drawn), uncertainty.cmmd_error(real, drawn), len(drawn))
+
+
+def _kid(seen: Seen) -> Figure:
+    real, drawn = seen.pair(seen.protocol.feature_model, "features")
+    return _figure(metrics.kid(real, drawn), uncertainty.kid_error(real, drawn), len(drawn))
+
+
+def _frechet(seen: Seen) -> Figure:
+    name, file = seen.protocol.feature_model, seen.protocol.statistics
+    if file is not None:
+        drawn = seen.drawn(name, "features").double()
+        mean, covariance = read_statistics(Path(file).expanduser(), drawn.shape[1])
+    else:
+        real, drawn = (rows.double() for rows in seen.pair(name, "features"))
+        mean, covariance = real.mean(dim=0), torch.atleast_2d(real.T.cov())
+    own = (drawn.mean(dim=0), torch.atleast_2d(drawn.T.cov()))
+    value = metrics.gaussian_distance(mean, covariance, *own)
+    return _figure(value, uncertainty.frechet_error(mean, covariance, drawn), len(drawn))
+
+
+def _clip_score(seen: Seen) -> Figure:
+    return _mean(metrics.clip_scores(*seen.captioned(seen.protocol.clip_model)))
+
+
+def _pick_score(seen: Seen) -> Figure:
+    name = seen.protocol.pick_model
+    scale = float(seen.features.model(name).logit_scale.exp())
+    return _mean(metrics.pick_scores(*seen.captioned(name), scale))
+
+
+FIGURES: dict[str, Callable[[Seen], Figure]] = {
+    "cmmd": _cmmd,
+    "kid": _kid,
+    "frechet": _frechet,
+    "clip_score": _clip_score,
+    "top1": lambda seen: _mean((seen.ranks < 1).double()),
+    "top5": lambda seen: _mean((seen.ranks < 5).double()),
+    "pick_score": _pick_score,
+}
+
+
+NEEDS = {  # of which model, by its setting, what a metric uses
+    "cmmd": ("cmmd_model", "embed_images"),
+    "kid": ("feature_model", "features"),
+    "frechet": ("feature_model", "features"),
+    "clip_score": ("clip_model", "embed_texts"),
+    "top1": ("clip_model", "embed_texts"),
+    "top5": ("clip_model", "embed_texts"),
+    "pick_score": ("pick_model", "logit_scale"),
+}
+
+
+def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
+    """Refuse, before anything is drawn, what could not be measured; the models are loaded for it.
+
+    Raises ValueError, one line: a model that cannot be loaded or does not fit its metric, statistics that cannot be
+    read, a Fréchet distance of too few pictures. ImportError: a model's package that is missing.
+    """
+    for name in protocol.metrics:
+        setting, need = NEEDS[name]
+        if not hasattr(features.model(getattr(protocol, setting)), need):
+            raise ValueError(
+                f"{setting}={getattr(protocol, setting)} has no {need}, which {name} needs: give a CLIP model"
+            )
+    if "frechet" not in protocol.metrics:
+        return
+    blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    width = features.model(protocol.feature_model).features(blank).shape[1]
+    metrics.refuse_few(len(prompts.prompts), width, "pictures to draw")
+    if protocol.statistics is None:
+        metrics.refuse_few(prompts.images.num_images, width, "real pictures")
+    else:
+        read_statistics(Path(protocol.statistics).expanduser(), width)
+
+
+def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
+    """Read mean (F,) and covariance (F, F) of real features from an .npz with `mu` and `sigma`, as pytorch-fid writes.
+
+    Raises ValueError, one line, where there is none, or one of features of another width.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays: list[Any] = [torch.from_numpy(np.asarray(content[name], dtype=np.float64)) for name in _STATISTICS]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"statistics={path} is no .npz with {' and '.join(_STATISTICS)}: {error}") from error
+    if arrays[0].shape != (width,) or arrays[1].shape != (width, width):
+        shapes = " and ".join(str(tuple(array.shape)) for array in arrays)
+        raise ValueError(f"statistics={path} hold {shapes}, and the features are {width} wide: set feature_model")
+    return arrays[0], arrays[1]
+
+
+_STATISTICS = ("mu", "sigma")

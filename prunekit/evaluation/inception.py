@@ -1,0 +1,47 @@
+"""Inception's features for FID and KID, with the arithmetic of clean-fid's mode `legacy_pytorch`.
+
+The network and its weights are clean-fid's (its `InceptionV3` is pytorch-fid's); they come with the extra `metrics`,
+since they need torchvision.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunekit.evaluation.evaluator import in_batches
+
+SIDE = 299  # pixels that the network was trained at
+
+
+class InceptionFeatures:
+    """The pooled features of FID's Inception network; without text, so it serves `kid` and `frechet` alone."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls) -> "InceptionFeatures":
+        """Load the network; ImportError without the extra `metrics`, ValueError where its weights are not at hand."""
+        try:
+            from cleanfid.inception_pytorch import InceptionV3
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+            raise ImportError(
+                "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set feature_model=emoji or a "
+                f"CLIP model, or leave kid and frechet out of metrics ({error})"
+            ) from error
+        try:
+            model = InceptionV3(output_blocks=[3], resize_input=False)
+        except OSError as error:
+            raise ValueError(f"clean-fid cannot fetch the weights of its Inception network: {error}") from error
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return features (n, 2048), float32, on the CPU, of uint8 pictures (n, 3, H, W)."""
+        return in_batches(self._pool, images)
+
+    def _pool(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.device).float()
+        pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", align_corners=False).clamp(0, 255)
+        return self.model(pixels / 255)[0].flatten(1)

@@ -1,0 +1,167 @@
+"""Evaluation protocols: named settings under which pictures are made and measured. Figures of two are not compared."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prunekit.data.config import DataConfig
+from prunekit.evaluation.evaluator import INCEPTION
+
+OF_TEXT = ("clip_score", "pick_score")  # metrics that need no real pictures
+OF_NAMES = ("top1", "top5")  # metrics of pictures that are asked for by name
+MetricName = Literal["cmmd", "kid", "frechet", "clip_score", "top1", "top5", "pick_score"]
+PICK_SCORE = "yuvalkirstain/PickScore_v1"
+
+
+class ProtocolError(ValueError):
+    """Settings of an evaluation that cannot be used; the message is one line that says what to change."""
+
+
+class Protocol(BaseModel):
+    """How pictures are made, what they are held against, and what is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    num_images: int = Field(gt=1, description="pictures of each model, as far as there are prompts")
+    num_references: int | None = Field(None, gt=1, description="real pictures at most; unset: all of the data")
+    ask: Literal["names", "captions"] = Field(
+        "captions", description="captions: one of each picture; names: half names, half held-out captions, as runs do"
+    )
+    prompts: str | None = Field(
+        None, description="a text file with a prompt a line, or PartiPrompts' TSV, instead of the data's captions"
+    )
+    steps: int = Field(25, gt=0, description="scheduler steps")
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale")
+    scheduler: Literal["own", "pndm"] = Field("pndm", description="own: the pipeline's")
+    resolution: int | None = Field(None, gt=0, description="pixels of a side that are drawn; unset: the model's own")
+    compare_at: int | None = Field(
+        None, gt=0, description="pixels of a side, real and drawn, that are measured; unset: as drawn"
+    )
+    batch_size: int = Field(16, gt=0, description="prompts of one pipeline call; fixed batches by index")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast while drawing")
+    seed: int | None = Field(None, ge=0, description="of prompts and noise; unset: the run's, or 0")
+    metrics: list[MetricName] = Field(min_length=1, description="the columns")
+    cmmd_model: str = Field("emoji", description="embeds pictures for cmmd: emoji, a CLIP model's id or path")
+    feature_model: str = Field("emoji", description="features for kid and frechet: emoji, inception, a CLIP model")
+    clip_model: str = Field("emoji", description="embeds pictures and texts for clip_score, top1 and top5")
+    pick_model: str = Field(PICK_SCORE, description="of pick_score: a CLIP model with its logit_scale")
+    statistics: str | None = Field(
+        None, description="an .npz with mu and sigma of real features for frechet, instead of the data's pictures"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Protocol":
+        if self.prompts is not None and (real := [name for name in self.metrics if name not in OF_TEXT]):
+            raise ValueError(
+                f"prompts={self.prompts} come without real pictures, which {', '.join(real)} need: {_TEXT}"
+            )
+        if self.ask == "captions" and (names := [name for name in self.metrics if name in OF_NAMES]):
+            raise ValueError(f"{', '.join(names)} are of pictures asked for by name: set ask=names, or leave them out")
+        if self.ask == "names" and self.prompts is not None:
+            raise ValueError(f"prompts={self.prompts} have no names: set ask=captions")
+        return self
+
+
+_TEXT = f"set metrics=[{','.join(OF_TEXT)}] or fewer"
+_PUBLISHED = {"compare_at": 256, "num_images": 30_000, "feature_model": INCEPTION}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "aptp": {
+        **_PUBLISHED,
+        "resolution": 768,
+        "metrics": ["frechet", "clip_score", "cmmd"],
+        "clip_model": "openai/clip-vit-base-patch32",
+        "cmmd_model": "openai/clip-vit-large-patch14-336",
+    },
+    "bksdm": {
+        **_PUBLISHED,
+        "resolution": 512,
+        "metrics": ["frechet", "clip_score"],
+        "clip_model": "laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+        "cmmd_model": "openai/clip-vit-large-patch14-336",
+    },
+    "emoji": {
+        "ask": "names",
+        "num_images": 500,
+        "num_references": 10_000,
+        "guidance": 3.0,
+        "scheduler": "own",
+        "batch_size": 50,
+        "metrics": ["cmmd", "kid", "clip_score", "top1", "top5"],
+    },
+}
+
+
+def load_protocol(name: str, overrides: Iterable[str] = (), num_images: int | None = None) -> Protocol:
+    """Return a protocol's settings with `key=value` overrides and a number of pictures over them.
+
+    Raises ProtocolError, one line: an unknown protocol or key (with the nearest valid one), or a wrong value.
+    """
+    if name not in PROTOCOLS:
+        raise ProtocolError(f"no protocol {name!r}{_near(name, PROTOCOLS)} Protocols: {', '.join(PROTOCOLS)}")
+    try:
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ProtocolError(f"settings {' '.join(overrides)} cannot be read: {' '.join(str(error).split())}") from error
+    content = {**PROTOCOLS[name], **({} if num_images is None else {"num_images": num_images}), **changes}
+    return checked(Protocol, {**content, "name": name}, "")
+
+
+def load_data_config(given: str | Path | Mapping[str, Any] | DataConfig) -> DataConfig:
+    """Return which captioned pictures are meant.
+
+    given: "emoji"; a folder (of tar or parquet shards, or of pictures with captions); a YAML file, a recipe with a
+    section `data` or that section alone; or the section itself, as YAML text such as "{kind: coco, path: coco}".
+    Raises ProtocolError, one line, for anything else.
+    """
+    if isinstance(given, DataConfig):
+        return given
+    content: Any = given
+    if isinstance(given, str | Path):
+        path = Path(given).expanduser()
+        if str(given) == "emoji":
+            return DataConfig()
+        if path.is_dir():
+            kinds = {"webdataset": "*.tar", "parquet": "*.parquet"}
+            kind = next((kind for kind, pattern in kinds.items() if any(path.rglob(pattern))), "folder")
+            return DataConfig(kind=kind, path=str(path))
+        if not path.is_file() and not str(given).lstrip().startswith("{"):
+            raise ProtocolError(
+                f"no data at {given}: give emoji, a folder, a YAML file, or settings such as "
+                '"{kind: coco, path: coco, split: val30k}" (docs/data.md)'
+            )
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else str(given))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"--data {given} is no YAML: {' '.join(str(error).split())}") from error
+        content = content.get("data", content) if isinstance(content, dict) else content
+    if not isinstance(content, Mapping):
+        raise ProtocolError(f"--data {given} holds no mapping of settings (docs/data.md)")
+    return checked(DataConfig, dict(content), "data.")
+
+
+def checked(model: type[BaseModel], content: dict[str, Any], prefix: str) -> Any:
+    """Return the settings that a mapping holds; ProtocolError, one line, for the first fault. `prefix` of the keys."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            allowed = ", ".join(name for name in model.model_fields if name != "name")
+            near = _near(key, model.model_fields)
+            raise ProtocolError(f"unknown setting {prefix}{key}{near} Settings: {allowed}") from error
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        shown = "" if first["type"] == "value_error" else f"{prefix}{key}={first['input']!r}: "
+        raise ProtocolError(f"{shown}{message}") from error
+
+
+def _near(given: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,0 +1,132 @@
+"""What can be evaluated: a run with its dense model and experts, or any diffusers pipeline."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline, PNDMScheduler
+
+from prunekit.cost import CostModel
+from prunekit.data.digests import Digests
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.evaluation.comparison import Candidate, StoredUNets
+from prunekit.evaluation.protocols import Protocol
+from prunekit.methods.aptp.router import FILE_NAME
+from prunekit.methods.base import RESULT, PruneResult, PruneSettings, space_and_cost
+from prunekit.models import load_pipeline
+from prunekit.models.names import local_path
+from prunekit.training.processes import current
+
+RECIPE = "recipe.yaml"  # of a run
+INDEX = "model_index.json"  # of a pipeline
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test in its pipeline, with a digest of all weights that its pictures depend on."""
+
+    candidate: Candidate
+    pipeline: DiffusionPipeline
+    key: str
+    encoder: Any | None = None  # of the prompts that its router sees
+    dense_macs: int | None = None  # of the model that it was pruned from, where that is known
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place that holds models to evaluate; nothing of it is loaded before `subjects`."""
+
+    place: str
+    name: str
+    recipe: dict[str, Any] | None = None  # of a run
+
+    @classmethod
+    def at(cls, place: str | Path) -> "Target":
+        """Return what is at a place: a run's directory, or a model as `load_pipeline` takes it.
+
+        Raises ValueError, one line, for a directory that is neither, and a run without a finished method.
+        """
+        path = Path(place).expanduser()
+        if not (path / RECIPE).is_file():
+            local = local_path(place)
+            if local is not None and local.is_dir() and not (local / INDEX).is_file():
+                raise ValueError(
+                    f"{place} is nothing to evaluate: it holds neither {RECIPE} (a run) nor {INDEX} (a diffusers "
+                    "pipeline)"
+                )
+            if local is not None and local.is_dir() and not (local / "unet").is_dir():
+                raise ValueError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
+            return cls(str(place), path.stem if local is not None and local.is_file() else path.name)
+        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+        if not isinstance(recipe, dict) or "model" not in recipe or not list(path.glob(f"methods/*/{RESULT}")):
+            raise ValueError(
+                f"{place} holds no finished method of a run (methods/*/{RESULT}): give the directory of `prunekit run`,"
+                " or go on with it by `prunekit resume`"
+            )
+        return cls(str(place), path.resolve().name, recipe)
+
+    def subjects(self, protocol: Protocol, digests: Digests) -> Iterator[Subject]:
+        """Load the pipeline, on this process's device, and give its models one by one: of a run, the dense one first.
+
+        Raises ValueError, one line, for a model that cannot be loaded, FileNotFoundError for an expert that is missing.
+        """
+        recipe, device = self.recipe, current().device
+        if recipe is None:
+            pipeline = load_pipeline(self.place).to(device)
+        else:
+            own = {"lora": recipe.get("lora") or (), "single_file_config": recipe.get("single_file_config")}
+            pipeline = load_pipeline(recipe["model"], **own).to(device)
+        if protocol.scheduler == "pndm":
+            pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+        settings = PruneSettings(depth="none", resolution=protocol.resolution)
+        cost = space_and_cost(pipeline, settings)[1]
+        key = Fingerprint(_schedule(pipeline)).add_module(pipeline.unet).add_encoders(pipeline).key()
+        name = self.name if recipe is None else DENSE
+        dense = Candidate(name, [pipeline.unet], [cost.dense_macs], [cost.dense_params])
+        yield Subject(dense, pipeline, key, None, None if recipe is None else cost.dense_macs)
+        for folder in sorted(path.parent for path in Path(self.place).glob(f"methods/*/{RESULT}")) if recipe else ():
+            yield _pruned(folder, recipe, pipeline, cost, key, digests)
+
+
+def _pruned(
+    folder: Path, recipe: dict[str, Any], pipeline: DiffusionPipeline, cost: CostModel, key: str, digests: Digests
+) -> Subject:
+    """Return a run's method: its experts, read when they draw, behind its router."""
+    result = PruneResult.load(folder, pipeline.unet)
+    folders = [folder / "experts" / str(index) / "unet" for index in range(len(result.architectures))]
+    for index, unet in enumerate(folders):
+        if not unet.is_dir():
+            raise FileNotFoundError(f"expert {index} of {folder.name} is not there yet ({unet}); resume the run")
+    own = CostModel(pipeline.unet, result.space, cost.sample_size, cost.text_length)
+    candidate = Candidate(
+        folder.name,
+        StoredUNets(folders, current().device),
+        [own.macs(architecture) for architecture in result.architectures],
+        [own.params(architecture) for architecture in result.architectures],
+        result.router,
+    )
+    files = [path for pattern in ("*.safetensors", "config.json") for path in (folder / "experts").rglob(pattern)]
+    digest = Fingerprint(key, *digests.of([str(path) for path in sorted(files)]))
+    encoder = None
+    if result.router is not None:
+        digest.add(recipe["prompt_encoder"], *digests.of([str(folder / FILE_NAME)]))
+        encoder = load_prompt_encoder(recipe["prompt_encoder"])
+    return Subject(candidate, pipeline, digest.key(), encoder, cost.dense_macs)
+
+
+def _schedule(pipeline: DiffusionPipeline) -> tuple[str, dict[str, Any]]:
+    """Return what the scheduler does; its other settings say where it came from."""
+    config = pipeline.scheduler.config
+    return type(pipeline.scheduler).__name__, {key: config[key] for key in sorted(config) if key[0] != "_"}
+
+
+def embeddings_of(subject: Subject, prompts: Sequence[str]) -> torch.Tensor:
+    """Return what the subject's router sees of prompts, (n, Z); without a router, (n, 1) of zeros."""
+    if subject.encoder is None:
+        return torch.zeros(len(prompts), 1)
+    return torch.as_tensor(subject.encoder.encode(list(prompts))).float()

@@ -1,0 +1,119 @@
+"""What stands beside a UNet and was made for the dense one: ControlNet, T2I-Adapter, IP-Adapter.
+
+A cut never changes the width of what passes between layers. So a ControlNet's or a T2I-Adapter's residuals fit a UNet
+whose layers kept their places (tier "class") and whose stages are all there. In the stock form of a cut there are
+fewer places. Ask these functions first: diffusers stops with an error on sizes, or, where a residual is 1 x 1, spreads
+it silently.
+"""
+
+from __future__ import annotations
+
+from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
+from torch import nn
+
+from prunekit.slicing import PrunedUNet2DConditionModel, read_pruning
+from prunekit.units import discover
+from prunekit.units.cutting import keep_out, units_to_channels
+from prunekit.units.depth import BYPASSED
+
+Place = tuple[int, int]  # channels, and how many times smaller than the latent
+_IP = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
+
+
+def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) -> None:
+    """Raise ValueError, one line with the reason, unless a ControlNet's residuals fit the UNet's skips, one for one."""
+    (skips, inner), (given, last) = _skips(unet), _skips(controlnet)
+    if (reason := _difference(skips, given, "skip")) is not None:
+        raise ValueError(f"this ControlNet does not fit: {reason}")
+    if unet.mid_block is not None and inner != last:
+        raise ValueError(f"this ControlNet does not fit: its last residual is {last}, the UNet's mid block {inner}")
+    if unet.mid_block is None:
+        raise ValueError("this ControlNet does not fit: its last residual is for a mid block, which this UNet lost")
+
+
+def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
+    """Raise ValueError, one line with the reason, unless a T2I-Adapter's features fit the UNet's down blocks."""
+    places, scale = [], 1
+    for block in unet.down_blocks:
+        places.append((unet.config.block_out_channels[len(places)], scale))
+        scale *= 1 + any(not isinstance(sampler, BYPASSED) for sampler in block.downsamplers or ())
+    given, scale = [], 1
+    for width, body in zip(adapter.config.channels, adapter.adapter.body, strict=True):
+        scale *= 1 if body.downsample is None else 2
+        given.append((width, scale))
+    if (reason := _difference(places, given, "down block")) is not None:
+        raise ValueError(f"this T2I-Adapter does not fit: {reason}")
+
+
+def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
+    """Give a pruned UNet the IP-Adapter that `pipeline.load_ip_adapter` put into the dense one, cut by the same heads.
+
+    Raises ValueError, one line: a dense UNet without an IP-Adapter, or a UNet in its stock form.
+    """
+    if getattr(dense, "encoder_hid_proj", None) is None:
+        raise ValueError("this UNet has no IP-Adapter; load it into the dense pipeline first, by load_ip_adapter")
+    if not isinstance(unet, PrunedUNet2DConditionModel):
+        raise ValueError(
+            "this IP-Adapter does not fit: a UNet in its stock form does not say what was cut, and its layers are "
+            "renumbered; use tier class"
+        )
+    space = discover(dense, "blocks")
+    pruning = unet.config.get("pruning")
+    architecture = space.full() if pruning is None else read_pruning(pruning, space)
+    own = unet.attn_processors
+    for name, processor in dense.attn_processors.items():
+        if name in own:
+            path = name.removesuffix(".processor")
+            group = space.group(f"attention:{path}")
+            kept = architecture.kept(group.name)
+            own[name] = (
+                _cut(processor, units_to_channels(kept, group.channels))
+                if isinstance(processor, _IP)
+                else (type(processor)())
+            )
+    unet.set_attn_processor(own)
+    unet.encoder_hid_proj = dense.encoder_hid_proj
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+
+
+def _cut(processor: IPAdapterAttnProcessor, channels: list[int]) -> IPAdapterAttnProcessor:
+    """Return a copy of an IP-Adapter's processor with these channels of its keys and values."""
+    cut = type(processor)(len(channels), processor.cross_attention_dim, processor.num_tokens, processor.scale)
+    for ours, theirs in ((cut.to_k_ip, processor.to_k_ip), (cut.to_v_ip, processor.to_v_ip)):
+        for layer, source in zip(ours, theirs, strict=True):
+            whole = nn.Linear(source.in_features, source.out_features, bias=False, device=source.weight.device)
+            whole.weight = nn.Parameter(source.weight.detach().clone(), source.weight.requires_grad)
+            keep_out(whole, channels)
+            layer.weight = whole.weight
+    return cut
+
+
+def _skips(model: UNet2DConditionModel | ControlNetModel) -> tuple[list[Place], Place]:
+    """Return the places that a UNet's skips have, or a ControlNet's residuals, and that of the innermost state."""
+    channels, scale = model.conv_in.out_channels, 1
+    places = [(channels, scale)]
+    for index, block in enumerate(model.down_blocks):
+        for resnet in block.resnets:
+            channels = channels if isinstance(resnet, BYPASSED) else model.config.block_out_channels[index]
+            places.append((channels, scale))
+        for sampler in block.downsamplers or ():
+            scale *= 1 if isinstance(sampler, BYPASSED) else 2
+            places.append((channels, scale))
+    return places, (channels, scale)
+
+
+def _difference(places: list[Place], given: list[Place], what: str) -> str | None:
+    """Return what is wrong with residuals for places, in words; None where they fit."""
+    if len(places) != len(given):
+        return (
+            f"it gives {len(given)} residuals, and this UNet has {len(places)} {what}s, since whole layers or stages "
+            "were taken out; of a cut without removed stages use tier class, where the places stay"
+        )
+    for index, (place, own) in enumerate(zip(places, given, strict=True)):
+        if place != own:
+            return (
+                f"residual {index} has {own[0]} channels at 1/{own[1]} of the latent, {what} {index} has {place[0]} "
+                f"at 1/{place[1]}: a stage was removed, or it was made for another model"
+            )
+    return None

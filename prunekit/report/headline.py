@@ -1,0 +1,130 @@
+"""The headline: every row's figures with their intervals, and quality against cost in one picture."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunekit.compare.cells import DENSE
+from prunekit.compare.pareto import COSTS, PANELS, costs_of, pareto_panel
+from prunekit.compare.table import BY_KEY, PROTOCOLS, QUALITY, Row, rows_of, shown_rows
+from prunekit.compare.timing import TIMINGS
+from prunekit.evaluation.table import COLUMNS, EXPERT_COLUMNS, Column, shown
+from prunekit.evaluation.uncertainty import estimate
+from prunekit.report.figures import inline_svg, legend_below, new_figure, style
+from prunekit.report.source import MissingError, Section, Source
+from prunekit.training.checkpoint import read_json
+
+TITLE = "What was cut, and what it cost"
+RUN_NOTE = (
+    "± is half of the 95 % interval over the pictures (1.96 jackknife errors): how far a figure would move with other "
+    "pictures of the same model. It says nothing of other seeds. Arrows: which way is better."
+)
+PLAIN_NOTE = "This run recorded no intervals; a run of this version does. Arrows: which way is better."
+COMPARE_NOTE = (
+    "Mean ± half of the 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 jackknife errors over "
+    "the pictures). Bold: the best pruned row. ≈: its interval overlaps the best row's: the two cannot be told apart."
+)
+Table = dict[str, Any]
+
+
+def headline(source: Source) -> Section:
+    """Return the section. Raises MissingError before anything was measured."""
+    tables, rows, note = _of_comparison(source) if source.is_comparison else _of_run(source)
+    return Section("headline", TITLE, {"tables": tables, "note": note, "figures": _pareto(rows)})
+
+
+def html_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], title: str = "") -> Table:
+    """Return a table for the page: header and cells as text, and which columns are numbers.
+
+    A cell in `**` is strong, as in Markdown.
+    """
+    columns = shown(rows, columns)
+    cells = [[column.show(row) for column in columns] for row in rows]
+    lines = [[{"text": text.strip("*"), "strong": text.startswith("**")} for text in line] for line in cells]
+    numeric = [bool(column.format) or column.key not in ("name", "distillation", "examples") for column in columns]
+    return {"title": title, "header": [column.header for column in columns], "rows": lines, "numeric": numeric}
+
+
+def _of_run(source: Source) -> tuple[list[Table], list[Row], str]:
+    if "table" not in source.results:
+        raise MissingError("the run has measured nothing yet: `prunekit resume` goes on with it")
+    rows = source.results["table"]["rows"]
+    errors = {row["name"]: source.metrics(row["name"], "errors") or {} for row in rows}
+    lines = [_with_intervals(row, errors[row["name"]]) for row in rows]
+    tables = [html_table(lines, [_as_text(column) for column in COLUMNS])]
+    for name, table in source.results.get("experts", {}).items():
+        tables += [html_table(table["rows"], EXPERT_COLUMNS, f"Experts of {name}")]
+    for key, title in (
+        ("latency", "Latency as the budget"),
+        ("evaluator", "What the evaluator says of known pictures"),
+    ):
+        if key in source.results:
+            columns = [Column(**column) for column in source.results[key]["columns"]]
+            tables += [html_table(source.results[key]["rows"], columns, title)]
+    points = [_point(row, errors[row["name"]]) for row in rows]
+    return tables, points, RUN_NOTE if any(errors.values()) else PLAIN_NOTE
+
+
+def _as_text(column: Column) -> Column:
+    return Column(column.key, column.title, "", column.direction, column.unit)
+
+
+def _with_intervals(row: Mapping[str, Any], errors: Mapping[str, float]) -> dict[str, Any]:
+    """Return a row's figures as text, with their intervals."""
+    line: dict[str, Any] = {}
+    for column in COLUMNS:
+        if row.get(column.key) is None:
+            continue
+        line[column.key] = column.show(row)
+        error = errors.get(column.key)
+        if error is not None and math.isfinite(error):
+            value = estimate([row[column.key]], [error])
+            line[column.key] += f" ± {column.show({column.key: (value.high - value.low) / 2})}"
+    return line
+
+
+def _point(row: Mapping[str, Any], errors: Mapping[str, float]) -> Row:
+    """Return a run's row as one of a comparison with one seed, for the picture."""
+    finite = {name: error if math.isfinite(error) else 0.0 for name, error in errors.items()}
+    figures = {
+        name: estimate([row[name]], [finite.get(name, 0.0)]) for name in QUALITY if isinstance(row.get(name), float)
+    }
+    costs = {"macs_ratio": row["macs_ratio"], "call_ratio": None}
+    return Row("equal_steps", "", row["name"], "", (0,), 1, 0, figures, costs)
+
+
+def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
+    if not source.cells:
+        raise MissingError("no cell of the comparison is finished yet: `prunekit compare` goes on with it")
+    path = source.directory / TIMINGS
+    rows, tables = rows_of(source.cells, read_json(path) if path.is_file() else {}), []
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        for budget in dict.fromkeys(row.budget for row in rows):
+            own = [row for row in rows if row.protocol == protocol and row.budget == budget]
+            if own:
+                tables += [html_table(*shown_rows(own), f"Budget {budget}, {PROTOCOLS[protocol]}")]
+    published = source.results.get("published") or source.recipe.get("published") or []
+    if published:
+        columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]
+        tables += [html_table(published, columns, "As published")]
+    missing = source.results.get("missing")
+    note = f"{COMPARE_NOTE} Still missing: {', '.join(missing)}." if missing else COMPARE_NOTE
+    return tables, rows, note
+
+
+def _pareto(rows: Sequence[Row]) -> list[str]:
+    """Return the pictures of the rows that have the figures; none where there is only the dense model."""
+    drawn = [row for row in rows if set(PANELS) <= set(row.estimates)]
+    drawn = [row for row in drawn if all(math.isfinite(row.estimates[name].mean) for name in PANELS)]
+    if not any(row.method != DENSE for row in drawn):
+        return []
+    pictures = []
+    with style():
+        for name, cost in ((name, cost) for cost in costs_of(drawn) for name in PANELS):
+            figure, panel = new_figure(4.6, 3.4)
+            pareto_panel(panel, drawn, name, cost)
+            panel.set_title(f"{BY_KEY[name].title} against {COSTS[cost].partition(' (')[0]}")
+            panel.tick_params(axis="y", which="minor", labelsize=7)
+            legend_below(figure, panel, 2)
+            pictures.append(inline_svg(figure, f"{BY_KEY[name].title} of every row against its cost"))
+    return pictures

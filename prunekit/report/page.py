@@ -1,0 +1,90 @@
+"""The page: its sections in order, put together in one file that needs nothing beside itself."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from prunekit.report.architectures import architectures
+from prunekit.report.headline import headline
+from prunekit.report.routing import routing
+from prunekit.report.sensitivity import sensitivity
+from prunekit.report.source import MissingError, Section, Source
+from prunekit.report.training import training
+from prunekit.report.trust import trust
+from prunekit.report.wall import wall
+from prunekit.training.checkpoint import temporary_for
+
+REPORT = "report.html"
+MOST_BYTES = 8_000_000
+SECTIONS: dict[str, tuple[str, Callable[[Source], Section]]] = {
+    "headline": ("What was cut, and what it cost", headline),
+    "wall": ("What it looks like", wall),
+    "architectures": ("What stays of the UNet", architectures),
+    "routing": ("Routing", routing),
+    "sensitivity": ("Sensitivity", sensitivity),
+    "training": ("Training", training),
+    "trust": ("Can it be trusted?", trust),
+}
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write `report.html` of a run or a comparison into its directory, from what lies there; return its path.
+
+    A section whose data is not there is left out, with one line that says why. Raises ValueError, one line, for a
+    directory that is no run.
+    """
+    source = Source(Path(directory))
+    path = source.directory / REPORT
+    temporary = temporary_for(path)
+    temporary.write_text(page(source), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def page(source: Source) -> str:
+    """Return the page as HTML."""
+    sections = [_section(key, source) for key in SECTIONS]
+    kind = "Comparison" if source.is_comparison else source.recipe.get("job", "Run").replace("prune", "run")
+    return (
+        _templates()
+        .get_template("page.html.j2")
+        .render(name=source.name, kind=kind.capitalize(), sections=sections, summary=_summary(source))
+    )
+
+
+def _section(key: str, source: Source) -> Section:
+    """Return a section, or the reason why there is none: an old or unfinished run still gives a page."""
+    title, make = SECTIONS[key]
+    try:
+        return make(source)
+    except MissingError as error:
+        return Section(key, title, reason=str(error))
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        text = " ".join(str(error).split())
+        return Section(key, title, reason=f"what the run holds cannot be read ({type(error).__name__}: {text})")
+
+
+def _summary(source: Source) -> str:
+    """Return the page's first sentence."""
+    if source.is_comparison:
+        names = list(dict.fromkeys(cell["cell"]["method"] for cell in source.cells))
+        return f"{len(source.cells)} finished cells: {', '.join(names)}." if names else "No cell is finished yet."
+    rows = source.results.get("table", {}).get("rows") or []
+    pruned = [f"{row['name']} keeps {100 * row['macs_ratio']:.1f} %" for row in rows if row["macs_ratio"] < 1]
+    return f"Of the dense model's MACs {', '.join(pruned)}." if pruned else ""
+
+
+@cache
+def _templates() -> Any:
+    environment = Environment(
+        loader=PackageLoader("prunekit.report"),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup
+    return environment

@@ -1,0 +1,115 @@
+"""What a directory holds for a report: a run, a comparison, or a pretraining; finished, under way or old."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import UNet2DConditionModel
+
+from prunekit.methods.base import RESULT, PruneResult
+from prunekit.models import load_unet_on_meta
+from prunekit.training.checkpoint import read_json
+
+RECIPE, RESULTS, LOG = "recipe.yaml", "results.json", "log.jsonl"
+
+
+class MissingError(ValueError):
+    """A section has nothing to show; the message is the one line that says why."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page: its template `KIND.html.j2` and what that shows; or the reason why it is left out."""
+
+    key: str
+    title: str
+    content: dict[str, Any] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory that is reported on. Raises ValueError, one line, for one that is no run."""
+
+    directory: Path
+
+    def __post_init__(self):
+        if not self.directory.is_dir():
+            raise ValueError(f"{self.directory} is no directory; give a run's or a comparison's")
+        if not any((self.directory / name).exists() for name in (RECIPE, RESULTS, "cells")):
+            raise ValueError(
+                f"{self.directory} is no run and no comparison: it holds none of {RECIPE}, {RESULTS} and cells/; "
+                "start one with `prunekit run RECIPE`"
+            )
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe; empty where there is none."""
+        path = self.directory / RECIPE
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """What the run measured; empty before it has."""
+        path = self.directory / RESULTS
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def cells(self) -> list[dict[str, Any]]:
+        """The finished cells of a comparison."""
+        return [read_json(path) for path in sorted((self.directory / "cells").glob("*.json"))]
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it is a comparison."""
+        return bool(self.cells) or self.recipe.get("job") == "compare"
+
+    @property
+    def name(self) -> str:
+        """What the page is called."""
+        return str(self.recipe.get("name") or self.results.get("recipe") or self.directory.resolve().name)
+
+    def metrics(self, name: str, kind: str) -> Any:
+        """Return a row's record of a kind, such as "errors"; None where the run has none."""
+        path = self.directory / "metrics" / f"{name}.{kind}.json"
+        return read_json(path) if path.is_file() else None
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of the log; a line that a kill cut off is left out."""
+        path, rows = self.directory / LOG, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    @cached_property
+    def chosen(self) -> dict[str, PruneResult]:
+        """What each method chose, by a name that a person reads."""
+        if self.is_comparison:
+            folders = sorted((self.directory / "work").glob(f"*-chosen-*/{RESULT}"))
+            found = {}
+            for path in folders:
+                result = PruneResult.load(path.parent)
+                settings = result.info["settings"]
+                label = path.parent.name.partition("-chosen-")[0]
+                share = result.info.get("mixture_ratio", result.info["ratio"][0])
+                found[f"{label}, {100 * share:.1f} % of the MACs, seed {settings['seed']}"] = result
+            return found
+        folders = [self.directory / "methods" / name for name in self.recipe.get("methods", ())]
+        return {folder.name: PruneResult.load(folder) for folder in folders if (folder / RESULT).is_file()}
+
+    @cached_property
+    def shape(self) -> UNet2DConditionModel:
+        """The dense UNet without weights. Raises MissingError where the model is not here."""
+        if "model" not in self.recipe:
+            raise MissingError("the directory holds no recipe that names the model")
+        try:
+            return load_unet_on_meta(self.recipe["model"], self.recipe.get("single_file_config"))
+        except (OSError, ValueError) as error:
+            raise MissingError(f"the model {self.recipe['model']!r} cannot be read here ({error})") from error

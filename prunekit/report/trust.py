@@ -1,0 +1,113 @@
+"""Trust: whether cut models are what was masked, whether costs are what was counted, and what it was all made of."""
+
+from typing import Any
+
+from prunekit.report.recording import ENVIRONMENT
+from prunekit.report.source import RECIPE, MissingError, Section, Source
+from prunekit.serving.loading import recipe_hash
+from prunekit.training.checkpoint import read_json
+
+TOLERANCE = 1e-5  # of law 1, in float32
+HEADER = ["model", "masked against cut", "", "predicted MACs", "counted MACs", ""]
+ABOUT = (
+    f"Masked against cut: the dense UNet under the masks and the cut UNet, before fine-tuning, on the same noised "
+    f"pictures; relative error of the output, allowed {TOLERANCE:.0e} in float32. Counted: torch's FlopCounterMode / 2 "
+    "on the cut UNet."
+)
+NO_CERTIFICATE = (
+    "This run recorded no certificate; `prunekit report RUN --sensitivity` makes it where the model and data are here."
+)
+
+
+def trust(source: Source) -> Section:
+    """Return the section. Raises MissingError where neither a recipe nor an environment is known."""
+    facts = _of_comparison(source) if source.is_comparison else _of_run(source)
+    if not facts:
+        raise MissingError("the directory records neither recipe nor versions")
+    certificates = _certificates(source)
+    warnings = warnings_of(source)
+    content = {"facts": facts, "header": HEADER, "certificates": certificates, "warnings": warnings}
+    note = ABOUT if certificates else "" if source.is_comparison else NO_CERTIFICATE
+    return Section("trust", "Can it be trusted?", {**content, "note": note})
+
+
+def warnings_of(source: Source) -> list[str]:
+    """Return what a person should know before relying on the figures, a sentence each."""
+    found = []
+    for name, result in source.chosen.items():
+        found += [f"{name}: {note}." for note in result.notes() if "multiple of" in note]
+        counts = result.info.get("prompts_per_expert") or []
+        empty = [str(index) for index, count in enumerate(counts) if not count]
+        if empty:
+            found.append(f"{name}: no training prompt goes to expert {', '.join(empty)}, which stays as cut.")
+    rows = source.results.get("table", {}).get("rows") or []
+    spread = [row["name"] for row in rows if (source.metrics(row["name"], "errors") or {})]
+    if rows and len(spread) < len(rows):
+        found.append("Some figures have no interval: the run is of an older version.")
+    if rows:
+        found.append("One seed: intervals are over pictures, not over trainings.")
+    ran = source.results.get("evaluator")
+    if rows and not ran:
+        found.append("The evaluator's ceiling on known pictures was not measured.")
+    if source.recipe.get("scale") == "smoke":
+        found.append("scale=smoke: a try of the recipe, whose figures mean nothing.")
+    missing = source.results.get("missing") or []
+    if missing:
+        found.append(f"{len(missing)} cells of the comparison are missing.")
+    found += [str(row["event"]) for row in source.log if str(row.get("event", "")).lower().startswith("warning")]
+    return found
+
+
+def _certificates(source: Source) -> list[dict[str, Any]]:
+    rows = []
+    for name in source.chosen:
+        found = None if source.is_comparison else source.metrics(name, "certificate")
+        for index, error in enumerate(found["errors"] if found else ()):
+            title = f"{name}, expert {index}" if len(found["errors"]) > 1 else name
+            predicted, counted = found["predicted"][index], found["counted"][index]
+            cells = [title, f"{error:.1e}", _verdict(error <= TOLERANCE), f"{predicted:,}", f"{counted:,}"]
+            rows.append({"cells": [*cells, _verdict(predicted == counted, "equal", "differs")]})
+    return rows
+
+
+def _verdict(good: bool, yes: str = "passes", no: str = "fails") -> str:
+    return f"✓ {yes}" if good else f"✗ {no}"
+
+
+def _of_run(source: Source) -> list[tuple[str, str]]:
+    recipe, facts = source.recipe, []
+    if recipe:
+        facts += [("seed", str(recipe.get("seed", "–"))), ("recipe", recipe_hash(source.directory))]
+        facts += [("model", str(recipe.get("model", "–"))), ("data", _data(recipe))]
+    elif source.results:
+        facts += [("seed", str(source.results.get("seed", "–")))]
+    path = source.directory / ENVIRONMENT
+    if path.is_file():
+        titles = {"weights": "hash of the dense UNet", "data": "hash of the encoded data", "dtype": "weights in"}
+        facts += [(titles.get(key, key), str(value)) for key, value in read_json(path).items()]
+    else:
+        facts += [("versions", "not recorded by this run")]
+    return facts
+
+
+def _of_comparison(source: Source) -> list[tuple[str, str]]:
+    recipe, facts = source.recipe, []
+    seeds = sorted({cell["cell"]["seed"] for cell in source.cells})
+    facts += [("seeds", ", ".join(map(str, seeds)))] if seeds else []
+    if (source.directory / RECIPE).is_file():
+        facts += [("recipe", recipe_hash(source.directory))]
+        facts += [("model", str(recipe.get("model", "–"))), ("data", _data(recipe))]
+    for name, title in (("model", "hash of the dense UNet"), ("data.content", "hash of the data")):
+        facts += [(title, str(v)) for v in dict.fromkeys(cell["fields"].get(name) for cell in source.cells) if v]
+    machines = dict.fromkeys(tuple(sorted(cell["environment"].items())) for cell in source.cells)
+    for items in machines:
+        facts += [("made with", ", ".join(f"{key} {value}" for key, value in items))]
+    facts += [("finished cells", str(len(source.cells)))] if source.cells else []
+    return facts
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    data = recipe.get("data", {})
+    held = f", {100 * data['holdout']:.0f} % of the captions held out" if data.get("holdout") else ""
+    place = f" at {data['path']}" if data.get("path") else ""
+    return f"{data.get('kind', '–')}{place}{held}"

@@ -1,0 +1,136 @@
+"""The image wall: the same prompts and seeds under every model, with the expert and its MACs under each."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from prunekit.compare.cells import DENSE, Cell
+from prunekit.compare.table import PROTOCOLS
+from prunekit.evaluation.generate import REQUEST
+from prunekit.evaluation.pictures import expert_note
+from prunekit.report.source import MissingError, Section, Source
+from prunekit.training.checkpoint import read_json
+
+MOST_PROMPTS = 24
+FEW_MODELS = 5  # with more, half as many prompts
+MOST_PIXELS = 256  # of a picture's longer side
+PLAIN_PIXELS = 96  # up to here a picture keeps every bit
+MOST_BYTES = 4_500_000  # of all pictures, as they stand in the page
+Drawn = dict[tuple[str, int], tuple[Path, int]]  # the picture and the expert of a (prompt, seed)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A model whose pictures hang on the wall; `macs` is one figure an expert."""
+
+    name: str
+    drawn: Drawn
+    macs: list[int]
+    routed: bool
+
+
+def wall(source: Source) -> Section:
+    """Return the section. Raises MissingError where no pictures were kept."""
+    painters, note = _of_comparison(source) if source.is_comparison else _of_run(source)
+    painters = [painter for painter in painters if painter.drawn]
+    if not painters:
+        raise MissingError("the directory holds no pictures (samples/), as a copy without them does")
+    shared = [key for key in painters[0].drawn if all(key in painter.drawn for painter in painters)]
+    cards, size = [], 0
+    most = MOST_PROMPTS if len(painters) <= FEW_MODELS else MOST_PROMPTS // 2
+    for prompt, seed in chosen(shared, most):
+        pictures = [_picture(painter, (prompt, seed)) for painter in painters]
+        size += sum(len(picture["data"]) for picture in pictures)
+        if size > MOST_BYTES:
+            break
+        cards.append({"prompt": prompt, "seed": seed, "pictures": pictures})
+    if not cards:
+        raise MissingError("the models have no prompt in common")
+    return Section("wall", "What it looks like", {"cards": cards, "note": note, "count": len(shared)})
+
+
+def chosen(keys: list[tuple[str, int]], count: int = MOST_PROMPTS) -> list[tuple[str, int]]:
+    """Return the first and the last of the prompts, half each: names come first, held-out captions last."""
+    return keys if len(keys) <= count else keys[: count - count // 2] + keys[-(count // 2) :]
+
+
+def pictures_of(folder: Path) -> Drawn:
+    """Return the pictures that `evaluation.comparison.sample` left in a folder: its own, or an expert's each."""
+    found: Drawn = {}
+    experts = sorted(folder.glob("expert-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for own, expert in [(folder, 0), *((path, int(path.name.partition("-")[2])) for path in experts)]:
+        if not (own / REQUEST).is_file():
+            continue
+        request = read_json(own / REQUEST)
+        for index, key in enumerate(zip(request["prompts"], request["seeds"], strict=True)):
+            if (own / f"{index:05d}.png").is_file():
+                found[key] = own / f"{index:05d}.png", expert
+    return found
+
+
+def data_uri(path: Path) -> str:
+    """Return a picture as a data URI: small ones as they are, large ones smaller and as WebP."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    if max(picture.size) <= PLAIN_PIXELS:
+        kind, content = "png", path.read_bytes()
+    else:
+        picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "webp", quality=85, method=4)
+        kind, content = "webp", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _of_run(source: Source) -> tuple[list[Painter], str]:
+    rows = source.results.get("table", {}).get("rows") or []
+    experts = source.results.get("experts", {})
+    painters = []
+    for row in rows:
+        own = experts.get(row["name"])
+        macs = [expert["macs"] for expert in own["rows"]] if own else [row["macs"]]
+        drawn = pictures_of(source.directory / "samples" / row["name"])
+        painters.append(Painter(row["name"], drawn, macs, bool(own)))
+    return painters, "Each prompt with the same noise for every model."
+
+
+def _of_comparison(source: Source) -> tuple[list[Painter], str]:
+    cells = [cell for cell in source.cells if cell["cell"]["method"] != DENSE]
+    if not cells:
+        raise MissingError("no pruned model of the comparison is finished yet")
+    first = cells[0]["cell"]
+    budgets = list(dict.fromkeys(entry.get("budget") for entry in source.recipe.get("budgets", ())))
+    budget = str(budgets[0]) if budgets else first["budget"]
+    budget = budget if any(cell["cell"]["budget"] == budget for cell in cells) else first["budget"]
+    seed = min(cell["cell"]["seed"] for cell in cells if cell["cell"]["budget"] == budget)
+    order, protocols = list(source.recipe.get("methods", ())), ("static", *PROTOCOLS)
+    painters, seen = [], set()
+    wanted = [c for c in source.cells if c["cell"]["seed"] == seed and c["cell"]["budget"] in ("", budget)]
+
+    def place(cell: dict[str, Any]) -> tuple[int, int]:
+        name = cell["cell"]["method"]
+        own = -1 if name == DENSE else order.index(name) if name in order else len(order)
+        return own, protocols.index(cell["cell"]["protocol"])
+
+    for cell in sorted(wanted, key=place):
+        name = cell["cell"]["method"]
+        if name in seen:  # under its other protocol
+            continue
+        seen.add(name)
+        stem = Cell(name, cell["cell"]["budget"], seed, cell["cell"]["protocol"]).name
+        folders = sorted((source.directory / "work").glob(f"{stem}-samples-*"), key=lambda path: path.stat().st_mtime)
+        macs = [expert["macs"] for expert in cell["experts"]] or [cell["figures"]["macs"]]
+        painters.append(Painter(name, pictures_of(folders[-1]) if folders else {}, macs, bool(cell["experts"])))
+    return painters, f"Budget {budget}, seed {seed}; each prompt with the same noise for every model."
+
+
+def _picture(painter: Painter, key: tuple[str, int]) -> dict[str, Any]:
+    path, expert = painter.drawn[key]
+    macs = painter.macs[expert]
+    note = expert_note(expert, macs)
+    note = note if painter.routed else note.partition(" · ")[2]
+    return {"model": painter.name, "note": note, "data": data_uri(path)}
