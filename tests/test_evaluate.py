@@ -23,7 +23,7 @@ from prunekit.evaluation.clip import CLIPEvaluator
 from prunekit.evaluation.comparison import Prompts
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.evaluation.features import Features
-from prunekit.evaluation.figures import Seen, figures
+from prunekit.evaluation.figures import REAL_STATISTICS, Seen, figures
 from prunekit.evaluation.generate import read_pictures
 from prunekit.evaluation.metrics import frechet_distance, pick_scores
 from prunekit.evaluation.protocols import PICK_SCORE, load_data_config, load_protocol
@@ -164,10 +164,9 @@ def test_frechet_distance_to_pictures_and_to_their_statistics(world, tmp_path):
         Image.fromarray(torch.randint(0, 256, (24, 24, 3), dtype=torch.uint8, generator=draws).numpy()).save(path)
     clip = CLIPEvaluator.from_pretrained(world / "clip")
     real = clip.features(photos.pixels(range(photos.num_images), 24)).double()
-    np.savez(tmp_path / "real.npz", mu=real.mean(0).numpy(), sigma=real.T.cov().numpy())
     prompts = Prompts(photos, [""] * 20, torch.zeros(20, dtype=torch.long), 0, [0] * 20, torch.zeros(20, 1))
     found = []
-    for more in ((), (f"statistics={tmp_path / 'real.npz'}",)):
+    for more in ((), (f"statistics={tmp_path / REAL_STATISTICS}",)):  # which the first leaves behind
         protocol = load_protocol("bksdm", ["metrics=[frechet]", f"feature_model={world / 'clip'}", *more])
         features = Features(tmp_path / "features", Digests())
         found.append(figures(Seen(protocol, features, prompts, paths, 24))["frechet"])

@@ -109,7 +109,6 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
     inputs = (student, teacher, world.scheduler, world.data, world.data.training_pairs(), config, SEED)
     objective = FineTuningObjective(*inputs, unet.device)
     trainer = Trainer(config, objective, Path(stack.enter_context(TemporaryDirectory())), "fine-tuning")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     steps = iter(range(10**6))
 
     def ours() -> None:
@@ -124,8 +123,8 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
                 models = (student, unet, gates, world.scheduler, config)
                 loss = plain.fine_tuning_loss(*models, *world.inputs(pairs), *noise)
                 (loss * len(part) / config.batch_size).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        trainer.optimizer.step()  # one for both: its moments would not fit twice
+        trainer.optimizer.zero_grad()
 
     return {"plain": plainly, "prunekit": ours}
 

@@ -14,8 +14,10 @@ from prunekit.evaluation import metrics, uncertainty
 from prunekit.evaluation.comparison import Prompts
 from prunekit.evaluation.features import Features
 from prunekit.evaluation.protocols import Protocol
+from prunekit.training.checkpoint import temporary_for
 
 Figure = dict[str, float | int]
+REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder, of the real pictures that frechet was taken to
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def _frechet(seen: Seen) -> Figure:
     else:
         real, drawn = (rows.double() for rows in seen.pair(name, "features"))
         mean, covariance = real.mean(dim=0), torch.atleast_2d(real.T.cov())
+        write_statistics(seen.features.folder.parent / REAL_STATISTICS, mean, covariance)
     own = (drawn.mean(dim=0), torch.atleast_2d(drawn.T.cov()))
     value = metrics.gaussian_distance(mean, covariance, *own)
     return _figure(value, uncertainty.frechet_error(mean, covariance, drawn), len(drawn))
@@ -159,6 +162,14 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
         shapes = " and ".join(str(tuple(array.shape)) for array in arrays)
         raise ValueError(f"statistics={path} hold {shapes}, and the features are {width} wide: set feature_model")
     return arrays[0], arrays[1]
+
+
+def write_statistics(path: Path, mean: Tensor, covariance: Tensor) -> None:
+    """Write what `read_statistics` and pytorch-fid read; the file appears whole or not at all."""
+    temporary = temporary_for(path)
+    with temporary.open("wb") as file:
+        np.savez(file, **dict(zip(_STATISTICS, (mean.numpy(), covariance.numpy()), strict=True)))
+    temporary.replace(path)
 
 
 _STATISTICS = ("mu", "sigma")
