@@ -70,9 +70,9 @@ def test_every_stage_leaves_its_result(finished):
     assert not list(finished.rglob("checkpoints/step-*")), "checkpoints of finished trainings are left"
 
 
-def test_nothing_but_safetensors_json_yaml_and_pictures(finished):
+def test_nothing_but_safetensors_json_yaml_pages_and_pictures(finished):
     kinds = {path.suffix for path in finished.rglob("*") if path.is_file()}
-    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png"}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", ".html"}
 
 
 def test_twice_the_same(recipe, finished, tmp_path):
