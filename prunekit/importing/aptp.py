@@ -24,7 +24,7 @@ from prunekit.export.staging import staged
 from prunekit.importing.layout import architectures_of, published_structure, stated_structure
 from prunekit.importing.release import Release, read_release, read_weights
 from prunekit.methods.aptp.router import Router
-from prunekit.methods.base import PruneResult
+from prunekit.methods.base import PruneResult, describe_cost
 from prunekit.models import load_pipeline, load_shape
 from prunekit.recipe import dump_recipe, parse_recipe
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
@@ -121,18 +121,8 @@ def _router(found: Release, prompt_encoder: str) -> Router | None:
 
 def _info(found: Release, architectures: list[Architecture], cost: CostModel) -> dict[str, Any]:
     """What a result's `info` holds, of what is known of a release."""
-    return {
-        "method": "aptp",
-        "imported": {"experts": len(architectures), "has_router": found.predictor is not None},
-        "sample_size": list(cost.sample_size),
-        "text_length": cost.text_length,
-        "convention": cost.convention,
-        "dense_macs": cost.dense_macs,
-        "macs": [cost.macs(architecture) for architecture in architectures],
-        "ratio": [cost.ratio(architecture) for architecture in architectures],
-        "dense_params": cost.dense_params,
-        "params": [cost.params(architecture) for architecture in architectures],
-    }
+    imported = {"experts": len(architectures), "has_router": found.predictor is not None}
+    return {"method": "aptp", "imported": imported, **describe_cost(architectures, cost)}
 
 
 def _dense(found: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:

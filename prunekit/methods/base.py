@@ -310,9 +310,19 @@ def describe_result(method: Method, architectures: list[Architecture], cost: Cos
     With `align`: `unaligned`, per architecture the groups that stay so, with their channels. With a budget in time:
     `latency_ratio`, predicted.
     """
-    info = {
-        "method": method.name,
-        "settings": method.config.model_dump(mode="json"),
+    settings = method.config.model_dump(mode="json")
+    info = {"method": method.name, "settings": settings, **describe_cost(architectures, cost)}
+    if (align := method.config.align) is not None:
+        info["unaligned"] = [unaligned(architecture, align) for architecture in architectures]
+    if isinstance(cost, LatencyModel):
+        info["latency_ratio"] = [cost.latency_ratio(architecture) for architecture in architectures]
+        info["latency_table"] = {**cost.table.conditions, "dense": cost.table.dense, "digest": cost.table.digest}
+    return info
+
+
+def describe_cost(architectures: list[Architecture], cost: CostModel) -> dict[str, Any]:
+    """What every result's `info` says of costs, and how they were counted."""
+    return {
         "sample_size": list(cost.sample_size),
         "text_length": cost.text_length,
         "convention": cost.convention,
@@ -322,9 +332,3 @@ def describe_result(method: Method, architectures: list[Architecture], cost: Cos
         "dense_params": cost.dense_params,
         "params": [cost.params(architecture) for architecture in architectures],
     }
-    if (align := method.config.align) is not None:
-        info["unaligned"] = [unaligned(architecture, align) for architecture in architectures]
-    if isinstance(cost, LatencyModel):
-        info["latency_ratio"] = [cost.latency_ratio(architecture) for architecture in architectures]
-        info["latency_table"] = {**cost.table.conditions, "dense": cost.table.dense, "digest": cost.table.digest}
-    return info
