@@ -303,7 +303,12 @@ def expert_rows(
 def training_shares(candidate: Candidate, data: EncodedData) -> Tensor:
     """Return each expert's share of the training prompts by inference routing, (N,) float64."""
     routed = candidate.experts(data.prompts[data.training_pairs()])
-    return torch.bincount(routed, minlength=len(candidate.unets)).double() / len(routed)
+    return shares_of(routed, len(candidate.unets))
+
+
+def shares_of(experts: Tensor, count: int) -> Tensor:
+    """Return the share of prompts, whose experts (n,) are given, that each of `count` experts has, (N,) float64."""
+    return torch.bincount(experts, minlength=count).double() / len(experts)
 
 
 def frequent_words(captions: list[str]) -> list[str]:
@@ -322,7 +327,7 @@ def seconds_per_image(
 ) -> float:
     """Measure the time of one image in a batch of 8, after a warm-up: the mean over the prompts' experts."""
     count = min(TIMED_IMAGES, len(prompts.prompts))
-    shares = torch.bincount(candidate.experts(prompts.embeddings), minlength=len(candidate.unets)).double()
+    shares = shares_of(candidate.experts(prompts.embeddings), len(candidate.unets))
     total = 0.0
     for expert, unet in enumerate(candidate.unets):
         if not shares[expert]:
@@ -332,5 +337,5 @@ def seconds_per_image(
             generate(routed, *inputs, 2, sampling.guidance, count)
             start = time.perf_counter()
             generate(routed, *inputs, sampling.steps, sampling.guidance, count)
-        total += float(shares[expert] / shares.sum()) * (time.perf_counter() - start) / count
+        total += float(shares[expert]) * (time.perf_counter() - start) / count
     return total

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekit.data.encoded import EncodedData
 from prunekit.evaluation.agreement import AgreementSamples, predictions
-from prunekit.evaluation.comparison import Candidate, frequent_words
+from prunekit.evaluation.comparison import Candidate, frequent_words, shares_of
 from prunekit.randomness import generator
 
 RESAMPLES = 2000
@@ -44,7 +44,7 @@ def routing_report(
     pairs = data.training_pairs()
     trained = candidate.experts(data.prompts[pairs])
     count = len(candidate.unets)
-    shares = torch.bincount(trained, minlength=count).double() / len(trained)
+    shares = shares_of(trained, count)
     errors = error_matrix(candidate, samples, reference)
     routed = candidate.experts(data.prompts[samples.indices])
     captions = data.images.captions
