@@ -1,4 +1,4 @@
-"""Recovering what a method chose: architectures are sliced and fine-tuned, or train as masks of one backbone.
+"""Recovering what a method chose: architectures are sliced and fine-tuned, or train as slices of one backbone.
 
 experts/0/unet 1/unet …            each UNet, in its stock form where it has one
 experts/backbone/unet              with `fine_tune.shared_backbone`: the weights; the experts' folders name it
@@ -19,9 +19,10 @@ from prunekit.methods.base import PruneResult
 from prunekit.slicing import save_member, slice_unet
 from prunekit.stages import Stages
 from prunekit.stock import export_unet
+from prunekit.training.backbone import BackboneObjective, Mixture
 from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
 from prunekit.training.claims import Piece, share
-from prunekit.training.fine_tuning import FineTuneConfig, Mixture, fine_tune
+from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
 from prunekit.training.processes import apart, current
 
 BACKBONE = "backbone"
@@ -113,7 +114,9 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     """Make one model's folder; an expert without prompts stays as sliced."""
     recovery, folder, processes = job.recovery, job.folder, current()
     unet, architectures = stages.pipeline.unet, recovery.result.architectures
-    mixture = None if job.experts is None else Mixture(architectures, job.experts)
+    objective = FineTuningObjective
+    if job.experts is not None:
+        objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
     student = slice_unet(unet, architecture).to(stages.device)
     figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
@@ -127,7 +130,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
         milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
         options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
         inputs = (student, unet, stages.data, recovery.config, folder / "checkpoints")
-        schedule = {"scheduler": stages.pipeline.scheduler, "log": stages.log, "mixture": mixture}
+        schedule = {"scheduler": stages.pipeline.scheduler, "log": stages.log, "objective": objective}
         figures = fine_tune(*inputs, **schedule, **options)
     else:
         for step in at_steps:

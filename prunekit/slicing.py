@@ -106,15 +106,19 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
     return pruned
 
 
+def blank_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A UNet of the dense config, without weights: on the meta device."""
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
+    with torch.device("meta"):
+        return UNet2DConditionModel(**config)
+
+
 def save_member(unet: UNet2DConditionModel, architecture: Architecture, folder: Path, backbone: Path) -> None:
     """Write a folder that loads as the UNet sliced to the Architecture, and takes its weights from another's.
 
     unet: a dense one. backbone: where it is saved; it is named by its path from the folder, so both move together.
     """
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
-    with torch.device("meta"):
-        blank = UNet2DConditionModel(**config)
-    slice_unet(blank, architecture).save_config(folder)
+    slice_unet(blank_copy(unet), architecture).save_config(folder)
     pointer = {"format": FORMAT, "backbone": Path(os.path.relpath(backbone, folder)).as_posix()}
     (folder / POINTER).write_text(json.dumps(pointer, indent=2) + "\n", encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import prunekit as pk
 from prunekit.export import load_unet
 from prunekit.run import start
 from prunekit.slicing import POINTER, save_member
-from prunekit.training.fine_tuning import FineTuneConfig, Mixture, fine_tune
+from prunekit.training.backbone import BackboneObjective, Mixture
+from prunekit.training.diffusion import forward_process
+from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +70,57 @@ def test_members_are_the_masked_backbone(run):
             assert member.config["pruning"]["kept"] or member.config["pruning"]["removed"]
 
 
-def test_one_step_equals_the_experts_own_gradients(tmp_path):
-    """The backbone's step is the sum of the experts' own, each on its samples, where they keep a weight."""
+def test_a_step_is_the_masked_backbones(tmp_path):
+    """Slices within the graph have the loss and the gradients of the dense UNet under per-sample masks."""
+    unet = build("sd2")
+    data, space = encoded_for(unet, num=8), pk.discover(unet, depth="all")
+    architectures, experts = [space.random(0.6, seed=seed) for seed in range(2)], torch.arange(8) % 2
+    config = FineTuneConfig(steps=4, batch_size=6, learning_rate=1e-4, log_every=1, feature_blocks="none")
+    student = pk.slice_unet(unet, space.full()).train().requires_grad_(True)
+    inputs = (student, unet, forward_process(stub(unet).scheduler), data, data.training_pairs(), config, 0, unet.device)
+    sliced = BackboneObjective(*inputs, mixture=Mixture(architectures, experts))
+    batch = sliced.batch(0)
+    assert experts[sliced.pairs[batch.indices]].diff().ge(0).all()
+    found = []
+    for micro in (6, 2):
+        student.zero_grad()
+        for positions in torch.arange(6).split(micro):
+            sum(sliced.micro_loss(batch, positions).values()).backward()
+        found.append({name: own.grad for name, own in student.named_parameters() if own.grad is not None})
+    student.zero_grad()
+    with pk.gated(student, space) as gates:
+        masks = torch.stack([architecture.values for architecture in architectures])
+        gates.set(masks, rows=experts[sliced.pairs[batch.indices]])
+        terms = FineTuningObjective(*inputs).micro_loss(batch, torch.arange(6))
+        sum(terms.values()).backward()
+    norm = sum(float(own.grad.square().sum()) for own in student.parameters() if own.grad is not None) ** 0.5
+    for gradients in found:
+        for name, own in student.named_parameters():
+            expected = torch.zeros_like(own) if own.grad is None else own.grad
+            assert float((gradients.get(name, torch.zeros_like(own)) - expected).norm()) <= 1e-5 * norm, name
+
+
+def test_training_a_backbone_leaves_what_no_expert_keeps(tmp_path):
     unet = build("sd2")
     data, space = encoded_for(unet, num=8), pk.discover(unet)
     architectures = [space.random(0.6, seed=seed) for seed in range(2)]
-    config = FineTuneConfig(steps=4, batch_size=4, learning_rate=1e-4, log_every=1)
-    experts, rows = torch.arange(8) % 2, []
-    student = pk.slice_unet(unet, space.full())
-    mixture = Mixture(architectures, experts)
-    fine_tune(student, unet, data, config, tmp_path, scheduler=stub(unet).scheduler, log=rows.append, mixture=mixture)
+    config = FineTuneConfig(steps=4, batch_size=4, learning_rate=1e-4, log_every=1, gradient_checkpointing=True)
+    student, rows = pk.slice_unet(unet, space.full()), []
+    objective = partial(BackboneObjective, mixture=Mixture(architectures, torch.arange(8) % 2))
+    scheduler = stub(unet).scheduler
+    fine_tune(student, unet, data, config, tmp_path, scheduler=scheduler, log=rows.append, objective=objective)
     assert rows[-1]["loss"] < rows[0]["loss"]
-    changed = {
-        name for name, own in student.named_parameters() if not torch.equal(own, dict(unet.named_parameters())[name])
-    }
-    assert changed  # what no expert keeps is left as it was
+    unkept = 0
     for group in space.width_groups:
-        unkept = [index for index in range(group.size) if not any(index in a.kept(group.name) for a in architectures)]
-        if unkept and group.kind == "resnet":
+        gone = [index for index in range(group.size) if not any(index in a.kept(group.name) for a in architectures)]
+        if gone and group.kind == "resnet":
+            unkept += 1
             layer = student.get_submodule(group.path).conv2.weight
             before = unet.get_submodule(group.path).conv2.weight
-            channels = unkept[0] * group.channels
+            channels = gone[0] * group.channels
             decay = 1 - config.learning_rate * config.weight_decay
             assert torch.allclose(layer[:, channels], before[:, channels] * decay**4, rtol=1e-3)
+    assert unkept
 
 
 @pytest.mark.parametrize(

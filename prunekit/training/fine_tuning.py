@@ -1,7 +1,6 @@
 """Recovering a sliced UNet's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
-from prunekit.gates import Gates, gated
 from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors, forward_process
 from prunekit.training.distillation import (
     FEATURE_SCALE,
@@ -23,7 +21,6 @@ from prunekit.training.distillation import (
 )
 from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
-from prunekit.units import Architecture
 
 
 class FineTuneConfig(TrainerConfig):
@@ -41,6 +38,12 @@ class FineTuneConfig(TrainerConfig):
         False,
         description="experts of a mixture share one set of weights, trained under all their masks, and are sliced from "
         "it; off: each trains its own",
+    )
+    experts_per_step: int | None = Field(
+        None,
+        gt=0,
+        description="with shared_backbone: how many experts a step trains, drawn by their shares of the prompts; 1 "
+        "runs a step's whole batch through one of them, unset: every prompt through its own",
     )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
     snr_gamma: float | None = Field(
@@ -72,15 +75,16 @@ class FineTuningObjective:
         sizes = (self.config.batch_size, len(self.pairs), shape, steps)
         return NoisePlan.draw(step, self.seed, *sizes, sampled=self.data.deviations is not None)
 
-    def prepare(self, pairs: Tensor) -> None:
-        """Make the student ready for these pairs."""
-
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
         """Nothing needs the whole batch."""
         return {}
 
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
         """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
+        return self.terms(self.student, batch, positions)
+
+    def terms(self, student: UNet2DConditionModel, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the terms of one UNet."""
         pairs = self.pairs[batch.indices[positions]]
         latents = self.data.draw_latents(pairs, batch.posterior_at(positions)).to(self.device)
         dropped = batch.drop[positions] < self.config.caption_dropout
@@ -90,9 +94,8 @@ class FineTuningObjective:
         weight, size = self.config.distillation_weight, self.config.batch_size
         which: FeatureBlocks = self.config.feature_blocks if weight else "none"
         kernel = attention_kernel(noisy, self.config.gradient_checkpointing)
-        self.prepare(pairs)
-        with kernel, block_outputs(self.student, which) as blocks:
-            prediction = self.student(noisy, timesteps, **conditions).sample
+        with kernel, block_outputs(student, which) as blocks:
+            prediction = student(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
         denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
         terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
@@ -102,27 +105,6 @@ class FineTuningObjective:
             error = distillation_error(prediction, teacher, blocks, teacher_blocks, self.config.feature_scale)
             terms["distillation"] = weight * error.sum() / size
         return terms
-
-
-@dataclass
-class Mixture:
-    """Architectures that share a UNet's weights, and which of them serves each pair."""
-
-    architectures: Sequence[Architecture]
-    experts: Tensor  # (pairs,) of the data set
-
-
-@dataclass
-class BackboneObjective(FineTuningObjective):
-    """The same of one student under the masks of all experts, each sample under its own."""
-
-    gates: Gates
-    mixture: Mixture
-
-    def prepare(self, pairs: Tensor) -> None:
-        """Set each sample's mask."""
-        masks = torch.stack([architecture.values for architecture in self.mixture.architectures])
-        self.gates.set(masks.to(self.device), rows=self.mixture.experts[pairs])
 
 
 def fine_tune(
@@ -138,13 +120,14 @@ def fine_tune(
     title: str = "fine-tune",
     log: Log | None = None,
     milestones: Mapping[int, Callable[[], None]] | None = None,
-    mixture: Mixture | None = None,
+    objective: Callable[..., FineTuningObjective] = FineTuningObjective,
 ) -> dict[str, float]:
     """Train a sliced UNet in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
 
     student: usually from `slice_unet`, float32. teacher: the dense UNet, left as it is. scheduler: the pipeline's.
     pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
-    mixture: the student is a backbone, a dense UNet, and trains under all experts' masks; slice it to each afterwards.
+    objective: made from what FineTuningObjective is made from, which is the default; for a backbone of several experts,
+    partial(BackboneObjective, mixture=...), and the student is a dense UNet to be sliced to each of them afterwards.
     milestones: called after these steps, with the (averaged) weights of then in the student.
     Returns the trainer's figures: steps, seconds, loss and its terms.
     """
@@ -155,12 +138,8 @@ def fine_tune(
     student.train().requires_grad_(True)
     teacher.eval().requires_grad_(False)
     inputs = (student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
-    with held(config, student, teacher), ExitStack() as stack:
-        if mixture is None:
-            objective = FineTuningObjective(*inputs)
-        else:
-            gates = stack.enter_context(gated(student, mixture.architectures[0].space))
-            objective = BackboneObjective(*inputs, gates, mixture)
-        figures = Trainer(config, objective, directory, title, log, milestones).fit()
+    with held(config, student, teacher):
+        own = objective(*inputs)
+        figures = Trainer(config, own, directory, title, log, milestones).fit()
     student.eval().requires_grad_(False)
     return figures
