@@ -148,7 +148,7 @@ class GateSearchObjective:
         which = self.config.feature_blocks if weight else "none"
         teacher = self._teacher(noisy, timesteps, conditions) if weight else None
         self.gates.set(self.gate(batch, logits), rows=rows)
-        kernel = attention_kernel(noisy, self.config.search.gradient_checkpointing)
+        kernel = attention_kernel(self.unet, noisy, self.config.search.gradient_checkpointing)
         with kernel, block_outputs(self.unet, which) as blocks:
             prediction = self.unet(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
@@ -165,7 +165,7 @@ class GateSearchObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the ungated UNet's output and its blocks' outputs."""
         self.gates.set(self.cost.space.full())
-        with block_outputs(self.unet, self.config.feature_blocks) as blocks:
+        with attention_kernel(self.unet, noisy), block_outputs(self.unet, self.config.feature_blocks) as blocks:
             return self.unet(noisy, timesteps, **conditions).sample, blocks
 
 

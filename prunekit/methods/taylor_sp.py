@@ -137,7 +137,7 @@ class TaylorSP(ScoreMethod):
         total, step = torch.zeros((), dtype=torch.float64), Gradients()
         for batch in batches:
             with (
-                attention_kernel(batch.noisy),
+                attention_kernel(unet, batch.noisy),
                 torch.autocast(unet.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"),
             ):
                 prediction = unet(batch.noisy, batch.timesteps, **batch.conditions).sample

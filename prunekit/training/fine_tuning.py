@@ -93,14 +93,15 @@ class FineTuningObjective:
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         weight, size = self.config.distillation_weight, self.config.batch_size
         which: FeatureBlocks = self.config.feature_blocks if weight else "none"
-        kernel = attention_kernel(noisy, self.config.gradient_checkpointing)
+        kernel = attention_kernel(student, noisy, self.config.gradient_checkpointing)
         with kernel, block_outputs(student, which) as blocks:
             prediction = student(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
         denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
         terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
         if weight:
-            with torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
+            kernel = attention_kernel(self.teacher, noisy)
+            with kernel, torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
                 teacher = self.teacher(noisy, timesteps, **conditions).sample
             error = distillation_error(prediction, teacher, blocks, teacher_blocks, self.config.feature_scale)
             terms["distillation"] = weight * error.sum() / size

@@ -75,7 +75,7 @@ class PretrainingObjective:
         latents, noise = self.latents[indices].to(self.device), batch.noise[positions].to(self.device)
         timesteps = batch.timesteps[positions].to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with attention_kernel(noisy):
+        with attention_kernel(self.unet, noisy):
             text = self.text_encoder(ids.to(self.device)).last_hidden_state
             prediction = self.unet(noisy, timesteps, text).sample
         error = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
