@@ -1,7 +1,12 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import finish, launch
 
+from prunekit.data.emoji import load_emoji
+from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
 
 
@@ -57,6 +62,33 @@ def test_real_width_and_threads():
         assert torch.equal(router.scores(z[:37]), scores[:37])
     finally:
         torch.set_num_threads(threads)
+
+
+ROUTE = """
+import json, os, sys
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.methods.aptp.router import Router
+folder, rank, count = sys.argv[1], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+captions = json.loads(open(f"{folder}/captions.json").read())[rank::count]
+experts = Router.load(folder).route(load_prompt_encoder().encode(captions)).tolist()
+json.dump(dict(zip(captions, experts)), open(f"{folder}/experts-{rank}-of-{count}.json", "w"))
+"""
+
+
+def test_10000_captions_keep_their_expert_on_two_processes(tmp_path):
+    """From text to expert: one process in order, and two that share them shuffled."""
+    words = load_emoji().captions
+    captions = [f"{a} and {b}" for a, b in zip(words * 3, words[7:] * 3, strict=False)]
+    captions = list(dict.fromkeys(captions))[:10_000]
+    z = load_prompt_encoder().encode(captions)
+    Router(prompts(5, z.shape[1]), torch.zeros(5)).save(tmp_path)
+    experts = dict(zip(captions, Router.load(tmp_path).route(z).tolist(), strict=True))
+    assert len(experts) == 10_000 and set(experts.values()) == set(range(5))
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(4)).tolist()
+    (tmp_path / "captions.json").write_text(json.dumps([captions[index] for index in order]))
+    finish(launch(["-c", ROUTE, str(tmp_path)], count=2))
+    found = [json.loads((tmp_path / f"experts-{rank}-of-2.json").read_text()) for rank in range(2)]
+    assert [len(own) for own in found] == [5_000, 5_000] and found[0] | found[1] == experts
 
 
 def test_unknown_words_go_to_the_fallback(router):
