@@ -160,9 +160,12 @@ class Stages:
         def done() -> bool:
             return (folder / "result.json").is_file()
 
+        def log(row: dict[str, Any]) -> None:
+            self.log({**row, "stage": row["stage"].replace(method.name, name, 1)})  # several rows may share a method
+
         def prune() -> None:
             started = time.monotonic()
-            result = method.prune(self.pipeline, self.data, folder, log=self.log)
+            result = method.prune(self.pipeline, self.data, folder, log=log)
             ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
             self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
             for note in result.notes():
