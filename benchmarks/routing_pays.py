@@ -1,0 +1,123 @@
+"""Does routing pay, and from how much training on? One architecture, experts of their own and a shared backbone.
+
+Embedded model, one seed. Each row searches once, then is fine-tuned anew for each total number of steps, which its
+experts share: N experts of their own take 1/N each, a backbone takes them all, one expert a step. The figure is the
+agreement with the dense model (mean squared difference of predictions on fixed triples; lower is better), without any
+drawing of pictures. Finished figures are kept in --file, so a run that was stopped goes on.
+Run: python benchmarks/routing_pays.py [--steps 240 480 960] [--experts 4] [--budget 0.5] [--seed 0] [--file FILE]
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prunekit as pk
+from prunekit.data.emoji import load_emoji
+from prunekit.data.encoded import EncodedData, encode
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.evaluation.agreement import agreement, data_samples, predictions
+from prunekit.methods import APTP, PruneResult, UniArch
+from prunekit.methods.calibration import noise_schedule
+from prunekit.models import load_pipeline
+from prunekit.training.backbone import BackboneObjective, Mixture
+from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
+
+SEARCH = {"steps": 240, "batch_size": 48, "learning_rate": 3e-2, "warmup_steps": 20, "weight_decay": 0.0}
+TUNING = {"batch_size": 32, "learning_rate": 5e-4, "warmup_steps": 20, "decay_share": 0.4, "experts_per_step": 1}
+BF16 = {"precision": "bfloat16"}
+
+
+class World:
+    """The embedded model, its data, and what every model is measured on."""
+
+    def __init__(self, seed: int):
+        self.seed, self.pipeline = seed, load_pipeline("emoji")
+        self.data: EncodedData = encode(self.pipeline, load_emoji(None, 0.1), load_prompt_encoder("emoji"), 64)
+        self.pairs = self.data.training_pairs()
+        self.samples = data_samples(self.data, noise_schedule(self.pipeline), seed)
+        self.reference = predictions(self.pipeline.unet, self.samples)
+
+    def search(self, method: pk.methods.Method) -> PruneResult:
+        """Return what a method chooses."""
+        return method.prune(self.pipeline, self.data)
+
+    def tune(self, unet, pairs: torch.Tensor, steps: int, objective: Callable | None = None):
+        """Fine-tune a UNet on some pairs."""
+        config = FineTuneConfig(steps=steps, **TUNING, **BF16)
+        options: dict[str, Any] = {"scheduler": self.pipeline.scheduler, "pairs": pairs, "seed": self.seed}
+        options |= {} if objective is None else {"objective": objective}
+        with tempfile.TemporaryDirectory() as folder:
+            fine_tune(unet, self.pipeline.unet, self.data, config, Path(folder), **options)
+        return unet
+
+    def routes(self, result: PruneResult, pairs: torch.Tensor) -> torch.Tensor:
+        """Return each pair's expert."""
+        if result.router is None:
+            return torch.zeros(len(pairs), dtype=torch.long)
+        return result.router.route(self.data.prompts[pairs])
+
+    def experts_of_their_own(self, result: PruneResult, steps: int) -> list:
+        """Return UNets that share the steps."""
+        experts, own = self.routes(result, self.pairs), steps // len(result.architectures)
+        sliced = [pk.slice_unet(self.pipeline.unet, architecture) for architecture in result.architectures]
+        return [self.tune(unet, self.pairs[experts == index], own) for index, unet in enumerate(sliced)]
+
+    def shared_backbone(self, result: PruneResult, steps: int) -> list:
+        """Return UNets sliced from one that took all steps."""
+        experts = torch.zeros(self.data.images.num_pairs, dtype=torch.long)
+        experts[self.pairs] = self.routes(result, self.pairs)
+        backbone = pk.slice_unet(self.pipeline.unet, result.space.full())
+        objective = partial(BackboneObjective, mixture=Mixture(result.architectures, experts))
+        self.tune(backbone, self.pairs, steps, objective)
+        return [pk.slice_unet(backbone, architecture).eval() for architecture in result.architectures]
+
+    def error(self, result: PruneResult, unets: list) -> float:
+        """Return the routed agreement."""
+        routes = self.routes(result, self.samples.indices)
+        return agreement(self.reference, unets, self.samples, routes)
+
+
+def main() -> None:
+    """Print a line a figure, then the table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[240, 480, 960])
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", type=Path, help="JSON of finished figures")
+    given = parser.parse_args()
+    world, common = World(given.seed), {"budget": given.budget, "seed": given.seed, "depth": "aptp"}
+    search, setting = {**SEARCH, **BF16}, f"{given.experts} experts, {given.budget}, seed {given.seed}"
+    mixture = APTP(**common, experts=given.experts, warmup=80, search=search)
+    rows = {
+        "one architecture": (UniArch(**common, search=search), world.experts_of_their_own),
+        "experts of their own": (mixture, world.experts_of_their_own),
+        "shared backbone": (mixture, world.shared_backbone),
+    }
+    found = read_json(given.file) if given.file and given.file.is_file() else {}
+    chosen: dict[str, PruneResult] = {}  # by method
+    for name, (method, made) in rows.items():
+        for steps in given.steps:
+            key = f"{name}, {steps} steps, {setting}"
+            if key not in found:
+                if method.name not in chosen:
+                    chosen[method.name] = world.search(method)
+                result = chosen[method.name]
+                found[key] = world.error(result, made(result, steps))
+                print(f"{key}: {found[key]:.4f}", flush=True)
+                if given.file:
+                    write_json(given.file, found)
+    print("| total steps | " + " | ".join(map(str, given.steps)) + " |\n|---|" + "---:|" * len(given.steps))
+    for name in rows:
+        keys = (f"{name}, {steps} steps, {setting}" for steps in given.steps)
+        print(f"| {name} | " + " | ".join(f"{found[key]:.4f}" for key in keys) + " |")
+
+
+if __name__ == "__main__":
+    main()
