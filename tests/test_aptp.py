@@ -62,7 +62,7 @@ VARIANTS = {
     "paper": {"preset": "paper", "warmup": 2},
     "bfloat16": {"preset": "paper", "warmup": 2, "search": {**SEARCH, "steps": 4, "precision": "bfloat16"}},
     "hardened": {"similarity": "hardened"},
-    "random codes": {"codes": "random"},
+    "codes of k-means": {"codes": "kmeans"},
     "cumulative": {"depth_gates": "cumulative"},
     "hard concrete": {"noise": "hard_concrete"},
     "spread": {"spread_weight": 0.1, "maximum_weight": 0.1},

@@ -150,6 +150,18 @@ def test_figures_of_a_small_recipe(model, tmp_path):
     assert isinstance(result, PruneResult)
 
 
+def test_a_shared_backbone_is_trained_once_and_kept_dense(model, tmp_path):
+    search = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+    methods = {"aptp": {"experts": 3, "warmup": 1, "search": search}}
+    own, shared = (
+        plan(load_recipe(write_recipe(tmp_path / "small.yaml", model, methods=methods), settings), SPEED)
+        for settings in ([], ["fine_tune.shared_backbone=true"])
+    )
+    steps = [next(s for s in each["work"] if s["stage"] == "aptp: fine-tuning")["samples"] for each in (own, shared)]
+    assert steps[0] == 3 * steps[1]
+    assert shared["disk"]["experts"] == 4 * shared["methods"]["aptp"]["dense_params"]
+
+
 def test_what_is_not_cached_is_computed_at_every_step(model, tmp_path):
     parts, macs = load_parts(model, load_shape(model).unet), []
     for cache in ({}, {"latents": "off", "text": False}):

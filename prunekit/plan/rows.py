@@ -21,7 +21,7 @@ class PlannedRow:
     method: Method
     tuning: FineTuneConfig
     choices: int  # searches, or calibrations
-    models: int  # fine-tuned ones that are kept
+    models: int  # fine-tuned ones that are kept: experts, or the backbones that they share
     tuning_steps: int  # of all models together
     generations: int  # sets of pictures
 
@@ -29,6 +29,11 @@ class PlannedRow:
     def experts(self) -> int:
         """Models of one result."""
         return getattr(self.method.config, "experts", 1)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the models of one result share a backbone."""
+        return self.tuning.shared_backbone and self.experts > 1
 
     @property
     def budget(self) -> float:
@@ -45,7 +50,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
     rows = {}
     for name in recipe.methods:
         method, tuning = recipe.method(name), recipe.fine_tuning(name)
-        models = getattr(method.config, "experts", 1)
+        models = 1 if tuning.shared_backbone else getattr(method.config, "experts", 1)
         sets = 1 + len(recipe.evaluation.at_steps)
         rows[name] = PlannedRow(method, tuning, 1, models, models * tuning.steps, sets)
     return rows
@@ -60,9 +65,10 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
         budget = budget_value(entry.budget, model.shape.unet, cost)
         for label in entry.methods or recipe.methods:
             own = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
-            models = sum(cell.num_models for cell in own)
-            steps = sum(cell.num_models * recipe.steps(cell.protocol, cell.num_models) for cell in own)
             tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)
+            trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in own]
+            models = sum(count for _, count in trained)
+            steps = sum(count * recipe.steps(cell.protocol, cell.num_models) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
             choices = len(entry.seeds)
             if not hasattr(method.config, "search"):
@@ -99,4 +105,5 @@ def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
         "floor": floor / cost.dense_macs,
         "dense_params": cost.dense_params,
         "params_estimate": model.params_at(settings, target),
+        "params_kept": cost.dense_params if row.shares else model.params_at(settings, target),  # of each model
     }

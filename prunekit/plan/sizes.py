@@ -30,7 +30,7 @@ def memory(
     devices: int,
 ) -> dict[str, Any]:
     """Return weights, and the peak of each stage on one of the devices, in bytes."""
-    largest = max(row["params_estimate"] for row in described.values())
+    largest = max(row["params_kept"] for row in described.values())
     resident = FLOAT32 * (model.params + model.parts.params)
     latent, stages = model.latent(recipe.resolution), {}
     pixels = tuple(side * model.parts.scale for side in latent)
@@ -101,8 +101,8 @@ def disk(
     devices: int,
 ) -> dict[str, Any]:
     """Return the bytes of what a run writes; None where they are not known before the data is read."""
-    experts = FLOAT32 * sum(rows[name].models * row["params_estimate"] for name, row in described.items())
-    largest = max(row["params_estimate"] for row in described.values())
+    experts = FLOAT32 * sum(rows[name].models * row["params_kept"] for name, row in described.items())
+    largest = max(row["params_kept"] for row in described.values())
     steps = [step for step in recipe.evaluation.at_steps if step < recipe.fine_tune.steps]
     height, width = model.shape.resolution
     pictures = recipe.evaluation.num_images * (1 + sum(row.generations for row in rows.values()))

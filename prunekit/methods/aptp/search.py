@@ -76,8 +76,8 @@ class APTPConfig(SearchSettings):
         description="what transport goes by in training: cosine of e and a (Eq. 5); hardened: of their gates at 0 or "
         "1, weighted by 1/sqrt(width), as in the published code. Inference takes Eq. 22 either way",
     )
-    codes: Literal["kmeans", "random"] = Field(
-        "kmeans", description="where codes start: at the centres of the predicted embeddings, or at random (orthogonal)"
+    codes: Literal["random", "kmeans"] = Field(
+        "random", description="where codes start: at random (orthogonal), or at the centres of the predicted embeddings"
     )
     spread_weight: float = Field(
         0.0, ge=0, description="of the spread of the batch's costs, which is rewarded; published code: 0.1"
