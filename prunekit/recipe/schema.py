@@ -32,7 +32,7 @@ class EvaluationConfig(Section):
     at_steps: list[int] = Field(
         [], description="fine-tuning steps whose weights are kept and get rows of their own, beside the last one's"
     )
-    steps: int = Field(25, gt=0, description="PNDM steps")
+    steps: int = Field(25, gt=0, description="sampling steps, of the pipeline's own scheduler")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast while generating")
