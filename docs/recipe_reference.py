@@ -17,10 +17,15 @@ from prunekit.recipe.schema import KINDS
 PAGE = Path(__file__).parent / "recipe_reference.md"
 HEAD = """# Recipe reference
 
-Every setting of every recipe, written from the schema by `python docs/recipe_reference.py`. How recipes are put together
-(`extends`, `scale`, overrides) is in [Recipes](recipes.md). A setting without a default has to be given.
+Every setting of every recipe, written from the schema by `python docs/recipe_reference.py`. How recipes are put
+together (`extends`, `scale`, overrides) is in [Recipes](recipes.md). A setting without a default has to be given.
 """
-WHAT = {"job": "what kind of recipe it is; `prune` where it is left out"}
+WHAT = {
+    "job": "what kind of recipe it is; `prune` where it is left out",
+    "dtype": "of weights and inputs",
+    "mode": "as it is, compiled by regions, or a captured CUDA graph",
+    "memory_format": "of convolutions",
+}
 JOBS = {
     "prune": "prune, recover and evaluate: `prunekit run`",
     "compare": "methods x budgets x seeds x protocols in one table: `prunekit compare`",
@@ -63,10 +68,8 @@ def table(model: type[BaseModel], sections: dict[str, type[BaseModel]], without:
             held.__doc__.strip().splitlines()[0] if held and held.__doc__ else WHAT.get(name, "")
         )
         text = " ".join(text.split()).replace("|", "\\|")
-        limits = ", ".join(limits_of(field))
-        rows.append(
-            f"| `{name}` | {shown_type(field.annotation)}{', ' + limits if limits else ''} | {default(field)} | {text} |"
-        )
+        kind = ", ".join([shown_type(field.annotation), *limits_of(field)])
+        rows.append(f"| `{name}` | {kind} | {default(field)} | {text} |")
     return "\n".join(rows) + "\n" if len(rows) > 2 else "No settings of its own.\n"
 
 

@@ -40,7 +40,7 @@ class UnitGroup:
 
     @property
     def name(self) -> str:
-        """The group's name, unique in its space: `kind:path`."""
+        """Kind and path with a colon between them, unique in its space."""
         return f"{self.kind}:{self.path}"
 
     @property
