@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of this checkout.
 #   make quickstart   install, and run the main job in small: prune the embedded model, compare, print the table
 #   make test         install, and run ruff and the tests
+#   make docs         install, and build the documentation into docs/_build/html; a warning is an error
 # PYTHON       the interpreter that makes the environment (3.10 or newer)
 # TORCH_INDEX  a package index to take torch from; unset, torch comes from your usual one. For example
 #              make test TORCH_INDEX=https://download.pytorch.org/whl/cpu     CPU only, a smaller download
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(STAMP)
 
@@ -25,11 +26,14 @@ quickstart: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/prunekit run recipes/quickstart.yaml
 
 lint: $(STAMP)
-	$(BIN)/ruff check prunekit tests benchmarks
-	$(BIN)/ruff format --check prunekit tests benchmarks
+	$(BIN)/ruff check prunekit tests benchmarks docs
+	$(BIN)/ruff format --check prunekit tests benchmarks docs
 
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+docs: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build

@@ -4,6 +4,9 @@ import os
 import re
 from typing import Any
 
+import latex2mathml.converter
+from docutils import nodes
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 project = "prunekit"
@@ -11,12 +14,12 @@ copyright = "the prunekit authors"
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "results/*/table.md"]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "prunekit"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
@@ -51,6 +54,18 @@ def _less(line: str, above: str) -> bool:
     return len(line) - len(line.lstrip()) < len(above) - len(above.lstrip())
 
 
+def mathml(translator: Any, node: Any) -> None:
+    """Write a formula as MathML: browsers draw it without a script from elsewhere."""
+    text = node.astext()
+    tag = re.search(r"\\tag\{([^}]*)\}", text)
+    block = isinstance(node, nodes.math_block)
+    formula = latex2mathml.converter.convert(text.replace(tag[0], "") if tag else text, "block" if block else "inline")
+    number = f'<span style="float: right">({tag[1]})</span>' if tag else ""
+    translator.body.append(f"<div>{number}{formula}</div>" if block else formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
-    """Register the docstrings' reader before napoleon's."""
+    """Register the docstrings' reader before napoleon's, and how formulas are written."""
+    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
     app.connect("autodoc-process-docstring", as_paragraphs, priority=400)

@@ -1,6 +1,6 @@
 """The experts' architectures: what stays of every block of the UNet, drawn as the UNet is, and each expert's counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -32,7 +32,7 @@ def architectures(source: Source) -> Section:
         tables.append({"title": name, "header": HEADER, "rows": rows})
         for title, own in zip(members, result.architectures, strict=True):
             if len(drawings) < MOST_DRAWINGS:
-                drawings.append(_drawing(title, retained(cost, own), cost.ratio(own)))
+                drawings.append(drawing(title, retained(cost, own), cost.ratio(own)))
     return Section("architectures", "What stays of the UNet", {"drawings": drawings, "tables": tables, "note": NOTE})
 
 
@@ -66,7 +66,7 @@ def retained(cost: CostModel, architecture: Architecture) -> dict[str, float | N
     return shares
 
 
-def _drawing(title: str, shares: dict[str, float | None], ratio: float) -> str:
+def drawing(title: str, shares: Mapping[str, float | None], ratio: float) -> str:
     """Return the UNet as SVG: down blocks left, the middle below, up blocks right, each level under the one before."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def _drawing(title: str, shares: dict[str, float | None], ratio: float) -> str:
         return inline_svg(figure, f"share of every layer's MACs that stays in {title}")
 
 
-def _blocks(shares: dict[str, float | None]) -> dict[str, list[tuple[str, float | None]]]:
+def _blocks(shares: Mapping[str, float | None]) -> dict[str, list[tuple[str, float | None]]]:
     """Return the layers by block, in a block in the order in which they run: R A R A."""
     blocks: dict[str, list[tuple[str, float | None]]] = {}
     for layer, share in shares.items():

@@ -1,0 +1,116 @@
+"""The commands about recipes: run, resume, compare, plan, check."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunekit.cli.common import Overrides, Recipe, app, console, say
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    directory: Annotated[Path | None, typer.Option(help="the run's directory; runs/NAME by default")] = None,
+) -> None:
+    """Run a recipe; where its directory holds the same run, go on with it."""
+    from prunekit.run import start
+    from prunekit.training.termination import graceful
+
+    with graceful():
+        say(f"The run is in {start(recipe, overrides or (), directory)}")
+
+
+@app.command()
+def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
+    """Go on with a run that was stopped; a finished one is shown again."""
+    from prunekit.run import resume
+    from prunekit.training.termination import graceful
+
+    with graceful():
+        say(f"The run is in {resume(directory)}")
+
+
+@app.command()
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="comparison recipes or directories, and settings"),
+    ],
+    output: Annotated[Path | None, typer.Option(help="where cells and table go; runs/NAME by default")] = None,
+) -> None:
+    """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
+    from prunekit.compare.comparison import compare
+    from prunekit.training.termination import graceful
+
+    paths = [text for text in recipes if "=" not in text]
+    if not paths:
+        raise ValueError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
+    with graceful():
+        folder = compare(paths, [text for text in recipes if "=" in text], output)
+    say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
+
+
+@app.command()
+def plan(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes' YAML files, and settings")
+    ],
+    throughput: Annotated[
+        float | None, typer.Option(help="a device's TMAC/s; measured on this machine where it is not given", min=1e-6)
+    ] = None,
+    measure: Annotated[float, typer.Option(help="seconds of that measurement", min=0.1)] = 1.0,
+    devices: Annotated[int, typer.Option(help="how many devices share the work", min=1)] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plans there")] = None,
+) -> None:
+    """Show what recipes will cut, cost and take, without weights or network."""
+    from prunekit.benchmark.config import is_benchmark
+    from prunekit.plan import Devices, plan_all
+    from prunekit.plan.table import show_plan, show_summary
+    from prunekit.recipe import load_recipe
+    from prunekit.training.checkpoint import write_json
+
+    given, overrides = _recipes_and_overrides(recipes)
+    paths = [path for path in given if not is_benchmark(path)]
+    for path in given:
+        if path not in paths:
+            say(f"{path} is a benchmark, which prunes nothing; try it with: prunekit bench {path} --reduced")
+    made_for = Devices(devices, None if throughput is None else throughput * 1e12, measure)
+    plans = plan_all([load_recipe(path, overrides) for path in paths], made_for)
+    for content in plans:
+        show_plan(content, console())
+        console().print()
+    if len(plans) > 1:
+        show_summary(plans, console())
+    if json_file is not None:
+        write_json(json_file, plans)
+        say(f"The plans are in {json_file}")
+    if len(plans) == 1:
+        command = "compare" if plans[0]["job"] == "compare" else "run"
+        say(f"Nothing was run; start it with: prunekit {command} {' '.join([*paths, *overrides])}")
+
+
+def _recipes_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part a command's arguments into recipes, which are YAML files, and settings."""
+    paths = [text for text in arguments if "=" not in text and (Path(text).suffix == ".yaml" or Path(text).is_file())]
+    if not paths:
+        raise ValueError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
+    return paths, [text for text in arguments if text not in paths]
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(help="how many devices the recipe will run on; one is tried", min=1)] = 1,
+) -> None:
+    """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole."""
+    from prunekit.check import check
+    from prunekit.plan.table import show_check, show_checked
+    from prunekit.recipe import load_recipe
+
+    terminal = console()
+    content = check(load_recipe(recipe, overrides or ()), devices, lambda stage: show_checked(stage, terminal))
+    show_check(content, terminal)
+    say("Every stage works; nothing was kept")

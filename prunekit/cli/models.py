@@ -1,0 +1,120 @@
+"""The commands about models and methods: units, macs, methods."""
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from prunekit.cli.common import Model, app, console, say
+
+
+@app.command()
+def units(
+    model: Model,
+    depth: Annotated[str, typer.Option(help="which whole layers are units: aptp, all, blocks or none")] = "aptp",
+    include: Annotated[list[str] | None, typer.Option(help="glob over module paths: only these (repeatable)")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="glob over module paths: not these (repeatable)")] = None,
+) -> None:
+    """List what can be removed from a model."""
+    from rich.table import Table
+
+    from prunekit.models import load_shape
+    from prunekit.units import discover
+
+    unet = load_shape(model).unet
+    space = discover(unet, depth, include, exclude)
+    table = Table("kind", "path")
+    for column in ("units", "channels a unit"):
+        table.add_column(column, justify="right")
+    for group in space.groups:
+        table.add_row(group.kind, group.path, str(group.size), str(group.channels))
+    console().print(table)
+    sizes = f"{space.num_width:,} width + {space.num_depth:,} depth = {space.size:,} units"
+    say(f"{type(unet).__name__} of {model}, depth={depth}: {sizes} in {len(space.groups):,} groups")
+
+
+@app.command()
+def macs(
+    model: Model,
+    size: Annotated[str | None, typer.Option(help="latent side, or HxW; the model's own by default")] = None,
+    text_length: Annotated[int | None, typer.Option(help="text tokens; the tokenizer's by default", min=1)] = None,
+    convention: Annotated[str, typer.Option(help="exact, conv_linear or aptp")] = "exact",
+    check: Annotated[bool, typer.Option("--check", help="count with FlopCounterMode, thop and fvcore too")] = False,
+) -> None:
+    """Count a model's MACs and parameters, exactly."""
+    from prunekit.cost import CostModel
+    from prunekit.models import load_shape
+    from prunekit.units import discover
+
+    shape = load_shape(model)
+    length = text_length or shape.tokenizer.model_max_length
+    cost = CostModel(shape.unet, discover(shape.unet, "none"), _latent_size(size), length, convention)
+    height, width = cost.sample_size
+    say(f"{type(shape.unet).__name__} of {model}: {cost.dense_params:,} parameters")
+    say(f"{cost.dense_macs:,} MACs ({convention}, latent {height} x {width}, {length} text tokens, batch 1)")
+    if check:
+        _check(shape.unet, cost.sample_size, length)
+
+
+def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
+    from rich.table import Table
+
+    from prunekit.crosscheck import crosscheck
+
+    table = Table("counter")
+    for column in ("latent", "MACs", "exact MACs", "difference", "unexplained"):
+        table.add_column(column, justify="right")
+    table.add_column("what explains it")
+    rows = crosscheck(unet, size, text_length)
+    for row in rows:
+        numbers = (f"{number:,}" if number is not None else "–" for number in (row.macs, row.ours))
+        rest = (f"{number:,}" if number is not None else "–" for number in (row.difference, row.unexplained))
+        table.add_row(row.counter, "{} x {}".format(*row.sample_size), *numbers, *rest, row.explanation)
+    console().print(table)
+    if wrong := [row.counter for row in rows if row.unexplained]:
+        raise ValueError(f"the counts of {', '.join(wrong)} differ by more than what is known; please report this")
+    say("Every difference is explained to the integer")
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods and their settings."""
+    from prunekit.methods import PruneSettings, get, names
+
+    terminal = console()
+    for name in names():
+        method = get(name)
+        terminal.print(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}", style="bold", highlight=False)
+        _settings(terminal, method.Config, PruneSettings)
+    terminal.print("All methods share these, in the recipe's section `prune`:", style="bold")
+    _settings(terminal, PruneSettings, None)
+    say("A method of another package registers in the entry-point group prunekit.methods")
+
+
+def _settings(terminal: Any, config: Any, without: Any) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "default", "what it is")
+    for key, field in config.model_fields.items():
+        if without is None or key not in without.model_fields:
+            default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+            table.add_row(key, default, field.description or "")
+    if table.row_count:
+        terminal.print(table)
+
+
+def _default(value: Any) -> str:
+    dump = getattr(value, "model_dump", None)
+    if dump is None:
+        return str(value)
+    return ", ".join(f"{key}={setting}" for key, setting in dump(exclude_unset=True).items())
+
+
+def _latent_size(size: str | None) -> int | tuple[int, int] | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size.strip().lower())
+    if match is None or "0" in (match[1], match[2]):
+        raise ValueError(f"--size {size}: give the latent's side, such as 64, or HxW, such as 64x96")
+    height = int(match[1])
+    return (height, int(match[2])) if match[2] else height

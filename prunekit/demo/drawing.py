@@ -1,0 +1,67 @@
+"""What stands under the two pictures, as HTML: costs, the router's scores, and the expert's architecture."""
+
+from __future__ import annotations
+
+from html import escape
+
+from prunekit.demo.answering import Answer, Demo, Drawn
+from prunekit.demo.opening import shares_of
+from prunekit.report.architectures import NOTE, drawing
+from prunekit.report.figures import colour, inline_svg, new_figure, style
+
+OTHERS = "#7F7F7F"  # bars of the experts that were not chosen
+
+
+def caption(drawn: Drawn, title: str) -> str:
+    """Return a picture's line: who drew it, its time, and the MACs of all its UNet calls."""
+    macs = f"{drawn.macs / 1e12:.2f} T" if drawn.macs >= 1e12 else f"{drawn.macs / 1e9:.2f} G"
+    return f"<p class='caption'><b>{escape(title)}</b> {drawn.seconds:.2f} s · {macs}MACs</p>"
+
+
+def explanation(demo: Demo, answer: Answer) -> str:
+    """Return what explains an answer: the saving, why this expert, and what it is."""
+    parts = [f"<p class='saving'>{escape(saving(demo, answer))}</p>"]
+    figures = [scores(answer)] if len(answer.scores) > 1 else []
+    own = demo.architectures[answer.expert]
+    if own is not None:
+        title = f"Expert {answer.expert}" if demo.pipeline.num_experts > 1 else "The pruned UNet"
+        shares, ratio = shares_of(*own)
+        figures.append(drawing(title, shares, ratio))
+    figures = "".join(f"<figure>{svg}</figure>" for svg in figures)
+    note = f"<p class='small'>{escape(NOTE)}</p>" if own is not None else ""
+    return f"<div class='explanation'>{''.join(parts)}<div class='figures'>{figures}</div>{note}</div>"
+
+
+def saving(demo: Demo, answer: Answer) -> str:
+    """Return the answer in words."""
+    count, text = demo.pipeline.num_experts, ""
+    if count > 1 and answer.known:
+        text = f"The router sends this prompt to expert {answer.expert} of {count}: it has the highest score. "
+    elif count > 1:
+        text = (
+            f"The prompt encoder knows no word of this prompt, so it goes to the fallback, expert {answer.expert} "
+            f"of {count}. "
+        )
+    if answer.dense is None:
+        return text + demo.no_dense
+    share = 100 * answer.pruned.macs / answer.dense.macs
+    ratio = answer.dense.seconds / answer.pruned.seconds
+    return f"{text}It takes {share:.1f} % of the dense model's MACs; the picture was {ratio:.2f} times as fast."
+
+
+def scores(answer: Answer) -> str:
+    """Return the router's score of every expert as bars, the chosen one in colour."""
+    experts = list(range(len(answer.scores)))
+    with style():
+        figure, panel = new_figure(4.6, 1.1 + 0.28 * len(experts), left=0.8)
+        colours = [colour(1) if expert == answer.expert else OTHERS for expert in experts]
+        bars = panel.barh(experts, answer.scores, 0.7, color=colours)
+        panel.bar_label(bars, fmt="%.3f", fontsize=8, padding=3)
+        panel.axvline(0, color="#000000", linewidth=0.8)
+        panel.set_yticks(experts, [f"expert {expert}" for expert in experts], fontsize=9)
+        panel.invert_yaxis()
+        panel.margins(x=0.2)
+        panel.grid(visible=False, axis="y")
+        panel.set_xlabel("score: e(prompt) · code / |code|, with the balancing shift")
+        panel.set_title("Why: the router's score of each expert")
+        return inline_svg(figure, f"the router's scores; expert {answer.expert} is chosen")

@@ -1,0 +1,124 @@
+"""What the demo opens: a run, a routed export or a pipeline, with the dense model that it was cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunekit.cost import CostModel
+from prunekit.evaluation.generate import REQUEST
+from prunekit.export.inputs import latent_size
+from prunekit.export.tiers import architecture_of
+from prunekit.methods.aptp.router import FILE_NAME
+from prunekit.methods.base import RESULT, PruneResult
+from prunekit.models import load_pipeline
+from prunekit.report.architectures import retained
+from prunekit.serving import PromptRoutedPipeline
+from prunekit.serving.experts import Experts
+from prunekit.serving.loading import RECIPE, method_directory, read_recipe
+from prunekit.serving.pipeline import Mixture
+from prunekit.serving.prompts import shipped_prompts
+from prunekit.slicing import blank_copy, read_pruning
+from prunekit.training.checkpoint import read_json
+from prunekit.units import Architecture, discover
+
+ROUTED_METHOD = "aptp"
+MOST_EXAMPLES = 6
+EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its own
+MOST_RESIDENT = 2  # experts in memory
+
+
+def open_pipeline(directory: Path, method: str | None, device: str | None) -> PromptRoutedPipeline:
+    """Load what is pruned; every expert's files are looked at, none is loaded yet.
+
+    method: of a run; by default the one that routes, else its first. Errors as `PromptRoutedPipeline.from_pretrained`.
+    """
+    method = default_method(directory) if method is None else method
+    if (directory / RECIPE).is_file():
+        method_directory(directory, method)  # before the model is loaded
+    pipeline = PromptRoutedPipeline.from_pretrained(directory, method, device=device, max_resident=MOST_RESIDENT)
+    pipeline.set_progress_bar_config(disable=True)
+    for index in range(pipeline.num_experts):
+        if not pipeline.mixture.experts.num_weights(index):
+            raise ValueError(f"expert {index} of {directory} has no weights; resume the run, or export it again")
+    return pipeline
+
+
+def default_method(directory: Path) -> str:
+    """Return the method of a run that is shown: the one that routes, else the first by name."""
+    folders = sorted(path.parent for path in directory.glob(f"methods/*/{RESULT}"))
+    routed = [folder.name for folder in folders if (folder / FILE_NAME).is_file()]
+    return next(iter([*routed, *(folder.name for folder in folders)]), ROUTED_METHOD)
+
+
+def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptRoutedPipeline | None, str]:
+    """Return the dense model with the pruned one's other parts, or None and the reason why there is none."""
+    name = pipeline.mixture.info.get("model")
+    if name is None:
+        return None, f"{directory} does not say which dense model it was cut from."
+    settings = read_recipe(directory) if (directory / RECIPE).is_file() else {}
+    own = {"lora": settings.get("lora", ()), "single_file_config": settings.get("single_file_config")}
+    device, dtype = pipeline.vae.device, pipeline.vae.dtype
+    try:
+        unet = load_pipeline(name, dtype, **own).unet.to(device)
+    except (OSError, ValueError) as error:
+        return None, f"The dense model {name!r} is not here: {' '.join(str(error).split())}."
+    size = sum(parameter.numel() for parameter in unet.parameters())
+    experts = Experts(lambda index, device, dtype: unet.to(device, dtype), lambda index: size, 1, device, dtype)
+    dense = PromptRoutedPipeline.of(pipeline.parts, Mixture(experts, guidance=pipeline.mixture.guidance))
+    dense.set_progress_bar_config(disable=True)
+    return dense, ""
+
+
+def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[tuple[CostModel, Architecture] | None]:
+    """Return each expert's architecture with what counts its cost; None for one that does not say what was cut."""
+    info, found = pipeline.mixture.info, []
+    result = None
+    if (directory / RECIPE).is_file():
+        result = PruneResult.load(method_directory(directory, info["method"]))
+    for index in range(pipeline.num_experts):
+        with pipeline.mixture.experts.use(index) as unet:
+            record, shape, size = architecture_of(unet), blank_copy(unet), latent_size(unet)
+        del unet  # or it would stay in memory while the next one is loaded
+        if result is not None:
+            architecture = result.architectures[index]
+        elif record is not None:
+            architecture = read_pruning(record, discover(shape, "blocks"))
+        else:
+            found.append(None)
+            continue
+        found.append((CostModel(shape, architecture.space, size, pipeline.tokenizer.model_max_length), architecture))
+    return found
+
+
+def shares_of(cost: CostModel, architecture: Architecture) -> tuple[Mapping[str, float | None], float]:
+    """Return the share of each layer's removable MACs that stays, as the report draws it, and of all MACs."""
+    return retained(cost, architecture), cost.ratio(architecture)
+
+
+def example_prompts(directory: Path, pipeline: PromptRoutedPipeline) -> list[str]:
+    """Return a few prompts of the run's own pictures, of every expert in turn; a shipped list's where it has none."""
+    prompts: dict[str, None] = {}
+    for path in sorted(directory.glob(f"samples/*/**/{REQUEST}")):
+        prompts |= dict.fromkeys(read_json(path).get("prompts", ()))
+    if not prompts:
+        return shipped_prompts(EXAMPLES)[:MOST_EXAMPLES]
+    return of_every_expert(sorted(prompts), pipeline)
+
+
+def of_every_expert(prompts: list[str], pipeline: PromptRoutedPipeline) -> list[str]:
+    """Return at most MOST_EXAMPLES of the prompts: the first of each expert, then the second of each, and so on."""
+    own: dict[int, list[str]] = {}
+    for prompt, expert in zip(prompts, pipeline.route(prompts).tolist(), strict=True):
+        own.setdefault(expert, []).append(prompt)
+    turns = torch.tensor([[turn, expert] for expert in sorted(own) for turn in range(len(own[expert]))]).tolist()
+    return [own[expert][turn] for turn, expert in sorted(turns)[:MOST_EXAMPLES]]
+
+
+def title_of(directory: Path, info: Mapping[str, Any]) -> str:
+    """Return what the page is called."""
+    name = read_recipe(directory).get("name") if (directory / RECIPE).is_file() else None
+    return str(name or directory.resolve().name) + (f": {info['method']}" if info.get("method") else "")
