@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from prunekit.cost import CostModel
-from prunekit.data.prompt_encoder import PromptEncoder
+from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.export.inputs import latent_size
 from prunekit.export.parts import Parts
 from prunekit.methods.aptp.router import Router
@@ -62,7 +62,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
     Called as Stable Diffusion's pipelines are. Prompts of one expert run together, `batch_size` of them in one call of
     the stock pipeline; images come back in the order asked for, each from its own noise. Any diffusers scheduler may
-    be put on `.scheduler`. Many threads may call one pipeline. Made by `from_pretrained`.
+    be put on `.scheduler`. Many threads may call one pipeline. Made by `from_pretrained` or `from_experts`.
     """
 
     _optional_components = ["text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (as diffusers has it)
@@ -80,7 +80,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if parts is None or mixture is None:
-            raise ValueError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY)")
+            raise ValueError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY), or by from_experts")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -99,6 +99,34 @@ class PromptRoutedPipeline(DiffusionPipeline):
         """Put a mixture of experts into a pipeline's parts."""
         given = {name: parts.components[name] for name in PARTS if name in parts.components}
         return cls(**given, parts=parts, mixture=mixture)
+
+    @classmethod
+    def from_experts(
+        cls,
+        pipeline: DiffusionPipeline,
+        experts: Sequence[UNet2DConditionModel],
+        router: Router | None = None,
+        prompt_encoder: PromptEncoder | str | Path = EMBEDDED,
+        guidance: float = DEFAULT_GUIDANCE,
+    ) -> PromptRoutedPipeline:
+        """Serve UNets that are in memory, in place of a pipeline's own, whose other parts are shared.
+
+        router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None where there is one.
+        guidance: where a call asks for none. Raises ValueError for a router of another number of experts.
+        """
+        if (1 if router is None else router.num_experts) != len(experts):
+            known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
+            raise ValueError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
+        unets = [unet.eval().requires_grad_(False) for unet in experts]
+        held = Experts(
+            lambda index, device, dtype: unets[index].to(device=device, dtype=dtype),
+            lambda index: unets[index].num_parameters(),
+            len(unets),
+            pipeline.device,
+            pipeline.dtype,
+        )
+        encoder = load_prompt_encoder(prompt_encoder) if isinstance(prompt_encoder, str | Path) else prompt_encoder
+        return cls.of(Parts.of(pipeline), Mixture(held, router, encoder if router else None, guidance))
 
     @classmethod
     def from_pretrained(  # noqa: D417
