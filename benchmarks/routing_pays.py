@@ -3,8 +3,10 @@
 Embedded model, one seed. Each row searches once, then is fine-tuned anew for each total number of steps, which its
 experts share: N experts of their own take 1/N each, a backbone takes them all, one expert a step. The figure is the
 agreement with the dense model (mean squared difference of predictions on fixed triples; lower is better), without any
-drawing of pictures. Finished figures are kept in --file, so a run that was stopped goes on.
-Run: python benchmarks/routing_pays.py [--steps 240 480 960] [--experts 4] [--budget 0.5] [--seed 0] [--file FILE]
+drawing of pictures. --pull s cuts the experts by their mean scores plus s times what each differs by: 1 leaves them as
+they are, 0 makes them one architecture. Finished figures are kept in --file, so a run that was stopped goes on.
+Run: python benchmarks/routing_pays.py [--steps 240 960] [--experts 4] [--budget 0.5] [--seed 0] [--codes random]
+[--pull 1] [--per-step 2] [--file FILE]
 """
 
 import argparse
@@ -21,7 +23,7 @@ from prunekit.data.emoji import load_emoji
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation.agreement import agreement, data_samples, predictions
-from prunekit.methods import APTP, PruneResult, UniArch
+from prunekit.methods import APTP, PruneResult, UniArch, select_mixture
 from prunekit.methods.calibration import noise_schedule
 from prunekit.models import load_pipeline
 from prunekit.training.backbone import BackboneObjective, Mixture
@@ -29,15 +31,31 @@ from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
 
 SEARCH = {"steps": 240, "batch_size": 48, "learning_rate": 3e-2, "warmup_steps": 20, "weight_decay": 0.0}
-TUNING = {"batch_size": 32, "learning_rate": 5e-4, "warmup_steps": 20, "decay_share": 0.4, "experts_per_step": 1}
+TUNING = {"batch_size": 32, "learning_rate": 5e-4, "warmup_steps": 20, "decay_share": 0.4}
 BF16 = {"precision": "bfloat16"}
+
+
+class Pulled(APTP):
+    """APTP whose experts are pulled towards their mean before they are cut; the router is as it was."""
+
+    pull = 1.0
+
+    def _decide(self, objective):
+        result = super()._decide(objective)
+        if self.pull != 1:
+            scores = objective.relaxation.scores(objective.codes.values.detach()).cpu()
+            counts = torch.tensor(result.info["prompts_per_expert"])
+            mean = (scores * counts[:, None] / counts.sum()).sum(0, keepdim=True)
+            pulled = mean + self.pull * (scores - mean)
+            result.architectures = select_mixture(pulled, counts, objective.cost, self.config.budget)
+        return result
 
 
 class World:
     """The embedded model, its data, and what every model is measured on."""
 
-    def __init__(self, seed: int):
-        self.seed, self.pipeline = seed, load_pipeline("emoji")
+    def __init__(self, seed: int, per_step: int = 2):
+        self.seed, self.per_step, self.pipeline = seed, load_pipeline("emoji")
         self.data: EncodedData = encode(self.pipeline, load_emoji(None, 0.1), load_prompt_encoder("emoji"), 64)
         self.pairs = self.data.training_pairs()
         self.samples = data_samples(self.data, noise_schedule(self.pipeline), seed)
@@ -49,7 +67,7 @@ class World:
 
     def tune(self, unet, pairs: torch.Tensor, steps: int, objective: Callable | None = None):
         """Fine-tune a UNet on some pairs."""
-        config = FineTuneConfig(steps=steps, **TUNING, **BF16)
+        config = FineTuneConfig(steps=steps, experts_per_step=self.per_step, **TUNING, **BF16)
         options: dict[str, Any] = {"scheduler": self.pipeline.scheduler, "pairs": pairs, "seed": self.seed}
         options |= {} if objective is None else {"objective": objective}
         with tempfile.TemporaryDirectory() as folder:
@@ -86,15 +104,20 @@ class World:
 def main() -> None:
     """Print a line a figure, then the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[240, 480, 960])
+    parser.add_argument("--steps", type=int, nargs="+", default=[240, 960])
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--codes", default="random", help="where they start")
+    parser.add_argument("--pull", type=float, default=1.0)
+    parser.add_argument("--per-step", type=int, default=2, help="experts that a step of a backbone trains")
     parser.add_argument("--file", type=Path, help="JSON of finished figures")
     given = parser.parse_args()
-    world, common = World(given.seed), {"budget": given.budget, "seed": given.seed, "depth": "aptp"}
-    search, setting = {**SEARCH, **BF16}, f"{given.experts} experts, {given.budget}, seed {given.seed}"
-    mixture = APTP(**common, experts=given.experts, warmup=80, search=search)
+    world, common = World(given.seed, given.per_step), {"budget": given.budget, "seed": given.seed, "depth": "aptp"}
+    search = {**SEARCH, **BF16}
+    setting = ", ".join(f"{name} {value}" for name, value in vars(given).items() if name not in ("steps", "file"))
+    mixture = Pulled(**common, experts=given.experts, codes=given.codes, warmup=80, search=search)
+    mixture.pull = given.pull
     rows = {
         "one architecture": (UniArch(**common, search=search), world.experts_of_their_own),
         "experts of their own": (mixture, world.experts_of_their_own),
