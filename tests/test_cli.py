@@ -47,7 +47,7 @@ def refused(*arguments) -> str:
 
 def test_help_names_every_command():
     text = ok("--help")
-    for command in ("run", "resume", "plan", "units", "macs", "methods", "generate"):
+    for command in ("run", "resume", "plan", "units", "macs", "methods", "generate", "report", "demo"):
         assert command in text
         assert "--help" in ok(command, "--help")
 

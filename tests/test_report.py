@@ -8,13 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from browsers import need_browser, open_page
 from small_model import TRAINING, write_world
 
 from prunekit.compare.comparison import compare
 from prunekit.report import REPORT, write_report
 from prunekit.report.command import finish, report
 from prunekit.report.page import MOST_BYTES, SECTIONS
-from prunekit.report.routing import prompt_map
+from prunekit.report.routing import MOST_POINTS, mapped_rows, prompt_map
 from prunekit.report.training import by_training, step_times, thinned
 from prunekit.run import start
 
@@ -64,7 +65,7 @@ def read(directory):
 
 
 def reasons(text):
-    return re.findall(r'class="left-out">([^<]*)', text)
+    return [re.sub(r"<[^>]*>", "", line) for line in re.findall(r'class="left-out">(.*?)</p>', text)]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_every_section_of_a_run(run):
     rows = json.loads((run / "results.json").read_text())["table"]["rows"]
     errors = json.loads((run / "metrics" / "aptp.errors.json").read_text())
     half = 1.96 * errors["cmmd"]
-    assert f"{rows[2]['cmmd']:.3f} ± {half:.3f}" in text
+    assert f"{rows[2]['cmmd']:.3f} ± {half:.3f}" in re.sub(r"</?small>", "", text)
 
 
 def test_what_is_recorded_fits_the_run(run):
@@ -122,6 +123,23 @@ def test_what_is_recorded_fits_the_run(run):
     assert [places["experts"].count(e) for e in range(2)] == info["prompts_per_expert"]
     damage = json.loads((run / "sensitivity.json").read_text())["damage"]
     assert "mid_block.resnets.0" in damage and all(value >= 0 for own in damage.values() for value in own)
+
+
+def test_it_fits_screens_and_paper(run):
+    need_browser()
+    wide = "[...document.querySelectorAll('table, figure')].filter(e => e.getBoundingClientRect().right > innerWidth)"
+    with open_page() as (page, faults, asked):
+        page.goto((run / REPORT).as_uri())
+        assert page.evaluate(f"{wide}.map(e => e.innerText)") == []
+        page.fill(".filter input", "red")
+        count = page.locator(".map path:not(.hidden)").count()
+        assert 0 < count < page.locator(".map path").count() and f"{count} prompts" in page.inner_text("output")
+        page.set_viewport_size({"width": 390, "height": 900})  # tables scroll by themselves, the page does not
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.set_viewport_size({"width": 1040, "height": 700})  # A4 across
+        page.emulate_media(media="print")
+        assert page.evaluate(f"{wide}.map(e => e.innerText)") == []
+    assert faults == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
 def test_it_is_quick_and_the_same_again(run):
@@ -205,6 +223,8 @@ def test_a_map_is_the_plane_of_greatest_spread():
 
     points = torch.zeros(50, 5)
     points[:, 3], points[:, 1] = torch.linspace(-9, 9, 50), torch.linspace(-1, 1, 50).square()
-    found = prompt_map(points, [str(i) for i in range(50)], torch.zeros(50, dtype=torch.long))
+    found = prompt_map(points, [str(i) for i in range(50)], torch.zeros(50, dtype=torch.long), 70)
     assert found["variance"][0] > 0.99 and abs(sum(found["variance"]) - 1) < 1e-4
-    assert found["places"][0][0] == pytest.approx(-9, abs=1e-3) and found["of"] == 50
+    assert found["places"][0][0] == pytest.approx(-9, abs=1e-3) and found["of"] == 70
+    rows = mapped_rows(5000, seed=1).tolist()
+    assert len(rows) == MOST_POINTS and rows == sorted(set(rows)) and mapped_rows(9).tolist() == [*range(9)]

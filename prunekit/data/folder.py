@@ -70,8 +70,13 @@ def _json_rows(path: Path, root: Path, image_column: str, text_column: str) -> I
             try:
                 row = json.loads(line)
                 name, text = row[image_column], row[text_column]
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"has no {image_column} and {text_column} in its JSON ({type(error).__name__}: {error})"
+            except KeyError as error:
+                setting = "image_column" if error.args[0] == image_column else "text_column"
+                reason = f"has no {error} but {', '.join(map(repr, row))} (name another by data.{setting})"
+                yield BadSample(f"{path.name}:{label}", str(path), reason)
+                continue
+            except (ValueError, TypeError) as error:
+                reason = f"is no JSON with {image_column} and {text_column} ({type(error).__name__}: {error})"
                 yield BadSample(f"{path.name}:{label}", str(path), reason)
                 continue
             yield label, root / str(name), str(text or "")

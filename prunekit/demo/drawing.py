@@ -9,6 +9,10 @@ from prunekit.demo.opening import shares_of
 from prunekit.report.architectures import NOTE, drawing
 from prunekit.report.figures import colour, inline_svg, new_figure, style
 
+SCORES = (
+    "A score is the cosine similarity of the prompt's architecture embedding to the expert's code, times the "
+    "embedding's length, which is the same for all experts, plus the shift that balances them."
+)
 OTHERS = "#7F7F7F"  # bars of the experts that were not chosen
 
 
@@ -28,7 +32,9 @@ def explanation(demo: Demo, answer: Answer) -> str:
         shares, ratio = shares_of(*own)
         figures.append(drawing(title, shares, ratio))
     figures = "".join(f"<figure>{svg}</figure>" for svg in figures)
-    note = f"<p class='small'>{escape(NOTE)}</p>" if own is not None else ""
+    notes = [SCORES] if len(answer.scores) > 1 else []
+    notes += [NOTE] if own is not None else []
+    note = "".join(f"<p class='small'>{escape(text)}</p>" for text in notes)
     return f"<div class='explanation'>{''.join(parts)}<div class='figures'>{figures}</div>{note}</div>"
 
 
@@ -45,23 +51,24 @@ def saving(demo: Demo, answer: Answer) -> str:
     if answer.dense is None:
         return text + demo.no_dense
     share = 100 * answer.pruned.macs / answer.dense.macs
-    ratio = answer.dense.seconds / answer.pruned.seconds
-    return f"{text}It takes {share:.1f} % of the dense model's MACs; the picture was {ratio:.2f} times as fast."
+    times = f"{answer.pruned.seconds:.2f} s instead of {answer.dense.seconds:.2f} s, measured once"
+    return f"{text}It takes {share:.1f} % of the dense model's MACs; the picture took {times}."
 
 
 def scores(answer: Answer) -> str:
-    """Return the router's score of every expert as bars, the chosen one in colour."""
-    experts = list(range(len(answer.scores)))
+    """Return the router's score of every expert as bars around their mean, the chosen one in colour."""
+    experts, mean = list(range(len(answer.scores))), sum(answer.scores) / len(answer.scores)
+    above = [score - mean for score in answer.scores]
     with style():
         figure, panel = new_figure(4.6, 1.1 + 0.28 * len(experts), left=0.8)
         colours = [colour(1) if expert == answer.expert else OTHERS for expert in experts]
-        bars = panel.barh(experts, answer.scores, 0.7, color=colours)
-        panel.bar_label(bars, fmt="%.3f", fontsize=8, padding=3)
+        bars = panel.barh(experts, above, 0.7, color=colours)
+        panel.bar_label(bars, fmt="{:+.3g}", fontsize=8, padding=3)
         panel.axvline(0, color="#000000", linewidth=0.8)
         panel.set_yticks(experts, [f"expert {expert}" for expert in experts], fontsize=9)
         panel.invert_yaxis()
-        panel.margins(x=0.2)
+        panel.margins(x=0.25)
         panel.grid(visible=False, axis="y")
-        panel.set_xlabel("score: e(prompt) · code / |code|, with the balancing shift")
+        panel.set_xlabel("score above the mean of all experts")
         panel.set_title("Why: the router's score of each expert")
         return inline_svg(figure, f"the router's scores; expert {answer.expert} is chosen")

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from prunekit.cost import CostModel
+from prunekit.data.config import DataConfig, load_data
 from prunekit.evaluation.generate import REQUEST
 from prunekit.export.inputs import latent_size
 from prunekit.export.tiers import architecture_of
 from prunekit.methods.aptp.router import FILE_NAME
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models import load_pipeline
+from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
 from prunekit.serving import PromptRoutedPipeline
 from prunekit.serving.experts import Experts
@@ -65,7 +67,7 @@ def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptR
     try:
         unet = load_pipeline(name, dtype, **own).unet.to(device)
     except (OSError, ValueError) as error:
-        return None, f"The dense model {name!r} is not here: {' '.join(str(error).split())}."
+        return None, f"The dense model {name!r} is not here: {' '.join(str(error).split()).rstrip('.')}."
     size = sum(parameter.numel() for parameter in unet.parameters())
     experts = Experts(lambda index, device, dtype: unet.to(device, dtype), lambda index: size, 1, device, dtype)
     dense = PromptRoutedPipeline.of(pipeline.parts, Mixture(experts, guidance=pipeline.mixture.guidance))
@@ -100,13 +102,18 @@ def shares_of(cost: CostModel, architecture: Architecture) -> tuple[Mapping[str,
 
 
 def example_prompts(directory: Path, pipeline: PromptRoutedPipeline) -> list[str]:
-    """Return a few prompts of the run's own pictures, of every expert in turn; a shipped list's where it has none."""
+    """Return a few prompts of the run's own pictures, of every expert in turn.
+
+    Where it has none: captions of the embedded data for the embedded model, of a shipped list for any other.
+    """
     prompts: dict[str, None] = {}
     for path in sorted(directory.glob(f"samples/*/**/{REQUEST}")):
         prompts |= dict.fromkeys(read_json(path).get("prompts", ()))
+    if not prompts and pipeline.mixture.info.get("model") == EMBEDDED:
+        prompts = dict.fromkeys(load_data(DataConfig(kind=EMBEDDED), 0).names)
     if not prompts:
         return shipped_prompts(EXAMPLES)[:MOST_EXAMPLES]
-    return of_every_expert(sorted(prompts), pipeline)
+    return of_every_expert(list(prompts), pipeline)
 
 
 def of_every_expert(prompts: list[str], pipeline: PromptRoutedPipeline) -> list[str]:

@@ -24,6 +24,7 @@ STYLE = """
 .prunekit .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 .prunekit .figures figure { margin: 0; flex: 0 1 auto; width: min(100%, 26rem); }
 .prunekit figure svg { display: block; width: 100%; height: auto; }
+#dense-image img, #pruned-image img { width: 100%; height: 100%; object-fit: contain; }
 .prunekit p { margin: .4rem 0; overflow-wrap: anywhere; }
 .prunekit .small { font-size: .8rem; opacity: .75; max-width: 78ch; }
 .prunekit .message { border-left: 4px solid #D55E00; padding: .4rem .8rem; }
@@ -86,23 +87,18 @@ def build(demo: Demo) -> Any:
 def launch(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> tuple[Any, str]:
     """Start the server in threads; return the page, whose `close()` ends it, and its address.
 
-    port: the first free one from 7860 on by default. Raises OSError, one line, for one that is taken.
+    port: the first free one from 7860 on by default. Raises ValueError, one line, for one that is taken.
     """
     gradio = _gradio()
     page = build(demo)
     theme = gradio.themes.Base(font=FONTS, font_mono=["ui-monospace", "monospace"])
-    _, url, _ = page.queue().launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        enable_monitoring=False,
-        ssr_mode=False,
-        theme=theme,
-        css=STYLE,
-    )
+    look = {"theme": theme, "css": STYLE, "footer_links": [], "quiet": True}
+    local = {"share": False, "ssr_mode": False, "enable_monitoring": False, "prevent_thread_lock": True}
+    try:
+        _, url, _ = page.queue().launch(server_name=host, server_port=port, **look, **local)
+    except OSError as error:
+        where = f"{host}:{port}" if port else host
+        raise ValueError(f"cannot listen on {where}: it is taken or not this machine's; give another --port") from error
     return page, url
 
 
@@ -115,8 +111,8 @@ def serve(
     if demo.dense is None:
         say(demo.no_dense)
     page, url = launch(demo, host, port)
-    say(f"The demo of {demo.title} is at {url} ; Ctrl-C stops it")
     try:
+        say(f"The demo of {demo.title} is at {url} ; Ctrl-C stops it")
         threading.Event().wait()
     except KeyboardInterrupt:
         page.close(verbose=False)
@@ -133,7 +129,9 @@ def _gradio() -> Any:
 
 
 def _image(gradio: Any, title: str, name: str) -> Any:
-    return gradio.Image(label=title, format="png", interactive=False, height=320, elem_id=f"{name}-image")
+    return gradio.Image(
+        label=title, format="png", interactive=False, height=320, buttons=["download"], elem_id=f"{name}-image"
+    )
 
 
 def _what(demo: Demo) -> str:

@@ -104,7 +104,7 @@ def inline_svg(figure: Any, label: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
     svg = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}', svg)
-    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width:\2pt"', svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="width:\2pt"', svg, count=1)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_quoted(label)}" ', 1)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own font
     svg = re.sub(r"(font-size: [\d.]+px[^\"]*?); font-family: [^;\"]*", r"\1", svg)

@@ -22,15 +22,20 @@ RUN_NOTE = (
 PLAIN_NOTE = "This run recorded no intervals; a run of this version does. Arrows: which way is better."
 COMPARE_NOTE = (
     "Mean ± half of the 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 jackknife errors over "
-    "the pictures). Bold: the best pruned row. ≈: its interval overlaps the best row's: the two cannot be told apart."
+    "the pictures). Bold: the best pruned row. ≈: its interval overlaps the best row's: the two cannot be told apart. "
+    "In the pictures a bar that leaves the frame is longer than shown."
 )
+MINOR_TICKS = (1.5, 2, 3, 4, 5, 7)  # between the powers of ten of a logarithmic axis
+NEAR_ZERO = 5  # a logarithmic axis begins no lower than at the least mean over this
 Table = dict[str, Any]
 
 
 def headline(source: Source) -> Section:
     """Return the section. Raises MissingError before anything was measured."""
     tables, rows, note = _of_comparison(source) if source.is_comparison else _of_run(source)
-    return Section("headline", TITLE, {"tables": tables, "note": note, "figures": _pareto(rows)})
+    return Section(
+        "headline", TITLE, {"tables": tables, "note": note, "figures": _pareto(rows, whole=not source.is_comparison)}
+    )
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], title: str = "") -> Table:
@@ -112,19 +117,40 @@ def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
     return tables, rows, note
 
 
-def _pareto(rows: Sequence[Row]) -> list[str]:
-    """Return the pictures of the rows that have the figures; none where there is only the dense model."""
+def _pareto(rows: Sequence[Row], whole: bool) -> list[str]:
+    """Return the pictures of the rows that have the figures; none where there is only the dense model.
+
+    whole: show every interval to its ends, however wide.
+    """
     drawn = [row for row in rows if set(PANELS) <= set(row.estimates)]
     drawn = [row for row in drawn if all(math.isfinite(row.estimates[name].mean) for name in PANELS)]
     if not any(row.method != DENSE for row in drawn):
         return []
+    from matplotlib.ticker import LogLocator
+
     pictures = []
     with style():
         for name, cost in ((name, cost) for cost in costs_of(drawn) for name in PANELS):
             figure, panel = new_figure(4.6, 3.4)
             pareto_panel(panel, drawn, name, cost)
+            if whole:
+                _show_intervals(panel, drawn, name)
             panel.set_title(f"{BY_KEY[name].title} against {COSTS[cost].partition(' (')[0]}")
-            panel.tick_params(axis="y", which="minor", labelsize=7)
+            if panel.get_yscale() == "log":
+                panel.yaxis.set_minor_locator(LogLocator(subs=MINOR_TICKS))
+                panel.tick_params(axis="y", which="both", labelsize=9)
             legend_below(figure, panel, 2)
             pictures.append(inline_svg(figure, f"{BY_KEY[name].title} of every row against its cost"))
     return pictures
+
+
+def _show_intervals(panel: Any, rows: Sequence[Row], name: str) -> None:
+    """Widen a panel's y axis to the ends of the intervals; on a logarithmic one what is near zero stays cut off."""
+    scale = BY_KEY[name].scale
+    means = [row.estimates[name].mean * scale for row in rows]
+    lows, highs = ([getattr(row.estimates[name], end) * scale for row in rows] for end in ("low", "high"))
+    if panel.get_yscale() == "log":
+        panel.set_ylim(max(min(lows), min(means) / NEAR_ZERO) / 1.1, max(highs) * 1.1)
+    else:
+        margin = 0.05 * (max(highs) - min(lows)) or 0.05 * (max(means) - min(means)) or 1.0
+        panel.set_ylim(min(lows) - margin, max(highs) + margin)

@@ -1,12 +1,13 @@
 """The page: its sections in order, put together in one file that needs nothing beside itself."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from prunekit.report.architectures import architectures
 from prunekit.report.headline import headline
@@ -78,6 +79,11 @@ def _summary(source: Source) -> str:
     return f"Of the dense model's MACs {', '.join(pruned)}." if pruned else ""
 
 
+def _with_code(text: str) -> Markup:
+    """Return a sentence as HTML, what stands in backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
 @cache
 def _templates() -> Any:
     environment = Environment(
@@ -87,4 +93,5 @@ def _templates() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup
+    environment.filters["with_code"] = _with_code
     return environment

@@ -12,7 +12,7 @@ from prunekit.evaluation.agreement import AgreementSamples, data_samples, predic
 from prunekit.gates import gated
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models.shapes import unet_from_config
-from prunekit.report.routing import prompt_map
+from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.slicing import slice_unet
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
@@ -40,8 +40,9 @@ def record(directory: Path, stages: Stages) -> None:
         path = metrics / f"{name}.map.json"
         if result.router is not None and not path.is_file():
             pairs = stages.data.training_pairs()
-            prompts, captions = stages.data.prompts[pairs], [stages.data.images.captions[i] for i in pairs.tolist()]
-            write_json(path, prompt_map(prompts, captions, result.router.route(prompts), stages.recipe.seed))
+            drawn = pairs[mapped_rows(len(pairs), stages.recipe.seed)]
+            prompts, captions = stages.data.prompts[drawn], [stages.data.images.captions[i] for i in drawn.tolist()]
+            write_json(path, prompt_map(prompts, captions, result.router.route(prompts), len(pairs)))
 
 
 @torch.no_grad()

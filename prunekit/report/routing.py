@@ -50,13 +50,17 @@ def routing(source: Source) -> Section:
     return Section("routing", "Routing", {"mixtures": mixtures})
 
 
-def prompt_map(embeddings: Tensor, captions: Sequence[str], experts: Tensor, seed: int = 0) -> dict[str, Any]:
+def mapped_rows(count: int, seed: int = 0) -> Tensor:
+    """Return which of `count` prompts stand on the map, by `seed`: LongTensor, ascending, MOST_POINTS at most."""
+    return torch.randperm(count, generator=generator(seed, "prompt map"))[:MOST_POINTS].sort().values
+
+
+def prompt_map(embeddings: Tensor, captions: Sequence[str], experts: Tensor, of: int) -> dict[str, Any]:
     """Return a two-dimensional map of prompts as JSON: their first two principal components.
 
-    embeddings: (P, Z); experts: (P,). At most MOST_POINTS of them are drawn, by `seed`, and looked at.
+    embeddings: (n, Z) of the prompts on the map; experts: (n,). of: how many prompts they were drawn from.
     """
-    rows = torch.randperm(len(embeddings), generator=generator(seed, "prompt map"))[:MOST_POINTS].sort().values
-    centred = embeddings[rows].double()
+    centred = embeddings.double()
     centred = centred - centred.mean(dim=0)
     _, values, axes = torch.linalg.svd(centred, full_matrices=False)
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(dim=1, keepdim=True)).sign()  # the same in every run
@@ -64,11 +68,11 @@ def prompt_map(embeddings: Tensor, captions: Sequence[str], experts: Tensor, see
     places = torch.nn.functional.pad(places, (0, 2 - places.shape[1]))
     variance = values.square() / values.square().sum().clamp_min(1e-12)
     return {
-        "captions": [captions[row] for row in rows.tolist()],
-        "experts": experts[rows].tolist(),
+        "captions": list(captions),
+        "experts": experts.tolist(),
         "places": [[round(x, 5) for x in place] for place in places.tolist()],
         "variance": [round(share, 5) for share in variance[:2].tolist()],
-        "of": len(embeddings),
+        "of": of,
     }
 
 
@@ -98,7 +102,7 @@ def _shares(name: str, rows: Sequence[dict[str, Any]]) -> str:
 
     places = np.arange(len(rows))
     with style():
-        figure, panel = new_figure(max(4.2, 0.75 * len(rows) + 2.4), 3.1)
+        figure, panel = new_figure(max(4.6, 0.6 * len(rows) + 1.6), 3.1)
         for offset, key, label, own in (
             (-0.2, "training_share", "training prompts", colour(5)),
             (0.2, "macs_ratio", "MACs, % of dense", colour(1)),
@@ -108,7 +112,7 @@ def _shares(name: str, rows: Sequence[dict[str, Any]]) -> str:
             panel.bar_label(bars, fmt="%.0f", fontsize=8)
         panel.set_xticks(places, [str(row["expert"]) for row in rows])
         panel.set_xlabel("expert")
-        panel.set_ylabel("%")
+        panel.set_ylabel("share (%)")
         panel.set_title("Share and budget of each expert")
         panel.margins(y=0.12)
         legend_below(figure, panel, 2)
@@ -126,12 +130,12 @@ def _assignment(name: str, rows: Sequence[dict[str, Any]], counts: dict[str, lis
         ("at inference", [row["training_share"] for row in rows]),
     ]
     with style():
-        figure, panel = new_figure(max(4.6, 0.9 * len(rows) + 2.4), 3.1)
+        figure, panel = new_figure(max(4.6, 0.6 * len(rows) + 1.6), 3.1)
         for index, (label, values) in enumerate(series):
             shares = 100 * np.array(values, dtype=float) / max(sum(values), 1e-12)
             own = colour((6, 0, 4)[index])
             panel.bar(places + 0.27 * (index - 1), shares, 0.25, color=own, label=label)
-        panel.axhline(100 / len(rows), color="#000000", linewidth=0.8, linestyle=":")
+        panel.axhline(100 / len(rows), color="#000000", linewidth=1.2, linestyle=":")
         panel.set_xticks(places, [str(row["expert"]) for row in rows])
         panel.set_xlabel("expert (dotted: an even share)")
         panel.set_ylabel("training prompts (%)")

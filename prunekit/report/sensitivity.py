@@ -79,7 +79,7 @@ def _picture(content: dict[str, Any]) -> str:
     positive = damage[damage > 0]
     floor = max(float(positive.min()), float(positive.max()) * 1e-5) if len(positive) else 1e-9
     with style():
-        figure, panel = new_figure(7.4, 0.9 + 0.22 * len(layers), left=1.9)
+        figure, panel = new_figure(7.6, 0.9 + 0.22 * len(layers), left=2.1)
         place = panel.get_position()
         panel.set_position((place.x0, place.y0, place.width - 0.17, place.height))
         panel.grid(visible=False)
@@ -89,6 +89,7 @@ def _picture(content: dict[str, Any]) -> str:
         panel.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=8)
         panel.set_xticks(np.arange(damage.shape[1]) + 0.5, [str(t) for t in content["timesteps"]])
         panel.set_xlabel("time step t (0: clean, high: noise)")
+        panel.set_ylabel("layer, in the order of a forward pass")
         panel.set_title("What the prediction loses without a layer")
         beside = figure.add_axes((place.x1 - 0.145, place.y0, 0.025, place.height))
         bar = figure.colorbar(mesh, cax=beside)

@@ -27,11 +27,12 @@ def training(source: Source) -> Section:
         raise MissingError("the directory holds no log of a training (log.jsonl)")
     shown = dict(list(trainings.items())[:MOST_TRAININGS])
     rest = len(trainings) - len(shown)
+    times = {title: step_times(rows) for title, rows in shown.items()}
     content = {
         "losses": [_losses(title, rows) for title, rows in shown.items()],
         "rates": _together(shown, "rate", "Learning rate", "learning rate"),
-        "times": _together({title: step_times(rows) for title, rows in shown.items()}, "time", "Time of a step", "s"),
-        "memory": _together(shown, "memory", "Memory", "GiB", 2**-30),
+        "times": _together(times, "time", "Time of a step", "time (s)"),
+        "memory": _together(shown, "memory", "Memory", "memory (GiB)", 2**-30),
         "table": {"header": ["training", "steps", "time (min)", "step (s)", "last loss"], "rows": _table(trainings)},
         "note": NOTE + (f" {rest} further trainings stand in the table alone." if rest else ""),
     }
@@ -84,7 +85,7 @@ def _losses(title: str, rows: Sequence[Row]) -> str:
         values = [row[name] for row in rows for name in ("loss", *terms) if name in row]
         if min(values) > 0:
             plain_log_axis(panel)
-        panel.set_title(title)
+        panel.set_title(f"Loss: {title}")
         panel.set_xlabel("step")
         panel.set_ylabel("loss")
         legend_below(figure, panel, 3)
