@@ -22,6 +22,8 @@ exclude_patterns = ["_build", "results/*/table.md"]
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "prunekit"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["misc.highlighting_failure"]
@@ -60,8 +62,8 @@ def mathml(translator: Any, node: Any) -> None:
     tag = re.search(r"\\tag\{([^}]*)\}", text)
     block = isinstance(node, nodes.math_block)
     formula = latex2mathml.converter.convert(text.replace(tag[0], "") if tag else text, "block" if block else "inline")
-    number = f'<span style="float: right">({tag[1]})</span>' if tag else ""
-    translator.body.append(f"<div>{number}{formula}</div>" if block else formula)
+    number = f"<span>({tag[1]})</span>" if tag else ""
+    translator.body.append(f'<div class="formula">{formula}{number}</div>' if block else formula)
     raise nodes.SkipNode
 
 
