@@ -35,6 +35,7 @@ from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
+from prunekit.report.source import LOG
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, share
@@ -213,15 +214,19 @@ def _execute(recipe: PruneRecipe | PretrainRecipe, folder: Path) -> Path:
 
 
 def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe) -> None:
-    """Write the resolved recipe, or check that the directory's is the same."""
+    """Write the resolved recipe, or check that the directory's is the same; one that came to nothing is replaced."""
     path = folder / RECIPE
-    if path.is_file():
+    if path.is_file() and any(file.name not in (RECIPE, LOG) for file in folder.iterdir()):
         ours, theirs = recipe.model_dump(mode="json"), load_recipe(path).model_dump(mode="json")
         if difference := _difference(ours, theirs):
             raise RecipeError(
-                f"{folder} holds the run of another recipe: {difference}; choose another --directory, or remove it"
+                f"{folder} holds the run of another recipe: {difference}; choose another name=… or --directory, or "
+                "remove it"
             )
         return
+    if path.is_file():
+        (folder / LOG).unlink(missing_ok=True)
+        path.unlink()
     if folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another --directory")
     folder.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,9 @@ def test_generate(run_directory, tmp_path):
 
 
 def test_generate_refuses(run_directory, tmp_path):
-    assert "has no result of method 'aptp': it has norm" in refused("generate", run_directory, "--prompt", "cat")
+    assert "has no result of method 'aptp': it has norm" in refused(
+        "generate", run_directory, "--method", "aptp", "--prompt", "cat"
+    )
     assert "--prompt TEXT" in refused("generate", run_directory, "--method", "norm")
     assert "no run directory" in refused("generate", tmp_path / "nowhere", "--prompt", "cat")
     assert "nowhere.txt" in refused(

@@ -110,7 +110,7 @@ def test_a_faulty_folder_is_one_line(run, tmp_path):
     shutil.rmtree(copy / "methods" / "aptp" / "experts" / "1" / "unet")
     assert "expert 1 of aptp is not there yet" in refused("demo", copy)
     shutil.rmtree(copy / "methods")
-    assert "it has none yet; resume it first" in refused("demo", copy)
+    assert "has no result of a method yet; resume it first" in refused("demo", copy)
 
 
 @pytest.fixture(scope="module")

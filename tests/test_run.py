@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 import yaml
 from small_model import TRAINING, write_world
 
-from prunekit.recipe import RecipeError
-from prunekit.run import resume, start
+from prunekit.recipe import RecipeError, load_recipe
+from prunekit.run import _claim, resume, start
 
 STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9, "log_every": 1}
 RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json")
@@ -119,6 +120,12 @@ def test_killed_once_in_each_stage_and_resumed_is_the_same(recipe, finished, tmp
 def test_a_directory_of_another_recipe_is_refused(recipe, finished, tmp_path):
     with pytest.raises(RecipeError, match=r"another recipe: prune\.budget is 0\.7 there and 0\.6 here"):
         start(recipe, ["prune.budget=0.6"], finished)
+    stillborn = tmp_path / "stillborn"  # its data was not there, say
+    stillborn.mkdir()
+    shutil.copy(finished / "recipe.yaml", stillborn)
+    (stillborn / "log.jsonl").write_text("{}\n")
+    _claim(stillborn, load_recipe(recipe, ["prune.budget=0.6"]))
+    assert load_recipe(stillborn / "recipe.yaml").prune.budget == 0.6 and not (stillborn / "log.jsonl").exists()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RecipeError, match="not empty and holds no run"):
         start(recipe, (), tmp_path)

@@ -26,7 +26,7 @@ def generate(
     extremes: Annotated[
         int | None, typer.Option(help="of those captions, N of the cheapest expert and N of the dearest", min=1)
     ] = None,
-    method: Annotated[str, typer.Option(help="whose pruned model")] = "aptp",
+    method: Annotated[str | None, typer.Option(help="whose pruned model; the one that routes by default")] = None,
     seed: Annotated[int, typer.Option(help="of every prompt's noise", min=0)] = 0,
     negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
@@ -48,7 +48,7 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     prompts = collect(pipeline, directory, **given, validation=validation, extremes=extremes)
     drawn_by = (steps, guidance, negative_prompt, None, batch_size, picture_format)
-    method = pipeline.mixture.info.get("method", method)
+    method = pipeline.mixture.info.get("method") or method or "pipeline"
     folder = output or directory / "generated" / method
     made = generate_to(folder, pipeline, Request(prompts, [seed] * len(prompts), *drawn_by))
     table = Table("picture", "expert", "prompt")
@@ -132,7 +132,9 @@ def export(
     tier: Annotated[
         str, typer.Option(help="stock, class, onnx, torch; auto: stock where it expresses the cut, else class")
     ] = "auto",
-    method: Annotated[str, typer.Option(help="of a run: whose pruned model")] = "aptp",
+    method: Annotated[
+        str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
+    ] = None,
     expert: Annotated[int | None, typer.Option(help="of a mixture: this expert alone", min=0)] = None,
     batch: Annotated[int | None, typer.Option(help="onnx, torch: samples of a call; any by default", min=1)] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="then upload it to the hub")] = None,

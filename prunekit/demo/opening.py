@@ -13,8 +13,7 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.evaluation.generate import REQUEST
 from prunekit.export.inputs import latent_size
 from prunekit.export.tiers import architecture_of
-from prunekit.methods.aptp.router import FILE_NAME
-from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.base import PruneResult
 from prunekit.models import load_pipeline
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
@@ -27,7 +26,6 @@ from prunekit.slicing import blank_copy, read_pruning
 from prunekit.training.checkpoint import read_json
 from prunekit.units import Architecture, discover
 
-ROUTED_METHOD = "aptp"
 MOST_EXAMPLES = 6
 EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its own
 MOST_RESIDENT = 2  # experts in memory
@@ -38,7 +36,6 @@ def open_pipeline(directory: Path, method: str | None, device: str | None) -> Pr
 
     method: of a run; by default the one that routes, else its first. Errors as `PromptRoutedPipeline.from_pretrained`.
     """
-    method = default_method(directory) if method is None else method
     if (directory / RECIPE).is_file():
         method_directory(directory, method)  # before the model is loaded
     pipeline = PromptRoutedPipeline.from_pretrained(directory, method, device=device, max_resident=MOST_RESIDENT)
@@ -47,13 +44,6 @@ def open_pipeline(directory: Path, method: str | None, device: str | None) -> Pr
         if not pipeline.mixture.experts.num_weights(index):
             raise ValueError(f"expert {index} of {directory} has no weights; resume the run, or export it again")
     return pipeline
-
-
-def default_method(directory: Path) -> str:
-    """Return the method of a run that is shown: the one that routes, else the first by name."""
-    folders = sorted(path.parent for path in directory.glob(f"methods/*/{RESULT}"))
-    routed = [folder.name for folder in folders if (folder / FILE_NAME).is_file()]
-    return next(iter([*routed, *(folder.name for folder in folders)]), ROUTED_METHOD)
 
 
 def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptRoutedPipeline | None, str]:

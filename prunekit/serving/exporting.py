@@ -72,7 +72,7 @@ def export(
     source: str | Path,
     directory: str | Path,
     tier: str = "auto",
-    method: str = "aptp",
+    method: str | None = None,
     expert: int | None = None,
     batch: int | None = None,
 ) -> Exported:
@@ -82,7 +82,7 @@ def export(
         source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a UNet's folder.
         directory: new or empty; it appears once every check is passed, with a model card.
         tier: "stock", "class", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
-        method: of a run.
+        method: of a run; by default the one that routes, else the first by name.
         expert: of a mixture, export it alone, as a plain pipeline; by default all, with their router.
         batch: of "onnx" and "torch": samples of a call; by default any number.
 

@@ -17,7 +17,7 @@ from prunekit.export.loading import load_unet
 from prunekit.export.parts import INDEX, Parts
 from prunekit.export.specification import read_outline, weight_files
 from prunekit.methods.aptp.router import FILE_NAME, Router
-from prunekit.methods.base import PruneResult
+from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models import load_pipeline
 from prunekit.models.names import read_object
 from prunekit.serving.experts import Experts
@@ -31,7 +31,7 @@ PROMPT_ENCODER = "prompt_encoder"
 
 def load(
     directory: Path,
-    method: str,
+    method: str | None,
     device: str | torch.device | None,
     dtype: torch.dtype,
     max_resident: int | None,
@@ -71,9 +71,10 @@ def recipe_hash(directory: Path) -> str:
 
 
 def _from_run(
-    directory: Path, method: str, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
+    directory: Path, method: str | None, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
 ) -> tuple[Parts, Mixture]:
     settings, folder = read_recipe(directory), method_directory(directory, method)
+    method = folder.name
     result = PruneResult.load(folder)
     own = {"lora": settings.get("lora", ()), "single_file_config": settings.get("single_file_config")}
     parts = Parts.of(load_pipeline(settings["model"], dtype, **own))
@@ -132,8 +133,17 @@ def _experts(
     return Experts(read, num_weights, count, device, dtype, **bounds)
 
 
-def method_directory(directory: Path, method: str) -> Path:
-    """Return where a run keeps what a method made; ValueError, one line, for a method that it has not."""
+def method_directory(directory: Path, method: str | None = None) -> Path:
+    """Return where a run keeps what a method made; ValueError, one line, for a method that it has not.
+
+    method: by default the one that routes, else the first by name.
+    """
+    if method is None:
+        folders = sorted(path.parent for path in directory.glob(f"methods/*/{RESULT}"))
+        routed = [folder for folder in folders if (folder / FILE_NAME).is_file()]
+        if not folders:
+            raise ValueError(f"{directory} has no result of a method yet; resume it first")
+        return (routed or folders)[0]
     folder = directory / "methods" / method
     if not (folder / "result.json").is_file():
         finished = sorted(path.parent.name for path in directory.glob("methods/*/result.json"))

@@ -132,7 +132,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     def from_pretrained(  # noqa: D417
         cls,
         directory: str | Path,
-        method: str = "aptp",
+        method: str | None = None,
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -143,7 +143,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
         Args:
             directory: where it is.
-            method: of a run: whose architectures.
+            method: of a run: whose architectures; by default the one that routes, else the first by name.
             device: where it runs; by default a GPU where there is one.
             dtype: of all weights.
             max_resident, max_bytes: how many experts, or bytes of their weights, may be in memory; by default all.
