@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .cost import CostModel
     from .evaluation.command import evaluate
     from .gates import gated, pipeline_rows
+    from .recovery import recover_experts
     from .serving import PromptRoutedPipeline
     from .slicing import PrunedUNet2DConditionModel, slice_unet
     from .stock import as_stock, export_unet
@@ -34,6 +35,7 @@ __all__ = [
     "gated",
     "methods",
     "pipeline_rows",
+    "recover_experts",
     "slice_unet",
 ]
 
@@ -42,6 +44,7 @@ _MODULES = {
     "evaluation.command": ["evaluate"],
     "gates": ["gated", "pipeline_rows"],
     "methods": ["methods"],
+    "recovery": ["recover_experts"],
     "serving": ["PromptRoutedPipeline"],
     "slicing": ["PrunedUNet2DConditionModel", "slice_unet"],
     "stock": ["as_stock", "export_unet"],

@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from diffusers import UNet2DConditionModel
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from prunekit.cost import CostModel
+from prunekit.data.encoded import EncodedData
 from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.methods.base import PruneResult
 from prunekit.slicing import save_member, slice_unet
@@ -72,6 +75,43 @@ class Job:
     def done(self) -> bool:
         """Whether the model is there."""
         return (self.folder / "unet").is_dir()
+
+
+def recover_experts(
+    result: PruneResult,
+    pipeline: DiffusionPipeline,
+    data: EncodedData,
+    config: FineTuneConfig,
+    directory: str | Path | None = None,
+    seed: int = 0,
+) -> list[UNet2DConditionModel]:
+    """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
+
+    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's own, which stays as it is.
+    directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
+    Raises ValueError as `fine_tune`, and for a directory with the training of another result.
+    """
+    if directory is None:
+        with TemporaryDirectory() as temporary:
+            return recover_experts(result, pipeline, data, config, temporary, seed)
+    unet, pairs, directory = pipeline.unet, data.training_pairs(), Path(directory)
+    routed = (
+        torch.zeros(len(pairs), dtype=torch.long) if result.router is None else result.router.route(data.prompts[pairs])
+    )
+    options = {"scheduler": pipeline.scheduler, "seed": seed}
+    if config.shared_backbone and len(result.architectures) > 1:
+        experts = routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)
+        objective = partial(BackboneObjective, mixture=Mixture(result.architectures, experts))
+        backbone = slice_unet(unet, result.space.full())
+        fine_tune(backbone, unet, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
+        return [slice_unet(backbone, architecture) for architecture in result.architectures]
+    made = []
+    for index, architecture in enumerate(result.architectures):
+        made.append(slice_unet(unet, architecture).eval().requires_grad_(False))
+        own, title = pairs[routed == index], f"expert {index}"
+        if len(own):
+            fine_tune(made[index], unet, data, config, directory / str(index), pairs=own, title=title, **options)
+    return made
 
 
 def recover(stages: Stages, recoveries: Sequence[Recovery]) -> list[Candidate]:

@@ -13,6 +13,7 @@ from unets import build, inputs
 
 import prunekit as pk
 from prunekit.export import load_unet
+from prunekit.methods.aptp.router import Router
 from prunekit.run import start
 from prunekit.slicing import POINTER, save_member
 from prunekit.training.backbone import BackboneObjective, Mixture
@@ -146,3 +147,24 @@ def test_a_member_moves_with_its_backbone(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     member, sliced = load_unet(tmp_path / "b" / "0"), pk.slice_unet(unet, architecture)
     assert all(torch.equal(a, b) for a, b in zip(member.parameters(), sliced.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["of their own", "shared backbone"])
+def test_experts_are_recovered_in_memory(shared):
+    """As a run does; the router's prompts train each, and an expert without prompts stays as sliced."""
+    unet = build("sd2")
+    data, space = encoded_for(unet, num=8), pk.discover(unet)
+    first = data.prompts[:1].double() - data.prompts.double().mean(0)
+    router = Router(torch.cat([first, -first, first * 0]), torch.tensor([0.0, 0.0, -1e9]))
+    routes = router.route(data.prompts[data.training_pairs()])
+    assert 0 < (routes == 0).sum() < len(routes) and not (routes == 2).any()
+    result = pk.methods.PruneResult([space.random(0.6, seed=seed) for seed in range(3)], router)
+    config = FineTuneConfig(steps=2, batch_size=2, learning_rate=1e-3, shared_backbone=shared)
+    before = {name: own.clone() for name, own in unet.named_parameters()}
+    experts = pk.recover_experts(result, stub(unet), data, config)
+    assert all(torch.equal(own, before[name]) for name, own in unet.named_parameters())
+    for index, (expert, architecture) in enumerate(zip(experts, result.architectures, strict=True)):
+        sliced = dict(pk.slice_unet(unet, architecture).named_parameters())
+        assert not any(own.requires_grad for own in expert.parameters())
+        changed = any(not torch.equal(own, sliced[name]) for name, own in expert.named_parameters())
+        assert changed == bool(shared or (routes == index).any())

@@ -128,3 +128,11 @@ def test_every_epoch_is_a_permutation():
     assert all(sorted(part.tolist()) == list(range(10)) for part in drawn.split(10))
     assert not torch.equal(drawn[:10], drawn[10:])
     assert torch.equal(epoch_indices(10, 25, 0, 0)[:20], drawn)
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tmp_path)
+    wider = Regression()
+    wider.model = nn.Linear(6, 4)
+    with pytest.raises(ValueError, match=r"checkpoint in .* is of another model; choose another directory"):
+        train(tmp_path, wider)

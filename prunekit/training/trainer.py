@@ -248,6 +248,12 @@ class Trainer:
         if found is None:
             return 0, 0.0
         tensors, state = found
+        kept = [tensors.get(f"parameter.{index}") for index in range(len(self.parameters))]
+        if any(own is None or own.shape != p.shape for own, p in zip(kept, self.parameters, strict=True)):
+            raise ValueError(
+                f"{self.title}: the checkpoint in {self.checkpoints.folder} is of another model; choose another "
+                "directory, or remove it"
+            )
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"parameter.{index}"])
