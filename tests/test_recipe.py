@@ -203,7 +203,7 @@ def test_smoke_shrinks_what_the_files_say_and_keeps_overrides(path):
 def test_smoke_shrinks_a_comparison():
     recipe = load_recipe(ROOT / "recipes" / "compare_emoji.yaml", ["scale=smoke"])
     assert isinstance(recipe, CompareRecipe) and [entry.seeds for entry in recipe.budgets] == [[0], [0]]
-    assert recipe.method("uniarch-undistilled", 0.5, 0).config.search.steps == 2
+    assert recipe.method("aptp-shared", 0.5, 0).config.search.steps == 2
     assert recipe.method("aptp", 0.5, 0).config.experts == 2
 
 

@@ -225,15 +225,20 @@ class Trainer:
         """Sum the terms and the gradients over the processes, in place; return whether any process asks to stop."""
         if self.processes.count == 1:
             return stop
+        used = [float(parameter.grad is not None) for parameter in self.parameters]
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.processes.sum([parameter.grad for parameter in self.parameters])
-        figures = [*sums.values(), torch.tensor(float(stop))]
-        packed = torch.stack([figure.float().to(self.processes.device) for figure in figures])
+        flags = torch.tensor([float(stop), *used], device=self.processes.device)
+        packed = torch.cat([*(value.float().view(1) for value in sums.values()), flags])
         self.processes.sum([packed])
         sums.update(zip(sums, packed, strict=False))
-        return bool(packed[-1] > 0)
+        stopping, *users = packed[len(sums) :].tolist()
+        for parameter, count in zip(self.parameters, users, strict=True):
+            if not count:  # used by nobody: the optimizer takes no step, as it would in one process
+                parameter.grad = None
+        return stopping > 0
 
     def _save(self, step: int, seconds: float, terms: dict[str, float]) -> None:
         tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)} | flatten_optimizer(self.optimizer)
