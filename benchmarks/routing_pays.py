@@ -55,7 +55,7 @@ class World:
     """The embedded model, its data, and what every model is measured on."""
 
     def __init__(self, seed: int, per_step: int = 2):
-        self.seed, self.per_step, self.pipeline = seed, load_pipeline("emoji")
+        self.seed, self.per_step, self.pipeline = seed, per_step, load_pipeline("emoji")
         self.data: EncodedData = encode(self.pipeline, load_emoji(None, 0.1), load_prompt_encoder("emoji"), 64)
         self.pairs = self.data.training_pairs()
         self.samples = data_samples(self.data, noise_schedule(self.pipeline), seed)
