@@ -28,10 +28,11 @@ from prunekit.training.memory import held
 from prunekit.training.trainer import Trainer
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
+SCALE = 0.03  # of the adapters: they train at the gates' rate, which is 30 times what weights stand
 
 
 class LowRank(nn.Module):
-    """W + B A of a linear or convolutional weight (out, ...): below the gate, which scales the layer's input."""
+    """W + s B A of a linear or convolutional weight (out, ...): below the gate, which scales the layer's input."""
 
     def __init__(self, weight: torch.Tensor, rank: int):
         super().__init__()
@@ -41,7 +42,7 @@ class LowRank(nn.Module):
         self.on = True
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + (self.up @ self.down).view(weight.shape).to(weight) if self.on else weight
+        return weight + SCALE * (self.up @ self.down).view(weight.shape).to(weight) if self.on else weight
 
 
 def adapters(unet: nn.Module, rank: int) -> list[LowRank]:
