@@ -11,8 +11,6 @@ Run: python benchmarks/routing_pays.py [--steps 240 960] [--experts 4] [--budget
 
 import argparse
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from prunekit.evaluation.agreement import agreement, data_samples, predictions
 from prunekit.methods import APTP, PruneResult, UniArch, select_mixture
 from prunekit.methods.calibration import noise_schedule
 from prunekit.models import load_pipeline
-from prunekit.training.backbone import BackboneObjective, Mixture
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
 
@@ -65,13 +62,15 @@ class World:
         """Return what a method chooses."""
         return method.prune(self.pipeline, self.data)
 
-    def tune(self, unet, pairs: torch.Tensor, steps: int, objective: Callable | None = None):
+    def tuning(self, steps: int, **changes: Any) -> FineTuneConfig:
+        """Return how models are fine-tuned."""
+        return FineTuneConfig(steps=steps, experts_per_step=self.per_step, **TUNING, **BF16, **changes)
+
+    def tune(self, unet, pairs: torch.Tensor, steps: int):
         """Fine-tune a UNet on some pairs."""
-        config = FineTuneConfig(steps=steps, experts_per_step=self.per_step, **TUNING, **BF16)
         options: dict[str, Any] = {"scheduler": self.pipeline.scheduler, "pairs": pairs, "seed": self.seed}
-        options |= {} if objective is None else {"objective": objective}
         with tempfile.TemporaryDirectory() as folder:
-            fine_tune(unet, self.pipeline.unet, self.data, config, Path(folder), **options)
+            fine_tune(unet, self.pipeline.unet, self.data, self.tuning(steps), Path(folder), **options)
         return unet
 
     def routes(self, result: PruneResult, pairs: torch.Tensor) -> torch.Tensor:
@@ -82,18 +81,13 @@ class World:
 
     def experts_of_their_own(self, result: PruneResult, steps: int) -> list:
         """Return UNets that share the steps."""
-        experts, own = self.routes(result, self.pairs), steps // len(result.architectures)
-        sliced = [pk.slice_unet(self.pipeline.unet, architecture) for architecture in result.architectures]
-        return [self.tune(unet, self.pairs[experts == index], own) for index, unet in enumerate(sliced)]
+        config = self.tuning(steps // len(result.architectures))
+        return pk.recover_experts(result, self.pipeline, self.data, config, seed=self.seed)
 
     def shared_backbone(self, result: PruneResult, steps: int) -> list:
         """Return UNets sliced from one that took all steps."""
-        experts = torch.zeros(self.data.images.num_pairs, dtype=torch.long)
-        experts[self.pairs] = self.routes(result, self.pairs)
-        backbone = pk.slice_unet(self.pipeline.unet, result.space.full())
-        objective = partial(BackboneObjective, mixture=Mixture(result.architectures, experts))
-        self.tune(backbone, self.pairs, steps, objective)
-        return [pk.slice_unet(backbone, architecture).eval() for architecture in result.architectures]
+        config = self.tuning(steps, shared_backbone=True)
+        return pk.recover_experts(result, self.pipeline, self.data, config, seed=self.seed)
 
     def error(self, result: PruneResult, unets: list) -> float:
         """Return the routed agreement."""

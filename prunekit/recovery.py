@@ -100,8 +100,8 @@ def recover_experts(
     )
     options = {"scheduler": pipeline.scheduler, "seed": seed}
     if config.shared_backbone and len(result.architectures) > 1:
-        experts = routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)
-        objective = partial(BackboneObjective, mixture=Mixture(result.architectures, experts))
+        mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
+        objective = partial(BackboneObjective, mixture=mixture)
         backbone = slice_unet(unet, result.space.full())
         fine_tune(backbone, unet, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
         return [slice_unet(backbone, architecture) for architecture in result.architectures]
@@ -142,12 +142,16 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
             raise ValueError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
-        experts = routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)
-        return [Job(recovery, None, pairs, experts)]
+        return [Job(recovery, None, pairs, _of_all_pairs(data, pairs, routed))]
     return [
         Job(recovery, index, pairs if routed is None else pairs[routed == index])
         for index in range(len(result.architectures))
     ]
+
+
+def _of_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:
+    """Return the expert of every pair of the data set, (pairs of the data set,), from those of `pairs` (P,)."""
+    return routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)
 
 
 def _fine_tune(stages: Stages, job: Job) -> None:

@@ -66,9 +66,7 @@ def kept_entries(unet: UNet2DConditionModel, architecture: Architecture) -> dict
         }
         marked.load_state_dict(positions, assign=True)
         for name, own in slice_unet(marked, architecture).named_parameters():
-            kept = own.detach().movedim(axis, 0).flatten(1)[:, 0] if axis and own.ndim > axis else None
-            if axis == 0:
-                kept = own.detach().flatten(1)[:, 0] if own.ndim > 1 else own.detach()
+            kept = own.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < own.ndim else None
             whole = kept is None or len(kept) == shapes[name][axis]
             found.setdefault(name, []).append(None if whole else kept.long().to(unet.device))
     return {name: tuple(kept) for name, kept in found.items()}
