@@ -23,6 +23,11 @@ def picture(colour: str, kind: str = "png", mode: str = "RGB", side: int = 32, *
     return buffer.getvalue()
 
 
+def samples(count: int) -> list[tuple[bytes, str]]:
+    """Return (picture, caption) samples, all captions different."""
+    return [(picture(COLOURS[i % 8], "jpeg"), f"{COLOURS[i % 8]} picture number {i}") for i in range(count)]
+
+
 def colour_of(pixels: torch.Tensor) -> str:
     """Return the colour of a decoded picture (3, h, w), which must have one colour."""
     values = pixels.flatten(1).float()
@@ -62,6 +67,17 @@ def webdataset(folder: Path, samples: list[tuple[bytes, str]], per_shard: int = 
             content += members(f"{index:09d}", image, caption)
         write_tar(folder / f"cc3m-train-{shard:04d}.tar", content)
     return {"kind": "webdataset", "path": str(folder)}
+
+
+def emoji(folder: Path, samples: list[tuple[bytes, str]]) -> dict:
+    """As Emoji-64: a sample's JSON has its name, and its keywords, here the first word and "picture"."""
+    content = []
+    for index, (image, caption) in enumerate(samples):
+        words = {"name": caption, "keywords": [caption.split()[0], "picture"]}
+        parts = (("jpg", image), ("txt", caption.encode()), ("json", json.dumps(words).encode()))
+        content += [(f"{index:05d}.{suffix}", part) for suffix, part in parts]
+    write_tar(folder / "emoji64-00000.tar", content)
+    return {"kind": "emoji", "path": str(folder)}
 
 
 def cc3m_tsv(folder: Path, samples: list[tuple[bytes, str]]) -> dict:

@@ -1,7 +1,8 @@
-"""A hub on this machine that serves one directory as one repository, and loses a connection where it is told to."""
+"""The hub's stand-ins on this machine: its cache, and a server of one repository that can lose connections."""
 
 import hashlib
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,3 +65,11 @@ def small_hub(directory: Path, repository: str = "some/model"):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def fill_cache(cache: Path, repository: str, directory: Path) -> None:
+    """Put a directory into a hub cache, as if it had been fetched as `repository`."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(directory, place / "snapshots" / COMMIT)

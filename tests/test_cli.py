@@ -114,6 +114,9 @@ def test_generate(run_directory, tmp_path):
     assert "red apple" in ok("generate", run_directory, *given, *options)
     folder = run_directory / "generated" / "norm"
     assert [path.name for path in sorted(folder.glob("*.png"))] == ["00000.png", "00001.png", "00002.png"]
+    again = ["generate", run_directory, "--prompt", "blue star", *options]
+    assert f"are in {folder}-2" in ok(*again).replace("\n", "") and f"are in {folder}-2" in ok(*again).replace("\n", "")
+    assert f"are in {folder}\n" in ok("generate", run_directory, *given, *options)
     ok("generate", run_directory, "--prompt", "green cube", *options, "--output", tmp_path / "alone")
     alone = (tmp_path / "alone" / "00000.png").read_bytes()
     assert alone == (folder / "00002.png").read_bytes()

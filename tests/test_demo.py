@@ -1,14 +1,12 @@
 """The demo: what it answers, what it refuses in a sentence, and its page in a real browser."""
 
-import os
 import re
 import shutil
-import signal
 from importlib.util import find_spec
-from urllib.request import urlopen
 
 import pytest
 from browsers import need_browser, open_page
+from interrupting import interrupting
 from small_mixture import write_mixture
 from test_cli import refused
 
@@ -150,14 +148,6 @@ def test_it_serves_until_it_is_interrupted(run):
     pytest.importorskip("gradio", reason="the demo's page needs gradio: pip install 'prunekit[demo]'")
     from prunekit.demo.page import serve
 
-    said = []
-
-    def say(text):
-        said.append(text)
-        if address := re.search(r"http://\S+", text):
-            with urlopen(address[0], timeout=20) as page:
-                assert page.status == 200
-            os.kill(os.getpid(), signal.SIGINT)
-
-    serve(run, None, "127.0.0.1", None, "cpu", say)
-    assert len(said) == 2 and "stopped" in said[1]
+    with interrupting() as (say, told):
+        serve(run, None, "127.0.0.1", None, "cpu", say)
+    assert len(told) == 2 and "stopped" in told[1]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from encode_world import BAD, COUNT, KEPT, encoded, write
-from launching import environment, finish
+from launching import finish, launch
 
 from prunekit.data.cache import MANIFEST
 from prunekit.data.cache_config import CacheConfig, cache_bytes
@@ -85,16 +84,15 @@ def test_writers_and_kills_change_no_byte(world, pipeline, tmp_path):
     """Two processes share the work, one is killed within it; the other's result is that of one that was left alone."""
     encoded(world, tmp_path / "alone", pipeline, shard_size=1)
     shared = tmp_path / "shared"
-    program = [sys.executable, WRITER, str(world), str(shared), '{"shard_size": 1}']
-    options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    doomed, other = (subprocess.Popen(program, **options) for _ in range(2))
+    program = [WRITER, world, shared, '{"shard_size": 1}']
+    (doomed,), (other,) = launch(program), launch(program)
     deadline = time.monotonic() + 120
     while len(list(shared.glob("latents-*/*.safetensors"))) < 3:
-        assert time.monotonic() < deadline and doomed.poll() is None and other.poll() is None
+        assert time.monotonic() < deadline and doomed.is_alive and other.is_alive
         time.sleep(0.001)
-    doomed.send_signal(signal.SIGKILL)
+    doomed.send(signal.SIGKILL)
     assert len(results(shared)) < len(results(tmp_path / "alone")), "killed too late to show anything"
-    doomed.communicate()
+    doomed.wait()
     finish([other])
     assert results(shared) == results(tmp_path / "alone")
     assert not list(shared.rglob("*.lock"))

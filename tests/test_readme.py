@@ -1,73 +1,27 @@
-"""What the README and the docs show is real: commands parse, files exist, Python runs."""
+"""What the README and the docs show is real: Python runs, files exist. Commands: tests/test_commands.py."""
 
 import json
 import re
-import shlex
-from pathlib import Path
 
+import data_layouts
 import pytest
-import typer
+import yaml
 from diffusers import DiffusionPipeline
+from pages import PAGES, ROOT, blocks
 from small_mixture import write_mixture
+from small_model import RECIPE
 
 from prunekit import PromptRoutedPipeline, PrunedUNet2DConditionModel
-from prunekit.cli import app
+from prunekit.evaluation.protocols import PROTOCOLS
 from prunekit.export import load_pipeline_directory
 from prunekit.export.parts import save_pipeline
+from prunekit.methods import registry
 from prunekit.models import load_pipeline
+from prunekit.recipe import load_recipe
 from prunekit.serving.bulk import Request, generate_to
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def blocks(language: str) -> list:
-    return [
-        pytest.param(body, id=f"{page.stem}-{index}")
-        for page in PAGES
-        for index, (kind, body) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
-        if kind == language
-    ]
-
-
-def commands() -> list:
-    found = []
-    for block in blocks("sh"):
-        for line in block.values[0].replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["prunekit"]:
-                found.append(pytest.param(words[1:], id=" ".join(words)))
-    return found
-
-
-@pytest.mark.parametrize("words", commands())
-def test_every_command_parses(words):
-    group = typer.main.get_command(app)
-    command = group.commands[words[0]]
-    context = command.make_context(words[0], list(words[1:]))
-    recipe = context.params.get("recipe")
-    assert recipe is None or (ROOT / recipe).is_file()
-
-
-def test_the_readme_has_commands_and_names_them_all():
-    shown = {param.values[0][0] for param in commands()}
-    assert shown == set(typer.main.get_command(app).commands)
-
-
-@pytest.mark.parametrize("block", blocks("sh"))
-def test_every_make_target_exists(block):
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", block, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def programs() -> list:
-    """The Python of each page: its blocks, which go on from one another, as one program."""
-    found = [
-        (page, [body for kind, body in BLOCK.findall(page.read_text("utf-8")) if kind == "python"]) for page in PAGES
-    ]
-    return [pytest.param(bodies, id=page.stem) for page, bodies in found if bodies]
+LANGUAGES = {"sh", "python", "yaml", "toml"}
+PROGRAMS = [pytest.param(bodies, id=page.stem) for page in PAGES if (bodies := blocks(page, "python"))]
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +34,23 @@ def project(tmp_path_factory):
     with pipeline.mixture.experts.use(0) as unet:
         save_pipeline(pipeline.parts, unet, folder / "one")
     generate_to(folder / "pictures", pipeline, Request(["red apple"], [0], 1))
+    data_layouts.webdataset(folder / "shards", data_layouts.samples(24))
     (folder / "prunekit").symlink_to(ROOT / "prunekit")
     return folder
 
 
-@pytest.mark.parametrize("bodies", programs())
+@pytest.mark.parametrize("bodies", PROGRAMS)
 def test_python_runs(bodies, project, monkeypatch, capsys):
+    """The Python of a page: its blocks, which go on from one another, as one program."""
     monkeypatch.chdir(project)
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))  # a page may register its own
+    for setting, small in (("steps", 1), ("num_references", 50)):
+        monkeypatch.setitem(PROTOCOLS["emoji"], setting, small)
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(project / "modules"))
     names = {"__name__": "page"}
     for body in bodies:
         exec(compile(body, "page", "exec"), names)
-    assert bool(capsys.readouterr().out.strip()) == any("print(" in body for body in bodies)
+    assert capsys.readouterr().out.strip() or not any("print(" in body for body in bodies)
 
 
 def test_the_page_on_export_shows_all_that_opens_without_code(project):
@@ -109,3 +68,20 @@ def test_links_and_recipes_exist(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
     for recipe in re.findall(r"recipes/\w+\.yaml", text):
         assert (ROOT / recipe).is_file(), recipe
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_is_shown_is_in_a_language_that_is_tried(page):
+    """Sphinx tries its own directives, in braces."""
+    assert set(re.findall(r"^ *```([^\n`{]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)) <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_settings_that_are_shown_are_settings(page, tmp_path):
+    (tmp_path / "aptp_cc3m_base.yaml").symlink_to(ROOT / "recipes" / "aptp_cc3m_base.yaml")  # which one goes on from
+    (tmp_path / "base").symlink_to(ROOT / "recipes" / "base")
+    for body in blocks(page, "yaml"):
+        shown = yaml.safe_load(body)
+        (tmp_path / "shown.yaml").write_text(yaml.safe_dump(shown if "extends" in shown else {**RECIPE, **shown}))
+        recipe = load_recipe(tmp_path / "shown.yaml").model_dump()
+        assert set(shown) - {"extends"} <= set(recipe)

@@ -1,16 +1,14 @@
 """The main job on a small model: every stage, twice the same, and the same again after being killed in each stage."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from launching import launch, run_recipe
 from small_model import TRAINING, write_world
 
 from prunekit.recipe import RecipeError, load_recipe
@@ -86,14 +84,6 @@ def test_a_finished_run_is_not_made_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
 
 
-def started(recipe, directory):
-    code = f"from prunekit.run import start; start({str(recipe)!r}, (), {str(directory)!r})"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 STAGES = {  # what tells that a stage is under way
     "encoding": lambda d: (d / "recipe.yaml").is_file(),
     "search": lambda d: list(d.glob("methods/aptp/checkpoints/step-*")),
@@ -106,11 +96,11 @@ STAGES = {  # what tells that a stage is under way
 def test_killed_once_in_each_stage_and_resumed_is_the_same(recipe, finished, tmp_path):
     directory, killed = tmp_path / "killed", []
     for stage, under_way in STAGES.items():
-        process = started(recipe, directory)
-        while process.poll() is None and not under_way(directory):
+        (process,) = launch(run_recipe(recipe, directory))
+        while process.is_alive and not under_way(directory):
             time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive:
+            process.send(signal.SIGKILL)
             killed.append(stage)
         process.wait()
     assert len(killed) >= len(STAGES) - 1, killed  # the last stage may be over before the signal

@@ -1,45 +1,71 @@
 """A run of two processes: killed again and again, left by one of them, asked to end; the table is always the same."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import random
+import signal
+import time
 
 import pytest
-from launching import environment
+from launching import launch, run_recipe
 from test_run import figures, write_small_recipe
 
 KILLS = int(os.environ.get("PRUNEKIT_KILLS", "3"))  # more on demand
+STOPPED = 75  # the exit code of a run that was asked to end
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """(folder, what the script reports)."""
-    folder = tmp_path_factory.mktemp("killed")
-    recipe = write_small_recipe(folder)
-    script = str(Path(__file__).parent / "killed.py")
-    command = [sys.executable, script, str(recipe), str(folder), str(KILLS), "0"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
+def recipe(tmp_path_factory):
+    return write_small_recipe(tmp_path_factory.mktemp("small"))
 
 
-def test_all_came_to_their_end(killed):
-    _, report = killed
-    assert report["straight"] == report["after kills"] == report["after end"] == [0, 0], report
-    assert report["kills"] >= min(KILLS, 2)
+@pytest.fixture(scope="module")
+def straight(recipe):
+    """(the directory of a run that nothing disturbed, the seconds that it took)."""
+    directory, began = recipe.parent / "straight", time.monotonic()
+    assert codes(started(recipe, directory)) == [0, 0]
+    return directory, time.monotonic() - began
 
 
-@pytest.mark.parametrize("name", ["killed", "lost", "ended"])
-def test_the_table_is_as_undisturbed(killed, name):
-    folder, _ = killed
-    assert figures(folder / name) == figures(folder / "straight")
+def started(recipe, directory):
+    return launch(run_recipe(recipe, directory), count=2)
 
 
-def test_the_loss_of_one_process_leaves_the_other_at_work(killed):
-    assert killed[1]["lost"] == [0, -9]
+def codes(processes):
+    return [process.wait() for process in processes]
 
 
-def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(killed):
-    assert killed[1]["ended"] == [75, 75] and killed[1]["kept"] == 1
+def wait_for(folder, pattern, process):
+    while process.is_alive and not list(folder.glob(pattern)):
+        time.sleep(0.002)
+
+
+def test_killed_again_and_again(recipe, straight, tmp_path):
+    draw, delivered = random.Random(0), 0
+    for _ in range(KILLS):
+        processes = started(recipe, tmp_path / "run")
+        time.sleep(draw.uniform(0.1, 1) * 0.4 * straight[1])
+        delivered += all(process.is_alive for process in processes)
+        for process in processes:
+            process.send(signal.SIGKILL)
+        codes(processes)
+    assert delivered >= min(KILLS, 2)
+    assert codes(started(recipe, tmp_path / "run")) == [0, 0]
+    assert figures(tmp_path / "run") == figures(straight[0])
+
+
+def test_the_loss_of_one_process_leaves_the_other_at_work(recipe, straight, tmp_path):
+    first, second = started(recipe, tmp_path / "run")
+    wait_for(tmp_path / "run", "methods/*/experts/*/checkpoints/step-*", second)
+    second.send(signal.SIGKILL)
+    assert codes([first, second]) == [0, -signal.SIGKILL]
+    assert figures(tmp_path / "run") == figures(straight[0])
+
+
+def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(recipe, straight, tmp_path):
+    first, second = started(recipe, tmp_path / "run")
+    wait_for(tmp_path / "run", "methods/aptp/checkpoints/step-*", first)
+    second.send(signal.SIGTERM)
+    assert codes([first, second]) == [STOPPED, STOPPED]
+    assert len(list((tmp_path / "run").glob("methods/aptp/checkpoints/step-*"))) == 1
+    assert codes(started(recipe, tmp_path / "run")) == [0, 0]
+    assert figures(tmp_path / "run") == figures(straight[0])

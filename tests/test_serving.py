@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from launching import finish, launch
 from PIL import Image
 from small_mixture import PROMPTS, write_mixture
 from small_model import TRAINING, write_world
@@ -53,23 +53,11 @@ def drawn(pipeline, folder, prompts, **options):
     return {prompt: path.read_bytes() for prompt, (path, _) in zip(prompts, made, strict=True)}
 
 
-def command(run, folder, prompts, *options):
+def started(run, folder, prompts, *options):
     file = folder.parent / f"{folder.name}.txt"
     file.write_text("\n".join(prompts))
     arguments = ["generate", run, "--prompts-file", file, "--output", folder, "--steps", STEPS, *options]
-    return [sys.executable, "-m", "prunekit", *map(str, arguments)]
-
-
-def started(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command(*arguments), env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def finished(process):
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output
+    return launch(["-m", "prunekit", *arguments])[0]
 
 
 def by_prompt(folder, prompts):
@@ -97,7 +85,7 @@ def test_batches_differ_by_rounding_alone(pipeline, pictures, tmp_path):
 def test_three_processes_share_the_work(run, pictures, tmp_path):
     running = [started(run, tmp_path / "out", PROMPTS[:64]) for _ in range(3)]
     for process in running:
-        assert "64 pictures by aptp (4 experts)" in finished(process)
+        assert "64 pictures by aptp (4 experts)" in finish([process])[0]
     assert by_prompt(tmp_path / "out", PROMPTS[:64]) == pictures
 
 
@@ -107,9 +95,9 @@ def test_of_two_processes_one_is_killed(run, pipeline, pictures, tmp_path):
     deadline = time.monotonic() + 120
     while len(list(folder.glob("*.png"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    finished(second)
+    first.send(signal.SIGKILL)
+    first.wait()
+    finish([second])
     assert by_prompt(folder, PROMPTS[:64]) == pictures
     for index in (0, 5, 40):  # as if the other had been killed too: only what is missing is made
         (folder / f"{index:05d}.png").unlink()

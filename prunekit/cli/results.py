@@ -34,13 +34,15 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="pictures of one pipeline call", min=1)] = 1,
     max_resident: Annotated[int | None, typer.Option(help="experts in memory at once; all by default", min=1)] = None,
     picture_format: Annotated[str, typer.Option("--format", help="png or webp, both without loss")] = "png",
-    output: Annotated[Path | None, typer.Option(help="where pictures go; RUN/generated/METHOD by default")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="where pictures go; by default RUN/generated/METHOD, or METHOD-2, … by request")
+    ] = None,
 ) -> None:
     """Draw prompts, each by the expert that serves it; several processes may share the work, and it can be resumed."""
     from rich.table import Table
 
     from prunekit.serving import PromptRoutedPipeline
-    from prunekit.serving.bulk import Request, generate_to
+    from prunekit.serving.bulk import Request, free_directory, generate_to
     from prunekit.serving.prompts import collect
 
     given = {"prompts": prompt or (), "file": prompts_file, "shipped": prompt_list}
@@ -49,8 +51,9 @@ def generate(
     prompts = collect(pipeline, directory, **given, validation=validation, extremes=extremes)
     drawn_by = (steps, guidance, negative_prompt, None, batch_size, picture_format)
     method = pipeline.mixture.info.get("method") or method or "pipeline"
-    folder = output or directory / "generated" / method
-    made = generate_to(folder, pipeline, Request(prompts, [seed] * len(prompts), *drawn_by))
+    request = Request(prompts, [seed] * len(prompts), *drawn_by)
+    folder = output or free_directory(directory / "generated" / method, pipeline, request)
+    made = generate_to(folder, pipeline, request)
     table = Table("picture", "expert", "prompt")
     for text, (path, expert) in list(zip(prompts, made, strict=True))[:MOST_ROWS]:
         table.add_row(path.name, str(expert), text[:100])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common")
+PACKAGES = {"fonts-noto-color-emoji": FONT, "unicode-cldr-core": ANNOTATIONS}  # Debian's
 STRIKE = 109  # the only bitmap size in the font, in pixels
 SIZE = 64
 SAMPLES_PER_SHARD = 1000
@@ -86,8 +87,16 @@ def write_shards(output: Path, font_path: Path = FONT, directory: Path = ANNOTAT
     return len(everything)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the shards and print how many emoji they hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    arguments = parser.parse_args()
-    print(f"{write_shards(arguments.output)} emoji -> {arguments.output}")
+    output = parser.parse_args().output
+    for package, path in PACKAGES.items():
+        if not path.exists():
+            raise SystemExit(f"{path} is missing: apt install {package}")
+    print(f"{write_shards(output)} emoji -> {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prunekit.training.claims import Piece, share
 from prunekit.training.progress import Progress
 
 WORK = ".work"  # in the directory: what was asked for, and the locks
+REQUEST = "request.json"  # there
 BATCHES_PER_PIECE = 4  # what a process takes at a time
 
 
@@ -80,20 +82,34 @@ def generate_to(directory: Path, pipeline: PromptRoutedPipeline, request: Reques
     return list(zip(paths, experts, strict=True))
 
 
+def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request) -> Path:
+    """Return `base`, or the first of `base`-2, `base`-3 …, that holds pictures of this request or none of any."""
+    content = _content(pipeline, request)
+    candidates = (base if number == 1 else base.with_name(f"{base.name}-{number}") for number in count(1))
+    return next(folder for folder in candidates if not _differences(folder, content))
+
+
 def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> None:
     """Write down what is asked for; ValueError that names a difference to what was asked for before."""
-    info = pipeline.mixture.info
-    content = {**asdict(request), "recipe": info.get("recipe"), "method": info.get("method")}
-    content["scheduler"] = type(pipeline.scheduler).__name__
-    content["size"] = list(request.size) if request.size else None
-    path = directory / WORK / "request.json"
-    if path.is_file():
-        earlier = read_json(path)
-        if different := [name for name in content if earlier.get(name) != content[name]]:
-            raise ValueError(
-                f"{directory} holds pictures made with other {', '.join(different)}; give another directory (--output)"
-            )
-    write_json(path, content)
+    content = _content(pipeline, request)
+    if different := _differences(directory, content):
+        raise ValueError(
+            f"{directory} holds pictures made with other {', '.join(different)}; give another directory (--output)"
+        )
+    write_json(directory / WORK / REQUEST, content)
+
+
+def _content(pipeline: PromptRoutedPipeline, request: Request) -> dict[str, Any]:
+    info, size = pipeline.mixture.info, list(request.size) if request.size else None
+    made_by = {"recipe": info.get("recipe"), "method": info.get("method")}
+    return {**asdict(request), **made_by, "scheduler": type(pipeline.scheduler).__name__, "size": size}
+
+
+def _differences(directory: Path, content: dict[str, Any]) -> list[str]:
+    """Return the names of what the pictures that a directory holds were asked for with, and `content` has otherwise."""
+    path = directory / WORK / REQUEST
+    earlier = read_json(path) if path.is_file() else content
+    return [name for name in content if earlier.get(name) != content[name]]
 
 
 def _batches(experts: list[int], request: Request) -> dict[int, list[list[int]]]:
