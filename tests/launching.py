@@ -21,7 +21,6 @@ _FORKS.set_forkserver_preload(
     [
         "prunekit.cli",
         "prunekit.compare.comparison",
-        "prunekit.data.make_prompt_encoder",
         "prunekit.evaluation.clip",
         "prunekit.run",
         "prunekit.serving.bulk",

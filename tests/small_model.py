@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from prunekit.training import emoji_model
@@ -24,12 +25,14 @@ SHAPES = emoji_model.EmojiModelConfig(
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("apple", "ball", "cube", "star")]
 
 
-def write_pipeline(folder: Path) -> Path:
-    """Write the pipeline to `folder`; the same weights in every call."""
+def write_pipeline(folder: Path, layers: int = 2) -> Path:
+    """Write the pipeline to `folder`; the same weights in every call. layers: of a block; 1 is no Stable Diffusion."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         tokenizer = emoji_model.build_tokenizer(CAPTIONS, SHAPES.vocabulary)
         unet = emoji_model.build_unet(SHAPES)
+        if layers != unet.config.layers_per_block:
+            unet = UNet2DConditionModel.from_config(unet.config, layers_per_block=layers)
         text_encoder = emoji_model.build_text_encoder(SHAPES, tokenizer)
         pipeline = emoji_model.assemble(emoji_model.build_autoencoder(SHAPES), text_encoder, tokenizer, unet)
     pipeline.save_pretrained(folder)

