@@ -71,12 +71,12 @@ TRAINING = {"batch_size": 4, "learning_rate": 1e-2}
 COLOURS = ("red", "green", "blue", "yellow")
 
 
-def write_world(folder: Path) -> dict:
+def write_world(folder: Path, layers: int = 1) -> dict:
     """Write the pipeline and a data set of 12 pictures; return the recipe's settings that name them."""
     samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
     write_shard(folder / "shards" / "0.tar", samples)
     data = {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25}
-    return {"name": "small", "model": str(write_pipeline(folder / "model")), "data": data}
+    return {"name": "small", "model": str(write_pipeline(folder / "model", layers)), "data": data}
 
 
 def picture(colour: str = "red") -> bytes:

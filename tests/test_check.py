@@ -27,7 +27,7 @@ TUNING = {"steps": 40, "batch_size": 8, "micro_batch": 4, "learning_rate": 1e-3,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_world(tmp_path_factory.mktemp("world"), layers=2)  # which BK-SDM needs
 
 
 def recipe(folder, world, *overrides, **changes):

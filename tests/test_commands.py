@@ -85,7 +85,7 @@ def supplies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(supplies, tmp_path_factory):
-    """A run with a mixture of four experts and other methods, one of BK-SDM, and a comparison, by what names contain."""
+    """A run of a mixture of four experts and other methods, one of BK-SDM, and a comparison: what pages name."""
     folder, recipes = tmp_path_factory.mktemp("finished"), ROOT / "recipes"
     model, fixed = f"model={supplies / 'my-model'}", ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
     more = ["methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}", "methods.aptp.experts=4"]

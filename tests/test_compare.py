@@ -25,7 +25,7 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     content = {
         "job": "compare",
-        **write_world(folder),
+        **write_world(folder, layers=2),  # which BK-SDM needs
         "budgets": [{"budget": BASE, "seeds": [0, 1]}, {"budget": 0.8, "methods": ["norm", "plain"]}],
         "methods": {
             "norm": {},
@@ -34,7 +34,7 @@ def recipe(tmp_path_factory):
             "aptp": {"experts": 2, "warmup": 1, "search": {"steps": 3, **TRAINING}},
         },
         "fine_tune": {"steps": 4, **TRAINING},
-        "evaluation": {"num_images": 6, "steps": 2, "batch_size": 3, "num_predictions": 8},
+        "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
         "published": [{"row": "norm", "FID": 141.04}],
     }
     path = folder / "small.yaml"
