@@ -29,7 +29,8 @@ def write_mixture(
 
     depth_only: experts that are BK-SDM's, which a stock config expresses. channels: of a larger UNet, of "sd2".
     """
-    model = write_pipeline(folder / "model") if family == "sd2" else write(folder / "model", family)
+    layers = 2 if depth_only or channels else 1  # BK-SDM needs two, as Stable Diffusion has
+    model = write_pipeline(folder / "model", layers) if family == "sd2" else write(folder / "model", family)
     if channels is not None:
         large = SHAPES.model_copy(update={"unet_channels": channels})
         emoji_model.build_unet(large).save_pretrained(model / "unet")

@@ -239,7 +239,7 @@ def recipe(tmp_path_factory):
     content = {
         "job": "bench",
         "name": "small",
-        "model": str(write_pipeline(folder / "model")),
+        "model": str(write_pipeline(folder / "model", layers=1)),
         "weights": "own",
         "device": "cpu",
         "resolution": 64,

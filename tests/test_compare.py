@@ -26,7 +26,11 @@ def recipe(tmp_path_factory):
     content = {
         "job": "compare",
         **write_world(folder, layers=2),  # which BK-SDM needs
-        "budgets": [{"budget": BASE, "seeds": [0, 1]}, {"budget": 0.8, "methods": ["norm", "plain"]}],
+        "budgets": [
+            {"budget": BASE, "seeds": [0, 1], "methods": ["norm", "aptp"]},
+            {"budget": BASE, "methods": ["plain", "bksdm"]},
+            {"budget": 0.8, "methods": ["norm", "plain"]},
+        ],
         "methods": {
             "norm": {},
             "plain": {"method": "norm", "distillation": False},
@@ -62,7 +66,7 @@ def read(folder):
 def test_every_cell_once(recipe, finished):
     names = {path.stem for path in (finished / "cells").glob("*.json")}
     assert names == {cell.name for cell in cells_of(load_recipe(recipe))}
-    assert len(names) == 2 + 2 * 5 + 2  # dense; norm, plain, bksdm and aptp twice, at two seeds; norm, plain at 0.8
+    assert len(names) == 2 + 2 * 3 + 2 + 2  # dense; norm and aptp twice, at two seeds; plain, bksdm; norm, plain at 0.8
     content = json.loads((finished / "results.json").read_text())
     assert content["missing"] == [] and content["published"] == [{"row": "norm", "FID": 141.04}]
     assert (finished / "pareto.png").stat().st_size > 10_000

@@ -41,7 +41,7 @@ def run(request, tmp_path_factory):
         "prune": {"budget": 0.7},
         "methods": METHODS,
         "fine_tune": {"steps": 2, **TRAINING},
-        "evaluation": {"num_images": 4, "steps": 2, "batch_size": 2, "num_predictions": 4, "num_pictures": 2},
+        "evaluation": {"num_images": 2, "steps": 1, "batch_size": 2, "num_predictions": 2, "num_pictures": 2},
     }
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
