@@ -95,9 +95,8 @@ def recover_experts(
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
     unet, pairs, directory = pipeline.unet, data.training_pairs(), Path(directory)
-    routed = (
-        torch.zeros(len(pairs), dtype=torch.long) if result.router is None else result.router.route(data.prompts[pairs])
-    )
+    router = result.router
+    routed = torch.zeros(len(pairs), dtype=torch.long) if router is None else router.route_rows(data.prompts, pairs)
     options = {"scheduler": pipeline.scheduler, "seed": seed}
     if config.shared_backbone and len(result.architectures) > 1:
         mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
@@ -136,7 +135,7 @@ def recover(stages: Stages, recoveries: Sequence[Recovery]) -> list[Candidate]:
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     data, result = stages.data, recovery.result
     pairs = data.training_pairs()
-    routed = None if result.router is None else result.router.route(data.prompts[pairs])
+    routed = None if result.router is None else result.router.route_rows(data.prompts, pairs)
     if recovery.shares and routed is not None:
         if stages.pipeline.unet.config.get("pruning"):
             raise ValueError(

@@ -131,3 +131,20 @@ def test_errors(predictor, codes, router, tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a file of router"):
         Router.load(tmp_path / "other.safetensors")
+
+
+def test_rows_are_read_a_part_at_a_time(router, monkeypatch):
+    """As CC3M's, whose embeddings are 9 GB."""
+    read, z = [], prompts(50)
+
+    class Stored:
+        def __getitem__(self, rows):
+            read.append(len(rows))
+            return z[rows]
+
+    monkeypatch.setattr("prunekit.methods.aptp.router.ROWS_AT_ONCE", 8)
+    rows = torch.randperm(50)[:30]
+    assert torch.equal(router.route_rows(Stored(), rows), router.route(z)[rows])
+    assert torch.equal(router.scores_of(Stored(), rows), router.scores(z)[rows])
+    assert max(read) == 8 and sum(read) == 60
+    assert router.route_rows(Stored(), rows[:0]).shape == (0,)

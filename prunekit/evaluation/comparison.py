@@ -39,7 +39,15 @@ class Candidate:
 
     def experts(self, embeddings: Tensor) -> Tensor:
         """Return the expert of each prompt, (B,), from prompt embeddings (B, Z)."""
-        return torch.zeros(len(embeddings), dtype=torch.long) if self.router is None else self.router.route(embeddings)
+        return self.experts_of(embeddings, torch.arange(len(embeddings)))
+
+    def experts_of(self, embeddings: Any, rows: Tensor) -> Tensor:
+        """Return the expert of rows (R,) of all prompt embeddings (P, Z), which may lie on disk."""
+        return (
+            torch.zeros(len(rows), dtype=torch.long)
+            if self.router is None
+            else self.router.route_rows(embeddings, rows)
+        )
 
 
 class StoredUNets(Sequence):
@@ -256,7 +264,7 @@ def measure(
     macs = float((shares * torch.tensor(candidate.macs, dtype=torch.float64)).sum())
     features, embedded, texts, names = judged.features, judged.embedded, judged.texts, judged.names
     asked = prompts.targets[: prompts.num_names]
-    pair_experts = candidate.experts(data.prompts[samples.indices])
+    pair_experts = candidate.experts_of(data.prompts, samples.indices)
     return {
         "name": candidate.name,
         "params": sum(candidate.params),
@@ -282,7 +290,7 @@ def expert_rows(
 ) -> list[dict[str, Any]]:
     """Return one row per expert: its cost, its share of the training and evaluated prompts, its frequent words."""
     shares, pairs = training_shares(candidate, data), data.training_pairs()
-    routed = candidate.experts(data.prompts[pairs])
+    routed = candidate.experts_of(data.prompts, pairs)
     rows = []
     for expert in range(len(candidate.unets)):
         captions = [data.images.captions[i] for i in pairs[routed == expert].tolist()]
@@ -302,7 +310,7 @@ def expert_rows(
 
 def training_shares(candidate: Candidate, data: EncodedData) -> Tensor:
     """Return each expert's share of the training prompts by inference routing, (N,) float64."""
-    routed = candidate.experts(data.prompts[data.training_pairs()])
+    routed = candidate.experts_of(data.prompts, data.training_pairs())
     return shares_of(routed, len(candidate.unets))
 
 

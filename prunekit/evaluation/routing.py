@@ -42,11 +42,11 @@ def routing_report(
     paraphrases: how often two captions of one picture go to the same expert, and how often two of any would.
     """
     pairs = data.training_pairs()
-    trained = candidate.experts(data.prompts[pairs])
+    trained = candidate.experts_of(data.prompts, pairs)
     count = len(candidate.unets)
     shares = shares_of(trained, count)
     errors = error_matrix(candidate, samples, reference)
-    routed = candidate.experts(data.prompts[samples.indices])
+    routed = candidate.experts_of(data.prompts, samples.indices)
     captions = data.images.captions
     return {
         "experts": count,

@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
 
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
@@ -39,33 +38,33 @@ class APTP(SearchMethod):
 
     def _decide(self, objective: SearchObjective) -> PruneResult:
         config, codes, cost = self.config, objective.codes.values.detach(), objective.cost
-        prompts = objective.data.prompts[objective.pairs]  # (P, Z)
+        prompts, pairs = objective.data.prompts, objective.pairs
         router = Router.from_codes(objective.predictor, codes)
         if config.balance:
-            router = router.shifted(expert_potentials(router.scores(prompts), config.epsilon))
-        counts = torch.bincount(router.route(prompts), minlength=config.experts)
+            router = router.shifted(expert_potentials(router.scores_of(prompts, pairs), config.epsilon))
+        counts = torch.bincount(router.route_rows(prompts, pairs), minlength=config.experts)
         router = router.with_fallback(int(counts.argmax()))
         scores = objective.relaxation.scores(codes).cpu()
         experts = select_mixture(scores, counts, cost, config.budget, config.align)
         info = describe_result(self, experts, cost)
         info["prompts_per_expert"] = counts.tolist()
-        info["assignment"] = self._assignment(objective, prompts)
+        info["assignment"] = self._assignment(objective)
         shares = counts.double() / counts.sum()
         info["mixture_ratio"] = float((shares * torch.tensor(info["ratio"], dtype=torch.float64)).sum())
         return PruneResult(experts, router, info)
 
     @torch.no_grad()
-    def _assignment(self, objective: SearchObjective, prompts: Tensor) -> dict[str, list[int]]:
-        """Return how many of the training prompts (P, Z), or as many as are enough, each expert gets before balance.
+    def _assignment(self, objective: SearchObjective) -> dict[str, list[int]]:
+        """Return how many of the training prompts, or as many as are enough, each expert gets before balance.
 
         nearest: each prompt takes the code nearest to it. transport: a batch is spread, as in the search (Eq. 5-7).
         """
         config, codes = self.config, objective.codes.values
         counts = {"nearest": torch.zeros(config.experts, dtype=torch.long)}
         counts |= {"transport": torch.zeros(config.experts, dtype=torch.long)}
-        order = torch.randperm(len(prompts), generator=generator(config.seed, "assignment"))[:MOST_CLUSTERED]
-        for batch in order.split(config.search.batch_size):
-            scores = cosine_scores(objective.predictor(prompts[batch].to(codes.device)), codes)
+        order = torch.randperm(len(objective.pairs), generator=generator(config.seed, "assignment"))[:MOST_CLUSTERED]
+        for batch in objective.pairs[order].split(config.search.batch_size):
+            scores = cosine_scores(objective.predictor(objective.data.prompts[batch].to(codes.device)), codes)
             spread = assign(scores, config.epsilon, config.sinkhorn_iterations)
             for name, experts in (("nearest", scores.argmax(dim=1)), ("transport", spread)):
                 counts[name] += torch.bincount(experts.cpu(), minlength=config.experts)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from prunekit.methods.storage import read_tensors, write_tensors
 
 FILE_NAME = "router.safetensors"
 _CHUNK = 1 << 22  # products held at once, 32 MB
+ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
 
 
 class ArchitecturePredictor(nn.Linear):
@@ -110,6 +112,17 @@ class Router:
         experts = self.scores(z).argmax(dim=1)
         experts[(z == 0).all(dim=1).cpu()] = self.fallback
         return experts
+
+    def scores_of(self, prompts: Any, rows: Tensor) -> Tensor:
+        """`scores` of rows (R,) of all prompts, (R, N); embeddings are read a part at a time.
+
+        prompts: (P, Z), a tensor or `Rows` that lie on disk.
+        """
+        return torch.cat([self.scores(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
+
+    def route_rows(self, prompts: Any, rows: Tensor) -> Tensor:
+        """`route` of rows of all prompts, LongTensor (R,); read as in `scores_of`."""
+        return torch.cat([self.route(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
 
     def with_fallback(self, fallback: int) -> "Router":
         """The same router with another expert for prompts without an embedding."""
