@@ -24,7 +24,7 @@ from prunekit.randomness import generator
 from prunekit.recipe import PretrainRecipe
 from prunekit.training import emoji_model
 from prunekit.training.autoencoder import AutoencoderObjective, calibrate_scale, latent_means
-from prunekit.training.checkpoint import append_row, read_json, write_folder, write_json
+from prunekit.training.checkpoint import LOG, append_row, read_json, write_folder, write_json
 from prunekit.training.pretraining import CaptionTable, PretrainingObjective
 from prunekit.training.progress import console
 from prunekit.training.trainer import Log, Trainer
@@ -38,7 +38,7 @@ def pretrain(recipe: PretrainRecipe, directory: Path) -> Path:
     images = data.pixels(range(data.num_images), recipe.shapes.image_size)
 
     def log(row: dict[str, Any]) -> None:
-        append_row(directory / "log.jsonl", row)
+        append_row(directory / LOG, row)
 
     train_autoencoder(recipe, images, directory, device, log)
     autoencoder = train_decoder(recipe, images, directory, device, log)

@@ -35,9 +35,8 @@ from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
-from prunekit.report.source import LOG
 from prunekit.stages import RunLog, Stages
-from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.checkpoint import LOG, read_json, write_json
 from prunekit.training.claims import Piece, share
 from prunekit.training.processes import apart, current
 

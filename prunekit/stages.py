@@ -29,7 +29,7 @@ from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import CommonRecipe
-from prunekit.training.checkpoint import append_row
+from prunekit.training.checkpoint import LOG, append_row
 from prunekit.training.claims import Piece, share
 from prunekit.training.diffusion import forward_process
 from prunekit.training.processes import current
@@ -60,7 +60,7 @@ class RunLog:
         if not current().is_main:
             return
         row = {**row, "memory": peak_memory()} if "step" in row else row
-        append_row(self.directory / "log.jsonl", row)
+        append_row(self.directory / LOG, row)
         if self.trackers is not None:
             self.trackers.log(row)
 

@@ -223,9 +223,9 @@ def test_pip(words):
 @pytest.mark.parametrize("words", others("torchrun"))
 def test_torchrun(words, place):
     """One node is one launcher with two processes; of two nodes each has one process, on this machine."""
-    port, nodes = free_port(), words[words.index("--nnodes") + 1] if "--nnodes" in words else "1"
+    port, count = free_port(), int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     given = [re.sub(r"^HOST:\d+$", f"127.0.0.1:{port}", text) for text in words[1:]]
-    given[given.index("--nproc-per-node") + 1] = str(2 // int(nodes))
+    given[given.index("--nproc-per-node") + 1] = str(2 // count)
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     one = [] if "--rdzv-endpoint" in given else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     small = [*SMALL, "data.path=photos", *FEWER]
@@ -233,10 +233,10 @@ def test_torchrun(words, place):
     command = [*launcher, *one, *given, *small]
     nodes = [
         subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(int(nodes))
+        for _ in range(count)
     ]
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0] * len(nodes), outputs
+    assert [node.returncode for node in nodes] == [0] * count, outputs
     assert (place / "runs" / "own_data_smoke" / "table.md").is_file()
 
 

@@ -14,7 +14,7 @@ from prunekit.evaluation.generate import REQUEST
 from prunekit.export.inputs import latent_size
 from prunekit.export.tiers import architecture_of
 from prunekit.methods.base import PruneResult
-from prunekit.models import load_pipeline
+from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
 from prunekit.serving import PromptRoutedPipeline
@@ -52,10 +52,9 @@ def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptR
     if name is None:
         return None, f"{directory} does not say which dense model it was cut from."
     settings = read_recipe(directory) if (directory / RECIPE).is_file() else {}
-    own = {"lora": settings.get("lora", ()), "single_file_config": settings.get("single_file_config")}
     device, dtype = pipeline.vae.device, pipeline.vae.dtype
     try:
-        unet = load_pipeline(name, dtype, **own).unet.to(device)
+        unet = load_pipeline_of({**settings, "model": name}, dtype).unet.to(device)
     except (OSError, ValueError) as error:
         return None, f"The dense model {name!r} is not here: {' '.join(str(error).split()).rstrip('.')}."
     size = sum(parameter.numel() for parameter in unet.parameters())

@@ -17,7 +17,7 @@ from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.evaluation.protocols import Protocol
 from prunekit.methods.aptp.router import FILE_NAME
 from prunekit.methods.base import RESULT, PruneResult, PruneSettings, space_and_cost
-from prunekit.models import load_pipeline
+from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
 from prunekit.training.processes import current
 
@@ -76,11 +76,7 @@ class Target:
         Raises ValueError, one line, for a model that cannot be loaded, FileNotFoundError for an expert that is missing.
         """
         recipe, device = self.recipe, current().device
-        if recipe is None:
-            pipeline = load_pipeline(self.place).to(device)
-        else:
-            own = {"lora": recipe.get("lora") or (), "single_file_config": recipe.get("single_file_config")}
-            pipeline = load_pipeline(recipe["model"], **own).to(device)
+        pipeline = (load_pipeline(self.place) if recipe is None else load_pipeline_of(recipe)).to(device)
         if protocol.scheduler == "pndm":
             pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
         settings = PruneSettings(depth="none", resolution=protocol.resolution)

@@ -1,6 +1,6 @@
 """Which model a name means: load its pipeline, or only the shapes of its parts, without weights and network."""
 
-from prunekit.models.loading import load_pipeline, quiet_libraries
+from prunekit.models.loading import load_pipeline, load_pipeline_of, quiet_libraries
 from prunekit.models.lora import LoraWeights, as_lora, merge_lora
 from prunekit.models.names import EMBEDDED, EMBEDDED_DIRECTORY, KNOWN
 from prunekit.models.shapes import PipelineShape, TokenizerShape, load_shape, load_unet_on_meta
@@ -14,6 +14,7 @@ __all__ = [
     "TokenizerShape",
     "as_lora",
     "load_pipeline",
+    "load_pipeline_of",
     "load_shape",
     "load_unet_on_meta",
     "merge_lora",

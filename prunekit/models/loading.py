@@ -75,6 +75,12 @@ def load_pipeline(
     return freeze(pipeline)
 
 
+def load_pipeline_of(settings: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Load the pipeline that a run pruned, from its recipe's settings: model, lora, single_file_config."""
+    lora, configs = settings.get("lora") or (), settings.get("single_file_config")
+    return load_pipeline(settings["model"], dtype, lora=lora, single_file_config=configs)
+
+
 def load_directory(
     directory: Path,
     name: str | Path,

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models import load_unet_on_meta
-from prunekit.training.checkpoint import read_json
+from prunekit.training.checkpoint import LOG, read_json
 
-RECIPE, RESULTS, LOG = "recipe.yaml", "results.json", "log.jsonl"
+RECIPE, RESULTS = "recipe.yaml", "results.json"
 
 
 class MissingError(ValueError):

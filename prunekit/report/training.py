@@ -5,6 +5,7 @@ from typing import Any
 
 from prunekit.report.figures import COLOURS, colour, inline_svg, legend_below, new_figure, plain_log_axis, style
 from prunekit.report.source import MissingError, Section, Source
+from prunekit.training.checkpoint import LOG
 
 OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # of a row's figures, what is no term of the loss
 MOST_TRAININGS = 24
@@ -24,7 +25,7 @@ def training(source: Source) -> Section:
     """Return the section. Raises MissingError where the log has no step of a training."""
     trainings = by_training(source.log)
     if not trainings:
-        raise MissingError("the directory holds no log of a training (log.jsonl)")
+        raise MissingError(f"the directory holds no log of a training ({LOG})")
     shown = dict(list(trainings.items())[:MOST_TRAININGS])
     rest = len(trainings) - len(shown)
     times = {title: step_times(rows) for title, rows in shown.items()}

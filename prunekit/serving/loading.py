@@ -18,7 +18,7 @@ from prunekit.export.parts import INDEX, Parts
 from prunekit.export.specification import read_outline, weight_files
 from prunekit.methods.aptp.router import FILE_NAME, Router
 from prunekit.methods.base import RESULT, PruneResult
-from prunekit.models import load_pipeline
+from prunekit.models import load_pipeline_of
 from prunekit.models.names import read_object
 from prunekit.serving.experts import Experts
 from prunekit.serving.pipeline import DEFAULT_GUIDANCE, Mixture
@@ -76,8 +76,7 @@ def _from_run(
     settings, folder = read_recipe(directory), method_directory(directory, method)
     method = folder.name
     result = PruneResult.load(folder)
-    own = {"lora": settings.get("lora", ()), "single_file_config": settings.get("single_file_config")}
-    parts = Parts.of(load_pipeline(settings["model"], dtype, **own))
+    parts = Parts.of(load_pipeline_of(settings, dtype))
 
     def place_of(index: int) -> Path:
         unet = folder / "experts" / str(index) / "unet"

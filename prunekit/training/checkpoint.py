@@ -29,6 +29,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+LOG = "log.jsonl"  # of a run: a row a step, and what was said
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a JSON Lines log."""
     with path.open("a", encoding="utf-8") as file:
