@@ -26,6 +26,7 @@ from small_model import write_pipeline
 from small_release import write_release
 from small_sdxl import write
 from test_cli import ok
+from test_recipes_smoke import check_table
 
 from prunekit.cli import app, results
 from prunekit.data import render_emoji
@@ -183,8 +184,11 @@ def test_the_commands_of_a_page(page, place, finished, monkeypatch):
         with interrupting() as (say, told), monkeypatch.context() as patches:
             if words[0] == "demo":
                 patches.setattr(results, "say", say)
-            ok(*in_small(words))
+            printed = ok(*in_small(words))
         assert words[0] != "demo" or "stopped" in told[-1]
+        if words[0] in ("run", "compare"):
+            left = re.search(r"(?:The run is in|The table is in) (\S+?)(?:/table\.md,.*)?$", printed, re.MULTILINE)
+            check_table(Path(left[1]))
 
 
 def others(first: str) -> list:
