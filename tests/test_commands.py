@@ -90,12 +90,14 @@ def finished(supplies, tmp_path_factory):
     folder, recipes = tmp_path_factory.mktemp("finished"), ROOT / "recipes"
     model, fixed = f"model={supplies / 'my-model'}", ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
     more = ["methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}", "methods.aptp.experts=4"]
-    own = [*fixed, *more, model, f"data.path={supplies / 'photos'}"]
-    ok("run", recipes / "aptp_own_data.yaml", *own, "--directory", folder / "run")
-    own = [*fixed, f"model={supplies / 'two-layers'}", f"data.path={supplies / 'data' / 'coco'}"]
-    ok("run", recipes / "bksdm_coco.yaml", *own, "--directory", folder / "bksdm")
-    own = [*fixed, model, f"data.path={supplies / 'emoji'}", "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"]
-    ok("compare", recipes / "compare_emoji.yaml", *own, "--output", folder / "compare")
+    with pytest.MonkeyPatch.context() as patches:
+        patches.chdir(folder)  # in which recipes name caches and reports
+        own = [*fixed, *more, model, f"data.path={supplies / 'photos'}"]
+        ok("run", recipes / "aptp_own_data.yaml", *own, "--directory", folder / "run")
+        own = [*fixed, f"model={supplies / 'two-layers'}", f"data.path={supplies / 'data' / 'coco'}"]
+        ok("run", recipes / "bksdm_coco.yaml", *own, "--directory", folder / "bksdm")
+        own = [*fixed, model, f"data.path={supplies / 'emoji'}", "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"]
+        ok("compare", recipes / "compare_emoji.yaml", *own, "--output", folder / "compare")
     return folder
 
 

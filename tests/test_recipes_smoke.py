@@ -80,7 +80,7 @@ def check_table(directory: Path) -> None:
     """Hold what a finished run or comparison left against its recipe: every row is there, and within its budget."""
     content = json.loads((directory / "results.json").read_text())
     assert (directory / "table.md").is_file() and not content.get("missing")
-    if (directory / "cells").is_dir():  # a comparison
+    if (directory / "cells").is_dir() or not (directory / "recipe.yaml").is_file():  # a comparison, or several
         return
     recipe = load_recipe(directory / "recipe.yaml")
     rows = {row["name"]: row for row in content["table"]["rows"]}
