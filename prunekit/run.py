@@ -36,7 +36,7 @@ from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeEr
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
 from prunekit.stages import RunLog, Stages
-from prunekit.training.checkpoint import LOG, read_json, write_json
+from prunekit.training.checkpoint import LOG, clear_killed, read_json, write_json, write_text
 from prunekit.training.claims import Piece, share
 from prunekit.training.processes import apart, current
 
@@ -176,7 +176,7 @@ class Run:
         for name, report in routing.items():
             parts += routing_lines(name, report)
         results |= {"routing": routing} if routing else {}
-        (self.directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
+        write_text(self.directory / "table.md", "\n".join(parts))
         write_json(self.directory / RESULTS, results)
 
 
@@ -226,10 +226,10 @@ def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe) -> None:
     if path.is_file():
         (folder / LOG).unlink(missing_ok=True)
         path.unlink()
+    clear_killed(path)
     if folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another --directory")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_text(path, dump_recipe(recipe))
 
 
 def _difference(ours: Any, theirs: Any, key: str = "") -> str | None:

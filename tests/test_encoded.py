@@ -104,7 +104,9 @@ def test_what_a_kill_leaves_is_cleared_and_the_rest_kept(world, pipeline, whole,
     manifest = json.loads((part / MANIFEST).read_text())
     del manifest["shards"]["00002.safetensors"]  # killed between a shard and its record
     (part / MANIFEST).write_text(json.dumps(manifest))
-    (part / ".00002.safetensors.abcd.tmp").write_bytes(b"half a shard")
+    left = part / ".00002.safetensors.abcd.tmp"
+    left.mkdir()
+    (left / ".tmpabcdef").write_bytes(b"half a shard")
     others = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors") if path.stem != "00002"}
     encoded(world, tmp_path, pipeline, **SMALL)
     assert results(tmp_path) == whole

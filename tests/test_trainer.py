@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunekit.randomness import epoch_indices, generator
-from prunekit.training.checkpoint import Checkpoints
+from prunekit.training.checkpoint import Checkpoints, clear_killed, replacing, save_tensors, temporary_for
 from prunekit.training.trainer import NonFiniteLossError, Trainer, TrainerConfig
 
 SETTINGS = {"steps": 20, "batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 5, "log_every": 1}
@@ -121,6 +121,21 @@ def test_checkpoints_keep_the_last(tmp_path):
     assert checkpoints.latest()[1]["step"] == 3
     checkpoints.clear()
     assert checkpoints.latest() is None
+
+
+def test_a_file_is_replaced_whole_and_nothing_stays_beside_it(tmp_path):
+    path = tmp_path / "x[1].safetensors"
+    save_tensors(path, {"x": torch.zeros(2)})
+    before = path.read_bytes()
+    with pytest.raises(StopError), replacing(path) as new:
+        new.write_bytes(b"half")
+        (new.parent / ".tmpab12cd").write_bytes(b"what safetensors writes before it renames")
+        raise StopError
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    for killed in (path, tmp_path / "x1.safetensors"):  # which the name is not, though it matches as a pattern
+        temporary_for(killed).mkdir()
+    clear_killed(path)
+    assert sorted(entry.name[:4] for entry in tmp_path.iterdir()) == [".x1.", "x[1]"]
 
 
 def test_every_epoch_is_a_permutation():

@@ -12,6 +12,7 @@ from prunekit.benchmark.rows import Row
 from prunekit.benchmark.runner import Bench
 from prunekit.benchmark.table import markdown
 from prunekit.models import load_shape, quiet_libraries
+from prunekit.training.checkpoint import write_text
 
 TABLE = "table.md"
 
@@ -51,9 +52,8 @@ def bench(
     work = Bench(recipe, directory, say)
     is_done = work.run(minutes)
     rows = work.rows()
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / TABLE
-    path.write_text(markdown(rows, recipe), encoding="utf-8")
+    write_text(path, markdown(rows, recipe))
     return path, recipe, rows, is_done
 
 

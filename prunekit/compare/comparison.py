@@ -17,7 +17,7 @@ from prunekit.recipe import CompareRecipe, RecipeError, dump_recipe, load_recipe
 from prunekit.report.command import finish
 from prunekit.run import RECIPE
 from prunekit.stages import RunLog, Stages
-from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.checkpoint import read_json, write_json, write_text
 from prunekit.training.claims import Piece, share
 from prunekit.training.processes import apart
 
@@ -34,8 +34,7 @@ class Comparison:
 
     def __init__(self, recipe: CompareRecipe, directory: Path):
         self.recipe, self.directory = recipe, directory
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+        write_text(directory / RECIPE, dump_recipe(recipe))
         self.log = RunLog.of(recipe, directory)
         self.cells = cells_of(recipe)
         self.stages = Stages(recipe, self.log, directory)
@@ -125,7 +124,7 @@ def _write(
     rows = rows_of(cells, timings)
     content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
     write_json(folder / "results.json", {"environments": _environments(cells), **content})
-    (folder / "table.csv").write_text(csv_text(rows), encoding="utf-8")
+    write_text(folder / "table.csv", csv_text(rows))
     parts = [NOTE + "\n"]
     for protocol in dict.fromkeys(row.protocol for row in rows):
         for budget in dict.fromkeys(row.budget for row in rows):
@@ -142,7 +141,7 @@ def _write(
     if missing:
         parts += [f"Missing cells ({len(missing)}): {', '.join(cell.name for cell in missing)}\n"]
         console.print(f"{len(missing)} of {len(cells) + len(missing)} cells are still missing", markup=False)
-    (folder / "table.md").write_text("\n".join(parts), encoding="utf-8")
+    write_text(folder / "table.md", "\n".join(parts))
     if any(row.method != DENSE for row in rows):
         pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
     finish(folder, partial(console.print, highlight=False, markup=False))

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prunekit.training.checkpoint import temporary_for
+from prunekit.training.checkpoint import write_text
 from prunekit.training.progress import console
 
 
@@ -52,8 +52,5 @@ class Tolerance:
 
 def write_report(skipped: list[BadSample], path: Path) -> None:
     """Write one JSON object a bad sample to a JSON Lines file, atomically; an empty file where all are good."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_for(path)
     rows = [json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in skipped]
-    temporary.write_text("".join(rows), encoding="utf-8", errors="surrogateescape")
-    temporary.replace(path)
+    write_text(path, "".join(rows), errors="surrogateescape")

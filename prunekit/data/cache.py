@@ -24,7 +24,7 @@ from torch import Tensor
 from prunekit.data.digests import Digests, file_digest
 from prunekit.data.rows import MappedRows, stored_tensors
 from prunekit.data.sharing import share_and_tidy
-from prunekit.training.checkpoint import temporary_for, write_json
+from prunekit.training.checkpoint import clear_killed, replacing, write_json
 from prunekit.training.claims import Piece
 from prunekit.training.progress import console
 
@@ -117,7 +117,7 @@ class Manifest:
         """Record a shard."""
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.lock):
-            _clear(self.path)
+            clear_killed(self.path)
             records = dict(sorted({**self.records(), name: record}.items()))
             write_json(self.path, {"format": FORMAT, "key": self.key, "shards": records})
 
@@ -187,26 +187,18 @@ class StoredPart:
 
     def _make(self, name: str, progress: Callable[[int], None]) -> None:
         path, sources = self.folder / name, self.part.ranges[name]
-        _clear(path)
+        clear_killed(path)
         made = collect(self.part.make(sources), len(sources), self.part.precision, progress)
         record: dict[str, Any] = {"rows": len(sources) - len(made.bad), "bytes": None, "blake2b": None}
         if made.tensors:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_for(path)
-            save_file(made.tensors, temporary)
-            record |= {"bytes": temporary.stat().st_size, "blake2b": file_digest(temporary)}
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with replacing(path) as new:
+                save_file(made.tensors, new)
+                record |= {"bytes": new.stat().st_size, "blake2b": file_digest(new)}
+                with new.open("rb") as file:
+                    os.fsync(file.fileno())
             self.digests.learn(path, record["blake2b"])
         record["bad"] = {str(source): list(why) for source, why in sorted(made.bad.items())}
         self.manifest.add(name, record)
-
-
-def _clear(path: Path) -> None:
-    """Remove what a process that was killed while it wrote a file has left; the caller has the file's lock."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
 
 
 def _say(text: str) -> None:

@@ -5,11 +5,10 @@ from typing import Any
 
 from PIL import Image
 
-from prunekit.training.checkpoint import temporary_for
+from prunekit.training.checkpoint import replacing
 
 
 def write_image(path: Path, image: Image.Image, **options: Any) -> None:
     """Write a picture in the format that its name ends in (png, webp), atomically; `options` as Pillow's `save`."""
-    temporary = temporary_for(path)
-    image.save(temporary, format=path.suffix.removeprefix("."), **options)
-    temporary.replace(path)
+    with replacing(path) as new:
+        image.save(new, format=path.suffix.removeprefix("."), **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.data.sharing import share_and_tidy
-from prunekit.training.checkpoint import temporary_for
+from prunekit.training.checkpoint import write_text
 from prunekit.training.claims import Piece
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and suffix; the key ends at the base name's first dot
@@ -86,9 +86,7 @@ def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None
         file.parent.mkdir(parents=True, exist_ok=True)
         for stale in file.parent.glob(f"{file.name.split('-')[0]}-*"):
             stale.unlink()
-        temporary = temporary_for(file)
-        temporary.write_text(json.dumps(_packed(shard)), encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, json.dumps(_packed(shard)))
 
     files = {path: indexes / _file_name(path, read) for path in shards}
     pieces = [

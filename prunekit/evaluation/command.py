@@ -21,7 +21,7 @@ from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_tabl
 from prunekit.evaluation.targets import Subject, Target, embeddings_of
 from prunekit.models import quiet_libraries
 from prunekit.randomness import generator
-from prunekit.training.checkpoint import temporary_for, write_json
+from prunekit.training.checkpoint import write_json, write_text
 from prunekit.training.processes import apart
 
 FORMAT = 1
@@ -244,6 +244,4 @@ def _write_table(done: Evaluation, source: Any, real: int) -> None:
         NOTE,
     ]
     path = done.folder / TABLE
-    temporary = temporary_for(path)
-    temporary.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "\n".join(parts) + "\n")

@@ -14,7 +14,7 @@ from prunekit.evaluation import metrics, uncertainty
 from prunekit.evaluation.comparison import Prompts
 from prunekit.evaluation.features import Features
 from prunekit.evaluation.protocols import Protocol
-from prunekit.training.checkpoint import temporary_for
+from prunekit.training.checkpoint import replacing
 
 Figure = dict[str, float | int]
 REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder, of the real pictures that frechet was taken to
@@ -166,10 +166,8 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
 
 def write_statistics(path: Path, mean: Tensor, covariance: Tensor) -> None:
     """Write what `read_statistics` and pytorch-fid read; the file appears whole or not at all."""
-    temporary = temporary_for(path)
-    with temporary.open("wb") as file:
+    with replacing(path) as new, new.open("wb") as file:
         np.savez(file, **dict(zip(_STATISTICS, (mean.numpy(), covariance.numpy()), strict=True)))
-    temporary.replace(path)
 
 
 _STATISTICS = ("mu", "sigma")

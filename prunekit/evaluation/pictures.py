@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunekit.training.checkpoint import temporary_for
+from prunekit.training.checkpoint import replacing
 
 CELL = 1.15  # inches of a picture's side
 CAPTION_LETTERS = 19  # in a line above a picture
@@ -87,10 +87,8 @@ def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str]
 
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a matplotlib figure as PNG, atomically, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_for(path)
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as new:
+        figure.savefig(new, format="png")
     return path
 
 

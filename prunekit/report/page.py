@@ -17,7 +17,7 @@ from prunekit.report.source import MissingError, Section, Source
 from prunekit.report.training import training
 from prunekit.report.trust import trust
 from prunekit.report.wall import wall
-from prunekit.training.checkpoint import temporary_for
+from prunekit.training.checkpoint import write_text
 
 REPORT = "report.html"
 MOST_BYTES = 8_000_000
@@ -40,9 +40,7 @@ def write_report(directory: str | Path) -> Path:
     """
     source = Source(Path(directory))
     path = source.directory / REPORT
-    temporary = temporary_for(path)
-    temporary.write_text(page(source), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page(source))
     return path
 
 

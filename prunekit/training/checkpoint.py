@@ -1,8 +1,11 @@
-"""Checkpoints of a training: safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints of a training, and files and folders that appear whole or not at all."""
 
+import glob
 import json
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,36 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write, which then becomes `path` in one step; a kill leaves the old file or the new one.
+
+    It is alone in a hidden folder, so that what a library writes beside it (safetensors does) is as easy to find.
+    """
+    folder = temporary_for(path)
+    folder.mkdir(parents=True)
+    try:
+        yield folder / "new"
+        (folder / "new").replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_killed(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left; the caller alone may write it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a text atomically, in UTF-8."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8", errors=errors)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically: a kill leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_for(path)
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write JSON atomically."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -40,10 +67,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_for(path)
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
+    with replacing(path) as new:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new, metadata)
 
 
 def write_folder(folder: Path, write: Any) -> None:
@@ -51,8 +76,7 @@ def write_folder(folder: Path, write: Any) -> None:
 
     One process at a time may write a folder: what a killed one left half-written is removed.
     """
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+    clear_killed(folder)
     temporary = temporary_for(folder)
     temporary.mkdir(parents=True)
     write(temporary)
