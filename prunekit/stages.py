@@ -73,6 +73,18 @@ class RunLog:
         self.log({"event": text, "seconds": round(seconds, 1)})
 
 
+def _cache(recipe: CommonRecipe, directory: Path) -> Path:
+    """Return where a recipe's encoded data lies; ValueError, one line, where there can be no such directory."""
+    if not recipe.cache.directory:
+        return directory / "cache"
+    folder = Path(recipe.cache.directory).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cache.directory={folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
 class Stages:
     """The model and data of a recipe, loaded once, and what is done with them."""
 
@@ -81,10 +93,10 @@ class Stages:
         self.recipe, self.log, self.say = recipe, log.log, log.say
         self.locks = directory / "locks"
         self.device = current().device
+        self.cache = _cache(recipe, directory)
         self.pipeline: DiffusionPipeline = load_pipeline(
             recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
         ).to(self.device)
-        self.cache = Path(recipe.cache.directory).expanduser() if recipe.cache.directory else directory / "cache"
         images = load_data(recipe.data, recipe.seed, self.cache)
         self.resolution = recipe.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)

@@ -157,6 +157,8 @@ def test_a_wrong_setting_is_one_line(recipe, override, expected):
 def test_wrong_arguments_are_one_line(recipe, tmp_path):
     assert "did you mean" in refused("plan", recipe.with_name("smal.yaml"))
     assert "no recipe" in refused("run", tmp_path / "nowhere" / "x.yaml")
+    line = refused("run", recipe, f"cache.directory={recipe}/cache", "--directory", tmp_path / "run")
+    assert f"cache.directory={recipe}/cache cannot be made: Not a directory" in line
     assert "No such command" in refused("prnue")
     assert "Missing argument" in refused("plan")
     assert "No such option" in refused("units", "sd-2.1", "--dept", "all")

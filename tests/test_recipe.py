@@ -61,6 +61,14 @@ def test_what_is_written_reads_back_the_same(path, tmp_path):
     assert recipe.fine_tune.steps == 2 and recipe.evaluation.num_images == 4 and recipe.name == "small_smoke"
 
 
+@pytest.mark.parametrize("shipped", RECIPES, ids=lambda path: path.stem)
+def test_what_a_run_writes_of_a_shipped_recipe_starts_it_again(shipped, tmp_path):
+    recipe = load_recipe(shipped)
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump_recipe(recipe))
+    assert load_recipe(copy) == recipe
+
+
 def test_methods_take_the_common_settings_and_the_seed(path):
     recipe = load_recipe(path, ["seed=7", "prune.depth=all"])
     assert recipe.method("norm").config.seed == 7 and recipe.method("norm").config.depth == "all"

@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
@@ -110,6 +119,9 @@ class BudgetEntry(Section):
         return str(self.budget)
 
 
+PER_CELL = {"budget", "seed"}  # settings of `prune` that a comparison has in `budgets`
+
+
 class CompareRecipe(CommonRecipe):
     """Methods x budgets x seeds x protocols in one fair table."""
 
@@ -129,7 +141,7 @@ class CompareRecipe(CommonRecipe):
 
     @model_validator(mode="after")
     def _rows(self) -> "CompareRecipe":
-        twice = {"budget", "seed"} & self.prune.model_fields_set
+        twice = PER_CELL & self.prune.model_fields_set
         if twice:
             raise ValueError(
                 f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds (of the time: "
@@ -147,6 +159,10 @@ class CompareRecipe(CommonRecipe):
                     rows = f"(rows: {', '.join(self.methods)})"
                     raise ValueError(f"budgets name an unknown row {label!r}{nearest(label, self.methods)} {rows}")
         return self
+
+    @field_serializer("prune", mode="wrap")
+    def _prune(self, prune: PruneSettings, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in settings(prune).items() if name not in PER_CELL}
 
     def method(self, label: str, budget: float, seed: int) -> Method:
         """Return the method of a row at a budget."""
