@@ -26,6 +26,7 @@ from prunekit.evaluation import comparison
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
 from prunekit.evaluation.evaluator import load_evaluator
+from prunekit.evaluation.generate import read_pictures
 from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
 from prunekit.recipe import CommonRecipe
@@ -194,7 +195,8 @@ class Stages:
     def sample(self, candidate: Candidate, folder: Path, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise."""
         prompts = self.prompts.reseeded(seed)
-        return comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
+        files, experts = comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
+        return read_pictures(files), experts
 
     def judge(self, pictures: Tensor) -> Judged:
         """Return what the evaluator sees in a row's pictures."""

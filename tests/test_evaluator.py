@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from small_clip import write_clip
 from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
 
 from prunekit.data.emoji import load_emoji
 from prunekit.evaluation.ceiling import evaluator_ceiling, reconstruct, to_bytes
@@ -117,29 +119,15 @@ def test_reconstruction(some):
 
 
 def test_clip_in_its_place(some, tmp_path):
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=16)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": len(pieces) - 2, "eos_token_id": len(pieces) - 1, "pad_token_id": len(pieces) - 1}
-    text = {**tower, **ends, "vocab_size": len(pieces), "max_position_embeddings": 16}
-    vision = {**tower, "image_size": 32, "patch_size": 16}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-
-    clip = load_evaluator(str(tmp_path))
+    clip = load_evaluator(str(write_clip(tmp_path)))
     assert isinstance(clip, CLIPEvaluator)
     images, texts = clip.embed_images(some[:3]), clip.embed_texts(["dog", "dog cat", "dog", "a" * 40])
     assert images.shape == (3, 8) and torch.allclose(images.norm(dim=1), torch.ones(3), atol=1e-5)
     assert torch.equal(texts[0], texts[2]) and not torch.allclose(texts[0], texts[1])
     assert torch.allclose(F.normalize(clip.features(some[:3]), dim=1), images)
-    tokens = tokenizer(["dog"], return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(tmp_path)(["dog"], return_tensors="pt")
     with torch.no_grad():
-        expected = model.get_text_features(**tokens)
+        expected = CLIPModel.from_pretrained(tmp_path).get_text_features(**tokens)
     expected = getattr(expected, "pooler_output", expected)
     assert torch.allclose(texts[:1], F.normalize(expected, dim=1), atol=1e-5)
     with pytest.raises(ValueError, match='use "emoji"'):

@@ -13,7 +13,7 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
-from prunekit.evaluation.comparison import Prompts, Sampling, noise_seeds, referred, sample_to
+from prunekit.evaluation.comparison import Prompts, Sampling, noise_seeds, referred, sample
 from prunekit.evaluation.features import Features
 from prunekit.evaluation.figures import Seen, figures, refuse
 from prunekit.evaluation.protocols import Protocol, ProtocolError, load_data_config, load_protocol
@@ -130,7 +130,7 @@ def _row(subject: Subject, protocol: Protocol, features: Features, prompts: Prom
     prompts = replace(prompts, embeddings=embeddings_of(subject, prompts.prompts))
     key = Fingerprint(subject.key, asdict(sampling), prompts.seeds).add_texts(prompts.prompts).key()
     pictures = folder / "pictures" / f"{candidate.name}-{key[:12]}"
-    paths, experts = sample_to(candidate, pipeline, prompts, sampling, pictures, folder / "locks")
+    paths, experts = sample(candidate, pipeline, prompts, sampling, pictures, folder / "locks")
     size = protocol.compare_at or protocol.resolution or own
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[experts].mean())
     return {

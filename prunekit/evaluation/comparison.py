@@ -15,7 +15,7 @@ from torch import Tensor
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.agreement import AgreementSamples, agreement
-from prunekit.evaluation.generate import generate, generate_to, read_pictures
+from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
 from prunekit.methods.aptp.router import Router
 from prunekit.randomness import generator
@@ -183,19 +183,6 @@ def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> Diffus
 
 
 def sample(
-    candidate: Candidate,
-    pipeline: DiffusionPipeline,
-    prompts: Prompts,
-    sampling: Sampling,
-    folder: Path,
-    locks: Path,
-) -> tuple[Tensor, Tensor]:
-    """Return the pictures that `sample_to` makes, uint8 (n, 3, H, W), and the expert of each prompt (n,)."""
-    paths, experts = sample_to(candidate, pipeline, prompts, sampling, folder, locks)
-    return read_pictures(paths), experts
-
-
-def sample_to(
     candidate: Candidate,
     pipeline: DiffusionPipeline,
     prompts: Prompts,
