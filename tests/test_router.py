@@ -102,12 +102,12 @@ def test_unknown_words_go_to_the_fallback(router):
 
 def test_save_and_load(router, tmp_path):
     z = prompts(100)
-    for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
+    for path in (tmp_path / "sd-2.1", tmp_path / "file.safetensors"):
         router.save(path)
         loaded = Router.load(path)
         assert torch.equal(loaded.scores(z), router.scores(z))
         assert (loaded.fallback, loaded.info) == (4, {"encoder": "words"})
-    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["router.safetensors"]
+    assert [p.name for p in (tmp_path / "sd-2.1").iterdir()] == ["router.safetensors"]
 
 
 def test_half_precision_prompts(router):

@@ -133,7 +133,7 @@ class Router:
         return Router(self.weight, self.bias + shift.to(self.bias), self.fallback, self.info)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with JSON in its header; a path without suffix is a directory."""
+        """Write one safetensors file with JSON in its header; a path that is not a `.safetensors` is a directory."""
         tensors = {"weight": self.weight, "bias": self.bias}
         return write_tensors(_file(path), "router", tensors, {"fallback": self.fallback, "info": self.info})
 
@@ -164,4 +164,4 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix else path / FILE_NAME
+    return path if path.suffix == Path(FILE_NAME).suffix else path / FILE_NAME
