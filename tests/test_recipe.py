@@ -32,6 +32,7 @@ EMBEDDED = (
     "pretrain_emoji",
     "compare_emoji",
     "settings_emoji",
+    "codes_emoji",
     "ablation_emoji",
 )  # go through on one machine without a GPU
 STATED = 50e12  # MACs per second, by which the recipes state their hours

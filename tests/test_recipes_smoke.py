@@ -34,6 +34,7 @@ LESS = {  # rows of the comparisons, which have them in common, for time
     "compare_coco": ["budgets=[{budget: 0.78, methods: [norm]}, {budget: 0.64, methods: [taylor_sp]}]"],
     "compare_emoji": ["budgets=[{budget: 'bksdm:base', methods: [bksdm, aptp]}]"],
     "ablation_emoji": ["budgets=[{budget: 0.8, methods: [aptp-contrastive, aptp-shared]}]"],
+    "codes_emoji": ["budgets=[{budget: 0.8, methods: [kmeans_codes]}]"],
     "settings_emoji": ["budgets=[{budget: 0.8, methods: [paper, hard_concrete]}]"],
 }
 PAIRS = 24
