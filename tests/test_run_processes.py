@@ -20,10 +20,9 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(recipe):
-    """(the directory of a run that nothing disturbed, the seconds that it took)."""
-    directory, began = recipe.parent / "straight", time.monotonic()
-    assert codes(started(recipe, directory)) == [0, 0]
-    return directory, time.monotonic() - began
+    """The directory of a run that nothing disturbed."""
+    assert codes(started(recipe, recipe.parent / "straight")) == [0, 0]
+    return recipe.parent / "straight"
 
 
 def started(recipe, directory):
@@ -34,6 +33,12 @@ def codes(processes):
     return [process.wait() for process in processes]
 
 
+def logged(directory):
+    """How far a run has come: rows of its log."""
+    log = directory / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
 def wait_for(folder, pattern, process):
     while process.is_alive and not list(folder.glob(pattern)):
         time.sleep(0.002)
@@ -42,15 +47,18 @@ def wait_for(folder, pattern, process):
 def test_killed_again_and_again(recipe, straight, tmp_path):
     draw, delivered = random.Random(0), 0
     for _ in range(KILLS):
+        rows = logged(tmp_path / "run") + draw.randint(0, logged(straight) // 3)
         processes = started(recipe, tmp_path / "run")
-        time.sleep(draw.uniform(0.1, 1) * 0.4 * straight[1])
+        while logged(tmp_path / "run") < rows and processes[0].is_alive:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.2))  # somewhere between two rows of the log
         delivered += all(process.is_alive for process in processes)
         for process in processes:
             process.send(signal.SIGKILL)
         codes(processes)
     assert delivered >= min(KILLS, 2)
     assert codes(started(recipe, tmp_path / "run")) == [0, 0]
-    assert figures(tmp_path / "run") == figures(straight[0])
+    assert figures(tmp_path / "run") == figures(straight)
 
 
 def test_the_loss_of_one_process_leaves_the_other_at_work(recipe, straight, tmp_path):
@@ -58,7 +66,7 @@ def test_the_loss_of_one_process_leaves_the_other_at_work(recipe, straight, tmp_
     wait_for(tmp_path / "run", "methods/*/experts/*/checkpoints/step-*", second)
     second.send(signal.SIGKILL)
     assert codes([first, second]) == [0, -signal.SIGKILL]
-    assert figures(tmp_path / "run") == figures(straight[0])
+    assert figures(tmp_path / "run") == figures(straight)
 
 
 def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(recipe, straight, tmp_path):
@@ -68,4 +76,4 @@ def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(recipe,
     assert codes([first, second]) == [STOPPED, STOPPED]
     assert len(list((tmp_path / "run").glob("methods/aptp/checkpoints/step-*"))) == 1
     assert codes(started(recipe, tmp_path / "run")) == [0, 0]
-    assert figures(tmp_path / "run") == figures(straight[0])
+    assert figures(tmp_path / "run") == figures(straight)
