@@ -181,7 +181,7 @@ class Stages:
             result = method.prune(self.pipeline, self.data, folder, log=log)
             ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
             self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
-            for note in result.notes():
+            for note in (*result.notes(), *result.warnings()):
                 self.say(f"{name}: {note}")
             self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
 

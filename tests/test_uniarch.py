@@ -89,6 +89,15 @@ def test_budget_is_met_and_nothing_left_out_that_fits(unet, searched):
     assert result.info["search"]["steps"] == 4 and "distillation" in result.info["search"]
 
 
+def test_a_search_that_ends_before_its_gates_close_is_said(searched):
+    result, _ = searched
+    (ratio,) = result.info["gates_ratio"]
+    assert 0.9 < ratio <= 1, "four steps close nothing"
+    (line,) = result.warnings()
+    assert f"gates kept {ratio:.2f} of the cost when the search ended" in line and "warmup" not in line
+    assert not PruneResult(result.architectures, info={**result.info, "gates_ratio": [0.62]}).warnings()
+
+
 def test_without_distillation_the_dense_unet_does_not_run(unet):
     passes = []
     handle = unet.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))

@@ -1,7 +1,7 @@
 """What every method shares: its common settings, what it works on, and the form of its result."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from prunekit.units.discovery import match
 
 FORMAT = 1
 RESULT = "result.json"
+OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little
 SCORES = "scores.safetensors"
 SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are made anew
 
@@ -85,17 +86,29 @@ class PruneResult:
     info: dict[str, Any] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What a person should know beside the MACs, a line each: the predicted time, widths that stay unaligned."""
+        """What a person should know beside the MACs, a line each: the predicted time."""
+        if ratios := self.info.get("latency_ratio"):
+            device = self.info["latency_table"]["device"]
+            return [f"predicted at {self._mean(ratios):.4f} of the dense time on {device}"]
+        return []
+
+    def warnings(self) -> list[str]:
+        """What may be wrong, a line each: widths that stay unaligned, a search that ended before its gates closed."""
         info, lines = self.info, []
-        if ratios := info.get("latency_ratio"):
-            counts = info.get("prompts_per_expert", [1] * len(ratios))
-            mean = sum(n * ratio for n, ratio in zip(counts, ratios, strict=True)) / sum(counts)
-            lines.append(f"predicted at {mean:.4f} of the dense time on {info['latency_table']['device']}")
         left = {f"{path} ({channels})" for own in info.get("unaligned", ()) for path, channels in own.items()}
         if left:
             few = ", ".join(sorted(left)[:3]) + (", …" if len(left) > 3 else "")
             lines.append(f"{len(left)} width(s) are no multiple of {info['settings']['align']} channels: {few}")
+        kept = info.get("gates_ratio")
+        if kept and (mean := self._mean(kept)) > OPEN_GATES * info["settings"]["budget"]:
+            more = "raise search.steps or search.learning_rate" + ", or lower warmup" * ("warmup" in info["settings"])
+            lines.append(f"gates kept {mean:.2f} of the cost when the search ended, so the cut goes by little: {more}")
         return lines
+
+    def _mean(self, values: Sequence[float]) -> float:
+        """Return the mean of a value per architecture over the training prompts, where they are known."""
+        counts = self.info.get("prompts_per_expert") or [1] * len(values)
+        return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
 
     @property
     def space(self) -> UnitSpace:

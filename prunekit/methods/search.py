@@ -35,6 +35,8 @@ from prunekit.training.distillation import (
 from prunekit.training.memory import held
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
+RATIO_DRAWS = 16  # of the gates' noise, when their cost is told
+
 
 class SearchSettings(PruneSettings):
     """Settings of every method that learns gates; defaults are APTP's paper's where it names one that works."""
@@ -118,6 +120,12 @@ class GateSearchObjective:
     def gate(self, batch: SearchBatch, logits: Tensor, purpose: str = "gates") -> Tensor:
         """Soft gates of logits (N, D), shifted by the offset (Eq. 9); their noise is keyed by (seed, purpose, step)."""
         return self.relaxation.gates(logits, generator(self.config.seed, purpose, batch.step))
+
+    @torch.no_grad()
+    def gates_ratio(self, logits: Tensor) -> list[float]:
+        """Return what the soft gates of logits (N, D) cost, each over the dense cost: means over their noise."""
+        draws = (self.relaxation.gates(logits, generator(self.config.seed, "ratio", i)) for i in range(RATIO_DRAWS))
+        return (torch.stack([self.cost.total(gates) for gates in draws]).mean(0) / self.cost.dense_total).tolist()
 
     def resource_term(self, mean_cost: Tensor) -> Tensor:
         """Weighted distance of a mean cost, in what `cost.total` counts, to the budget (Eq. 26): a scalar."""
@@ -211,7 +219,7 @@ class SearchMethod(Method):
             trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
             figures = trainer.fit()
         result = self._decide(objective)
-        result.info["search"] = figures
+        result.info |= {"search": figures, "gates_ratio": objective.gates_ratio(objective.codes.values)}
         result.save(directory)
         trainer.checkpoints.clear()
         return result

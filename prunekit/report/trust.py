@@ -35,7 +35,7 @@ def warnings_of(source: Source) -> list[str]:
     """Return what a person should know before relying on the figures, a sentence each."""
     found = []
     for name, result in source.chosen.items():
-        found += [f"{name}: {note}." for note in result.notes() if "multiple of" in note]
+        found += [f"{name}: {warning}." for warning in result.warnings()]
         counts = result.info.get("prompts_per_expert") or []
         empty = [str(index) for index, count in enumerate(counts) if not count]
         if empty:
