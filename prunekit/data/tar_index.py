@@ -83,7 +83,6 @@ def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None
         if shard.fault:
             faulty[path] = shard
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
         for stale in file.parent.glob(f"{file.name.split('-')[0]}-*"):
             stale.unlink()
         write_text(file, json.dumps(_packed(shard)))
