@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit import threads
+
+threads.configure()
+
 if TYPE_CHECKING:
     from . import methods
     from .cost import CostModel

@@ -32,7 +32,19 @@ from prunekit.evaluation.table import (
 from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.methods.base import PruneResult, budget_cost, unet_of
 from prunekit.methods.latency_budget import predicted_and_measured
-from prunekit.recipe import CompareRecipe, PretrainRecipe, PruneRecipe, RecipeError, dump_recipe, load_recipe
+from prunekit.recipe import (
+    AnyRecipe,
+    CompareRecipe,
+    PretrainRecipe,
+    PruneRecipe,
+    RecipeError,
+    dump_recipe,
+    load_recipe,
+    load_recorded,
+    precision_lines,
+    precisions,
+    resolve_recipe,
+)
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
 from prunekit.stages import RunLog, Stages
@@ -64,6 +76,8 @@ class Run:
         """Run every stage that is not done; print the table; return the directory."""
         recipe = self.recipe
         self.log.say(f"{recipe.name}: {self.directory}")
+        for line in precision_lines(recipe, current().device):
+            self.log.say(line)
         stages = Stages(recipe, self.log, self.directory)
         recoveries = []
         for name in recipe.methods:
@@ -110,7 +124,7 @@ class Run:
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
         known = [{"name": name, **figures} for name, figures in ceiling.items()]
-        self.write(rows, experts_of, known, self.latency(stages), routing)
+        self.write(rows, experts_of, known, self.latency(stages), routing, stages.environment)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
         finish(self.directory, self.log.say, stages)
@@ -158,9 +172,11 @@ class Run:
         ceiling: list[dict],
         latency: list[dict],
         routing: dict[str, dict],
+        environment: dict[str, Any],
     ) -> None:
         """Write the tables as JSON and Markdown, and print them."""
-        results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "table": json_table(rows)}
+        results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "precision": precisions(self.recipe)}
+        results |= {"environment": environment, "table": json_table(rows)}
         results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
         results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
@@ -189,8 +205,7 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{recipe_path} is a comparison; start it with: prunekit compare {recipe_path}")
     folder = Path(directory or Path("runs") / recipe.name)
-    current().first(lambda: _claim(folder, recipe))
-    return _execute(recipe, folder)
+    return _execute(current().first(lambda: _claim(folder, recipe)), folder)
 
 
 def resume(directory: str | Path) -> Path:
@@ -198,7 +213,7 @@ def resume(directory: str | Path) -> Path:
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
-    recipe = load_recipe(folder / RECIPE)
+    recipe = load_recorded(folder / RECIPE)
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
     return _execute(recipe, folder)
@@ -212,24 +227,30 @@ def _execute(recipe: PruneRecipe | PretrainRecipe, folder: Path) -> Path:
     return Run(recipe, folder).execute()
 
 
-def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe) -> None:
-    """Write the resolved recipe, or check that the directory's is the same; one that came to nothing is replaced."""
+def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe) -> AnyRecipe:
+    """Write the resolved recipe, or check that the directory's is the same; return it.
+
+    A recipe that came to nothing is replaced. `auto` is what the directory's recipe says, else what it means here.
+    """
     path = folder / RECIPE
     if path.is_file() and any(file.name not in (RECIPE, LOG) for file in folder.iterdir()):
-        ours, theirs = recipe.model_dump(mode="json"), load_recipe(path).model_dump(mode="json")
-        if difference := _difference(ours, theirs):
+        recorded = load_recorded(path)
+        recipe = resolve_recipe(recipe, current().device, recorded)
+        if difference := _difference(recipe.model_dump(mode="json"), recorded.model_dump(mode="json")):
             raise RecipeError(
                 f"{folder} holds the run of another recipe: {difference}; choose another name=… or --directory, or "
                 "remove it"
             )
-        return
+        return recipe
     if path.is_file():
         (folder / LOG).unlink(missing_ok=True)
         path.unlink()
     clear_killed(path)
     if folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another --directory")
+    recipe = resolve_recipe(recipe, current().device)
     write_text(path, dump_recipe(recipe))
+    return recipe
 
 
 def _difference(ours: Any, theirs: Any, key: str = "") -> str | None:

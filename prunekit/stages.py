@@ -3,7 +3,6 @@
 A stage's result appears whole or not at all, and is not made again where it is there already.
 """
 
-import os
 import resource
 import sys
 import time
@@ -29,7 +28,9 @@ from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.evaluation.generate import read_pictures
 from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries
+from prunekit.precision import resolve_precision
 from prunekit.recipe import CommonRecipe
+from prunekit.timing import device_name
 from prunekit.training.checkpoint import LOG, append_row
 from prunekit.training.claims import Piece, share
 from prunekit.training.diffusion import forward_process
@@ -120,13 +121,9 @@ class Stages:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Versions and device, for the record."""
+        """Versions, device and what precision `auto` means on it, for the record."""
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-        cuda = torch.cuda.is_available()
-        device = (
-            torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s) of {os.cpu_count()}"
-        )
-        return {**versions, "device": device}
+        return {**versions, "device": device_name(self.device), "precision": resolve_precision("auto", self.device)}
 
     @cached_property
     def cost(self) -> CostModel:

@@ -1,8 +1,43 @@
-"""What all tests share: garbage is collected less often, and not in the libraries, which stay."""
+"""What all tests share: one precision on every processor, rare garbage collection, and no silent skips.
+
+Garbage is collected less often, and not in the libraries, which stay.
+"""
 
 import gc
+import os
 
+import pytest
+from allowed_skips import ALLOWED_SKIPS
+
+os.environ.setdefault("PRUNEKIT_PRECISION", "float32")  # of `auto`, so that results are the same on every machine
 gc.set_threshold(50_000)
 import prunekit.run  # noqa: E402, F401 - which imports them
 
 gc.freeze()
+
+STRICT = "PRUNEKIT_STRICT_SKIPS"  # set by continuous integration: a skip that is not allowed is a failure
+skipped: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report):
+    """Collect skipped tests; with several workers this runs where their reports come together."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        skipped[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+
+
+def _unexpected() -> dict[str, str]:
+    names = {nodeid.rpartition("tests/")[2]: reason for nodeid, reason in skipped.items()}
+    return {name: reason for name, reason in names.items() if name not in ALLOWED_SKIPS}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Fail a strict session that skipped a test which tests/allowed_skips.py does not list."""
+    if os.environ.get(STRICT) and _unexpected() and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the skips that are not on the list."""
+    for name, reason in sorted(_unexpected().items()):
+        terminalreporter.write_line(f"skipped, and not in tests/allowed_skips.py: {name}: {reason}")

@@ -248,7 +248,7 @@ def test_a_recipe_says_how_to_start_it(path, monkeypatch):
 
 def test_what_a_recipe_says_it_needs_is_its_plan():
     paths = [path for path in RECIPES if path.stem.startswith(("aptp_c", "norm", "taylor", "bksdm", "uniarch"))]
-    plans = plan_all([load_recipe(path) for path in paths], Devices(throughput=STATED))
+    plans = plan_all([load_recipe(path) for path in paths], Devices(throughput=STATED, precision="bfloat16"))
     for path, content in zip(paths, plans, strict=True):
         text = " ".join(path.read_text(encoding="utf-8").replace("#", " ").split())
         pattern = r"Needs: about (\d+) GPU-hours .* a peak of (\d+) GB of memory .*; (\d+) GB of disk"

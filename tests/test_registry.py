@@ -8,6 +8,7 @@ from prunekit.methods import registry
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_methods", {})
+    monkeypatch.setattr(registry, "BUILT_IN", {})
     monkeypatch.setattr(registry, "entry_points", lambda group: [])
 
 

@@ -3,10 +3,10 @@
 import json
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import yaml
 from browsers import need_browser, open_page
 from small_model import TRAINING, write_world
@@ -142,10 +142,10 @@ def test_it_fits_screens_and_paper(run):
     assert faults == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
-def test_it_is_quick_and_the_same_again(run):
-    before, started = (run / REPORT).read_text(), time.process_time()
+def test_it_is_the_same_again_and_runs_no_model(run, monkeypatch):
+    before = (run / REPORT).read_text()
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
     write_report(run)
-    assert time.process_time() - started < 3
     numbers = re.compile(r"\bf\d+-")
     assert numbers.sub("", (run / REPORT).read_text()) == numbers.sub("", before)
 

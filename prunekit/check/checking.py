@@ -22,7 +22,7 @@ from prunekit.plan.data import DataSize, size_of
 from prunekit.plan.models import Models, PlannedModel
 from prunekit.plan.rows import PlannedRow, rows_of, tuning_devices
 from prunekit.plan.work import Work, pruning_work, scheduled
-from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
+from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe, precision_lines, resolve_recipe
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import RunLog, Stages
 from prunekit.training.processes import current
@@ -88,7 +88,8 @@ class _Check:
     def __init__(
         self, recipe: PruneRecipe | CompareRecipe, devices: int, directory: Path, say: Callable[[Checked], Any]
     ):
-        self.recipe, self.devices, self.directory, self.say = recipe, devices, directory, say
+        self.recipe = resolve_recipe(recipe, current().device)
+        self.devices, self.directory, self.say = devices, directory, say
         self.log = CheckLog(directory)
         self.done: list[Checked] = []
         self.spent: dict[str, float] = {}  # seconds of a kind of work (`_kind`)
@@ -176,7 +177,8 @@ class _Check:
         pace = {kind: self.spent[kind] / macs[kind] for kind in self.spent if macs.get(kind)}
         usual = [pace[kind] for kind in pace if kind.endswith("generation")]
         seconds = [(item.macs or 0.0) * pace.get(_kind(item), max(usual)) for item in whole]
-        return {"stages": list(self.done), **scheduled(whole, seconds, self.devices)}
+        stages, used = list(self.done), precision_lines(self.recipe, current().device)
+        return {"stages": stages, "precision": used, **scheduled(whole, seconds, self.devices)}
 
 
 def explained(error: Exception, stage: str, setting: str, batch: str = "") -> str:

@@ -2,7 +2,7 @@
 
 import gc
 
-from prunekit.cli import jobs, models, results  # noqa: F401 (they register the commands, in this order)
+from prunekit.cli import jobs, models, recipes, results  # noqa: F401 (they register the commands, in this order)
 from prunekit.cli.common import app
 from prunekit.cli.errors import Commands, is_users
 

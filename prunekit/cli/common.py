@@ -12,7 +12,10 @@ from prunekit.cli.errors import Commands
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe's YAML file")]
+Recipe = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="a recipe's YAML file, or a name that `prunekit recipes` lists"),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as fine_tune.steps=100")
 ]

@@ -1,11 +1,15 @@
 """The commands about recipes: run, resume, compare, plan, check."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from prunekit.cli.common import Overrides, Recipe, app, console, say
+from prunekit.errors import UserError
+from prunekit.shipped import find_recipe
+
+PlannedPrecision = Literal["float32", "bfloat16", "float16"]
 
 
 @app.command()
@@ -15,6 +19,7 @@ def run(
     directory: Annotated[Path | None, typer.Option(help="the run's directory; runs/NAME by default")] = None,
 ) -> None:
     """Run a recipe; where its directory holds the same run, go on with it."""
+    recipe = find_recipe(recipe)
     from prunekit.run import start
     from prunekit.training.termination import graceful
 
@@ -41,12 +46,13 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="where cells and table go; runs/NAME by default")] = None,
 ) -> None:
     """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
+    paths = [Path(text) for text in recipes if "=" not in text]
+    if not paths:
+        raise UserError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
+    paths = [path if path.is_dir() else find_recipe(path) for path in paths]
     from prunekit.compare.comparison import compare
     from prunekit.training.termination import graceful
 
-    paths = [text for text in recipes if "=" not in text]
-    if not paths:
-        raise ValueError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
     with graceful():
         folder = compare(paths, [text for text in recipes if "=" in text], output)
     say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
@@ -62,21 +68,25 @@ def plan(
     ] = None,
     measure: Annotated[float, typer.Option(help="seconds of that measurement", min=0.1)] = 1.0,
     devices: Annotated[int, typer.Option(help="how many devices share the work", min=1)] = 1,
+    precision: Annotated[
+        PlannedPrecision | None, typer.Option(help="what precision auto means on those devices; as here by default")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plans there")] = None,
 ) -> None:
     """Show what recipes will cut, cost and take, without weights or network."""
+    given, overrides = _recipes_and_overrides(recipes)
     from prunekit.benchmark.config import is_benchmark
     from prunekit.plan import Devices, plan_all
     from prunekit.plan.table import show_plan, show_summary
     from prunekit.recipe import load_recipe
     from prunekit.training.checkpoint import write_json
 
-    given, overrides = _recipes_and_overrides(recipes)
     paths = [path for path in given if not is_benchmark(path)]
     for path in given:
         if path not in paths:
             say(f"{path} is a benchmark, which prunes nothing; try it with: prunekit bench {path} --reduced")
-    made_for = Devices(devices, None if throughput is None else throughput * 1e12, measure)
+    stated = None if throughput is None else throughput * 1e12
+    made_for = Devices(devices, stated, measure, precision)
     plans = plan_all([load_recipe(path, overrides) for path in paths], made_for)
     for content in plans:
         show_plan(content, console())
@@ -88,15 +98,15 @@ def plan(
         say(f"The plans are in {json_file}")
     if len(plans) == 1:
         command = "compare" if plans[0]["job"] == "compare" else "run"
-        say(f"Nothing was run; start it with: prunekit {command} {' '.join([*paths, *overrides])}")
+        say(f"Nothing was run; start it with: prunekit {command} {' '.join([*map(str, paths), *overrides])}")
 
 
-def _recipes_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Part a command's arguments into recipes, which are YAML files, and settings."""
-    paths = [text for text in arguments if "=" not in text and (Path(text).suffix == ".yaml" or Path(text).is_file())]
-    if not paths:
-        raise ValueError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
-    return paths, [text for text in arguments if text not in paths]
+def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Part a command's arguments into recipes' files and settings, which have an equals sign."""
+    recipes = [text for text in arguments if "=" not in text or Path(text).is_file()]
+    if not recipes:
+        raise UserError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
+    return [find_recipe(text) for text in recipes], [text for text in arguments if text not in recipes]
 
 
 @app.command()
@@ -106,6 +116,7 @@ def check(
     devices: Annotated[int, typer.Option(help="how many devices the recipe will run on; one is tried", min=1)] = 1,
 ) -> None:
     """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole."""
+    recipe = find_recipe(recipe)
     from prunekit.check import check
     from prunekit.plan.table import show_check, show_checked
     from prunekit.recipe import load_recipe

@@ -77,18 +77,29 @@ def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
 
 
 @app.command()
-def methods() -> None:
-    """List the pruning methods and their settings."""
-    from prunekit.methods import PruneSettings, get, names
+def methods(
+    chosen: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="methods whose settings to list")
+    ] = None,
+) -> None:
+    """List the pruning methods; with NAMEs, list the settings of these methods."""
+    from prunekit.methods.registry import describe, get, names
 
     terminal = console()
-    for name in names():
-        method = get(name)
+    if not chosen:
+        for name, summary in describe().items():
+            terminal.print(f"[bold]{name}[/bold]: {summary}")
+        say(f"List a method's settings with: prunekit methods {names()[0]}")
+        say("A method of another package registers in the entry-point group prunekit.methods")
+        return
+    kinds = {name: get(name) for name in chosen}
+    from prunekit.methods import PruneSettings
+
+    for name, method in kinds.items():
         terminal.print(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}", style="bold", highlight=False)
         _settings(terminal, method.Config, PruneSettings)
     terminal.print("All methods share these, in the recipe's section `prune`:", style="bold")
     _settings(terminal, PruneSettings, None)
-    say("A method of another package registers in the entry-point group prunekit.methods")
 
 
 def _settings(terminal: Any, config: Any, without: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from prunekit.cli.common import Overrides, app, console, say
+from prunekit.shipped import find_recipe
 
 MOST_ROWS = 50  # of pictures that `generate` lists
 
@@ -203,6 +204,7 @@ def bench(
     """Time pruned models beside the dense one, interleaved, with the noise floor; a row a file, none made twice."""
     from rich.table import Table
 
+    target = target if target.is_dir() else find_recipe(target)
     from prunekit.benchmark.command import bench
     from prunekit.benchmark.table import BRIEF, shown
 

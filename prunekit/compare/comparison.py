@@ -13,13 +13,21 @@ from prunekit.compare.pareto import pareto_picture
 from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows
 from prunekit.compare.timing import TIMINGS, cell_ratio
 from prunekit.evaluation.table import Column, markdown_table, terminal_table
-from prunekit.recipe import CompareRecipe, RecipeError, dump_recipe, load_recipe
+from prunekit.recipe import (
+    CompareRecipe,
+    RecipeError,
+    dump_recipe,
+    load_recipe,
+    load_recorded,
+    precision_lines,
+    resolve_recipe,
+)
 from prunekit.report.command import finish
 from prunekit.run import RECIPE
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json, write_text
 from prunekit.training.claims import Piece, share
-from prunekit.training.processes import apart
+from prunekit.training.processes import apart, current
 
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
@@ -33,9 +41,13 @@ class Comparison:
     """One comparison recipe in its directory."""
 
     def __init__(self, recipe: CompareRecipe, directory: Path):
+        path, device = directory / RECIPE, current().device
+        recipe = resolve_recipe(recipe, device, load_recorded(path) if path.is_file() else None)
         self.recipe, self.directory = recipe, directory
-        write_text(directory / RECIPE, dump_recipe(recipe))
+        write_text(path, dump_recipe(recipe))
         self.log = RunLog.of(recipe, directory)
+        for line in precision_lines(recipe, device):
+            self.log.say(line)
         self.cells = cells_of(recipe)
         self.stages = Stages(recipe, self.log, directory)
         self.runner = CellRunner(recipe, directory, self.stages)

@@ -20,9 +20,10 @@ from prunekit.evaluation.protocols import Protocol, ProtocolError, load_data_con
 from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_table
 from prunekit.evaluation.targets import Subject, Target, embeddings_of
 from prunekit.models import quiet_libraries
+from prunekit.precision import resolve_precision
 from prunekit.randomness import generator
 from prunekit.training.checkpoint import write_json, write_text
-from prunekit.training.processes import apart
+from prunekit.training.processes import apart, current
 
 FORMAT = 1
 RESULTS, TABLE = "results.json", "table.md"
@@ -85,6 +86,7 @@ def evaluate(
     if not given:
         raise ValueError("nothing to evaluate: give a run, a diffusers directory, a hub id, or emoji")
     settings = load_protocol(protocol, overrides, num_images)
+    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, current().device)})
     places = [Target.at(place) for place in given]
     folder = Path(output or Path("runs") / f"evaluate-{protocol}")
     digests = Digests(folder / "cache")

@@ -18,6 +18,7 @@ from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
 from prunekit.methods.aptp.router import Router
+from prunekit.precision import autocast
 from prunekit.randomness import generator
 from prunekit.slicing import PrunedUNet2DConditionModel
 
@@ -167,12 +168,12 @@ class Sampling:
     steps: int
     guidance: float
     batch_size: int
-    precision: str = "float32"  # of the UNet and the text encoder: "float32" or "bfloat16" (autocast)
+    precision: str = "float32"  # of the UNet and the text encoder: a `Precision`
     size: int | None = None  # pixels of a side; None: the model's own
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context under which pictures are made."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return autocast(self.precision, device)
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:

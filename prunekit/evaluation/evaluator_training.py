@@ -29,9 +29,7 @@ def train_evaluator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         evaluator = Evaluator(shape, vocabulary_of(texts)).to(device)
-    objective = ContrastiveObjective(
-        evaluator, data, shape.size, config.batch_size, seed, device, config.precision == "bfloat16"
-    )
+    objective = ContrastiveObjective(evaluator, data, shape.size, config.batch_size, seed, device, config.precision)
     trainer = Trainer(config, objective, directory / "checkpoints", "evaluator", log)
     result = trainer.fit()
     info = {"seed": seed, **config.model_dump(mode="json"), **{k: round(v, 4) for k, v in result.items()}}
@@ -49,6 +47,6 @@ def evaluator_training() -> TrainerConfig:
         warmup_steps=100,
         decay_share=0.6,
         weight_decay=0.02,
-        precision="bfloat16",
+        precision="auto",
         log_every=50,
     )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from prunekit.data.config import DataConfig
 from prunekit.evaluation.evaluator import INCEPTION
+from prunekit.precision import AUTO, Precision
 
 OF_TEXT = ("clip_score", "pick_score")  # metrics that need no real pictures
 OF_NAMES = ("top1", "top5")  # metrics of pictures that are asked for by name
@@ -45,7 +46,7 @@ class Protocol(BaseModel):
         None, gt=0, description="pixels of a side, real and drawn, that are measured; unset: as drawn"
     )
     batch_size: int = Field(16, gt=0, description="prompts of one pipeline call; fixed batches by index")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast while drawing")
+    precision: Precision = Field("float32", description=f"autocast while drawing; {AUTO}")
     seed: int | None = Field(None, ge=0, description="of prompts and noise; unset: the run's, or 0")
     metrics: list[MetricName] = Field(min_length=1, description="the columns")
     cmmd_model: str = Field("emoji", description="embeds pictures for cmmd: emoji, a CLIP model's id or path")

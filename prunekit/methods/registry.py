@@ -1,12 +1,26 @@
-"""The methods by name: a decorator here, or the entry-point group `prunekit.methods` of another package."""
+"""The methods by name: a table of ours, a decorator, or the entry-point group `prunekit.methods` of another package.
 
+A method's module is imported when the method is first used, so listing methods imports neither torch nor diffusers.
+"""
+
+import ast
 import difflib
+import importlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TypeVar
 
 GROUP = "prunekit.methods"
 M = TypeVar("M", bound=type)
+BUILT_IN = {  # our methods: module below this package, and class
+    "aptp": ("aptp.method", "APTP"),
+    "bksdm": ("bksdm", "BKSDM"),
+    "norm": ("norm", "Norm"),
+    "random": ("random", "Random"),
+    "taylor_sp": ("taylor_sp", "TaylorSP"),
+    "uniarch": ("uniarch", "UniArch"),
+}
 
 _methods: dict[str, type] = {}
 
@@ -45,6 +59,9 @@ def get(name: str) -> type:
     """
     if name in _methods:
         return _methods[name]
+    if name in BUILT_IN:
+        module, class_name = BUILT_IN[name]
+        return register(name)(getattr(importlib.import_module(f"{__package__}.{module}"), class_name))
     external = _entry_points()
     if name in external:
         return _load(external[name])
@@ -55,16 +72,27 @@ def get(name: str) -> type:
 
 
 def names() -> list[str]:
-    """All names that `get` knows, sorted; other packages' methods are listed without importing them."""
-    return sorted({*_methods, *_entry_points()})
+    """Return all names that `get` knows, sorted; nothing is imported."""
+    return sorted({*_methods, *BUILT_IN, *_entry_points()})
 
 
 def describe() -> dict[str, str]:
-    """One line per method, from its docstring; for another package's method not yet used, where it comes from."""
-    lines = {name: f"from {point.value}" for name, point in _entry_points().items()}
-    for name, method in _methods.items():
-        lines[name] = (method.__doc__ or "").strip().split("\n")[0]
-    return dict(sorted(lines.items()))
+    """Return one line per method, from its docstring; nothing is imported.
+
+    For another package's method that was not used yet, the line says where the method comes from.
+    """
+    docs = {name: f"from {point.value}" for name, point in _entry_points().items()}
+    docs |= {name: _docstring(*place) for name, place in BUILT_IN.items()}
+    docs |= {name: method.__doc__ or "" for name, method in _methods.items()}
+    return {name: doc.strip().split("\n")[0] for name, doc in sorted(docs.items())}
+
+
+def _docstring(module: str, class_name: str) -> str:
+    """Return the docstring of a class of ours, read from its file."""
+    path = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return ast.get_docstring(classes[class_name]) or ""
 
 
 def _entry_points() -> dict[str, EntryPoint]:

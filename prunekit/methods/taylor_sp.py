@@ -35,6 +35,7 @@ from prunekit.methods.calibration import (
 from prunekit.methods.depth_scores import joint_scores
 from prunekit.methods.registry import register
 from prunekit.methods.weights import owned_weights, sum_per_unit
+from prunekit.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resolve_precision
 from prunekit.training.diffusion import attention_kernel, forward_process, per_sample_mse, target
 from prunekit.training.processes import current
 from prunekit.training.progress import Progress
@@ -57,7 +58,7 @@ class TaylorSPSettings(PruneSettings):
         description="sum_abs: sum of |w·g| over a unit's weights (Diff-Pruning); abs_sum: |sum of w·g| of each layer's "
         "channel (torch-pruning's multivariable=True), then their sum.",
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Autocast of forward passes.")
+    precision: UnscaledPrecision = Field("auto", description=f"Autocast of forward passes; {UNSCALED_AUTO}.")
 
 
 @register("taylor_sp")
@@ -138,7 +139,7 @@ class TaylorSP(ScoreMethod):
         for batch in batches:
             with (
                 attention_kernel(unet, batch.noisy),
-                torch.autocast(unet.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"),
+                autocast(resolve_precision(self.config.precision, unet.device, scaled=False), unet.device),
             ):
                 prediction = unet(batch.noisy, batch.timesteps, **batch.conditions).sample
             goal = target(scheduler, batch.latents, batch.noise, batch.timesteps)

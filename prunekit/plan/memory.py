@@ -90,7 +90,7 @@ class Rehearsal:
 
     def training(self, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig | None = None) -> int:
         """A step that trains the weights; their gradients are not counted. config None: float32, nothing recomputed."""
-        config = config or TrainerConfig(steps=1, batch_size=samples, learning_rate=1.0)
+        config = config or TrainerConfig(steps=1, batch_size=samples, learning_rate=1.0, precision="float32")
         self.unet.requires_grad_(True)
         with self.mode, _held(config, self.unet):
             for parameter in self.unet.parameters():
@@ -123,7 +123,7 @@ class Rehearsal:
 
 
 def autocast(precision: str) -> torch.autocast:
-    """Return the context of a forward pass; both halves are of one size."""
+    """Return the context of a forward pass in a resolved precision; bfloat16 and float16 take the same memory."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunekit.plan.data import size_of
 from prunekit.plan.models import Models, PlannedModel
 from prunekit.plan.pretraining import plan_pretraining
@@ -12,7 +14,7 @@ from prunekit.plan.rows import describe_row, rows_of
 from prunekit.plan.sizes import disk, memory
 from prunekit.plan.speed import Speed, measure_speed
 from prunekit.plan.work import pruning_work, timed
-from prunekit.recipe import AnyRecipe, PretrainRecipe
+from prunekit.recipe import AnyRecipe, PretrainRecipe, precisions, resolve_recipe
 from prunekit.units import UnitSpace
 
 Plan = dict[str, Any]  # JSON values; MACs are multiply-adds, sizes bytes, times seconds
@@ -25,6 +27,7 @@ class Devices:
     count: int = 1
     throughput: float | None = None  # MACs per second of each, as stated; None: measured here
     seconds: float = 1.0  # of the measurement
+    precision: str | None = None  # what `precision: auto` means on them; None: what it means here
 
 
 def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | None = None) -> Plan:
@@ -36,6 +39,8 @@ def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | Non
     below the floor.
     """
     devices = devices or Devices()
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = resolve_recipe(recipe, here, meaning=devices.precision)
     if isinstance(recipe, PretrainRecipe):
         model, content, work = plan_pretraining(recipe)
         precision, latent = recipe.diffusion.precision, model.latent()
@@ -53,7 +58,13 @@ def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | Non
         work = pruning_work(recipe, rows, model, data)
         precision, latent = recipe.fine_tune.precision, model.latent(recipe.resolution)
     speed = _speed(devices, model, latent, precision)
-    return {"recipe": recipe.name, "job": recipe.job, **content, **timed(work, speed, devices.count)}
+    return {
+        "recipe": recipe.name,
+        "job": recipe.job,
+        "precision": precisions(recipe),
+        **content,
+        **timed(work, speed, devices.count),
+    }
 
 
 def plan_all(recipes: Iterable[AnyRecipe], devices: Devices | None = None) -> list[Plan]:

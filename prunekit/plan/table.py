@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prunekit.recipe import precision_text
+
 NOT_KNOWN = "–"
 
 
@@ -26,6 +28,7 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         console.print(_methods(plan["methods"]))
         console.print("* estimate: parameters where every layer gives up the same share; what is chosen will differ")
     console.print(_work(plan))
+    console.print(f"Precision: {precision_text(plan['precision'])}")
     console.print(f"Speed of a device: {quantity(plan['speed']['macs_per_second'])}MACs/s, {plan['speed']['how']}")
     console.print(_sizes(plan))
     console.print(f"Memory counts {plan['memory']['how']}")
@@ -60,7 +63,9 @@ def show_checked(stage: Any, console: Console) -> None:
 
 
 def show_check(content: dict[str, Any], console: Console) -> None:
-    """Print the hours that a check estimated of the whole recipe."""
+    """Print the precisions of a check, and the hours that it estimated for the whole recipe."""
+    for line in content["precision"]:
+        console.print(line, markup=False)
     console.print(_work(content))
     console.print("Estimated from the batches above, by the multiply-adds of each stage; without evaluation")
 

@@ -2,6 +2,7 @@
 
 from prunekit.recipe.errors import RecipeError
 from prunekit.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from prunekit.recipe.precision import load_recorded, precision_lines, precision_text, precisions, resolve_recipe
 from prunekit.recipe.schema import (
     AnyRecipe,
     BudgetEntry,
@@ -23,5 +24,10 @@ __all__ = [
     "RecipeError",
     "dump_recipe",
     "load_recipe",
+    "load_recorded",
     "parse_recipe",
+    "precision_lines",
+    "precision_text",
+    "precisions",
+    "resolve_recipe",
 ]

@@ -1,14 +1,15 @@
 """What is wrong with a recipe, in one line that names the setting, what is allowed and the nearest valid name."""
 
-import difflib
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from prunekit.errors import UserError, nearest
 
-class RecipeError(ValueError):
+
+class RecipeError(UserError):
     """A recipe that cannot be used; the message is one line that says what to change."""
 
 
@@ -38,12 +39,6 @@ def explain(
     if first["type"] == "value_error":
         return one_line(message)
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def nearest(given: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" with the nearest known name, or nothing where none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def one_line(error: Any) -> str:

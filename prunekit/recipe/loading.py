@@ -9,24 +9,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from prunekit.recipe.errors import RecipeError, explain, nearest, one_line
+from prunekit.errors import UserError, nearest
+from prunekit.recipe.errors import RecipeError, explain, one_line
 from prunekit.recipe.schema import KINDS, AnyRecipe, Recipe
 from prunekit.recipe.smoke import smoke
+from prunekit.shipped import EXTENDS, find_recipe
 
-EXTENDS = "extends"  # in a file: the file, or list of files, that it goes on from
 SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
 SCALES = {"full": dict, "smoke": smoke}
 HIDDEN = "_"  # top-level settings that begin so are for ${...} in the same file or the files that extend it
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """Read a YAML recipe with the files that it extends, and put `key=value` overrides over it (dotted keys).
+    """Read a YAML recipe, or the shipped one of that name, and put `key=value` overrides over it (dotted keys).
 
     The files that `extends` names come first, in order, then the recipe, then the overrides: later wins. `scale=smoke`
     shrinks what the files say; overrides stay as given. Raises RecipeError, one line: no such file, a circle of
     `extends`, bad YAML, an unknown key (with the nearest valid one), a wrong value (with what is allowed).
     """
-    path, overrides = Path(path), list(overrides)
+    overrides = list(overrides)
+    try:
+        path = find_recipe(path)
+    except UserError as error:
+        raise RecipeError(str(error)) from error
     try:
         changes = OmegaConf.from_dotlist(overrides)
         if wrong := next((str(key) for key in changes if _is_for_files(str(key))), None):
@@ -65,10 +70,8 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in (file.resolve() for file in above):
         raise RecipeError(f"{above[0]} extends itself: {' -> '.join(map(str, (*above, path)))}")
     if not path.is_file():
-        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = nearest(path.name, known).replace("mean '", f"mean '{path.parent}/")
-        who = f"{above[-1]} extends what is missing: " if above else ""
-        raise RecipeError(f"{who}no recipe at {path}{hint}")
+        known = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
+        raise RecipeError(f"{above[-1]} extends a missing file: no recipe at {path}{nearest(str(path), known)}")
     own = OmegaConf.load(path)
     if not isinstance(own, DictConfig):
         raise RecipeError(f"{path} holds no mapping of settings")

@@ -15,10 +15,12 @@ from pydantic import (
 
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
+from prunekit.errors import nearest
 from prunekit.methods import registry
 from prunekit.methods.base import Method, PruneSettings
 from prunekit.models import LoraWeights, as_lora
-from prunekit.recipe.errors import explain, nearest
+from prunekit.precision import AUTO, Precision
+from prunekit.recipe.errors import explain
 from prunekit.training.emoji_model import EmojiModelConfig
 from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.tracking import TrackingConfig
@@ -44,7 +46,7 @@ class EvaluationConfig(Section):
     steps: int = Field(25, gt=0, description="sampling steps, of the pipeline's own scheduler")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast while generating")
+    precision: Precision = Field("auto", description=f"autocast while generating; {AUTO}")
     num_predictions: int = Field(256, gt=0, description="(image, t, noise) triples of the agreement with dense")
     num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
 

@@ -5,12 +5,12 @@ import platform
 import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-CPU_INFO = Path("/proc/cpuinfo")
+from prunekit.precision import CPU_INFO, resolve_precision
+
 SAME = ("device", "driver", "torch", "diffusers", "cuda", "threads")  # rows that differ in these are made again
 
 
@@ -25,6 +25,7 @@ def environment(device: str | torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if is_cuda else None,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32 if is_cuda else None,
+        "precision": resolve_precision("auto", device),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

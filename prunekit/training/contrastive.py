@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit.data.images import CaptionedImages
+from prunekit.precision import autocast
 from prunekit.randomness import epoch_indices, generator
 
 MAX_SCALE = 100.0  # of the logits, as in CLIP
@@ -44,7 +45,7 @@ class ContrastiveObjective:
     batch_size: int
     seed: int
     device: torch.device
-    bfloat16: bool = False  # autocast of the image tower; the losses are float32
+    precision: str = "float32"  # of the image tower: a `Precision`; the losses are float32
     images: Tensor = field(init=False, repr=False)  # (num_images, 3, size, size) uint8
     texts: list[list[str]] = field(init=False, repr=False)  # an image's name first, then its other captions
 
@@ -74,7 +75,7 @@ class ContrastiveObjective:
         """Return both terms: each sample's negatives are the rest of the batch."""
         indices, captions, step = batch
         pixels = augment(self.images[indices], generator(self.seed, "augment", step)).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with autocast(self.precision, self.device):
             images = self.model.image_embeddings(pixels)
         images = images.float()  # (B, E)
         texts, names = self.model.text_embeddings(captions), self.model.text_embeddings(self.data.names)

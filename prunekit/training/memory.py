@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from prunekit.training.trainer import AUTOCAST, TrainerConfig
+from prunekit.precision import LOWER, resolve_precision
+from prunekit.training.trainer import TrainerConfig
 
 CAST = (nn.Conv2d, nn.Linear)  # whose weights autocast casts on every call; norms stay as they are
 
@@ -28,9 +29,10 @@ def held(config: TrainerConfig, trained: UNet2DConditionModel, *others: UNet2DCo
         trained.enable_gradient_checkpointing()
     try:
         with ExitStack() as stack:
-            if config.precision in AUTOCAST:
+            dtype = LOWER.get(resolve_precision(config.precision, trained.device))
+            if dtype is not None:
                 for unet in unets:
-                    stack.enter_context(cast_frozen(unet, AUTOCAST[config.precision]))
+                    stack.enter_context(cast_frozen(unet, dtype))
             yield
     finally:
         if config.gradient_checkpointing:

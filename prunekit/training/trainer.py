@@ -9,13 +9,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from prunekit.precision import AUTO, Precision, autocast, resolve_precision
 from prunekit.training.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer
 from prunekit.training.processes import current
 from prunekit.training.progress import Progress, console
@@ -37,9 +38,7 @@ class TrainerConfig(BaseModel):
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradient clipping by global norm")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="autocast of forward passes; float16 scales the loss"
-    )
+    precision: Precision = Field("auto", description=f"autocast of forward passes; float16 scales the loss; {AUTO}")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
@@ -52,8 +51,6 @@ class TrainerConfig(BaseModel):
     keep_checkpoints: int = Field(1, gt=0, description="how many of the last checkpoints stay while it trains")
     log_every: int = Field(10, gt=0, description="steps between log rows")
 
-
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Log = Callable[[dict[str, Any]], None]  # takes one row of a run's log
 
@@ -109,7 +106,8 @@ class Trainer:
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.average = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
-        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.precision == "float16")
+        self.precision = resolve_precision(config.precision, self.processes.device)
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "float16")
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step` (0-based): linear warm-up, constant, linear fall over the last share."""
@@ -191,7 +189,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         mine = torch.arange(config.batch_size).tensor_split(processes.count)[processes.index]
         for positions in mine.split(config.micro_batch or config.batch_size):
-            with self._autocast():
+            with autocast(self.precision, processes.device):
                 micro = self.objective.micro_loss(batch, positions)
             if micro:
                 self.scaler.scale(_total(micro)).backward()
@@ -207,10 +205,6 @@ class Trainer:
         if self.average is not None:
             self.average.step(self.parameters)
         return {name: value.detach() for name, value in {**sums, **shared}.items()}, stopping
-
-    def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST.get(self.config.precision)
-        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
 
     def _reach(self, step: int) -> None:
         """Call a milestone with the averaged weights in place."""
