@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of this checkout.
 #   make quickstart   install, and run the main job in small: prune the embedded model, compare, print the table
-#   make test         install, and run ruff and the tests
+#   make test         install, and run ruff and the tests (at most 10 minutes on 2 cores)
+#   make test-long    install, and run what takes longer: more architectures, engines, processes that are killed
 #   make docs         install, and build the documentation into docs/_build/html; a warning is an error
 # PYTHON       the interpreter that makes the environment (3.10 or newer)
 # TORCH_INDEX  a package index to take torch from; unset, torch comes from your usual one. For example
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint docs clean
+.PHONY: install quickstart test test-long lint docs clean
 
 install: $(STAMP)
 
@@ -29,8 +30,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check prunekit tests benchmarks docs
 	$(BIN)/ruff format --check prunekit tests benchmarks docs
 
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not long" --dist loadfile --no-loadscope-reorder
+
+test-long: $(STAMP)
+	$(PYTEST) -m long --dist loadfile
 
 docs: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -11,9 +11,12 @@ from allowed_skips import ALLOWED_SKIPS
 
 os.environ.setdefault("PRUNEKIT_PRECISION", "float32")  # of `auto`, so that results are the same on every machine
 gc.set_threshold(50_000)
-import prunekit.run  # noqa: E402, F401 - which imports them
+import prunekit.compare.timing  # noqa: E402 - which imports them
+from prunekit.timing import WarmUp  # noqa: E402
 
 gc.freeze()
+# Comparisons in tests time a few calls: benchmarks hold times
+prunekit.compare.timing.PAIRS, prunekit.compare.timing.WARM_UP = 3, WarmUp(max_rounds=2)
 
 STRICT = "PRUNEKIT_STRICT_SKIPS"  # set by continuous integration: a skip that is not allowed is a failure
 skipped: dict[str, str] = {}

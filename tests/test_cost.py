@@ -205,12 +205,13 @@ class Operations(TorchDispatchMode):
 def test_soft_costs_of_many_architectures_take_the_operations_of_one():
     unet = golden_unet("sd-2.1@768")
     cost, counts = CostModel(unet, discover(unet), 96), []
+    cost.macs(torch.rand(1, 1620))  # the first call works out what later ones share
     for batch in (2, 1000):
         gates = torch.rand(batch, 1620, requires_grad=True)
         with Operations() as operations:
             cost.macs(gates).sum().backward()
         counts.append(operations.count)
-    assert counts[0] == counts[1] < 20 * 1620  # which is a few for each unit at most
+    assert counts[0] == counts[1] < 100
 
 
 def test_sd21_on_meta_is_small():

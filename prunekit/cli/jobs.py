@@ -7,7 +7,7 @@ import typer
 
 from prunekit.cli.common import Overrides, Recipe, app, console, say
 from prunekit.errors import UserError
-from prunekit.shipped import find_recipe
+from prunekit.shipped import find_recipe, shipped_recipes
 
 PlannedPrecision = Literal["float32", "bfloat16", "float16"]
 
@@ -102,9 +102,13 @@ def plan(
 
 
 def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Part a command's arguments into recipes' files and settings, which have an equals sign."""
-    recipes = [text for text in arguments if "=" not in text or Path(text).is_file()]
+    """Part a command's arguments into recipes, which are YAML files or names of shipped recipes, and settings."""
+    known = shipped_recipes()
+    recipes = [text for text in arguments if text in known or Path(text).suffix == ".yaml" or Path(text).is_file()]
     if not recipes:
+        first = next((text for text in arguments if "=" not in text), None)
+        if first is not None:
+            find_recipe(first)  # says which names are near
         raise UserError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
     return [find_recipe(text) for text in recipes], [text for text in arguments if text not in recipes]
 

@@ -17,10 +17,10 @@ WARM_UP = WarmUp(max_seconds=10.0)
 
 
 @torch.no_grad()
-def call_ratio(dense: nn.Module, pruned: nn.Module, inputs: Sequence[Tensor], pairs: int = PAIRS) -> float:
+def call_ratio(dense: nn.Module, pruned: nn.Module, inputs: Sequence[Tensor]) -> float:
     """Return the median over pairs of (time of a pruned call) / (time of the dense call beside it)."""
     calls = {"dense": lambda: dense(*inputs), "pruned": lambda: pruned(*inputs)}
-    return measure(calls, pairs, inputs[0].device, WARM_UP).ratio("pruned").value
+    return measure(calls, PAIRS, inputs[0].device, WARM_UP).ratio("pruned").value
 
 
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
