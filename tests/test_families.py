@@ -27,7 +27,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=[pytest.param("sd1", marks=pytest.mark.long), "sdxl"])
 def run(request, tmp_path_factory):
     """A finished run: its family, recipe and directory."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -17,7 +17,7 @@ SIZES = (16, (9, 12), (11, 8), (10, 14), 8)
 TEXT_LENGTHS = (1, 77, 154)
 KEEPS = (0.2, 0.5, 0.8, 0.95)
 UNETS = {}
-ARCHITECTURES = int(os.environ.get("PRUNEKIT_ARCHITECTURES", "12"))  # of each shape and policy; more on demand
+ARCHITECTURES = (4, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "24")), marks=pytest.mark.long))
 
 
 def unet_of(shape, device="cpu"):
@@ -57,12 +57,13 @@ def masked_error(unet, architecture, arguments):
     return relative_error(masked, sliced), pruned, counter.get_total_flops()
 
 
+@pytest.mark.parametrize("count", ARCHITECTURES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_architectures(shape, policy):
+def test_random_architectures(shape, policy, count):
     unet = unet_of(shape)
     space, worst = discover(unet, depth=policy), 0.0
-    for seed in range(ARCHITECTURES):
+    for seed in range(count):
         architecture = space.random(keep=KEEPS[seed % 4], seed=seed)
         if seed % 3 == 0:
             architecture = with_empty_groups(architecture, seed)

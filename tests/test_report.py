@@ -19,6 +19,7 @@ from prunekit.report.routing import MOST_POINTS, mapped_rows, prompt_map
 from prunekit.report.training import by_training, step_times, thinned
 from prunekit.run import start
 
+WRITES_REPORTS = True
 VOID = {"meta", "link", "img", "input", "br"}
 FREE = {"p", "li", "td", "th", "tr", "thead", "tbody", "dt", "dd"}  # whose end HTML lets out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -37,6 +38,7 @@ CONFIGS = {
     },
 }
 SHAPES = tuple(CONFIGS)
+MORE_SHAPES = ("sd2", *(pytest.param(shape, marks=pytest.mark.long) for shape in SHAPES if shape != "sd2"))
 
 
 def build(shape: str, device: str = "cpu", seed: int = 0, **overrides) -> UNet2DConditionModel:
