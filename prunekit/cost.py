@@ -8,6 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from prunekit.errors import UserError
+
 from .units import Architecture, UnitSpace, attention, depth, feedforward, resnet
 from .units.counting import CONVENTIONS, ConvLinear, LayerCost, Parameters
 from .units.discovery import kept_groups, match, width_group
@@ -38,7 +40,7 @@ class CostModel:
         convention: str = "exact",
     ):
         if convention not in CONVENTIONS:
-            raise ValueError(
+            raise UserError(
                 f"convention={convention!r}: choose one of {', '.join(CONVENTIONS)}.{near(convention, CONVENTIONS)}"
             )
         match(unet, space)
@@ -93,7 +95,7 @@ class CostModel:
                 architecture = architecture.on(self.space)
             return architecture.values
         if architecture.shape[-1:] != (self.space.size,):
-            raise ValueError(f"gates have shape (..., {self.space.size}), got {tuple(architecture.shape)}")
+            raise UserError(f"gates have shape (..., {self.space.size}), got {tuple(architecture.shape)}")
         return architecture
 
     def _evaluate(self, polynomial: Polynomial, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
@@ -208,7 +210,7 @@ class RunningCost:
 
     def __init__(self, polynomial: Polynomial, values: torch.Tensor):
         if values.dtype != torch.bool:
-            raise ValueError("a running cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
+            raise UserError("a running cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
         space = polynomial.space
         self.bits: list[bool] = values.tolist()
         self._num_width = space.num_width
@@ -261,10 +263,10 @@ class RunningCost:
 def _latent_size(unet: UNet2DConditionModel, sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
     size = unet.config.sample_size if sample_size is None else sample_size
     if size is None:
-        raise ValueError("the UNet's config names no sample_size; pass the latent's: a side, or (height, width)")
+        raise UserError("the UNet's config names no sample_size; pass the latent's: a side, or (height, width)")
     size = (size, size) if isinstance(size, int) else tuple(size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"sample_size={sample_size!r}: pass a side of the latent, or (height, width)")
+        raise UserError(f"sample_size={sample_size!r}: pass a side of the latent, or (height, width)")
     return size
 
 

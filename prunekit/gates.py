@@ -12,6 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from prunekit.errors import UserError
+
 from .units import Architecture, UnitGroup, UnitSpace, attention, depth, feedforward, resnet
 from .units.discovery import match
 
@@ -75,14 +77,14 @@ class Gates:
         if isinstance(g, Architecture):
             g = g.on(self.space).values if g.space is not self.space else g.values
         if g.dim() not in (1, 2) or g.shape[-1] != self.space.size:
-            raise ValueError(f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(g.shape)}")
+            raise UserError(f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(g.shape)}")
         parameter = self._unet.conv_in.weight
         g = g.to(parameter.device)
         g = g if g.is_floating_point() else g.to(parameter.dtype)
         batch = None
         if g.dim() == 1:
             if rows is not None:
-                raise ValueError("rows choose among the rows of (G, D) gates; these gates are one (D,) vector")
+                raise UserError("rows choose among the rows of (G, D) gates; these gates are one (D,) vector")
             g = g[None]
         else:
             if rows is not None:
@@ -139,7 +141,7 @@ class Gates:
         if self._state is None:
             raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the UNet as it is)")
         if self._state.batch not in (None, sample.shape[0]):
-            raise ValueError(
+            raise UserError(
                 f"the gates are for a batch of {self._state.batch}, the UNet got {sample.shape[0]}; pass rows=, which "
                 "gate row each sample uses (for a pipeline: prunekit.pipeline_rows)"
             )
@@ -149,7 +151,7 @@ class Gates:
             return None
         mask = self._state.masks[index]
         if mask.shape[0] not in (1, batch):
-            raise ValueError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
+            raise UserError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
         return mask
 
     def _multiplies(self, index: int) -> Callable:
@@ -249,10 +251,10 @@ def _checkpoints_under(gates: Gates) -> Iterator[None]:
 def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     rows = torch.as_tensor(rows)
     if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise ValueError(f"rows is (batch,) of integers, got {tuple(rows.shape)} of {rows.dtype}")
+        raise UserError(f"rows is (batch,) of integers, got {tuple(rows.shape)} of {rows.dtype}")
     on_host = rows.device.type == "cpu"  # on a GPU looking would make the host wait, and indexing checks by itself
     if on_host and len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
-        raise ValueError(f"rows name gate rows 0 to {num_rows - 1}, got {int(rows.min())} to {int(rows.max())}")
+        raise UserError(f"rows name gate rows 0 to {num_rows - 1}, got {int(rows.min())} to {int(rows.max())}")
     return rows
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from prunekit.errors import UserError
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 UnscaledPrecision = Literal["auto", "float32", "bfloat16"]  # of gradients without loss scaling, which float16 needs
 LOWER = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +48,7 @@ def resolve_precision(
         return precision
     forced = meaning or os.environ.get(VARIABLE)
     if forced and forced not in ("float32", *LOWER):
-        raise ValueError(f"{VARIABLE}={forced!r}: set it to float32, bfloat16 or float16, or unset it")
+        raise UserError(f"{VARIABLE}={forced!r}: set it to float32, bfloat16 or float16, or unset it")
     found = forced or _native(torch.device(device).type)
     return found if scaled or found != "float16" else "float32"
 

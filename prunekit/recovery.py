@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.methods.base import PruneResult
 from prunekit.slicing import save_member, slice_unet
@@ -138,7 +139,7 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     routed = None if result.router is None else result.router.route_rows(data.prompts, pairs)
     if recovery.shares and routed is not None:
         if stages.pipeline.unet.config.get("pruning"):
-            raise ValueError(
+            raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
         return [Job(recovery, None, pairs, _of_all_pairs(data, pairs, routed))]

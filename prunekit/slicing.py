@@ -21,6 +21,8 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from prunekit.errors import UserError
+
 from .units import Architecture, UnitGroup, UnitSpace, attention, depth, discover, feedforward, resnet
 from .units.discovery import match
 from .units.space import near
@@ -83,10 +85,10 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
     The copy has the UNet's dtype, device, training mode, frozen parameters and attention processors.
     """
     if not architecture.is_boolean:
-        raise ValueError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
+        raise UserError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
     match(unet, architecture.space)
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):
-        raise ValueError("fused attention projections cannot be cut; call unet.unfuse_qkv_projections() first")
+        raise UserError("fused attention projections cannot be cut; call unet.unfuse_qkv_projections() first")
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         pruned = PrunedUNet2DConditionModel(**config)
@@ -131,12 +133,12 @@ def backbone_of(folder: str | Path) -> Path | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise ValueError(f"{path} has format {content['format']!r}; this version of prunekit reads format {FORMAT}")
+            raise UserError(f"{path} has format {content['format']!r}; this version of prunekit reads format {FORMAT}")
         backbone = (Path(folder) / content["backbone"]).resolve()
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} does not name a backbone: {error!r}") from error
+        raise UserError(f"{path} does not name a backbone: {error!r}") from error
     if not backbone.is_dir():
-        raise ValueError(f"{path} names {backbone}, which is not there: copy the backbone's folder too")
+        raise UserError(f"{path} names {backbone}, which is not there: copy the backbone's folder too")
     return backbone
 
 
@@ -190,13 +192,13 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
     """The Architecture that a config's record describes; ValueError that says what is wrong with it."""
     if not isinstance(pruning, Mapping) or pruning.get("format") != FORMAT:
         known = pruning.get("format") if isinstance(pruning, Mapping) else pruning
-        raise ValueError(
+        raise UserError(
             f"the config's pruning has format {known!r}; this version of prunekit reads format {FORMAT}. Use the "
             "version that wrote it, or a newer one"
         )
     unknown = set(pruning) - {"format", "kept", "removed"}
     if unknown:
-        raise ValueError(f"the config's pruning has unknown keys {sorted(unknown)}; allowed: format, kept, removed")
+        raise UserError(f"the config's pruning has unknown keys {sorted(unknown)}; allowed: format, kept, removed")
     values = torch.ones(space.size, dtype=torch.bool, device="cpu")
     widths = {group.path: group for group in space.width_groups}
     depths = {group.path: group for group in space.depth_groups}
@@ -204,9 +206,9 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
         group = _named(path, widths, "pruning.kept", "a ResBlock, attention or feed-forward")
         indices = list(indices)
         if not all(isinstance(index, int) and 0 <= index < group.size for index in indices):
-            raise ValueError(f"pruning.kept[{path!r}] holds indices outside 0 to {group.size - 1}: {indices}")
+            raise UserError(f"pruning.kept[{path!r}] holds indices outside 0 to {group.size - 1}: {indices}")
         if sorted(set(indices)) != indices:
-            raise ValueError(f"pruning.kept[{path!r}] is not sorted, or names a unit twice: {indices}")
+            raise UserError(f"pruning.kept[{path!r}] is not sorted, or names a unit twice: {indices}")
         part = space.slice(group)
         values[part] = False
         values[[part.start + index for index in indices]] = True
@@ -218,5 +220,5 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
 
 def _named(path: str, groups: Mapping[str, UnitGroup], where: str, what: str) -> UnitGroup:
     if path not in groups:
-        raise ValueError(f"{where} names {path!r}, which is not {what} of this UNet.{near(path, groups)}")
+        raise UserError(f"{where} names {path!r}, which is not {what} of this UNet.{near(path, groups)}")
     return groups[path]

@@ -6,6 +6,9 @@ A stage's result appears whole or not at all, and is not made again where it is 
 import resource
 import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +24,7 @@ from prunekit.data.digests import Digests
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.errors import UserError
 from prunekit.evaluation import comparison
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
@@ -37,6 +41,8 @@ from prunekit.training.diffusion import forward_process
 from prunekit.training.processes import current
 from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
+
+PACKAGE = __name__.partition(".")[0]
 
 
 def peak_memory() -> int:
@@ -83,8 +89,22 @@ def _cache(recipe: CommonRecipe, directory: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cache.directory={folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"cache.directory={folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+@contextmanager
+def errors_of_plug_ins(method: Method) -> Iterator[None]:
+    """Turn a ValueError that another package's method raises itself, not a library below it, into a user's error."""
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+        owner = type(method).__module__.partition(".")[0]
+        raised_in = frame.f_globals.get("__name__", "").partition(".")[0]
+        if isinstance(error, UserError) or owner == PACKAGE or raised_in != owner:
+            raise
+        raise UserError(f"{method.name}: {error}") from error
 
 
 class Stages:
@@ -175,7 +195,8 @@ class Stages:
 
         def prune() -> None:
             started = time.monotonic()
-            result = method.prune(self.pipeline, self.data, folder, log=log)
+            with errors_of_plug_ins(method):
+                result = method.prune(self.pipeline, self.data, folder, log=log)
             ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
             self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
             for note in (*result.notes(), *result.warnings()):

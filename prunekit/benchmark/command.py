@@ -11,6 +11,7 @@ from prunekit.benchmark.config import JOB, ArchitectureConfig, BenchRecipe, Cell
 from prunekit.benchmark.rows import Row
 from prunekit.benchmark.runner import Bench
 from prunekit.benchmark.table import markdown
+from prunekit.errors import UserError
 from prunekit.models import load_shape, quiet_libraries
 from prunekit.training.checkpoint import write_text
 
@@ -42,7 +43,7 @@ def bench(
     quiet_libraries()
     if target.is_dir():
         if list(overrides):
-            raise ValueError(f"{target} is a run, which takes no KEY=VALUE; write a recipe with job: {JOB} instead")
+            raise UserError(f"{target} is a run, which takes no KEY=VALUE; write a recipe with job: {JOB} instead")
         recipe, default = run_recipe(target), target / "bench"
     else:
         recipe = load_bench_recipe(target, overrides)
@@ -68,7 +69,7 @@ def run_recipe(directory: Path) -> BenchRecipe:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     folders = sorted(directory.glob("methods/*/experts/[0-9]*/unet/config.json"))
     if not folders:
-        raise ValueError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")
+        raise UserError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")
     experts = {}
     for config in folders:
         unet = config.parent
@@ -76,7 +77,7 @@ def run_recipe(directory: Path) -> BenchRecipe:
         experts[name] = ArchitectureConfig(path=str(unet))
     height, width = load_shape(settings["model"], settings.get("single_file_config")).resolution
     if height != width:
-        raise ValueError(f"{settings['model']} is made for {height} x {width} pixels; a benchmark takes squares")
+        raise UserError(f"{settings['model']} is made for {height} x {width} pixels; a benchmark takes squares")
     cells = [CellConfig(workload="unet"), CellConfig(workload="image", repeats=10)]
     if torch.cuda.is_available():
         cells.insert(1, CellConfig(workload="unet", dtype="bfloat16", mode="compiled"))

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunekit.benchmark.modes import Mode
+from prunekit.errors import UserError
 
 DENSE = "dense"  # the architecture that is always there, and that the others are compared with
 JOB = "bench"
@@ -17,7 +18,7 @@ REDUCED = {"resolution": 256, "batch": 1, "guidance": 1.0, "steps": 2, "warmup_s
 REDUCED_REPEATS = 3
 
 
-class BenchRecipeError(ValueError):
+class BenchRecipeError(UserError):
     """A benchmark's recipe that cannot be used; the message is one line that says what to change."""
 
 
@@ -43,9 +44,9 @@ class ArchitectureConfig(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> "ArchitectureConfig":
         if (self.budget is None) == (self.path is None):
-            raise ValueError("an architecture has either a budget or a path")
+            raise UserError("an architecture has either a budget or a path")
         if self.path is not None and self.align is not None:
-            raise ValueError("align goes with a budget: the widths of a UNet at a path are what they are")
+            raise UserError("align goes with a budget: the widths of a UNet at a path are what they are")
         return self
 
 
@@ -88,7 +89,7 @@ class BenchRecipe(_Section):
     @classmethod
     def _not_dense(cls, architectures: dict[str, ArchitectureConfig]) -> dict[str, ArchitectureConfig]:
         if DENSE in architectures:
-            raise ValueError(f"architectures.{DENSE} is the model itself and always there; choose another name")
+            raise UserError(f"architectures.{DENSE} is the model itself and always there; choose another name")
         return architectures
 
     @model_validator(mode="after")
@@ -96,7 +97,7 @@ class BenchRecipe(_Section):
         known = (DENSE, *self.architectures)
         for cell in self.cells:
             if unknown := [name for name in cell.architectures or () if name not in known]:
-                raise ValueError(f"cells name the architecture {unknown[0]!r}; there are {', '.join(known)}")
+                raise UserError(f"cells name the architecture {unknown[0]!r}; there are {', '.join(known)}")
         return self
 
     def names(self, cell: CellConfig) -> list[str]:

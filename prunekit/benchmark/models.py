@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prunekit.benchmark.config import ArchitectureConfig
 from prunekit.cost import CostModel
+from prunekit.errors import UserError
 from prunekit.methods import Random, select
 from prunekit.models import load_pipeline, load_unet_on_meta
 from prunekit.slicing import PrunedUNet2DConditionModel
@@ -40,7 +41,7 @@ def random_pipeline(unet: UNet2DConditionModel, seed: int) -> DiffusionPipeline:
     """
     width = unet.config.cross_attention_dim
     if width not in TEXT_ENCODERS or unet.config.addition_embed_type is not None:
-        raise ValueError(
+        raise UserError(
             f"no text encoder is known for a UNet with cross_attention_dim={width} and "
             f"addition_embed_type={unet.config.addition_embed_type}; time its calls alone (workload: unet), or give a "
             "pipeline's directory and weights=own"
@@ -97,7 +98,7 @@ def choose(config: ArchitectureConfig, unet: UNet2DConditionModel, latent: int, 
 def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """Return a UNet from its folder, frozen; ValueError, one line, where there is none."""
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} holds no UNet: give a folder that save_pretrained wrote (it has a config.json)")
+        raise UserError(f"{path} holds no UNet: give a folder that save_pretrained wrote (it has a config.json)")
     unet = PrunedUNet2DConditionModel.from_pretrained(path, torch_dtype=dtype).to(device)
     return unet.eval().requires_grad_(False)
 
@@ -133,6 +134,6 @@ def _filled(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: i
                 parameter.uniform_(-bound, bound, generator=generator)
     for name, buffer in module.named_buffers():
         if not name.endswith("position_ids"):
-            raise ValueError(f"{type(module).__name__} has a buffer {name!r}, which random weights cannot fill")
+            raise UserError(f"{type(module).__name__} has a buffer {name!r}, which random weights cannot fill")
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand(buffer.shape))
     return module.eval().requires_grad_(False)

@@ -11,6 +11,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from prunekit.errors import UserError
+
 Mode = Literal["eager", "compiled", "cuda_graph"]
 REGIONS = (ResnetBlock2D, BasicTransformerBlock)
 ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region looks through another's graphs
@@ -44,7 +46,7 @@ def in_mode(
         with _graphed(unet, inputs):
             yield
     else:
-        raise ValueError(f"mode={mode!r}: choose eager, compiled or cuda_graph")
+        raise UserError(f"mode={mode!r}: choose eager, compiled or cuda_graph")
 
 
 def regions(unet: UNet2DConditionModel) -> list[nn.Module]:
@@ -69,7 +71,7 @@ def _compiled(unet: UNet2DConditionModel, backend: str) -> Iterator[None]:
 @contextmanager
 def _graphed(unet: UNet2DConditionModel, inputs: Mapping[str, Any]) -> Iterator[None]:
     if unet.device.type != "cuda":
-        raise ValueError(f"mode=cuda_graph needs a CUDA device; this UNet is on {unet.device.type}")
+        raise UserError(f"mode=cuda_graph needs a CUDA device; this UNet is on {unet.device.type}")
     static = {name: _copy(value) for name, value in inputs.items()}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

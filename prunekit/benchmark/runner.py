@@ -25,6 +25,7 @@ from prunekit.benchmark.modes import in_mode
 from prunekit.benchmark.rows import Piece, Row, Subject, row_of
 from prunekit.benchmark.workloads import pipeline_call, unet_calls, with_unet
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.errors import UserError
 from prunekit.methods.budget import unaligned
 from prunekit.models import load_shape, load_unet_on_meta
 from prunekit.slicing import slice_unet
@@ -51,7 +52,7 @@ class Bench:
         self.shape = load_shape(recipe.model)
         scale = self.shape.vae_scale_factor
         if recipe.resolution % scale:
-            raise ValueError(f"resolution={recipe.resolution}: {recipe.model} takes multiples of {scale} pixels")
+            raise UserError(f"resolution={recipe.resolution}: {recipe.model} takes multiples of {scale} pixels")
         self.latent, self.text_length = recipe.resolution // scale, self.shape.tokenizer.model_max_length
         self._chosen: dict[str, Architecture] = {}
 
@@ -200,7 +201,7 @@ class _Dense:
 def _device(name: str) -> torch.device:
     is_there = torch.cuda.is_available()
     if name == "cuda" and not is_there:
-        raise ValueError("device=cuda: torch sees no CUDA device here; choose device=cpu, or auto")
+        raise UserError("device=cuda: torch sees no CUDA device here; choose device=cpu, or auto")
     return torch.device("cuda" if is_there and name != "cpu" else "cpu")
 
 

@@ -17,6 +17,7 @@ import torch
 
 from prunekit.check.shrinking import STEPS, first_images, shrunk, write_shard
 from prunekit.data.encoded import encode
+from prunekit.errors import UserError
 from prunekit.methods.base import PruneResult
 from prunekit.plan.data import DataSize, size_of
 from prunekit.plan.models import Models, PlannedModel
@@ -32,7 +33,7 @@ PAIRS = 64  # that are read, or as many as a batch of pictures or the experts ne
 NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # what errors of torch say
 
 
-class CheckError(ValueError):
+class CheckError(UserError):
     """A stage that failed; the message is one line that names the stage and the setting."""
 
 
@@ -72,12 +73,12 @@ def check(recipe: AnyRecipe, devices: int = 1, say: Callable[[Checked], Any] = l
     Raises CheckError at the first stage that fails; ValueError for a recipe that cannot be checked.
     """
     if isinstance(recipe, PretrainRecipe):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name} has job=pretrain, and check is for prune and compare; see it through with: "
             "prunekit run RECIPE scale=smoke"
         )
     if current().count > 1:
-        raise ValueError("check is for one process: start it without a launcher, and say --devices N")
+        raise UserError("check is for one process: start it without a launcher, and say --devices N")
     with TemporaryDirectory(prefix="prunekit-check-") as directory:
         return _Check(recipe, devices, Path(directory), say).run()
 

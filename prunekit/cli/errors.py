@@ -2,11 +2,12 @@
 
 import os
 import sys
-import traceback
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
+
+from prunekit.errors import UserError
 
 PACKAGE = __name__.partition(".")[0]
 INTERRUPTED = 130
@@ -38,13 +39,11 @@ class Commands(TyperGroup):
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the message is for the user: an error class of ours, a ValueError that our code raised, or a file's."""
-    if type(error).__module__.partition(".")[0] == PACKAGE or isinstance(error, OSError):
-        return True
-    if not isinstance(error, ValueError | ImportError):
-        return False
-    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE
+    """Return whether the message is for the user: an error class of ours, or an operating system's error on a file.
+
+    Any other error is a fault of prunekit or of a library, which the traceback helps to find.
+    """
+    return isinstance(error, UserError | OSError) or type(error).__module__.partition(".")[0] == PACKAGE
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from prunekit.cli.common import Model, app, console, say
+from prunekit.errors import UserError
 
 
 @app.command()
@@ -72,7 +73,7 @@ def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
         table.add_row(row.counter, "{} x {}".format(*row.sample_size), *numbers, *rest, row.explanation)
     console().print(table)
     if wrong := [row.counter for row in rows if row.unexplained]:
-        raise ValueError(f"the counts of {', '.join(wrong)} differ by more than what is known; please report this")
+        raise UserError(f"the counts of {', '.join(wrong)} differ by more than what is known; please report this")
     say("Every difference is explained to the integer")
 
 
@@ -126,6 +127,6 @@ def _latent_size(size: str | None) -> int | tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", size.strip().lower())
     if match is None or "0" in (match[1], match[2]):
-        raise ValueError(f"--size {size}: give the latent's side, such as 64, or HxW, such as 64x96")
+        raise UserError(f"--size {size}: give the latent's side, such as 64, or HxW, such as 64x96")
     height = int(match[1])
     return (height, int(match[2])) if match[2] else height

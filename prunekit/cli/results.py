@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from prunekit.cli.common import Overrides, app, console, say
+from prunekit.errors import UserError
 from prunekit.shipped import find_recipe
 
 MOST_ROWS = 50  # of pictures that `generate` lists
@@ -176,7 +177,7 @@ def import_(
     from prunekit.importing import import_aptp
 
     if kind != "aptp":
-        raise ValueError(f"import {kind}: choose aptp")
+        raise UserError(f"import {kind}: choose aptp")
     done = import_aptp(release, output or Path("runs") / release.resolve().name, model, prompt_encoder)
     table, info = Table("expert", "MACs", "% of dense", "parameters", "weights"), done.result.info
     for index, source in enumerate(done.weights):

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from prunekit.errors import UserError
+
 Result = dict[str, Any]  # a cell's JSON
 
 DISTILLATION = tuple(
@@ -25,7 +27,7 @@ def refuse_unfair(cells: Sequence[Result]) -> None:
                 continue
             earlier, other = seen.setdefault((field, group), (value, cell))
             if earlier != value:
-                raise ValueError(
+                raise UserError(
                     f"{title(other)} and {title(cell)} cannot share a table: {field} is {earlier!r} there and "
                     f"{value!r} here; run one of them again, or make it an axis"
                 )

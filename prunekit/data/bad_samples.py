@@ -4,11 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import write_text
 from prunekit.training.progress import console
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Bad input data: the message names the file or sample and what is wrong with it."""
 
 

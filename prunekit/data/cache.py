@@ -24,6 +24,7 @@ from torch import Tensor
 from prunekit.data.digests import Digests, file_digest
 from prunekit.data.rows import MappedRows, stored_tensors
 from prunekit.data.sharing import share_and_tidy
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import clear_killed, replacing, write_json
 from prunekit.training.claims import Piece
 from prunekit.training.progress import console
@@ -102,7 +103,7 @@ class Manifest:
                 self._read_at, self._records = read_at, {}
                 content = json.loads(self.path.read_text(encoding="utf-8"))
                 if any(set(record) != RECORD for record in content.get("shards", {}).values()):
-                    raise ValueError("not a manifest of shards")
+                    raise UserError("not a manifest of shards")
                 if content["key"] == self.key and content["format"] == FORMAT:
                     self._records = dict(content["shards"])
                 else:

@@ -18,6 +18,7 @@ from prunekit.data.samples import Sample, collect
 from prunekit.data.shards import missing_shards, shards_of
 from prunekit.data.tables import cc3m_rows, csv_rows, grouped
 from prunekit.data.webdataset import webdataset_samples
+from prunekit.errors import UserError
 
 CC3M_FOLDERS = {"Train_GCC-training.tsv": "training", "Validation_GCC-1.1.0-Validation.tsv": "validation"}
 LAYOUT_SETTINGS = {  # which settings of a layout mean something for which kind
@@ -75,15 +76,15 @@ class DataConfig(BaseModel):
     def _layout(self) -> "DataConfig":
         for setting, kinds in LAYOUT_SETTINGS.items():
             if getattr(self, setting) is not None and self.kind not in kinds:
-                raise ValueError(f"data.{setting} means nothing for data.kind={self.kind}, only for {', '.join(kinds)}")
+                raise UserError(f"data.{setting} means nothing for data.kind={self.kind}, only for {', '.join(kinds)}")
         if self.kind == "coco":
             allowed = ", ".join(coco.SPLITS)
             if self.split is None and self.annotations is None:
-                raise ValueError(f"data.kind='coco' needs data.split ({allowed}) or data.annotations with data.images")
+                raise UserError(f"data.kind='coco' needs data.split ({allowed}) or data.annotations with data.images")
             if self.split is not None and self.split not in coco.SPLITS:
-                raise ValueError(f"data.split={self.split!r} of data.kind='coco': choose one of {allowed}")
+                raise UserError(f"data.split={self.split!r} of data.kind='coco': choose one of {allowed}")
             if self.split is None and self.images is None:
-                raise ValueError("data.annotations without data.split needs data.images, the folder of the pictures")
+                raise UserError("data.annotations without data.split needs data.images, the folder of the pictures")
         return self
 
     @property

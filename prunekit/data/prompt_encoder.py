@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prunekit.errors import UserError
+
 PROMPT_ENCODER_DIRECTORY = Path(__file__).parent.parent / "assets" / "prompt_encoder"
 EMBEDDED = "emoji"
 STATIC_BATCH = 1024
@@ -26,7 +28,7 @@ class PromptEncoder:
         try:
             self.model = SentenceTransformer(str(path), device="cpu" if self.name == EMBEDDED else None)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f'cannot load the prompt encoder {self.name!r}: use "{EMBEDDED}", a folder, or the name of a Sentence '
                 f"Transformer on the hub ({str(error).splitlines()[0]})"
             ) from error

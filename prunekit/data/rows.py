@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunekit.errors import UserError
+
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}  # safetensors' names of what is stored
 
 
@@ -57,7 +59,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise ValueError(f"{path} has no whole header")
+            raise UserError(f"{path} has no whole header")
         header = json.loads(file.read(length))
     found = {}
     for name, entry in header.items():
@@ -65,7 +67,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             continue
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if stop - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + stop > size:
-            raise ValueError(f"{path} does not hold the {shape} of {name} that its header names")
+            raise UserError(f"{path} does not hold the {shape} of {name} that its header names")
         found[name] = StoredTensor(dtype, shape, 8 + length + start)
     return found
 
@@ -83,14 +85,14 @@ class MappedRows(Rows):
         for path in paths:
             tensors = stored_tensors(path)
             if name not in tensors:
-                raise ValueError(f"{path} holds {', '.join(tensors)}, no {name}")
+                raise UserError(f"{path} holds {', '.join(tensors)}, no {name}")
             tensor = tensors[name]
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             count = int(np.prod(tensor.shape))
             array = np.frombuffer(mapped, tensor.dtype, count, tensor.offset).reshape(tensor.shape)
             if self._arrays and (array.shape[1:], array.dtype) != (self._arrays[0].shape[1:], self._arrays[0].dtype):
-                raise ValueError(f"{path} has rows {array.shape[1:]} of {array.dtype}, unlike the files before it")
+                raise UserError(f"{path} has rows {array.shape[1:]} of {array.dtype}, unlike the files before it")
             self._maps.append(mapped)
             self._arrays.append(array)
             self._offsets = [*getattr(self, "_offsets", []), tensor.offset]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from prunekit.cost import CostModel
 from prunekit.demo.opening import architectures_of, example_prompts, open_dense, open_pipeline, title_of
+from prunekit.errors import UserError
 from prunekit.serving import PromptRoutedPipeline
 from prunekit.serving.requests import MOST_SEED
 from prunekit.units import Architecture
@@ -115,15 +116,15 @@ class Demo:
     def _checked(self, prompt: str, seed: int, steps: int, guidance: float | None) -> tuple[str, int, int, float]:
         prompt = " ".join(str(prompt or "").split())
         if not prompt:
-            raise ValueError("the prompt is empty: say what the picture shows")
+            raise UserError("the prompt is empty: say what the picture shows")
         if len(prompt) > MOST_LETTERS:
-            raise ValueError(f"the prompt has {len(prompt):,} letters: at most {MOST_LETTERS:,}")
+            raise UserError(f"the prompt has {len(prompt):,} letters: at most {MOST_LETTERS:,}")
         guidance = self.pipeline.mixture.guidance if guidance is None else guidance
         for name, value, most, least in (("seed", seed, MOST_SEED, 0), ("steps", steps, MOST_STEPS, 1)):
             if not isinstance(value, int | float) or value != int(value) or not least <= value <= most:
-                raise ValueError(f"{name}={value}: a whole number from {least} to {most}")
+                raise UserError(f"{name}={value}: a whole number from {least} to {most}")
         if not 0 <= guidance <= MOST_GUIDANCE:
-            raise ValueError(f"guidance={guidance}: a number from 0 to {MOST_GUIDANCE:g}")
+            raise UserError(f"guidance={guidance}: a number from 0 to {MOST_GUIDANCE:g}")
         return prompt, int(seed), int(steps), float(guidance)
 
 
@@ -132,4 +133,4 @@ def _check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: not usable here ({reason}); leave it out, or give cpu") from error
+        raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or give cpu") from error

@@ -10,6 +10,7 @@ import torch
 
 from prunekit.cost import CostModel
 from prunekit.data.config import DataConfig, load_data
+from prunekit.errors import UserError
 from prunekit.evaluation.generate import REQUEST
 from prunekit.export.inputs import latent_size
 from prunekit.export.tiers import architecture_of
@@ -42,7 +43,7 @@ def open_pipeline(directory: Path, method: str | None, device: str | None) -> Pr
     pipeline.set_progress_bar_config(disable=True)
     for index in range(pipeline.num_experts):
         if not pipeline.mixture.experts.num_weights(index):
-            raise ValueError(f"expert {index} of {directory} has no weights; resume the run, or export it again")
+            raise UserError(f"expert {index} of {directory} has no weights; resume the run, or export it again")
     return pipeline
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from prunekit.demo.answering import MOST_GUIDANCE, MOST_STEPS, Demo
 from prunekit.demo.drawing import caption, explanation
+from prunekit.errors import MissingPackageError, UserError
 
 STEPS = 25
 FONTS = ["system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
@@ -35,7 +36,7 @@ footer { display: none !important; }
 def check_gradio() -> None:
     """ImportError that names the extra where gradio is missing."""
     if find_spec("gradio") is None:
-        raise ImportError("the demo needs gradio; pip install 'prunekit[demo]'")
+        raise MissingPackageError("the demo needs gradio; pip install 'prunekit[demo]'")
 
 
 def build(demo: Demo) -> Any:
@@ -98,7 +99,7 @@ def launch(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> tupl
         _, url, _ = page.queue().launch(server_name=host, server_port=port, **look, **local)
     except OSError as error:
         where = f"{host}:{port}" if port else host
-        raise ValueError(f"cannot listen on {where}: it is taken or not this machine's; give another --port") from error
+        raise UserError(f"cannot listen on {where}: it is taken or not this machine's; give another --port") from error
     return page, url
 
 

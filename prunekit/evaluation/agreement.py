@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.randomness import epoch_indices, generator
 
 SAMPLES = 256
@@ -39,7 +40,7 @@ def agreement_samples(
     the captions' `added_cond_kwargs`, (n, ...) each, of an SDXL-shaped UNet: `EncodedData.conditions` returns them.
     """
     if len(latents) != len(text) or not len(latents):
-        raise ValueError(f"agreement needs one text a latent, got {len(latents)} latents and {len(text)} texts")
+        raise UserError(f"agreement needs one text a latent, got {len(latents)} latents and {len(text)} texts")
     indices = epoch_indices(len(latents), count, seed, 0)
     own = None if added is None else {name: values[indices] for name, values in added.items()}
     return _noised(indices, latents[indices], text[indices], scheduler, seed, own)
@@ -99,7 +100,7 @@ def agreement(
     if expert is None and len(experts) == 1:
         expert = torch.zeros(len(target), dtype=torch.long)
     if expert is None or len(expert) != len(target) or not 0 <= int(expert.min()) <= int(expert.max()) < len(experts):
-        raise ValueError(f"agreement of {len(experts)} experts needs each of the {len(target)} samples' expert index")
+        raise UserError(f"agreement of {len(experts)} experts needs each of the {len(target)} samples' expert index")
     total = 0.0
     for index in expert.unique().tolist():
         rows = torch.nonzero(expert == index).flatten()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunekit.errors import UserError
 from prunekit.evaluation.evaluator import in_batches
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that OpenAI's CLIP was trained on
@@ -39,10 +40,10 @@ class CLIPEvaluator:
             tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(str(name), name))
             model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
             if info["missing_keys"]:  # such as the text encoder of a pipeline: the rest would be random
-                raise ValueError(f"it is no whole CLIP model, {len(info['missing_keys'])} weights are missing")
+                raise UserError(f"it is no whole CLIP model, {len(info['missing_keys'])} weights are missing")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(": ")
-            raise ValueError(
+            raise UserError(
                 f'cannot load the evaluator {str(name)!r}: use "emoji", a folder of a CLIP model, or its name on the '
                 f"hub ({reason})"
             ) from error

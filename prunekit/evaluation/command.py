@@ -13,6 +13,7 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
+from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Prompts, Sampling, noise_seeds, referred, sample
 from prunekit.evaluation.features import Features
 from prunekit.evaluation.figures import Seen, figures, refuse
@@ -84,7 +85,7 @@ def evaluate(
     quiet_libraries()
     given = [targets] if isinstance(targets, str | Path) else list(targets)
     if not given:
-        raise ValueError("nothing to evaluate: give a run, a diffusers directory, a hub id, or emoji")
+        raise UserError("nothing to evaluate: give a run, a diffusers directory, a hub id, or emoji")
     settings = load_protocol(protocol, overrides, num_images)
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, current().device)})
     places = [Target.at(place) for place in given]
@@ -190,7 +191,7 @@ def _captions(protocol: Protocol, images: CaptionedImages, seed: int, held_only:
     """Choose one caption a picture; `held_only`: of those that no training sees."""
     pairs = torch.nonzero(images.held_out).flatten() if held_only else torch.arange(images.num_pairs)
     if not len(pairs):
-        raise ValueError("the run's data holds no captions back (data.holdout=0): give --data with other captions")
+        raise UserError("the run's data holds no captions back (data.holdout=0): give --data with other captions")
     pairs = pairs[torch.randperm(len(pairs), generator=generator(seed, "evaluation captions"))]
     of_picture = dict(zip(images.image_index[pairs].tolist(), pairs.tolist(), strict=True))
     chosen = list(of_picture.values())[: protocol.num_images]
@@ -208,13 +209,13 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts={path} cannot be read: {error}") from error
+        raise UserError(f"prompts={path} cannot be read: {error}") from error
     lines: Iterable[str] = text.splitlines()
     if path.suffix == ".tsv":
         lines = (row.get("Prompt") or "" for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     found = [line.strip() for line in lines if line.strip()]
     if len(found) < 2:
-        raise ValueError(f"prompts={path} holds {len(found)} prompts: give a prompt a line, two at least")
+        raise UserError(f"prompts={path} holds {len(found)} prompts: give a prompt a line, two at least")
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import read_json, save_tensors, write_folder, write_json
 
 EVALUATOR_DIRECTORY = Path(__file__).parent.parent / "assets" / "evaluator"
@@ -154,7 +155,7 @@ class Evaluator(nn.Module):
         """Read what `save_pretrained` wrote. Raises ValueError where the folder holds no evaluator."""
         folder = Path(folder)
         if not (folder / "vocabulary.json").is_file():
-            raise ValueError(f"{folder} holds no evaluator (vocabulary.json is missing)")
+            raise UserError(f"{folder} holds no evaluator (vocabulary.json is missing)")
         evaluator = cls(EvaluatorConfig(**read_json(folder / "config.json")), read_json(folder / "vocabulary.json"))
         tensors = load_file(folder / "model.safetensors")
         evaluator.load_state_dict({name: value.float() for name, value in tensors.items()})
@@ -167,9 +168,9 @@ def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     Raises ValueError for anything but uint8 RGB pictures.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"pictures must be uint8 (n, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+        raise UserError(f"pictures must be uint8 (n, 3, H, W), not {images.dtype} {tuple(images.shape)}")
     if not len(images):
-        raise ValueError("there is no picture to evaluate")
+        raise UserError("there is no picture to evaluate")
     missing = -len(images) % BATCH
     filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
     return torch.cat([embed(part).float().cpu() for part in filled.split(BATCH)])[: len(images)]

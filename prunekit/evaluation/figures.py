@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.evaluation import metrics, uncertainty
 from prunekit.evaluation.comparison import Prompts
 from prunekit.evaluation.features import Features
@@ -134,7 +135,7 @@ def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
     for name in protocol.metrics:
         setting, need = NEEDS[name]
         if not hasattr(features.model(getattr(protocol, setting)), need):
-            raise ValueError(
+            raise UserError(
                 f"{setting}={getattr(protocol, setting)} has no {need}, which {name} needs: give a CLIP model"
             )
     if "frechet" not in protocol.metrics:
@@ -157,10 +158,10 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as content:
             arrays: list[Any] = [torch.from_numpy(np.asarray(content[name], dtype=np.float64)) for name in _STATISTICS]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"statistics={path} is no .npz with {' and '.join(_STATISTICS)}: {error}") from error
+        raise UserError(f"statistics={path} is no .npz with {' and '.join(_STATISTICS)}: {error}") from error
     if arrays[0].shape != (width,) or arrays[1].shape != (width, width):
         shapes = " and ".join(str(tuple(array.shape)) for array in arrays)
-        raise ValueError(f"statistics={path} hold {shapes}, and the features are {width} wide: set feature_model")
+        raise UserError(f"statistics={path} hold {shapes}, and the features are {width} wide: set feature_model")
     return arrays[0], arrays[1]
 
 

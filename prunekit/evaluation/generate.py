@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from prunekit.data.picture_files import write_image
+from prunekit.errors import UserError
 from prunekit.sampling import draw, quiet
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, share
@@ -74,7 +75,7 @@ def generate_to(
         earlier = read_json(directory / REQUEST)
         for name, value in request.items():
             if earlier.get(name) != value:
-                raise ValueError(
+                raise UserError(
                     f"{directory} holds pictures made with other {name}; remove it or use another directory"
                 )
     else:
@@ -119,6 +120,6 @@ def read_pictures(paths: Sequence[Path], size: int | None = None) -> Tensor:
 
 def _check(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> None:
     if len(prompts) != len(seeds) or not len(prompts):
-        raise ValueError(f"generation needs one seed a prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+        raise UserError(f"generation needs one seed a prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")

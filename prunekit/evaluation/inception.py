@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunekit.errors import MissingPackageError, UserError
 from prunekit.evaluation.evaluator import in_batches
 
 SIDE = 299  # pixels that the network was trained at
@@ -26,14 +27,14 @@ class InceptionFeatures:
         try:
             from cleanfid.inception_pytorch import InceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
-            raise ImportError(
+            raise MissingPackageError(
                 "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set feature_model=emoji or a "
                 f"CLIP model, or leave kid and frechet out of metrics ({error})"
             ) from error
         try:
             model = InceptionV3(output_blocks=[3], resize_input=False)
         except OSError as error:
-            raise ValueError(f"clean-fid cannot fetch the weights of its Inception network: {error}") from error
+            raise UserError(f"clean-fid cannot fetch the weights of its Inception network: {error}") from error
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.randomness import generator
 
 CMMD_SIGMA = 10.0
@@ -35,7 +36,7 @@ def refuse_few(count: int, width: int, what: str = "generated pictures") -> None
     Its bias falls with the number of pictures and differs by model: below 10 a feature it decides the order of rows.
     """
     if count < FRECHET_SAMPLES * width:
-        raise ValueError(
+        raise UserError(
             f"a Fréchet distance of {width:,} features needs at least {FRECHET_SAMPLES * width:,} pictures in each "
             f"set, and there are {count:,} {what}: ask for more, or leave it out (kid and cmmd serve few pictures)"
         )
@@ -65,7 +66,7 @@ def kid(real: Tensor, generated: Tensor, subset: int | None = None, subsets: int
     if subset is None:
         return _kid(real, generated)
     if not 2 <= subset <= min(len(real), len(generated)):
-        raise ValueError(f"a KID subset of {subset} does not fit sets of {len(real)} and {len(generated)} samples")
+        raise UserError(f"a KID subset of {subset} does not fit sets of {len(real)} and {len(generated)} samples")
     total = 0.0
     for index in range(subsets):
         draws = generator(seed, "kid", index)
@@ -134,7 +135,7 @@ def pick_scores(images: Tensor, texts: Tensor, scale: float) -> Tensor:
 
 def _cosines(images: Tensor, texts: Tensor) -> Tensor:
     if images.shape != texts.shape or not len(images):
-        raise ValueError(f"a score of pairs needs one text a picture, got {tuple(images.shape)}, {tuple(texts.shape)}")
+        raise UserError(f"a score of pairs needs one text a picture, got {tuple(images.shape)}, {tuple(texts.shape)}")
     return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
 
 
@@ -150,7 +151,7 @@ def ranks(images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
     against the picture, so that a collapsed model gets nothing.
     """
     if len(images) != len(targets) or not len(images):
-        raise ValueError(f"retrieval needs one target a picture, got {len(images)} pictures and {len(targets)} targets")
+        raise UserError(f"retrieval needs one target a picture, got {len(images)} pictures and {len(targets)} targets")
     scores = images.double() @ texts.double().T  # (n, m)
     own = scores.gather(1, targets.to(scores.device)[:, None])
     return (scores >= own).sum(dim=1) - 1
@@ -158,7 +159,7 @@ def ranks(images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
 
 def _checked(real: Tensor, generated: Tensor, least: int) -> tuple[Tensor, Tensor]:
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(f"features must be (n, F) and (m, F), got {tuple(real.shape)} and {tuple(generated.shape)}")
+        raise UserError(f"features must be (n, F) and (m, F), got {tuple(real.shape)} and {tuple(generated.shape)}")
     if min(len(real), len(generated)) < least:
-        raise ValueError(f"a distance needs {least} samples in each set, got {len(real)} and {len(generated)}")
+        raise UserError(f"a distance needs {least} samples in each set, got {len(real)} and {len(generated)}")
     return real.double(), generated.double()

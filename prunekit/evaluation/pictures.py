@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import replacing
 
 CELL = 1.15  # inches of a picture's side
@@ -41,11 +42,11 @@ def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str]
     from matplotlib.figure import Figure
 
     if not rows or not prompts:
-        raise ValueError("a sheet of pictures needs at least one row and one prompt")
+        raise UserError("a sheet of pictures needs at least one row and one prompt")
     for row in rows:
         for what, count in (("pictures", len(row.images)), ("notes", len(prompts if row.notes is None else row.notes))):
             if count != len(prompts):
-                raise ValueError(f"row {row.label!r} has {count} {what} for {len(prompts)} prompts")
+                raise UserError(f"row {row.label!r} has {count} {what} for {len(prompts)} prompts")
 
     captions = [shortened(prompt) for prompt in prompts]
     top = 0.15 * max(caption.count("\n") + 1 for caption in captions) + 0.1 + (0.3 if title else 0)

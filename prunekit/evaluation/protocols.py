@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunekit.data.config import DataConfig
+from prunekit.errors import UserError
 from prunekit.evaluation.evaluator import INCEPTION
 from prunekit.precision import AUTO, Precision
 
@@ -20,7 +21,7 @@ MetricName = Literal["cmmd", "kid", "frechet", "clip_score", "top1", "top5", "pi
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 
 
-class ProtocolError(ValueError):
+class ProtocolError(UserError):
     """Settings of an evaluation that cannot be used; the message is one line that says what to change."""
 
 
@@ -60,13 +61,11 @@ class Protocol(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "Protocol":
         if self.prompts is not None and (real := [name for name in self.metrics if name not in OF_TEXT]):
-            raise ValueError(
-                f"prompts={self.prompts} come without real pictures, which {', '.join(real)} need: {_TEXT}"
-            )
+            raise UserError(f"prompts={self.prompts} come without real pictures, which {', '.join(real)} need: {_TEXT}")
         if self.ask == "captions" and (names := [name for name in self.metrics if name in OF_NAMES]):
-            raise ValueError(f"{', '.join(names)} are of pictures asked for by name: set ask=names, or leave them out")
+            raise UserError(f"{', '.join(names)} are of pictures asked for by name: set ask=names, or leave them out")
         if self.ask == "names" and self.prompts is not None:
-            raise ValueError(f"prompts={self.prompts} have no names: set ask=captions")
+            raise UserError(f"prompts={self.prompts} have no names: set ask=captions")
         return self
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from prunekit.errors import UserError
+
 Row = Mapping[str, Any]
 MISSING = "–"
 
@@ -95,7 +97,7 @@ def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Colu
             if key not in keys:
                 near = difflib.get_close_matches(key, keys, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; the columns are {', '.join(keys)}"
-                raise ValueError(f"no column shows {key!r} of row {row.get('name')!r}{hint}")
+                raise UserError(f"no column shows {key!r} of row {row.get('name')!r}{hint}")
     return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
 

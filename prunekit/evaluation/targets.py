@@ -13,6 +13,7 @@ from prunekit.cost import CostModel
 from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.evaluation.protocols import Protocol
 from prunekit.methods.aptp.router import FILE_NAME
@@ -55,16 +56,16 @@ class Target:
         if not (path / RECIPE).is_file():
             local = local_path(place)
             if local is not None and local.is_dir() and not (local / INDEX).is_file():
-                raise ValueError(
+                raise UserError(
                     f"{place} is nothing to evaluate: it holds neither {RECIPE} (a run) nor {INDEX} (a diffusers "
                     "pipeline)"
                 )
             if local is not None and local.is_dir() and not (local / "unet").is_dir():
-                raise ValueError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
+                raise UserError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
             return cls(str(place), path.stem if local is not None and local.is_file() else path.name)
         recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
         if not isinstance(recipe, dict) or "model" not in recipe or not list(path.glob(f"methods/*/{RESULT}")):
-            raise ValueError(
+            raise UserError(
                 f"{place} holds no finished method of a run (methods/*/{RESULT}): give the directory of `prunekit run`,"
                 " or go on with it by `prunekit resume`"
             )

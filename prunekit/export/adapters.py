@@ -12,6 +12,7 @@ from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
 from torch import nn
 
+from prunekit.errors import UserError
 from prunekit.slicing import PrunedUNet2DConditionModel, read_pruning
 from prunekit.units import discover
 from prunekit.units.cutting import keep_out, units_to_channels
@@ -25,11 +26,11 @@ def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) ->
     """Raise ValueError, one line with the reason, unless a ControlNet's residuals fit the UNet's skips, one for one."""
     (skips, inner), (given, last) = _skips(unet), _skips(controlnet)
     if (reason := _difference(skips, given, "skip")) is not None:
-        raise ValueError(f"this ControlNet does not fit: {reason}")
+        raise UserError(f"this ControlNet does not fit: {reason}")
     if unet.mid_block is not None and inner != last:
-        raise ValueError(f"this ControlNet does not fit: its last residual is {last}, the UNet's mid block {inner}")
+        raise UserError(f"this ControlNet does not fit: its last residual is {last}, the UNet's mid block {inner}")
     if unet.mid_block is None:
-        raise ValueError("this ControlNet does not fit: its last residual is for a mid block, which this UNet lost")
+        raise UserError("this ControlNet does not fit: its last residual is for a mid block, which this UNet lost")
 
 
 def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
@@ -43,7 +44,7 @@ def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
         scale *= 1 if body.downsample is None else 2
         given.append((width, scale))
     if (reason := _difference(places, given, "down block")) is not None:
-        raise ValueError(f"this T2I-Adapter does not fit: {reason}")
+        raise UserError(f"this T2I-Adapter does not fit: {reason}")
 
 
 def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
@@ -52,9 +53,9 @@ def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> 
     Raises ValueError, one line: a dense UNet without an IP-Adapter, or a UNet in its stock form.
     """
     if getattr(dense, "encoder_hid_proj", None) is None:
-        raise ValueError("this UNet has no IP-Adapter; load it into the dense pipeline first, by load_ip_adapter")
+        raise UserError("this UNet has no IP-Adapter; load it into the dense pipeline first, by load_ip_adapter")
     if not isinstance(unet, PrunedUNet2DConditionModel):
-        raise ValueError(
+        raise UserError(
             "this IP-Adapter does not fit: a UNet in its stock form does not say what was cut, and its layers are "
             "renumbered; use tier class"
         )

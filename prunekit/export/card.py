@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from prunekit.errors import UserError
 from prunekit.models.names import KNOWN, first_line
 
 CARD = "README.md"
@@ -148,7 +149,7 @@ def push_to_hub(directory: str | Path, repository: str, private: bool = False) -
         address = hub.create_repo(repository, exist_ok=True, private=private)
         hub.upload_folder(repo_id=repository, folder_path=str(directory), commit_message="Export of prunekit")
     except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise ValueError(
+        raise UserError(
             f"{directory} is exported, but cannot be pushed to {repository}: {first_line(error)}; log in with "
             "`hf auth login`, and check the name"
         ) from error

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import MissingPackageError
 from prunekit.export.inputs import Called, example_inputs, latent_size
 from prunekit.export.specification import FORMAT, KEY, weights_hash
 from prunekit.export.tiers import architecture_of
@@ -29,7 +30,7 @@ NEEDED = ("onnx", "onnxruntime", "onnxscript")
 def check_onnx() -> None:
     """ImportError that names the extra where a package that ONNX needs is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ImportError(f"exporting to ONNX needs {', '.join(missing)}; pip install 'prunekit[onnx]'")
+        raise MissingPackageError(f"exporting to ONNX needs {', '.join(missing)}; pip install 'prunekit[onnx]'")
 
 
 def save_graph(

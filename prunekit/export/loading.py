@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from prunekit.errors import UserError
 from prunekit.export.specification import (
     CONFIG,
     config_hash,
@@ -37,7 +38,7 @@ def load_unet(
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
+        raise UserError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
     if (backbone := backbone_of(folder)) is not None:
         return slice_member(load_unet(backbone, dtype, device, verify), folder).eval().requires_grad_(False)
     config = read_object(folder / CONFIG)
@@ -54,7 +55,7 @@ def load_unet(
     for path in files:
         specification = read_outline(path)[0] if verify else None
         if specification is not None and weights_hash(load_file(path)) != specification["weights"]:
-            raise ValueError(f"the weights in {path} are not those that were exported: their hash differs")
+            raise UserError(f"the weights in {path} are not those that were exported: their hash differs")
         state |= read_tensors(path, dtype)
     unet.load_state_dict(state, assign=True)
     return unet.to(device).eval().requires_grad_(False)
@@ -63,12 +64,12 @@ def load_unet(
 def _check_specification(folder: Path, config: Mapping[str, Any], specification: Mapping[str, Any]) -> None:
     pruning = config.get("pruning")
     if specification["tier"] != "stock" and pruning != specification["architecture"]:
-        raise ValueError(
+        raise UserError(
             f"the architecture in {folder / CONFIG} is not the one that its weights were cut to; the file was changed, "
             "or comes from another export: copy both again"
         )
     if config_hash(config) != specification["config"]:
-        raise ValueError(f"{folder / CONFIG} was changed after its weights were written; copy both again")
+        raise UserError(f"{folder / CONFIG} was changed after its weights were written; copy both again")
 
 
 def check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -83,4 +84,4 @@ def check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple
     ]
     if faults:
         rest = f" ({len(faults)} differences in all)" if len(faults) > 1 else ""
-        raise ValueError(f"the weights in {folder} do not belong to its config's UNet: {faults[0]}{rest}")
+        raise UserError(f"the weights in {folder} do not belong to its config's UNet: {faults[0]}{rest}")

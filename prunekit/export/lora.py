@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.slicing import PrunedUNet2DConditionModel, read_pruning
 from prunekit.units import UnitGroup, discover
 from prunekit.units.cutting import units_to_channels
@@ -42,7 +43,7 @@ def slice_lora(
 
     """
     if not isinstance(unet, PrunedUNet2DConditionModel):
-        raise ValueError(
+        raise UserError(
             "a UNet in its stock form does not say what was cut, and its layers are renumbered, so a LoRA of the dense "
             "UNet would meet other layers; use tier class, or merge the LoRA before pruning (the recipe's `lora`)"
         )
@@ -55,7 +56,7 @@ def slice_lora(
             continue
         match = _LAYER.fullmatch(name)
         if match is None:
-            raise ValueError(
+            raise UserError(
                 f"{name} is no LoRA weight of a known form; read the file by StableDiffusionPipeline.lora_state_dict"
             )
         layer, is_down = _layer(name), match["side"] in _DOWN
@@ -64,12 +65,12 @@ def slice_lora(
         if not name.startswith(_OF_OTHERS):
             path = layer.removeprefix(_PREFIX)
             if path not in dense:
-                raise ValueError(f"{name} is of a layer that the dense UNet does not have: the LoRA is another model's")
+                raise UserError(f"{name} is of a layer that the dense UNet does not have: the LoRA is another model's")
             if any(path == layer or path.startswith(layer + ".") for layer in gone):
                 continue
             axis, kept = (1, ins.get(path)) if is_down else (0, outs.get(path))
             if value.shape[axis] != dense[path][axis]:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {tuple(value.shape)}, which does not fit the dense UNet's layer {dense[path]}: the "
                     "LoRA is another model's"
                 )

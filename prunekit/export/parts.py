@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from prunekit.errors import UserError
 from prunekit.export.class_file import CLASS, MODULE
 from prunekit.export.loading import load_unet
 from prunekit.export.tiers import save_unet
@@ -77,6 +78,6 @@ def load_pipeline_directory(
     """
     directory = Path(directory)
     if not (directory / INDEX).is_file():
-        raise ValueError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
+        raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
     unet = load_unet(directory / "unet", dtype, verify=verify)
     return Parts.load(directory, dtype).pipeline(unet)

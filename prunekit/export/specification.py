@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import read_json, save_tensors, write_json
 
 FORMAT = 1
@@ -70,14 +71,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = {Path(name).name for name in read_json(folder / INDEX)["weight_map"].values()}
         if missing := sorted(name for name in names if not (folder / name).is_file()):
-            raise ValueError(f"{folder} lacks the weight file {missing[0]}, which {INDEX} names; copy it again")
+            raise UserError(f"{folder} lacks the weight file {missing[0]}, which {INDEX} names; copy it again")
         return [folder / name for name in sorted(names)]
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds pickled weights ({pickles[0]}), which can run code and are not loaded; convert them "
             "where you trust them, and give safetensors"
         )
-    raise ValueError(f"{folder} holds no weights: {WEIGHTS} is expected")
+    raise UserError(f"{folder} holds no weights: {WEIGHTS} is expected")
 
 
 def read_outline(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]]]:
@@ -90,12 +91,12 @@ def read_outline(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[int
             header = (file.metadata() or {}).get(KEY)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error}); copy or export it again") from error
+        raise UserError(f"{path} is no readable safetensors file ({error}); copy or export it again") from error
     if header is None:
         return None, shapes
     specification = _parsed(header)
     if specification.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path} has a specification of format {specification.get('format')!r}; this version of prunekit reads "
             f"format {FORMAT}: use the version that wrote it, or a newer one"
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import temporary_for
 
 
@@ -15,7 +16,7 @@ def staged(directory: Path) -> Iterator[Path]:
     Raises ValueError, one line, for a directory that holds something already.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} holds something already; give a directory that is new or empty")
+        raise UserError(f"{directory} holds something already; give a directory that is new or empty")
     temporary = temporary_for(directory.absolute())
     temporary.mkdir(parents=True)
     try:

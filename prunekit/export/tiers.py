@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import UserError
 from prunekit.export.class_file import CLASS, MODULE, write_class_file
 from prunekit.export.specification import CONFIG, stamp
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
@@ -27,7 +28,7 @@ TIERS = ("auto", *FOLDERS, *GRAPHS)
 def check_tier(tier: str, allowed: tuple[str, ...] = TIERS) -> None:
     """ValueError, one line, for a tier that is not allowed."""
     if tier not in allowed:
-        raise ValueError(f"tier={tier!r}: choose one of {', '.join(allowed)}")
+        raise UserError(f"tier={tier!r}: choose one of {', '.join(allowed)}")
 
 
 def architecture_of(unet: UNet2DConditionModel) -> Mapping[str, Any] | None:
@@ -44,7 +45,7 @@ def save_unet(unet: UNet2DConditionModel, folder: Path, tier: str = "auto") -> d
     check_tier(tier, ("auto", *FOLDERS))
     form = None if tier == "class" else _stock_form(unet)
     if form is None and tier == "stock":
-        raise ValueError(
+        raise UserError(
             "no stock diffusers config expresses this cut: widths are cut, or layers do not go in the pairs of down "
             "and up block that a stock UNet has; use tier class"
         )

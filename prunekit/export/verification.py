@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.export import fresh
 from prunekit.export.inputs import Called, example_inputs, latent_size, relative_error
 
@@ -106,7 +107,7 @@ def _checked(claim: Claim, outputs: Sequence[str]) -> dict[str, Any]:
     error = max(relative_error(load_file(output)["out"], expected) for output, (_, expected) in pairs)
     tolerance = TOLERANCE.get(claim.form, DEFAULT_TOLERANCE)
     if not error <= tolerance:
-        raise ValueError(
+        raise UserError(
             f"the export's {claim.what}, opened by {SAID[claim.form]}, differs from the model in memory by "
             f"{error:.1e} (allowed: {tolerance:.0e}); nothing was written. Please report this"
         )
@@ -122,4 +123,4 @@ def _run(jobs: Path, scratch: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, cwd=scratch)
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
-        raise ValueError(f"the export does not open in a fresh process: {lines[-1].strip()}; nothing was written")
+        raise UserError(f"the export does not open in a fresh process: {lines[-1].strip()}; nothing was written")

@@ -19,6 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prunekit.cost import CostModel
+from prunekit.errors import UserError
 from prunekit.export.loading import check_shapes
 from prunekit.export.staging import staged
 from prunekit.importing.layout import architectures_of, published_structure, stated_structure
@@ -98,7 +99,7 @@ def import_aptp(
 def _check_fits(found: Release, space: UnitSpace, model: str) -> None:
     """ValueError, one line, for vectors of another UNet."""
     if found.vectors.shape[1] != space.size:
-        raise ValueError(
+        raise UserError(
             f"the vectors have {found.vectors.shape[1]} values, but the UNet of {model} has {space.size} units "
             f"({space.num_width} width, {space.num_depth} depth); give the model that was pruned (--model)"
         )
@@ -107,7 +108,7 @@ def _check_fits(found: Release, space: UnitSpace, model: str) -> None:
             pairs = enumerate(zip(stated[0], ours[0], strict=False))
             what = next((f"group {i} has {a} units there, {b} here" for i, (a, b) in pairs if a != b), None)
             what = what or f"{len(stated[0])} groups and {stated[1]} layers there, {len(ours[0])} and {ours[1]} here"
-            raise ValueError(f"{path} describes another UNet than that of {model}: {what}; give it by --model")
+            raise UserError(f"{path} describes another UNet than that of {model}: {what}; give it by --model")
 
 
 def _router(found: Release, prompt_encoder: str) -> Router | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.units import Architecture, UnitGroup, UnitSpace
 
 KEPT_FROM = 0.5  # the published code keeps a unit at exactly 0.5
@@ -39,7 +40,7 @@ def stated_structure(structure: dict[str, Any]) -> tuple[list[int], int]:
         widths = [int(size) for layer in structure["width"] for size in layer]
         return widths, sum(int(size) for layer in structure["depth"] for size in layer)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"a structure must be {{width: [[…], …], depth: [[…], …]}}, got {structure!r:.80}") from error
+        raise UserError(f"a structure must be {{width: [[…], …], depth: [[…], …]}}, got {structure!r:.80}") from error
 
 
 def order(space: UnitSpace) -> Tensor:

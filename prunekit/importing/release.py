@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
+from prunekit.errors import UserError
 from prunekit.models.names import read_object
 
 VECTOR, CODEBOOK = "arch_vector.pt", "quantizer_embeddings.pt"
@@ -57,7 +58,7 @@ class Release:
 def read_release(directory: Path) -> Release:
     """Read a release's directory; ValueError, one line, for one that holds no vectors, or a faulty file."""
     if not directory.is_dir():
-        raise ValueError(f"no directory {str(directory)!r}; give a release's, with {VECTOR}, quantizer/ or {CODEBOOK}")
+        raise UserError(f"no directory {str(directory)!r}; give a release's, with {VECTOR}, quantizer/ or {CODEBOOK}")
     structures = {
         path: read_object(path).get("structure")
         for path in (directory / part / "config.json" for part in ("hypernet", "quantizer"))
@@ -67,21 +68,21 @@ def read_release(directory: Path) -> Release:
     codebook = _codebook(directory, quantizer)
     folders, notes = _experts(directory), []
     if codebook is None and not folders:
-        raise ValueError(f"{directory} holds no architecture vectors: neither {VECTOR}, quantizer/ nor {CODEBOOK}")
+        raise UserError(f"{directory} holds no architecture vectors: neither {VECTOR}, quantizer/ nor {CODEBOOK}")
     vectors = {} if codebook is None else dict(enumerate(codebook))
     for index, folder in folders.items():
         own = _vectors(folder / VECTOR)
         if own.shape[0] != 1:
-            raise ValueError(f"{folder / VECTOR} holds {own.shape[0]} vectors; an expert has one")
+            raise UserError(f"{folder / VECTOR} holds {own.shape[0]} vectors; an expert has one")
         if codebook is not None and index >= len(codebook):
-            raise ValueError(f"{folder} is expert {index}, but the codes are {len(codebook)}")
+            raise UserError(f"{folder} is expert {index}, but the codes are {len(codebook)}")
         if index in vectors and not torch.equal(own[0] >= 0.5, vectors[index] >= 0.5):
             notes.append(f"expert {index}'s own vector differs from the quantizer's; its own is taken")
         vectors[index] = own[0]
     if sorted(vectors) != list(range(len(vectors))):
-        raise ValueError(f"{directory} has experts {sorted(vectors)}: some are missing between them, and no quantizer")
+        raise UserError(f"{directory} has experts {sorted(vectors)}: some are missing between them, and no quantizer")
     if len({len(vector) for vector in vectors.values()}) > 1:
-        raise ValueError(f"the vectors in {directory} differ in length: {[len(own) for own in vectors.values()]}")
+        raise UserError(f"the vectors in {directory} differ in length: {[len(own) for own in vectors.values()]}")
     weights = [_weights(folders[index] / "unet") if index in folders else None for index in range(len(vectors))]
     stacked = torch.stack([vectors[index] for index in range(len(vectors))])
     predictor = _predictor(directory / "hypernet", quantizer, len(stacked))
@@ -94,10 +95,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); copy it again") from error
+            raise UserError(f"{path} is no readable safetensors file ({error}); copy it again") from error
     content = _unpickled(path)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no weights by name, but a {type(content).__name__}")
+        raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
     return content
 
 
@@ -105,7 +106,7 @@ def _unpickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as plain tensors (torch.load with weights_only=True refuses it); a pickle that "
             "holds more can run code and is not loaded: save its tensors alone where you trust it"
         ) from error
@@ -115,7 +116,7 @@ def _vectors(path: Path) -> Tensor:
     """Return a file's gates (n, D)."""
     content = _unpickled(path)
     if not isinstance(content, Tensor) or not content.is_floating_point() or content.dim() not in (1, 2):
-        raise ValueError(f"{path} holds no architecture vectors, but {_said(content)}; expected: floats (n, D)")
+        raise UserError(f"{path} holds no architecture vectors, but {_said(content)}; expected: floats (n, D)")
     return _checked(content, path)
 
 
@@ -123,7 +124,7 @@ def _checked(values: Tensor, path: Path) -> Tensor:
     """Return gates (n, D) in float32; the published code may leave up to 1.5 in a group that it held open."""
     values = values.detach().float().reshape(-1, values.shape[-1])
     if not bool(((values >= 0) & (values <= 1.5)).all()):
-        raise ValueError(f"{path} holds values outside 0 to 1, which are no gates of an architecture")
+        raise UserError(f"{path} holds values outside 0 to 1, which are no gates of an architecture")
     return values
 
 
@@ -175,7 +176,7 @@ def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predic
     weights = [own["weight"] if "weight" in own else _normalised(own) for _, own in sorted(layers.items())]
     biases = [own.get("bias") for _, own in sorted(layers.items())]
     if not weights or codes.shape[1] != sum(map(len, weights)):
-        raise ValueError(f"{folder} predicts {sum(map(len, weights))} values, but a code has {codes.shape[1]}")
+        raise UserError(f"{folder} predicts {sum(map(len, weights))} values, but a code has {codes.shape[1]}")
     bias = None if any(own is None for own in biases) else torch.cat(biases)
     return Predictor(torch.cat(weights), bias, codes)
 

@@ -19,6 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from prunekit.errors import UserError
 from prunekit.latency.table import DEFAULT_WIDTHS, LatencyTable, LayerTimes, conditions_of
 from prunekit.slicing import slice_unet
 from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
@@ -62,7 +63,7 @@ def measure_table(
     """
     device, space = unet.device, discover(unet, "none")
     if device.type == "meta":
-        raise ValueError("a latency table is measured, and this UNet is on the meta device; load it with its weights")
+        raise UserError("a latency table is measured, and this UNet is on the meta device; load it with its weights")
     conditions = conditions_of(unet, sample_size, text_length, batch, dtype)
     dense = nn.Module.to(slice_unet(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
     inputs = unet_inputs(dense, batch, sample_size, text_length)

@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from prunekit.cost import CostModel, Polynomial, RunningCost
+from prunekit.errors import UserError
 from prunekit.latency.table import LatencyTable
 from prunekit.units import Architecture, UnitGroup, UnitSpace
 from prunekit.units.counting import LayerCost
@@ -81,7 +82,7 @@ class _Curves(Polynomial):
         for path, group in groups.items():
             known = table.layers[path].units if path in table.layers else 0
             if known != group.size:
-                raise ValueError(
+                raise UserError(
                     f"the latency table has {known} units at {path}, the UNet {group.size}: measure it anew"
                 )
         curves = {path: layer.curve() for path, layer in table.layers.items()}

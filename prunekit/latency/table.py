@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import UserError
 from prunekit.timing import device_name
 
 FORMAT = 1
@@ -85,7 +86,7 @@ class LatencyTable:
             if self.conditions.get(name) != wanted:
                 what = "of another model" if name == "model" else f"for {name} {self.conditions.get(name)}"
                 wish = "" if name == "model" else f", and {wanted} is asked for"
-                raise ValueError(f"the latency table is {what}{wish}; measure one there, or here with device: here")
+                raise UserError(f"the latency table is {what}{wish}; measure one there, or here with device: here")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON form, which `from_dict` reads."""
@@ -96,7 +97,7 @@ class LatencyTable:
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
         """The table that `to_dict` wrote; ValueError for another format."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise ValueError(f"this is no latency table of format {FORMAT}; measure one anew")
+            raise UserError(f"this is no latency table of format {FORMAT}; measure one anew")
         layers = {
             path: LayerTimes(layer["kind"], layer["units"], tuple(layer["kept"]), tuple(layer["nanoseconds"]))
             for path, layer in data["layers"].items()

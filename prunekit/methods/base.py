@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from prunekit.cost import CostModel
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
+from prunekit.errors import UserError
 from prunekit.latency import LatencyModel
 from prunekit.methods.aptp.router import Router
 from prunekit.methods.budget import Scores, select, unaligned
@@ -63,13 +64,13 @@ class PruneSettings(BaseModel):
         if isinstance(data, dict) and isinstance(data.get("budget"), Mapping):
             own = dict(data["budget"])
             if "latency" not in own:
-                raise ValueError(f"budget={own}: give a number, or a mapping with `latency`, the share of the time")
+                raise UserError(f"budget={own}: give a number, or a mapping with `latency`, the share of the time")
             data = {**data, "budget": own.pop("latency"), "latency": own}
         for name in data if isinstance(data, dict) else ():
             if name not in cls.model_fields:
                 near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ValueError(f"unknown setting {name!r}{hint} Settings: {', '.join(cls.model_fields)}")
+                raise UserError(f"unknown setting {name!r}{hint} Settings: {', '.join(cls.model_fields)}")
         return data
 
 
@@ -150,7 +151,7 @@ class PruneResult:
             raise FileNotFoundError(f"no pruning result at {path}")
         content = read_json(path)
         if content.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+            raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
         space = of if isinstance(of, UnitSpace) else UnitSpace.from_dict(content["space"])
         if isinstance(of, UNet2DConditionModel):
             match(of, space)
@@ -257,7 +258,7 @@ def unet_of(pipeline: DiffusionPipeline | UNet2DConditionModel) -> UNet2DConditi
     """The UNet of a pipeline, or the UNet itself."""
     unet = pipeline if isinstance(pipeline, UNet2DConditionModel) else getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(
+        raise UserError(
             f"a pipeline with a UNet2DConditionModel, or one itself, is needed; got {type(pipeline).__name__}"
         )
     return unet
@@ -304,14 +305,14 @@ def _sample_size(
         return None
     scale = getattr(pipeline, "vae_scale_factor", None)
     if scale is None:
-        raise ValueError(
+        raise UserError(
             f"resolution={resolution} is in pixels, and a UNet alone does not know its VAE's scale; "
             "pass the whole pipeline, or leave resolution unset"
         )
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
     if any(side < scale or side % scale for side in sides):
         nearest = tuple(max(1, round(side / scale)) * scale for side in sides)
-        raise ValueError(
+        raise UserError(
             f"resolution={resolution} must be multiples of the VAE's scale {scale}; the nearest is {nearest}"
         )
     return sides[0] // scale, sides[1] // scale

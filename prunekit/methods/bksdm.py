@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from prunekit.cost import CostModel
+from prunekit.errors import UserError
 from prunekit.methods.base import (
     Method,
     PruneResult,
@@ -65,7 +66,7 @@ class BKSDMSettings(PruneSettings):
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         text = text.replace(" ", "").lower()
         if text not in NAMED and not _LAYERS.fullmatch(text):
-            raise ValueError(
+            raise UserError(
                 f"variant={value!r}: choose {', '.join(map(repr, NAMED))}, or the layers per down block, as '2,1,1,1' "
                 f"or '2,1,1,1{NO_MID}'.{near(text, NAMED)}"
             )
@@ -155,7 +156,7 @@ class BKSDM(Method):
         ones = (1,) * len(unet.down_blocks)
         name = "base" if variant == _written(ones, False) else "small" if variant == _written(ones, True) else variant
         if name not in members:
-            raise ValueError(
+            raise UserError(
                 f"variant={variant!r} is not possible on this UNet.{near(name, members)}. It has: {'; '.join(members)}"
             )
         return name, members[name]
@@ -164,7 +165,7 @@ class BKSDM(Method):
         """ValueError where the settings name both a variant and a budget, and they contradict each other."""
         budget = self.config.budget
         if "budget" in self.config.model_fields_set and not _fits(member, cost, budget):
-            raise ValueError(
+            raise UserError(
                 f"variant={name!r} costs {_share(member, cost):.4f} of the dense UNet, above budget={budget}; raise "
                 "the budget, or leave variant unset to get the largest member within it"
             )
@@ -180,12 +181,12 @@ def _share(member: Architecture, cost: CostModel) -> float:
 
 def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -> tuple[str, Architecture]:
     if not members:
-        raise ValueError("BK-SDM's rule can remove nothing from this UNet")
+        raise UserError("BK-SDM's rule can remove nothing from this UNet")
     within = [name for name, member in members.items() if _fits(member, cost, budget)]
     if not within:
         cheapest = sorted(members, key=lambda name: cost.total(members[name]))[:3]
         listed = ", ".join(f"{name!r} at {_share(members[name], cost):.4f}" for name in cheapest)
-        raise ValueError(
+        raise UserError(
             f"budget={budget} is below every member of BK-SDM's family on this UNet; the nearest are {listed} of the "
             f"dense {cost.unit}"
         )
@@ -196,7 +197,7 @@ def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -
 def _members(unet: UNet2DConditionModel, space: UnitSpace) -> dict[str, Architecture]:
     layers = [_num_layers(block) for block in unet.down_blocks]
     if not set(layers) <= {1, 2}:
-        raise ValueError(
+        raise UserError(
             "BK-SDM's rule is for UNets with one or two layers in every down block; this one has "
             f"{','.join(map(str, layers))}"
         )

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from prunekit.cost import CostModel
+from prunekit.errors import UserError
 from prunekit.methods.storage import read_tensors, write_tensors
 from prunekit.units import Architecture, UnitGroup, UnitSpace
 
@@ -62,7 +63,7 @@ class Scores:
         tensors, metadata = read_tensors(path, "scores")
         own = UnitSpace.from_dict(metadata["space"])
         if space is not None and (difference := space.difference(own)):
-            raise ValueError(f"{path} holds scores of another space: {difference}")
+            raise UserError(f"{path} holds scores of another space: {difference}")
         return cls(own, torch.cat([tensors[group.name] for group in own.groups]), metadata["info"])
 
 
@@ -88,7 +89,7 @@ def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int |
     """
     if isinstance(scores, Scores):
         if difference := cost.space.difference(scores.space):
-            raise ValueError(f"the scores belong to another space than the cost model: {difference}")
+            raise UserError(f"the scores belong to another space than the cost model: {difference}")
         scores = scores.values
     return _select(scores[None], [1], cost, budget, align)[0]
 
@@ -117,7 +118,7 @@ def select_mixture(
     """
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     if len(counts) != len(logits) or any(n != int(n) or n < 0 for n in counts) or not any(counts):
-        raise ValueError(
+        raise UserError(
             f"counts must be one whole number of prompts per expert ({len(logits)} of them), not all 0; got {counts}"
         )
     used = [expert for expert, count in enumerate(counts) if count]
@@ -136,13 +137,13 @@ def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
 
     """
     if not 0 < budget < 1:
-        raise ValueError(f"a budget is a share of the dense cost, above 0 and below 1; got {budget}")
+        raise UserError(f"a budget is a share of the dense cost, above 0 and below 1; got {budget}")
     dense = cost.dense_total
     limit = math.floor(Fraction(repr(float(budget))) * dense * prompts)
     floor = cost.total(Architecture(cost.space, torch.zeros(cost.space.size, dtype=torch.bool)))
     if floor * prompts > limit:
         lowest = math.ceil(10_000 * Fraction(floor, dense)) / 10_000
-        raise ValueError(
+        raise UserError(
             f"budget {budget} cannot be met: with every unit removed this UNet still costs {lowest} of the dense one. "
             f"Choose a budget of at least {lowest}, or a space with more units (depth='all', fewer excludes)"
         )
@@ -181,10 +182,10 @@ def unaligned(architecture: Architecture, align: int) -> dict[str, int]:
 
 def _check(scores: Tensor, space: UnitSpace) -> None:
     if scores.ndim != 2 or scores.shape[1] != space.size:
-        raise ValueError(f"scores must have one value for each of {space.size} units; got {tuple(scores.shape)}")
+        raise UserError(f"scores must have one value for each of {space.size} units; got {tuple(scores.shape)}")
     if scores.isnan().any():
         names = sorted({group.name for group in space.groups if scores[:, space.slice(group)].isnan().any()})
-        raise ValueError(f"scores must not be NaN; they are in {', '.join(names[:3])} ({len(names)} groups)")
+        raise UserError(f"scores must not be NaN; they are in {', '.join(names[:3])} ({len(names)} groups)")
 
 
 def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, align: int | None) -> list[Architecture]:
@@ -192,7 +193,7 @@ def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, a
     space, scores = cost.space, scores.detach().cpu()
     _check(scores, space)
     if align is not None and align not in ALIGNMENTS:
-        raise ValueError(f"align={align!r}: choose one of {', '.join(map(str, ALIGNMENTS))}, or leave it unset")
+        raise UserError(f"align={align!r}: choose one of {', '.join(map(str, ALIGNMENTS))}, or leave it unset")
     mixture = _Mixture(scores, counts, cost, budget_macs(cost, budget, sum(counts)), align)
     for position in scores.T.flatten().argsort(stable=True).tolist():  # of equal ones by unit, then by expert
         if mixture.total <= mixture.limit:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.images import CaptionedImages
+from prunekit.errors import UserError
 from prunekit.methods.base import unet_of
 from prunekit.randomness import generator
 from prunekit.training.diffusion import forward_process
@@ -49,9 +50,9 @@ def as_encoded(pipeline: Any, dataset: EncodedData | CaptionedImages) -> Encoded
     if isinstance(dataset, EncodedData):
         return dataset
     if not isinstance(dataset, CaptionedImages):
-        raise ValueError(f"data is EncodedData or CaptionedImages; got {type(dataset).__name__}")
+        raise UserError(f"data is EncodedData or CaptionedImages; got {type(dataset).__name__}")
     if isinstance(pipeline, UNet2DConditionModel):
-        raise ValueError("a UNet alone cannot encode images; pass the whole pipeline, or EncodedData")
+        raise UserError("a UNet alone cannot encode images; pass the whole pipeline, or EncodedData")
     from prunekit.data.prompt_encoder import load_prompt_encoder
 
     resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -136,7 +137,7 @@ def evaluation_mode(unet: UNet2DConditionModel) -> Iterator[None]:
 def _draw_pairs(data: EncodedData, count: int, seed: int) -> Tensor:
     pairs = data.training_pairs()
     if count > len(pairs):
-        raise ValueError(
+        raise UserError(
             f"a calibration set smaller than asked: samples={count}, but there are {len(pairs)} training pairs; "
             f"set samples to {len(pairs)} or fewer"
         )

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.gates import Gates, gated
 from prunekit.methods.base import unet_of
 from prunekit.methods.calibration import (
@@ -72,7 +73,7 @@ def width_scale(widths: Tensor, changes: Tensor, space: UnitSpace) -> float:
     sums = torch.stack([widths[space.slice(group)].double().sum() for group in space.width_groups])
     known = (sums > 0) & (changes > 0)
     if not known.any():
-        raise ValueError(
+        raise UserError(
             "no width group that has scores changes the UNet's output when it is emptied, so scores of widths and "
             "depths cannot be compared: are its output layers all zero? Otherwise use depth='none'"
         )
@@ -113,7 +114,7 @@ def output_changes(
             table[batch.index] = torch.cat(list(changes)).cpu()
     processes.sum([table])
     if not table.isfinite().all():
-        raise ValueError("the UNet's output is not finite on the calibration inputs; try it in float32")
+        raise UserError("the UNet's output is not finite on the calibration inputs; try it in float32")
     return table.sum(0) / samples
 
 

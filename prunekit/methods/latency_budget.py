@@ -10,6 +10,7 @@ from torch import nn
 
 from prunekit.cost import CostModel
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.errors import UserError
 from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
 from prunekit.latency.table import DEFAULT_WIDTHS
 from prunekit.methods.budget import unit_step
@@ -50,7 +51,7 @@ def latency_model(
         path = Path(settings.tables).expanduser() / f"{Fingerprint(*sorted(conditions.items())).key()[:16]}.json"
         current().first(lambda: path.is_file() or write_json(path, _measured(unet, cost, settings).to_dict()))
     elif not path.is_file():
-        raise ValueError(f"latency device {settings.device!r}: give {HERE!r}, or the file of a latency table")
+        raise UserError(f"latency device {settings.device!r}: give {HERE!r}, or the file of a latency table")
     table = LatencyTable.from_dict(read_json(path))
     table.refuse(conditions if settings.device == HERE else {name: conditions[name] for name in ANYWHERE})
     return LatencyModel(unet, cost, table, lambda group: unit_step(group, align))

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import as_encoded
@@ -67,7 +68,7 @@ class Norm(ScoreMethod):
         """
         unet, space, config = unet_of(pipeline), space_of(pipeline, self.config), self.config
         if unet.device.type == "meta":
-            raise ValueError("Norm reads the weights, and this UNet is on the meta device; load it with its weights")
+            raise UserError("Norm reads the weights, and this UNet is on the meta device; load it with its weights")
         widths = torch.empty(space.num_width, dtype=torch.float64)
         for group in space.width_groups:
             norms = sum_per_unit(unet, group, lambda weight: weight.double().abs() ** config.order)

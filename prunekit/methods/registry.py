@@ -11,6 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
+from prunekit.errors import UserError
+
 GROUP = "prunekit.methods"
 M = TypeVar("M", bound=type)
 BUILT_IN = {  # our methods: module below this package, and class
@@ -35,10 +37,10 @@ def register(name: str) -> Callable[[M], M]:
 
     def add(method: M) -> M:
         if not name.isidentifier() or name != name.lower():
-            raise ValueError(f"a method's name is lower_case letters, digits and underscores; got {name!r}")
+            raise UserError(f"a method's name is lower_case letters, digits and underscores; got {name!r}")
         taken = _methods.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (method.__module__, method.__qualname__):
-            raise ValueError(
+            raise UserError(
                 f"method {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
                 f"choose another name for {method.__module__}.{method.__qualname__}"
             )
@@ -68,7 +70,7 @@ def get(name: str) -> type:
     available = names()
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), available, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    raise ValueError(f"unknown method {name!r}{hint} Available: {', '.join(available)}")
+    raise UserError(f"unknown method {name!r}{hint} Available: {', '.join(available)}")
 
 
 def names() -> list[str]:
@@ -99,7 +101,7 @@ def _entry_points() -> dict[str, EntryPoint]:
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
         if points.setdefault(point.name, point).value != point.value:
-            raise ValueError(
+            raise UserError(
                 f"two packages register method {point.name!r} in the entry-point group {GROUP}: "
                 f"{points[point.name].value} and {point.value}; uninstall or rename one of them"
             )
@@ -110,7 +112,7 @@ def _load(point: EntryPoint) -> type:
     try:
         method = point.load()
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"method {point.name!r} comes from {point.value}, which cannot be imported: "
             f"{type(error).__name__}: {error}. Repair or uninstall that package"
         ) from error

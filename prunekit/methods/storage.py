@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.training.checkpoint import save_tensors
 
 FORMAT = 1
@@ -33,5 +34,5 @@ def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[s
     with safe_open(path, "pt") as file:
         header = file.metadata() or {}
         if header.get("what") != what or header.get("format") != str(FORMAT):
-            raise ValueError(f"{path} is not a file of {what} in format {FORMAT}; its header says {header}")
+            raise UserError(f"{path} is not a file of {what} in format {FORMAT}; its header says {header}")
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["metadata"])  # noqa: SIM118

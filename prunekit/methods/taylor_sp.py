@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import (
@@ -86,9 +87,9 @@ class TaylorSP(ScoreMethod):
         """
         config, unet, space = self.config, unet_of(pipeline), space_of(pipeline, self.config)
         if dataset is None:
-            raise ValueError("taylor_sp needs data: pass EncodedData or CaptionedImages (norm and random need none)")
+            raise UserError("taylor_sp needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         if getattr(pipeline, "scheduler", None) is None:
-            raise ValueError("taylor_sp needs the whole pipeline: its scheduler says what the loss is")
+            raise UserError("taylor_sp needs the whole pipeline: its scheduler says what the loss is")
         data = as_encoded(pipeline, dataset)
         gradients, losses, used = self._gradients(pipeline, space, data)
         with torch.no_grad():
@@ -116,7 +117,7 @@ class TaylorSP(ScoreMethod):
                 loss, step = self._step(unet, scheduler, calibration_batches(pipeline, data, *draw), weights)
                 processes.sum([loss])
                 if not loss.isfinite():
-                    raise ValueError(f"the loss at timestep {timestep} is not finite; use precision=float32")
+                    raise UserError(f"the loss at timestep {timestep} is not finite; use precision=float32")
                 losses[str(timestep)] = loss.item()
                 if loss.item() < config.threshold * max(losses.values()):
                     break
@@ -191,9 +192,9 @@ def gradients_only_of(unet: UNet2DConditionModel, weights: list[nn.Parameter]) -
 
 def _check(widths: Tensor, used: list[int]) -> None:
     if not widths.isfinite().all():
-        raise ValueError("Taylor scores are not finite: the gradients overflow; use precision=float32")
+        raise UserError("Taylor scores are not finite: the gradients overflow; use precision=float32")
     if len(widths) and not widths.any():
-        raise ValueError(
+        raise UserError(
             f"all Taylor scores are zero at the timesteps {used}: the loss does not depend on any prunable weight, as "
             "where the UNet's output layer is zero or its weights are; load a trained UNet"
         )

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from prunekit.errors import UserError
 from prunekit.models.names import LOCAL, check_index, first_line, hub_id, read_object
 from prunekit.models.weights import WITHOUT, missing_parts, variant_of
 
@@ -81,7 +82,7 @@ def asking(repository: str, what: str = "it", local: str = LOCAL) -> Iterator[Hu
             shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
         if not _of_the_hub(error):
             raise
-        raise ValueError(f"{_reason(repository, hub.failure or error, what)}; give {local}") from error
+        raise UserError(f"{_reason(repository, hub.failure or error, what)}; give {local}") from error
 
 
 def _listing(repository: str) -> Hub:

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError
 
+from prunekit.errors import UserError
 from prunekit.models.hub import INDEX, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
 from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, first_line, local_path, read_object
@@ -66,7 +67,7 @@ def load_pipeline(
     if path is not None and path.is_file():
         pipeline = load_single_file(path, single_file_config, dtype, say)
     elif single_file_config is not None:
-        raise ValueError(f"single_file_config={single_file_config} is for a model in a single file, and {name} is none")
+        raise UserError(f"single_file_config={single_file_config} is for a model in a single file, and {name} is none")
     else:
         pipeline = load_directory(path or fetch(name, unet_from_config), name, dtype, say)
     _check(pipeline, name)
@@ -94,7 +95,7 @@ def load_directory(
     Raises ValueError, one line, for a directory that is no pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
-        raise ValueError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
+        raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
     index = read_object(directory / INDEX)
     check_index(index if with_unet else {**index, "unet": ["left out"]}, name)
     is_pruned = with_unet and index["unet"][-1] == PrunedUNet2DConditionModel.__name__
@@ -115,7 +116,7 @@ def load_directory(
             pipeline = kind(**{**pipeline.components, "unet": unet}, **plain, **settings)
         return pipeline
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error
+        raise UserError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -129,23 +130,23 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
     """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
     if type(pipeline).__name__ not in PIPELINES:
-        raise ValueError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
+        raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
     unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler.config
     check_supported(unet)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(f"the files of {name} lack weights of its {part}")
+            raise UserError(f"the files of {name} lack weights of its {part}")
     if type(vae) is not AutoencoderKL:
-        raise ValueError(f"{name} has an autoencoder {type(vae).__name__}, which is not supported; {SUPPORTED}")
+        raise UserError(f"{name} has an autoencoder {type(vae).__name__}, which is not supported; {SUPPORTED}")
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if vae.config.get(key) is not None:
-            raise ValueError(f"{name} has an autoencoder with {key}, which is not supported; {SUPPORTED}")
+            raise UserError(f"{name} has an autoencoder with {key}, which is not supported; {SUPPORTED}")
     channels = (vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels)
     if len(set(channels)) != 1:
-        raise ValueError(
+        raise UserError(
             f"{name} has latents of {channels[0]} channels, but its UNet takes {channels[1]} and gives {channels[2]}, "
             f"as models for inpainting have: not supported; {SUPPORTED}"
         )
     if "beta_schedule" not in scheduler or scheduler.get("prediction_type") not in PREDICTIONS:
         kind = f"{type(pipeline.scheduler).__name__} with prediction type {scheduler.get('prediction_type')!r}"
-        raise ValueError(f"{name} has a {kind}, which is not supported; {SUPPORTED}")
+        raise UserError(f"{name} has a {kind}, which is not supported; {SUPPORTED}")

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 
+from prunekit.errors import MissingPackageError, UserError
 from prunekit.models.hub import fetch_file
 from prunekit.models.names import PICKLES, first_line
 
@@ -48,7 +49,7 @@ def merge_lora(
     for item in lora:
         own = item if isinstance(item, LoraWeights) else LoraWeights(**item)
         if find_spec("peft") is None:
-            raise ImportError(
+            raise MissingPackageError(
                 "merging LoRA weights needs peft; it comes with the extra `lora`: pip install 'prunekit[lora]'"
             )
         file = _file(own.path)
@@ -58,11 +59,11 @@ def merge_lora(
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
                 merged = _adapted_layers(pipeline)
                 if not merged:
-                    raise ValueError("it has no weight for this model's UNet or text encoders")
+                    raise UserError("it has no weight for this model's UNet or text encoders")
                 pipeline.fuse_lora(lora_scale=own.scale)
                 pipeline.unload_lora_weights()
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"LoRA {own.path} cannot be merged into this model: {_reason(error)}") from error
+            raise UserError(f"LoRA {own.path} cannot be merged into this model: {_reason(error)}") from error
         rest = f"; it has {named}, the others fit no layer of this model" if merged < named else ""
         say(f"LoRA {own.path} is merged into {merged} layer(s) at scale {own.scale:g}{rest}")
 
@@ -71,19 +72,19 @@ def _file(path: str) -> Path:
     """Return the file that a path or a name on the hub means."""
     local = Path(path).expanduser()
     if local.suffix.lower() in PICKLES:
-        raise ValueError(f"LoRA {path}: pickles can run code and are not loaded; give a .safetensors file")
+        raise UserError(f"LoRA {path}: pickles can run code and are not loaded; give a .safetensors file")
     if local.is_file():
         return local
     if local.is_dir():
         names = sorted(found.name for found in local.glob("*.safetensors"))
         if STANDARD_NAME in names or len(names) == 1:
             return local / (STANDARD_NAME if STANDARD_NAME in names else names[0])
-        raise ValueError(f"LoRA {path}: the directory holds {len(names)} .safetensors files; name the one to merge")
+        raise UserError(f"LoRA {path}: the directory holds {len(names)} .safetensors files; name the one to merge")
     parts = path.split("/")
     if path.startswith((".", "/", "~")) or not 2 <= len(parts) <= 3 or not all(parts):
-        raise ValueError(f"LoRA {path}: no such file or directory")
+        raise UserError(f"LoRA {path}: no such file or directory")
     if len(parts) == 2 and local.suffix == ".safetensors":
-        raise ValueError(f"LoRA {path}: no such file; on the hub it is named owner/name/file.safetensors")
+        raise UserError(f"LoRA {path}: no such file; on the hub it is named owner/name/file.safetensors")
     repository, file = "/".join(parts[:2]), parts[2] if len(parts) == 3 else STANDARD_NAME
     return fetch_file(repository, file, "a .safetensors file, which works offline")
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import UserError
+
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "emoji"
 EMBEDDED_DIRECTORY = ASSETS / "emoji_model"
@@ -34,21 +36,21 @@ def local_path(name: str | Path) -> Path | None:
     text = str(name)
     if text == EMBEDDED:
         if not (EMBEDDED_DIRECTORY / "model_index.json").is_file():
-            raise ValueError(f"the embedded model is not in this installation ({EMBEDDED_DIRECTORY} is missing)")
+            raise UserError(f"the embedded model is not in this installation ({EMBEDDED_DIRECTORY} is missing)")
         return EMBEDDED_DIRECTORY
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{text}: {CONVERT}")
+        raise UserError(f"{text}: {CONVERT}")
     if path.suffix.lower() == ".safetensors":
         if path.is_file():
             return path
-        raise ValueError(f"no file {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+        raise UserError(f"no file {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
     if path.is_file():
-        raise ValueError(f"{text} is no .safetensors file; give one, or {LOCAL}")
+        raise UserError(f"{text} is no .safetensors file; give one, or {LOCAL}")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise ValueError(f"no directory {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+        raise UserError(f"no directory {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
     if text not in KNOWN and (text.count("/") != 1 or not all(text.split("/"))):
         raise unknown(name)
     return None
@@ -76,9 +78,9 @@ def check_index(index: dict[str, Any], name: str | Path) -> None:
     """Check the content of a model_index.json: ValueError, one line, for a pipeline that is not supported."""
     kind = index.get("_class_name")
     if kind not in PIPELINES:
-        raise ValueError(f"{kind} of {name} is not supported; {SUPPORTED}")
+        raise UserError(f"{kind} of {name} is not supported; {SUPPORTED}")
     if not any(index.get("unet") or ()):
-        raise ValueError(f"{kind} of {name} has no UNet; {SUPPORTED}")
+        raise UserError(f"{kind} of {name} has no UNet; {SUPPORTED}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -86,9 +88,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return content
 
 

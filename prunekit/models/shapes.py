@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import UserError
 from prunekit.models.names import CONFIG_DIRECTORY, check_index, hub_id, local_path, read_object, short_name, unknown
 from prunekit.models.single_file import check_size, config_name
 from prunekit.slicing import PrunedUNet2DConditionModel
@@ -54,12 +55,12 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
     kind = PrunedUNet2DConditionModel if "pruning" in config else UNet2DConditionModel
     stated = config.get("_class_name", kind.__name__)
     if stated not in (UNet2DConditionModel.__name__, PrunedUNet2DConditionModel.__name__):
-        raise ValueError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
+        raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
     try:
         with torch.device("meta"):
             unet = kind.from_config(config)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(
+        raise UserError(
             f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({error})"
         ) from error
     check_supported(unet)
@@ -106,7 +107,7 @@ def _unet_config(name: str | Path) -> dict[str, Any]:
         for path in (directory / "unet" / "config.json", directory / "config.json"):
             if path.is_file():
                 return read_object(path)
-        raise ValueError(f"{directory} holds neither unet/config.json (a pipeline) nor config.json (a UNet)")
+        raise UserError(f"{directory} holds neither unet/config.json (a pipeline) nor config.json (a UNet)")
     short = short_name(name)
     if short is not None:
         return read_object(CONFIG_DIRECTORY / f"{short}.json")

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 
+from prunekit.errors import UserError
 from prunekit.models.hub import fetch_configs
 from prunekit.models.names import SUPPORTED, check_index, first_line, local_path, read_object
 
@@ -29,13 +30,13 @@ def load_single_file(
     source, outline = config_name(path, config), _outline(path)
     for part, prefix in OTHERS.items():
         if not any(name.startswith(prefix) for name in outline):
-            raise ValueError(f"{path} holds no {part}; give a file with the whole model, or a pipeline's directory")
+            raise UserError(f"{path} holds no {part}; give a file with the whole model, or a pipeline's directory")
     if config is None:
         also = ", or single_file_config=sd-2.1-base where it predicts epsilon at 512 px" if source == "sd-2.1" else ""
         say(f"{path.name} is read with the configs of {source}; single_file_config=NAME sets others{also}")
     directory = local_path(source) or fetch_configs(source, f"the configs of {path.name}")
     if directory.is_file() or not (directory / "model_index.json").is_file():
-        raise ValueError(f"single_file_config={source}: no diffusers pipeline's directory")
+        raise UserError(f"single_file_config={source}: no diffusers pipeline's directory")
     index = read_object(directory / "model_index.json")
     check_index(index, source)
     options: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
@@ -48,9 +49,9 @@ def load_single_file(
             str(path), config=str(directory), dtype=dtype, local_files_only=True, **options
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        raise ValueError(f"{path} does not fit the configs of {source}: {first_line(error)}") from error
+        raise UserError(f"{path} does not fit the configs of {source}: {first_line(error)}") from error
     if V_PREDICTION in outline and pipeline.scheduler.config.prediction_type != "v_prediction":
-        raise ValueError(
+        raise UserError(
             f"{path} says that it predicts v, and the scheduler of {source} does not: give single_file_config a "
             "pipeline's directory whose scheduler has prediction_type v_prediction"
         )
@@ -64,12 +65,12 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
     """
     outline = _outline(path)
     if UNET not in outline:
-        raise ValueError(f"{path} holds no whole Stable Diffusion model (no tensor {UNET}); {SUPPORTED}")
+        raise UserError(f"{path} holds no whole Stable Diffusion model (no tensor {UNET}); {SUPPORTED}")
     if config is not None:
         return config
     kind = infer_diffusers_model_type(outline)
     if kind not in FAMILIES:
-        raise ValueError(f"{path} holds a model of the kind {kind!r}, which is not supported; {SUPPORTED}")
+        raise UserError(f"{path} holds a model of the kind {kind!r}, which is not supported; {SUPPORTED}")
     return FAMILIES[kind]
 
 
@@ -78,7 +79,7 @@ def check_size(path: Path, unet: torch.nn.Module, source: str | Path) -> None:
     own = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
     expected = sum(parameter.numel() for parameter in unet.parameters())
     if own != expected:
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit the configs of {source}: its UNet has {own:,} weights, not {expected:,}; name the "
             "pipeline that it is one of by single_file_config"
         )
@@ -91,4 +92,4 @@ def _outline(path: Path) -> dict[str, torch.Tensor]:
             names = file.keys()
             return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable .safetensors file: {first_line(error)}") from error
+        raise UserError(f"{path} is no readable .safetensors file: {first_line(error)}") from error

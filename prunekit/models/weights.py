@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import UserError
+
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WITHOUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that training and sampling do not use
 _WEIGHTS = re.compile(
@@ -30,7 +32,7 @@ def variant_of(names: Iterable[str]) -> str | None:
         else:
             found.setdefault(match["part"], set()).add(match["variant"] or match["late"])
     if missing := sorted(pickled - set(found)):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(missing)}: only pickled weights (.bin), which can run code and are not loaded; convert them "
             "where you trust them, by DiffusionPipeline.from_pretrained(IT).save_pretrained(DIRECTORY)"
         )

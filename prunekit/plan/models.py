@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from prunekit.cost import CostModel
+from prunekit.errors import UserError
 from prunekit.methods.base import PruneSettings, space_and_cost
 from prunekit.models import PipelineShape, load_shape
 from prunekit.plan.memory import Rehearsal
@@ -66,7 +67,7 @@ class PlannedModel:
         height, width = (resolution, resolution) if resolution else self.shape.resolution
         scale = self.shape.vae_scale_factor
         if height % scale:
-            raise ValueError(f"resolution={resolution} must be a multiple of the VAE's scale {scale}")
+            raise UserError(f"resolution={resolution} must be a multiple of the VAE's scale {scale}")
         return height // scale, width // scale
 
     def params_at(self, settings: PruneSettings, target: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from prunekit.errors import UserError
 from prunekit.plan.data import size_of
 from prunekit.plan.models import Models, PlannedModel
 from prunekit.plan.pretraining import plan_pretraining
@@ -74,7 +75,7 @@ def plan_all(recipes: Iterable[AnyRecipe], devices: Devices | None = None) -> li
         try:
             plans.append(plan(recipe, devices, models))
         except ValueError as error:
-            raise ValueError(f"{recipe.name}: {error}") from error
+            raise UserError(f"{recipe.name}: {error}") from error
     return plans
 
 

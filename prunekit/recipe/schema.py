@@ -15,7 +15,7 @@ from pydantic import (
 
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
-from prunekit.errors import nearest
+from prunekit.errors import UserError, nearest
 from prunekit.methods import registry
 from prunekit.methods.base import Method, PruneSettings
 from prunekit.models import LoraWeights, as_lora
@@ -82,14 +82,14 @@ class PruneRecipe(CommonRecipe):
     @model_validator(mode="after")
     def _methods(self) -> "PruneRecipe":
         if not self.methods:
-            raise ValueError(f"methods is empty; available: {', '.join(registry.names())}")
+            raise UserError(f"methods is empty; available: {', '.join(registry.names())}")
         if "seed" not in self.prune.model_fields_set:  # so that the written recipe says what a resumed run will use
             self.prune = self.prune.model_copy(update={"seed": self.seed})
         for name in self.methods:
             self.method(name)
         late = [step for step in self.evaluation.at_steps if not 0 < step < self.fine_tune.steps]
         if late:
-            raise ValueError(
+            raise UserError(
                 f"evaluation.at_steps={self.evaluation.at_steps}: each must be above 0 and below "
                 f"fine_tune.steps={self.fine_tune.steps}, whose weights always have a row"
             )
@@ -145,21 +145,21 @@ class CompareRecipe(CommonRecipe):
     def _rows(self) -> "CompareRecipe":
         twice = PER_CELL & self.prune.model_fields_set
         if twice:
-            raise ValueError(
+            raise UserError(
                 f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds (of the time: "
                 "add prune.latency={device: here})"
             )
         if self.prune.latency is not None and (named := [e.budget for e in self.budgets if isinstance(e.budget, str)]):
-            raise ValueError(f"budget {named[0]!r} is a member's MACs; with prune.latency give shares of the time")
+            raise UserError(f"budget {named[0]!r} is a member's MACs; with prune.latency give shares of the time")
         if self.evaluation.at_steps:
-            raise ValueError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
+            raise UserError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
         for label in self.methods:
             self.method(label, 0.5, 0)
         for entry in self.budgets:
             for label in entry.methods or ():
                 if label not in self.methods:
                     rows = f"(rows: {', '.join(self.methods)})"
-                    raise ValueError(f"budgets name an unknown row {label!r}{nearest(label, self.methods)} {rows}")
+                    raise UserError(f"budgets name an unknown row {label!r}{nearest(label, self.methods)} {rows}")
         return self
 
     @field_serializer("prune", mode="wrap")
@@ -172,7 +172,7 @@ class CompareRecipe(CommonRecipe):
         name, distils = settings.pop("method", label), settings.pop("distillation", True)
         for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
             if not isinstance(value, bool):
-                raise ValueError(f"methods.{label}.{key}={value!r}: true or false")
+                raise UserError(f"methods.{label}.{key}={value!r}: true or false")
         if not distils and "distillation_weight" in registry.get(name).Config.model_fields:
             settings["distillation_weight"] = 0.0
         common = self.prune.model_copy(update={"budget": budget, "seed": seed})
@@ -199,11 +199,11 @@ def build_method(name: str, common: PruneSettings, own: dict[str, Any], where: s
     kind = registry.get(name)
     twice = sorted(set(own) & set(PruneSettings.model_fields))
     if twice:
-        raise ValueError(f"{where}.{twice[0]} belongs to the section `prune`, which all methods share")
+        raise UserError(f"{where}.{twice[0]} belongs to the section `prune`, which all methods share")
     try:
         return kind(**common.model_dump(exclude_unset=True), **own)
     except ValidationError as error:
-        raise ValueError(explain(error, kind.Config, f"{where}.")) from error
+        raise UserError(explain(error, kind.Config, f"{where}.")) from error
 
 
 class PretrainRecipe(Section):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import UserError
 from prunekit.recipe import PretrainRecipe, load_recipe
 from prunekit.report import sensitivity
 from prunekit.report.page import write_report
@@ -52,12 +53,12 @@ def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = 
 def _measure(source: Source, say: Callable[[str], None]) -> None:
     path = source.directory / RECIPE
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{source.directory} holds no {RECIPE}: its model and data are unknown, nothing can be measured"
         )
     recipe = load_recipe(path)
     if isinstance(recipe, PretrainRecipe):
-        raise ValueError(f"{source.directory} is a pretraining: it has no pruned layers to measure")
+        raise UserError(f"{source.directory} is a pretraining: it has no pruned layers to measure")
     stages = Stages(recipe, Saying(say), source.directory)
     if not source.is_comparison:
         record(source.directory, stages)

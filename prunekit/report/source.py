@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import UserError
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models import load_unet_on_meta
 from prunekit.training.checkpoint import LOG, read_json
@@ -16,7 +17,7 @@ from prunekit.training.checkpoint import LOG, read_json
 RECIPE, RESULTS = "recipe.yaml", "results.json"
 
 
-class MissingError(ValueError):
+class MissingError(UserError):
     """A section has nothing to show; the message is the one line that says why."""
 
 
@@ -38,9 +39,9 @@ class Source:
 
     def __post_init__(self):
         if not self.directory.is_dir():
-            raise ValueError(f"{self.directory} is no directory; give a run's or a comparison's")
+            raise UserError(f"{self.directory} is no directory; give a run's or a comparison's")
         if not any((self.directory / name).exists() for name in (RECIPE, RESULTS, "cells")):
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} is no run and no comparison: it holds none of {RECIPE}, {RESULTS} and cells/; "
                 "start one with `prunekit run RECIPE`"
             )

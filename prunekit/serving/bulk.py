@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import UserError
 from prunekit.serving.pictures import FORMATS, write_picture
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.training.checkpoint import read_json, write_json
@@ -43,11 +44,11 @@ class Request:
 
     def __post_init__(self):
         if len(self.prompts) != len(self.seeds) or not self.prompts:
-            raise ValueError(f"one seed a prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
+            raise UserError(f"one seed a prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.picture_format not in FORMATS:
-            raise ValueError(f"picture_format={self.picture_format!r}: choose one of {', '.join(FORMATS)}")
+            raise UserError(f"picture_format={self.picture_format!r}: choose one of {', '.join(FORMATS)}")
 
 
 def generate_to(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> list[tuple[Path, int]]:
@@ -93,7 +94,7 @@ def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) ->
     """Write down what is asked for; ValueError that names a difference to what was asked for before."""
     content = _content(pipeline, request)
     if different := _differences(directory, content):
-        raise ValueError(
+        raise UserError(
             f"{directory} holds pictures made with other {', '.join(different)}; give another directory (--output)"
         )
     write_json(directory / WORK / REQUEST, content)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import UserError
+
 
 @dataclass
 class Slot:
@@ -45,9 +47,9 @@ class Experts:
         max_bytes: int | None = None,
     ):
         if max_resident is not None and max_resident < 1:
-            raise ValueError(f"max_resident={max_resident}: at least 1, or None for all {num_experts} experts")
+            raise UserError(f"max_resident={max_resident}: at least 1, or None for all {num_experts} experts")
         if max_bytes is not None and max_bytes < 1:
-            raise ValueError(f"max_bytes={max_bytes}: at least 1, or None for no bound")
+            raise UserError(f"max_bytes={max_bytes}: at least 1, or None for no bound")
         self.load, self.num_weights, self.num_experts = load, num_weights, num_experts
         self.device, self.dtype = device, dtype
         self.max_resident, self.max_bytes = max_resident, max_bytes
@@ -65,7 +67,7 @@ class Experts:
     def use(self, index: int) -> Iterator[UNet2DConditionModel]:
         """Give expert `index` and keep it in memory meanwhile; a thread uses one at a time."""
         if not 0 <= index < self.num_experts:
-            raise ValueError(f"expert {index}: there are {self.num_experts}, 0 to {self.num_experts - 1}")
+            raise UserError(f"expert {index}: there are {self.num_experts}, 0 to {self.num_experts - 1}")
         with self._turn, self._changed:
             slot = self._slots.get(index) or self._enter(index)
             self._slots.move_to_end(index)

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prunekit.cost import CostModel
+from prunekit.errors import UserError
 from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS
@@ -97,7 +98,7 @@ def export(
     if tier == "onnx":
         check_onnx()
     if batch is not None and (tier not in GRAPHS or batch < 1):
-        raise ValueError(f"batch={batch} is for the tiers {' and '.join(GRAPHS)}, and at least 1")
+        raise UserError(f"batch={batch} is for the tiers {' and '.join(GRAPHS)}, and at least 1")
     if (source / "config.json").is_file() and not any((source / name).is_file() for name in (RECIPE, ROUTED, INDEX)):
         return _export_unet(source, directory, _Work(tier, batch, MOST_TOKENS))
     pipeline = PromptRoutedPipeline.from_pretrained(source, method, device="cpu", max_resident=1)

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.errors import UserError
 from prunekit.export.loading import load_unet
 from prunekit.export.parts import INDEX, Parts
 from prunekit.export.specification import read_outline, weight_files
@@ -95,19 +96,19 @@ def _from_routed(
 ) -> tuple[Parts, Mixture]:
     content = read_object(directory / ROUTED)
     if content.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{directory / ROUTED} has format {content.get('format')!r}; this version of prunekit reads format "
             f"{FORMAT}: use the version that wrote it, or a newer one"
         )
     count = content.get("num_experts")
     if not isinstance(count, int) or not all((directory / "experts" / str(index)).is_dir() for index in range(count)):
-        raise ValueError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
+        raise UserError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
     experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
     router = encoder = None
     if content.get("has_router"):
         router, encoder = Router.load(directory / FILE_NAME), load_prompt_encoder(directory / PROMPT_ENCODER)
         if (router.num_experts, router.embedding_size) != (count, encoder.size):
-            raise ValueError(
+            raise UserError(
                 f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
                 f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
             )
@@ -141,11 +142,11 @@ def method_directory(directory: Path, method: str | None = None) -> Path:
         folders = sorted(path.parent for path in directory.glob(f"methods/*/{RESULT}"))
         routed = [folder for folder in folders if (folder / FILE_NAME).is_file()]
         if not folders:
-            raise ValueError(f"{directory} has no result of a method yet; resume it first")
+            raise UserError(f"{directory} has no result of a method yet; resume it first")
         return (routed or folders)[0]
     folder = directory / "methods" / method
     if not (folder / "result.json").is_file():
         finished = sorted(path.parent.name for path in directory.glob("methods/*/result.json"))
         known = f"it has {', '.join(finished)}" if finished else "it has none yet; resume it first"
-        raise ValueError(f"{directory} has no result of method {method!r}: {known}")
+        raise UserError(f"{directory} has no result of method {method!r}: {known}")
     return folder

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from prunekit.data.picture_files import write_image
+from prunekit.errors import UserError
 
 FORMATS = ("png", "webp")  # both without loss
 KEY = "prunekit"
@@ -36,5 +37,5 @@ def read_metadata(path: Path) -> dict[str, Any]:
         picture.load()
         text = picture.getexif().get(_DESCRIPTION) if path.suffix == ".webp" else picture.info.get(KEY)
     if not text:
-        raise ValueError(f"{path} does not say how it was made: it is no picture of `prunekit generate`")
+        raise UserError(f"{path} does not say how it was made: it is no picture of `prunekit generate`")
     return json.loads(text)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prunekit.cost import CostModel
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
+from prunekit.errors import UserError
 from prunekit.export.inputs import latent_size
 from prunekit.export.parts import Parts
 from prunekit.methods.aptp.router import Router
@@ -80,7 +81,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if parts is None or mixture is None:
-            raise ValueError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY), or by from_experts")
+            raise UserError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY), or by from_experts")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -116,7 +117,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         """
         if (1 if router is None else router.num_experts) != len(experts):
             known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
-            raise ValueError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
+            raise UserError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
         unets = [unet.eval().requires_grad_(False) for unet in experts]
         held = Experts(
             lambda index, device, dtype: unets[index].to(device=device, dtype=dtype),
@@ -223,9 +224,9 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: choose one of pil, np, pt, latent")
+            raise UserError(f"output_type={output_type!r}: choose one of pil, np, pt, latent")
         check_options(self.parts.kind, options)
         images = images_of(prompt, negative_prompt, num_images_per_prompt, seeds, generator)
         guidance = self.mixture.guidance if guidance_scale is None else guidance_scale

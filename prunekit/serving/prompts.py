@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prunekit.data.config import DataConfig, load_data
+from prunekit.errors import UserError
 from prunekit.serving.loading import read_recipe
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.units.space import near
@@ -35,7 +36,7 @@ def collect(
         held = validation_prompts(read_recipe(directory), validation)
         found += held if extremes is None else extreme_prompts(pipeline, held, extremes)
     if not found:
-        raise ValueError(
+        raise UserError(
             "nothing to draw: give --prompt TEXT, --prompts-file FILE with a prompt a line, --list NAME of "
             f"{', '.join(prompt_lists())}, or --validation N"
         )
@@ -55,7 +56,7 @@ def prompt_lists() -> list[str]:
 def shipped_prompts(name: str) -> list[str]:
     """Return a shipped list: the captions of the APTP paper's Table 8 (aptp-cc3m, aptp-coco) or 9 (aptp-parti)."""
     if name not in prompt_lists():
-        raise ValueError(f"no prompt list {name!r}.{near(name, prompt_lists())}")
+        raise UserError(f"no prompt list {name!r}.{near(name, prompt_lists())}")
     return read_prompts(LISTS / f"{name}.txt")
 
 
@@ -67,7 +68,7 @@ def validation_prompts(settings: dict[str, Any], count: int | None = None) -> li
     images = load_data(DataConfig(**settings["data"]), settings["seed"])
     held = torch.nonzero(images.held_out).flatten().tolist()
     if (count is not None and count > len(held)) or not held:
-        raise ValueError(
+        raise UserError(
             f"the run's data holds {len(held)} captions back (data.holdout), {count or 'some'} are asked for"
         )
     return [images.captions[index] for index in held[:count]]
@@ -81,7 +82,7 @@ def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], coun
     macs = (pipeline.mixture.info.get("result") or {}).get("macs")
     experts = pipeline.route(prompts).tolist()
     if not macs or len(set(experts)) < 2:
-        raise ValueError("the cheapest and the dearest expert: the prompts go to one expert, or costs are unknown")
+        raise UserError("the cheapest and the dearest expert: the prompts go to one expert, or costs are unknown")
     used = sorted(set(experts), key=lambda expert: macs[expert])
     rows = [[row for row, own in enumerate(experts) if own == expert][:count] for expert in (used[0], used[-1])]
     return [prompts[row] for own in rows for row in own]

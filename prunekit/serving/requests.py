@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from prunekit.errors import UserError
+
 MOST_SEED = 2**63 - 1
 PER_PROMPT = (  # arguments of the stock pipelines that would have to be cut to each expert's prompts
     "latents",
@@ -54,18 +56,18 @@ def images_of(
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError("prompt must be a text or a list of texts with at least one; got " + repr(prompt)[:80])
+        raise UserError("prompt must be a text or a list of texts with at least one; got " + repr(prompt)[:80])
     count = num_images_per_prompt
     if not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_images_per_prompt={count!r}: a whole number, at least 1")
+        raise UserError(f"num_images_per_prompt={count!r}: a whole number, at least 1")
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str | None) else list(negative_prompt)
     if not all(isinstance(text, str | None) for text in negatives) or len({text is None for text in negatives}) > 1:
-        raise ValueError("negative_prompt must be a text or a list of texts; an empty text asks for nothing")
+        raise UserError("negative_prompt must be a text or a list of texts; an empty text asks for nothing")
     if len(negatives) != len(prompts):
-        raise ValueError(f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: one, or one each")
+        raise UserError(f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: one, or one each")
     total = len(prompts) * count
     if seeds is not None and generator is not None:
-        raise ValueError("seeds and generator are both given: an image's noise comes from one of them")
+        raise UserError("seeds and generator are both given: an image's noise comes from one of them")
     generators: list[torch.Generator | None] = [None] * total
     if generator is None:
         numbers = _seeds(seeds, len(prompts), count)
@@ -75,7 +77,7 @@ def images_of(
     else:
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
         if len(generators) != total:
-            raise ValueError(f"generator has {len(generators)} entries for {total} images: one, or one each")
+            raise UserError(f"generator has {len(generators)} entries for {total} images: one, or one each")
         numbers = [own.initial_seed() for own in generators]
     rows = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(count)]
     return [Image(*row, seed, own) for row, seed, own in zip(rows, numbers, generators, strict=True)]
@@ -88,7 +90,7 @@ def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[
     if len(numbers) == prompts:
         numbers = [seed + offset for seed in numbers for offset in range(count)]
     if len(numbers) != prompts * count:
-        raise ValueError(f"seeds has {len(numbers)} entries for {prompts} prompts and {prompts * count} images")
+        raise UserError(f"seeds has {len(numbers)} entries for {prompts} prompts and {prompts * count} images")
     return numbers
 
 
@@ -97,7 +99,7 @@ def check_options(kind: type[DiffusionPipeline], options: Mapping[str, Any]) -> 
     known = [name for name in inspect.signature(kind.__call__).parameters if name not in ("self", "kwargs")]
     for name in options:
         if name in PER_PROMPT:
-            raise ValueError(f"{name} cannot be given to a prompt-routed pipeline, which batches prompts by expert")
+            raise UserError(f"{name} cannot be given to a prompt-routed pipeline, which batches prompts by expert")
         if name not in known:
             allowed = ", ".join(item for item in known if item not in PER_PROMPT)
-            raise ValueError(f"{name} is no argument of {kind.__name__}; allowed: {allowed}")
+            raise UserError(f"{name} is no argument of {kind.__name__}; allowed: {allowed}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from prunekit.errors import UserError
+
 TimeOf = Callable[[Callable[[], Any], int], float]  # (function, calls) -> seconds of one call
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -20,7 +22,7 @@ def clock(device: str | torch.device) -> TimeOf:
         return _monotonic
     if device.type == "cuda":
         return _events(device)
-    raise ValueError(f"timing on {device.type!r} is not supported; choose cpu or cuda")
+    raise UserError(f"timing on {device.type!r} is not supported; choose cpu or cuda")
 
 
 def _monotonic(function: Callable[[], Any], calls: int) -> float:

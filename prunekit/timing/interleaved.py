@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from prunekit.errors import UserError
 from prunekit.timing.clock import clock
 
 CONFIDENCE = 0.95
@@ -77,7 +78,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     """Return the median ratio of samples that were taken side by side, with its interval by the binomial rule."""
     ratios = sorted(a / b for a, b in zip(numerator, denominator, strict=True))
     if not ratios:
-        raise ValueError("a ratio needs at least one pair of samples")
+        raise UserError("a ratio needs at least one pair of samples")
     count, cut, tail, term = len(ratios), 0, 0.0, 0.5 ** len(ratios)
     while cut < count and tail + term <= (1 - CONFIDENCE) / 2:  # how many of each end can be left out
         tail += term
@@ -138,7 +139,7 @@ class Measurement:
         """Time of one arm / time of another, by default the first, paired by rounds."""
         for given in (name, of):
             if given is not None and given not in self.arms:
-                raise ValueError(f"no arm {given!r}; the arms are {', '.join(self.arms)}")
+                raise UserError(f"no arm {given!r}; the arms are {', '.join(self.arms)}")
         return paired_ratio(self.arms[name].seconds, self.arms[of or self.reference].seconds)
 
     def lines(self) -> list[str]:
@@ -178,9 +179,9 @@ def measure(
 
     """
     if not callables:
-        raise ValueError("nothing to time: give at least one callable, by name")
+        raise UserError("nothing to time: give at least one callable, by name")
     if repeats < 1:
-        raise ValueError(f"repeats={repeats}: at least 1 is needed")
+        raise UserError(f"repeats={repeats}: at least 1 is needed")
     warm_up, time_of = warm_up or WarmUp(), clock(device)
     rounds, is_warm, calls = _warm(callables, warm_up, time_of, torch.device(device).type == "cuda")
     functions = [*callables.values(), next(iter(callables.values()))]

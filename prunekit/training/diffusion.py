@@ -11,6 +11,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prunekit.errors import UserError
 from prunekit.randomness import epoch_indices, generator
 
 SHORT_ATTENTION = 256  # tokens up to which plain matrix products train faster on a CPU than its flash kernel
@@ -31,7 +32,7 @@ def target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: 
         return noise
     if kind == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
-    raise ValueError(f"prediction type {kind!r} is not supported; supported: epsilon, v_prediction")
+    raise UserError(f"prediction type {kind!r} is not supported; supported: epsilon, v_prediction")
 
 
 def shift_timesteps(timesteps: Tensor, shift: float, num_timesteps: int) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors, forward_process
 from prunekit.training.distillation import (
     FEATURE_SCALE,
@@ -134,7 +135,7 @@ def fine_tune(
     """
     pairs = data.training_pairs() if pairs is None else pairs
     if not len(pairs):
-        raise ValueError(f"{title}: no training pair to learn from")
+        raise UserError(f"{title}: no training pair to learn from")
     device = student.device
     student.train().requires_grad_(True)
     teacher.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from pydantic import BaseModel, ConfigDict, Field
 
+from prunekit.errors import MissingPackageError, UserError
 from prunekit.training.processes import current
 
 EXTRA = "tracking"
@@ -91,7 +92,7 @@ def require_installed(config: TrackingConfig) -> None:
     """Raise ImportError for a tracker whose package is missing; the message names the extra that has it."""
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
-            raise ImportError(
+            raise MissingPackageError(
                 f"tracking.trackers has {name}, which is not installed: pip install 'prunekit[{EXTRA}]', or leave "
                 "it out"
             )
@@ -122,7 +123,7 @@ def _try(name: str, do: Callable[[], Any]) -> None:
         do()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name} does not start: {lines[0]}; mend it, or leave it out of tracking.trackers") from error
+        raise UserError(f"{name} does not start: {lines[0]}; mend it, or leave it out of tracking.trackers") from error
 
 
 def _is_finite(value: Any) -> bool:

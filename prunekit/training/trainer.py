@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from prunekit.errors import UserError
 from prunekit.precision import AUTO, Precision, autocast, resolve_precision
 from prunekit.training.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer
 from prunekit.training.processes import current
@@ -95,13 +96,13 @@ class Trainer:
         self.processes = current()
         self.checkpoints = Checkpoints(directory, config.keep_checkpoints)
         if config.batch_size < self.processes.count:
-            raise ValueError(
+            raise UserError(
                 f"{title}: batch_size={config.batch_size} is less than one sample for each of the "
                 f"{self.processes.count} processes; raise it, or start fewer"
             )
         self.parameters = [p for m in objective.modules.values() for p in m.parameters() if p.requires_grad]
         if not self.parameters:
-            raise ValueError(f"{title}: nothing to train, every parameter is frozen")
+            raise UserError(f"{title}: nothing to train, every parameter is frozen")
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -249,7 +250,7 @@ class Trainer:
         tensors, state = found
         kept = [tensors.get(f"parameter.{index}") for index in range(len(self.parameters))]
         if any(own is None or own.shape != p.shape for own, p in zip(kept, self.parameters, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"{self.title}: the checkpoint in {self.checkpoints.folder} is of another model; choose another "
                 "directory, or remove it"
             )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from diffusers import UNet2DConditionModel
 
+from prunekit.errors import UserError
+
 from . import attention, feedforward, resnet
 from .space import UnitGroup, UnitSpace, near
 from .walk import Site, check_supported, walk
@@ -35,7 +37,7 @@ def discover(
     ValueError for a model that is not supported, an unknown policy, or a pattern that matches nothing.
     """
     if depth not in DEPTH_POLICIES:
-        raise ValueError(f"depth={depth!r}: choose one of {', '.join(map(repr, DEPTH_POLICIES))}")
+        raise UserError(f"depth={depth!r}: choose one of {', '.join(map(repr, DEPTH_POLICIES))}")
     check_supported(unet)
     sites = list(walk(unet))
     groups = [group for site in sites if (group := width_group(unet, site)) is not None]
@@ -52,9 +54,9 @@ def match(unet: UNet2DConditionModel, space: UnitSpace) -> None:
     for group in space.groups:
         found = full.get(group.name)
         if found is None:
-            raise ValueError(f"this UNet has no {group.name!r}, which the space has.{near(group.name, full)}")
+            raise UserError(f"this UNet has no {group.name!r}, which the space has.{near(group.name, full)}")
         if found != group:
-            raise ValueError(
+            raise UserError(
                 f"{group.name!r} has {found.size} units of {found.channels} channels in this UNet, "
                 f"{group.size} of {group.channels} in the space"
             )
@@ -119,7 +121,7 @@ def _select(groups: list[UnitGroup], include: list[str] | None, exclude: list[st
     for pattern in (include or []) + (exclude or []):
         if not any(fnmatch.fnmatchcase(group.path, pattern) for group in groups):
             paths = dict.fromkeys(group.path for group in groups)
-            raise ValueError(f"the pattern {pattern!r} matches no module path.{near(pattern, paths)}")
+            raise UserError(f"the pattern {pattern!r} matches no module path.{near(pattern, paths)}")
 
     def chosen(group: UnitGroup) -> bool:
         included = include is None or any(fnmatch.fnmatchcase(group.path, pattern) for pattern in include)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from prunekit.errors import UserError
+
 WIDTH_KINDS = ("resnet", "attention", "feedforward")
 DEPTH_KINDS = ("layer", "block", "stage")
 FORMAT = 1
@@ -92,7 +94,7 @@ class UnitSpace:
         """Where a group (or its name) lies in a vector over this space."""
         name = group if isinstance(group, str) else group.name
         if name not in self._by_name:
-            raise ValueError(f"no group {name!r} in this space.{near(name, self._by_name)}")
+            raise UserError(f"no group {name!r} in this space.{near(name, self._by_name)}")
         return self._slices[self._by_name[name]]
 
     def group(self, name: str) -> UnitGroup:
@@ -177,12 +179,12 @@ class Architecture:
     def __init__(self, space: UnitSpace, values: torch.Tensor | Sequence[float]):
         values = torch.as_tensor(values, device="cpu").detach()
         if values.shape != (space.size,):
-            raise ValueError(f"an Architecture of this space has {space.size} values, got {tuple(values.shape)}")
+            raise UserError(f"an Architecture of this space has {space.size} values, got {tuple(values.shape)}")
         if values.dtype != torch.bool:
             if not values.is_floating_point():
-                raise ValueError(f"an Architecture's values are boolean or floating point, got {values.dtype}")
+                raise UserError(f"an Architecture's values are boolean or floating point, got {values.dtype}")
             if not bool(((values >= 0) & (values <= 1)).all()):
-                raise ValueError("an Architecture's soft values lie in [0, 1]")
+                raise UserError("an Architecture's soft values lie in [0, 1]")
         self.space = space
         self.values = values.clone()
 
@@ -221,7 +223,7 @@ class Architecture:
         """The same Architecture over another instance of the same space; ValueError that names a difference."""
         difference = space.difference(self.space)
         if difference:
-            raise ValueError(f"this Architecture belongs to another space: {difference}")
+            raise UserError(f"this Architecture belongs to another space: {difference}")
         return Architecture(space, self.values)
 
     def describe(self) -> list[dict[str, Any]]:
@@ -283,7 +285,7 @@ class Architecture:
 
     def _need_boolean(self) -> None:
         if not self.is_boolean:
-            raise ValueError("this Architecture is soft; decide it first: architecture.threshold(0.5)")
+            raise UserError("this Architecture is soft; decide it first: architecture.threshold(0.5)")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -310,7 +312,7 @@ def block_of(path: str) -> str:
 def check_format(data: Mapping[str, Any], what: str) -> None:
     """Refuse a saved form that this version does not know."""
     if data.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"this is not {what} of format {FORMAT} (format: {data.get('format')!r}); "
             "it was written by another version of prunekit"
         )

@@ -22,6 +22,8 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from prunekit.errors import UserError
+
 from .attention import EmptiedAttention
 from .depth import BYPASSED, BypassedModule, BypassedResnet, BypassedTransformer
 from .feedforward import EmptiedFeedForward
@@ -79,17 +81,17 @@ class Site:
 def check_supported(unet: nn.Module) -> None:
     """ValueError, in one line, for a model on which the laws have not been verified."""
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(f"{type(unet).__name__} is not supported: {SUPPORTED}")
+        raise UserError(f"{type(unet).__name__} is not supported: {SUPPORTED}")
     for key, allowed in _PLAIN.items():
         value = unet.config.get(key, allowed[0])
         values = value if isinstance(value, list | tuple) else (value,)
         if any(item not in allowed for item in values):
-            raise ValueError(f"a UNet with {key}={value!r} is not supported (allowed: {allowed}): {SUPPORTED}")
+            raise UserError(f"a UNet with {key}={value!r} is not supported (allowed: {allowed}): {SUPPORTED}")
     for name, classes in _BLOCKS.items():
         blocks = [unet.mid_block] if name == "mid_block" else getattr(unet, name)
         for block in blocks:
             if type(block) not in classes and not (name == "mid_block" and block is None):
-                raise ValueError(f"{name} with a {type(block).__name__} is not supported: {SUPPORTED}")
+                raise UserError(f"{name} with a {type(block).__name__} is not supported: {SUPPORTED}")
     for site in walk(unet):
         _check_site(site)
 
@@ -116,10 +118,10 @@ def _check_site(site: Site) -> None:
         expected = expected if isinstance(module.net[0], GEGLU) else ()
         layers = [module.net[2]]
     if not isinstance(module, expected):
-        raise ValueError(f"{site.path} is a {type(module).__name__}, which is not supported: {SUPPORTED}")
+        raise UserError(f"{site.path} is a {type(module).__name__}, which is not supported: {SUPPORTED}")
     for layer in layers:
         if type(layer) not in (nn.Conv2d, nn.Linear):
-            raise ValueError(
+            raise UserError(
                 f"{site.path} holds a {type(layer).__name__} where a plain layer is expected; if this is an adapter "
                 "(LoRA), merge it into the weights first (fuse_lora, then unload_lora_weights)"
             )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunekit.errors import UserError
 from prunekit.methods.aptp.router import cosine_scores
 
 
@@ -27,7 +28,7 @@ def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Ten
 
     """
     if z.ndim != 2 or gates.ndim != 2 or len(z) != len(gates) or len(z) < 2:
-        raise ValueError(
+        raise UserError(
             "contrastive_loss needs z (B, Z) and gates (B, D) of the same two or more prompts; "
             f"got {tuple(z.shape)} and {tuple(gates.shape)}"
         )

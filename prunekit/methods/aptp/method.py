@@ -5,6 +5,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.gates import Gates
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
 from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
@@ -32,7 +33,7 @@ class APTP(SearchMethod):
     ) -> SearchObjective:
         num_prompts = len(data.training_pairs())
         if self.config.experts > num_prompts:
-            raise ValueError(f"experts={self.config.experts} exceed the {num_prompts} training prompts")
+            raise UserError(f"experts={self.config.experts} exceed the {num_prompts} training prompts")
         predictor, codes = self._parameters(data.prompts.shape[1], cost.space.size)
         return SearchObjective(unet, gates, predictor, codes, cost, scheduler, data, self.config, unet.device)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunekit.errors import UserError
 from prunekit.methods.storage import read_tensors, write_tensors
 
 FILE_NAME = "router.safetensors"
@@ -48,12 +49,12 @@ class Router:
         self.weight = weight.detach().to("cpu", torch.float64).contiguous()  # (N, Z)
         self.bias = bias.detach().to("cpu", torch.float64).contiguous()  # (N,)
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1] or 0 in self.weight.shape:
-            raise ValueError(
+            raise UserError(
                 "a router needs weight (experts, embedding) and bias (experts,); "
                 f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
             )
         if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
-            raise ValueError("a router's weight and bias must be finite; got NaN or infinite entries")
+            raise UserError("a router's weight and bias must be finite; got NaN or infinite entries")
         self.fallback = self._checked(fallback)
         self.info = dict(info or {})
 
@@ -67,10 +68,10 @@ class Router:
         """
         codes = codes.detach().to("cpu", torch.float64)
         if codes.ndim != 2 or codes.shape[1] != predictor.out_features:
-            raise ValueError(f"codes must be (experts, {predictor.out_features}); got {tuple(codes.shape)}")
+            raise UserError(f"codes must be (experts, {predictor.out_features}); got {tuple(codes.shape)}")
         norms = codes.norm(dim=1, keepdim=True)
         if not (norms > 0).all():
-            raise ValueError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero: they have no direction")
+            raise UserError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero: they have no direction")
         directions = codes / norms  # (N, D)
         weight = predictor.weight.detach().to("cpu", torch.float64)  # (D, Z)
         bias = codes.new_zeros(len(weight)) if predictor.bias is None else predictor.bias.detach().to(codes)  # (D,)
@@ -97,10 +98,10 @@ class Router:
 
         """
         if z.ndim != 2 or z.shape[1] != self.embedding_size:
-            raise ValueError(f"z must be (prompts, {self.embedding_size}); got {tuple(z.shape)}")
+            raise UserError(f"z must be (prompts, {self.embedding_size}); got {tuple(z.shape)}")
         z = z.detach().to("cpu", torch.float64)
         if not z.isfinite().all():
-            raise ValueError("z must be finite; got NaN or infinite entries")
+            raise UserError("z must be finite; got NaN or infinite entries")
         parts = [_tree_sum(part[:, None, :] * self.weight) + self.bias for part in self._chunks(z)]
         return torch.cat(parts) if parts else z.new_empty(0, self.num_experts)
 
@@ -149,7 +150,7 @@ class Router:
 
     def _checked(self, fallback: int) -> int:
         if not 0 <= fallback < self.num_experts:
-            raise ValueError(f"fallback must be one of the experts 0..{self.num_experts - 1}; got {fallback}")
+            raise UserError(f"fallback must be one of the experts 0..{self.num_experts - 1}; got {fallback}")
         return int(fallback)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
+from prunekit.errors import UserError
 from prunekit.gates import Gates
 from prunekit.methods.aptp.losses import (
     batch_weighted_cost,
@@ -100,7 +101,7 @@ class APTPConfig(SearchSettings):
     @model_validator(mode="after")
     def _codes_train(self) -> "APTPConfig":
         if self.search.steps <= self.warmup:
-            raise ValueError(
+            raise UserError(
                 f"search.steps={self.search.steps} must exceed warmup={self.warmup}: the codes train after it"
             )
         return self

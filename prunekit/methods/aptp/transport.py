@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from prunekit.errors import UserError
+
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
@@ -29,11 +31,11 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
     """
     if scores.ndim != 2 or 0 in scores.shape:
-        raise ValueError(f"scores must be (prompts, experts), neither of them 0; got shape {tuple(scores.shape)}")
+        raise UserError(f"scores must be (prompts, experts), neither of them 0; got shape {tuple(scores.shape)}")
     if not epsilon > 0 or iterations < 1:
-        raise ValueError(f"epsilon must be above 0 and iterations at least 1; got {epsilon} and {iterations}")
+        raise UserError(f"epsilon must be above 0 and iterations at least 1; got {epsilon} and {iterations}")
     if scores.device.type == "cpu" and not scores.isfinite().all():  # elsewhere the host would wait for the device
-        raise ValueError("scores must be finite; got NaN or infinite entries")
+        raise UserError("scores must be finite; got NaN or infinite entries")
     num_prompts, num_experts = scores.shape
     log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, N)
     for _ in range(iterations):
