@@ -5,8 +5,9 @@ anywhere goes on where it was and ends where it would have ended (law 5).
 """
 
 import shutil
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ from prunekit.recipe import (
 )
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
-from prunekit.stages import RunLog, Stages
+from prunekit.stages import LOCKS, RunLog, Stages
 from prunekit.training.checkpoint import LOG, clear_killed, read_json, write_json, write_text
-from prunekit.training.claims import Piece, share
+from prunekit.training.claims import USERS, Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current
 
 RECIPE = "recipe.yaml"
@@ -70,7 +71,7 @@ class Run:
 
     def __init__(self, recipe: PruneRecipe, directory: Path):
         self.recipe, self.directory, self.log = recipe, directory, RunLog.of(recipe, directory)
-        self.started = time.time()
+        self.before = _stamp(directory / RESULTS)
 
     def execute(self) -> Path:
         """Run every stage that is not done; print the table; return the directory."""
@@ -88,15 +89,14 @@ class Run:
         with apart():  # from here on processes share work by files alone, so that one may be lost
             for candidate in candidates:
                 stages.sample(candidate, self.samples(candidate))
-            table = Piece("table", self._is_written, lambda: self.compare(candidates, stages))
-            share([table], stages.locks)
-        shutil.rmtree(stages.locks, ignore_errors=True)
+            # Never "done" outside the lock: whoever waits returns when the tables and the report are written
+            share([Piece("table", lambda: False, lambda: self._compare_once(candidates, stages))], stages.locks)
         return self.directory
 
-    def _is_written(self) -> bool:
-        """Whether the tables were written since this start."""
-        path = self.directory / RESULTS
-        return path.is_file() and path.stat().st_mtime >= self.started
+    def _compare_once(self, candidates: list[Candidate], stages: Stages) -> None:
+        """Write the tables, unless another process has written them since this one started."""
+        if _stamp(self.directory / RESULTS) in (None, self.before):
+            self.compare(candidates, stages)
 
     def samples(self, candidate: Candidate) -> Path:
         """Where a row's pictures are."""
@@ -196,6 +196,15 @@ class Run:
         write_json(self.directory / RESULTS, results)
 
 
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is replaced; None where there is no file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
     """Run a recipe from its file; return the run directory (`runs/NAME` by default).
 
@@ -205,7 +214,7 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{recipe_path} is a comparison; start it with: prunekit compare {recipe_path}")
     folder = Path(directory or Path("runs") / recipe.name)
-    return _execute(current().first(lambda: _claim(folder, recipe)), folder)
+    return _work_in(folder, lambda others: _claim(folder, recipe, others))
 
 
 def resume(directory: str | Path) -> Path:
@@ -216,24 +225,34 @@ def resume(directory: str | Path) -> Path:
     recipe = load_recorded(folder / RECIPE)
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
-    return _execute(recipe, folder)
+    return _work_in(folder, lambda others: recipe)
 
 
-def _execute(recipe: PruneRecipe | PretrainRecipe, folder: Path) -> Path:
-    if isinstance(recipe, PretrainRecipe):
-        from prunekit.pretrain import pretrain
+def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]) -> Path:
+    """Run the recipe that `enter` gives, of whether others work in the directory, as one of the directory's users."""
+    with ExitStack() as stack:
 
-        return pretrain(recipe, folder)
-    return Run(recipe, folder).execute()
+        def first() -> PruneRecipe | PretrainRecipe:
+            leave = partial(shutil.rmtree, folder / LOCKS, ignore_errors=True)
+            return stack.enter_context(occupied(folder, enter, leave))
+
+        recipe = current().first(first)
+        if isinstance(recipe, PretrainRecipe):
+            from prunekit.pretrain import pretrain
+
+            return pretrain(recipe, folder)
+        return Run(recipe, folder).execute()
 
 
-def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe) -> AnyRecipe:
+def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe, others: bool) -> AnyRecipe:
     """Write the resolved recipe, or check that the directory's is the same; return it.
 
-    A recipe that came to nothing is replaced. `auto` is what the directory's recipe says, else what it means here.
+    A recipe that came to nothing is replaced, unless other processes work in the directory. `auto` is what the
+    directory's recipe says, else what it means here.
     """
     path = folder / RECIPE
-    if path.is_file() and any(file.name not in (RECIPE, LOG) for file in folder.iterdir()):
+    left = [file.name for file in folder.iterdir() if file.name not in (RECIPE, LOG, USERS)] if folder.is_dir() else []
+    if path.is_file() and (left or others):
         recorded = load_recorded(path)
         recipe = resolve_recipe(recipe, current().device, recorded)
         if difference := _difference(recipe.model_dump(mode="json"), recorded.model_dump(mode="json")):
@@ -246,8 +265,7 @@ def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe) -> AnyRecipe:
         (folder / LOG).unlink(missing_ok=True)
         path.unlink()
     clear_killed(path)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} is not empty and holds no run; choose another --directory")
+    refuse_foreign(folder, False, "run", "--directory")
     recipe = resolve_recipe(recipe, current().device)
     write_text(path, dump_recipe(recipe))
     return recipe

@@ -42,6 +42,7 @@ from prunekit.training.processes import current
 from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
 
+LOCKS = "locks"  # of a run: the folder of the lock files by which processes share its pieces
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -113,7 +114,7 @@ class Stages:
     def __init__(self, recipe: CommonRecipe, log: RunLog, directory: Path):
         quiet_libraries()
         self.recipe, self.log, self.say = recipe, log.log, log.say
-        self.locks = directory / "locks"
+        self.locks = directory / LOCKS
         self.device = current().device
         self.cache = _cache(recipe, directory)
         self.pipeline: DiffusionPipeline = load_pipeline(

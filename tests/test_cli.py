@@ -86,7 +86,7 @@ def test_macs_of_a_pipeline_and_of_a_pruned_unet_are_checked(model, tmp_path):
 
 def test_methods():
     text = ok("methods")
-    assert "norm: Remove the units" in text and "prunekit methods aptp" in text and "budget" not in text
+    assert "norm: Remove the units" in text and "prunekit methods aptp" in text and "threshold" not in text
     text = ok("methods", "norm", "taylor_sp")
     assert "norm: Remove the units" in text and "budget" in text and "scope" in text and "threshold" in text
     assert "did you mean 'taylor_sp'" in refused("methods", "taylor")

@@ -11,6 +11,7 @@ import yaml
 from launching import launch, run_recipe
 from small_model import TRAINING, write_world
 
+from prunekit.errors import UserError
 from prunekit.recipe import RecipeError, load_recipe
 from prunekit.run import _claim, resume, start
 
@@ -114,10 +115,10 @@ def test_a_directory_of_another_recipe_is_refused(recipe, finished, tmp_path):
     stillborn.mkdir()
     shutil.copy(finished / "recipe.yaml", stillborn)
     (stillborn / "log.jsonl").write_text("{}\n")
-    _claim(stillborn, load_recipe(recipe, ["prune.budget=0.6"]))
+    _claim(stillborn, load_recipe(recipe, ["prune.budget=0.6"]), others=False)
     assert load_recipe(stillborn / "recipe.yaml").prune.budget == 0.6 and not (stillborn / "log.jsonl").exists()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RecipeError, match="not empty and holds no run"):
+    with pytest.raises(UserError, match="not empty and holds no run"):
         start(recipe, (), tmp_path)
     with pytest.raises(RecipeError, match="is no run directory"):
         resume(tmp_path)
