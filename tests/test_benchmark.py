@@ -135,7 +135,8 @@ def test_cuda_times_agree_with_tritons():
 # the modes
 
 
-@pytest.mark.parametrize("shape", unets.MORE_SHAPES)
+@pytest.mark.long
+@pytest.mark.parametrize("shape", unets.SHAPES)
 def test_every_region_of_a_pruned_unet_is_compiled_as_one_graph(shape):
     dense = unets.build(shape)
     unet = pk.slice_unet(dense, pk.discover(dense, "all").random(0.6, seed=1)).requires_grad_(False)

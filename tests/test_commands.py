@@ -200,7 +200,8 @@ def test_the_commands_of_a_page(page, place, finished, monkeypatch):
 def others(first: str) -> list:
     """The commands of all pages that begin with a word, each once."""
     found = {" ".join(words): words for page in PAGES for words in commands(page) if words[0] == first}
-    return [pytest.param(words, id=text) for text, words in found.items()]
+    slow = {text: pytest.mark.long for text, words in found.items() if "--nnodes" in words}
+    return [pytest.param(words, id=text, marks=slow.get(text, ())) for text, words in found.items()]
 
 
 def test_no_other_commands():

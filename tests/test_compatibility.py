@@ -283,7 +283,9 @@ def documented() -> dict[tuple[str, str], str]:
     return {(row[0], kind): cell for row in rows[2:] for kind, cell in zip(rows[0][1:], row[1:], strict=True)}
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    "feature", [pytest.param(name, marks=pytest.mark.long if name == "torch.compile" else ()) for name in FEATURES]
+)
 def test_the_table_says_what_happens(feature):
     package = FEATURES[feature][1]
     if package is not None and importlib.util.find_spec(package) is None:

@@ -165,7 +165,11 @@ def test_one_expert_is_a_plain_pipeline(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tier", "batch", "shape"), [pytest.param("onnx", None, "sd2", marks=pytest.mark.long), ("torch", 2, "sdxl")]
+    ("tier", "batch", "shape"),
+    [
+        pytest.param("onnx", None, "sd2", marks=pytest.mark.long),
+        pytest.param("torch", 2, "sdxl", marks=pytest.mark.long),
+    ],
 )
 def test_graphs(tmp_path, tier, batch, shape):
     if tier == "onnx":

@@ -71,6 +71,7 @@ def test_experts_generate(run):
     assert (alone.images[0] == drawn.images[2]).all() and alone.experts[0] == drawn.experts[2]
 
 
+@pytest.mark.long
 def test_a_plan_counts_it(run):
     _, recipe, directory = run
     counted = plan(load_recipe(recipe), Devices(throughput=1e12))

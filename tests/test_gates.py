@@ -224,6 +224,7 @@ def test_checkpointing_switched_on_inside_and_restored_after(unet):
     assert values.grad.abs().sum() > 0
 
 
+@pytest.mark.long
 def test_a_unet_compiled_before_is_gated_all_the_same():
     unet = build(
         "sd2",

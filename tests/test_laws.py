@@ -17,7 +17,7 @@ SIZES = (16, (9, 12), (11, 8), (10, 14), 8)
 TEXT_LENGTHS = (1, 77, 154)
 KEEPS = (0.2, 0.5, 0.8, 0.95)
 UNETS = {}
-ARCHITECTURES = (4, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "24")), marks=pytest.mark.long))
+ARCHITECTURES = (3, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "24")), marks=pytest.mark.long))
 
 
 def unet_of(shape, device="cpu"):
