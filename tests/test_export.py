@@ -164,13 +164,9 @@ def test_one_expert_is_a_plain_pipeline(run, tmp_path):
     assert not any(str(run) in path.read_text() for path in (tmp_path / "one").rglob("*.json"))
 
 
-@pytest.mark.parametrize(
-    ("tier", "batch", "shape"),
-    [
-        pytest.param("onnx", None, "sd2", marks=pytest.mark.long),
-        pytest.param("torch", 2, "sdxl", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.long
+@pytest.mark.parametrize(("tier", "batch", "shape"), [("onnx", None, "sd2"), ("torch", 2, "sdxl")])
 def test_graphs(tmp_path, tier, batch, shape):
     if tier == "onnx":
         for name in ("onnx", "onnxruntime", "onnxscript"):

@@ -7,7 +7,7 @@ from small_model import RECIPE, write_pipeline, write_world
 
 from prunekit import precision
 from prunekit.compare.cells import CellRunner, cells_of, key_of
-from prunekit.compare.comparison import Comparison
+from prunekit.compare.comparison import Comparison, claim
 from prunekit.plan import Devices, plan
 from prunekit.recipe import (
     dump_recipe,
@@ -164,7 +164,8 @@ def test_a_cells_key_holds_the_resolved_precision(tmp_path, monkeypatch):
 
     def keys(folder, **explicit):
         recipe = parse_recipe({**content, "fine_tune": {**content["fine_tune"], **explicit}})
-        comparison = Comparison(recipe, tmp_path / folder)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        comparison = Comparison(claim(tmp_path / folder, recipe), tmp_path / folder)
         runner = CellRunner(comparison.recipe, comparison.directory, comparison.stages)
         return [key_of(runner.fields(cell)) for cell in cells_of(comparison.recipe)]
 

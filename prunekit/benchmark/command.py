@@ -14,8 +14,9 @@ from prunekit.benchmark.table import markdown
 from prunekit.errors import UserError
 from prunekit.models import load_shape, quiet_libraries
 from prunekit.training.checkpoint import write_text
+from prunekit.training.claims import occupied, refuse_foreign
 
-TABLE = "table.md"
+TABLE, RECIPE = "table.md", "recipe.yaml"
 
 
 def bench(
@@ -50,12 +51,19 @@ def bench(
         default = None
     recipe = reduced(recipe) if small else recipe
     directory = output or default or Path("runs") / recipe.name
-    work = Bench(recipe, directory, say)
-    is_done = work.run(minutes)
-    rows = work.rows()
-    path = directory / TABLE
-    write_text(path, markdown(rows, recipe))
+    with occupied(directory, lambda others: _claim(directory)):
+        work = Bench(recipe, directory, say)
+        is_done = work.run(minutes)
+        rows = work.rows()
+        path = directory / TABLE
+        write_text(path, markdown(rows, recipe))
     return path, recipe, rows, is_done
+
+
+def _claim(directory: Path) -> None:
+    """Refuse a directory that holds something else than a benchmark's rows and table."""
+    is_bench = (directory / TABLE).is_file() or bool(list(directory.glob("*/*.json")))
+    refuse_foreign(directory, is_bench and not (directory / RECIPE).is_file(), "benchmark")
 
 
 def run_recipe(directory: Path) -> BenchRecipe:
@@ -63,9 +71,9 @@ def run_recipe(directory: Path) -> BenchRecipe:
 
     Raises FileNotFoundError for a directory without a run, ValueError for one without a finished expert.
     """
-    path = directory / "recipe.yaml"
+    path = directory / RECIPE
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no run directory: it holds no recipe.yaml")
+        raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     folders = sorted(directory.glob("methods/*/experts/[0-9]*/unet/config.json"))
     if not folders:

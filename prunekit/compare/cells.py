@@ -106,8 +106,13 @@ class CellRunner:
         }
 
     def path(self, cell: Cell) -> Path:
-        """Where a cell's result is."""
-        return self.directory / "cells" / f"{cell.name}.json"
+        """Return where a cell's result is, beside an equally named cell of another recipe in the directory."""
+        path, name = self.directory / "cells" / f"{cell.name}.json", self.recipe.name
+        if path.is_file():
+            earlier = read_json(path)
+            if earlier["key"] != key_of(self.fields(cell)) and earlier.get("recipe", name) != name:
+                return path.with_name(f"{cell.name}__{name}.json")
+        return path
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
         """Return a cell's result where it is there, for the same content."""
@@ -166,6 +171,7 @@ class CellRunner:
         arguments = (experts, stages.data, stages.prompts, stages.dense)
         result = {
             "format": FORMAT,
+            "recipe": self.recipe.name,
             "key": key_of(fields),
             "cell": {"method": cell.label, "budget": cell.budget, "seed": cell.seed, "protocol": cell.protocol},
             "distillation": self.distillation(cell),

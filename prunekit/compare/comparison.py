@@ -1,6 +1,7 @@
 """`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from prunekit.report.command import finish
 from prunekit.run import RECIPE
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json, write_text
-from prunekit.training.claims import Piece, share
+from prunekit.training.claims import Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current
 
+CELLS, TABLE_CSV = "cells", "table.csv"  # of a comparison's directory
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
@@ -37,16 +39,33 @@ NOTE = (
 )
 
 
+def claim(directory: Path, recipe: CompareRecipe | None = None) -> CompareRecipe | None:
+    """Write a comparison's resolved recipe into its directory, or claim the directory for a table alone.
+
+    Returns the resolved recipe. Raises UserError where the directory holds something else, such as a run.
+    """
+    path = directory / RECIPE
+    recorded = load_recorded(path) if path.is_file() else None
+    is_ours = (directory / CELLS).is_dir() or (directory / TABLE_CSV).is_file()
+    if recorded is not None and not isinstance(recorded, CompareRecipe):
+        raise RecipeError(f"{directory} holds the run of a recipe with job={recorded.job}; choose another --output")
+    refuse_foreign(directory, is_ours or recorded is not None, "comparison")
+    if recorded is not None and recipe is not None and recorded.name != recipe.name:  # they share cells
+        path = directory / f"recipe-{recipe.name}.yaml"
+        recorded = load_recorded(path) if path.is_file() else None
+    if recipe is not None:
+        recipe = resolve_recipe(recipe, current().device, recorded)
+        write_text(path, dump_recipe(recipe))
+    return recipe
+
+
 class Comparison:
-    """One comparison recipe in its directory."""
+    """One comparison recipe, resolved, in its directory."""
 
     def __init__(self, recipe: CompareRecipe, directory: Path):
-        path, device = directory / RECIPE, current().device
-        recipe = resolve_recipe(recipe, device, load_recorded(path) if path.is_file() else None)
         self.recipe, self.directory = recipe, directory
-        write_text(path, dump_recipe(recipe))
         self.log = RunLog.of(recipe, directory)
-        for line in precision_lines(recipe, device):
+        for line in precision_lines(recipe, current().device):
             self.log.say(line)
         self.cells = cells_of(recipe)
         self.stages = Stages(recipe, self.log, directory)
@@ -100,31 +119,40 @@ def compare(
     Returns the output directory. Raises RecipeError for what is no comparison, ValueError for cells that cannot share
     a table, by the field that differs.
     """
-    overrides = list(overrides)
+    overrides, paths = list(overrides), [Path(path) for path in paths]
     cells, timings, missing, published = [], {}, [], []
-    folder = None
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [read_json(file) for file in sorted((path / "cells").glob("*.json"))]
-            if not found:
-                raise RecipeError(f"{path} holds no cells of a comparison")
-            times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
-        else:
-            recipe = load_recipe(path, overrides)
-            if not isinstance(recipe, CompareRecipe):
-                raise RecipeError(f"{path} is a recipe of job={recipe.job}; compare takes job=compare")
-            comparison = Comparison(recipe, Path("runs") / recipe.name if output is None else Path(output))
-            comparison.make()
-            found, lacking = comparison.results()
-            missing += lacking
-            times = comparison.timings(found) if not lacking else {}
-            published += recipe.published
-        cells += found
-        timings |= times
-        folder = folder or (path if path.is_dir() else comparison.directory)
-    refuse_unfair(cells)
-    target = Path(output or folder)
-    return _write(target, cells, timings, missing, published)
+    recipes = {path: _load(path, overrides) for path in paths if not path.is_dir()}
+    folders = [Path(output or (path if path.is_dir() else Path("runs") / recipes[path].name)) for path in paths]
+    with ExitStack() as stack:
+
+        def enter(folder: Path, recipe: CompareRecipe | None = None) -> CompareRecipe | None:
+            return stack.enter_context(occupied(folder, lambda others: claim(folder, recipe)))
+
+        enter(folders[0])  # before anything is made
+        for path, folder in zip(paths, folders, strict=True):
+            if path.is_dir():
+                found = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]
+                if not found:
+                    raise RecipeError(f"{path} holds no cells of a comparison")
+                times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
+            else:
+                comparison = Comparison(enter(folder, recipes[path]), folder)
+                comparison.make()
+                found, lacking = comparison.results()
+                missing += lacking
+                times = comparison.timings(found) if not lacking else {}
+                published += comparison.recipe.published
+            cells += found
+            timings |= times
+        refuse_unfair(cells)
+        return _write(folders[0], cells, timings, missing, published)
+
+
+def _load(path: Path, overrides: list[str]) -> CompareRecipe:
+    recipe = load_recipe(path, overrides)
+    if not isinstance(recipe, CompareRecipe):
+        raise RecipeError(f"{path} is a recipe of job={recipe.job}; compare takes job=compare")
+    return recipe
 
 
 def _write(
@@ -136,7 +164,7 @@ def _write(
     rows = rows_of(cells, timings)
     content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
     write_json(folder / "results.json", {"environments": _environments(cells), **content})
-    write_text(folder / "table.csv", csv_text(rows))
+    write_text(folder / TABLE_CSV, csv_text(rows))
     parts = [NOTE + "\n"]
     for protocol in dict.fromkeys(row.protocol for row in rows):
         for budget in dict.fromkeys(row.budget for row in rows):

@@ -4,6 +4,7 @@ import csv
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from prunekit.models import quiet_libraries
 from prunekit.precision import resolve_precision
 from prunekit.randomness import generator
 from prunekit.training.checkpoint import write_json, write_text
+from prunekit.training.claims import occupied, refuse_foreign
 from prunekit.training.processes import apart, current
 
 FORMAT = 1
 RESULTS, TABLE = "results.json", "table.md"
+HEADING = "# Protocol "  # of the table
+FEATURES, PICTURES, LOCKS = "features", "pictures", "locks"
 BY_KEY = {column.key: column for column in COLUMNS}
 NOTE = (
     "MACs are of one UNet call; over experts, the mean by the evaluated prompts. Each figure: value ± 1.96 jackknife "
@@ -90,8 +94,24 @@ def evaluate(
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, current().device)})
     places = [Target.at(place) for place in given]
     folder = Path(output or Path("runs") / f"evaluate-{protocol}")
+    with occupied(folder, lambda others: _claim(folder), partial(shutil.rmtree, folder / LOCKS, ignore_errors=True)):
+        return _evaluate(settings, places, data, folder, say)
+
+
+def _claim(folder: Path) -> None:
+    """Refuse a directory that holds something else than an evaluation."""
+    table = folder / TABLE
+    ours = [table.is_file() and table.read_text(encoding="utf-8", errors="replace").startswith(HEADING)]
+    ours += [(folder / name).is_dir() for name in (FEATURES, PICTURES)]  # of one that was stopped
+    refuse_foreign(folder, any(ours) and not (folder / "recipe.yaml").is_file(), "evaluation")
+
+
+def _evaluate(
+    settings: Protocol, places: list[Target], data: str | None, folder: Path, say: Callable[[str], Any]
+) -> Evaluation:
+    """Draw and measure in a directory that is this command's."""
     digests = Digests(folder / "cache")
-    features = Features(folder / "features", digests)
+    features = Features(folder / FEATURES, digests)
     prompts, source = _prompts(settings, places, data, folder / "cache")
     refuse(settings, features, prompts)
     if len(prompts.prompts) < settings.num_images:
@@ -120,7 +140,6 @@ def evaluate(
         },
     )
     _write_table(done, source, real)
-    shutil.rmtree(folder / "locks", ignore_errors=True)
     return done
 
 
@@ -132,8 +151,8 @@ def _row(subject: Subject, protocol: Protocol, features: Features, prompts: Prom
     sampling = Sampling(*options, protocol.resolution)
     prompts = replace(prompts, embeddings=embeddings_of(subject, prompts.prompts))
     key = Fingerprint(subject.key, asdict(sampling), prompts.seeds).add_texts(prompts.prompts).key()
-    pictures = folder / "pictures" / f"{candidate.name}-{key[:12]}"
-    paths, experts = sample(candidate, pipeline, prompts, sampling, pictures, folder / "locks")
+    pictures = folder / PICTURES / f"{candidate.name}-{key[:12]}"
+    paths, experts = sample(candidate, pipeline, prompts, sampling, pictures, folder / LOCKS)
     size = protocol.compare_at or protocol.resolution or own
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[experts].mean())
     return {
@@ -241,7 +260,7 @@ def _write_table(done: Evaluation, source: Any, real: int) -> None:
     used = ", ".join(f"{key} by {models.get(key, protocol.clip_model)}" for key in protocol.metrics)
     lines, columns = done.shown()
     parts = [
-        f"# Protocol {protocol.name}\n",
+        f"{HEADING}{protocol.name}\n",
         f"{size}; {how}; {_said(source)}, {real:,} real pictures; {used}.\n",
         markdown_table(lines, columns),
         NOTE,

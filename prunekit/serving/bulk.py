@@ -6,6 +6,7 @@ are asked for, or on which process makes what; processes that are given the same
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,11 +15,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.serving.pictures import FORMATS, write_picture
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.training.checkpoint import read_json, write_json
-from prunekit.training.claims import Piece, share
+from prunekit.training.claims import Piece, occupied, refuse_foreign, share
 from prunekit.training.progress import Progress
 
 WORK = ".work"  # in the directory: what was asked for, and the locks
@@ -57,7 +61,12 @@ def generate_to(directory: Path, pipeline: PromptRoutedPipeline, request: Reques
     A picture appears whole or not at all, and what is there is not made again. Returns when all are there, made here
     or by other processes. Raises ValueError, one line, for a directory that holds pictures of another request.
     """
-    _claim(directory, pipeline, request)
+    leave = partial(_forget_if_empty, directory)
+    with occupied(directory, lambda others: _claim(directory, pipeline, request), leave):
+        return _generate(directory, pipeline, request)
+
+
+def _generate(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> list[tuple[Path, int]]:
     experts = pipeline.route(request.prompts).tolist()
     paths = [directory / f"{row:05d}.{request.picture_format}" for row in range(len(request.prompts))]
     batches = _batches(experts, request)
@@ -93,6 +102,7 @@ def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request)
 def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> None:
     """Write down what is asked for; ValueError that names a difference to what was asked for before."""
     content = _content(pipeline, request)
+    refuse_foreign(directory, (directory / WORK / REQUEST).is_file(), "generated pictures")
     if different := _differences(directory, content):
         raise UserError(
             f"{directory} holds pictures made with other {', '.join(different)}; give another directory (--output)"
@@ -102,7 +112,7 @@ def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) ->
 
 def _content(pipeline: PromptRoutedPipeline, request: Request) -> dict[str, Any]:
     info, size = pipeline.mixture.info, list(request.size) if request.size else None
-    made_by = {"recipe": info.get("recipe"), "method": info.get("method")}
+    made_by = {"recipe": info.get("recipe"), "method": info.get("method"), "weights": _weights(pipeline)}
     return {**asdict(request), **made_by, "scheduler": type(pipeline.scheduler).__name__, "size": size}
 
 
@@ -110,7 +120,27 @@ def _differences(directory: Path, content: dict[str, Any]) -> list[str]:
     """Return the names of what the pictures that a directory holds were asked for with, and `content` has otherwise."""
     path = directory / WORK / REQUEST
     earlier = read_json(path) if path.is_file() else content
-    return [name for name in content if earlier.get(name) != content[name]]
+    return [name for name in content if name in earlier and earlier[name] != content[name]]
+
+
+def _weights(pipeline: PromptRoutedPipeline) -> str:
+    """Return a digest of what draws: the frozen parts, and the experts' weights or the run that made them."""
+    digest = Fingerprint("weights")
+    for name, part in sorted(pipeline.parts.components.items()):
+        if isinstance(part, nn.Module):
+            digest.add(name).add_module(part)
+    if pipeline.mixture.info.get("recipe"):  # the same recipe gives the same experts, which need not be read here
+        return digest.add(pipeline.mixture.info["recipe"]).key()
+    for index in range(pipeline.num_experts):
+        with pipeline.mixture.experts.use(index) as unet:
+            digest.add(index).add_module(unet)
+    return digest.key()
+
+
+def _forget_if_empty(directory: Path) -> None:
+    """Remove what a request that drew nothing has written, so that the directory is free for another one."""
+    if not any(path.suffix[1:] in FORMATS for path in directory.iterdir()):
+        shutil.rmtree(directory / WORK, ignore_errors=True)
 
 
 def _batches(experts: list[int], request: Request) -> dict[int, list[list[int]]]:

@@ -62,7 +62,6 @@ def occupied(folder: Path, enter: Callable[[bool], T], leave: Callable[[], None]
 
     """
     users = folder / USERS
-    users.mkdir(parents=True, exist_ok=True)
     mine = FileLock(users / f"{secrets.token_hex(8)}.user")
     path = Path(mine.lock_file)
     with _at_door(users):
@@ -91,8 +90,8 @@ def _at_door(users: Path) -> Iterator[None]:
     """Hold the lock that a process holds while it comes or goes, in a folder that the last user removes."""
     door = FileLock(users / "door")
     while not door.is_locked:
-        users.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the folder was removed meanwhile
+        with suppress(FileNotFoundError, FileExistsError):  # the folder is removed at this moment
+            users.mkdir(parents=True, exist_ok=True)
             door.acquire()
     try:
         yield
