@@ -17,7 +17,7 @@ from prunekit.data.config import DataConfig, data_size
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.gates import gated
 from prunekit.methods import PruneResult
-from prunekit.models import EMBEDDED_DIRECTORY, load_pipeline, load_shape
+from prunekit.models import load_pipeline, load_shape
 from prunekit.plan import Devices, plan, plan_all
 from prunekit.plan.data import PUBLISHED, prompt_width, size_of
 from prunekit.plan.memory import LiveMemory, Rehearsal, autocast, unet_inputs
@@ -37,6 +37,9 @@ from prunekit.units import discover
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPES = [path for path in SHIPPED if not is_benchmark(path)]
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "unet_macs.json").read_text())["models"]
+NAMES = [path.stem for path in RECIPES]
+QUICK = ["aptp_cc3m_base", "aptp_sd15_coco", "quickstart"]
+PLANNED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in NAMES]
 SPEED = Devices(throughput=1e12, precision="bfloat16")  # a GPU, whatever this machine is
 
 
@@ -45,24 +48,28 @@ def model(tmp_path_factory):
     return write_pipeline(tmp_path_factory.mktemp("small") / "model")
 
 
+class Plans(dict):
+    """The plans of shipped recipes by name, each made when it is first asked for; what they share is made once."""
+
+    models = Models()
+
+    def __missing__(self, name):
+        self[name] = plan(recipe_named(name), SPEED, self.models)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def plans(model):
-    """Return the plans of all shipped recipes by the recipe's file, as one call makes them."""
-    changes = [] if EMBEDDED_DIRECTORY.is_dir() else [f"model={model}"]
-    recipes = {}
-    for path in RECIPES:
-        recipe = load_recipe(path)
-        recipes[path.stem] = load_recipe(path, changes) if getattr(recipe, "model", None) == "emoji" else recipe
-    return dict(zip(recipes, plan_all(recipes.values(), SPEED), strict=True))
+def plans():
+    return Plans()
 
 
 def recipe_named(stem: str, *overrides: str):
     return load_recipe(next(path for path in RECIPES if path.stem == stem), overrides)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_passes(path, plans):
-    content = plans[path.stem]
+@pytest.mark.parametrize("name", PLANNED)
+def test_every_recipe_passes(name, plans):
+    content = plans[name]
     console = Console(record=True, width=160, file=io.StringIO())
     show_plan(content, console)
     assert content["recipe"] in console.export_text()
@@ -71,10 +78,11 @@ def test_every_recipe_passes(path, plans):
     assert json.loads(json.dumps(content)) == content
 
 
-def test_plans_equal_the_goldens(plans):
+@pytest.mark.parametrize("names", [QUICK, pytest.param(NAMES, marks=pytest.mark.long)], ids=len)
+def test_plans_equal_the_goldens(names, plans):
     known = {768: "sd-2.1@768", 512: "sd-1.4"}  # by the side at which MACs count
     checked = set()
-    for content in plans.values():
+    for content in (plans[name] for name in names):
         golden = GOLDENS.get(known.get(content["model"]["resolution"][0]))
         if golden is None or content["model"]["params"] != golden["params"]:
             continue
@@ -306,9 +314,10 @@ def test_the_command_takes_many_recipes(model, tmp_path):
 
 def test_the_summary_has_a_line_a_recipe(plans):
     console = Console(record=True, width=200, file=io.StringIO())
-    show_summary(list(plans.values()), console)
+    shown = [plans[name] for name in QUICK]
+    show_summary(shown, console)
     text = console.export_text()
-    assert all(content["recipe"] in text for content in plans.values())
+    assert all(content["recipe"] in text for content in shown)
 
 
 @pytest.mark.parametrize(

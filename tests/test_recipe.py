@@ -246,6 +246,7 @@ def test_a_recipe_says_how_to_start_it(path, monkeypatch):
         assert Path(recipe).name == path.name and (words[0] == "compare") == isinstance(loaded, CompareRecipe)
 
 
+@pytest.mark.long
 def test_what_a_recipe_says_it_needs_is_its_plan():
     paths = [path for path in RECIPES if path.stem.startswith(("aptp_c", "norm", "taylor", "bksdm", "uniarch"))]
     plans = plan_all([load_recipe(path) for path in paths], Devices(throughput=STATED, precision="bfloat16"))

@@ -37,6 +37,7 @@ LESS = {  # rows of the comparisons, which have them in common, for time
     "codes_emoji": ["budgets=[{budget: 0.8, methods: [kmeans_codes]}]"],
     "settings_emoji": ["budgets=[{budget: 0.8, methods: [paper, hard_concrete]}]"],
 }
+QUICK = {"norm_cc3m", "uniarch_coco", "pretrain_emoji"}  # beside what test_commands.py runs of the README
 PAIRS = 24
 WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed((*LAYOUTS, emoji))}
 
@@ -57,7 +58,14 @@ def models(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in SHOWN], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.long)
+        for path in RECIPES
+        if path.stem not in SHOWN
+    ],
+)
 def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # recipes name caches and reports from where they are started
     recipe = load_recipe(path)
