@@ -1,6 +1,7 @@
 """The error that is shown to a user as one line, and the hint that most of them carry."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -10,6 +11,21 @@ class UserError(ValueError):
 
 class MissingPackageError(UserError, ImportError):
     """A package that is not installed; the message names the extra that has it."""
+
+
+def plain_name(text: str, what: str) -> str:
+    """Return a text that is to name one file or directory.
+
+    Raises:
+        UserError: it is empty, a path, longer than a file name may be, or holds control characters.
+
+    """
+    wrong = (
+        not text.strip() or text != text.strip() or text in (".", "..") or len(text.encode("utf-8", "replace")) > 200
+    )
+    if wrong or any(letter in "/\\" or unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        raise UserError(f"{what}={text!r}: give a plain name of 1 to 200 bytes, without slashes and control characters")
+    return text
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

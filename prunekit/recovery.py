@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
@@ -96,10 +95,9 @@ def recover_experts(
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
     unet, pairs, directory = pipeline.unet, data.training_pairs(), Path(directory)
-    router = result.router
-    routed = torch.zeros(len(pairs), dtype=torch.long) if router is None else router.route_rows(data.prompts, pairs)
+    routed, own_pairs = _routed(result, data, pairs)
     options = {"scheduler": pipeline.scheduler, "seed": seed}
-    if config.shared_backbone and len(result.architectures) > 1:
+    if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
         mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
         objective = partial(BackboneObjective, mixture=mixture)
         backbone = slice_unet(unet, result.space.full())
@@ -108,7 +106,7 @@ def recover_experts(
     made = []
     for index, architecture in enumerate(result.architectures):
         made.append(slice_unet(unet, architecture).eval().requires_grad_(False))
-        own, title = pairs[routed == index], f"expert {index}"
+        own, title = own_pairs[index], f"expert {index}"
         if len(own):
             fine_tune(made[index], unet, data, config, directory / str(index), pairs=own, title=title, **options)
     return made
@@ -136,17 +134,25 @@ def recover(stages: Stages, recoveries: Sequence[Recovery]) -> list[Candidate]:
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     data, result = stages.data, recovery.result
     pairs = data.training_pairs()
-    routed = None if result.router is None else result.router.route_rows(data.prompts, pairs)
+    routed, own_pairs = _routed(result, data, pairs)
     if recovery.shares and routed is not None:
         if stages.pipeline.unet.config.get("pruning"):
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
         return [Job(recovery, None, pairs, _of_all_pairs(data, pairs, routed))]
-    return [
-        Job(recovery, index, pairs if routed is None else pairs[routed == index])
-        for index in range(len(result.architectures))
-    ]
+    return [Job(recovery, index, own) for index, own in enumerate(own_pairs)]
+
+
+def _routed(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the expert of each of `pairs` (P,), and the pairs that each architecture learns from.
+
+    Without a router there are no experts, and every architecture learns from all pairs.
+    """
+    if result.router is None:
+        return None, [pairs for _ in result.architectures]
+    routed = result.router.route_rows(data.prompts, pairs)
+    return routed, [pairs[routed == index] for index in range(len(result.architectures))]
 
 
 def _of_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:

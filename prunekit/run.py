@@ -80,6 +80,7 @@ class Run:
         for line in precision_lines(recipe, current().device):
             self.log.say(line)
         stages = Stages(recipe, self.log, self.directory)
+        stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         recoveries = []
         for name in recipe.methods:
             folder = self.directory / "methods" / name

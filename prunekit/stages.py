@@ -31,7 +31,7 @@ from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sam
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.evaluation.generate import read_pictures
 from prunekit.methods.base import Method, PruneResult, space_and_cost
-from prunekit.models import load_pipeline, quiet_libraries
+from prunekit.models import load_pipeline, quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.recipe import CommonRecipe
 from prunekit.timing import device_name
@@ -121,7 +121,7 @@ class Stages:
             recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
         ).to(self.device)
         images = load_data(recipe.data, recipe.seed, self.cache)
-        self.resolution = recipe.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        self.resolution = recipe.resolution or resolution_of(self.pipeline)
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
         self.data: EncodedData = encode(self.pipeline, images, self.encoder, self.resolution, self.cache, recipe.cache)
         images = self.data.images  # without what could not be decoded

@@ -178,7 +178,7 @@ def test_what_cannot_be_extended_is_one_line(tmp_path):
     )
     for name, message in (
         ("a", r"a\.yaml extends itself: .*a\.yaml -> .*b\.yaml -> .*c\.yaml -> .*a\.yaml"),
-        ("missing", r"missing\.yaml extends what is missing: no recipe at .*d\.yaml; did you mean .*\.yaml"),
+        ("missing", r"missing\.yaml extends a missing file: no recipe at .*d\.yaml; did you mean .*\.yaml"),
         ("odd", "give a file, or a list of files"),
         ("of_items", "holds no mapping"),
     ):

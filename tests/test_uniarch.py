@@ -208,8 +208,23 @@ def test_a_budget_below_the_floor_is_refused_before_the_search(unet):
         search(unet, budget=0.01)
 
 
-def test_a_unet_alone_needs_encoded_data(unet):
+def test_a_unet_alone_is_refused_and_a_pipelines_stays_as_it_was(unet):
+    """Without the scheduler nobody knows whether the UNet predicts noise or velocity."""
     method = UniArch(**SETTINGS, search={**SEARCH, "steps": 1})
-    assert method.prune(unet, encoded_for(unet)).info["search"]["steps"] == 1
-    with pytest.raises(ValueError, match="EncodedData"):
-        method.prune(unet, None)
+    with pytest.raises(UserError, match="needs the whole pipeline: its scheduler says what the UNet predicts"):
+        method.prune(unet, encoded_for(unet))
+    with pytest.raises(UserError, match="EncodedData"):
+        method.prune(stub(unet), None)
+    before = [(part, part.training) for part in unet.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    try:
+        unet.train().requires_grad_(True)
+        unet.conv_in.weight.requires_grad_(False)
+        assert method.prune(stub(unet), encoded_for(unet)).info["search"]["steps"] == 1
+        assert all(part.training for part in unet.modules())
+        assert [name for name, p in unet.named_parameters() if not p.requires_grad] == ["conv_in.weight"]
+    finally:
+        for part, mode in before:
+            part.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

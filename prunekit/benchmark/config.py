@@ -23,7 +23,7 @@ class BenchRecipeError(UserError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ArchitectureConfig(_Section):

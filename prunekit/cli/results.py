@@ -119,7 +119,9 @@ def demo(
         str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
     ] = None,
     host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0: all of this machine's")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="the first free one from 7860 on by default", min=1)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="the first free one from 7860 on by default", min=1, max=65535)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; a GPU by default")] = None,
 ) -> None:
     """Serve a page to try prompts in: the dense model beside the chosen expert, with scores, time and MACs."""

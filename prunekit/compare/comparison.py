@@ -69,6 +69,7 @@ class Comparison:
             self.log.say(line)
         self.cells = cells_of(recipe)
         self.stages = Stages(recipe, self.log, directory)
+        self.stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         self.runner = CellRunner(recipe, directory, self.stages)
 
     def make(self) -> None:

@@ -1,10 +1,11 @@
 """How long a pruned UNet's call takes against the dense one's: interleaved in one process, so that drift cancels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.compare.fairness import Result
 from prunekit.slicing import PrunedUNet2DConditionModel
@@ -17,10 +18,10 @@ WARM_UP = WarmUp(max_seconds=10.0)
 
 
 @torch.no_grad()
-def call_ratio(dense: nn.Module, pruned: nn.Module, inputs: Sequence[Tensor]) -> float:
+def call_ratio(dense: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any]) -> float:
     """Return the median over pairs of (time of a pruned call) / (time of the dense call beside it)."""
-    calls = {"dense": lambda: dense(*inputs), "pruned": lambda: pruned(*inputs)}
-    return measure(calls, PAIRS, inputs[0].device, WARM_UP).ratio("pruned").value
+    calls = {"dense": lambda: dense(**inputs), "pruned": lambda: pruned(**inputs)}
+    return measure(calls, PAIRS, inputs["sample"].device, WARM_UP).ratio("pruned").value
 
 
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
@@ -33,7 +34,7 @@ def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     count = 2 * min(8, len(samples.noisy))  # a batch of 8 with guidance
     rows = torch.arange(count) % len(samples.noisy)
     unet = stages.pipeline.unet
-    inputs = [x[rows].to(unet.device) for x in (samples.noisy, samples.timesteps, samples.text)]
+    inputs = samples.inputs(rows, next(unet.parameters()))
     shares = [expert["training_share"] for expert in cell["experts"]] or [1.0]
     total = 0.0
     for folder, share in zip(folders, shares, strict=True):

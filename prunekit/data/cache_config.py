@@ -14,7 +14,7 @@ def _unquoted_off(value: Any) -> Any:
 class CacheConfig(BaseModel):
     """How latents, text states and prompt embeddings are kept; all of them are made once and read by every stage."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     directory: str | None = Field(
         None, description="where encoded data lies; runs that share it share the work; unset: the run's own cache"

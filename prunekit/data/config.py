@@ -42,7 +42,7 @@ MOST_COUNTED_BYTES = 256 * 2**20  # of shards, or of a table, that are read to c
 class DataConfig(BaseModel):
     """Where captioned images come from."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["emoji", "webdataset", "cc3m_tsv", "coco", "folder", "parquet", "csv"] = Field(
         "emoji", description="the layout: the embedded Emoji-64, or one of those that docs/data.md shows"

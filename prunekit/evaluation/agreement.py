@@ -24,6 +24,17 @@ class AgreementSamples:
     text: Tensor  # (n, T, E)
     added: dict[str, Tensor] | None = None  # added_cond_kwargs, (n, ...) each, where the UNet has them (SDXL)
 
+    def inputs(self, rows: Tensor, like: Tensor) -> dict[str, Any]:
+        """Return keyword arguments of a UNet call for some rows (m,), on the device and in the dtype of `like`."""
+        inputs: dict[str, Any] = {
+            "sample": self.noisy[rows].to(like),
+            "timestep": self.timesteps[rows].to(like.device),
+            "encoder_hidden_states": self.text[rows].to(like),
+        }
+        if self.added is not None:
+            inputs["added_cond_kwargs"] = {name: values[rows].to(like) for name, values in self.added.items()}
+        return inputs
+
 
 def agreement_samples(
     latents: Tensor,
@@ -73,12 +84,7 @@ def predictions(unet: nn.Module, samples: AgreementSamples, rows: Tensor | None 
     parameter = next(unet.parameters())
     outputs = []
     for part in rows.split(batch_size):
-        inputs = (samples.noisy[part].to(parameter), samples.timesteps[part].to(parameter.device))
-        conditions: dict[str, Any] = {"encoder_hidden_states": samples.text[part].to(parameter)}
-        if samples.added is not None:
-            own = {name: values[part].to(parameter) for name, values in samples.added.items()}
-            conditions["added_cond_kwargs"] = own
-        outputs.append(unet(*inputs, **conditions).sample.float().cpu())
+        outputs.append(unet(**samples.inputs(part, parameter)).sample.float().cpu())
     return torch.cat(outputs)
 
 

@@ -21,7 +21,7 @@ from prunekit.evaluation.figures import Seen, figures, refuse
 from prunekit.evaluation.protocols import Protocol, ProtocolError, load_data_config, load_protocol
 from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_table
 from prunekit.evaluation.targets import Subject, Target, embeddings_of
-from prunekit.models import quiet_libraries
+from prunekit.models import quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.randomness import generator
 from prunekit.training.checkpoint import write_json, write_text
@@ -146,14 +146,13 @@ def _evaluate(
 def _row(subject: Subject, protocol: Protocol, features: Features, prompts: Prompts, folder: Path) -> dict[str, Any]:
     """Draw and measure one model."""
     candidate, pipeline = subject.candidate, subject.pipeline
-    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     options = (protocol.steps, protocol.guidance, protocol.batch_size, protocol.precision)
     sampling = Sampling(*options, protocol.resolution)
     prompts = replace(prompts, embeddings=embeddings_of(subject, prompts.prompts))
     key = Fingerprint(subject.key, asdict(sampling), prompts.seeds).add_texts(prompts.prompts).key()
     pictures = folder / PICTURES / f"{candidate.name}-{key[:12]}"
     paths, experts = sample(candidate, pipeline, prompts, sampling, pictures, folder / LOCKS)
-    size = protocol.compare_at or protocol.resolution or own
+    size = protocol.compare_at or protocol.resolution or resolution_of(pipeline)
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[experts].mean())
     return {
         "name": candidate.name,

@@ -49,6 +49,7 @@ def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str]
                 raise UserError(f"row {row.label!r} has {count} {what} for {len(prompts)} prompts")
 
     captions = [shortened(prompt) for prompt in prompts]
+    title = title and plain(title)
     top = 0.15 * max(caption.count("\n") + 1 for caption in captions) + 0.1 + (0.3 if title else 0)
     left = 0.35 + 0.085 * max(len(line) for row in rows for line in row.label.split("\n"))
     heights = [CELL + MARGIN + (0.17 if row.notes else 0) for row in rows]
@@ -63,7 +64,9 @@ def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str]
         figure.text(center / width, (y + 0.06) / height, caption, fontsize=7.5, ha="center", va="bottom")
     for row, taken in zip(rows, heights, strict=True):
         middle = (y - CELL / 2) / height
-        figure.text((left - 0.15) / width, middle, row.label, fontsize=9, ha="right", va="center", linespacing=1.4)
+        figure.text(
+            (left - 0.15) / width, middle, plain(row.label), fontsize=9, ha="right", va="center", linespacing=1.4
+        )
         for column, image in enumerate(row.images):
             x = left + column * (CELL + MARGIN)
             axes = figure.add_axes((x / width, (y - CELL) / height, CELL / width, CELL / height))
@@ -96,4 +99,9 @@ def save_figure(figure: Any, path: Path) -> Path:
 def shortened(prompt: str) -> str:
     """Break a prompt into at most CAPTION_LINES short lines; what does not fit becomes an ellipsis."""
     lines = textwrap.wrap(prompt, CAPTION_LETTERS, max_lines=CAPTION_LINES, placeholder=" …")
-    return "\n".join(lines).replace("$", r"\$")
+    return plain("\n".join(lines))
+
+
+def plain(text: str) -> str:
+    """Return a text that matplotlib draws as it is: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")

@@ -28,7 +28,7 @@ class ProtocolError(UserError):
 class Protocol(BaseModel):
     """How pictures are made, what they are held against, and what is measured."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     num_images: int = Field(gt=1, description="pictures of each model, as far as there are prompts")
@@ -48,7 +48,7 @@ class Protocol(BaseModel):
     )
     batch_size: int = Field(16, gt=0, description="prompts of one pipeline call; fixed batches by index")
     precision: Precision = Field("float32", description=f"autocast while drawing; {AUTO}")
-    seed: int | None = Field(None, ge=0, description="of prompts and noise; unset: the run's, or 0")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="of prompts and noise; unset: the run's, or 0")
     metrics: list[MetricName] = Field(min_length=1, description="the columns")
     cmmd_model: str = Field("emoji", description="embeds pictures for cmmd: emoji, a CLIP model's id or path")
     feature_model: str = Field("emoji", description="features for kid and frechet: emoji, inception, a CLIP model")

@@ -126,9 +126,15 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> 
     lines = [
         [column.header for column in columns],
         ["---:" if column.format else "---" for column in columns],
-        *([column.show(row).replace("|", r"\|") for column in columns] for row in rows),
+        *([markdown_cell(column.show(row)) for column in columns] for row in rows),
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """Return a text that stays within one cell of a Markdown table, and shows no HTML of its own."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("\\", "\\\\").replace("|", r"\|")
 
 
 def json_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> dict[str, list[dict]]:

@@ -32,7 +32,7 @@ SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so t
 class PruneSettings(BaseModel):
     """The settings that all methods have; a method's own `Config` adds to them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     budget: float = Field(
         0.8,
@@ -56,7 +56,7 @@ class PruneSettings(BaseModel):
         None, description="Image side or (height, width) in pixels at which MACs count; unset: the model's own."
     )
     text_length: int | None = Field(None, ge=1, description="Text tokens at which MACs count; unset: the tokenizer's.")
-    seed: int = Field(0, ge=0, description="What all randomness of the method is keyed by.")
+    seed: int = Field(0, ge=0, lt=2**63, description="What all randomness of the method is keyed by.")
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,9 @@ from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
 from prunekit.methods.base import unet_of
+from prunekit.models import resolution_of
 from prunekit.randomness import generator
+from prunekit.timing import text_width
 from prunekit.training.diffusion import forward_process
 
 PROBE_SIDE = 32  # random latents are no larger than this, for their cost
@@ -55,12 +57,14 @@ def as_encoded(pipeline: Any, dataset: EncodedData | CaptionedImages) -> Encoded
         raise UserError("a UNet alone cannot encode images; pass the whole pipeline, or EncodedData")
     from prunekit.data.prompt_encoder import load_prompt_encoder
 
-    resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    return encode(pipeline, dataset, load_prompt_encoder("emoji"), resolution)
+    return encode(pipeline, dataset, load_prompt_encoder("emoji"), resolution_of(pipeline))
 
 
 def noise_schedule(pipeline: DiffusionPipeline | UNet2DConditionModel) -> DDPMScheduler:
-    """Return the forward process of a pipeline's scheduler; for a UNet alone, Stable Diffusion's betas."""
+    """Return the forward process of a pipeline's scheduler; for a UNet alone, Stable Diffusion's betas.
+
+    It noises. What the UNet predicts, noise or velocity, only a pipeline's scheduler tells.
+    """
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None:
         return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
@@ -158,7 +162,7 @@ def _probe_sides(unet: UNet2DConditionModel) -> tuple[int, int]:
 def _random_inputs(unet: UNet2DConditionModel, seed: int, samples: range) -> tuple[Tensor, dict[str, Any]]:
     config = unet.config
     latents = _normal(seed, "latents", samples, (config.in_channels, *_probe_sides(unet)))
-    text = _normal(seed, "text", samples, (PROBE_TEXT_LENGTH, config.cross_attention_dim))
+    text = _normal(seed, "text", samples, (PROBE_TEXT_LENGTH, text_width(unet)))
     conditions: dict[str, Any] = {"encoder_hidden_states": text}
     if config.addition_embed_type == "text_time":  # SDXL: pooled text; original size, crop and target size
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

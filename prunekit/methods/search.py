@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.errors import UserError
 from prunekit.gates import Gates, gated
 from prunekit.methods.aptp.losses import resource_loss
 from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost, unet_of
@@ -32,7 +33,7 @@ from prunekit.training.distillation import (
     block_outputs,
     distillation_error,
 )
-from prunekit.training.memory import held
+from prunekit.training.memory import held, preserved
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 RATIO_DRAWS = 16  # of the gates' noise, when their cost is told
@@ -193,8 +194,8 @@ class SearchMethod(Method):
         """Search on a data set; started again on the same directory, go on where an earlier call was cut off.
 
         Args:
-            pipeline: a Stable Diffusion pipeline, whose UNet's weights stay as they are; or, with encoded data, the
-                UNet alone, whose noise schedule is then Stable Diffusion's (`noise_schedule`).
+            pipeline: a Stable Diffusion pipeline, whose UNet stays as it is. Its scheduler says what the UNet
+                predicts, so a UNet alone is refused.
             dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder.
             directory: where checkpoints go, for resuming, and the result; a temporary one if None.
             log: takes one row a few steps.
@@ -203,9 +204,12 @@ class SearchMethod(Method):
             Boolean Architectures that meet the budget (law 3), and in `info["search"]` the training's figures.
 
         Raises:
-            ValueError: a budget below the floor of the space, or data that the method cannot learn from.
+            UserError: a UNet without its scheduler, a budget below the floor of the space, or data that the method
+                cannot learn from.
 
         """
+        if getattr(pipeline, "scheduler", None) is None:
+            raise UserError(f"{self.name} needs the whole pipeline: its scheduler says what the UNet predicts")
         if directory is None:
             with TemporaryDirectory() as temporary:
                 return self.prune(pipeline, dataset, temporary, log)
@@ -213,8 +217,12 @@ class SearchMethod(Method):
         data = as_encoded(pipeline, dataset)
         cost = budget_cost(pipeline, self.config)
         budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
-        unet = unet_of(pipeline).eval().requires_grad_(False)
-        with held(self.config.search, unet), gated(unet, cost.space) as gates:
+        unet = unet_of(pipeline)
+        with (
+            preserved(unet),
+            held(self.config.search, unet.eval().requires_grad_(False)),
+            gated(unet, cost.space) as gates,
+        ):
             objective = self._objective(unet, gates, cost, noise_schedule(pipeline), data)
             trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
             figures = trainer.fit()

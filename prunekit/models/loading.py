@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from safetensors import SafetensorError
 
 from prunekit.errors import UserError
 from prunekit.models.hub import INDEX, fetch
@@ -115,7 +114,7 @@ def load_directory(
             settings = {key: value for key, value in pipeline.config.items() if key in SETTINGS}
             pipeline = kind(**{**pipeline.components, "unet": unet}, **plain, **settings)
         return pipeline
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # damaged files make libraries raise almost anything
         raise UserError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error
 
 

@@ -66,12 +66,12 @@ def short_name(name: str | Path) -> str | None:
     return {**{hub: short for short, hub in KNOWN.items()}, **{short: short for short in KNOWN}}.get(str(name))
 
 
-def unknown(name: str | Path) -> ValueError:
+def unknown(name: str | Path) -> UserError:
     """Return the error of a name that means no model, with the nearest one that does."""
     names = [EMBEDDED, *KNOWN, *KNOWN.values()]
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"no model {str(name)!r} here{hint} Give one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+    return UserError(f"no model {str(name)!r} here{hint} Give one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
 
 
 def check_index(index: dict[str, Any], name: str | Path) -> None:
@@ -87,8 +87,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; ValueError, one line, where it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content

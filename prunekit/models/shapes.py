@@ -8,11 +8,22 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prunekit.errors import UserError
-from prunekit.models.names import CONFIG_DIRECTORY, check_index, hub_id, local_path, read_object, short_name, unknown
+from prunekit.models.names import (
+    CONFIG_DIRECTORY,
+    check_index,
+    first_line,
+    hub_id,
+    local_path,
+    read_object,
+    short_name,
+    unknown,
+)
 from prunekit.models.single_file import check_size, config_name
 from prunekit.slicing import PrunedUNet2DConditionModel
 from prunekit.units.walk import check_supported
 
+LAYERS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+MOST_LAYERS = 100  # of a block; SDXL has 10
 STABLE_DIFFUSION_SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position, text tokens
 
 
@@ -35,9 +46,24 @@ class PipelineShape:
     @property
     def resolution(self) -> tuple[int, int]:
         """The pixels (height, width) that the model was made for."""
-        side = self.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
+        return _pixels(self)
+
+
+def resolution_of(pipeline: Any) -> int:
+    """Return the side in pixels of the squares that a pipeline was made for.
+
+    Raises UserError for a pipeline that was made for other rectangles, which training does not support.
+    """
+    height, width = _pixels(pipeline)
+    if height != width:
+        raise UserError(f"the model is made for {height} x {width} pixels; set resolution=SIDE, of squares")
+    return height
+
+
+def _pixels(pipeline: Any) -> tuple[int, int]:
+    side = pipeline.unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
 def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = None) -> UNet2DConditionModel:
@@ -56,15 +82,25 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
     stated = config.get("_class_name", kind.__name__)
     if stated not in (UNet2DConditionModel.__name__, PrunedUNet2DConditionModel.__name__):
         raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
+    for key in LAYERS:
+        if too_many := [count for count in _numbers(config.get(key)) if count > MOST_LAYERS]:
+            raise UserError(f"the UNet of {name} is not supported: {key}={too_many[0]} is above {MOST_LAYERS}")
     try:
         with torch.device("meta"):
             unet = kind.from_config(config)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a damaged config makes the constructor raise almost anything
         raise UserError(
-            f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({error})"
+            f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({first_line(error)})"
         ) from error
     check_supported(unet)
     return unet.eval()
+
+
+def _numbers(value: Any) -> list[int]:
+    """Return the integers in a value, however deep in lists."""
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, int) else []
 
 
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunekit.gates import gated
+from prunekit.timing import text_width
 from prunekit.training.memory import held
 from prunekit.training.trainer import TrainerConfig
 from prunekit.units import UnitSpace
@@ -132,12 +133,10 @@ def unet_inputs(
 ) -> dict[str, Any]:
     """Return zeros that a UNet takes, SDXL's added conditions included; latent: (h, w)."""
     config = unet.config
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
     inputs: dict[str, Any] = {
         "sample": torch.zeros(samples, config.in_channels, *latent, device=device),
         "timestep": torch.ones(samples, dtype=torch.long, device=device),
-        "encoder_hidden_states": torch.zeros(samples, tokens, width, device=device),
+        "encoder_hidden_states": torch.zeros(samples, tokens, text_width(unet), device=device),
     }
     if config.addition_embed_type == "text_time":
         inputs["added_cond_kwargs"] = {

@@ -12,6 +12,7 @@ from prunekit.plan.memory import FLOAT32, LOWERED, pooled_width, training_bytes
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.rows import PlannedRow, tuning_devices
 from prunekit.recipe import CompareRecipe, PruneRecipe
+from prunekit.timing import text_width
 from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.trainer import TrainerConfig
 
@@ -125,12 +126,11 @@ def disk(
 
 def _cache(recipe: PruneRecipe | CompareRecipe, model: PlannedModel, data: DataSize) -> dict[str, int]:
     unet = model.shape.unet
-    width = unet.config.cross_attention_dim
     return cache_bytes(
         data.images,
         data.captions,
         (unet.config.in_channels, *model.latent(recipe.resolution)),
-        (model.tokens, width if isinstance(width, int) else width[0]),
+        (model.tokens, text_width(unet)),
         prompt_width(recipe.prompt_encoder),
         recipe.cache,
         pooled_width(unet),

@@ -49,6 +49,8 @@ def one_line(error: Any) -> str:
 def _fields(model: type[BaseModel], place: list[str]) -> set[str]:
     """Return the settings of the section at `place` in a model."""
     for part in place:
+        if part not in model.model_fields:  # an index of a list, or a union's member
+            continue
         annotation = model.model_fields[part].annotation
         options = [
             a for a in (annotation, *typing.get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)

@@ -1,5 +1,6 @@
 """Reading a recipe: the files that it extends, `key=value` overrides, the check; and writing one, resolved."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from prunekit.shipped import EXTENDS, find_recipe
 
 SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
 SCALES = {"full": dict, "smoke": smoke}
+REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # to another setting
 HIDDEN = "_"  # top-level settings that begin so are for ${...} in the same file or the files that extend it
 
 
@@ -42,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
         content = _resolved(OmegaConf.merge(shrunk, changes)) if overrides else _resolved(shrunk)
     except RecipeError:
         raise
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
         raise RecipeError(f"{path} with {overrides} cannot be read: {one_line(error)}") from error
     return parse_recipe(content, str(path))
 
@@ -50,9 +52,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
 def parse_recipe(content: dict[str, Any], where: str = "recipe") -> AnyRecipe:
     """Check the settings of a recipe; errors as in `load_recipe`."""
     content = {"job": "prune", **content}
-    if content["job"] not in KINDS:
+    if not isinstance(content["job"], str) or content["job"] not in KINDS:
         raise RecipeError(f"{where}: job={content['job']!r}; allowed: {', '.join(KINDS)}")
     content = _scaled(content, content.pop(SCALE, "full"), where)
+    if not all(isinstance(key, str) for key in content):
+        raise RecipeError(
+            f"{where}: settings are named by text; got {next(k for k in content if not isinstance(k, str))!r}"
+        )
     try:
         return TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
@@ -85,12 +91,30 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
 
 
 def _resolved(config: Any) -> dict[str, Any]:
+    _refuse_resolvers(OmegaConf.to_container(config, resolve=False))
     content = OmegaConf.to_container(config, resolve=True)
     return {key: value for key, value in content.items() if not str(key).startswith(HIDDEN)}
 
 
+def _refuse_resolvers(node: Any) -> None:
+    """Refuse ${name:…}, by which a stranger's recipe could read this process's environment."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_resolvers(key)
+            _refuse_resolvers(value)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_resolvers(value)
+    elif isinstance(node, str) and "${" in node:
+        rest = REFERENCE.sub("", node)
+        while rest != (rest := REFERENCE.sub("", rest)):  # references within references
+            pass
+        if "${" in rest:
+            raise RecipeError(f"{node!r}: only references to other settings, ${{section.setting}}, are allowed")
+
+
 def _scaled(content: dict[str, Any], scale: Any, where: str) -> dict[str, Any]:
-    if scale not in SCALES:
+    if not isinstance(scale, str) or scale not in SCALES:
         raise RecipeError(f"{where}: {SCALE}={scale!r}; allowed: {', '.join(SCALES)}")
     return SCALES[scale](content)
 

@@ -1,8 +1,10 @@
 """The schema of a recipe: every setting with its type, default and meaning; a section per part of a run."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -10,12 +12,13 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
-from prunekit.errors import UserError, nearest
+from prunekit.errors import UserError, nearest, plain_name
 from prunekit.methods import registry
 from prunekit.methods.base import Method, PruneSettings
 from prunekit.models import LoraWeights, as_lora
@@ -26,11 +29,15 @@ from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.tracking import TrackingConfig
 from prunekit.training.trainer import TrainerConfig
 
+Name = Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MEMBER = re.compile(r"[a-z_]\w*:[\w,]+")  # a budget that is a member's own, such as bksdm:2,1,1,1
+
 
 class Section(BaseModel):
     """A part of a recipe, in which a setting that it does not know is a mistake."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class EvaluationConfig(Section):
@@ -54,8 +61,8 @@ class EvaluationConfig(Section):
 class CommonRecipe(Section):
     """What every recipe that prunes a model says."""
 
-    name: str = Field(description="names the run directory")
-    seed: int = Field(0, ge=0, description="what all randomness is keyed by")
+    name: Name = Field(description="names the run directory")
+    seed: Seed = Field(0, description="what all randomness is keyed by")
     model: str = Field("emoji", description="the embedded model, a directory, a .safetensors file, or a hub id")
     single_file_config: str | None = Field(None, description="with a single file: the pipeline whose configs it has")
     lora: Annotated[list[LoraWeights], BeforeValidator(as_lora)] = Field(
@@ -101,7 +108,7 @@ class PruneRecipe(CommonRecipe):
 
     def fine_tuning(self, name: str) -> FineTuneConfig:
         """Return how the method's architectures are fine-tuned: the recipe's settings, under what the method asks."""
-        return self.fine_tune.model_copy(update=self.method(name).fine_tuning())
+        return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **self.method(name).fine_tuning()})
 
 
 class BudgetEntry(Section):
@@ -110,10 +117,17 @@ class BudgetEntry(Section):
     budget: float | str = Field(
         description='share of the dense MACs, or "bksdm:base", "bksdm:2,1,1,1": that member\'s own'
     )
-    seeds: list[int] = Field(
+    seeds: list[Seed] = Field(
         [0], min_length=1, description="repetitions: search, fine-tuning and noise are keyed by it"
     )
     methods: list[str] | None = Field(None, description="labels of the methods at this budget; unset: all")
+
+    @field_validator("budget")
+    @classmethod
+    def _names_a_member(cls, budget: float | str) -> float | str:
+        if isinstance(budget, str) and not MEMBER.fullmatch(budget):
+            raise UserError(f"budget={budget!r}: give a share of the dense MACs, or METHOD:VARIANT such as bksdm:base")
+        return budget
 
     @property
     def label(self) -> str:
@@ -154,6 +168,7 @@ class CompareRecipe(CommonRecipe):
         if self.evaluation.at_steps:
             raise UserError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
         for label in self.methods:
+            plain_name(label, "a row of methods")
             self.method(label, 0.5, 0)
         for entry in self.budgets:
             for label in entry.methods or ():
@@ -169,6 +184,8 @@ class CompareRecipe(CommonRecipe):
     def method(self, label: str, budget: float, seed: int) -> Method:
         """Return the method of a row at a budget."""
         settings = {**(self.methods[label] or {})}
+        if not isinstance(settings.get("method", label), str):
+            raise UserError(f"methods.{label}.method={settings['method']!r}: give a method's name")
         name, distils = settings.pop("method", label), settings.pop("distillation", True)
         for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
             if not isinstance(value, bool):
@@ -191,7 +208,7 @@ class CompareRecipe(CommonRecipe):
             changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
         if "shared_backbone" in row:
             changes["shared_backbone"] = row["shared_backbone"]
-        return self.fine_tune.model_copy(update=changes)
+        return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **changes})
 
 
 def build_method(name: str, common: PruneSettings, own: dict[str, Any], where: str) -> Method:
@@ -210,8 +227,8 @@ class PretrainRecipe(Section):
     """Train the embedded model and its evaluator from nothing."""
 
     job: Literal["pretrain"]
-    name: str = Field(description="names the run directory")
-    seed: int = Field(0, ge=0, description="what all randomness is keyed by")
+    name: Name = Field(description="names the run directory")
+    seed: Seed = Field(0, description="what all randomness is keyed by")
     data: DataConfig = DataConfig()
     shapes: EmojiModelConfig = EmojiModelConfig()
     autoencoder: TrainerConfig

@@ -69,12 +69,7 @@ def certify(unet: Any, result: PruneResult, samples: AgreementSamples) -> dict[s
 
 def _counted(unet: Any, samples: AgreementSamples) -> int:
     """Return the MACs of one call, batch 1, of a UNet on the meta device."""
-    first = torch.zeros(1, dtype=torch.long)
-    inputs = {"sample": samples.noisy[first], "timestep": samples.timesteps[first]}
-    inputs["encoder_hidden_states"] = samples.text[first]
-    inputs = {name: value.to("meta") for name, value in inputs.items()}
-    if samples.added is not None:
-        inputs["added_cond_kwargs"] = {name: value[first].to("meta") for name, value in samples.added.items()}
+    inputs = samples.inputs(torch.zeros(1, dtype=torch.long), torch.empty(0, device="meta"))
     with FlopCounterMode(display=False) as counter:
         unet(**inputs)
     return counter.get_total_flops() // 2

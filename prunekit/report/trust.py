@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from prunekit.recipe.smoke import SUFFIX
 from prunekit.report.recording import ENVIRONMENT
 from prunekit.report.source import RECIPE, MissingError, Section, Source
 from prunekit.serving.loading import recipe_hash
@@ -49,7 +50,7 @@ def warnings_of(source: Source) -> list[str]:
     ran = source.results.get("evaluator")
     if rows and not ran:
         found.append("The evaluator's ceiling on known pictures was not measured.")
-    if source.recipe.get("scale") == "smoke":
+    if str(source.recipe.get("name", "")).endswith(SUFFIX):
         found.append("scale=smoke: a try of the recipe, whose figures mean nothing.")
     missing = source.results.get("missing") or []
     if missing:

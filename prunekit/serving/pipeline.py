@@ -112,6 +112,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     ) -> PromptRoutedPipeline:
         """Serve UNets that are in memory, in place of a pipeline's own, whose other parts are shared.
 
+        experts: UNets; they are put into evaluation mode and frozen, and move where the pipeline moves.
         router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None where there is one.
         guidance: where a call asks for none. Raises ValueError for a router of another number of experts.
         """

@@ -31,6 +31,9 @@ def collect(
     directory: the run. extremes: as in `extreme_prompts`, of the validation captions, all or the first `validation`.
     Raises ValueError, one line, where nothing is asked for.
     """
+    for text in prompts:
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"prompt {text!r} is not UTF-8 text")
     found = [*prompts, *(read_prompts(file) if file else ()), *(shipped_prompts(shipped) if shipped else ())]
     if validation is not None or extremes is not None:
         held = validation_prompts(read_recipe(directory), validation)
@@ -45,7 +48,11 @@ def collect(
 
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a text file, one a line; empty lines count for nothing."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def prompt_lists() -> list[str]:

@@ -24,16 +24,21 @@ def unet_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    text = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else config.cross_attention_dim[0]
     inputs: dict[str, Any] = {
         "sample": normal(batch, config.in_channels, height, width),
         "timestep": torch.tensor(TIMESTEP, device=device),
-        "encoder_hidden_states": normal(batch, text_length, text),
+        "encoder_hidden_states": normal(batch, text_length, text_width(unet)),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": normal(batch, pooled), "time_ids": normal(batch, 6)}
     return inputs
+
+
+def text_width(unet: UNet2DConditionModel) -> int:
+    """Return the width of the text states that a UNet takes; a config may state it level by level."""
+    width = unet.config.cross_attention_dim
+    return width if isinstance(width, int) else width[0]
 
 
 def unet_call(unet: UNet2DConditionModel, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:

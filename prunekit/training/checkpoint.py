@@ -1,17 +1,24 @@
 """Checkpoints of a training, and files and folders that appear whole or not at all."""
 
+import errno
 import glob
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+FULL_DISK = ("No space left", "os error 28", "StorageFull")  # what safetensors says of a full disk
+ASIDE = ".old"  # the ending of a folder that is about to be replaced
 
 
 def temporary_for(path: Path) -> Path:
@@ -28,10 +35,38 @@ def replacing(path: Path) -> Iterator[Path]:
     folder = temporary_for(path)
     folder.mkdir(parents=True)
     try:
-        yield folder / "new"
+        with full_disk_as_os_error():
+            yield folder / "new"
+        share_with_others(folder / "new")
         (folder / "new").replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_as_os_error() -> Iterator[None]:
+    """Turn what safetensors raises where the disk is full into the operating system's error, which users are shown."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not any(words in str(error) for words in FULL_DISK):
+            raise
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: free some space and start again ({error})"
+        ) from error
+
+
+def share_with_others(path: Path) -> None:
+    """Give a file, or all files in a folder, the rights of any new file: safetensors makes files private."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        file.chmod(0o666 & ~_umask())
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def clear_killed(path: Path) -> None:
@@ -60,9 +95,16 @@ LOG = "log.jsonl"  # of a run: a row a step, and what was said
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one row to a JSON Lines log."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append one row to a JSON Lines log; of a row that the disk has no room for nothing is left."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -72,17 +114,37 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def write_folder(folder: Path, write: Any) -> None:
-    """Call `write(temporary folder)`, then move it to `folder` in one step, replacing what was there.
+    """Call `write(temporary folder)`, then move it to `folder`; a kill leaves the old folder or the new one.
 
     One process at a time may write a folder: what a killed one left half-written is removed.
     """
+    restore_killed(folder)
     clear_killed(folder)
     temporary = temporary_for(folder)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        with full_disk_as_os_error():
+            write(temporary)
+        share_with_others(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
+        aside = temporary.with_suffix(ASIDE)
+        folder.replace(aside)
+        temporary.replace(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.replace(folder)
+
+
+def restore_killed(folder: Path) -> None:
+    """Put back what a process had moved aside when it was killed, before its new folder was in place."""
+    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*{ASIDE}")):
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.replace(folder)
 
 
 class Checkpoints:
@@ -114,6 +176,8 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
+        for aside in self.folder.glob(f".step-*{ASIDE}"):
+            restore_killed(self.folder / aside.name[1:].partition(".")[0])
         return sorted(self.folder.glob("step-*"))
 
 

@@ -20,7 +20,7 @@ from prunekit.training.distillation import (
     block_outputs,
     distillation_error,
 )
-from prunekit.training.memory import held
+from prunekit.training.memory import held, preserved
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
@@ -138,9 +138,8 @@ def fine_tune(
         raise UserError(f"{title}: no training pair to learn from")
     device = student.device
     student.train().requires_grad_(True)
-    teacher.eval().requires_grad_(False)
     inputs = (student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
-    with held(config, student, teacher):
+    with preserved(teacher), held(config, student, teacher.eval().requires_grad_(False)):
         own = objective(*inputs)
         figures = Trainer(config, own, directory, title, log, milestones).fit()
     student.eval().requires_grad_(False)

@@ -43,6 +43,21 @@ def held(config: TrainerConfig, trained: UNet2DConditionModel, *others: UNet2DCo
 
 
 @contextmanager
+def preserved(*modules: nn.Module) -> Iterator[None]:
+    """A context after which modules are in the mode that they were in, and their parameters train as they did."""
+    parts = [part for module in modules for part in module.modules()]
+    modes = [(part, part.training) for part in parts]
+    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def cast_frozen(unet: UNet2DConditionModel, dtype: torch.dtype) -> Iterator[None]:
     """Hold the frozen float32 weights of convolutions and linear layers in autocast's dtype; on exit the old are back.
 

@@ -1,6 +1,7 @@
 """SIGTERM as a request: what trains saves first, then the process leaves with a code that schedulers start again on."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ class Termination:
     deferred: bool = False
 
     def leave(self) -> None:
-        """Leave the process with the code to start it again on."""
+        """Leave the process with the code to start it again on, and say so."""
+        print(f"prunekit: asked to end; start the same command again to resume (status {REQUEUE})", file=sys.stderr)
         raise SystemExit(REQUEUE)
 
 

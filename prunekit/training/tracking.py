@@ -22,7 +22,7 @@ NO_TERMS = ("stage", "step", "event")  # keys of a row that are no figures
 class TrackingConfig(BaseModel):
     """Which trackers get a run's figures; `log.jsonl` always has them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="each needs its package; the extra `tracking` has them"

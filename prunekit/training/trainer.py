@@ -27,7 +27,7 @@ from prunekit.training.termination import deferred
 class TrainerConfig(BaseModel):
     """How to optimise; what is optimised is the objective's."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0, description="optimizer steps")
     batch_size: int = Field(gt=0, description="samples of a step, over all processes")
@@ -123,10 +123,9 @@ class Trainer:
 
         Raises NonFiniteLossError without touching the last checkpoint.
         """
-        step, seconds = self._restore()
+        step, seconds, terms = self._restore()
         progress = Progress(self.title, self.config.steps, step, enabled=self.processes.is_main)
         last = last_save = time.monotonic()
-        terms: dict[str, float] = {}
         with progress, deferred() as termination:
             while step < self.config.steps:
                 unread, stop = self._step(step, termination.requested)
@@ -243,10 +242,11 @@ class Trainer:
             state = {"seconds": seconds, "terms": terms, "scaler": self.scaler.state_dict()}
             self.checkpoints.save(step, tensors, state)
 
-    def _restore(self) -> tuple[int, float]:
+    def _restore(self) -> tuple[int, float, dict[str, float]]:
+        """Take up the newest checkpoint; return its step, seconds and terms."""
         found = self.checkpoints.latest()
         if found is None:
-            return 0, 0.0
+            return 0, 0.0, {}
         tensors, state = found
         kept = [tensors.get(f"parameter.{index}") for index in range(len(self.parameters))]
         if any(own is None or own.shape != p.shape for own, p in zip(kept, self.parameters, strict=True)):
@@ -263,7 +263,7 @@ class Trainer:
             self.average.optimization_step = state["step"]
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        return state["step"], state["seconds"]
+        return state["step"], state["seconds"], state["terms"]
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,197 @@
+"""Input that once did damage: hostile recipes, names, configs and arguments; each is one line, before any work."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from small_model import RECIPE, write_pipeline, write_world
+from test_cli import refused
+
+from prunekit.errors import UserError
+from prunekit.evaluation.pictures import PictureRow, picture_sheet
+from prunekit.evaluation.table import Column, markdown_cell, markdown_table
+from prunekit.methods import TaylorSP, register, registry
+from prunekit.methods.base import PruneSettings, ScoreMethod
+from prunekit.models import load_pipeline, load_unet_on_meta
+from prunekit.models.shapes import unet_from_config
+from prunekit.recipe import RecipeError, load_recipe, parse_recipe
+from prunekit.report.trust import warnings_of
+from prunekit.run import start
+from prunekit.serving.prompts import read_prompts
+from prunekit.stages import errors_of_plug_ins
+
+COMPARE = {**RECIPE, "job": "compare", "prune": {}, "budgets": [{"budget": 0.7}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({**RECIPE, "name": "/tmp/elsewhere"}, "plain name"),
+        ({**RECIPE, "name": ".."}, "plain name"),
+        ({**RECIPE, "name": ""}, "plain name"),
+        ({**RECIPE, "name": "a\nb"}, "plain name"),
+        ({**COMPARE, "methods": {"../../../elsewhere": {"method": "norm"}}}, "plain name"),
+        ({**COMPARE, "budgets": [{"budget": "bksdm:../../x"}]}, "METHOD:VARIANT"),
+        ({**COMPARE, "methods": {"row": {"method": {"a": 1}}}}, "give a method's name"),
+        ({**COMPARE, "budgets": [{"budget": 0.5, "seed": 3}]}, "unknown setting"),
+        ({**RECIPE, "job": {"a": 1}}, "allowed: prune"),
+        ({**RECIPE, "scale": ["smoke"]}, "allowed: full, smoke"),
+        ({**RECIPE, 3: 4}, "named by text"),
+        ({**RECIPE, "seed": 2**63}, "seed"),
+        ({**RECIPE, "prune": {"budget": 0.7, "seed": 10**23}}, "seed"),
+        ({**RECIPE, "fine_tune": {**RECIPE["fine_tune"], "learning_rate": float("inf")}}, "finite"),
+        ({**RECIPE, "evaluation": {"guidance": float("nan")}}, "finite|guidance"),
+    ],
+)
+def test_hostile_settings_are_one_line(content, expected):
+    with pytest.raises(RecipeError, match=expected) as error:
+        parse_recipe(content)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ${oc.env:PRUNEKIT_SECRET}",
+        "name: ${oc.${x}:PRUNEKIT_SECRET}\nx: env",
+        "name: a-${oc.decode:'1'}",
+        "name: ${ oc.env : PRUNEKIT_SECRET }",
+    ],
+)
+def test_a_recipe_does_not_read_the_environment(text, tmp_path, monkeypatch):
+    """Attack 18: a stranger's recipe put a token into recipe.yaml, and so into reports and trackers."""
+    monkeypatch.setenv("PRUNEKIT_SECRET", "hunter2")
+    rest = {key: value for key, value in RECIPE.items() if key != "name"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(rest) + text + "\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(tmp_path / "a.yaml")
+    assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_deep_yaml_is_one_line(tmp_path):
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "deep.yaml")
+
+
+def test_what_a_method_asks_of_fine_tuning_is_checked(monkeypatch):
+    """A copy with changes validates nothing: `feature_blokcs` passed."""
+    recipe = parse_recipe(RECIPE)
+    norm = type(recipe.method("norm"))
+    for asked in ({"feature_blokcs": "all"}, {"distillation_weight": -5.0}):
+        monkeypatch.setattr(norm, "fine_tuning", lambda self, asked=asked: asked)
+        with pytest.raises(ValueError, match=next(iter(asked))):
+            recipe.fine_tuning("norm")
+
+
+def test_pictures_and_tables_show_any_text(tmp_path):
+    """Attacks 7 and 21: a dollar sign began a formula, a line break ended a row, and HTML passed."""
+    rows = [PictureRow("label $x_{$", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))]
+    assert picture_sheet(tmp_path / "sheet.png", rows, ["caption $y^{$"], "cost $x_{$").is_file()
+    hostile = "a\nb | <script>x</script> \\| $"
+    assert markdown_cell(hostile) == "a b \\| &lt;script&gt;x&lt;/script&gt; \\\\\\| $"
+    text = markdown_table([{"name": hostile}], [Column("name", "model")])
+    assert text.count("\n") == 3 and "<script" not in text
+
+
+def test_a_missing_evaluator_is_refused_before_anything_is_made(tmp_path):
+    """Attack 8: it was refused after every model had been trained."""
+    content = {**write_world(tmp_path), "methods": {"norm": {}}, "prune": {"budget": 0.7}, "evaluator": "nope/x"}
+    content |= {key: RECIPE[key] for key in ("fine_tune", "evaluation")}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="nope/x"):
+        start(tmp_path / "a.yaml", (), tmp_path / "run")
+    assert not (tmp_path / "run" / "methods").exists()
+
+
+CONFIGS = {
+    "zero division": {"norm_num_groups": 0},
+    "text for a number": {"block_out_channels": "wide"},
+    "missing list": {"down_block_types": None},
+    "too many layers": {"layers_per_block": 3000},
+    "deep list": {"transformer_layers_per_block": [[[10**6]]]},
+    "odd class": {"_class_name": ["UNet2DConditionModel"]},
+    "bool": {"attention_head_dim": True},
+    "negative": {"in_channels": -4},
+}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
+def test_damaged_configs_are_one_line(change, tmp_path):
+    """Attack 14; and 3,000 layers took more than 30 seconds."""
+    folder = write_pipeline(tmp_path / "model", layers=1)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for load in (load_unet_on_meta, load_pipeline):
+        try:
+            load(folder)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nul", '{"a": ' * 5000, '{"_class_name": 3}'])
+def test_damaged_pipelines_are_one_line(name, text, tmp_path):
+    folder = write_pipeline(tmp_path / "model", layers=1)
+    (folder / name).write_text(text)
+    try:
+        load_pipeline(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_width_for_each_level_is_taken(tmp_path):
+    """Review 7: Norm crashed on a config that states the text's width level by level."""
+    config = dict(load_unet_on_meta("sd-1.5").config)
+    unet = unet_from_config({**config, "cross_attention_dim": [768] * 4, "block_out_channels": [32, 32, 32, 32]}, "x")
+    from prunekit.methods.calibration import _random_inputs
+
+    assert _random_inputs(unet, 0, range(2))[1]["encoder_hidden_states"].shape == (2, 77, 768)
+
+
+def test_arguments_that_were_tracebacks(tmp_path):
+    """Attack 22."""
+    (tmp_path / "latin.txt").write_bytes("gr\xfcn".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_prompts(tmp_path / "latin.txt")
+    assert "65535" in refused("demo", tmp_path, "--port", 99999999)
+
+
+def test_a_smoke_runs_page_says_so():
+    class Source:
+        chosen, results, log = {}, {}, []
+        recipe = parse_recipe({**RECIPE, "scale": "smoke"}).model_dump()
+
+    assert any("figures mean nothing" in line for line in warnings_of(Source()))
+
+
+def test_only_the_users_errors_are_one_line(monkeypatch):
+    """Review 5: any ValueError that was raised in our frame, such as a failed zip, hid its traceback."""
+    from prunekit.cli import is_users
+
+    assert is_users(UserError("x")) and is_users(FileNotFoundError("x"))
+    try:
+        list(zip([1], [1, 2], strict=True))
+    except ValueError as error:
+        assert not is_users(error)
+
+
+def test_a_plug_ins_own_value_error_is_one_line(monkeypatch):
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+    @register("plug_in")
+    class PlugIn(ScoreMethod):
+        """Raise."""
+
+        Config = PruneSettings
+
+    PlugIn.__module__ = __name__
+    with pytest.raises(UserError, match="plug_in: give more data"), errors_of_plug_ins(PlugIn()):
+        raise ValueError("give more data")
+    with pytest.raises(ValueError, match="shape") as error, errors_of_plug_ins(PlugIn()):
+        torch.zeros(2).numpy().reshape(3)
+    assert not isinstance(error.value, UserError)  # a library's, below it
+    with pytest.raises(ValueError, match="x") as error, errors_of_plug_ins(TaylorSP()):
+        raise ValueError("x")
+    assert not isinstance(error.value, UserError)
