@@ -189,8 +189,8 @@ def test_a_plug_ins_own_value_error_is_one_line(monkeypatch):
     PlugIn.__module__ = __name__
     with pytest.raises(UserError, match="plug_in: give more data"), errors_of_plug_ins(PlugIn()):
         raise ValueError("give more data")
-    with pytest.raises(ValueError, match="shape") as error, errors_of_plug_ins(PlugIn()):
-        torch.zeros(2).numpy().reshape(3)
+    with pytest.raises(ValueError, match="Expecting value") as error, errors_of_plug_ins(PlugIn()):
+        json.loads("x")
     assert not isinstance(error.value, UserError)  # a library's, below it
     with pytest.raises(ValueError, match="x") as error, errors_of_plug_ins(TaylorSP()):
         raise ValueError("x")

@@ -1,8 +1,8 @@
 """Files and folders: whole or not at all, readable by others, through full disks and kills."""
 
 import errno
-import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +14,10 @@ from prunekit.training import checkpoint
 from prunekit.training.checkpoint import Checkpoints, append_row, save_tensors, write_folder
 
 TENSORS = {"a": torch.zeros(3)}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_files_are_readable_by_others_as_the_umask_says(tmp_path):
@@ -36,14 +40,14 @@ def test_a_full_disk_is_the_systems_error_and_leaves_nothing(tmp_path):
     (tmp_path / "kept" / "file").write_text("old")
     with pytest.raises(OSError, match="No space left on device: free some space") as error:
         write_folder(tmp_path / "kept", fail)
-    assert error.value.errno == errno.ENOSPC and os.listdir(tmp_path) == ["kept"]
+    assert error.value.errno == errno.ENOSPC and names(tmp_path) == ["kept"]
     assert (tmp_path / "kept" / "file").read_text() == "old"
     with pytest.raises(SafetensorError, match="other"):
         write_folder(tmp_path / "kept", lambda folder: (_ for _ in ()).throw(SafetensorError("other")))
-    assert os.listdir(tmp_path) == ["kept"]
+    assert names(tmp_path) == ["kept"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_row_that_the_disk_has_no_room_for_is_an_error(tmp_path):
     append_row(tmp_path / "log", {"a": 1})
     (tmp_path / "full").symlink_to("/dev/full")
@@ -78,7 +82,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
     found = Checkpoints(tmp_path)._all()
     assert [path.name for path in found] == [folder.name] and (folder / "state").read_text() == "old"
     write_folder(folder, lambda made: (made / "state").write_text("new"))
-    assert (folder / "state").read_text() == "new" and os.listdir(tmp_path) == [folder.name]
+    assert (folder / "state").read_text() == "new" and names(tmp_path) == [folder.name]
 
 
 @pytest.mark.parametrize("text", ["a", "quickstart-0.7", "Größe 3", "cost $x_{$", "a.b", "-x", "x" * 200])

@@ -9,6 +9,7 @@ from small_data import encoded_for, stub
 from unets import build
 
 from prunekit import CostModel, discover
+from prunekit.errors import UserError
 from prunekit.gates import gated
 from prunekit.methods import APTP, PruneResult, UniArch
 from prunekit.methods.search import GateSearchObjective, SearchSettings
