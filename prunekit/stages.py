@@ -192,7 +192,8 @@ class Stages:
             return (folder / "result.json").is_file()
 
         def log(row: dict[str, Any]) -> None:
-            self.log({**row, "stage": row["stage"].replace(method.name, name, 1)})  # several rows may share a method
+            stage = f"{name}{row['stage'].removeprefix(method.name)}"  # several rows may share a method
+            self.log({**row, "stage": stage})
 
         def prune() -> None:
             started = time.monotonic()
