@@ -9,11 +9,12 @@ import pytest
 import yaml
 from small_model import TRAINING, write_world
 
-from prunekit.compare.cells import DENSE, Cell, cells_of
+from prunekit.compare.cells import DENSE, Cell, cells_of, key_of
 from prunekit.compare.comparison import compare
 from prunekit.compare.fairness import refuse_unfair
 from prunekit.compare.table import best, rows_of, shown_rows
 from prunekit.recipe import RecipeError, load_recipe
+from prunekit.recipe.earlier import ADDED
 from prunekit.run import start
 from prunekit.training.claims import claimed
 
@@ -158,6 +159,24 @@ def test_an_undeclared_difference_is_refused_by_name(finished, field, value):
     changed[index]["fields"][field] = value
     with pytest.raises(ValueError, match=f"cannot share a table: {field} is"):
         refuse_unfair(changed)
+
+
+def test_an_earlier_cell_has_todays_key_and_stands_beside_todays(finished):
+    cells = read(finished)
+    earlier = copy.deepcopy(cells)
+    for cell in earlier:
+        for field in ADDED:
+            cell["fields"].pop(field, None)
+        assert key_of(cell["fields"]) == cell["key"]  # recorded before the setting: nothing is made again
+    refuse_unfair(cells[:3] + earlier[3:])
+    row = next(cell for cell in cells if cell["cell"]["method"] == "aptp")
+    assert row["fields"]["fine_tune.snr_form"] == row["fields"]["method.snr_form"] == "velocity"
+    changed = {**row["fields"], "method.snr_form": "published"}
+    assert key_of(changed) != row["key"]
+    other = next(cell for cell in earlier if cell["cell"]["method"] == "norm")
+    row["fields"] |= {"fine_tune.snr_form": "published"}
+    with pytest.raises(ValueError, match=r"fine_tune\.snr_form is"):
+        refuse_unfair([row, other])
 
 
 def test_bad_comparisons_are_refused(recipe, tmp_path):
