@@ -9,6 +9,7 @@ from small_model import CAPTIONS, SHAPES
 from prunekit import CostModel, discover
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.evaluation.comparison import Candidate
 from prunekit.gates import gated
 from prunekit.methods import APTP
 from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
@@ -20,6 +21,10 @@ from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, f
 
 SEARCH = {"steps": 6, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 1, "log_every": 1}
 SETTINGS = {"budget": 0.7, "experts": 3, "warmup": 2, "text_length": 16}
+
+
+def small_space():
+    return discover(emoji_model.build_unet(SHAPES), depth="aptp")
 
 
 def encoded(num_images=24, seed=0):
@@ -219,6 +224,46 @@ def test_the_published_codes_router_compares_the_gates_that_training_compared(pi
     assert torch.equal(loaded.scores(prompts), one_by_one)  # whatever else is in the batch
     shift = torch.tensor([0.0, 0.0, 9.0], dtype=torch.float64)
     assert (loaded.without(()).shifted(shift).route(prompts) == 2).all() and loaded.embedding_size == 10
+
+
+def test_a_collapsed_mixture_says_so_and_never_sends_a_prompt_to_a_dead_expert(pipeline, tmp_path):
+    method = APTP(**{**SETTINGS, "warmup": 2}, balance=False, transport=False, search={**SEARCH, "steps": 3})
+    predictor, codes = method._parameters(10, discover(pipeline.unet, depth="aptp").size)
+    with torch.no_grad():  # what all prompts have in common decides
+        predictor.weight.mul_(0.01)
+        codes.values[0] = predictor.bias
+    method._parameters = lambda *sizes: (predictor, codes)
+    result = method.prune(pipeline, encoded(), tmp_path)
+    counts = result.info["prompts_per_expert"]
+    dead = [expert for expert, count in enumerate(counts) if not count]
+    assert dead and sum(counts) == 24
+    lines = " / ".join(result.warnings())
+    assert f"experts {dead[0]}, {dead[1]} of 3 get no training prompts and are not fine-tuned" in lines
+    assert f"gets {100 * max(counts) / 24:.1f} % of the training prompts" in lines
+    prompts = torch.randn(500, 10, generator=generator(0, "other prompts"))
+    favored = result.router.shifted(torch.tensor([9.0 * (expert in dead) for expert in range(3)]).double())
+    assert favored.scores(prompts).argmax(dim=1).tolist() != favored.route(prompts).tolist()
+    for router in (favored, Router.load(favored.save(tmp_path / "router")), favored.with_fallback(favored.fallback)):
+        assert router.unused == tuple(dead) and not set(router.route(prompts).tolist()) & set(dead)
+        assert not set(router.route(prompts * 0).tolist()) & set(dead)  # nor a prompt without a known word
+    candidate = Candidate("aptp", [], [1, 1, 1], [100, 20, 3], result.router)
+    assert candidate.used_params() == sum(p for e, p in enumerate([100, 20, 3]) if e not in dead)
+    assert candidate.used_params(torch.tensor([0.5, 0.0, 0.5])) == 103
+
+
+def test_what_is_wrong_with_a_mixture_is_said():
+    space = small_space()
+    first, second = space.random(0.7, seed=0), space.random(0.7, seed=1)
+    good = PruneResult([first, second], info={"prompts_per_expert": [9, 1]})
+    assert good.warnings() == []
+    assert PruneResult([first, second, first, first], info={"prompts_per_expert": [1, 1, 1, 1]}).warnings() == [
+        "experts 0, 2, 3 of 4 have the same architecture"
+    ]
+    assert PruneResult([first, second], info={"prompts_per_expert": [91, 9]}).warnings() == [
+        "expert 0 of 2 gets 91.0 % of the training prompts, so the mixture is nearly one architecture"
+    ]
+    assert PruneResult([first]).warnings() == PruneResult([first, second]).warnings() == []
+    assert PruneResult([first], info={"prompts_per_expert": [5]}).warnings() == []
 
 
 def test_kmeans_finds_separate_directions():

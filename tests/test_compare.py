@@ -12,7 +12,7 @@ from small_model import TRAINING, write_world
 from prunekit.compare.cells import DENSE, Cell, cells_of, key_of
 from prunekit.compare.comparison import compare
 from prunekit.compare.fairness import refuse_unfair
-from prunekit.compare.table import best, rows_of, shown_rows
+from prunekit.compare.table import best, rows_of, shown_rows, warnings_of
 from prunekit.recipe import RecipeError, load_recipe
 from prunekit.recipe.earlier import ADDED
 from prunekit.run import start
@@ -111,6 +111,31 @@ def test_the_table_marks_the_best_and_what_cannot_be_told_apart(finished):
     with (finished / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(rows_of(read(finished))) and float(lines[0]["cmmd_low"]) <= float(lines[0]["cmmd_mean"])
+
+
+def test_what_may_be_wrong_stands_under_the_tables(finished):
+    cells = read(finished)
+    warnings = json.loads((finished / "results.json").read_text())["warnings"]
+    assert warnings and warnings == warnings_of(cells)
+    (cell,) = [c for c in cells if (c["cell"]["method"], c["cell"]["seed"]) == ("aptp", 1) and c["steps"] == 4]
+    for line in cell["warnings"]:
+        assert f"- aptp {BASE} seed 1: {line}.\n" in (finished / "table.md").read_text()
+    for other in cells:
+        assert other["warnings"] or other["cell"]["method"] != "aptp"  # three steps close no gate
+
+
+def test_an_earlier_collapsed_cell_says_so_and_counts_the_expert_that_is_used(finished):
+    (cell,) = [c for c in read(finished) if (c["cell"]["method"], c["cell"]["seed"]) == ("aptp", 1) and c["steps"] == 4]
+    del cell["warnings"]
+    for expert, share in zip(cell["experts"], (1.0, 0.0), strict=True):
+        expert["training_share"] = share
+    assert warnings_of([cell]) == [
+        f"aptp {BASE} seed 1: expert 1 of 2 gets no training prompts and is not fine-tuned",
+        f"aptp {BASE} seed 1: expert 0 of 2 gets 100.0 % of the training prompts, so the mixture is nearly one "
+        "architecture",
+    ]
+    (row,) = rows_of([cell])
+    assert row.costs["params"] == cell["experts"][0]["params"] < cell["figures"]["params"]
 
 
 def test_finished_cells_are_not_made_again(recipe, finished):

@@ -171,6 +171,7 @@ class CellRunner:
             "distillation": self.distillation(cell),
             "models": cell.num_models,
             "steps": self.steps(cell),
+            "warnings": chosen.warnings() if chosen else [],
             "variant": chosen.info.get("variant") if chosen else None,
             "figures": figures,
             "errors": errors,
