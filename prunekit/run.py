@@ -29,6 +29,7 @@ from prunekit.evaluation.table import (
     json_table,
     markdown_table,
     terminal_table,
+    warning_lines,
 )
 from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.methods.base import PruneResult, budget_cost, unet_of
@@ -166,6 +167,10 @@ class Run:
             rows += [{"name": name, **row} for row in read_json(path)]
         return rows
 
+    def warnings(self, name: str) -> list[str]:
+        """Return what may be wrong with what a method chose."""
+        return PruneResult.load(self.directory / "methods" / name).warnings()
+
     def write(
         self,
         rows: list[dict],
@@ -181,6 +186,7 @@ class Run:
         results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
         results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
+        warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)]
         screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
         tables = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", own, EXPERT_COLUMNS) for name, own in experts.items()]
@@ -188,11 +194,12 @@ class Run:
         tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
         for title, content, columns in tables:
             parts += [f"## {title}\n"] if title else []
-            parts += [markdown_table(content, columns)]
+            parts += [markdown_table(content, columns), *([] if title else warning_lines(warnings))]
             screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
         for name, report in routing.items():
             parts += routing_lines(name, report)
         results |= {"routing": routing} if routing else {}
+        results["warnings"] = warnings
         write_text(self.directory / "table.md", "\n".join(parts))
         write_json(self.directory / RESULTS, results)
 

@@ -9,9 +9,10 @@ from small_model import CAPTIONS, SHAPES
 from prunekit import CostModel, discover
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.evaluation.comparison import Candidate
 from prunekit.gates import gated
 from prunekit.methods import APTP
-from prunekit.methods.aptp.router import ArchitecturePredictor
+from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import Codes, SearchObjective, spherical_kmeans
 from prunekit.methods.base import PruneResult
 from prunekit.randomness import generator
@@ -20,6 +21,10 @@ from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, f
 
 SEARCH = {"steps": 6, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 1, "log_every": 1}
 SETTINGS = {"budget": 0.7, "experts": 3, "warmup": 2, "text_length": 16}
+
+
+def small_space():
+    return discover(emoji_model.build_unet(SHAPES), depth="aptp")
 
 
 def encoded(num_images=24, seed=0):
@@ -60,7 +65,8 @@ def test_twice_the_same(pipeline, result, tmp_path):
 
 VARIANTS = {
     "paper": {"preset": "paper", "warmup": 2},
-    "bfloat16": {"preset": "paper", "warmup": 2, "search": {**SEARCH, "steps": 4, "precision": "bfloat16"}},
+    "published code": {"preset": "published_code", "warmup": 2},
+    "bfloat16": {"preset": "published_code", "warmup": 2, "search": {**SEARCH, "steps": 4, "precision": "bfloat16"}},
     "hardened": {"similarity": "hardened"},
     "codes of k-means": {"codes": "kmeans"},
     "cumulative": {"depth_gates": "cumulative"},
@@ -77,21 +83,34 @@ def test_every_setting_searches_and_meets_the_budget(pipeline, result, settings)
     other = APTP(**{**SETTINGS, "search": search, **settings}).prune(pipeline, encoded(), log=rows.append)
     assert other.info["mixture_ratio"] <= 0.7 and all(math.isfinite(row["loss"]) for row in rows)
     plain = APTP(**SETTINGS, search=search).prune(pipeline, encoded())
-    assert other.router.weight.shape == plain.router.weight.shape
-    assert not torch.equal(other.router.weight, plain.router.weight)  # each changes what is learned
-    if settings.get("spread_weight") or settings.get("preset"):
-        assert {"spread", "maximum"} <= set(rows[-1])
+    prompts = encoded().prompts
+    assert not torch.equal(other.router.scores(prompts), plain.router.scores(prompts))  # each changes what is learned
+    assert isinstance(other.router, HardenedRouter) == (settings.get("preset") == "published_code")
+    spread = settings.get("spread_weight") or settings.get("preset") == "published_code"
+    assert bool(spread) == ({"spread", "maximum"} <= set(rows[-1]))
 
 
-def test_the_papers_preset_yields_to_what_is_given():
-    config = APTP(preset="paper", offset=1.0).config
-    assert (config.offset, config.depth_gates, config.similarity, config.balance) == (
-        1.0,
-        "cumulative",
-        "hardened",
-        False,
-    )
-    assert APTP().config.depth_gates == "independent"
+def test_a_preset_yields_to_what_is_given():
+    config = APTP(preset="published_code", warmup=1, offset=1.0, search={**SEARCH, "max_grad_norm": 3.0}).config
+    assert (config.offset, config.search.max_grad_norm, config.search.weight_decay) == (1.0, 3.0, 0.0)
+    assert APTP().config.search.weight_decay == 0.01 and APTP().config.search.max_grad_norm == 1.0
+
+
+def test_each_preset_is_what_its_name_says():
+    names = ("depth_gates", "similarity", "routing", "feature_scale", "spread_weight", "maximum_weight")
+    paper, code, default = (APTP(preset=preset).config for preset in ("paper", "published_code", "default"))
+    assert [getattr(paper, name) for name in names] == ["independent", "cosine", "cosine", "sum", 0.0, 0.0]
+    assert [getattr(code, name) for name in names] == ["cumulative", "hardened", "hardened", "mean", 0.1, 0.1]
+    for config in (paper, code):
+        assert (config.search.weight_decay, config.search.max_grad_norm) == (0.0, None)
+        assert (config.feature_blocks, config.balance, config.snr_gamma, config.snr_form) == (
+            "all",
+            False,
+            5.0,
+            "published",
+        )
+    changed = {name for name, value in default if value != getattr(code, name)} - {"preset", "search"}
+    assert changed == {*names, "feature_blocks", "balance", "snr_gamma", "snr_form"}
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
@@ -175,6 +194,76 @@ def test_transport_spreads_a_batch_and_without_it_the_nearest_code_wins(pipeline
         torch.nn.init.constant_(objective.predictor.bias, 1.0)  # every prompt is nearest to the first code
         assignment = objective.batch(SETTINGS["warmup"] + 1).assignment
     assert assignment.any() if transport else not assignment.any()
+
+
+class Kept(APTP):
+    """APTP that keeps its objective."""
+
+    def _decide(self, objective):
+        self.objective = objective
+        return super()._decide(objective)
+
+
+def test_the_published_codes_router_compares_the_gates_that_training_compared(pipeline, tmp_path):
+    method = Kept(**{**SETTINGS, "warmup": 2}, preset="published_code", search={**SEARCH, "steps": 4})
+    assert isinstance(method.prune(pipeline, encoded(), tmp_path).router, HardenedRouter)
+    prompts, objective = encoded().prompts, method.objective
+    with torch.no_grad():  # gates on either side of open, as after a long search
+        objective.codes.values.copy_(6 * torch.randn(objective.codes.values.shape, generator=generator(0, "codes")))
+        objective.predictor.weight.mul_(30)
+    router, expected = method._router(objective), objective.similarities(prompts)  # (B, N), of the training, no noise
+    assert torch.allclose(router.scores(prompts), expected.double(), atol=1e-6)
+    noisy = objective._similarities(objective.draw(3), objective.predictor(prompts).detach())
+    assert torch.corrcoef(torch.stack([noisy.flatten(), expected.flatten()]))[0, 1] > 0.5
+    cosine = Router.from_codes(objective.predictor, objective.codes.values)
+    assert not torch.equal(cosine.route(prompts), router.route(prompts))
+    loaded = Router.load(router.save(tmp_path / "router"))
+    assert isinstance(loaded, HardenedRouter) and loaded.unused == router.unused
+    assert torch.equal(loaded.scores(prompts), router.scores(prompts))
+    one_by_one = torch.cat([loaded.scores(prompt[None]) for prompt in prompts])
+    assert torch.equal(loaded.scores(prompts), one_by_one)  # whatever else is in the batch
+    shift = torch.tensor([0.0, 0.0, 9.0], dtype=torch.float64)
+    assert (loaded.without(()).shifted(shift).route(prompts) == 2).all() and loaded.embedding_size == 10
+
+
+def test_a_collapsed_mixture_says_so_and_never_sends_a_prompt_to_a_dead_expert(pipeline, tmp_path):
+    method = APTP(**{**SETTINGS, "warmup": 2}, balance=False, transport=False, search={**SEARCH, "steps": 3})
+    predictor, codes = method._parameters(10, discover(pipeline.unet, depth="aptp").size)
+    with torch.no_grad():  # what all prompts have in common decides
+        predictor.weight.mul_(0.01)
+        codes.values[0] = predictor.bias
+    method._parameters = lambda *sizes: (predictor, codes)
+    result = method.prune(pipeline, encoded(), tmp_path)
+    counts = result.info["prompts_per_expert"]
+    dead = [expert for expert, count in enumerate(counts) if not count]
+    assert dead and sum(counts) == 24
+    lines = " / ".join(result.warnings())
+    assert f"experts {dead[0]}, {dead[1]} of 3 get no training prompts and are not fine-tuned" in lines
+    assert f"gets {100 * max(counts) / 24:.1f} % of the training prompts" in lines
+    prompts = torch.randn(500, 10, generator=generator(0, "other prompts"))
+    favored = result.router.shifted(torch.tensor([9.0 * (expert in dead) for expert in range(3)]).double())
+    assert favored.scores(prompts).argmax(dim=1).tolist() != favored.route(prompts).tolist()
+    for router in (favored, Router.load(favored.save(tmp_path / "router")), favored.with_fallback(favored.fallback)):
+        assert router.unused == tuple(dead) and not set(router.route(prompts).tolist()) & set(dead)
+        assert not set(router.route(prompts * 0).tolist()) & set(dead)  # nor a prompt without a known word
+    candidate = Candidate("aptp", [], [1, 1, 1], [100, 20, 3], result.router)
+    assert candidate.used_params() == sum(p for e, p in enumerate([100, 20, 3]) if e not in dead)
+    assert candidate.used_params(torch.tensor([0.5, 0.0, 0.5])) == 103
+
+
+def test_what_is_wrong_with_a_mixture_is_said():
+    space = small_space()
+    first, second = space.random(0.7, seed=0), space.random(0.7, seed=1)
+    good = PruneResult([first, second], info={"prompts_per_expert": [9, 1]})
+    assert good.warnings() == []
+    assert PruneResult([first, second, first, first], info={"prompts_per_expert": [1, 1, 1, 1]}).warnings() == [
+        "experts 0, 2, 3 of 4 have the same architecture"
+    ]
+    assert PruneResult([first, second], info={"prompts_per_expert": [91, 9]}).warnings() == [
+        "expert 0 of 2 gets 91.0 % of the training prompts, so the mixture is nearly one architecture"
+    ]
+    assert PruneResult([first]).warnings() == PruneResult([first, second]).warnings() == []
+    assert PruneResult([first], info={"prompts_per_expert": [5]}).warnings() == []
 
 
 def test_kmeans_finds_separate_directions():

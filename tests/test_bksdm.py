@@ -202,5 +202,5 @@ def test_result_is_saved(tmp_path):
 
 def test_own_distillation():
     assert BKSDM().fine_tuning() == {}
-    expected = {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up"}
+    expected = {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up", "snr_gamma": None}
     assert BKSDM(own_distillation=True).fine_tuning() == expected

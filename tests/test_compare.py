@@ -9,11 +9,12 @@ import pytest
 import yaml
 from small_model import TRAINING, write_world
 
-from prunekit.compare.cells import DENSE, Cell, cells_of
+from prunekit.compare.cells import DENSE, Cell, cells_of, key_of
 from prunekit.compare.comparison import compare
 from prunekit.compare.fairness import refuse_unfair
-from prunekit.compare.table import best, rows_of, shown_rows
+from prunekit.compare.table import best, rows_of, shown_rows, warnings_of
 from prunekit.recipe import RecipeError, load_recipe
+from prunekit.recipe.earlier import ADDED
 from prunekit.run import start
 from prunekit.training.claims import claimed
 
@@ -112,6 +113,31 @@ def test_the_table_marks_the_best_and_what_cannot_be_told_apart(finished):
     assert len(lines) == len(rows_of(read(finished))) and float(lines[0]["cmmd_low"]) <= float(lines[0]["cmmd_mean"])
 
 
+def test_what_may_be_wrong_stands_under_the_tables(finished):
+    cells = read(finished)
+    warnings = json.loads((finished / "results.json").read_text())["warnings"]
+    assert warnings and warnings == warnings_of(cells)
+    (cell,) = [c for c in cells if (c["cell"]["method"], c["cell"]["seed"]) == ("aptp", 1) and c["steps"] == 4]
+    for line in cell["warnings"]:
+        assert f"- aptp {BASE} seed 1: {line}.\n" in (finished / "table.md").read_text()
+    for other in cells:
+        assert other["warnings"] or other["cell"]["method"] != "aptp"  # three steps close no gate
+
+
+def test_an_earlier_collapsed_cell_says_so_and_counts_the_expert_that_is_used(finished):
+    (cell,) = [c for c in read(finished) if (c["cell"]["method"], c["cell"]["seed"]) == ("aptp", 1) and c["steps"] == 4]
+    del cell["warnings"]
+    for expert, share in zip(cell["experts"], (1.0, 0.0), strict=True):
+        expert["training_share"] = share
+    assert warnings_of([cell]) == [
+        f"aptp {BASE} seed 1: expert 1 of 2 gets no training prompts and is not fine-tuned",
+        f"aptp {BASE} seed 1: expert 0 of 2 gets 100.0 % of the training prompts, so the mixture is nearly one "
+        "architecture",
+    ]
+    (row,) = rows_of([cell])
+    assert row.costs["params"] == cell["experts"][0]["params"] < cell["figures"]["params"]
+
+
 def test_finished_cells_are_not_made_again(recipe, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     compare([recipe], (), finished)
@@ -158,6 +184,24 @@ def test_an_undeclared_difference_is_refused_by_name(finished, field, value):
     changed[index]["fields"][field] = value
     with pytest.raises(ValueError, match=f"cannot share a table: {field} is"):
         refuse_unfair(changed)
+
+
+def test_an_earlier_cell_has_todays_key_and_stands_beside_todays(finished):
+    cells = read(finished)
+    earlier = copy.deepcopy(cells)
+    for cell in earlier:
+        for field in ADDED:
+            cell["fields"].pop(field, None)
+        assert key_of(cell["fields"]) == cell["key"]  # recorded before the setting: nothing is made again
+    refuse_unfair(cells[:3] + earlier[3:])
+    row = next(cell for cell in cells if cell["cell"]["method"] == "aptp")
+    assert row["fields"]["fine_tune.snr_form"] == row["fields"]["method.snr_form"] == "velocity"
+    changed = {**row["fields"], "method.snr_form": "published"}
+    assert key_of(changed) != row["key"]
+    other = next(cell for cell in earlier if cell["cell"]["method"] == "norm")
+    row["fields"] |= {"fine_tune.snr_form": "published"}
+    with pytest.raises(ValueError, match=r"fine_tune\.snr_form is"):
+        refuse_unfair([row, other])
 
 
 def test_bad_comparisons_are_refused(recipe, tmp_path):

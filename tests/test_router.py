@@ -7,6 +7,7 @@ from launching import finish, launch
 
 from prunekit.data.emoji import load_emoji
 from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.errors import UserError
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
 
 
@@ -108,6 +109,23 @@ def test_save_and_load(router, tmp_path):
         assert torch.equal(loaded.scores(z), router.scores(z))
         assert (loaded.fallback, loaded.info) == (4, {"encoder": "words"})
     assert [p.name for p in (tmp_path / "sd-2.1").iterdir()] == ["router.safetensors"]
+
+
+def test_an_unused_expert_gets_no_prompt(router, tmp_path):
+    z = prompts(1000)
+    used = router.with_fallback(1).without([0])
+    assert set(router.route(z).tolist()) == set(range(router.num_experts))
+    assert set(used.route(z).tolist()) == set(range(1, router.num_experts))
+    before = router.route(z)
+    assert torch.equal(used.route(z)[before != 0], before[before != 0])  # the others' prompts stay
+    assert Router.load(used.save(tmp_path / "unused")).unused == (0,) and router.unused == ()
+    for change, message in (
+        (lambda: router.without(range(router.num_experts)), "not all of them"),
+        (lambda: router.without([99]), "unused=.99."),
+        (lambda: used.with_fallback(0), "fallback=0: this expert is unused"),
+    ):
+        with pytest.raises(UserError, match=message):
+            change()
 
 
 def test_half_precision_prompts(router):

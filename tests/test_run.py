@@ -12,6 +12,7 @@ from launching import launch, run_recipe
 from small_model import TRAINING, write_world
 
 from prunekit.errors import UserError
+from prunekit.methods import PruneResult
 from prunekit.recipe import RecipeError, load_recipe
 from prunekit.run import _claim, resume, start
 
@@ -63,6 +64,10 @@ def test_every_stage_leaves_its_result(finished):
     assert rows[0]["macs_ratio"] == 1 and rows[0]["agreement"] == 0
     for row in rows[1:]:
         assert 0.5 < row["macs_ratio"] <= 0.7 and row["agreement"] > 0 and row["seconds_per_image"] > 0
+    warnings = json.loads((finished / "results.json").read_text())["warnings"]
+    assert warnings == [f"aptp: {line}" for line in PruneResult.load(finished / "methods" / "aptp").warnings()]
+    assert "gates kept" in warnings[0]  # six steps close no gate
+    assert f"## Warnings\n\n- {warnings[0]}.\n" in (finished / "table.md").read_text()
     assert (finished / "comparison.png").stat().st_size > 5_000
     assert "| aptp |" in (finished / "table.md").read_text()
     for path in (*RESULTS, "methods/aptp/router.safetensors", "methods/aptp/experts/1/unet/config.json"):

@@ -22,7 +22,7 @@ from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.methods.base import PruneResult, PruneSettings
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
-from prunekit.recipe import CompareRecipe, RecipeError
+from prunekit.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import read_json, write_json
@@ -177,6 +177,7 @@ class CellRunner:
             "distillation": self.distillation(cell),
             "models": cell.num_models,
             "steps": self.steps(cell),
+            "warnings": chosen.warnings() if chosen else [],
             "variant": chosen.info.get("variant") if chosen else None,
             "figures": figures,
             "errors": errors,
@@ -224,5 +225,6 @@ class CellRunner:
 
 
 def key_of(fields: dict[str, Any]) -> str:
-    """Return the hash of a cell's fields."""
-    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
+    """Return the hash of a cell's fields. A setting that was added later does not change it at its earlier value."""
+    content = json.dumps(without_added(fields), sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

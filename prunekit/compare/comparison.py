@@ -11,9 +11,9 @@ from rich.console import Console
 from prunekit.compare.cells import DENSE, Cell, CellRunner, cells_of
 from prunekit.compare.fairness import Result, refuse_unfair
 from prunekit.compare.pareto import pareto_picture
-from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows
+from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows, warnings_of
 from prunekit.compare.timing import TIMINGS, cell_ratio
-from prunekit.evaluation.table import Column, markdown_table, terminal_table
+from prunekit.evaluation.table import Column, markdown_table, terminal_table, warning_lines
 from prunekit.recipe import (
     CompareRecipe,
     RecipeError,
@@ -164,6 +164,7 @@ def _write(
     console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
     rows = rows_of(cells, timings)
     content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
+    content["warnings"] = warnings_of(cells)
     write_json(folder / "results.json", {"environments": _environments(cells), **content})
     write_text(folder / TABLE_CSV, csv_text(rows))
     parts = [NOTE + "\n"]
@@ -175,6 +176,9 @@ def _write(
                 heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
                 parts += [f"## {heading}\n", markdown_table(lines, columns)]
                 console.print(terminal_table(lines, columns, heading, console.width))
+    parts += warning_lines(content["warnings"])
+    for warning in content["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
     if published:
         columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]
         parts += ["## As published\n", markdown_table(published, columns)]

@@ -4,12 +4,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from prunekit.errors import UserError
+from prunekit.recipe import with_added
 
 Result = dict[str, Any]  # a cell's JSON
 
 DISTILLATION = tuple(
     f"fine_tune.{name}" for name in ("distillation_weight", "denoising_weight", "feature_blocks", "feature_scale")
 )
+WEIGHTS = ("fine_tune.snr_gamma", "fine_tune.snr_form")  # of the denoising error, of which a method may have its own
 AXES = {"seed"}
 
 
@@ -21,7 +23,7 @@ def refuse_unfair(cells: Sequence[Result]) -> None:
     """
     seen: dict[tuple[str, Hashable], tuple[Any, Result]] = {}
     for cell in cells:
-        for field, value in cell["fields"].items():
+        for field, value in with_added(cell["fields"]).items():
             group = _group(field, cell)
             if group is None:
                 continue
@@ -55,4 +57,6 @@ def _group(field: str, cell: Result) -> Hashable | None:
         return rules[field]()
     if field in DISTILLATION:
         return None if cell["distillation"] == "own" else cell["distillation"]
+    if field in WEIGHTS:
+        return None if cell["distillation"] == "own" else ""
     return ""

@@ -10,6 +10,7 @@ from prunekit.compare.cells import DENSE, STATIC
 from prunekit.compare.fairness import Result
 from prunekit.evaluation.table import COLUMNS, Column
 from prunekit.evaluation.uncertainty import Estimate, estimate
+from prunekit.methods.base import share_warnings
 
 COSTS = ("params", "macs", "macs_ratio")
 TIMES = (
@@ -72,6 +73,7 @@ def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: 
         errors = [cell["errors"].get(name, 0.0) for cell in cells]
         estimates[name] = estimate([cell["figures"][name] for cell in cells], errors)
     costs = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
+    costs["params"] = _mean(_params(cell) for cell in cells)
     timed = [timings[cell["models_folder"]] for cell in cells if cell["models_folder"] in timings]
     costs["call_ratio"] = _mean(timed) if timed else None
     trained = [cell["figures"]["training_seconds"] for cell in cells]
@@ -81,6 +83,27 @@ def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: 
     return Row(
         protocol, budget, method, first["distillation"], seeds, first["models"], first["steps"], estimates, costs
     )
+
+
+def _params(cell: Result) -> int:
+    """Return the parameters of a cell's experts with training prompts; an earlier cell's figure counts all of them."""
+    used = [expert["params"] for expert in cell["experts"] if expert["training_share"]]
+    return sum(used) if used else cell["figures"]["params"]
+
+
+def warnings_of(cells: Sequence[Result]) -> list[str]:
+    """Return what may be wrong with the cells' choices, a line each; a choice that several protocols share, once.
+
+    An earlier cell recorded no warnings; those about how its experts share the prompts follow from its figures.
+    """
+    found = []
+    for cell in cells:
+        axes = cell["cell"]
+        lines = cell.get("warnings")
+        if lines is None:
+            lines = share_warnings([expert["training_share"] for expert in cell["experts"]])
+        found += [f"{axes['method']} {axes['budget']} seed {axes['seed']}: {line}" for line in lines]
+    return list(dict.fromkeys(found))
 
 
 def _mean(values: Any) -> float:

@@ -42,7 +42,10 @@ def saving(demo: Demo, answer: Answer) -> str:
     """Return the answer in words."""
     count, text = demo.pipeline.num_experts, ""
     if count > 1 and answer.known:
-        text = f"The router sends this prompt to expert {answer.expert} of {count}: it has the highest score. "
+        text = (
+            f"The router sends this prompt to expert {answer.expert} of {count}: it has the highest score of the "
+            "experts with training prompts. "
+        )
     elif count > 1:
         text = (
             f"The prompt encoder knows no word of this prompt, so it goes to the fallback, expert {answer.expert} "

@@ -156,7 +156,7 @@ def _row(subject: Subject, protocol: Protocol, features: Features, prompts: Prom
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[experts].mean())
     return {
         "name": candidate.name,
-        "params": sum(candidate.params),
+        "params": candidate.used_params(),
         "macs": round(macs),
         "macs_ratio": macs / subject.dense_macs if subject.dense_macs else None,
         "images": len(paths),

@@ -38,6 +38,16 @@ class Candidate:
     router: Router | None = None
     training_seconds: float | None = None
 
+    def used_params(self, shares: Tensor | None = None) -> int:
+        """Return the parameters of the experts that prompts are sent to; a dead expert is no part of the model.
+
+        shares: (N,) of the training prompts; unknown: all experts count that the router does not name as unused.
+        """
+        if shares is None:
+            unused = () if self.router is None else self.router.unused
+            return sum(params for expert, params in enumerate(self.params) if expert not in unused)
+        return sum(params for params, share in zip(self.params, shares.tolist(), strict=True) if share)
+
     def experts(self, embeddings: Tensor) -> Tensor:
         """Return the expert of each prompt, (B,), from prompt embeddings (B, Z)."""
         return self.experts_of(embeddings, torch.arange(len(embeddings)))
@@ -255,7 +265,7 @@ def measure(
     pair_experts = candidate.experts_of(data.prompts, samples.indices)
     return {
         "name": candidate.name,
-        "params": sum(candidate.params),
+        "params": candidate.used_params(shares),
         "macs": round(macs),
         "macs_ratio": macs / dense.macs[0],
         "cmmd": cmmd(prompts.real_embeddings, embedded),

@@ -137,6 +137,11 @@ def markdown_cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", r"\|")
 
 
+def warning_lines(warnings: Sequence[str]) -> list[str]:
+    """Return warnings as parts of a Markdown page, to stand under a table; none where there are none."""
+    return ["## Warnings\n", "".join(f"- {warning}.\n" for warning in warnings)] if warnings else []
+
+
 def json_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> dict[str, list[dict]]:
     """Return {"columns", "rows"} for JSON: values unrounded and in base units, NaN and infinities as null."""
     columns = shown(rows, columns)

@@ -25,6 +25,7 @@ from prunekit.units.discovery import match
 FORMAT = 1
 RESULT = "result.json"
 OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little
+MOST_SHARE = 0.9  # of the training prompts: an expert with more leaves nearly nothing to route
 SCORES = "scores.safetensors"
 SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are made anew
 
@@ -94,7 +95,11 @@ class PruneResult:
         return []
 
     def warnings(self) -> list[str]:
-        """What may be wrong, a line each: widths that stay unaligned, a search that ended before its gates closed."""
+        """What may be wrong, a line each.
+
+        Widths that stay unaligned, a search that ended before its gates closed, experts that are the same architecture,
+        experts without training prompts, and an expert with nearly all of them.
+        """
         info, lines = self.info, []
         left = {f"{path} ({channels})" for own in info.get("unaligned", ()) for path, channels in own.items()}
         if left:
@@ -104,7 +109,19 @@ class PruneResult:
         if kept and (mean := self._mean(kept)) > OPEN_GATES * info["settings"]["budget"]:
             more = "raise search.steps or search.learning_rate" + ", or lower warmup" * ("warmup" in info["settings"])
             lines.append(f"gates kept {mean:.2f} of the cost when the search ended, so the cut goes by little: {more}")
-        return lines
+        lines += [
+            f"experts {_listed(same)} of {len(self.architectures)} have the same architecture" for same in self._alike()
+        ]
+        counts = info.get("prompts_per_expert") or ()
+        return lines + share_warnings([count / sum(counts) for count in counts])
+
+    def _alike(self) -> list[list[int]]:
+        """Return the experts that share an architecture, a list for each such architecture."""
+        groups: list[list[int]] = []
+        for index, architecture in enumerate(self.architectures):
+            group = next((group for group in groups if self.architectures[group[0]] == architecture), None)
+            groups.append([index]) if group is None else group.append(index)
+        return [group for group in groups if len(group) > 1]
 
     def _mean(self, values: Sequence[float]) -> float:
         """Return the mean of a value per architecture over the training prompts, where they are known."""
@@ -161,6 +178,28 @@ class PruneResult:
         ]
         router = Router.load(directory) if content["has_router"] else None
         return cls(architectures, router, content["info"])
+
+
+def share_warnings(shares: Sequence[float]) -> list[str]:
+    """Return what is wrong with how a mixture's N experts share the training prompts, a line each; none for N = 1."""
+    count, lines = len(shares), []
+    if count < 2:
+        return lines
+    if empty := [expert for expert, share in enumerate(shares) if not share]:
+        get, are = ("get", "are") if len(empty) > 1 else ("gets", "is")
+        experts = "experts" if len(empty) > 1 else "expert"
+        lines.append(f"{experts} {_listed(empty)} of {count} {get} no training prompts and {are} not fine-tuned")
+    most = max(range(count), key=lambda expert: shares[expert])
+    if shares[most] > MOST_SHARE:
+        lines.append(
+            f"expert {most} of {count} gets {100 * shares[most]:.1f} % of the training prompts, so the mixture is "
+            "nearly one architecture"
+        )
+    return lines
+
+
+def _listed(experts: Sequence[int]) -> str:
+    return ", ".join(map(str, experts))
 
 
 class Method:

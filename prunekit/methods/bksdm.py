@@ -50,7 +50,8 @@ class BKSDMSettings(PruneSettings):
     )
     own_distillation: bool = Field(
         False,
-        description="Fine-tune with BK-SDM's distillation: task, output, and down and up blocks, each weighted by 1.",
+        description="Fine-tune with BK-SDM's distillation: task, output, and down and up blocks, each weighted by 1, "
+        "without min-SNR weights.",
     )
 
     @field_validator("depth")
@@ -146,10 +147,13 @@ class BKSDM(Method):
         return result
 
     def fine_tuning(self) -> dict[str, Any]:
-        """With `own_distillation`: task, output and feature losses, each weighted by 1 (Kim et al., 2023)."""
+        """With `own_distillation`: task, output and feature losses, each weighted by 1 (Kim et al., 2023).
+
+        BK-SDM has no min-SNR weights, so a recipe's `snr_gamma` does not apply.
+        """
         if not self.config.own_distillation:
             return {}
-        return {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up"}
+        return {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up", "snr_gamma": None}
 
     def _fixed(self, unet: UNet2DConditionModel, members: dict[str, Architecture]) -> tuple[str, Architecture]:
         variant = self.config.variant

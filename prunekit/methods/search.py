@@ -25,7 +25,14 @@ from prunekit.methods.budget import budget_macs
 from prunekit.methods.calibration import as_encoded, noise_schedule
 from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
 from prunekit.randomness import generator
-from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors
+from prunekit.training.diffusion import (
+    SNR_FORM,
+    SNR_GAMMA,
+    NoisePlan,
+    SNRForm,
+    attention_kernel,
+    denoising_errors,
+)
 from prunekit.training.distillation import (
     FEATURE_SCALE,
     FeatureBlocks,
@@ -36,6 +43,7 @@ from prunekit.training.distillation import (
 from prunekit.training.memory import held, preserved
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
+SEARCH = {"steps": 3000, "batch_size": 1024, "learning_rate": 6.4e-3, "warmup_steps": 100}  # of APTP's published code
 RATIO_DRAWS = 16  # of the gates' noise, when their cost is told
 
 
@@ -64,11 +72,10 @@ class SearchSettings(PruneSettings):
         0.2, ge=0, description="lambda_distill of Eq. 25; 0 searches without a teacher's pass"
     )
     resource_weight: float = Field(2.0, ge=0, description="lambda_res of Eq. 25")
-    snr_gamma: float | None = Field(
-        None, gt=0, description="min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: none"
-    )
+    snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
+    snr_form: SNRForm = Field("velocity", description=SNR_FORM)
     search: TrainerConfig = Field(
-        default_factory=lambda: TrainerConfig(steps=3000, batch_size=1024, learning_rate=6.4e-3, warmup_steps=100),
+        default_factory=lambda: TrainerConfig(**SEARCH),
         description="how what decides the gates is trained",
     )
 
@@ -161,7 +168,7 @@ class GateSearchObjective:
         with kernel, block_outputs(self.unet, which) as blocks:
             prediction = self.unet(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
-        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
+        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma, self.config.snr_form)
         terms = {"denoising": (weights * denoising).sum()}
         if teacher is not None:
             error = distillation_error(prediction, teacher[0], blocks, teacher[1], self.config.feature_scale)

@@ -1,5 +1,6 @@
 """A recipe: everything that a run depends on, in one YAML file with `key=value` overrides, checked before it starts."""
 
+from prunekit.recipe.earlier import with_added, without_added
 from prunekit.recipe.errors import RecipeError
 from prunekit.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from prunekit.recipe.precision import load_recorded, precision_lines, precision_text, precisions, resolve_recipe
@@ -30,4 +31,6 @@ __all__ = [
     "precision_text",
     "precisions",
     "resolve_recipe",
+    "with_added",
+    "without_added",
 ]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from prunekit.compare.table import warnings_of as cell_warnings
 from prunekit.recipe.smoke import SUFFIX
 from prunekit.report.recording import ENVIRONMENT
 from prunekit.report.source import RECIPE, MissingError, Section, Source
@@ -34,13 +35,7 @@ def trust(source: Source) -> Section:
 
 def warnings_of(source: Source) -> list[str]:
     """Return what a person should know before relying on the figures, a sentence each."""
-    found = []
-    for name, result in source.chosen.items():
-        found += [f"{name}: {warning}." for warning in result.warnings()]
-        counts = result.info.get("prompts_per_expert") or []
-        empty = [str(index) for index, count in enumerate(counts) if not count]
-        if empty:
-            found.append(f"{name}: no training prompt goes to expert {', '.join(empty)}, which stays as cut.")
+    found = [f"{warning}." for warning in _of_choices(source)]
     rows = source.results.get("table", {}).get("rows") or []
     spread = [row["name"] for row in rows if (source.metrics(row["name"], "errors") or {})]
     if rows and len(spread) < len(rows):
@@ -57,6 +52,13 @@ def warnings_of(source: Source) -> list[str]:
         found.append(f"{len(missing)} cells of the comparison are missing.")
     found += [str(row["event"]) for row in source.log if str(row.get("event", "")).lower().startswith("warning")]
     return found
+
+
+def _of_choices(source: Source) -> list[str]:
+    """Return the warnings about what methods chose; of an earlier comparison, as far as its cells tell."""
+    if source.is_comparison and (not source.chosen or any("warnings" in cell for cell in source.cells)):
+        return cell_warnings(source.cells)
+    return [f"{name}: {warning}" for name, result in source.chosen.items() for warning in result.warnings()]
 
 
 def _certificates(source: Source) -> list[dict[str, Any]]:

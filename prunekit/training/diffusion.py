@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
@@ -14,6 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunekit.errors import UserError
 from prunekit.randomness import epoch_indices, generator
 
+SNRForm = Literal["velocity", "published"]
+SNR_GAMMA = "min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: all weights are 1"
+SNR_FORM = (  # the setting's description
+    "form of the min-SNR weight of a velocity, with snr_gamma set. velocity: min(SNR, gamma)/(SNR + 1), of the min-SNR "
+    "paper and current diffusers; published: min(SNR + 1, gamma)/(SNR + 1), of APTP's published code, which weights "
+    "the noisiest timesteps by 1. For a noise prediction both are min(SNR, gamma)/SNR"
+)
 SHORT_ATTENTION = 256  # tokens up to which plain matrix products train faster on a CPU than its flash kernel
 
 
@@ -48,18 +56,33 @@ def denoising_errors(
     noise: Tensor,
     timesteps: Tensor,
     snr_gamma: float | None = None,
+    snr_form: SNRForm = "velocity",
 ) -> Tensor:
     """Return each sample's denoising error, (B,), float32: of the noise or the velocity, as the scheduler asks.
 
-    snr_gamma: weights each sample by min(SNR, gamma)/SNR, for the velocity by min(SNR, gamma)/(SNR + 1) (Hang et al.,
-    2023), which counts the error of the clean latent alike at all noisy timesteps.
+    snr_gamma: multiplies each error by its min-SNR weight (`snr_weights`). snr_form: form of that weight.
     """
     errors = per_sample_mse(prediction, target(scheduler, latents, noise, timesteps))
     if snr_gamma is None:
         return errors
+    return errors * snr_weights(scheduler, timesteps, snr_gamma, snr_form)
+
+
+def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float, form: SNRForm = "velocity") -> Tensor:
+    """Return the min-SNR weight of each timestep, (B,) (Hang et al., 2023).
+
+    A noise prediction has min(SNR, gamma)/SNR in both forms. A velocity prediction has, by form:
+
+    - "velocity": min(SNR, gamma)/(SNR + 1) (the min-SNR paper; current diffusers). It counts the error of the clean
+      latent alike at all noisy timesteps, so the weight falls to 0 with the SNR.
+    - "published": min(SNR + 1, gamma)/(SNR + 1) (APTP's published code, from an older example of diffusers). The weight
+      is 1 wherever SNR + 1 is below gamma.
+    """
     snr = compute_snr(scheduler, timesteps)  # (B,)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    return errors * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+    if scheduler.config.prediction_type != "v_prediction":
+        return snr.clamp(max=gamma) / snr
+    limited = snr if form == "velocity" else snr + 1
+    return limited.clamp(max=gamma) / (snr + 1)
 
 
 @contextmanager

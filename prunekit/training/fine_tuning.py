@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.training.diffusion import NoisePlan, attention_kernel, denoising_errors, forward_process
+from prunekit.training.diffusion import (
+    SNR_FORM,
+    SNR_GAMMA,
+    NoisePlan,
+    SNRForm,
+    attention_kernel,
+    denoising_errors,
+    forward_process,
+)
 from prunekit.training.distillation import (
     FEATURE_SCALE,
     FeatureBlocks,
@@ -47,9 +55,8 @@ class FineTuneConfig(TrainerConfig):
         "runs a step's whole batch through one of them, unset: every prompt through its own",
     )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
-    snr_gamma: float | None = Field(
-        None, gt=0, description="min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: none"
-    )
+    snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
+    snr_form: SNRForm = Field("velocity", description=SNR_FORM)
 
 
 @dataclass
@@ -98,7 +105,7 @@ class FineTuningObjective:
         with kernel, block_outputs(student, which) as blocks:
             prediction = student(noisy, timesteps, **conditions).sample
         drawn = (latents, noise, timesteps)
-        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma)
+        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma, self.config.snr_form)
         terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
         if weight:
             kernel = attention_kernel(self.teacher, noisy)

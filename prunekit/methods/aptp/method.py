@@ -7,7 +7,7 @@ from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.gates import Gates
-from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
+from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.transport import assign, expert_potentials
 from prunekit.methods.base import PruneResult, describe_result
@@ -40,11 +40,11 @@ class APTP(SearchMethod):
     def _decide(self, objective: SearchObjective) -> PruneResult:
         config, codes, cost = self.config, objective.codes.values.detach(), objective.cost
         prompts, pairs = objective.data.prompts, objective.pairs
-        router = Router.from_codes(objective.predictor, codes)
+        router = self._router(objective)
         if config.balance:
             router = router.shifted(expert_potentials(router.scores_of(prompts, pairs), config.epsilon))
         counts = torch.bincount(router.route_rows(prompts, pairs), minlength=config.experts)
-        router = router.with_fallback(int(counts.argmax()))
+        router = router.with_fallback(int(counts.argmax())).without((counts == 0).nonzero()[:, 0].tolist())
         scores = objective.relaxation.scores(codes).cpu()
         experts = select_mixture(scores, counts, cost, config.budget, config.align)
         info = describe_result(self, experts, cost)
@@ -54,18 +54,25 @@ class APTP(SearchMethod):
         info["mixture_ratio"] = float((shares * torch.tensor(info["ratio"], dtype=torch.float64)).sum())
         return PruneResult(experts, router, info)
 
+    def _router(self, objective: SearchObjective) -> Router:
+        """Return the router of the trained predictor and codes."""
+        predictor, codes = objective.predictor, objective.codes.values.detach()
+        if self.config.routing == "cosine":
+            return Router.from_codes(predictor, codes)
+        return HardenedRouter.of(predictor, codes, objective.hardening, objective.relaxation)
+
     @torch.no_grad()
     def _assignment(self, objective: SearchObjective) -> dict[str, list[int]]:
         """Return how many of the training prompts, or as many as are enough, each expert gets before balance.
 
         nearest: each prompt takes the code nearest to it. transport: a batch is spread, as in the search (Eq. 5-7).
         """
-        config, codes = self.config, objective.codes.values
+        config = self.config
         counts = {"nearest": torch.zeros(config.experts, dtype=torch.long)}
         counts |= {"transport": torch.zeros(config.experts, dtype=torch.long)}
         order = torch.randperm(len(objective.pairs), generator=generator(config.seed, "assignment"))[:MOST_CLUSTERED]
         for batch in objective.pairs[order].split(config.search.batch_size):
-            scores = cosine_scores(objective.predictor(objective.data.prompts[batch].to(codes.device)), codes)
+            scores = objective.similarities(objective.data.prompts[batch])
             spread = assign(scores, config.epsilon, config.sinkhorn_iterations)
             for name, experts in (("nearest", scores.argmax(dim=1)), ("transport", spread)):
                 counts[name] += torch.bincount(experts.cpu(), minlength=config.experts)

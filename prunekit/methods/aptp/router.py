@@ -1,6 +1,11 @@
-"""Which expert serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22)."""
+"""Which expert serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22).
 
-from collections.abc import Iterator
+The predictor starts as torch's linear layer does; the published code starts it with orthogonal weights and a zero bias.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.errors import UserError
+from prunekit.methods.relaxation import Relaxation
 from prunekit.methods.storage import read_tensors, write_tensors
+from prunekit.units import UnitSpace
 
 FILE_NAME = "router.safetensors"
 _CHUNK = 1 << 22  # products held at once, 32 MB
@@ -33,6 +40,8 @@ def cosine_scores(embeddings: Tensor, codes: Tensor) -> Tensor:
 class Router:
     """Sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
 
+    Experts that no training prompt was routed to (`unused`) were not fine-tuned, so no prompt is sent to them.
+
     The norm of e does not change which expert wins, so the score folds to z.(W^T a/|a|) + b.a/|a|: N vectors of
     length Z and N offsets. They are kept in float64 on the CPU, and a score is a fixed tree of element-wise sums:
     the same prompt gets the same bits whatever else is in its batch, on any machine and number of threads.
@@ -42,10 +51,18 @@ class Router:
         bias: (N,), b.a_i / |a_i|.
         fallback: expert of a prompt without an embedding (z = 0: no known word), e.g. the most used one.
         info: JSON values kept with the router, e.g. the name of the prompt encoder.
+        unused: experts that no prompt is sent to, whatever their score.
 
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, fallback: int = 0, info: dict | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        fallback: int = 0,
+        info: dict | None = None,
+        unused: Sequence[int] = (),
+    ):
         self.weight = weight.detach().to("cpu", torch.float64).contiguous()  # (N, Z)
         self.bias = bias.detach().to("cpu", torch.float64).contiguous()  # (N,)
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1] or 0 in self.weight.shape:
@@ -55,8 +72,9 @@ class Router:
             )
         if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
             raise UserError("a router's weight and bias must be finite; got NaN or infinite entries")
-        self.fallback = self._checked(fallback)
         self.info = dict(info or {})
+        self.unused = self._checked_unused(unused)
+        self.fallback = self._checked(fallback)
 
     @classmethod
     def from_codes(cls, predictor: nn.Linear, codes: Tensor, fallback: int = 0, info: dict | None = None) -> "Router":
@@ -80,7 +98,7 @@ class Router:
     @property
     def num_experts(self) -> int:
         """N."""
-        return len(self.weight)
+        return len(self.bias)
 
     @property
     def embedding_size(self) -> int:
@@ -89,6 +107,8 @@ class Router:
 
     def scores(self, z: Tensor) -> Tensor:
         """(B, N) float64: each prompt's cosine similarity to each code, times |e|, which is common to a row.
+
+        Unused experts have their scores too; `route` passes over them.
 
         Args:
             z: (B, Z) prompt embeddings of any floating type and device.
@@ -102,15 +122,21 @@ class Router:
         z = z.detach().to("cpu", torch.float64)
         if not z.isfinite().all():
             raise UserError("z must be finite; got NaN or infinite entries")
-        parts = [_tree_sum(part[:, None, :] * self.weight) + self.bias for part in self._chunks(z)]
+        parts = [self._similarities(part) + self.bias for part in self._chunks(z)]
         return torch.cat(parts) if parts else z.new_empty(0, self.num_experts)
+
+    def _similarities(self, z: Tensor) -> Tensor:
+        """Return the scores of checked embeddings (B, Z) without the bias, (B, N)."""
+        return _tree_sum(z[:, None, :] * self.weight)
 
     def route(self, z: Tensor) -> Tensor:
         """LongTensor (B,): the expert of each prompt, the lowest index of a tie; `fallback` where z is all zero.
 
-        Args and errors as in `scores`.
+        An unused expert gets no prompt. Args and errors as in `scores`.
         """
-        experts = self.scores(z).argmax(dim=1)
+        scores = self.scores(z)
+        scores[:, list(self.unused)] = -torch.inf
+        experts = scores.argmax(dim=1)
         experts[(z == 0).all(dim=1).cpu()] = self.fallback
         return experts
 
@@ -127,22 +153,41 @@ class Router:
 
     def with_fallback(self, fallback: int) -> "Router":
         """The same router with another expert for prompts without an embedding."""
-        return Router(self.weight, self.bias, fallback, self.info)
+        other = copy(self)
+        other.fallback = self._checked(fallback)
+        return other
 
     def shifted(self, shift: Tensor) -> "Router":
         """The same router with `shift` (N,) added to the experts' scores."""
-        return Router(self.weight, self.bias + shift.to(self.bias), self.fallback, self.info)
+        other = copy(self)
+        other.bias = self.bias + shift.to(self.bias)
+        return other
+
+    def without(self, unused: Sequence[int]) -> "Router":
+        """The same router, which sends no prompt to the experts `unused`; its fallback must be another expert."""
+        other = copy(self)
+        other.unused = self._checked_unused(unused)
+        other.fallback = other._checked(self.fallback)
+        return other
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with JSON in its header; a path that is not a `.safetensors` is a directory."""
-        tensors = {"weight": self.weight, "bias": self.bias}
-        return write_tensors(_file(path), "router", tensors, {"fallback": self.fallback, "info": self.info})
+        unused = {"unused": list(self.unused)} if self.unused else {}  # absent: a file that older versions read
+        metadata = {"fallback": self.fallback, "info": self.info, **unused, **self._form()}
+        return write_tensors(_file(path), "router", self._tensors(), metadata)
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Router":
+    @staticmethod
+    def load(path: str | Path) -> "Router":
         """Read what `save` wrote; a ValueError for a file that is something else."""
         tensors, metadata = read_tensors(_file(path), "router")
-        return cls(**tensors, **metadata)
+        return (HardenedRouter if "codes" in tensors else Router)(**tensors, **metadata)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "bias": self.bias}
+
+    def _form(self) -> dict[str, Any]:
+        """Return what the file's metadata holds beside what every router has."""
+        return {}
 
     def _chunks(self, z: Tensor) -> Iterator[Tensor]:
         size = max(1, _CHUNK // self.weight.numel())
@@ -151,7 +196,120 @@ class Router:
     def _checked(self, fallback: int) -> int:
         if not 0 <= fallback < self.num_experts:
             raise UserError(f"fallback must be one of the experts 0..{self.num_experts - 1}; got {fallback}")
+        if fallback in self.unused:
+            raise UserError(f"fallback={fallback}: this expert is unused; give one that prompts are sent to")
         return int(fallback)
+
+    def _checked_unused(self, unused: Sequence[int]) -> tuple[int, ...]:
+        experts = tuple(sorted({int(expert) for expert in unused}))
+        if not set(experts) < set(range(self.num_experts)):
+            raise UserError(
+                f"unused={list(experts)}: some of the experts 0..{self.num_experts - 1}, but not all of them"
+            )
+        return experts
+
+
+class HardenedRouter(Router):
+    """Sends a prompt to the expert whose hardened gates are nearest to the prompt's own, as in the published code.
+
+    A prompt's logits e(z) and the codes become gates at 0 or 1 (`Hardening`), and the score is the cosine similarity of
+    the two. The published code adds Gumbel noise that depends on a prompt's place in its batch; here there is none. The
+    score does not fold to N vectors, so the predictor is kept whole. A fixed order of additions in float64, as in
+    `Router`, gives the same prompt the same bits in every batch.
+
+    Args:
+        weight: (D, Z), the predictor's. offset: (D,), its bias.
+        bias: (N,), added to the scores.
+        codes: (N, D), the experts' hardened gates of length 1.
+        over: (W, L) and sizes: (D,), of the `Hardening`.
+        relaxation: the `Relaxation`'s settings by name.
+        fallback, info, unused: as in `Router`.
+
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        offset: Tensor,
+        codes: Tensor,
+        over: Tensor,
+        sizes: Tensor,
+        relaxation: dict[str, Any],
+        fallback: int = 0,
+        info: dict | None = None,
+        unused: Sequence[int] = (),
+    ):
+        self.predictor = Router(weight, offset)  # its scores are the logits e(z), (B, D)
+        super().__init__(codes, bias, fallback, info, unused)
+        self.hardening = Hardening(over.cpu(), sizes.cpu())
+        self.relaxation = Relaxation(**relaxation)
+
+    @classmethod
+    def of(
+        cls, predictor: nn.Linear, codes: Tensor, hardening: "Hardening", relaxation: Relaxation
+    ) -> "HardenedRouter":
+        """Return the router of a predictor (Z -> D) and codes a (N, D)."""
+        hardening = Hardening(hardening.over.cpu(), hardening.sizes.cpu())
+        hardened = F.normalize(hardening.of_logits(codes.detach().to("cpu", torch.float64), relaxation), dim=1)
+        bias = hardened.new_zeros(len(hardened))
+        own = (hardened, hardening.over, hardening.sizes, asdict(relaxation))
+        return cls(predictor.weight, bias, predictor.bias, *own)
+
+    @property
+    def embedding_size(self) -> int:
+        """Z, the width of a prompt's embedding."""
+        return self.predictor.embedding_size
+
+    def _similarities(self, z: Tensor) -> Tensor:
+        gates = self.hardening.of_logits(self.predictor.scores(z), self.relaxation)  # (B, D)
+        length = _tree_sum(gates.square())[:, None].sqrt().clamp_min(1e-12)
+        return super()._similarities(gates / length)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = {"weight": self.predictor.weight, "bias": self.bias, "offset": self.predictor.bias, "codes": self.weight}
+        return own | {"over": self.hardening.over, "sizes": self.hardening.sizes}
+
+    def _form(self) -> dict[str, Any]:
+        return {"relaxation": asdict(self.relaxation)}
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """Gates at 0 or 1, 0 under a removed layer, each group weighted by 1/sqrt(its width): what APTP's code compares.
+
+    The published code can also weight units by their MACs; its configuration for COCO does not.
+
+    Args:
+        over: (W, L), the whole layers that each width unit lies under, filled up with the index after the last layer.
+        sizes: (D,), how many units the group of each unit has.
+
+    """
+
+    over: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, space: UnitSpace, device: torch.device | str = "cpu") -> "Hardening":
+        """Return the hardening of a space's gates."""
+        over = [space.depth_units_over(group.path, group.kind) for group in space.width_groups]
+        none, longest = space.num_depth, max(map(len, over), default=0)  # the layer that always stays fills the rows
+        padded = [[*units, *[none] * (longest - len(units))] for units in over]
+        widths = [group.size for group in space.width_groups]
+        rows = [row for row, size in zip(padded, widths, strict=True) for _ in range(size)]
+        sizes = torch.tensor([group.size for group in space.groups for _ in range(group.size)], device=device)
+        return cls(torch.tensor(rows, dtype=torch.long, device=device).view(len(rows), longest), sizes)
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        """Return the hardened and weighted gates of soft ones (N, D)."""
+        kept = (gates >= 0.5).to(gates)
+        widths, depths = kept.split([len(self.over), kept.shape[1] - len(self.over)], dim=1)
+        stay = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)[:, self.over].prod(dim=2)  # (N, W)
+        return torch.cat([widths * stay, depths], dim=1) / self.sizes.to(gates).sqrt()
+
+    def of_logits(self, logits: Tensor, relaxation: Relaxation) -> Tensor:
+        """Return the hardened gates of logits (N, D) without noise; a gate is open from logit + offset = 0 on."""
+        return self((relaxation.scores(logits) + relaxation.offset >= 0).to(logits))
 
 
 def _tree_sum(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ then runs micro-batches under per-sample gates with weights 1/(N B_i), where B_i
 global batch; so accumulation and processes change nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,43 +25,58 @@ from prunekit.methods.aptp.losses import (
     maximum_loss,
     spread_loss,
 )
-from prunekit.methods.aptp.router import ArchitecturePredictor, cosine_scores
+from prunekit.methods.aptp.router import ArchitecturePredictor, Hardening, cosine_scores
 from prunekit.methods.aptp.transport import assign
-from prunekit.methods.search import Codes, GateSearchObjective, SearchBatch, SearchSettings
+from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.randomness import generator
+from prunekit.training.trainer import TrainerConfig
 
 MOST_CLUSTERED = 16_384  # prompts whose embeddings the codes are placed among
 
 
 PAPER = {  # preset="paper": the paper, and where it is silent its published code
     "temperature": 0.4,
-    "offset": 3.0,
+    "offset": 3.0,  # published code
     "noise": "gumbel",
-    "depth_gates": "cumulative",
+    "depth_gates": "independent",  # Eq. 9
     "feature_blocks": "all",
-    "feature_scale": "mean",
+    "feature_scale": "sum",  # Eq. 28
     "distillation_weight": 0.2,
     "resource_weight": 2.0,
-    "snr_gamma": 5.0,
+    "snr_gamma": 5.0,  # published code
+    "snr_form": "published",
     "epsilon": 0.05,
     "sinkhorn_iterations": 3,
     "contrastive_temperature": 0.03,
     "contrastive_weight": 100.0,
     "transport": True,
-    "similarity": "hardened",
-    "codes": "random",
-    "spread_weight": 0.1,
-    "maximum_weight": 0.1,
+    "similarity": "cosine",  # Eq. 5, on the logits
+    "routing": "cosine",  # Eq. 22
+    "codes": "random",  # published code
+    "spread_weight": 0.0,  # Eq. 15 has neither
+    "maximum_weight": 0.0,
     "balance": False,
     "warmup": 500,
 }
+PUBLISHED_CODE = PAPER | {  # preset="published_code": where the published code differs from the paper, the code
+    "depth_gates": "cumulative",
+    "feature_scale": "mean",
+    "similarity": "hardened",
+    "routing": "hardened",
+    "spread_weight": 0.1,
+    "maximum_weight": 0.1,
+}
+PRESETS = {"paper": PAPER, "published_code": PUBLISHED_CODE}
+PRESET_SEARCH = {"weight_decay": 0.0, "max_grad_norm": None}  # of both presets: published code, the paper names neither
 
 
 class APTPConfig(SearchSettings):
     """Settings of APTP; defaults are the paper's where it names one and nothing else measured better (docs/aptp.md)."""
 
-    preset: Literal["default", "paper"] = Field(
-        "default", description="where settings that are not given come from: what measured best, or the paper"
+    preset: Literal["default", "paper", "published_code"] = Field(
+        "default",
+        description="source of the settings that are not given. default: what measured best; paper: the paper, and its "
+        "published code where the paper is silent; published_code: the code, also where it differs from the paper",
     )
 
     experts: int = Field(8, gt=0, description="N, the number of experts")
@@ -74,8 +90,14 @@ class APTPConfig(SearchSettings):
     )
     similarity: Literal["cosine", "hardened"] = Field(
         "cosine",
-        description="what transport goes by in training: cosine of e and a (Eq. 5); hardened: of their gates at 0 or "
-        "1, weighted by 1/sqrt(width), as in the published code. Inference takes Eq. 22 either way",
+        description="similarity that assigns prompts to codes in training. cosine: of e and a (Eq. 5); hardened: of "
+        "their gates at 0 or 1, weighted by 1/sqrt(width), as in the published code",
+    )
+    routing: Literal["cosine", "hardened"] = Field(
+        "cosine",
+        description="similarity that routes prompts at inference. cosine: of e and a (Eq. 22); hardened: of "
+        "their gates at 0 or 1, as in the published code, without its noise. With similarity=hardened and "
+        "routing=cosine one expert may take every prompt (docs/aptp.md)",
     )
     codes: Literal["random", "kmeans"] = Field(
         "random", description="where codes start: at random (orthogonal), or at the centres of the predicted embeddings"
@@ -96,7 +118,14 @@ class APTPConfig(SearchSettings):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, data: Any) -> Any:
-        return {**PAPER, **data} if isinstance(data, dict) and data.get("preset") == "paper" else data
+        if not isinstance(data, dict) or data.get("preset") not in PRESETS:
+            return data
+        search = data.get("search") or SEARCH
+        if isinstance(search, TrainerConfig):
+            search = search.model_dump(exclude_unset=True)
+        if isinstance(search, Mapping):
+            data = {**data, "search": {**PRESET_SEARCH, **search}}
+        return {**PRESETS[data["preset"]], **data}
 
     @model_validator(mode="after")
     def _codes_train(self) -> "APTPConfig":
@@ -135,14 +164,7 @@ class SearchObjective(GateSearchObjective):
     ):
         super().__init__(unet, gates, cost, scheduler, data, config, device)
         self.predictor, self.codes = predictor.to(device), codes.to(device)
-        space = cost.space
-        over = [space.depth_units_over(group.path, group.kind) for group in space.width_groups]
-        none, longest = space.num_depth, max(map(len, over), default=0)  # the layer that always stays fills the rows
-        padded = [[*units, *[none] * (longest - len(units))] for units in over]
-        widths = [group.size for group in space.width_groups]
-        rows = [row for row, size in zip(padded, widths, strict=True) for _ in range(size)]
-        self._over = torch.tensor(rows, dtype=torch.long, device=device)  # (W, most layers over a unit)
-        self._sizes = torch.tensor([group.size for group in space.groups for _ in range(group.size)], device=device)
+        self.hardening = Hardening.of(cost.space, device)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -206,14 +228,15 @@ class SearchObjective(GateSearchObjective):
         if self.config.similarity == "cosine":
             return cosine_scores(embeddings, self.codes.values)
         gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
-        return cosine_scores(*(self._hardened(own) for own in gates))
+        return cosine_scores(*(self.hardening(own) for own in gates))
 
-    def _hardened(self, gates: Tensor) -> Tensor:
-        """Return gates (N, D) at 0 or 1, nothing under a removed layer, each group weighted by 1/sqrt(its width)."""
-        kept = (gates >= 0.5).to(gates)
-        widths, depths = kept.split([self.cost.space.num_width, self.cost.space.num_depth], dim=1)
-        stay = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)[:, self._over].prod(dim=2)  # (N, W)
-        return torch.cat([widths * stay, depths], dim=1) / self._sizes.to(gates).sqrt()
+    @torch.no_grad()
+    def similarities(self, prompts: Tensor) -> Tensor:
+        """Return how well prompts (B, Z) fit the codes, (B, N), by the training's similarity without its noise."""
+        vectors = self.predictor(prompts.to(self.device)), self.codes.values
+        if self.config.similarity == "cosine":
+            return cosine_scores(*vectors)
+        return cosine_scores(*(self.hardening.of_logits(own, self.relaxation) for own in vectors))
 
     def _embeddings(self, batch: SearchBatch) -> Tensor:
         """Return e (B, D) of the whole batch (Eq. 4)."""
