@@ -10,6 +10,7 @@ which names the backbone's folder, and loading slices it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -20,11 +21,14 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.model_loading_utils import load_state_dict
 
 from prunekit.errors import UserError
 
+from .attaching import AttachableUNet, blank_copy
 from .units import Architecture, UnitGroup, UnitSpace, attention, depth, discover, feedforward, resnet
 from .units.discovery import match
+from .units.emptied import names_in_files, renamed
 from .units.space import near
 
 __all__ = ["ModelMixin", "PrunedUNet2DConditionModel", "slice_unet"]  # a pipeline's loader looks for ModelMixin here
@@ -35,7 +39,7 @@ POINTER = "backbone.json"  # of a member: where its weights are
 _WIDTH_KINDS = {"resnet": resnet, "attention": attention, "feedforward": feedforward}
 
 
-class PrunedUNet2DConditionModel(UNet2DConditionModel):
+class PrunedUNet2DConditionModel(AttachableUNet):
     """A UNet2DConditionModel without the units that an Architecture removed; built from its config alone.
 
     pruning: None, or {format: 1, kept, removed} as described in this module; ValueError where it does not fit.
@@ -60,6 +64,38 @@ class PrunedUNet2DConditionModel(UNet2DConditionModel):
         if backbone is None:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         return slice_member(super().from_pretrained(backbone, **options), pretrained_model_name_or_path)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: Any,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        resolved_model_file: list,
+        pretrained_model_name_or_path: str | Path,
+        loaded_keys: list[str],
+        **options,
+    ) -> Any:
+        """As the stock method; tensors of the files get the names that they have in memory."""
+        names = {in_file: own for own, in_file in names_in_files(model).items()}
+        if names and state_dict is not None:
+            state_dict = renamed(state_dict, names)
+        elif names:  # several files
+            no_map = options.get("disable_mmap", False)
+            resolved_model_file = [
+                renamed(load_state_dict(path, disable_mmap=no_map), names) for path in resolved_model_file
+            ]
+        keys = [names.get(key, key) for key in loaded_keys]
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, keys, **options
+        )
+
+    @functools.wraps(UNet2DConditionModel.save_pretrained)  # pipelines read the options from the signature
+    def save_pretrained(self, *arguments, **options):  # noqa: D102
+        handle = self.register_state_dict_post_hook(_name_as_in_files)
+        try:
+            super().save_pretrained(*arguments, **options)
+        finally:
+            handle.remove()
 
     def set_attention_slice(self, slice_size: str | int | list[int] = "auto") -> None:
         """As the stock method; "auto" halves every attention's own heads, and leaves one where there is one."""
@@ -108,13 +144,6 @@ def slice_unet(unet: UNet2DConditionModel, architecture: Architecture) -> Pruned
     return pruned
 
 
-def blank_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A UNet of the dense config, without weights: on the meta device."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
-    with torch.device("meta"):
-        return UNet2DConditionModel(**config)
-
-
 def save_member(unet: UNet2DConditionModel, architecture: Architecture, folder: Path, backbone: Path) -> None:
     """Write a folder that loads as the UNet sliced to the Architecture, and takes its weights from another's.
 
@@ -146,6 +175,13 @@ def slice_member(unet: UNet2DConditionModel, folder: str | Path) -> PrunedUNet2D
     """A backbone sliced to the Architecture of a member's folder."""
     pruning = PrunedUNet2DConditionModel.load_config(folder)["pruning"]
     return slice_unet(unet, read_pruning(pruning, discover(unet, depth="blocks")))
+
+
+def _name_as_in_files(unet: torch.nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+    """Give a state dict's tensors, in place and in their order, the names that they have in files."""
+    items = renamed(state, names_in_files(unet))
+    state.clear()
+    state.update(items)
 
 
 def _pairs(pruned: UNet2DConditionModel, unet: UNet2DConditionModel):

@@ -13,6 +13,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
         "units",
         "cost",
         "gates",
+        "attaching",
         "slicing",
         "stock",
         "models",
@@ -32,7 +33,8 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
 WITHIN = {  # what may be imported within a layer
     "cost": {"units"},
     "gates": {"units"},
-    "slicing": {"units"},
+    "attaching": {"units"},
+    "slicing": {"units", "attaching"},
     "stock": {"units", "slicing"},
     "models": {"units", "slicing"},
     "crosscheck": {"units", "cost"},

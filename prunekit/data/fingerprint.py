@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.data.digests import Digests
 from prunekit.data.pictures import Pictures
+from prunekit.units.emptied import state_in_files
 
 
 class Fingerprint:
@@ -30,8 +31,8 @@ class Fingerprint:
         return self
 
     def add_module(self, module: nn.Module) -> "Fingerprint":
-        """Add a module's state: names, and values as float32."""
-        for name, value in sorted(module.state_dict().items()):
+        """Add a module's state: names as in files, and values as float32."""
+        for name, value in sorted(state_in_files(module).items()):
             self._digest.update(name.encode())
             self.add_tensor(value.float())
         return self

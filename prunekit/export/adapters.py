@@ -9,17 +9,13 @@ it silently.
 from __future__ import annotations
 
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
-from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
-from torch import nn
 
+from prunekit.attaching import cut_processors
 from prunekit.errors import UserError
-from prunekit.slicing import PrunedUNet2DConditionModel, read_pruning
-from prunekit.units import discover
-from prunekit.units.cutting import keep_out, units_to_channels
+from prunekit.slicing import PrunedUNet2DConditionModel
 from prunekit.units.depth import BYPASSED
 
 Place = tuple[int, int]  # channels, and how many times smaller than the latent
-_IP = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
 
 
 def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) -> None:
@@ -59,35 +55,9 @@ def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> 
             "this IP-Adapter does not fit: a UNet in its stock form does not say what was cut, and its layers are "
             "renumbered; use tier class"
         )
-    space = discover(dense, "blocks")
-    pruning = unet.config.get("pruning")
-    architecture = space.full() if pruning is None else read_pruning(pruning, space)
-    own = unet.attn_processors
-    for name, processor in dense.attn_processors.items():
-        if name in own:
-            path = name.removesuffix(".processor")
-            group = space.group(f"attention:{path}")
-            kept = architecture.kept(group.name)
-            own[name] = (
-                _cut(processor, units_to_channels(kept, group.channels))
-                if isinstance(processor, _IP)
-                else (type(processor)())
-            )
-    unet.set_attn_processor(own)
+    unet.set_attn_processor(cut_processors(dense.attn_processors, unet))
     unet.encoder_hid_proj = dense.encoder_hid_proj
     unet.config.encoder_hid_dim_type = "ip_image_proj"
-
-
-def _cut(processor: IPAdapterAttnProcessor, channels: list[int]) -> IPAdapterAttnProcessor:
-    """Return a copy of an IP-Adapter's processor with these channels of its keys and values."""
-    cut = type(processor)(len(channels), processor.cross_attention_dim, processor.num_tokens, processor.scale)
-    for ours, theirs in ((cut.to_k_ip, processor.to_k_ip), (cut.to_v_ip, processor.to_v_ip)):
-        for layer, source in zip(ours, theirs, strict=True):
-            whole = nn.Linear(source.in_features, source.out_features, bias=False, device=source.weight.device)
-            whole.weight = nn.Parameter(source.weight.detach().clone(), source.weight.requires_grad)
-            keep_out(whole, channels)
-            layer.weight = whole.weight
-    return cut
 
 
 def _skips(model: UNet2DConditionModel | ControlNetModel) -> tuple[list[Place], Place]:

@@ -19,6 +19,7 @@ from prunekit.export.inputs import Called, example_inputs, latent_size
 from prunekit.export.specification import FORMAT, KEY, weights_hash
 from prunekit.export.tiers import architecture_of
 from prunekit.training.checkpoint import write_json
+from prunekit.units.emptied import state_in_files
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 SPECIFICATION = "specification.json"
@@ -71,7 +72,7 @@ def save_graph(
         "format": FORMAT,
         "tier": tier,
         "architecture": architecture_of(unet),
-        "weights": weights_hash(unet.state_dict()),
+        "weights": weights_hash(state_in_files(unet)),
         "inputs": {name: ["batch" if batch is None else batch, *value.shape[1:]] for name, value in arguments.items()},
     }
     write_json(folder / SPECIFICATION, {KEY: content})

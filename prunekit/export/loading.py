@@ -22,6 +22,7 @@ from prunekit.export.specification import (
 from prunekit.models.names import read_object
 from prunekit.models.shapes import unet_from_config
 from prunekit.slicing import PrunedUNet2DConditionModel, backbone_of, slice_member
+from prunekit.units.emptied import state_in_files
 
 
 def load_unet(
@@ -74,7 +75,7 @@ def _check_specification(folder: Path, config: Mapping[str, Any], specification:
 
 def check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError that names the first difference between a UNet's tensors and the files'."""
-    expected = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in state_in_files(unet).items()}
     faults = [f"they lack {name}" for name in expected if name not in shapes]
     faults += [f"they have {name}, which the UNet has not" for name in shapes if name not in expected]
     faults += [

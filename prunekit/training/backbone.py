@@ -16,6 +16,7 @@ from prunekit.slicing import blank_copy, slice_unet
 from prunekit.training.diffusion import NoisePlan
 from prunekit.training.fine_tuning import FineTuningObjective
 from prunekit.units import Architecture
+from prunekit.units.emptied import names_in_files
 
 Kept = tuple[Tensor | None, ...]  # what a slice keeps of a weight along its first axes; None: all
 
@@ -35,12 +36,13 @@ class Member:
         self.backbone = backbone
         self.kept = kept_entries(backbone, architecture)
         self.unet = slice_unet(blank_copy(backbone), architecture)
+        self.dense_names = names_in_files(self.unet)  # of the weights for which the backbone has another name
 
     def take(self) -> UNet2DConditionModel:
         """Return the UNet with the backbone's weights of now, through which gradients reach them."""
         weights = dict(self.backbone.named_parameters())
         for name, kept in self.kept.items():
-            weight = weights[name]
+            weight = weights[self.dense_names.get(name, name)]
             for axis, indices in enumerate(kept):
                 weight = weight if indices is None else weight.index_select(axis, indices)
             path, _, own = name.rpartition(".")
@@ -65,9 +67,11 @@ def kept_entries(unet: UNet2DConditionModel, architecture: Architecture) -> dict
             for name, shape in shapes.items()
         }
         marked.load_state_dict(positions, assign=True)
-        for name, own in slice_unet(marked, architecture).named_parameters():
+        sliced = slice_unet(marked, architecture)
+        dense_names = names_in_files(sliced)
+        for name, own in sliced.named_parameters():
             kept = own.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < own.ndim else None
-            whole = kept is None or len(kept) == shapes[name][axis]
+            whole = kept is None or len(kept) == shapes[dense_names.get(name, name)][axis]
             found.setdefault(name, []).append(None if whole else kept.long().to(unet.device))
     return {name: tuple(kept) for name, kept in found.items()}
 

@@ -9,22 +9,25 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from .counting import ConvLinear, LayerCost
-from .cutting import BiasOnly, keep_in, keep_out, units_to_channels
+from .cutting import keep_in, keep_out, units_to_channels
+from .emptied import Emptied, spread
 from .space import UnitGroup
 
 NORM_OF = {"attn1": "norm1", "attn2": "norm2"}  # the LayerNorm that only feeds this attention
 
 
-class EmptiedAttention(nn.Module):
-    """An attention without a head: the bias of its output projection."""
+class EmptiedAttention(Emptied):
+    """An attention without a head: the bias of its output projection, and the dropout after it."""
+
+    output = "to_out.0"
 
     def __init__(self, attention: Attention):
-        super().__init__()
-        self.to_out = nn.ModuleList([BiasOnly(attention.to_out[0]), attention.to_out[1]])
+        super().__init__(attention)
+        self.dropout = attention.to_out[1]
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """(B, q, C) -> (B, q, C), the bias everywhere; text and masks have nothing left to act on."""
-        return self.to_out[1](self.to_out[0](hidden_states))
+        return self.dropout(spread(self.bias, hidden_states))
 
 
 def group(path: str, module: nn.Module) -> UnitGroup | None:
@@ -42,7 +45,7 @@ def gated_layer(module: Attention) -> nn.Module:
 def cost(module: nn.Module, norm: nn.Module, counter: ConvLinear, positions: int) -> LayerCost:
     """What an attention costs on `positions` image tokens, with the LayerNorm that feeds it."""
     if isinstance(module, EmptiedAttention):
-        return LayerCost(always=module.to_out[0].bias.numel() if counter.output_bias_stays else 0)
+        return LayerCost(always=counter.emptied(module.bias))
     keys = counter.text_length if module.is_cross_attention else positions
     out, out_bias = counter.linear(module.to_out[0], positions)
     through = (

@@ -44,6 +44,10 @@ class ConvLinear:
         """Of QKᵀ and AV of `heads` heads of `inner` channels together."""
         return 0
 
+    def emptied(self, bias: nn.Parameter | None) -> int:
+        """Of the output bias that an emptied layer still adds."""
+        return bias.numel() if self.output_bias_stays and bias is not None else 0
+
 
 class Exact(ConvLinear):
     """ConvLinear and the products QKᵀ and AV of every attention: torch's FlopCounterMode / 2."""

@@ -9,21 +9,6 @@ import torch_pruning as tp
 from torch import nn
 
 
-class BiasOnly(nn.Module):
-    """What is left of a convolution or linear layer whose input is gone: its output bias, under the same key."""
-
-    def __init__(self, layer: nn.Conv2d | nn.Linear):
-        super().__init__()
-        out = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-        self.bias = layer.bias
-        self.out = out
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, q, C) -> (B, q, out), the bias everywhere; a sum, as a bare view of a leaf upsets module trackers."""
-        bias = hidden_states.new_zeros(1) if self.bias is None else hidden_states.new_zeros(1) + self.bias
-        return bias.expand(*hidden_states.shape[:-1], self.out)
-
-
 def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
     """The channel indices of the kept units, each `channels` wide."""
     return [unit * channels + offset for unit in kept for offset in range(channels)]

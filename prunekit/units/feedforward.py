@@ -9,22 +9,21 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 
 from .counting import ConvLinear, LayerCost
-from .cutting import BiasOnly, keep_in, keep_out, units_to_channels
+from .cutting import keep_in, keep_out, units_to_channels
+from .emptied import Emptied, spread
 from .space import UnitGroup
 
 MOST_GROUPS = 32
 
 
-class EmptiedFeedForward(nn.Module):
+class EmptiedFeedForward(Emptied):
     """A feed-forward without an inner channel: the bias of its last linear layer."""
 
-    def __init__(self, feedforward: FeedForward):
-        super().__init__()
-        self.net = nn.ModuleList([nn.Identity(), nn.Identity(), BiasOnly(feedforward.net[2])])
+    output = "net.2"
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """(B, q, C) -> (B, q, C), the bias everywhere."""
-        return self.net[2](hidden_states)
+        return spread(self.bias, hidden_states)
 
 
 def group(path: str, module: nn.Module, num_groups: int | None = None) -> UnitGroup | None:
@@ -49,7 +48,7 @@ def gated_layer(module: FeedForward) -> nn.Module:
 def cost(module: nn.Module, norm: nn.Module, counter: ConvLinear, positions: int, num_groups: int | None) -> LayerCost:
     """What a feed-forward costs on `positions` image tokens, with the LayerNorm that feeds it."""
     if isinstance(module, EmptiedFeedForward):
-        return LayerCost(always=module.net[2].bias.numel() if counter.output_bias_stays else 0)
+        return LayerCost(always=counter.emptied(module.bias))
     out, out_bias = counter.linear(module.net[2], positions)
     through = sum(counter.linear(module.net[0].proj, positions)) + out
     units = group("", module, num_groups).size

@@ -9,26 +9,28 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from .counting import ConvLinear, LayerCost
-from .cutting import BiasOnly, keep_groups, keep_in, keep_out, units_to_channels
+from .cutting import keep_groups, keep_in, keep_out, units_to_channels
+from .emptied import Emptied
 from .space import UnitGroup
 
 
-class EmptiedResnet(nn.Module):
+class EmptiedResnet(Emptied):
     """A ResBlock without a hidden channel: the shortcut plus `conv2`'s bias."""
 
+    output = "conv2"
+
     def __init__(self, resnet: ResnetBlock2D):
-        super().__init__()
+        super().__init__(resnet)
         self.in_channels = resnet.in_channels
         self.out_channels = resnet.out_channels
         self.output_scale_factor = resnet.output_scale_factor
-        self.conv2 = BiasOnly(resnet.conv2)
         self.conv_shortcut = resnet.conv_shortcut
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         """(B, in_channels, h, w) -> (B, out_channels, h, w); the time embedding has nothing left to act on."""
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        return (input_tensor + self.conv2.bias[:, None, None]) / self.output_scale_factor
+        return (input_tensor + self.bias[:, None, None]) / self.output_scale_factor
 
 
 def group(path: str, module: nn.Module) -> UnitGroup | None:
@@ -48,8 +50,7 @@ def cost(module: nn.Module, counter: ConvLinear, positions: int) -> LayerCost:
     """What a ResBlock costs at `positions` = h·w."""
     shortcut = 0 if module.conv_shortcut is None else sum(counter.conv(module.conv_shortcut, positions))
     if isinstance(module, EmptiedResnet):
-        stays = counter.output_bias_stays and module.conv2.bias is not None
-        return LayerCost(always=shortcut + (module.conv2.bias.numel() if stays else 0))
+        return LayerCost(always=shortcut + counter.emptied(module.bias))
     conv2, conv2_bias = counter.conv(module.conv2, positions)
     kept_channels = module.norm2.num_channels
     through = (

@@ -1,0 +1,194 @@
+"""What attaches to a pruned UNet by layer names: PEFT adapters such as LoRA, attention processors, IP-Adapters.
+
+They attach to the layers that are left. A name of a removed layer is an error that names the layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
+from diffusers.models.model_loading_utils import load_state_dict
+from torch import nn
+
+from prunekit.errors import UserError
+
+from .units.cutting import units_to_channels
+from .units.depth import BYPASSED
+from .units.emptied import Emptied
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what `save_lora_adapter` writes
+_IP = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
+
+
+class AttachableUNet(UNet2DConditionModel):
+    """A UNet that may lack layers of its config, with checks of what is attached by layer names."""
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As the stock method; UserError for target_modules that names a removed layer, or only removed layers."""
+        targets = getattr(adapter_config, "target_modules", None) or ()
+        for target in () if isinstance(targets, str) else sorted(targets):
+            if (layer := removed_layer(self, target)) is not None:
+                raise UserError(
+                    f"target_modules names {target!r}, but {layer} was removed from this UNet. Take the name out of "
+                    "target_modules."
+                )
+        if targets and not _matching(self, targets) and (gone := _matching(blank_copy(self), targets)):
+            raise UserError(
+                f"target_modules={targets!r} matches no layer of this UNet. All {len(gone)} layers that it matches in "
+                f"the dense UNet were removed: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)}. Name layers that are "
+                "left."
+            )
+        super().add_adapter(adapter_config, adapter_name)
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, torch.Tensor],
+        prefix: str | None = "transformer",
+        *arguments,
+        **options,
+    ) -> None:
+        """As the stock method; UserError for weights of a removed layer, except in files that are on the Hub."""
+        start = "" if prefix is None else f"{prefix}."
+        for name in _names(pretrained_model_name_or_path_or_dict, options.get("weight_name")):
+            layer = removed_layer(self, name.removeprefix(start)) if name.startswith(start) else None
+            if layer is not None:
+                raise UserError(
+                    f"this LoRA has weights for {layer}, which was removed from this UNet. Cut a LoRA of the dense "
+                    "UNet with prunekit.export.slice_lora first."
+                )
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, *arguments, **options)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """As the stock method; UserError for a processor of a removed layer."""
+        for name in processor if isinstance(processor, dict) else ():
+            if (layer := removed_layer(self, name)) is not None:
+                raise UserError(
+                    f"the processors include {name!r}, but {layer} was removed from this UNet. Give one processor for "
+                    "each name in unet.attn_processors."
+                )
+        super().set_attn_processor(processor)
+
+    def _convert_ip_adapter_attn_to_diffusers(self, state_dicts: list[dict], **options) -> dict[str, Any]:
+        """As the stock method; an IP-Adapter of the dense UNet is cut as this UNet was."""
+        dense = blank_copy(self)
+        forms = [{**state, "ip_adapter": _dense_form(state["ip_adapter"], self, dense)} for state in state_dicts]
+        made = UNet2DConditionModel._convert_ip_adapter_attn_to_diffusers(dense, forms, **options)
+        own = self.attn_processors  # self-attentions keep theirs
+        return cut_processors({**own, **{name: new for name, new in made.items() if isinstance(new, _IP)}}, self)
+
+    def _load_ip_adapter_loras(self, state_dicts: list[dict]) -> dict[int, dict[str, torch.Tensor]]:
+        """As the stock method; the LoRA that some IP-Adapters hold is numbered by the dense UNet's attentions."""
+        return UNet2DConditionModel._load_ip_adapter_loras(blank_copy(self), state_dicts)
+
+
+def removed_layer(unet: nn.Module, name: str) -> str | None:
+    """Return the path of the removed layer that contains a module of the dense UNet; None if there is none.
+
+    name: of the module, or of anything in it, such as a parameter.
+    """
+    module, path = unet, []
+    for part in name.split("."):
+        if isinstance(module, BYPASSED) or part not in module._modules:
+            break
+        module = module._modules[part]
+        path.append(part)
+    return ".".join(path) if isinstance(module, (*BYPASSED, Emptied)) else None
+
+
+def blank_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A UNet of the dense config, without weights: on the meta device."""
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
+    with torch.device("meta"):
+        return UNet2DConditionModel(**config)
+
+
+def cut_processors(processors: Mapping[str, Any], unet: UNet2DConditionModel) -> dict[str, Any]:
+    """Return processors of the dense UNet for a pruned UNet: those of its layers, IP-Adapters with its heads."""
+    cut = {}
+    for name in unet.attn_processors:
+        own = processors[name]
+        if isinstance(own, _IP):
+            path = name.removesuffix(".processor")
+            dense = unet.get_submodule(path).query_dim  # in these UNets the heads are together as wide as the input
+            if own.hidden_size != dense:
+                raise UserError(
+                    f"this IP-Adapter has {own.hidden_size} channels for {path}, which has {dense} in the dense UNet: "
+                    "it was made for another model"
+                )
+            cut[name] = _cut(own, _channels(unet, name))
+        else:
+            cut[name] = type(own)()
+    return cut
+
+
+def _cut(processor: IPAdapterAttnProcessor, channels: list[int]) -> IPAdapterAttnProcessor:
+    """Return a copy of an IP-Adapter's processor with these channels of its keys and values."""
+    cut = type(processor)(len(channels), processor.cross_attention_dim, processor.num_tokens, processor.scale)
+    for ours, theirs in ((cut.to_k_ip, processor.to_k_ip), (cut.to_v_ip, processor.to_v_ip)):
+        for layer, source in zip(ours, theirs, strict=True):
+            layer.weight = nn.Parameter(source.weight.detach()[channels], source.weight.requires_grad)
+    return cut
+
+
+def _channels(unet: UNet2DConditionModel, name: str) -> list[int]:
+    """Return which of an attention's channels in the dense UNet are left, by its processor's name."""
+    path = name.removesuffix(".processor")
+    attention = unet.get_submodule(path)
+    kept = ((unet.config.get("pruning") or {}).get("kept") or {}).get(path, range(attention.heads))
+    return units_to_channels(kept, attention.inner_dim // attention.heads)
+
+
+def _dense_form(weights: Mapping[str, torch.Tensor], unet: UNet2DConditionModel, dense: UNet2DConditionModel) -> dict:
+    """Return an IP-Adapter's keys and values, numbered and sized for the dense UNet.
+
+    weights: by `NUMBER.to_k_ip.weight` and `NUMBER.to_v_ip.weight`, in the order of the cross-attentions of the dense
+        UNet, or of the pruned one, for an IP-Adapter that was trained on it.
+    """
+    of_dense, of_unet = ([n for n in model.attn_processors if n.endswith("attn2.processor")] for model in (dense, unet))
+    numbers = sorted({int(key.partition(".")[0]) for key in weights if "to_k_ip" in key})
+    names = next((names for names in (of_dense, of_unet) if len(names) == len(numbers)), None)
+    if names is None:
+        raise UserError(
+            f"this IP-Adapter has weights for {len(numbers)} cross-attentions; the dense UNet has {len(of_dense)} and "
+            f"this one {len(of_unet)}: it was made for another model"
+        )
+    number_of, form = dict(zip(names, numbers, strict=True)), {}
+    for position, name in enumerate(of_dense):
+        total = dense.get_submodule(name.removesuffix(".processor")).inner_dim
+        for kind in ("to_k_ip", "to_v_ip"):
+            own = weights[f"{number_of[name]}.{kind}.weight"] if name in number_of else None
+            if own is None:  # a removed layer, for which an adapter of this UNet has no weights
+                own = torch.zeros(total, next(iter(weights.values())).shape[1])
+            elif own.shape[0] != total:
+                channels = _channels(unet, name) if name in of_unet else ()
+                if own.shape[0] != len(channels):
+                    raise UserError(
+                        f"this IP-Adapter has {own.shape[0]} channels for {name.removesuffix('.processor')}, which "
+                        f"has {total} in the dense UNet and {len(channels)} in this one: it was made for another model"
+                    )
+                own = own.new_zeros(total, own.shape[1]).index_copy(0, torch.tensor(channels, device=own.device), own)
+            form[f"{2 * position + 1}.{kind}.weight"] = own
+    return form
+
+
+def _matching(unet: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Return the names of the modules that PEFT's target_modules matches: a regular expression, or ends of names."""
+    names = (name for name, _ in unet.named_modules() if name)
+    if isinstance(targets, str):
+        return [name for name in names if re.fullmatch(targets, name)]
+    ends = tuple(f".{target}" for target in targets)
+    return [name for name in names if f".{name}".endswith(ends)]
+
+
+def _names(source: str | Path | Mapping[str, Any], weight_name: str | None) -> Iterable[str]:
+    """Return the names of the tensors in a LoRA: a mapping, a local file, or a local folder; none of other sources."""
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source) if Path(source).is_file() else Path(source, weight_name or LORA_FILE)
+    return load_state_dict(str(path)) if path.is_file() else ()

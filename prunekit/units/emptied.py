@@ -1,0 +1,59 @@
+"""What is left of a layer that lost all its units: the bias of its output layer.
+
+An emptied layer holds the bias itself. It has no module where the dense layer has its output layer, because PEFT and
+attention processors would take such a module for a linear or convolution layer. In files the bias keeps the dense
+UNet's name: `down_blocks.0.resnets.0.bias` in memory is `down_blocks.0.resnets.0.conv2.bias` in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Emptied(nn.Module):
+    """A layer without units; a subclass for each kind names the dense layer's output layer and runs the rest."""
+
+    output = ""  # path of the output layer inside the dense layer
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.register_parameter("bias", layer.get_submodule(self.output).bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """As the stock method; also reads the bias under the name that it has in files."""
+        in_file = f"{prefix}{self.output}.bias"
+        if in_file in state_dict:
+            state_dict[f"{prefix}bias"] = state_dict.pop(in_file)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def spread(bias: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return the bias (C,), or zeros where there is none, at every place of (B, q, C).
+
+    The result is a sum, because a bare view of a leaf upsets module trackers.
+    """
+    zero = hidden_states.new_zeros(1)
+    return (zero if bias is None else zero + bias).expand(hidden_states.shape)
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """Return the names in a file, by the names in memory, of the parameters for which the two differ."""
+    return {
+        f"{path}.bias": f"{path}.{module.output}.bias"
+        for path, module in model.named_modules()
+        if isinstance(module, Emptied) and module.bias is not None
+    }
+
+
+def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return tensors under the names that `names` gives them, in the same order."""
+    return {names.get(name, name): value for name, value in state.items()}
+
+
+def state_in_files(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's state dict under the names in files."""
+    return renamed(model.state_dict(), names_in_files(model))
