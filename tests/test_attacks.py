@@ -160,7 +160,7 @@ def test_arguments_that_were_tracebacks(tmp_path):
 
 def test_a_smoke_runs_page_says_so():
     class Source:
-        chosen, results, log = {}, {}, []
+        chosen, results, log, cells, is_comparison = {}, {}, [], [], False
         recipe = parse_recipe({**RECIPE, "scale": "smoke"}).model_dump()
 
     assert any("figures mean nothing" in line for line in warnings_of(Source()))
