@@ -80,6 +80,7 @@ def test_plan_computes_the_bytes(kept, world, pipeline, tmp_path):
         assert bool(files) == (size > 0)
 
 
+@pytest.mark.long
 def test_writers_and_kills_change_no_byte(world, pipeline, tmp_path):
     """Two processes share the work, one is killed within it; the other's result is that of one that was left alone."""
     encoded(world, tmp_path / "alone", pipeline, shard_size=1)

@@ -20,7 +20,9 @@ STEPS = 2
 FAMILIES = ("sd2", "sd1", "sdxl")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=["sd2", *(pytest.param(name, marks=pytest.mark.long) for name in FAMILIES if name != "sd2")]
+)
 def run(request, tmp_path_factory):
     return write_mixture(tmp_path_factory.mktemp(request.param) / "run", 2, request.param)
 

@@ -44,6 +44,7 @@ def wait_for(folder, pattern, process):
         time.sleep(0.002)
 
 
+@pytest.mark.long
 def test_killed_again_and_again(recipe, straight, tmp_path):
     draw, delivered = random.Random(0), 0
     for _ in range(KILLS):
@@ -61,6 +62,7 @@ def test_killed_again_and_again(recipe, straight, tmp_path):
     assert figures(tmp_path / "run") == figures(straight)
 
 
+@pytest.mark.long
 def test_the_loss_of_one_process_leaves_the_other_at_work(recipe, straight, tmp_path):
     first, second = started(recipe, tmp_path / "run")
     wait_for(tmp_path / "run", "methods/*/experts/*/checkpoints/step-*", second)

@@ -90,6 +90,7 @@ def test_three_processes_share_the_work(run, pictures, tmp_path):
     assert by_prompt(tmp_path / "out", PROMPTS[:64]) == pictures
 
 
+@pytest.mark.long
 def test_of_two_processes_one_is_killed(run, pipeline, pictures, tmp_path):
     folder = tmp_path / "out"
     first, second = (started(run, folder, PROMPTS[:64]) for _ in range(2))

@@ -54,7 +54,7 @@ def assert_equal(stock, pruned):
         assert relative_error(run(stock, size=size), run(pruned, size=size)) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+@pytest.mark.parametrize("shape", [pytest.param("sd1", marks=pytest.mark.long), "sd2"])
 def test_bksdms_family_loads_without_prunekit(shape, tmp_path):
     expected = {}
     members = list(BKSDM().members(UNETS[shape]).items())
