@@ -40,9 +40,8 @@ class AttachableUNet(UNet2DConditionModel):
                 )
         if targets and not _matching(self, targets) and (gone := _matching(blank_copy(self), targets)):
             raise UserError(
-                f"target_modules={targets!r} matches no layer of this UNet. All {len(gone)} layers that it matches in "
-                f"the dense UNet were removed: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)}. Name layers that are "
-                "left."
+                f"target_modules matches no layer of this UNet. All {len(gone)} layers that it matches in the dense "
+                f"UNet were removed: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)}. Name layers that are left."
             )
         super().add_adapter(adapter_config, adapter_name)
 
