@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def test_users_of_many_threads(tmp_path):
     def use():
         for _ in range(20):
             with occupied(tmp_path / "work", inside.append, lambda: left.append(1)):
+                time.sleep(0.002)  # so that uses overlap
                 most.append(len(list((tmp_path / "work" / USERS).glob("*.user"))))
 
     threads = [threading.Thread(target=use) for _ in range(6)]

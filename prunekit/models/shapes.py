@@ -82,9 +82,7 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
     stated = config.get("_class_name", kind.__name__)
     if stated not in (UNet2DConditionModel.__name__, PrunedUNet2DConditionModel.__name__):
         raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
-    for key in LAYERS:
-        if too_many := [count for count in _numbers(config.get(key)) if count > MOST_LAYERS]:
-            raise UserError(f"the UNet of {name} is not supported: {key}={too_many[0]} is above {MOST_LAYERS}")
+    check_layers(config, name)
     try:
         with torch.device("meta"):
             unet = kind.from_config(config)
@@ -94,6 +92,13 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
         ) from error
     check_supported(unet)
     return unet.eval()
+
+
+def check_layers(config: dict[str, Any], name: str | Path) -> None:
+    """Raise UserError for a config with so many layers that building its UNet would not end."""
+    for key in LAYERS:
+        if too_many := [count for count in _numbers(config.get(key)) if count > MOST_LAYERS]:
+            raise UserError(f"the UNet of {name} is not supported: {key}={too_many[0]} is above {MOST_LAYERS}")
 
 
 def _numbers(value: Any) -> list[int]:
