@@ -32,7 +32,7 @@ COMPARE = {**RECIPE, "job": "compare", "prune": {}, "budgets": [{"budget": 0.7}]
         ({**RECIPE, "name": ""}, "plain name"),
         ({**RECIPE, "name": "a\nb"}, "plain name"),
         ({**COMPARE, "methods": {"../../../elsewhere": {"method": "norm"}}}, "plain name"),
-        ({**COMPARE, "budgets": [{"budget": "bksdm:../../x"}]}, "METHOD:VARIANT"),
+        ({**COMPARE, "budgets": [{"budget": "bksdm:../../x"}]}, "bksdm:VARIANT"),
         ({**COMPARE, "methods": {"row": {"method": {"a": 1}}}}, "give a method's name"),
         ({**COMPARE, "budgets": [{"budget": 0.5, "seed": 3}]}, "unknown setting"),
         ({**RECIPE, "job": {"a": 1}}, "allowed: prune"),

@@ -30,7 +30,7 @@ from prunekit.training.checkpoint import read_json, write_json, write_text
 from prunekit.training.claims import Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current
 
-CELLS, TABLE_CSV = "cells", "table.csv"  # of a comparison's directory
+CELLS, WORK, TABLE_CSV = "cells", "work", "table.csv"  # of a comparison's directory
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
@@ -46,7 +46,7 @@ def claim(directory: Path, recipe: CompareRecipe | None = None) -> CompareRecipe
     """
     path = directory / RECIPE
     recorded = load_recorded(path) if path.is_file() else None
-    is_ours = (directory / CELLS).is_dir() or (directory / TABLE_CSV).is_file()
+    is_ours = any((directory / name).exists() for name in (CELLS, WORK, TABLE_CSV))
     if recorded is not None and not isinstance(recorded, CompareRecipe):
         raise RecipeError(f"{directory} holds the run of a recipe with job={recorded.job}; choose another --output")
     refuse_foreign(directory, is_ours or recorded is not None, "comparison")
@@ -84,7 +84,7 @@ class Comparison:
             for number, cell in enumerate(self.cells, start=1)
         ]
         with apart():
-            share(pieces, self.directory / "work" / "locks", wait=False)
+            share(pieces, self.directory / WORK / "locks", wait=False)
 
     def _has(self, cell: Cell) -> bool:
         return self.runner.finished(cell) is not None

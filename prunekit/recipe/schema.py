@@ -126,7 +126,7 @@ class BudgetEntry(Section):
     @classmethod
     def _names_a_member(cls, budget: float | str) -> float | str:
         if isinstance(budget, str) and not MEMBER.fullmatch(budget):
-            raise UserError(f"budget={budget!r}: give a share of the dense MACs, or METHOD:VARIANT such as bksdm:base")
+            raise UserError(f"budget={budget!r}: give a share of the dense MACs, or bksdm:VARIANT such as bksdm:base")
         return budget
 
     @property
