@@ -16,7 +16,9 @@ from prunekit.report import REPORT, write_report
 from prunekit.report.command import finish, report
 from prunekit.report.page import MOST_BYTES, SECTIONS
 from prunekit.report.routing import MOST_POINTS, mapped_rows, prompt_map
+from prunekit.report.source import Source
 from prunekit.report.training import by_training, step_times, thinned
+from prunekit.report.trust import warnings_of
 from prunekit.run import start
 
 WRITES_REPORTS = True
@@ -198,6 +200,25 @@ def test_a_comparison(world, tmp_path):
     text, _ = read(tmp_path / "compared")
     assert "Budget 0.7, equal steps" in text and text.count("<article") == 4 and "random, " in text
     assert len(reasons(text)) == 2 + ("Memory was not" in text), reasons(text)  # no routing, no sensitivity
+
+
+def test_a_collapsed_mixture_is_among_the_warnings(run, tmp_path):
+    shutil.copytree(run, tmp_path / "collapsed")
+    path = tmp_path / "collapsed" / "methods" / "aptp" / "result.json"
+    content = json.loads(path.read_text())
+    content["info"]["prompts_per_expert"] = [9, 0]
+    content["architectures"][1] = content["architectures"][0]
+    path.write_text(json.dumps(content))
+    lines = [
+        "experts 0, 1 of 2 have the same architecture",
+        "expert 1 of 2 gets no training prompts and is not fine-tuned",
+        "expert 0 of 2 gets 100.0 % of the training prompts, so the mixture is nearly one architecture",
+    ]
+    assert {f"aptp: {line}." for line in lines} <= set(warnings_of(Source(tmp_path / "collapsed")))
+    cell = {"cell": {"method": "aptp", "budget": "0.5", "seed": 0, "protocol": "equal_steps"}, "warnings": lines}
+    (tmp_path / "compared" / "cells").mkdir(parents=True)
+    (tmp_path / "compared" / "cells" / "aptp.json").write_text(json.dumps({**cell, "experts": []}))
+    assert warnings_of(Source(tmp_path / "compared"))[:3] == [f"aptp 0.5 seed 0: {line}." for line in lines]
 
 
 def test_no_run_is_one_line(tmp_path):

@@ -1,4 +1,8 @@
-"""Prompt embeddings for the router: the embedded static encoder, or any Sentence Transformer."""
+"""Prompt embeddings for the router: the embedded static encoder, or any Sentence Transformer (Eq. 3 of APTP).
+
+A Sentence Transformer runs whole, so the vectors of all-mpnet-base-v2 have length 1. APTP's published code leaves out
+that last normalization, so its vectors have other lengths; a predictor trained there takes vectors of that scale.
+"""
 
 from pathlib import Path
 

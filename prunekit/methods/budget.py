@@ -4,9 +4,13 @@ Units go in the order of their scores, lowest first, until the cost is at or bel
 unit that still fits is put back, highest score first. All comparisons are between integers: MACs, or nanoseconds where
 the budget is a latency.
 
-A score is the importance of the whole unit, so it is not divided by what the unit costs: the methods whose published
-results we reproduce rank this way (Norm and Taylor globally, APTP by one threshold on its logits, which its resource
-loss has already weighed against MACs). A method that wants importance per MAC divides before it hands over.
+The order is global: units of all layers compete by their scores, so that every method meets the same budget in the
+same way. APTP's Norm row is global too. Diff-Pruning is not: it removes the same share of
+every layer's channels (torch-pruning's MagnitudePruner with its default global_pruning=False), so Taylor-SP here can
+spare the layers that matter, and the published one cannot.
+
+A score is the importance of the whole unit, so it is not divided by what the unit costs. APTP's logits have been
+weighed against MACs by the resource loss. A method that wants importance per MAC divides before it hands over.
 
 A removed layer keeps the bits of what lies under it: they say with which units it would come back. Units under a
 removed layer cost nothing and are not put back by themselves; they become candidates again once the layer is back.

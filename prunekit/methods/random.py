@@ -1,4 +1,8 @@
-"""Random pruning: what any method has to beat."""
+"""Random pruning: what any method has to beat.
+
+Whole layers are removed at random too, where `depth` makes them units; the random baseline of APTP's published code
+keeps all layers, which is `depth: none`.
+"""
 
 from typing import Any
 

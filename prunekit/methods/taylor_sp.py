@@ -4,7 +4,11 @@ Diff-Pruning (Fang, Ma, Wang: Structural Pruning for Diffusion Models, NeurIPS 2
 timestep t, a weight w scores |w · Σ_t ∂L_t/∂w|, where t ascends from 0 until L_t / L_max falls below a threshold,
 0.05 there: the noisiest timesteps, where the loss of a noise prediction and its gradient are small, only blur the sum.
 As in the published implementation the gradients are summed over timesteps before the magnitude is taken, and L_max is
-the largest loss so far; unlike it, the timestep at which the sum stops is left out, as the paper's formula says.
+the largest loss so far. The timestep at which the sum stops is left out, as the paper's formula says. Of the published
+scripts ddpm_exp/prune.py leaves it out too, and ddpm_prune.py includes it.
+
+Units are ranked globally (`budget`), where Diff-Pruning removes the same share of every layer. How APTP's SP row was
+pruned is not known: its script loads a model that is already pruned.
 
 L_t is the model's own loss. For a noise prediction it falls with t by orders of magnitude. For a v-prediction it does
 not: at high t the velocity is nearly minus the clean latents, which no model can tell from noise, so L_t stays near

@@ -1,6 +1,7 @@
 """Which expert serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22).
 
-The predictor starts as torch's linear layer does; the published code starts it with orthogonal weights and a zero bias.
+The predictor starts with the default weights of torch's linear layer; the published code starts with orthogonal ones.
+The paper says nothing, and which start is better is not measured.
 """
 
 from collections.abc import Iterator, Sequence

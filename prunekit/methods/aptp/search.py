@@ -1,8 +1,10 @@
 """The search of APTP: train the architecture predictor and the codes under a budget, the UNet frozen (Eq. 15, 25).
 
 A step looks at its whole global batch once: predicted embeddings, transport, contrastive and resource terms. The UNet
-then runs micro-batches under per-sample gates with weights 1/(N B_i), where B_i counts an expert's samples in the
-global batch; so accumulation and processes change nothing.
+then runs micro-batches under per-sample gates with weights 1/(M B_i), where B_i counts an expert's samples in the
+global batch and M the experts that have any; so accumulation and processes change nothing. Eq. 15 and 25 divide by
+all N experts. An expert without samples has no mean to add, and dividing by N would lower the weight of the denoising
+and distillation terms against the resource and contrastive terms whenever an expert is empty.
 """
 
 from collections.abc import Mapping
@@ -142,7 +144,7 @@ class RoutedBatch(SearchBatch):
 
     embeddings: Tensor  # (B, D) e, with gradient
     assignment: Tensor  # (B,) expert of each sample; during the warm-up its own position
-    weights: Tensor  # (B,) 1/(N B_i); sum to 1
+    weights: Tensor  # (B,) 1/(M B_i), M experts with samples; sum to 1
 
 
 class SearchObjective(GateSearchObjective):

@@ -2,6 +2,9 @@
 
 Every expert gets an equal share of the batch, and every prompt goes where it fits best under that constraint.
 The paper writes Q as (N, B); here prompts come first, Q is (B, N), as everywhere else in this package.
+
+Eq. 5 prints the similarity A^T E. Here it is the cosine of e and a, as in Eq. 22; the published code takes a cosine
+too, of hardened gates. The lengths of e and a change while they are trained, and epsilon would have to follow them.
 """
 
 import math
