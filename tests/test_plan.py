@@ -249,6 +249,7 @@ def test_saved_tensors_are_within_the_rehearsal():
     assert output.requires_grad
 
 
+@pytest.mark.long
 def test_settings_that_save_memory_save_memory(model, tmp_path):
     tuning = {"steps": 4, "batch_size": 64, "learning_rate": 1e-3}
     path = write_recipe(tmp_path / "small.yaml", model, methods={"uniarch": {"search": tuning}}, fine_tune=tuning)

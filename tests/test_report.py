@@ -228,7 +228,7 @@ def test_no_run_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
     said = []
     finish(tmp_path, said.append)
-    assert len(said) == 1 and said[0].startswith("no report (ValueError: ")
+    assert len(said) == 1 and said[0].startswith(f"no report ({tmp_path} is no run")
 
 
 def test_curves():

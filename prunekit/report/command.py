@@ -46,8 +46,9 @@ def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = 
             record(directory, stages)
         say(f"report: {write_report(directory)}")
     except Exception as error:  # the figures are written: no fault of the page may lose a run
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
-        say(f"no report ({type(error).__name__}: {text}); `prunekit report {directory}` tries again")
+        say(f"no report ({kind}{text}); `prunekit report {directory}` tries again")
 
 
 def _measure(source: Source, say: Callable[[str], None]) -> None:
