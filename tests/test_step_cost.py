@@ -93,7 +93,7 @@ def test_hardened_gates_hold_nothing_under_a_removed_layer():
     with pk.gated(unet, space) as gates:
         objective = method._objective(unet, gates, cost, noise_schedule(stub(unet)), encoded_for(unet))
     soft = torch.rand(5, space.size, generator=torch.Generator().manual_seed(0))
-    hardened = objective._hardened(soft)
+    hardened = objective.hardening(soft)
     for found, values in zip(hardened, soft >= 0.5, strict=True):
         for group in space.groups:
             expected = (space.canonical(values) if not group.is_depth else values)[space.slice(group)]
