@@ -123,6 +123,8 @@ def compare(
     overrides, paths = list(overrides), [Path(path) for path in paths]
     cells, timings, missing, published = [], {}, [], []
     recipes = {path: _load(path, overrides) for path in paths if not path.is_dir()}
+    if empty := next((path for path in paths if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
+        raise RecipeError(f"{empty} holds no cells of a comparison")
     folders = [Path(output or (path if path.is_dir() else Path("runs") / recipes[path].name)) for path in paths]
     with ExitStack() as stack:
 
@@ -133,8 +135,6 @@ def compare(
         for path, folder in zip(paths, folders, strict=True):
             if path.is_dir():
                 found = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]
-                if not found:
-                    raise RecipeError(f"{path} holds no cells of a comparison")
                 times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
             else:
                 comparison = Comparison(enter(folder, recipes[path]), folder)
