@@ -1,6 +1,7 @@
 """Input that once did damage: hostile recipes, names, configs and arguments; each is one line, before any work."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import yaml
 from small_model import RECIPE, write_pipeline, write_world
 from test_cli import refused
 
+from prunekit.data.prompt_encoder import PROMPT_ENCODER_DIRECTORY, load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.evaluation.pictures import PictureRow, picture_sheet
 from prunekit.evaluation.table import Column, markdown_cell, markdown_table
@@ -195,3 +197,20 @@ def test_a_plug_ins_own_value_error_is_one_line(monkeypatch):
     with pytest.raises(ValueError, match="x") as error, errors_of_plug_ins(TaylorSP()):
         raise ValueError("x")
     assert not isinstance(error.value, UserError)
+
+
+@pytest.mark.parametrize("kind", ["evil.Evil", "sentence_transformersevil.Evil", 3, None])
+def test_a_strangers_prompt_encoder_runs_no_code(kind, tmp_path, monkeypatch):
+    """Attack 2: sentence-transformers 5 imported the class that modules.json names."""
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "prompt_encoder"
+    shutil.copytree(PROMPT_ENCODER_DIRECTORY, folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([{**modules[0], "type": kind}, *modules[1:]]))
+    with pytest.raises(UserError, match="may run any code"):
+        load_prompt_encoder(folder)
+    assert not (tmp_path / "ran").exists()
+    (folder / "modules.json").write_text('[{"type": ' * 3)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_prompt_encoder(folder)

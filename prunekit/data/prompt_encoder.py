@@ -4,12 +4,14 @@ A Sentence Transformer runs whole, so the vectors of all-mpnet-base-v2 have leng
 that last normalization, so its vectors have other lengths; a predictor trained there takes vectors of that scale.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from prunekit.errors import UserError
+from prunekit.models.names import first_line
 
 PROMPT_ENCODER_DIRECTORY = Path(__file__).parent.parent / "assets" / "prompt_encoder"
 EMBEDDED = "emoji"
@@ -29,12 +31,13 @@ class PromptEncoder:
 
         self.name = str(name)
         path = PROMPT_ENCODER_DIRECTORY if self.name == EMBEDDED else name
+        refuse_foreign_code(Path(path))
         try:
             self.model = SentenceTransformer(str(path), device="cpu" if self.name == EMBEDDED else None)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged folder makes libraries raise almost anything
             raise UserError(
                 f'cannot load the prompt encoder {self.name!r}: use "{EMBEDDED}", a folder, or the name of a Sentence '
-                f"Transformer on the hub ({str(error).splitlines()[0]})"
+                f"Transformer on the hub ({first_line(error)})"
             ) from error
         self.model.float().eval()
         self.static = isinstance(self.model[0], StaticEmbedding)
@@ -57,6 +60,25 @@ class PromptEncoder:
             list(prompts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
         )
         return vectors.float().cpu().clone()
+
+
+def refuse_foreign_code(folder: Path) -> None:
+    """Refuse a Sentence Transformer's folder whose modules are not of sentence_transformers itself.
+
+    The library imports the classes that `modules.json` names, by which a stranger's export could run its own code.
+    Raises UserError, one line, for such a folder and for a `modules.json` that cannot be read.
+    """
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        kinds = [module["type"] for module in modules]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    for kind in kinds:
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise UserError(f"{path} names {kind!r}, which is no module of sentence_transformers and may run any code")
 
 
 def load_prompt_encoder(name: str | Path = EMBEDDED) -> PromptEncoder:
