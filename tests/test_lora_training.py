@@ -3,6 +3,7 @@
 import functools
 import gzip
 import importlib.util
+import inspect
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
@@ -359,6 +360,8 @@ def test_names_in_memory_agree_and_files_have_the_dense_names(shape, tmp_path):
     in_file = load_file(tmp_path / "one" / WEIGHTS)
     assert set(in_file) < set(dense.state_dict()) and set(in_file) == {names.get(own, own) for own in unet.state_dict()}
     assert list(unet.state_dict()) == [name for name, _ in unet.named_parameters()]  # saving left no hook
+    stock = UNet2DConditionModel.save_pretrained  # from whose signature pipelines read what they may pass on
+    assert inspect.signature(type(unet).save_pretrained) == inspect.signature(stock)
     for folder, variant in (("one", None), ("several", "own")):
         for low in (True, False):
             loaded, info = PrunedUNet2DConditionModel.from_pretrained(
