@@ -336,6 +336,16 @@ def test_an_ip_adapter_that_was_trained_on_the_pruned_unet_fits(shape):
     assert drawn(unet).isfinite().all()
 
 
+def test_the_lora_of_an_ip_adapter_names_the_dense_unets_layers():
+    """Face-ID adapters number their LoRA by the attentions of the dense UNet."""
+    unet, dense = cut("sd2"), build("sd2", "meta")
+    number, name = len(dense.attn_processors) - 1, list(dense.attn_processors)[-1]
+    keys = [f"to_{layer}_lora.{side}.weight" for layer in ("q", "k", "v", "out") for side in ("down", "up")]
+    state = {"ip_adapter": {f"{number}.{key}": torch.zeros(1) for key in keys}}
+    assert len(unet.attn_processors) <= number
+    assert set(unet._load_ip_adapter_loras([state])[0]) == {f"unet.{name}.{key}" for key in keys}
+
+
 def test_an_ip_adapter_of_another_model_is_refused():
     unet, other = cut("sd2"), build("sd2", layers_per_block=1)
     with pytest.raises(UserError, match=r"for 10 cross-attentions; the dense UNet has 16 and this one \d+"):
