@@ -3,6 +3,7 @@
 import functools
 import gzip
 import importlib.util
+import inspect
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
@@ -335,6 +336,16 @@ def test_an_ip_adapter_that_was_trained_on_the_pruned_unet_fits(shape):
     assert drawn(unet).isfinite().all()
 
 
+def test_the_lora_of_an_ip_adapter_names_the_dense_unets_layers():
+    """Face-ID adapters number their LoRA by the attentions of the dense UNet."""
+    unet, dense = cut("sd2"), build("sd2", "meta")
+    number, name = len(dense.attn_processors) - 1, list(dense.attn_processors)[-1]
+    keys = [f"to_{layer}_lora.{side}.weight" for layer in ("q", "k", "v", "out") for side in ("down", "up")]
+    state = {"ip_adapter": {f"{number}.{key}": torch.zeros(1) for key in keys}}
+    assert len(unet.attn_processors) <= number
+    assert set(unet._load_ip_adapter_loras([state])[0]) == {f"unet.{name}.{key}" for key in keys}
+
+
 def test_an_ip_adapter_of_another_model_is_refused():
     unet, other = cut("sd2"), build("sd2", layers_per_block=1)
     with pytest.raises(UserError, match=r"for 10 cross-attentions; the dense UNet has 16 and this one \d+"):
@@ -359,6 +370,8 @@ def test_names_in_memory_agree_and_files_have_the_dense_names(shape, tmp_path):
     in_file = load_file(tmp_path / "one" / WEIGHTS)
     assert set(in_file) < set(dense.state_dict()) and set(in_file) == {names.get(own, own) for own in unet.state_dict()}
     assert list(unet.state_dict()) == [name for name, _ in unet.named_parameters()]  # saving left no hook
+    stock = UNet2DConditionModel.save_pretrained  # from whose signature pipelines read what they may pass on
+    assert inspect.signature(type(unet).save_pretrained) == inspect.signature(stock)
     for folder, variant in (("one", None), ("several", "own")):
         for low in (True, False):
             loaded, info = PrunedUNet2DConditionModel.from_pretrained(
