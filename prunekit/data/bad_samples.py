@@ -1,6 +1,7 @@
 """Samples that cannot be used: what is wrong with them, how many may be, and the file that lists them."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,9 +9,19 @@ from prunekit.errors import UserError
 from prunekit.training.checkpoint import write_text
 from prunekit.training.progress import console
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class DataError(UserError):
-    """Bad input data: the message names the file or sample and what is wrong with it."""
+    """Bad input data: the message, one line, names the file or sample and what is wrong with it."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters, line ends and lone surrogates escaped, so that it is one line."""
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 @dataclass(frozen=True)
@@ -54,4 +65,4 @@ class Tolerance:
 def write_report(skipped: list[BadSample], path: Path) -> None:
     """Write one JSON object a bad sample to a JSON Lines file, atomically; an empty file where all are good."""
     rows = [json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in skipped]
-    write_text(path, "".join(rows), errors="surrogateescape")
+    write_text(path, "".join(rows), errors="backslashreplace")  # a lone surrogate becomes JSON's escape of it

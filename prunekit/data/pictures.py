@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.data.bad_samples import DataError
+from prunekit.data.bad_samples import DataError, printable
+from prunekit.data.files import read_file
+from prunekit.data.tar import members
 
 
 class Pictures(Sequence):
@@ -64,8 +66,8 @@ class FilePictures(Pictures):
         file, offset, _ = self.places[index].tolist()
         path = Path(self.files[file])
         if path.suffix != ".tar":
-            return path.name, str(path)
-        return f"{path.name}:{_member_names(path).get(offset, offset)}", str(path)
+            return printable(path.name), str(path)
+        return printable(f"{path.name}:{_member_names(path).get(offset, offset)}"), str(path)
 
     def _read(self, file: str, first: int, second: int) -> bytes:
         with Path(file).open("rb") as opened:
@@ -80,8 +82,8 @@ class FilePictures(Pictures):
 def _member_names(path: Path) -> dict[int, str]:
     """The names of an archive's members by their contents' offsets; kept, as bad pictures are named shard by shard."""
     names: dict[int, str] = {}
-    with suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as archive:
-        names.update((entry.offset_data, entry.name) for entry in archive)
+    with suppress(tarfile.ReadError, OSError), path.open("rb") as file:
+        names.update((member.offset, member.name) for member in members(file))
     return names
 
 
@@ -104,7 +106,8 @@ class ParquetPictures(Pictures):
     def where(self, index: int) -> tuple[str, str]:
         """As in Pictures: the file, and the row counted within its row group."""
         file, group, row = self.places[index].tolist()
-        return f"{Path(self.files[file]).name}: row {row} of row group {group}", self.files[file]
+        name = printable(Path(self.files[file]).name)
+        return f"{name}: row {row} of row group {group}", self.files[file]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_group": (None, None)}
@@ -117,11 +120,21 @@ class ParquetPictures(Pictures):
             try:
                 with pq.ParquetFile(file) as opened:
                     values = opened.read_row_group(first, columns=[self.column]).column(self.column)
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, KeyError) as error:
                 raise DataError(f"cannot be read ({file}, row group {first}: {error})") from error
             self._group = ((file, first), values)
-        value = self._group[1][second].as_py()
+        try:
+            value = self._group[1][second].as_py()
+        except ValueError as error:  # of a text that is not UTF-8, for one
+            raise DataError(f"cannot be read ({file}: {error})") from error
+        path = None
         if isinstance(value, dict):
-            content, path = value.get("bytes"), value.get("path")
-            value = (Path(file).parent / path).read_bytes() if content is None and path else content
+            value, path = value.get("bytes"), value.get("path")
+        if value is None and path and isinstance(path, str):
+            try:
+                value = read_file(Path(file).parent / path)
+            except DataError as error:
+                raise DataError(f"cannot be read ({error})") from error
+        if not isinstance(value, bytes | None):
+            raise DataError(f"cannot be read (it is of type {type(value).__name__}, not bytes)")
         return value or b""

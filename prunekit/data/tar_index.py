@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunekit.data.files import MOST_BYTES
 from prunekit.data.sharing import share_and_tidy
+from prunekit.data.tar import members
 from prunekit.training.checkpoint import write_text
 from prunekit.training.claims import Piece
 
+FORMAT = 2  # of a remembered list
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and suffix; the key ends at the base name's first dot
 Part = tuple[int, int]  # offset and bytes in the archive
 
@@ -32,24 +35,20 @@ class Shard:
 def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
     """List an archive's samples without their pictures; of a damaged archive what comes before the damage.
 
-    read: suffixes of the parts whose contents are kept. Of members with one name the first counts.
+    read: suffixes of the parts whose contents are kept, if they have at most MOST_BYTES. Of members with one name the
+    first counts.
     """
     shard = Shard(path)
+    if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        shard.fault = "is no file"
+        return shard
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for member in archive:
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError(f"the file ends within {member.name}")
-                    matched = MEMBER.fullmatch(member.name) if member.isreg() else None
-                    if matched:
-                        _add(shard, matched[1], matched[2].lower(), (member.offset_data, member.size), file, read)
-                file.seek(archive.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops at damage without a word
-                    raise tarfile.ReadError(f"no end mark at byte {archive.offset} of {size}")
-    except (tarfile.TarError, OSError, EOFError) as error:
+            for member in members(file):
+                matched = MEMBER.fullmatch(member.name)
+                if matched:
+                    _add(shard, matched[1], matched[2].lower(), (member.offset, member.size), file, read)
+    except (tarfile.ReadError, OSError) as error:
         shard.fault = f"is cut short or damaged ({error})"
     if not shard.parts and shard.fault is None:
         shard.fault = "holds no sample"
@@ -62,7 +61,7 @@ def _add(shard: Shard, key: str, suffix: str, part: Part, file: Any, read: tuple
         shard.repeated.append((key, suffix))
         return
     parts[suffix] = part
-    if suffix in read:
+    if suffix in read and part[1] <= MOST_BYTES:
         file.seek(part[0])
         shard.contents[key, suffix] = file.read(part[1])
 
@@ -100,7 +99,7 @@ def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None
 def _file_name(path: Path, read: tuple[str, ...]) -> str:
     """Two digests: of the archive's path and of what is read, and of its size and time of change."""
     stat = path.stat() if path.exists() else None
-    parts = ((str(path.absolute()), read), stat and (stat.st_size, stat.st_mtime_ns))
+    parts = ((str(path.absolute()), read), stat and (FORMAT, stat.st_size, stat.st_mtime_ns))
     return "-".join(hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest() for part in parts) + ".json"
 
 
