@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from prunekit.data.picture_files import write_image
+from prunekit.data.picture_files import open_picture, write_image
 from prunekit.errors import UserError
 from prunekit.sampling import draw, quiet
 from prunekit.training.checkpoint import read_json, write_json
@@ -111,10 +111,9 @@ def read_pictures(paths: Sequence[Path], size: int | None = None) -> Tensor:
     """Read PNG files of one size to uint8 (n, 3, H, W); `size`: resized to that side, bilinearly, antialiased."""
     arrays = []
     for path in paths:
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
-            same = size is None or rgb.size == (size, size)
-            arrays.append(np.array(rgb if same else rgb.resize((size, size), Image.Resampling.BILINEAR)))
+        rgb = open_picture(path).convert("RGB")
+        same = size is None or rgb.size == (size, size)
+        arrays.append(np.array(rgb if same else rgb.resize((size, size), Image.Resampling.BILINEAR)))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from prunekit.compare.cells import DENSE, Cell
 from prunekit.compare.table import PROTOCOLS
+from prunekit.data.picture_files import open_picture
 from prunekit.evaluation.generate import REQUEST
 from prunekit.evaluation.pictures import expert_note
 from prunekit.report.source import MissingError, Section, Source
@@ -74,8 +75,7 @@ def pictures_of(folder: Path) -> Drawn:
 
 def data_uri(path: Path) -> str:
     """Return a picture as a data URI: small ones as they are, large ones smaller and as WebP."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    picture = open_picture(path).convert("RGB")
     if max(picture.size) <= PLAIN_PIXELS:
         kind, content = "png", path.read_bytes()
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from prunekit.data.picture_files import write_image
+from prunekit.data.picture_files import open_picture, write_image
 from prunekit.errors import UserError
 
 FORMATS = ("png", "webp")  # both without loss
@@ -32,10 +32,10 @@ def write_picture(path: Path, picture: Image.Image, metadata: Mapping[str, Any])
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what `write_picture` put into a picture; ValueError, one line, where there is nothing."""
-    with Image.open(path) as picture:
-        picture.load()
-        text = picture.getexif().get(_DESCRIPTION) if path.suffix == ".webp" else picture.info.get(KEY)
-    if not text:
-        raise UserError(f"{path} does not say how it was made: it is no picture of `prunekit generate`")
-    return json.loads(text)
+    """Return what `write_picture` put into a picture; UserError, one line, where there is nothing."""
+    picture = open_picture(path)
+    try:
+        metadata = json.loads(picture.getexif()[_DESCRIPTION] if path.suffix == ".webp" else picture.info[KEY])
+    except Exception as error:  # Pillow's EXIF parser raises whatever it comes across
+        raise UserError(f"{path} does not say how it was made: it is no picture of `prunekit generate`") from error
+    return metadata
