@@ -50,17 +50,25 @@ def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iter
         content = json.loads(captions.read_text(encoding="utf-8"))
         annotations = [{key: entry[key] for key in ("id", "image_id", "caption")} for entry in content["annotations"]]
         listed = [(image["id"], image["file_name"]) for image in content.get("images", [])]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{captions} is no COCO captions json ({type(error).__name__}: {error})") from error
     names: dict[Any, str] = {}
-    for number, name in listed:
-        if names.setdefault(number, name) != name:
+    for position, (number, name) in enumerate(listed):
+        if not isinstance(number, int | str) or not isinstance(name, str):
+            yield BadSample(f"images[{position}]", str(captions), "has an id or a file_name of the wrong type", 0)
+        elif names.setdefault(number, name) != name:
             yield BadSample(f"image {number}", str(captions), f"is listed twice; {name} is left out", 0)
+    usable = []
+    for position, entry in enumerate(annotations):
+        if isinstance(entry["id"], int | str) and isinstance(entry["image_id"], int | str if listed else int):
+            usable.append(entry)
+        else:
+            yield BadSample(f"annotations[{position}]", str(captions), "has an id or an image_id of the wrong type")
     if not listed:  # only annotations, as the 30,000 captions are published: COCO 2014's own names
-        names = {entry["image_id"]: f"COCO_{images.name}_{entry['image_id']:012d}.jpg" for entry in annotations}
+        names = {entry["image_id"]: f"COCO_{images.name}_{entry['image_id']:012d}.jpg" for entry in usable}
     texts: dict[Any, list[str]] = {} if validation else {number: [] for number in names}
     seen: set[Any] = set()
-    for entry in coco_validation(annotations) if validation else annotations:
+    for entry in coco_validation(usable) if validation else usable:
         fault = "comes twice" if entry["id"] in seen else None
         if entry["image_id"] not in names:
             fault = f"is of image {entry['image_id']}, which the file does not list"

@@ -14,7 +14,7 @@ from prunekit.data.folder import folder_samples
 from prunekit.data.images import CaptionedImages
 from prunekit.data.parquet import columns_of, num_rows, parquet_samples
 from prunekit.data.pictures import FilePictures, ParquetPictures
-from prunekit.data.samples import Sample, collect
+from prunekit.data.samples import Sample, caption_fault, collect
 from prunekit.data.shards import missing_shards, shards_of
 from prunekit.data.tables import cc3m_rows, csv_rows, grouped
 from prunekit.data.webdataset import webdataset_samples
@@ -131,7 +131,7 @@ def data_size(config: DataConfig) -> tuple[int, int] | None:
             data = load_emoji(path, config.holdout)
             return data.num_images, data.num_pairs
         samples = (s for s in READERS[config.kind](config, path)[0] if isinstance(s, Sample))
-        counts = [sum(bool(caption.strip()) for caption in sample.captions) for sample in samples]
+        counts = [sum(caption_fault(caption) is None for caption in sample.captions) for sample in samples]
     except (DataError, OSError):  # a plan does not judge data; the run will
         return None
     return sum(count > 0 for count in counts), sum(counts)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from prunekit.data.images import CaptionedImages, DataError, hold_out
+from prunekit.data.samples import caption_fault
 from prunekit.data.webdataset import read_webdataset
 
 EMOJI_DIRECTORY = Path(__file__).parent.parent / "assets" / "emoji64"
@@ -28,7 +29,13 @@ def load_emoji(path: Path | None = None, holdout: float = 0.1, seed: int = 0) ->
             raise DataError(
                 f"{sample['key']} has no `name` in its json; is it an emoji shard? use data.kind=webdataset"
             )
-        texts = emoji_captions(sample["json"]["name"], sample["json"].get("keywords", []))
+        name, keywords = sample["json"]["name"], sample["json"].get("keywords", [])
+        if not isinstance(keywords, list) or not all(isinstance(keyword, str) for keyword in keywords):
+            raise DataError(f"{sample['key']} has `keywords` in its json that are no list of texts")
+        texts = emoji_captions(name, keywords)
+        fault = next(filter(None, map(caption_fault, [name, *texts])), None)
+        if fault:
+            raise DataError(f"{sample['key']} {fault}; `name` in its json must be a text in UTF-8")
         captions += texts
         image_index += [index] * len(texts)
     indices = torch.tensor(image_index)

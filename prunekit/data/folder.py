@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prunekit.data.bad_samples import BadSample, DataError
+from prunekit.data.files import file_size
 from prunekit.data.samples import PICTURE_SUFFIXES, Sample, file_sample
-from prunekit.data.tables import Row, csv_rows, grouped
+from prunekit.data.tables import Row, csv_rows, grouped, listed
 
 NO_CAPTIONS = ("readme", "license", "requirements")  # text files that belong to no picture
 
@@ -23,7 +24,7 @@ def folder_samples(
         raise DataError(f"data.path={folder} is no folder")
     files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
     pictures = [path for path in files if path.suffix[1:].lower() in PICTURE_SUFFIXES]
-    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv") and path.is_file()]
     yield from _listed(metadata, pictures, image_column, text_column) if metadata else _beside(files, pictures)
 
 
@@ -51,8 +52,9 @@ def _beside(files: list[Path], pictures: list[Path]) -> Iterator[Sample | BadSam
             continue
         owned.add(text)
         try:
+            file_size(text)
             caption = text.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except (DataError, OSError, UnicodeDecodeError) as error:
             yield BadSample(picture.name, str(text), f"has a caption that cannot be read as UTF-8 ({error})")
             continue
         yield file_sample(picture.name, picture, [caption])
@@ -72,11 +74,15 @@ def _json_rows(path: Path, root: Path, image_column: str, text_column: str) -> I
                 name, text = row[image_column], row[text_column]
             except KeyError as error:
                 setting = "image_column" if error.args[0] == image_column else "text_column"
-                reason = f"has no {error} but {', '.join(map(repr, row))} (name another by data.{setting})"
+                reason = f"has no {error} but {listed(map(repr, row))} (name another by data.{setting})"
                 yield BadSample(f"{path.name}:{label}", str(path), reason)
                 continue
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 reason = f"is no JSON with {image_column} and {text_column} ({type(error).__name__}: {error})"
                 yield BadSample(f"{path.name}:{label}", str(path), reason)
                 continue
-            yield label, root / str(name), str(text or "")
+            if not isinstance(name, str):
+                reason = f"has a {image_column} of type {type(name).__name__}, not a text"
+                yield BadSample(f"{path.name}:{label}", str(path), reason)
+                continue
+            yield label, root / name, text

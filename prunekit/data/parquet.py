@@ -32,29 +32,50 @@ def columns_of(files: list[Path], image_column: str | None, text_column: str | N
 def parquet_samples(files: list[Path], missing: list[Path], text_column: str) -> Iterator[Sample | BadSample]:
     """Yield the rows of the files in order, by their captions alone; pictures are read when asked for.
 
-    A row's caption is a text or a list of texts. A lost file counts as many captions as the median of the others.
+    A row's caption is a text or a list of texts. A lost file, or one without the column, counts as many captions as the
+    median of the others.
     """
     whole: list[int] = []
     damaged: list[tuple[Path, str]] = []
     for path in files:
         try:
             opened = _open(path)
+            if text_column not in opened.schema_arrow.names:
+                raise DataError(f"no column {text_column!r}")
             captions = [opened.read_row_group(g, columns=[text_column]) for g in range(opened.num_row_groups)]
         except (DataError, *_errors()) as error:
             damaged.append((path, f"cannot be read ({error})"))
             continue
         row = 0
         for group, table in enumerate(captions):
-            for index, value in enumerate(table.column(0).to_pylist()):
-                texts = list(value) if isinstance(value, list) else [value]
-                yield Sample(f"{path.name}:row {row}", str(path), (group, index), [str(text or "") for text in texts])
+            for index, value in enumerate(_values(table.column(0))):
+                name = f"{path.name}:row {row}"
                 row += 1
+                if isinstance(value, ValueError):
+                    yield BadSample(name, str(path), f"has a caption that cannot be read ({value})")
+                else:
+                    yield Sample(name, str(path), (group, index), value if isinstance(value, list) else [value])
         whole.append(row)
     usual = max(1, int(statistics.median(whole))) if whole else 1
     for path, reason in damaged:
         yield BadSample(path.name, str(path), reason, usual)
     for path in missing:
         yield BadSample(path.name, str(path), "is missing from the numbered files", usual)
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a column's values; for a value that cannot be read, as a text that is not UTF-8, the ValueError."""
+    try:
+        return column.to_pylist()
+    except ValueError:
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except ValueError as error:
+        return error
 
 
 def num_rows(files: list[Path]) -> int:
@@ -65,6 +86,8 @@ def num_rows(files: list[Path]) -> int:
 def _open(path: Path) -> Any:
     import pyarrow.parquet as pq
 
+    if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        raise DataError(f"{path} is no file")
     try:
         return pq.ParquetFile(path)
     except _errors() as error:

@@ -4,11 +4,13 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from prunekit.data.bad_samples import BadSample, DataError, Tolerance
+from prunekit.data.files import file_size
 from prunekit.data.images import CaptionedImages, hold_out
 from prunekit.data.pictures import Pictures
 
@@ -22,19 +24,33 @@ class Sample:
     key: str  # for messages: shard and key, row, or file
     file: str  # the file that holds the picture
     place: tuple[int, int]  # where in the file, as the layout's Pictures define
-    captions: list[str]
+    captions: list[Any]  # as they are in the data: `caption_fault` says which are good
 
 
-def file_sample(key: str, path: Path, captions: list[str]) -> Sample | BadSample:
+def file_sample(key: str, path: Path, captions: list[Any]) -> Sample | BadSample:
     """Return the sample of a picture that is a file, or what is wrong with that file as far as its size tells."""
     try:
-        size = path.stat().st_size
-        fault = "has zero bytes" if not size else None if path.is_file() else "is no file"
-    except OSError as error:
-        fault = f"is missing ({error.strerror})"
-    if fault:
-        return BadSample(key, str(path), f"names a picture that {fault}", max(1, len(captions)))
+        size = file_size(path)
+        if not size:
+            raise DataError("has zero bytes")
+    except DataError as error:
+        return BadSample(key, str(path), f"names a picture that {error}", max(1, len(captions)))
     return Sample(key, str(path), (0, size), captions)
+
+
+def caption_fault(caption: Any) -> str | None:
+    """Return what is wrong with a caption, or None for a text that is not blank and that UTF-8 can hold."""
+    if caption is None:
+        return "has an empty caption"
+    if not isinstance(caption, str):
+        return f"has a caption of type {type(caption).__name__}, not a text"
+    if not caption.strip():
+        return "has an empty caption"
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        return f"has a caption that is not UTF-8 (lone surrogate U+{ord(caption[error.start]):04X})"
+    return None
 
 
 def collect(
@@ -48,8 +64,9 @@ def collect(
 ) -> CaptionedImages:
     """Make captioned images of a reader's samples, in the reader's order.
 
-    An empty caption is left out; a picture that has no other goes with it. verify: decode every picture once, here,
-    and leave out those that cannot be; without it they are found, and left out, when they are encoded.
+    A caption that `caption_fault` finds bad is left out; a picture that has no other goes with it. verify: decode every
+    picture once, here, and leave out those that cannot be; without it they are found, and left out, when they are
+    encoded.
     Raises DataError where nothing is found, and where more is bad than `tolerance` allows.
     """
     files: list[str] = []
@@ -61,9 +78,9 @@ def collect(
         if isinstance(sample, BadSample):
             skipped.append(sample)
             continue
-        texts = [text for text in (caption.strip() for caption in sample.captions) if text]
-        empty = max(len(sample.captions), 1) - len(texts)
-        skipped += [BadSample(sample.key, sample.file, "has an empty caption")] * empty
+        faults = [caption_fault(caption) for caption in sample.captions or [None]]
+        skipped += [BadSample(sample.key, sample.file, fault) for fault in faults if fault]
+        texts = [caption.strip() for caption, fault in zip(sample.captions, faults, strict=False) if not fault]
         if not texts:
             continue
         if not files or files[-1] != sample.file:

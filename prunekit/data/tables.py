@@ -6,18 +6,19 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from prunekit.data.bad_samples import BadSample, DataError
-from prunekit.data.samples import Sample, file_sample
+from prunekit.data.samples import Sample, caption_fault, file_sample
 
-Row = tuple[str, Path, str]  # what messages call it, the picture's file, the caption
+Row = tuple[str, Path, Any]  # what messages call it, the picture's file, the caption
 NUMBERED = re.compile(r"(\d+)(?:_(\d+))?")  # the file names of CC3M's downloads: the row from 0, a checksum of the link
 
 
 def grouped(rows: Iterable[Row | BadSample], where: Path) -> Iterator[Sample | BadSample]:
     """Yield a sample for each picture, with the captions of all its rows, in the order of first rows.
 
-    where: the table, for messages. A row that says the same as an earlier one is bad.
+    where: the table, for messages. A row is bad whose caption is, or that says the same as an earlier one.
     """
     captions: dict[Path, tuple[str, list[str]]] = {}
     for row in rows:
@@ -26,17 +27,22 @@ def grouped(rows: Iterable[Row | BadSample], where: Path) -> Iterator[Sample | B
             continue
         label, picture, caption = row
         _, texts = captions.setdefault(picture, (f"{where.name}:{label}", []))
-        if caption in texts:
-            yield BadSample(f"{where.name}:{label}", str(picture), "repeats an earlier row")
+        fault = caption_fault(caption) or ("repeats an earlier row" if caption in texts else None)
+        if fault:
+            yield BadSample(f"{where.name}:{label}", str(picture), fault)
         else:
             texts.append(caption)
     for picture, (key, texts) in captions.items():
-        yield file_sample(key, picture, texts)
+        if texts:
+            yield file_sample(key, picture, texts)
 
 
 def csv_rows(path: Path, root: Path, image_column: str, text_column: str) -> Iterator[Row | BadSample]:
-    """Yield the rows of a CSV file whose first line names its columns; relative paths start at `root`."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    """Yield the rows of a CSV file whose first line names its columns; relative paths start at `root`.
+
+    Bytes that are not UTF-8 become lone surrogates, which make a caption bad, and name a file by these bytes.
+    """
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         try:
             check_columns(path, list(reader.fieldnames or ()), image_column, text_column)
@@ -46,8 +52,8 @@ def csv_rows(path: Path, root: Path, image_column: str, text_column: str) -> Ite
                     yield BadSample(f"{path.name}:{label}", str(path), f"has no {image_column}")
                 else:
                     yield label, root / row[image_column], row[text_column] or ""
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as CSV in UTF-8 ({error})") from error
+        except csv.Error as error:
+            raise DataError(f"{path} cannot be read as CSV ({error})") from error
 
 
 def check_columns(path: Path, columns: list[str], image_column: str, text_column: str) -> None:
@@ -56,7 +62,13 @@ def check_columns(path: Path, columns: list[str], image_column: str, text_column
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{path} has no column {column!r}{hint} (it has {', '.join(columns)}): set data.{setting}")
+            raise DataError(f"{path} has no column {column!r}{hint} (it has {listed(columns)}): set data.{setting}")
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Return names as a message lists them: 500 letters at most, so that a damaged table is no page of text."""
+    text = ", ".join(str(name) for name in names)
+    return text if len(text) <= 500 else f"{text[:500]} …"
 
 
 def cc3m_rows(path: Path, images: Path) -> Iterator[Row | BadSample]:
@@ -70,12 +82,9 @@ def cc3m_rows(path: Path, images: Path) -> Iterator[Row | BadSample]:
         matched = NUMBERED.fullmatch(name.split(".")[0])
         if matched:
             numbered.setdefault(int(matched[1]), (name, matched[2]))
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for index, line in enumerate(file):
-                yield _cc3m_row(index, line.rstrip("\r\n"), path, images, numbered)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read as UTF-8 ({error})") from error
+    with path.open(encoding="utf-8", newline="\n", errors="surrogateescape") as file:
+        for index, line in enumerate(file):
+            yield _cc3m_row(index, line.rstrip("\r\n"), path, images, numbered)
 
 
 def _cc3m_row(
@@ -92,6 +101,6 @@ def _cc3m_row(
     name, checksum = numbered.get(index, (None, None))
     if name is None:
         return BadSample(key, str(images), f"has no picture: no file of the folder is numbered {index}")
-    if checksum is not None and int(checksum) != zlib.crc32(link.encode()):
+    if checksum is not None and int(checksum) != zlib.crc32(link.encode(errors="surrogateescape")):
         return BadSample(key, str(images / name), "has a picture whose checksum in the name is not its link's")
     return label, images / name, caption

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prunekit.data.bad_samples import BadSample, DataError
+from prunekit.data.files import MOST_BYTES, too_large
 from prunekit.data.samples import PICTURE_SUFFIXES, Sample
 from prunekit.data.tar_index import Part, Shard, index_shard, index_shards
 
@@ -54,6 +55,9 @@ def _sample(shard: Shard, key: str, parts: dict[str, Part], images: tuple[str, .
         return BadSample(name, file, f"has no picture ({key}.{suffix} has zero bytes)")
     if text not in parts:
         return BadSample(name, file, f"has no caption ({key}.{text} is not there)")
+    for kind, size in (("picture", parts[suffix][1]), ("caption", parts[text][1])):
+        if size > MOST_BYTES:
+            return BadSample(name, file, f"has a {kind} of {too_large(size)}")
     try:
         return Sample(name, file, parts[suffix], [shard.contents[key, text].decode("utf-8-sig")])
     except UnicodeDecodeError:
@@ -82,9 +86,13 @@ def read_webdataset(shards: list[Path]) -> list[dict]:
             image = next(shard.contents[key, suffix] for suffix in PICTURE_SUFFIXES if suffix in parts)
             try:
                 metadata = json.loads(shard.contents.get((key, "json"), b"{}"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path.name}:{key} has a json that cannot be read ({error})") from error
-            samples.append({"key": f"{path.name}:{key}", "image": image, "text": text, "json": dict(metadata)})
+            if not isinstance(metadata, dict):
+                raise DataError(
+                    f"{path.name}:{key} has a json that is of type {type(metadata).__name__}, not an object"
+                )
+            samples.append({"key": f"{path.name}:{key}", "image": image, "text": text, "json": metadata})
     if not samples:
         raise DataError(f"no sample in {', '.join(str(path) for path in shards)}: the data set is empty")
     return samples
