@@ -1,14 +1,13 @@
 """Faults of published data: right count, right pairs, a clear report; odd pictures decode to the right colours."""
 
-import io
 import json
 import struct
-import zlib
 
 import data_layouts
 import numpy as np
 import pytest
 import torch
+from damaged_files import png, saved
 from data_layouts import LAYOUTS, colour_of, members, pairs, picture, webdataset, write_tar
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -33,21 +32,9 @@ def jpeg(colour: str) -> bytes:
     return picture(colour, "jpeg", quality=95)
 
 
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def png_16_bit(rgb: tuple[int, int, int], side: int = 8) -> bytes:
     """Return a PNG with 16 bits a channel, which Pillow reads but does not write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = (b"\0" + struct.pack(">3H", *rgb) * side) * side
-    header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png(side, side, (b"\0" + struct.pack(">3H", *rgb) * side) * side, bits=16, color=2)
 
 
 def see_through(mode: str) -> Image.Image:
