@@ -53,7 +53,7 @@ VALUES = (  # of JSON, in place of a value of a table
     b'"a\\u0000b"',
     b'"\xed\xa0\x80"',
 )
-JSON_VALUE = re.compile(rb'(?<=": )(?:"[^"\n]*"|\d+)')
+JSON_VALUE = re.compile(rb'(?<=": )(?:"[^"\n]*"|\d+|\[[^\[\]{}]*\])')
 FIELD = re.compile(rb"[^,\t\r\n]+")  # of CSV and TSV
 
 
@@ -83,10 +83,11 @@ def damaged_table(draw, content: bytes) -> bytes:
     if draw(st.booleans()):
         return draw(damage(content))
     is_json = content[:1] in b"{["
-    for _ in range(draw(st.integers(1, 3))):
-        field = draw(st.sampled_from(list((JSON_VALUE if is_json else FIELD).finditer(content))))
+    places = [found.span() for found in (JSON_VALUE if is_json else FIELD).finditer(content)]
+    chosen = draw(st.lists(st.sampled_from(places), min_size=1, max_size=3, unique=True))
+    for start, stop in sorted(chosen, reverse=True):
         value = draw(st.sampled_from(VALUES))
-        content = content[: field.start()] + (value if is_json else value.strip(b'"')) + content[field.end() :]
+        content = content[:start] + (value if is_json else value.strip(b'"')) + content[stop:]
     return content
 
 
