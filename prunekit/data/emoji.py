@@ -32,10 +32,11 @@ def load_emoji(path: Path | None = None, holdout: float = 0.1, seed: int = 0) ->
         name, keywords = sample["json"]["name"], sample["json"].get("keywords", [])
         if not isinstance(keywords, list) or not all(isinstance(keyword, str) for keyword in keywords):
             raise DataError(f"{sample['key']} has `keywords` in its json that are no list of texts")
-        texts = emoji_captions(name, keywords)
-        fault = next(filter(None, map(caption_fault, [name, *texts])), None)
+        keywords = [keyword.strip() for keyword in keywords if keyword.strip()]
+        fault = next(filter(None, map(caption_fault, [name, *keywords])), None)
         if fault:
-            raise DataError(f"{sample['key']} {fault}; `name` in its json must be a text in UTF-8")
+            raise DataError(f"{sample['key']} {fault}: `name` and `keywords` in its json must be texts in UTF-8")
+        texts = emoji_captions(name.strip(), keywords)
         captions += texts
         image_index += [index] * len(texts)
     indices = torch.tensor(image_index)
