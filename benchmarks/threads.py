@@ -2,8 +2,8 @@
 
     python benchmarks/threads.py            the table of docs/performance.md, about 6 minutes on 2 cores
 
-Each setting has a process of its own, since OpenMP reads it when torch loads; steps are interleaved. The busy processes
-are endless loops of Python.
+Each setting runs in a separate process, because OpenMP reads it when torch loads. Steps are interleaved. The busy
+processes are endless loops of Python.
 """
 
 import os

@@ -34,9 +34,10 @@ def find_recipe(given: str | Path) -> Path:
         UserError: there is neither; the message has the nearest name.
 
     """
-    path, known = Path(given), shipped_recipes()
+    path = Path(given)
     if path.is_file():
         return path
+    known = shipped_recipes()
     if path.parent == Path() and path.name.removesuffix(SUFFIX) in known:
         return known[path.name.removesuffix(SUFFIX)]
     beside = [str(other) for other in path.parent.glob(f"*{SUFFIX}")] if path.parent.is_dir() else []

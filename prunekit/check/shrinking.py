@@ -11,7 +11,6 @@ from prunekit.data.config import READERS, DataConfig, load_data
 from prunekit.data.images import CaptionedImages
 from prunekit.data.samples import collect
 from prunekit.methods import Norm, TaylorSP
-from prunekit.methods.base import Method
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.tracking import TrackingConfig
 from prunekit.training.trainer import TrainerConfig
@@ -88,7 +87,7 @@ def _once(config: TrainerConfig, devices: int) -> dict[str, Any]:
 
 def _settings(recipe: PruneRecipe | CompareRecipe, label: str, devices: int) -> dict[str, Any]:
     """Return a method's own settings, shrunk."""
-    method: Method = recipe.method(label, 0.5, 0) if isinstance(recipe, CompareRecipe) else recipe.method(label)
+    method = recipe.method_of(label)
     own, config = dict(recipe.methods[label] or {}), method.config
     if hasattr(config, "search"):
         own["search"] = config.search.model_copy(update=_once(config.search, devices)).model_dump()

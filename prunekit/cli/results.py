@@ -44,7 +44,7 @@ def generate(
     from rich.table import Table
 
     from prunekit.serving import PromptRoutedPipeline
-    from prunekit.serving.bulk import Request, free_directory, generate_to
+    from prunekit.serving.bulk import Request, free_directory, generate_to, weights_digest
     from prunekit.serving.prompts import collect
 
     given = {"prompts": prompt or (), "file": prompts_file, "shipped": prompt_list}
@@ -54,8 +54,9 @@ def generate(
     drawn_by = (steps, guidance, negative_prompt, None, batch_size, picture_format)
     method = pipeline.mixture.info.get("method") or method or "pipeline"
     request = Request(prompts, [seed] * len(prompts), *drawn_by)
-    folder = output or free_directory(directory / "generated" / method, pipeline, request)
-    made = generate_to(folder, pipeline, request)
+    weights = weights_digest(pipeline)
+    folder = output or free_directory(directory / "generated" / method, pipeline, request, weights)
+    made = generate_to(folder, pipeline, request, weights)
     table = Table("picture", "expert", "prompt")
     for text, (path, expert) in list(zip(prompts, made, strict=True))[:MOST_ROWS]:
         table.add_row(path.name, str(expert), text[:100])

@@ -29,6 +29,7 @@ from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.tracking import flat
 
 FORMAT = 1
+CELLS, WORK = "cells", "work"  # folders of a comparison
 DENSE = "dense"
 STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
 SCORES = "scores.safetensors"
@@ -107,10 +108,10 @@ class CellRunner:
 
     def path(self, cell: Cell) -> Path:
         """Return where a cell's result is, beside an equally named cell of another recipe in the directory."""
-        path, name = self.directory / "cells" / f"{cell.name}.json", self.recipe.name
+        path, name = self.directory / CELLS / f"{cell.name}.json", self.recipe.name
         if path.is_file():
             earlier = read_json(path)
-            if earlier["key"] != key_of(self.fields(cell)) and earlier.get("recipe", name) != name:
+            if earlier.get("recipe", name) != name and earlier["key"] != key_of(self.fields(cell)):
                 return path.with_name(f"{cell.name}__{name}.json")
         return path
 
@@ -164,7 +165,7 @@ class CellRunner:
             return result
         stages, fields = self.stages, self.fields(cell)
         candidate, chosen = self.candidate(cell)
-        samples = self.directory / "work" / f"{cell.name}-samples-{key_of(fields)[:8]}"
+        samples = self.directory / WORK / f"{cell.name}-samples-{key_of(fields)[:8]}"
         pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
         figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
@@ -193,7 +194,7 @@ class CellRunner:
     def models_folder(self, cell: Cell) -> Path:
         """Where a cell's fine-tuned models are; another evaluation finds them again."""
         trained = {name: value for name, value in self.fields(cell).items() if not name.startswith("evaluation")}
-        return self.directory / "work" / f"{cell.name}-models-{key_of(trained)[:8]}"
+        return self.directory / WORK / f"{cell.name}-models-{key_of(trained)[:8]}"
 
     def candidate(self, cell: Cell) -> tuple[Candidate, PruneResult | None]:
         """Choose a cell's architectures and recover them, or read what an earlier start left."""
@@ -209,7 +210,7 @@ class CellRunner:
 
     def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
         """Return the architectures: one search for both protocols, one calibration for all budgets."""
-        work = self.directory / "work"
+        work = self.directory / WORK
         folder = work / f"{cell.label}-chosen-{key_of(fields)[:8]}"
         key = key_of({name: value for name, value in fields.items() if not name.startswith(MEETING_THE_BUDGET)})
         shared = work / "calibrations" / f"{cell.label}-{key[:8]}.safetensors"

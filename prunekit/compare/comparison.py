@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from prunekit.compare.cells import DENSE, Cell, CellRunner, cells_of
+from prunekit.compare.cells import CELLS, DENSE, WORK, Cell, CellRunner, cells_of
 from prunekit.compare.fairness import Result, refuse_unfair
 from prunekit.compare.pareto import pareto_picture
 from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows, warnings_of
@@ -30,7 +30,7 @@ from prunekit.training.checkpoint import read_json, write_json, write_text
 from prunekit.training.claims import Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current
 
-CELLS, WORK, TABLE_CSV = "cells", "work", "table.csv"  # of a comparison's directory
+TABLE_CSV = "table.csv"  # of a comparison's directory
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.compare.cells import WORK
 from prunekit.compare.fairness import Result
 from prunekit.slicing import PrunedUNet2DConditionModel
 from prunekit.stages import Stages
@@ -26,7 +27,7 @@ def call_ratio(dense: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any]) -
 
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     """Return a cell's call ratio, the mean over its experts by their training prompts; None where models are gone."""
-    models = directory / "work" / cell["models_folder"]
+    models = directory / WORK / cell["models_folder"]
     folders = [models / str(index) / "unet" for index in range(cell["models"])]
     if not all(folder.is_dir() for folder in folders):
         return None

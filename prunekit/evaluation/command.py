@@ -20,7 +20,7 @@ from prunekit.evaluation.features import Features
 from prunekit.evaluation.figures import Seen, figures, refuse
 from prunekit.evaluation.protocols import Protocol, ProtocolError, load_data_config, load_protocol
 from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_table
-from prunekit.evaluation.targets import Subject, Target, embeddings_of
+from prunekit.evaluation.targets import RECIPE, Subject, Target, embeddings_of
 from prunekit.models import quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.randomness import generator
@@ -103,7 +103,7 @@ def _claim(folder: Path) -> None:
     table = folder / TABLE
     ours = [table.is_file() and table.read_text(encoding="utf-8", errors="replace").startswith(HEADING)]
     ours += [(folder / name).is_dir() for name in (FEATURES, PICTURES)]  # of one that was stopped
-    refuse_foreign(folder, any(ours) and not (folder / "recipe.yaml").is_file(), "evaluation")
+    refuse_foreign(folder, any(ours) and not (folder / RECIPE).is_file(), "evaluation")
 
 
 def _evaluate(

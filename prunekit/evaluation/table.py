@@ -132,7 +132,7 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> 
 
 
 def markdown_cell(text: str) -> str:
-    """Return a text that stays within one cell of a Markdown table, and shows no HTML of its own."""
+    """Return a text that stays within one cell of a Markdown table, with HTML escaped."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return text.replace("\\", "\\\\").replace("|", r"\|")
 

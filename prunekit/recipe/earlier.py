@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunekit.recipe.loading import parse_recipe
-from prunekit.recipe.schema import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
+from prunekit.recipe.schema import AnyRecipe, PretrainRecipe
 
 ADDED = {  # fields of a cell that were added later, with the value that every earlier cell had
     "method.routing": "cosine",
@@ -69,9 +69,5 @@ def mark_presets(recipe: AnyRecipe) -> AnyRecipe:
     content = recipe.model_dump(mode="json")
     for label, own in content["methods"].items():
         if (own or {}).get("preset", "default") != "default":
-            own.setdefault(MARK, getattr(_settings(recipe, label), MARK))
+            own.setdefault(MARK, getattr(recipe.method_of(label).config, MARK))
     return parse_recipe(content)
-
-
-def _settings(recipe: PruneRecipe | CompareRecipe, label: str) -> Any:
-    return (recipe.method(label, 0.5, 0) if isinstance(recipe, CompareRecipe) else recipe.method(label)).config

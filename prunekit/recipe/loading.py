@@ -106,9 +106,9 @@ def _refuse_resolvers(node: Any) -> None:
         for value in node:
             _refuse_resolvers(value)
     elif isinstance(node, str) and "${" in node:
-        rest = REFERENCE.sub("", node)
-        while rest != (rest := REFERENCE.sub("", rest)):  # references within references
-            pass
+        rest = node
+        while (shorter := REFERENCE.sub("", rest)) != rest:  # again for references within references
+            rest = shorter
         if "${" in rest:
             raise RecipeError(f"{node!r}: only references to other settings, ${{section.setting}}, are allowed")
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from prunekit.precision import SLOW, UnscaledPrecision, has_native_bfloat16, resolve_precision, slowdown, why
 from prunekit.recipe.earlier import mark_presets, with_earlier_presets
 from prunekit.recipe.loading import load_recipe, parse_recipe
-from prunekit.recipe.schema import AnyRecipe, CompareRecipe, PretrainRecipe
+from prunekit.recipe.schema import AnyRecipe, PretrainRecipe
 
 AUTO = "auto"
 SETTING = "precision"
@@ -49,12 +49,11 @@ def load_recorded(path: str | Path) -> AnyRecipe:
 
 def precision_lines(recipe: AnyRecipe, device: str | torch.device) -> list[str]:
     """Return what the log says of a resolved recipe: its precisions, and a warning where one is slow on the device."""
-    names_of = _by_value(precisions(recipe))
-    used = precision_text(precisions(recipe))
-    lines = [f"precision: {used} (auto means {resolve_precision(AUTO, device)} here: {why(device)})"]
+    values = precisions(recipe)
+    lines = [f"precision: {precision_text(values)} (auto means {resolve_precision(AUTO, device)} here: {why(device)})"]
     kind = torch.device(device).type
     if not has_native_bfloat16(kind):
-        for value, names in names_of.items():
+        for value, names in _by_value(values).items():
             if (factor := slowdown(value, kind)) > SLOW:
                 lines.append(
                     f"warning: {value} takes {factor:.0f} times as long as float32 on this processor (a convolution "
@@ -83,11 +82,10 @@ def _found(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
 
 
 def _methods(recipe: AnyRecipe) -> Iterator[tuple[str, BaseModel]]:
-    """Yield each method's label and settings; in a comparison at an arbitrary budget, which no precision depends on."""
+    """Yield each method's label and settings."""
     if not isinstance(recipe, PretrainRecipe):
         for label in recipe.methods:
-            method = recipe.method(label, 0.5, 0) if isinstance(recipe, CompareRecipe) else recipe.method(label)
-            yield label, method.config
+            yield label, recipe.method_of(label).config
 
 
 def _of_model(model: BaseModel, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool, str]]:

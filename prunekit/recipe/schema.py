@@ -106,6 +106,10 @@ class PruneRecipe(CommonRecipe):
         """Return the method `name` with the recipe's common settings and its own."""
         return build_method(name, self.prune, self.methods[name] or {}, f"methods.{name}")
 
+    def method_of(self, label: str) -> Method:
+        """Return the method of a row, as a comparison's recipe does."""
+        return self.method(label)
+
     def fine_tuning(self, name: str) -> FineTuneConfig:
         """Return how the method's architectures are fine-tuned: the recipe's settings, under what the method asks."""
         return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **self.method(name).fine_tuning()})
@@ -169,7 +173,7 @@ class CompareRecipe(CommonRecipe):
             raise UserError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
         for label in self.methods:
             plain_name(label, "a row of methods")
-            self.method(label, 0.5, 0)
+            self.method_of(label)
         for entry in self.budgets:
             for label in entry.methods or ():
                 if label not in self.methods:
@@ -195,6 +199,10 @@ class CompareRecipe(CommonRecipe):
         common = self.prune.model_copy(update={"budget": budget, "seed": seed})
         return build_method(name, common, settings, f"methods.{label}")
 
+    def method_of(self, label: str) -> Method:
+        """Return the method of a row at an arbitrary budget and seed, on which its other settings do not depend."""
+        return self.method(label, 0.5, 0)
+
     def steps(self, protocol: str, num_models: int) -> int:
         """Return the fine-tuning steps of each of a row's models under a protocol."""
         steps = self.fine_tune.steps
@@ -202,7 +210,7 @@ class CompareRecipe(CommonRecipe):
 
     def fine_tuning(self, label: str, steps: int) -> FineTuneConfig:
         """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full."""
-        changes: dict[str, Any] = {"steps": steps, **self.method(label, 0.5, 0).fine_tuning()}
+        changes: dict[str, Any] = {"steps": steps, **self.method_of(label).fine_tuning()}
         row = self.methods[label] or {}
         if not row.get("distillation", True):
             changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}

@@ -55,14 +55,17 @@ class Request:
             raise UserError(f"picture_format={self.picture_format!r}: choose one of {', '.join(FORMATS)}")
 
 
-def generate_to(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> list[tuple[Path, int]]:
+def generate_to(
+    directory: Path, pipeline: PromptRoutedPipeline, request: Request, weights: str | None = None
+) -> list[tuple[Path, int]]:
     """Draw all prompts to `directory`/00000.png …; return each picture's path and expert.
 
     A picture appears whole or not at all, and what is there is not made again. Returns when all are there, made here
-    or by other processes. Raises ValueError, one line, for a directory that holds pictures of another request.
+    or by other processes. weights: their digest, where `weights_digest` was called already. Raises ValueError, one
+    line, for a directory that holds pictures of another request.
     """
-    leave = partial(_forget_if_empty, directory)
-    with occupied(directory, lambda others: _claim(directory, pipeline, request), leave):
+    content, leave = _content(pipeline, request, weights), partial(_forget_if_empty, directory)
+    with occupied(directory, lambda others: _claim(directory, content), leave):
         return _generate(directory, pipeline, request)
 
 
@@ -92,16 +95,18 @@ def _generate(directory: Path, pipeline: PromptRoutedPipeline, request: Request)
     return list(zip(paths, experts, strict=True))
 
 
-def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request) -> Path:
-    """Return `base`, or the first of `base`-2, `base`-3 …, that holds pictures of this request or none of any."""
-    content = _content(pipeline, request)
+def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request, weights: str | None = None) -> Path:
+    """Return `base`, or the first of `base`-2, `base`-3 …, that holds pictures of this request or none of any.
+
+    weights: as in `generate_to`.
+    """
+    content = _content(pipeline, request, weights)
     candidates = (base if number == 1 else base.with_name(f"{base.name}-{number}") for number in count(1))
     return next(folder for folder in candidates if not _differences(folder, content))
 
 
-def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> None:
+def _claim(directory: Path, content: dict[str, Any]) -> None:
     """Write down what is asked for; ValueError that names a difference to what was asked for before."""
-    content = _content(pipeline, request)
     refuse_foreign(directory, (directory / WORK / REQUEST).is_file(), "generated pictures")
     if different := _differences(directory, content):
         raise UserError(
@@ -110,9 +115,13 @@ def _claim(directory: Path, pipeline: PromptRoutedPipeline, request: Request) ->
     write_json(directory / WORK / REQUEST, content)
 
 
-def _content(pipeline: PromptRoutedPipeline, request: Request) -> dict[str, Any]:
+def _content(pipeline: PromptRoutedPipeline, request: Request, weights: str | None) -> dict[str, Any]:
     info, size = pipeline.mixture.info, list(request.size) if request.size else None
-    made_by = {"recipe": info.get("recipe"), "method": info.get("method"), "weights": _weights(pipeline)}
+    made_by = {
+        "recipe": info.get("recipe"),
+        "method": info.get("method"),
+        "weights": weights or weights_digest(pipeline),
+    }
     return {**asdict(request), **made_by, "scheduler": type(pipeline.scheduler).__name__, "size": size}
 
 
@@ -123,8 +132,11 @@ def _differences(directory: Path, content: dict[str, Any]) -> list[str]:
     return [name for name in content if name in earlier and earlier[name] != content[name]]
 
 
-def _weights(pipeline: PromptRoutedPipeline) -> str:
-    """Return a digest of what draws: the frozen parts, and the experts' weights or the run that made them."""
+def weights_digest(pipeline: PromptRoutedPipeline) -> str:
+    """Return a digest of what draws: the frozen parts, and the experts' weights or the run that made them.
+
+    It reads all weights, which takes seconds for a large model.
+    """
     digest = Fingerprint("weights")
     for name, part in sorted(pipeline.parts.components.items()):
         if isinstance(part, nn.Module):
