@@ -157,7 +157,7 @@ def curve(
         pipeline, seeds = pipeline_of(directory, weights, device), list(range(len(names)))
         options = (settings.steps, settings.guidance, settings.batch_size)
         pictures = generate(pipeline, names, seeds, *options, title=f"images of {weights}")
-        figures = text_figures(evaluator, pictures, data.names, chosen)
+        figures = text_figures(evaluator, pictures, evaluator.embed_texts(data.names), chosen)
         rows.append({"step": step, "samples": step * recipe.diffusion.batch_size, **figures})
         write_json(path, rows)
         console.print(f"{weights}: {figures}", highlight=False)

@@ -112,17 +112,19 @@ def recover_experts(
     return made
 
 
-def recover(stages: Stages, recoveries: Sequence[Recovery]) -> list[Candidate]:
+def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Piece] = ()) -> list[Candidate]:
     """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
 
     The models are a queue of independent jobs, which the processes of this launch and of others on the directory
     share; where a launch has more processes than there are models, it trains one after another with all of them.
+    others: further work, for the processes that find no model left while others still train.
     """
     jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
     jobs = [job for own in jobs_of for job in own]
     if len(jobs) >= current().count:
         with apart():
-            share([Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs], stages.locks)
+            trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
+            share([*trainings, *others], stages.locks)
     else:
         for job in jobs:
             if not current().agree(job.done()):

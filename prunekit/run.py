@@ -52,7 +52,7 @@ from prunekit.report.command import finish
 from prunekit.stages import LOCKS, RunLog, Stages
 from prunekit.training.checkpoint import LOG, clear_killed, read_json, write_json, write_text
 from prunekit.training.claims import USERS, Piece, occupied, refuse_foreign, share
-from prunekit.training.processes import apart, current
+from prunekit.training.processes import apart, current, is_companion, threads_of
 
 RECIPE = "recipe.yaml"
 RESULTS = "results.json"  # the last that a run writes
@@ -80,6 +80,8 @@ class Run:
         self.log.say(f"{recipe.name}: {self.directory}")
         for line in precision_lines(recipe, current().device):
             self.log.say(line)
+        if (count := current().count) > 1:
+            self.log.say(f"{count} processes, {torch.get_num_threads()} thread(s) each")
         stages = Stages(recipe, self.log, self.directory)
         stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         recoveries = []
@@ -87,18 +89,32 @@ class Run:
             folder = self.directory / "methods" / name
             result = stages.choose(recipe.method(name), folder)
             recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
-        candidates = [stages.dense, *recover(stages, recoveries)]
+        candidates = [stages.dense, *recover(stages, recoveries, [self._dense(stages)])]
         with apart():  # from here on processes share work by files alone, so that one may be lost
             for candidate in candidates:
                 stages.sample(candidate, self.samples(candidate))
+            if is_companion():
+                return self.directory
             # Never "done" outside the lock: whoever waits returns when the tables and the report are written
-            share([Piece("table", lambda: False, lambda: self._compare_once(candidates, stages))], stages.locks)
+            with threads_of(1):
+                share([Piece("table", lambda: False, lambda: self._compare_once(candidates, stages))], stages.locks)
         return self.directory
 
     def _compare_once(self, candidates: list[Candidate], stages: Stages) -> None:
         """Write the tables, unless another process has written them since this one started."""
         if _stamp(self.directory / RESULTS) in (None, self.before):
             self.compare(candidates, stages)
+
+    def _dense(self, stages: Stages) -> Piece:
+        """Return what a process can do that finds no model to train: the dense row."""
+        made: list[Tensor] = []
+
+        def make() -> None:
+            pictures, _ = stages.sample(stages.dense, self.samples(stages.dense))
+            self.figures(stages.dense, pictures, stages)
+            made.append(pictures)
+
+        return Piece("dense", lambda: bool(made), make)
 
     def samples(self, candidate: Candidate) -> Path:
         """Where a row's pictures are."""
@@ -119,9 +135,9 @@ class Run:
                 arguments = (experts, stages.data, prompts, stages.dense)
                 experts_of[candidate.name] = comparison.expert_rows(candidate, *arguments)
                 routing[candidate.name] = self.routing(candidate, stages)
-        ceiling = evaluator_ceiling(
-            stages.evaluator, prompts.images, stages.pipeline.vae, stages.resolution, self.recipe.seed
-        )
+        known = (prompts.images, prompts.targets.unique())  # the pictures behind the prompts, as many as a row has
+        settings = (stages.pipeline.vae, stages.resolution, self.recipe.seed)
+        ceiling = evaluator_ceiling(stages.evaluator, *known, *settings)
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
@@ -227,13 +243,19 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
 
 def resume(directory: str | Path) -> Path:
     """Go on with the run in `directory`; return it. Raises RecipeError where there is none."""
+    folder, recipe = Path(directory), recorded(directory)
+    return _work_in(folder, lambda others: recipe)
+
+
+def recorded(directory: str | Path) -> PruneRecipe | PretrainRecipe:
+    """Return the recipe of the run in `directory`. Raises RecipeError where there is none."""
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
     recipe = load_recorded(folder / RECIPE)
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
-    return _work_in(folder, lambda others: recipe)
+    return recipe
 
 
 def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]) -> Path:

@@ -20,20 +20,23 @@ def run(
 ) -> None:
     """Run a recipe; where its directory holds the same run, go on with it."""
     recipe = find_recipe(recipe)
+    from prunekit.companions import companions
+    from prunekit.recipe import load_recipe
     from prunekit.run import start
     from prunekit.training.termination import graceful
 
-    with graceful():
+    with graceful(), companions(load_recipe(recipe, overrides or ())):
         say(f"The run is in {start(recipe, overrides or (), directory)}")
 
 
 @app.command()
 def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
     """Go on with a run that was stopped; a finished one is shown again."""
-    from prunekit.run import resume
+    from prunekit.companions import companions
+    from prunekit.run import recorded, resume
     from prunekit.training.termination import graceful
 
-    with graceful():
+    with graceful(), companions(recorded(directory)):
         say(f"The run is in {resume(directory)}")
 
 
@@ -50,11 +53,15 @@ def compare(
     if not paths:
         raise UserError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
     paths = [path if path.is_dir() else find_recipe(path) for path in paths]
+    overrides = [text for text in recipes if "=" in text]
+    from prunekit.companions import companions
     from prunekit.compare.comparison import compare
+    from prunekit.recipe import load_recipe
     from prunekit.training.termination import graceful
 
-    with graceful():
-        folder = compare(paths, [text for text in recipes if "=" in text], output)
+    made = next((load_recipe(path, overrides) for path in paths if not path.is_dir()), None)
+    with graceful(), companions(made):
+        folder = compare(paths, overrides, output)
     say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
 
 

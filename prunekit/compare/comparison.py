@@ -28,7 +28,7 @@ from prunekit.run import RECIPE
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json, write_text
 from prunekit.training.claims import Piece, occupied, refuse_foreign, share
-from prunekit.training.processes import apart, current
+from prunekit.training.processes import apart, current, is_companion
 
 TABLE_CSV = "table.csv"  # of a comparison's directory
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
@@ -73,7 +73,7 @@ class Comparison:
         self.runner = CellRunner(recipe, directory, self.stages)
 
     def make(self) -> None:
-        """Make the cells that are missing, but for those that another process on this directory is making."""
+        """Make the cells that are missing, but for those that another launch on this directory is making."""
 
         def make(number: int, cell: Cell) -> None:
             self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
@@ -83,8 +83,9 @@ class Comparison:
             Piece(cell.choice, partial(self._has, cell), partial(make, number, cell))
             for number, cell in enumerate(self.cells, start=1)
         ]
+        launched = current().count > 1
         with apart():
-            share(pieces, self.directory / WORK / "locks", wait=False)
+            share(pieces, self.directory / WORK / "locks", wait=launched)
 
     def _has(self, cell: Cell) -> bool:
         return self.runner.finished(cell) is not None
@@ -145,6 +146,8 @@ def compare(
                 published += comparison.recipe.published
             cells += found
             timings |= times
+        if is_companion():
+            return folders[0]
         refuse_unfair(cells)
         return _write(folders[0], cells, timings, missing, published)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunekit.training.claims import Piece, share
+from prunekit.training.processes import threads_of
 
 
 def share_and_tidy(pieces: Sequence[Piece], locks: Path) -> None:
@@ -11,6 +12,7 @@ def share_and_tidy(pieces: Sequence[Piece], locks: Path) -> None:
 
     A process that still waits for one looks whether its piece is done before it does it, so none is made twice.
     """
-    share(pieces, locks)
+    with threads_of(sum(not piece.done() for piece in pieces) or 1):
+        share(pieces, locks)
     for piece in pieces:
         (locks / f"{piece.name}.lock").unlink(missing_ok=True)

@@ -12,9 +12,12 @@ from prunekit.training.autoencoder import to_unit
 from prunekit.training.contrastive import soften
 
 
-def text_figures(evaluator: Any, images: Tensor, names: list[str], targets: Tensor) -> dict[str, float]:
-    """Return {"clip_score", "top1", "top5"} of uint8 pictures (n, 3, H, W); `targets` (n,) index `names`."""
-    embeddings, texts = evaluator.embed_images(images), evaluator.embed_texts(names)
+def text_figures(evaluator: Any, images: Tensor, texts: Tensor, targets: Tensor) -> dict[str, float]:
+    """Return {"clip_score", "top1", "top5"} of uint8 pictures (n, 3, H, W).
+
+    texts: (N, E), the embedded names. targets: (n,), which of them each picture shows.
+    """
+    embeddings = evaluator.embed_images(images)
     return {
         "clip_score": clip_score(embeddings, texts[targets]),
         "top1": retrieval(embeddings, texts, targets, k=1),
@@ -23,21 +26,28 @@ def text_figures(evaluator: Any, images: Tensor, names: list[str], targets: Tens
 
 
 def evaluator_ceiling(
-    evaluator: Any, data: CaptionedImages, autoencoder: Any | None = None, size: int = 64, seed: int = 0
+    evaluator: Any,
+    data: CaptionedImages,
+    shown: Tensor | None = None,
+    autoencoder: Any | None = None,
+    size: int = 64,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Return {row: {"clip_score", "top1", "top5"}} of real, softened, reconstructed and meaningless pictures.
 
     Rows: "real", the data set; "half resolution", the same resized to half and back; "reconstructed", through
     `autoencoder` (an AutoencoderKL; left out without one), the best that a latent diffusion model with it can reach;
-    "noise", uniform pixels. `size` is pixels of a side. Show it with `table.CEILING_COLUMNS`.
+    "noise", uniform pixels. Show it with `table.CEILING_COLUMNS`.
+    shown: which pictures of the data set, (n,); all without it. Names are found among those of the whole data set.
+    size: pixels of a side.
     """
-    real = data.pixels(range(data.num_images), size)
+    targets = torch.arange(data.num_images) if shown is None else shown
+    real, texts = data.pixels(targets.tolist(), size), evaluator.embed_texts(data.names)
     pictures = {"real": real, "half resolution": to_bytes(soften(real.float() / 255, 2))}
     if autoencoder is not None:
         pictures["reconstructed"] = reconstruct(autoencoder, real)
     pictures["noise"] = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator(seed, "ceiling"))
-    targets = torch.arange(data.num_images)
-    return {row: text_figures(evaluator, images, data.names, targets) for row, images in pictures.items()}
+    return {row: text_figures(evaluator, images, texts, targets) for row, images in pictures.items()}
 
 
 @torch.no_grad()

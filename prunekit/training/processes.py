@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 BUCKET = 2**24  # numbers that are summed over the processes at once
 START = "torchrun --nproc-per-node N -m prunekit run RECIPE"
+COMPANION = "PRUNEKIT_COMPANION"  # set in the processes that a command starts beside its own
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
@@ -83,6 +84,11 @@ def current() -> Processes:
     return Processes(accelerator, _apart.get())
 
 
+def is_companion() -> bool:
+    """Whether another process of the same command shows what this one makes."""
+    return bool(os.environ.get(COMPANION))
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """A context in which this process works alone: what is trained or measured in it is not shared with the others."""
@@ -91,6 +97,20 @@ def apart() -> Iterator[None]:
         yield
     finally:
         _apart.reset(token)
+
+
+@contextmanager
+def threads_of(busy: int) -> Iterator[None]:
+    """A context in which `busy` of this machine's processes compute on its CPU, and share the threads of all."""
+    count, before = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.get_num_threads()
+    if busy >= count or current().device.type != "cpu":
+        yield
+        return
+    torch.set_num_threads(before * count // busy)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)
