@@ -26,7 +26,10 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},
-    {"report", "demo", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare", "importing"},
+    {
+        *("report", "demo", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare"),
+        *("importing", "companions"),
+    },
     {"cli"},
     {"__main__"},
 )
@@ -52,6 +55,7 @@ WITHIN = {  # what may be imported within a layer
     "report": {"recipe", "stages", "compare"},
     "importing": {"recipe"},
     "demo": {"report"},
+    "companions": {"recipe"},
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
