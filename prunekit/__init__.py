@@ -4,8 +4,6 @@ Names are imported when they are first used.
 """
 
 import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit import threads
@@ -69,16 +67,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _is_command() -> bool:
-    """Whether this process is the command line, whose commands import what they need."""
-    return Path(sys.argv[0]).name == "prunekit" or " -m prunekit " in f"{' '.join(sys.orig_argv)} "
-
-
-if not _is_command():  # diffusers finds the class of a pruned pipeline only in a module that is imported
-    from diffusers import pipelines
-
-    from . import slicing
-
-    setattr(pipelines, slicing.CLASS_FILE, slicing)  # by which exports name it: opened without their file's code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -197,20 +197,47 @@ def gated(unet: UNet2DConditionModel, space: UnitSpace) -> Iterator[Gates]:
 
     Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
     forward pass waits for its backward is a RuntimeError. On exit no hook is left.
-    Gradient checkpointing recomputes under the gates of its own forward pass. Whatever torch.compile has compiled
-    before is compiled anew, since a compiled module ignores hooks that were added after it was compiled.
+    Gradient checkpointing recomputes under the gates of its own forward pass. What torch.compile has made of the UNet
+    stays for later, and under gates another graph is made once; nothing else is compiled again.
     """
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
     match(unet, space)
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
     gates = Gates(unet, space)
     with contextlib.ExitStack() as stack:
         for handle in gates._attach():
             stack.callback(handle.remove)
+        hooked = [module for module in unet.modules() if module._forward_hooks or module._forward_pre_hooks]
+        stack.enter_context(_seen_by_compiled_code(hooked))
         stack.enter_context(_checkpoints_under(gates))
         yield gates
         gates._release("left")
+
+
+@contextlib.contextmanager
+def _seen_by_compiled_code(modules: list[nn.Module]) -> Iterator[None]:
+    """Give modules a `forward` in their instance's dict, which does what it did.
+
+    torch.compile does not look whether hooks were added to a module or removed; but its code for a module holds only
+    while that entry is as it was (torch/_dynamo/variables/nn_module.py, guard_to_detect_forward_monkeypatching).
+    """
+
+    def passing_on(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def under_gates(*args, **kwargs):
+            return forward(*args, **kwargs)
+
+        return under_gates
+
+    patched = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
+    for module in modules:
+        module.forward = passing_on(patched[module]) if module in patched else module.forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+            if module in patched:
+                module.forward = patched[module]
 
 
 @contextlib.contextmanager

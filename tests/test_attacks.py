@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import yaml
+from command_line import refused
 from small_model import RECIPE, write_pipeline, write_world
-from test_cli import refused
 
 from prunekit.data.prompt_encoder import PROMPT_ENCODER_DIRECTORY, load_prompt_encoder
 from prunekit.errors import UserError

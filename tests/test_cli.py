@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from command_line import ok, refused
 from small_model import CAPTIONS, picture, write_pipeline, write_recipe, write_shard
 from typer.testing import CliRunner
 
@@ -26,23 +27,6 @@ def model(tmp_path_factory):
 @pytest.fixture
 def recipe(tmp_path, model):
     return write_recipe(tmp_path / "small.yaml", model)
-
-
-def ok(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.stdout
-
-
-def refused(*arguments) -> str:
-    """Return the one line on stderr of a command that must fail."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code not in (0, None)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("prunekit: "), result.stderr
-    assert "Traceback" not in result.output
-    return lines[0]
 
 
 def test_help_names_every_command():

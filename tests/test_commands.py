@@ -16,6 +16,7 @@ import data_layouts
 import huggingface_hub.constants as hub_constants
 import pytest
 import typer
+from command_line import ok
 from interrupting import interrupting
 from launching import environment, free_port, launch
 from pages import PAGES, ROOT, commands
@@ -24,9 +25,8 @@ from small_files import write_lora, write_single_file
 from small_hub import fill_cache
 from small_model import write_pipeline
 from small_release import write_release
+from small_run import check_table
 from small_sdxl import write
-from test_cli import ok
-from test_recipes_smoke import check_table
 
 from prunekit.cli import app, results
 from prunekit.data import render_emoji

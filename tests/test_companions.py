@@ -10,7 +10,7 @@ import torch
 import yaml
 from launching import finish, launch, run_recipe
 from small_model import TRAINING, write_world
-from test_run import figures, write_small_recipe
+from small_run import figures, write_small_recipe
 
 import prunekit
 from prunekit import companions

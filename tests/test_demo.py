@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 from browsers import need_browser, open_page
+from command_line import refused
 from interrupting import interrupting
 from small_mixture import write_mixture
-from test_cli import refused
 
 from prunekit import PromptRoutedPipeline
 from prunekit.demo import Demo

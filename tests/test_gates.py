@@ -1,8 +1,10 @@
+import functools
 import gc
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from torch._dynamo.testing import CompileCounter
 from unets import SHAPES, build, inputs, relative_error
 
 from prunekit import Architecture, discover, gated, pipeline_rows, slice_unet
@@ -225,7 +227,8 @@ def test_checkpointing_switched_on_inside_and_restored_after(unet):
 
 
 @pytest.mark.long
-def test_a_unet_compiled_before_is_gated_all_the_same():
+def test_a_unet_compiled_before_is_gated_and_after_the_gates_it_is_as_before():
+    """Compiled code does not look at hooks by itself; entering gates threw away all compiled code of the process."""
     unet = build(
         "sd2",
         block_out_channels=[32, 32],
@@ -234,17 +237,55 @@ def test_a_unet_compiled_before_is_gated_all_the_same():
         attention_head_dim=[2, 2],
         layers_per_block=1,
     )
-    arguments, space = inputs(unet, size=8), discover(unet)
-    architecture = space.random(0.5)
-    compiled = torch.compile(unet, backend="eager")
+    arguments, counter = inputs(unet, size=8), CompileCounter()
+    compiled = torch.compile(unet, backend=counter)
     with torch.no_grad():
         stock = compiled(**arguments).sample
+        for graphs, depth in ((2, "none"), (3, "all"), (3, "none"), (3, "all")):  # a graph for each space, made once
+            space = discover(unet, depth)
+            for seed in (1, 2):
+                architecture = space.random(0.5, seed)
+                with gated(compiled, space) as gates:
+                    gates.set(architecture)
+                    masked = compiled(**arguments).sample
+                    assert torch.equal(masked, unet(**arguments).sample)
+                assert relative_error(masked, slice_unet(unet, architecture)(**arguments).sample) <= 1e-5
+                assert torch.equal(compiled(**arguments).sample, stock)
+            assert counter.frame_count == graphs
+        space = discover(unet, "all")
         with gated(compiled, space) as gates:
-            gates.set(architecture)
-            masked = compiled(**arguments).sample
-            assert torch.equal(masked, unet(**arguments).sample)
-        assert relative_error(masked, slice_unet(unet, architecture)(**arguments).sample) <= 1e-5
-        assert torch.equal(compiled(**arguments).sample, stock)
+            gates.set(space.full())  # without a mask
+            assert torch.equal(compiled(**arguments).sample, stock)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
+def test_gates_reach_a_compiled_layer_and_leave_other_compiled_code_alone(unet, patched):
+    """patched: with a `forward` of its own before, as accelerate's hooks give a module."""
+    others, layers = CompileCounter(), CompileCounter()
+    other = torch.compile(torch.nn.Linear(4, 4), backend=others)
+    space = discover(unet, "none")
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    out = attention.to_out[0]
+    if patched:
+        out.forward = functools.partial(torch.nn.Linear.forward, out)
+    own, compiled = dict(out.__dict__), torch.compile(attention, backend=layers)
+    x = torch.randn(2, 5, attention.query_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock, _ = compiled(x), other(x[..., :4])
+        assert layers.frame_count == others.frame_count == 1
+        for _ in range(2):
+            with gated(unet, space) as gates:
+                for seed in (1, 2):
+                    gates.set(space.random(0.5, seed))
+                    masked = compiled(x)
+                    assert torch.equal(masked, attention(x)) and relative_error(masked, stock) > 1e-3
+                other(x[..., :4])
+            assert torch.equal(compiled(x), stock)
+            other(x[..., :4])
+    assert layers.frame_count == 2 and others.frame_count == 1
+    assert out.__dict__ == own and all_hooks(unet) == 0
+    out.__dict__.pop("forward", None)
     torch.compiler.reset()
 
 

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from command_line import ok, refused
 from small_model import write_pipeline
 from small_release import draw, expected, write_release
-from test_cli import ok, refused
 from unets import build, inputs, relative_error
 
 import prunekit as pk

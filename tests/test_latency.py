@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 from small_data import encoded_for, stub
+from small_methods import SMALL
 from small_model import TRAINING, write_world
-from test_methods_contract import SMALL
 from unets import build, inputs
 
 import prunekit as pk

@@ -26,7 +26,10 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},
-    {"report", "demo", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare", "importing"},
+    {
+        *("report", "demo", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare"),
+        *("importing", "companions"),
+    },
     {"cli"},
     {"__main__"},
 )
@@ -52,6 +55,7 @@ WITHIN = {  # what may be imported within a layer
     "report": {"recipe", "stages", "compare"},
     "importing": {"recipe"},
     "demo": {"report"},
+    "companions": {"recipe"},
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
@@ -61,9 +65,8 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> set[str]:
-    """Return the parts of prunekit that a file imports, wherever in the file the import stands."""
-    package = ("prunekit", *path.relative_to(PACKAGE).parent.parts)
+def imported_names(path: Path, package: tuple[str, ...] = ()) -> list[list[str]]:
+    """Return the dotted names, in parts, that a file of a package imports, wherever in the file the import stands."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -72,6 +75,12 @@ def imported_parts(path: Path) -> set[str]:
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             base += node.module.split(".") if node.module else []
             names += [[*base, alias.name] for alias in node.names]
+    return names
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Return the parts of prunekit that a file imports."""
+    names = imported_names(path, ("prunekit", *path.relative_to(PACKAGE).parent.parts))
     return {name[1] for name in names if name[0] == "prunekit" and len(name) > 1}
 
 
@@ -100,3 +109,13 @@ def test_the_lowest_layer_is_a_library_of_its_own():
 def test_relative_imports_are_resolved():
     assert "units" in imported_parts(PACKAGE / "cost.py")
     assert {"units", "slicing"} <= imported_parts(PACKAGE / "models" / "shapes.py")
+
+
+def test_no_file_imports_a_test_file():
+    """What several test files use stands in a helper module: a test file that is imported brings its fixtures along."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    assert len(tests) > 50
+    for path in files:
+        imported = {part for name in imported_names(path) for part in name}
+        assert not imported & tests, f"{path.name} imports {sorted(imported & tests)}: move what it needs to a helper"

@@ -1,6 +1,6 @@
 """What every registered method must do; a new method is tested by being registered.
 
-A method that needs data gets small encoded data. `SMALL` has settings under which a method runs in about a second.
+A method that needs data gets small encoded data; `small_methods.SMALL` makes it quick.
 """
 
 import inspect
@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 from small_data import encoded_for, stub
+from small_methods import SMALL
 from unets import MORE_SHAPES, SHAPES, build, inputs, relative_error
 
 from prunekit import CostModel, discover
@@ -17,13 +18,6 @@ from prunekit.gates import gated
 from prunekit.methods import PruneResult, PruneSettings, ScoreMethod, get, names
 from prunekit.slicing import slice_unet
 
-SEARCH = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "log_every": 1}
-SMALL: dict[str, dict] = {
-    "aptp": {"experts": 2, "warmup": 1, "search": SEARCH},
-    "norm": {"samples": 1},
-    "taylor_sp": {"samples": 2, "batch_size": 2, "num_timesteps": 2},
-    "uniarch": {"search": SEARCH},
-}
 BUDGET = 0.66  # in reach of families with fixed members, too
 
 

@@ -13,7 +13,7 @@ from small_model import RECIPE
 
 from prunekit import PromptRoutedPipeline, PrunedUNet2DConditionModel
 from prunekit.evaluation.protocols import PROTOCOLS
-from prunekit.export import load_pipeline_directory
+from prunekit.export import load_pipeline_directory, register_with_diffusers
 from prunekit.export.parts import save_pipeline
 from prunekit.methods import registry
 from prunekit.models import load_pipeline
@@ -54,10 +54,14 @@ def test_python_runs(bodies, project, monkeypatch, capsys):
     assert bool(capsys.readouterr().out.strip()) == talks
 
 
-def test_the_page_on_export_shows_all_that_opens_without_code(project):
-    """After `import prunekit` plain diffusers opens a class-tier pipeline by prunekit's own class, as recipes do."""
+def test_the_page_on_export_shows_all_that_opens_without_code(project, monkeypatch):
+    """Once the class is registered, plain diffusers opens a class-tier pipeline by it, as recipes do."""
+    monkeypatch.delattr("diffusers.pipelines.modeling_pruned", raising=False)  # the page's program may have run before
     index = json.loads((project / "one" / "model_index.json").read_text())
     assert index["unet"] == ["modeling_pruned", PrunedUNet2DConditionModel.__name__]
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(project / "one")
+    register_with_diffusers()
     for load in (DiffusionPipeline.from_pretrained, load_pipeline, load_pipeline_directory):
         assert type(load(project / "one").unet) is PrunedUNet2DConditionModel
 

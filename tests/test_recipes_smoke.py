@@ -1,6 +1,5 @@
 """Every recipe that ships, with scale=smoke, through every stage to its table: small models, data in its own layout."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +7,9 @@ import small_sdxl
 from data_layouts import LAYOUTS, emoji, samples
 from pages import PAGES, commands
 from small_model import write_pipeline
+from small_run import check_table
 
 from prunekit.compare.comparison import compare
-from prunekit.models import EMBEDDED
 from prunekit.recipe import CompareRecipe, PretrainRecipe, load_recipe
 from prunekit.run import start
 
@@ -81,20 +80,3 @@ def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
         assert list(directory.rglob("model_index.json"))
         return
     check_table(directory)
-
-
-def check_table(directory: Path) -> None:
-    """Hold what a finished run or comparison left against its recipe: every row is there, and within its budget."""
-    content = json.loads((directory / "results.json").read_text())
-    assert (directory / "table.md").is_file() and not content.get("missing")
-    if (directory / "cells").is_dir() or not (directory / "recipe.yaml").is_file():  # a comparison, or several
-        return
-    recipe = load_recipe(directory / "recipe.yaml")
-    rows = {row["name"]: row for row in content["table"]["rows"]}
-    at_steps = recipe.evaluation.at_steps
-    names = {name for method in recipe.methods for name in (method, *(f"{method}@{step}" for step in at_steps))}
-    assert set(rows) == {"dense", *names}
-    if recipe.prune.latency is None:
-        assert all(rows[name]["macs_ratio"] <= recipe.prune.budget for name in names)
-        if recipe.model == EMBEDDED:  # whose units are small beside what the budget leaves
-            assert all(rows[name]["macs_ratio"] > recipe.prune.budget - 0.05 for name in names)

@@ -7,48 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from launching import launch, run_recipe
-from small_model import TRAINING, write_world
+from small_run import RESULTS, figures, write_small_recipe
 
 from prunekit.errors import UserError
 from prunekit.methods import PruneResult
 from prunekit.recipe import RecipeError, load_recipe
 from prunekit.run import _claim, resume, start
 
-STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9, "log_every": 1}
-RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json")
-
-
-def write_small_recipe(folder):
-    """Write the world and a recipe of every stage, with a checkpoint after each step; return its path."""
-    content = {
-        **write_world(folder),
-        "prune": {"budget": 0.7},
-        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **STEPWISE}}},
-        "fine_tune": {"steps": 5, **STEPWISE},
-        "evaluation": {"num_images": 6, "steps": 2, "batch_size": 2, "num_predictions": 8, "num_pictures": 2},
-    }
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return write_small_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-def figures(directory):
-    """Return all results of a run but for the times, which differ."""
-    content = [json.loads((directory / name).read_text()) for name in RESULTS]
-    for result in content[:2]:
-        result["info"].pop("search", None)
-    for table in (content[2]["table"], *content[2]["experts"].values()):
-        for row in table["rows"]:
-            row.pop("seconds_per_image", None)
-            row.pop("training_seconds", None)
-    return content
 
 
 @pytest.fixture(scope="module")

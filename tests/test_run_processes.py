@@ -7,7 +7,7 @@ import time
 
 import pytest
 from launching import launch, run_recipe
-from test_run import figures, write_small_recipe
+from small_run import figures, write_small_recipe
 
 KILLS = int(os.environ.get("PRUNEKIT_KILLS", "3"))  # more on demand
 STOPPED = 75  # the exit code of a run that was asked to end

@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from command_line import ok, refused
 from small_model import write_pipeline
-from test_cli import ok, refused
 
 from prunekit.recipe import load_recipe
 from prunekit.shipped import copy_recipe, find_recipe, shipped_recipes, summary

@@ -260,7 +260,7 @@ def test_inside_a_pipelines_folder_in_a_fresh_process(tmp_path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["unet"] == ["prunekit.slicing", "PrunedUNet2DConditionModel"]
     code = (
-        "import sys, torch, prunekit; from diffusers import DiffusionPipeline\n"
+        "import sys, torch, prunekit.slicing; from diffusers import DiffusionPipeline\n"
         "from safetensors.torch import save_file\n"
         "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], text_encoder=None, tokenizer=None)\n"
         "prompt = torch.ones(1, 7, 32); pipeline.set_progress_bar_config(disable=True)\n"

@@ -53,3 +53,22 @@ def test_a_light_command_imports_nothing_heavy(words, status, expected):
 def test_commands_about_shapes_import_no_training():
     printed, loaded = loaded_by(["units", "sd-2.1"])
     assert "1,620 units" in printed and set(loaded) <= {"torch", "diffusers", "numpy", "transformers", "accelerate"}
+
+
+IMPORTED = """
+import json, sys
+sys.argv = json.loads(sys.argv[1])
+import prunekit
+print(json.dumps([sorted(name for name in sys.modules if name.partition(".")[0] in HEAVY), sorted(vars(prunekit))]))
+"""
+
+
+def test_the_package_is_the_same_however_python_was_started():
+    """It looked at sys.argv, and in programs that were not the command line it changed diffusers."""
+    seen = []
+    for program in ("prunekit", "script.py"):
+        command = [sys.executable, "-c", f"HEAVY = {HEAVY}\n{IMPORTED}", json.dumps([program, "-m", "prunekit"])]
+        loaded, names = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert loaded == [] and "slice_unet" not in names
+        seen.append(names)
+    assert seen[0] == seen[1]

@@ -22,7 +22,7 @@ from prunekit.methods.base import PruneResult
 from prunekit.plan.data import DataSize, size_of
 from prunekit.plan.models import Models, PlannedModel
 from prunekit.plan.rows import PlannedRow, rows_of, tuning_devices
-from prunekit.plan.work import Work, pruning_work, scheduled
+from prunekit.plan.work import CHOICE, ENCODING, GENERATION, TUNING, Work, pruning_work, scheduled
 from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe, precision_lines, resolve_recipe
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import RunLog, Stages
@@ -30,6 +30,7 @@ from prunekit.training.processes import current
 from prunekit.training.tracking import require_installed
 
 PAIRS = 64  # that are read, or as many as a batch of pictures or the experts need
+Kind = tuple[str | None, str | None]  # of work that is measured together: a method's label, and a part of its work
 NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # what errors of torch say
 
 
@@ -93,7 +94,7 @@ class _Check:
         self.devices, self.directory, self.say = devices, directory, say
         self.log = CheckLog(directory)
         self.done: list[Checked] = []
-        self.spent: dict[str, float] = {}  # seconds of a kind of work (`_kind`)
+        self.spent: dict[Kind, float] = {}  # seconds
 
     def run(self) -> dict[str, Any]:
         """Run the stages, in a run's order; the first that fails ends it."""
@@ -113,7 +114,7 @@ class _Check:
         images = stages.data.images
         with self._stage("encoding again", "resolution"):
             encode(stages.pipeline, images, stages.encoder, stages.resolution)
-        self.spent["encoding"] = self.done[-1].seconds
+        self.spent[None, ENCODING] = self.done[-1].seconds
         results = {name: self._choose(name, row, stages) for name, row in rows.items()}
         with self._stage("prompts and evaluator", "evaluator"):
             stages.prompts  # noqa: B018
@@ -146,38 +147,38 @@ class _Check:
         self.say(self.done[-1])
 
     def _choose(self, name: str, row: PlannedRow, stages: Stages) -> PruneResult:
-        label, since = _label(name), len(self.log.rows)
+        label, since = row.label, len(self.log.rows)
         searches = hasattr(row.method.config, "search")
         setting = f"methods.{label}"
         batch = f"{setting}.{'search.micro_batch' if searches else 'batch_size'}"
         with self._stage(f"{name}: {'search' if searches else 'choice'}", setting, batch):
             result = stages.choose(row.method, self.directory / "methods" / label, name)
-        self.spent[f"{label}: choice"] = self.log.steps_seconds(since) if searches else self.done[-1].seconds
+        self.spent[label, CHOICE] = self.log.steps_seconds(since) if searches else self.done[-1].seconds
         return result
 
     def _recover(self, name: str, row: PlannedRow, result: PruneResult, stages: Stages) -> None:
         """Fine-tune the first architecture, draw with it, and measure."""
-        label, since = _label(name), len(self.log.rows)
+        label, since = row.label, len(self.log.rows)
         folder = self.directory / "methods" / label
         first = PruneResult([result.architectures[0]], info=result.info)
         with self._stage(f"{name}: fine-tuning", "fine_tune", "fine_tune.micro_batch"):
             recovery = Recovery(label, first, folder / "experts", row.tuning, self.recipe.seed)
             candidate = recover(stages, [recovery])[-1]
-        self.spent[f"{label}: fine-tuning"] = self.log.steps_seconds(since) * row.models
+        self.spent[label, TUNING] = self.log.steps_seconds(since) * row.models
         with self._stage(f"{name}: generation", "evaluation", "evaluation.batch_size"):
             pictures, _ = stages.sample(candidate, folder / "samples")
-        self.spent[f"{label}: generation"] = self.done[-1].seconds
+        self.spent[label, GENERATION] = self.done[-1].seconds
         with self._stage(f"{name}: evaluation", "evaluation, evaluator", "evaluation.batch_size"):
             stages.measure(candidate, stages.judge(pictures))
 
     def _estimate(self, whole: list[Work], tried: list[Work]) -> dict[str, Any]:
         """Scale each kind of work by its MACs; the dense model, which was not tried, draws as slowly as the slowest."""
-        macs: dict[str, float] = {}
+        macs: dict[Kind, float] = {}
         for item in tried:
-            macs[_kind(item)] = macs.get(_kind(item), 0.0) + (item.macs or 0.0)
+            macs[item.label, item.part] = macs.get((item.label, item.part), 0.0) + (item.macs or 0.0)
         pace = {kind: self.spent[kind] / macs[kind] for kind in self.spent if macs.get(kind)}
-        usual = [pace[kind] for kind in pace if kind.endswith("generation")]
-        seconds = [(item.macs or 0.0) * pace.get(_kind(item), max(usual)) for item in whole]
+        usual = [pace[kind] for kind in pace if kind[1] == GENERATION]
+        seconds = [(item.macs or 0.0) * pace.get((item.label, item.part), max(usual)) for item in whole]
         stages, used = list(self.done), precision_lines(self.recipe, current().device)
         return {"stages": stages, "precision": used, **scheduled(whole, seconds, self.devices)}
 
@@ -192,16 +193,3 @@ def explained(error: Exception, stage: str, setting: str, batch: str = "") -> st
         return f"{stage} does not fit into memory: {lower} ({text})"
     own = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
     return f"{stage} failed: {text if own else f'{type(error).__name__}: {text}'} (settings: {setting})"
-
-
-def _label(name: str) -> str:
-    """Return the method's label in a row's name, "LABEL @ BUDGET" in a comparison."""
-    return name.partition(" @ ")[0]
-
-
-def _kind(item: Work) -> str:
-    """Return what work was measured together: encoding, or a label's choice, fine-tuning, or generation."""
-    name, _, part = item.stage.rpartition(": ")
-    if not name:
-        return "encoding"
-    return f"{_label(name)}: {part if part in ('fine-tuning', 'generation') else 'choice'}"

@@ -1,6 +1,7 @@
 """Taking a pruned UNet elsewhere: as a stock diffusers UNet, with its class in a file, or as a graph."""
 
 from prunekit.export.adapters import check_controlnet, check_t2i_adapter, copy_ip_adapter
+from prunekit.export.class_file import register_with_diffusers
 from prunekit.export.loading import load_unet
 from prunekit.export.lora import slice_lora
 from prunekit.export.parts import load_pipeline_directory
@@ -12,6 +13,7 @@ __all__ = [
     "copy_ip_adapter",
     "load_pipeline_directory",
     "load_unet",
+    "register_with_diffusers",
     "save_unet",
     "slice_lora",
 ]

@@ -10,6 +10,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from diffusers import pipelines
+
+from prunekit import slicing
 from prunekit.export.bundle import bundle
 from prunekit.slicing import CLASS_FILE, PrunedUNet2DConditionModel
 
@@ -37,3 +40,12 @@ def write_class_file(folder: Path) -> Path:
     path = folder / f"{MODULE}.py"
     path.write_text(class_file_source(), encoding="utf-8")
     return path
+
+
+def register_with_diffusers() -> None:
+    """Let `DiffusionPipeline.from_pretrained` open exports of the tier `class` by prunekit's class in this process.
+
+    Call it once where other code loads the pipelines; no code of their folders runs then, and none has to be trusted.
+    It adds an entry to `diffusers.pipelines`, in which diffusers looks up the names of a `model_index.json`.
+    """
+    setattr(pipelines, MODULE, slicing)

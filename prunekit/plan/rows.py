@@ -18,6 +18,7 @@ from prunekit.units import Architecture
 class PlannedRow:
     """One row of a recipe's table, and how often its stages run: a comparison repeats them over seeds and protocols."""
 
+    label: str  # of the method, in the recipe
     method: Method
     tuning: FineTuneConfig
     choices: int  # searches, or calibrations
@@ -52,7 +53,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
         method, tuning = recipe.method(name), recipe.fine_tuning(name)
         models = 1 if tuning.shared_backbone else getattr(method.config, "experts", 1)
         sets = 1 + len(recipe.evaluation.at_steps)
-        rows[name] = PlannedRow(method, tuning, 1, models, models * tuning.steps, sets)
+        rows[name] = PlannedRow(name, method, tuning, 1, models, models * tuning.steps, sets)
     return rows
 
 
@@ -74,7 +75,7 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
             if not hasattr(method.config, "search"):
                 choices = len({(label, seed) for seed in entry.seeds} - scored)
                 scored |= {(label, seed) for seed in entry.seeds}
-            rows[f"{label} @ {entry.label}"] = PlannedRow(method, tuning, choices, models, steps, len(own))
+            rows[f"{label} @ {entry.label}"] = PlannedRow(label, method, tuning, choices, models, steps, len(own))
     return rows
 
 

@@ -16,12 +16,16 @@ from prunekit.plan.speed import Speed
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.trainer import TrainerConfig
 
+ENCODING, CHOICE, TUNING, GENERATION = "encoding", "choice", "fine-tuning", "generation"  # parts of a recipe's work
+
 
 @dataclass(frozen=True)
 class Work:
     """One stage: samples, and the MACs of one sample with all its passes (None where they are not counted).
 
+    stage: title of the stage, for people.
     jobs: independent parts of equal work, each for one device; 0: all devices share every step.
+    label, part: label of the method that the stage serves, and which part of its work the stage is.
     """
 
     stage: str
@@ -29,6 +33,8 @@ class Work:
     macs_per_sample: float | None
     passes: str
     jobs: int = 0
+    label: str | None = None
+    part: str | None = None
 
     @property
     def macs(self) -> float | None:
@@ -53,13 +59,14 @@ def pruning_work(
             forward = 1 + search.gradient_checkpointing
             samples = row.choices * search.steps * search.batch_size
             passes = _passes("backward to the gates", search, teacher)
-            work.append(Work(f"{name}: search", samples, (forward + 1 + teacher) * dense + live, passes))
+            macs, belongs = (forward + 1 + teacher) * dense + live, {"label": row.label, "part": CHOICE}
+            work.append(Work(f"{name}: search", samples, macs, passes, **belongs))
     for name, row in rows.items():
         teacher, forward = row.tuning.distillation_weight > 0, 1 + row.tuning.gradient_checkpointing
         macs = ((forward + 2) * row.budget + teacher) * dense + live
         passes = f"{row.models} x ({_passes('backward', row.tuning, teacher)})"
         samples = row.tuning_steps * row.tuning.batch_size
-        work.append(Work(f"{name}: fine-tuning", samples, macs, passes, row.models))
+        work.append(Work(f"{name}: {TUNING}", samples, macs, passes, row.models, row.label, TUNING))
     return [*work, *_generation(recipe, rows, model)]
 
 
@@ -76,9 +83,9 @@ def _live_macs(cache: CacheConfig, encoder: int, caption: int) -> int:
 def _encoding(cache: CacheConfig, encoder: int, caption: int, data: DataSize | None) -> list[Work]:
     work = []
     if data is not None and cache.latents != "off":
-        work.append(Work("encoding of pictures", data.images, encoder, "the autoencoder's encoder"))
+        work.append(Work("encoding of pictures", data.images, encoder, "the autoencoder's encoder", part=ENCODING))
     if data is not None and cache.text:
-        work.append(Work("encoding of captions", data.captions, caption, "the text encoders"))
+        work.append(Work("encoding of captions", data.captions, caption, "the text encoders", part=ENCODING))
     return work
 
 
@@ -86,16 +93,17 @@ def _calibration(name: str, row: PlannedRow, model: PlannedModel, dense: int) ->
     """What a score method measures before it can choose; nothing for methods that search or need no data."""
     config = row.method.config
     space = model.costs(config)[0]
-    work = []
+    work, belongs = [], {"label": row.label, "part": CHOICE}
     if isinstance(row.method, TaylorSP):
         samples, timesteps = row.choices * config.samples, config.num_timesteps
         passes = f"at most {timesteps} timesteps x (forward, backward)"
-        work.append(Work(f"{name}: calibration", samples, 3 * timesteps * dense, passes))
+        work.append(Work(f"{name}: calibration", samples, 3 * timesteps * dense, passes, **belongs))
     if isinstance(row.method, TaylorSP | Norm) and space.num_depth:
         everywhere = not isinstance(row.method, Norm) or config.scope == "global"
         groups = len(space.groups if everywhere else space.depth_groups)
         samples = row.choices * (config.samples or SAMPLES)
-        work.append(Work(f"{name}: depth scores", samples, (groups + 1) * dense, f"{groups + 1} forward passes"))
+        passes = f"{groups + 1} forward passes"
+        work.append(Work(f"{name}: depth scores", samples, (groups + 1) * dense, passes, **belongs))
     return work
 
 
@@ -104,11 +112,18 @@ def _generation(recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow]
     dense, decoder = model.dense_macs(), model.picture_macs(model.latent())[1]
     calls = model.parts.calls(evaluation.steps, evaluation.guidance)
     seeds = len({seed for entry in recipe.budgets for seed in entry.seeds}) if isinstance(recipe, CompareRecipe) else 1
-    ratios = {DENSE: (1.0, seeds), **{name: (row.budget, row.generations) for name, row in rows.items()}}
+    sets = {name: (row.label, row.budget, row.generations) for name, row in rows.items()}
     passes = f"{calls} UNet calls ({type(model.parts.scheduler).__name__}), decoder"
     return [
-        Work(f"{name}: generation", count * evaluation.num_images, calls * ratio * dense + decoder, passes)
-        for name, (ratio, count) in ratios.items()
+        Work(
+            f"{name}: {GENERATION}",
+            count * evaluation.num_images,
+            calls * ratio * dense + decoder,
+            passes,
+            label=label,
+            part=GENERATION,
+        )
+        for name, (label, ratio, count) in {DENSE: (DENSE, 1.0, seeds), **sets}.items()
     ]
 
 
