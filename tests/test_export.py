@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_mixture import PROMPTS, write_mixture
@@ -363,6 +365,29 @@ def test_a_card_says_what_was_made():
         assert words in text
     assert "| norm |" not in text and "kid" not in text
     assert "base_model" not in model_card("unet", "mine", {"model": "/home/me/model"}, rows, checked)
+
+
+HOSTILE = "a/b\n---\n# x | <script>x</script> ![p](http://x/y.png) [y](http://z) `c` *e* \\| $"
+
+
+@pytest.mark.parametrize("model", [HOSTILE, "me/mine\n---", "me/<b>", "me/[y](z)", ["me/mine"], {"me": "mine"}])
+def test_a_card_shows_what_others_wrote_as_text(model):
+    """Attack 21: HTML, line ends and bars of a downloaded mixture's info passed into the card of its export."""
+    info = {"model": model, "method": HOSTILE, "recipe": HOSTILE}
+    info["result"] = {"settings": {"budget": HOSTILE}, "dense_macs": HOSTILE}
+    table = [{"name": HOSTILE, "kid": HOSTILE}, {"name": "dense", "kid": 0.25}]
+    text = model_card("unet", HOSTILE, info, [{"tier": "class", "macs": 1, "params": 2}], [], table)
+    before, head, body = re.split(r"^---\n", text, flags=re.MULTILINE)  # no further line ends the head
+    assert not before and yaml.safe_load(head).keys() == {"library_name", "pipeline_tag", "tags"}
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body.partition("## Use")[0])
+    inline = [token for token in tokens if token.type == "inline"]
+    assert {part.type for token in inline for part in token.children} <= {"text", "text_special"}
+    assert not any(token.type in ("html_block", "fence", "hr") for token in tokens)
+    shown = ["".join(part.content for part in token.children) for token in inline]
+    plain = " ".join(HOSTILE.split())
+    assert shown[0] == plain and shown.count(plain) == 3  # the title, and two cells of a row
+    assert shown[1].count(plain) == 4 and sum(token.type == "tr_open" for token in tokens) == 2 + 3
+    assert model_card("unet", "mine", {"result": [1], "model": model}, [], [])
 
 
 def test_the_hub_offline_is_one_line(tmp_path, monkeypatch):
