@@ -14,6 +14,7 @@ from prunekit.training import checkpoint
 
 LEFT = 4096  # bytes that a full disk still takes, so that larger files are there in part
 SIZE = "64m"
+BALLAST = "ballast"  # the file that fills a disk
 
 
 class SmallDisk:
@@ -22,15 +23,15 @@ class SmallDisk:
     full = "No space left on device"
 
     def __init__(self, folder: Path):
-        self.folder, self._ballast = folder, folder / "ballast"
+        self.folder, self._ballast = folder, folder / BALLAST
         command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
 
-    def fill(self) -> None:
-        """Leave no room but for LEFT bytes."""
+    def fill(self, left: int = LEFT) -> None:
+        """Leave no room but for some bytes."""
         status = os.statvfs(self.folder)
         with self._ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - LEFT)
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - left)
 
     def free(self) -> None:
         """Make room again."""
@@ -49,9 +50,9 @@ class LimitedFiles:
     def __init__(self, folder: Path):
         self.folder, self._before = folder, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(self) -> None:
-        """Let no file grow beyond LEFT bytes."""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (LEFT, self._before[1]))
+    def fill(self, left: int = LEFT) -> None:
+        """Let no file grow beyond some bytes."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (left, self._before[1]))
 
     def free(self) -> None:
         """Lift the limit."""

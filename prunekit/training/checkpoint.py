@@ -25,12 +25,13 @@ NO_ROOM = {  # errors of a write for which there is no room, and what helps
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
 }
 IN_WORDS = re.compile(r"(?:os error |code: )(\d+)")  # how safetensors says an error of the operating system
+TEMPORARY = ".tmp"  # the ending of a file or folder that is being written
 ASIDE = ".old"  # the ending of a folder that is about to be replaced
 
 
 def temporary_for(path: Path) -> Path:
     """Return a hidden name beside `path` that no other process uses, here or on another machine."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 @contextmanager
@@ -52,9 +53,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Raise one error for a full disk, whichever library finds it: the operating system's, which names `path`.
+    """Raise one error for a full disk, whichever library finds it: the operating system's, which names a file.
 
-    Python's own error of a write names no file, or a temporary one; safetensors raises an error of its own.
+    The file is the one that the error names, or `path`: Python's own error of a write names none, or a temporary one,
+    and safetensors raises an error of its own.
     """
     try:
         yield
@@ -62,7 +64,10 @@ def full_disk_named(path: Path) -> Iterator[None]:
         number = no_room(error)
         if number is None:
             raise
-        raise OSError(number, f"{os.strerror(number)}: {NO_ROOM[number]}", str(path)) from error
+        file = str(getattr(error, "filename", None) or path)
+        is_temporary = any(part.endswith(TEMPORARY) for part in Path(file).parts)
+        name = str(path) if is_temporary else file
+        raise OSError(number, f"{os.strerror(number)}: {NO_ROOM[number]}", name) from error
 
 
 def no_room(error: BaseException) -> int | None:
@@ -88,7 +93,7 @@ def _umask() -> int:
 
 def clear_killed(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left; the caller alone may write it now."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
 
 
