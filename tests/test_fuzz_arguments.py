@@ -4,6 +4,7 @@
 and recipes that exist are not among the words, except for commands that only look.
 """
 
+import itertools
 import json
 import os
 import tempfile
@@ -89,11 +90,10 @@ def line() -> st.SearchStrategy[list[str]]:
         option = st.sampled_from(OPTIONS[command]) if OPTIONS[command] else st.just("--unknown")
         given = st.tuples(option, word).map(list)
         models = st.sampled_from(MODELS) if command in LOOKED_AT else st.sampled_from(PLACES)
-        part = st.one_of(word.map(lambda text: [text]), st.sampled_from(PLACES).map(lambda text: [text]), given)
-        parts = st.tuples(models.map(lambda text: [text]), st.lists(part, max_size=4)).map(
-            lambda two: [two[0], *two[1]]
-        )
-        return (parts | st.lists(part, max_size=4)).map(lambda all_: [*command.split(), *sum(all_, [])])
+        one = (word | st.sampled_from(PLACES)).map(lambda text: [text])
+        parts = st.lists(one | given, max_size=4)
+        whole = parts | st.tuples(models.map(lambda text: [text]), parts).map(lambda two: [two[0], *two[1]])
+        return whole.map(lambda words: [*command.split(), *itertools.chain(*words)])
 
     return st.sampled_from(sorted(OPTIONS)).flatmap(rest) | st.lists(word, max_size=3)
 

@@ -152,9 +152,8 @@ def damage_weights(draw, folder: Path) -> None:
     if kind == "cut":
         content = content[: draw(st.integers(0, len(content)))]
     elif kind == "length":
-        content = (
-            struct.pack("<Q", draw(st.sampled_from((0, 1, length - 1, length + 1, 2**31, 2**63 - 1)))) + content[8:]
-        )
+        stated = draw(st.sampled_from((0, 1, length - 1, length + 1, 2**31, 2**63 - 1)))
+        content = struct.pack("<Q", stated) + content[8:]
     elif kind == "header":
         header = json.loads(content[8 : 8 + length])
         chosen = dict(list(header.items())[:4])
