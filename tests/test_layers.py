@@ -23,6 +23,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
         "timing",
         "latency",
     },
+    {"yaml_files"},  # of data, benchmarks and recipes
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},
