@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 from small_disk import LimitedFiles, SmallDisk, full_at, small_disk
 from small_model import TRAINING, write_world
-from test_run import figures
+from small_run import figures
 from typer.testing import CliRunner
 
 from prunekit.cli import app
