@@ -9,7 +9,7 @@ import yaml
 from launching import launch, run_recipe
 from PIL import Image
 from safetensors import safe_open
-from small_disk import LimitedFiles, SmallDisk, full_at, small_disk
+from small_disk import LimitedFiles, SmallDisk, below, full_at, small_disk
 from small_model import TRAINING, write_world
 from test_run import figures
 from typer.testing import CliRunner
@@ -120,6 +120,25 @@ def test_with_room_again_the_run_ends_with_the_same_figures(recipe, disk, undist
     assert result.exit_code == 0, result.output
     check_whole(directory)
     assert figures(directory) == undisturbed
+
+
+@pytest.mark.long
+def test_a_disk_that_gets_full_at_every_file_of_a_run(recipe, undisturbed, tmp_path):
+    """As often as there are files, each time at the next one; not a byte is left."""
+    with small_disk(tmp_path) as disk:
+        directory, past = tmp_path / "run", set()
+        while True:
+            with full_at(disk, "run/*", past, left=0) as met, console.capture():
+                result = run(recipe, directory)
+            if not met:
+                break
+            past.add(below(disk, met[0]))
+            assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
+            (said,) = result.stderr.strip().splitlines()
+            assert f"{disk.full}: " in said and str(directory) in said and ".tmp" not in said
+            check_whole(directory)
+        assert result.exit_code == 0 and len(past) > 50
+        assert figures(directory) == undisturbed
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
