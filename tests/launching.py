@@ -76,10 +76,11 @@ class Started:
         return Path(self._printed.name).read_text(encoding="utf-8")
 
 
-def launch(arguments: list[str], count: int = 1) -> list[Started]:
-    """Start `python ARGUMENTS` in `count` processes that know of each other."""
-    port = free_port()
-    return [Started([str(text) for text in arguments], environment(rank, count, port)) for rank in range(count)]
+def launch(arguments: list[str], count: int = 1, variables: dict[str, str] | None = None) -> list[Started]:
+    """Start `python ARGUMENTS` in `count` processes that know of each other; variables: more of the environment."""
+    port, more = free_port(), variables or {}
+    words = [str(text) for text in arguments]
+    return [Started(words, environment(rank, count, port) | more) for rank in range(count)]
 
 
 def finish(processes: list[Started], timeout: float = 240) -> list[str]:

@@ -1,9 +1,10 @@
 """A disk that gets full at a chosen file: a small file system of its own, or a limit on the size of files."""
 
 import os
+import re
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -75,18 +76,21 @@ def small_disk(folder: Path, kind: type = SmallDisk) -> Iterator[SmallDisk | Lim
 
 
 @contextmanager
-def full_at(disk: SmallDisk | LimitedFiles, pattern: str) -> Iterator[list[Path]]:
+def full_at(
+    disk: SmallDisk | LimitedFiles, pattern: str, past: Collection[str] = (), left: int = LEFT
+) -> Iterator[list[Path]]:
     """A context in which the disk gets full when the first file or folder that matches is about to be written.
 
-    pattern: of fnmatch, from the disk's folder on. Yields the list of those files.
+    pattern: of fnmatch, from the disk's folder on. past: files at which it stays as it is, as `below` names them.
+    left: bytes that the full disk still takes. Yields the list of the files that match, from the first on.
     """
     found, temporary_for = [], checkpoint.temporary_for
 
     def full_at_once(path: Path) -> Path:
-        if fnmatch(str(path), f"{disk.folder}/{pattern}"):
+        if fnmatch(str(path), f"{disk.folder}/{pattern}") and (found or below(disk, path) not in past):
             found.append(path)
             if len(found) == 1:
-                disk.fill()
+                disk.fill(left)
         return temporary_for(path)
 
     with pytest.MonkeyPatch.context() as patches:
@@ -95,3 +99,8 @@ def full_at(disk: SmallDisk | LimitedFiles, pattern: str) -> Iterator[list[Path]
             yield found
         finally:
             disk.free()
+
+
+def below(disk: SmallDisk | LimitedFiles, path: Path) -> str:
+    """Return a file's name from the disk's folder on, where each folder has its final name."""
+    return re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.tmp", r"\1", path.relative_to(disk.folder).as_posix())

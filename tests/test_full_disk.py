@@ -1,20 +1,25 @@
 """A disk that gets full in any stage of a run: one line that names the file, nothing half-written, and a resume."""
 
+import errno
 import json
+from contextlib import nullcontext
 
 import pytest
 import yaml
+from launching import launch, run_recipe
 from PIL import Image
 from safetensors import safe_open
-from small_disk import LimitedFiles, SmallDisk, full_at, small_disk
+from small_disk import LimitedFiles, SmallDisk, below, full_at, small_disk
 from small_model import TRAINING, write_world
 from small_run import figures
 from typer.testing import CliRunner
 
 from prunekit.cli import app
+from prunekit.report.command import finish
 from prunekit.training.progress import console
 
 WRITES_REPORTS = True
+NOT_MOUNTED = "a file system cannot be mounted here"
 STAGES = {  # the file at which the disk gets full
     "encoding": "run/cache/text-*/*.safetensors",
     "search": "run/methods/aptp/checkpoints/step-00000002",
@@ -23,6 +28,7 @@ STAGES = {  # the file at which the disk gets full
     "table": "run/results.json",
     "report": "run/report.html",
 }
+SLOW = ("fine-tuning", "sampling", "table", "report")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +46,11 @@ def recipe(tmp_path_factory):
     return folder / "small.yaml"
 
 
-def run(recipe, directory):
+def run(recipe, directory, page=False):
     with pytest.MonkeyPatch.context() as patches:
         patches.setenv("PRUNEKIT_PROCESSES", "1")
+        if not page:  # it takes longest, and has no figures
+            patches.setattr("prunekit.run.finish", lambda *given: None)
         return CliRunner().invoke(app, ["run", str(recipe), "--directory", str(directory)])
 
 
@@ -50,9 +58,7 @@ def run(recipe, directory):
 def undisturbed(recipe):
     """The figures of a run with room enough."""
     directory = recipe.parent / "undisturbed"
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("prunekit.run.finish", lambda *given: None)  # the page takes longest, and has no figures
-        result = run(recipe, directory)
+    result = run(recipe, directory)
     assert result.exit_code == 0, result.output
     return figures(directory)
 
@@ -84,11 +90,13 @@ def one_line(text):
     return text.replace("\n", "").replace(" ", "")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.long) if stage in SLOW else stage for stage in STAGES]
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(stage, recipe, disk):
     directory = disk.folder / "run"
     with full_at(disk, STAGES[stage]) as met, console.capture() as shown:
-        result = run(recipe, directory)
+        result = run(recipe, directory, page=stage == "report")
     assert met, f"the run has not come to {STAGES[stage]}"
     if stage == "report":  # the figures are written: the run has ended, and says what is missing
         assert result.exit_code == 0 and (directory / "results.json").exists(), result.output
@@ -107,8 +115,68 @@ def test_with_room_again_the_run_ends_with_the_same_figures(recipe, disk, undist
     directory = disk.folder / "run"
     if (directory / "results.json").exists():  # all stages but the page are over
         assert CliRunner().invoke(app, ["report", str(directory)]).exit_code == 0
-    else:
-        assert run(recipe, directory).exit_code == 0
-    assert (directory / "report.html").stat().st_size > 10_000
+        assert (directory / "report.html").stat().st_size > 10_000
+    result = run(recipe, directory)
+    assert result.exit_code == 0, result.output
     check_whole(directory)
     assert figures(directory) == undisturbed
+
+
+@pytest.mark.long
+def test_a_disk_that_gets_full_at_every_file_of_a_run(recipe, undisturbed, tmp_path):
+    """As often as there are files, each time at the next one; not a byte is left."""
+    with small_disk(tmp_path) as disk:
+        directory, past = tmp_path / "run", set()
+        while True:
+            with full_at(disk, "run/*", past, left=0) as met, console.capture():
+                result = run(recipe, directory)
+            if not met:
+                break
+            past.add(below(disk, met[0]))
+            assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
+            (said,) = result.stderr.strip().splitlines()
+            assert f"{disk.full}: " in said and str(directory) in said and ".tmp" not in said
+            check_whole(directory)
+        assert result.exit_code == 0 and len(past) > 50
+        assert figures(directory) == undisturbed
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_log_without_room_for_the_last_line_loses_no_run(number, tmp_path):
+    said = []
+
+    def say(text):
+        said.append(text)
+        raise OSError(number, "x")
+
+    with nullcontext() if number == errno.ENOSPC else pytest.raises(OSError, match="x"):
+        finish(tmp_path, say)
+    assert len(said) == 1 and "is no run" in said[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_of_two(recipe):
+    """The figures of a run of two processes with room enough."""
+    (process,) = launch(run_recipe(recipe, recipe.parent / "two"), variables={"PRUNEKIT_PROCESSES": "2"})
+    assert process.wait() == 0, process.printed()
+    return figures(recipe.parent / "two")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("room", [60, 3500])  # KiB: in encoding, in fine-tuning
+def test_a_full_disk_ends_both_processes_of_a_command(room, recipe, undisturbed_of_two, tmp_path):
+    with small_disk(tmp_path) as disk:
+        if not isinstance(disk, SmallDisk):
+            pytest.skip(NOT_MOUNTED)
+        directory = tmp_path / "run"
+        for left, code in ((room * 1024, 1), (None, 0)):
+            if left:
+                disk.fill(left)
+            (process,) = launch(run_recipe(recipe, directory), variables={"PRUNEKIT_PROCESSES": "2"})
+            assert process.wait() == code, process.printed()
+            disk.free()
+            text = process.printed()
+            assert "Traceback" not in text and "2 processes" in text and text.count("prunekit: ") == code
+            assert code == 0 or one_line(f"prunekit: [Errno {errno.ENOSPC}] {disk.full}: ") in one_line(text)
+            check_whole(directory)
+        assert figures(directory) == undisturbed_of_two
