@@ -3,14 +3,27 @@
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message is one line that says what was given, allowed, and to do."""
+    """A mistake in what the user gave; the message is one line that says what was given, allowed, and to do.
+
+    What was given may hold line breaks and control characters: see `plain_line`.
+    """
+
+    def __init__(self, *message: Any, **more: Any):
+        super().__init__(*(plain_line(part) if isinstance(part, str) else part for part in message), **more)
 
 
 class MissingPackageError(UserError, ImportError):
     """A package that is not installed; the message names the extra that has it."""
+
+
+def plain_line(text: str) -> str:
+    """Return a text as one line: breaks become spaces, and what a terminal would obey or not show is escaped."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def plain_name(text: str, what: str) -> str:

@@ -12,7 +12,8 @@ from small_model import RECIPE, write_pipeline, write_world
 from prunekit.data.prompt_encoder import PROMPT_ENCODER_DIRECTORY, load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.evaluation.pictures import PictureRow, picture_sheet
-from prunekit.evaluation.table import Column, markdown_cell, markdown_table
+from prunekit.evaluation.table import Column, markdown_table
+from prunekit.markdown import markdown_cell
 from prunekit.methods import TaylorSP, register, registry
 from prunekit.methods.base import PruneSettings, ScoreMethod
 from prunekit.models import load_pipeline, load_unet_on_meta

@@ -231,6 +231,7 @@ def test_pip(words):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", others("torchrun"))
 def test_torchrun(words, place):
     """One node is one launcher with two processes; of two nodes each has one process, on this machine."""

@@ -144,6 +144,7 @@ def test_finished_cells_are_not_made_again(recipe, finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
 
 
+@pytest.mark.long
 def test_another_evaluation_keeps_the_models(recipe, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     models = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*.safetensors")}

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import pickle
+import re
+import stat
 import subprocess
 import sys
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_disk import BALLAST, small_disk
 from small_mixture import PROMPTS, write_mixture
 from typer.testing import CliRunner
 from unets import SHAPES, build, inputs, relative_error
@@ -23,8 +27,10 @@ from prunekit.export import load_pipeline_directory, load_unet, save_unet
 from prunekit.export.bundle import bundle
 from prunekit.export.card import model_card, push_to_hub
 from prunekit.export.class_file import class_file_source, write_class_file
+from prunekit.export.graphs import save_graph
 from prunekit.export.plain_cutting import keep_groups, keep_in, keep_out
 from prunekit.export.specification import CONFIG, KEY, WEIGHTS
+from prunekit.export.staging import staged
 from prunekit.export.verification import Expected, claims_of, verify
 from prunekit.methods import BKSDM
 from prunekit.serving.exporting import export
@@ -70,6 +76,15 @@ def class_module(tmp_path_factory):
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+def check_rights(folder):
+    """Every file has the rights of any new file: safetensors 0.8 makes its files private, whatever the umask."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    rights = {path: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+    assert any(path.suffix in (".safetensors", ".onnx", ".pt2") for path in rights)
+    assert set(rights.values()) == {0o666 & ~umask}, rights
 
 
 def pruned(shape="sd2", seed=1, keep=0.6):
@@ -134,6 +149,7 @@ def test_a_mixture_is_exported_checked_and_opens_without_prunekit(run, tmp_path)
     assert result.exit_code == 0, result.output
     assert "tier class, stock" in result.stdout and "without prunekit" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    check_rights(folder)
     pipeline = PromptRoutedPipeline.from_pretrained(run, device="cpu")
     experts = pipeline.route(PROMPTS).tolist()
     jobs = [(e, tier, PROMPTS[experts.index(e)]) for e, tier in ((0, "class"), (1, "stock"), (2, "class"))]
@@ -154,6 +170,7 @@ def test_one_expert_is_a_plain_pipeline(run, tmp_path):
     assert done.tiers == ["class"] and len(done.checked) == 3
     assert all(line["relative_error"] <= 1e-5 for line in done.checked)
     assert {line["what"] for line in done.checked} == {"UNet", "pipeline"}
+    check_rights(tmp_path / "one")
     index = read_json(tmp_path / "one" / "model_index.json")
     assert index["unet"] == ["modeling_pruned", PrunedUNet2DConditionModel.__name__]
     ours = load_pipeline_directory(tmp_path / "one", verify=True)
@@ -176,6 +193,7 @@ def test_graphs(tmp_path, tier, batch, shape):
     save_unet(slice_unet(unet, space.random(0.3, 1)), tmp_path / "unet")
     done = export(tmp_path / "unet", tmp_path / "graph", tier, batch=batch)
     assert done.checked[0]["relative_error"] <= (1e-3 if tier == "onnx" else 1e-5)
+    check_rights(tmp_path / "graph")
     specification = read_json(tmp_path / "graph" / "specification.json")[KEY]
     assert specification["architecture"] == load_unet(tmp_path / "unet").config["pruning"]
     assert specification["inputs"]["sample"][0] == (batch or "batch")
@@ -192,6 +210,7 @@ def test_the_header_says_what_the_weights_are(tmp_path):
     with safe_open(tmp_path / "class" / WEIGHTS, "pt") as file:
         header = json.loads(file.metadata()[KEY])
     assert header["architecture"] == unet.config["pruning"] and header["tier"] == "class"
+    check_rights(tmp_path / "class")
     assert {**header, "weights": {WEIGHTS: header["weights"]}} == specification
     dense = build("sd1")
     stock = slice_unet(dense, BKSDM(variant="small").architecture(dense))
@@ -314,6 +333,21 @@ def test_a_failed_check_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
+def torch_graph(unet, folder):
+    save_graph(unet, folder, "torch", 1, 7)
+
+
+@pytest.mark.parametrize("write", [save_unet, pytest.param(torch_graph, marks=pytest.mark.long)])
+def test_an_export_to_a_full_disk_is_one_error_and_leaves_nothing(write, tmp_path):
+    """torch ended the process where a write of a graph failed."""
+    unet = pruned()
+    with small_disk(tmp_path) as disk:
+        disk.fill()
+        with pytest.raises(OSError, match=disk.full) as error, staged(tmp_path / "out") as folder:
+            write(unet, folder)
+        assert error.value.filename == str(tmp_path / "out") and {path.name for path in tmp_path.iterdir()} <= {BALLAST}
+
+
 def test_what_does_not_open_is_said(tmp_path):
     unet = pruned()
     save_unet(unet, tmp_path / "unet")
@@ -363,6 +397,29 @@ def test_a_card_says_what_was_made():
         assert words in text
     assert "| norm |" not in text and "kid" not in text
     assert "base_model" not in model_card("unet", "mine", {"model": "/home/me/model"}, rows, checked)
+
+
+HOSTILE = "a/b\n---\n# x | <script>x</script> ![p](http://x/y.png) [y](http://z) `c` *e* \\| $"
+
+
+@pytest.mark.parametrize("model", [HOSTILE, "me/mine\n---", "me/<b>", "me/[y](z)", ["me/mine"], {"me": "mine"}])
+def test_a_card_shows_what_others_wrote_as_text(model):
+    """Attack 21: HTML, line ends and bars of a downloaded mixture's info passed into the card of its export."""
+    info = {"model": model, "method": HOSTILE, "recipe": HOSTILE}
+    info["result"] = {"settings": {"budget": HOSTILE}, "dense_macs": HOSTILE}
+    table = [{"name": HOSTILE, "kid": HOSTILE}, {"name": "dense", "kid": 0.25}]
+    text = model_card("unet", HOSTILE, info, [{"tier": "class", "macs": 1, "params": 2}], [], table)
+    before, head, body = re.split(r"^---\n", text, flags=re.MULTILINE)  # no further line ends the head
+    assert not before and yaml.safe_load(head).keys() == {"library_name", "pipeline_tag", "tags"}
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body.partition("## Use")[0])
+    inline = [token for token in tokens if token.type == "inline"]
+    assert {part.type for token in inline for part in token.children} <= {"text", "text_special"}
+    assert not any(token.type in ("html_block", "fence", "hr") for token in tokens)
+    shown = ["".join(part.content for part in token.children) for token in inline]
+    plain = " ".join(HOSTILE.split())
+    assert shown[0] == plain and shown.count(plain) == 3  # the title, and two cells of a row
+    assert shown[1].count(plain) == 4 and sum(token.type == "tr_open" for token in tokens) == 2 + 3
+    assert model_card("unet", "mine", {"result": [1], "model": model}, [], [])
 
 
 def test_the_hub_offline_is_one_line(tmp_path, monkeypatch):

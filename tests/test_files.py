@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from prunekit.errors import UserError, plain_name
 from prunekit.training import checkpoint
-from prunekit.training.checkpoint import Checkpoints, append_row, save_tensors, write_folder
+from prunekit.training.checkpoint import Checkpoints, append_row, full_disk_named, save_tensors, write_folder
 
 TENSORS = {"a": torch.zeros(3)}
 
@@ -41,17 +41,48 @@ def test_a_full_disk_is_the_systems_error_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space left on device: free some space") as error:
         write_folder(tmp_path / "kept", fail)
     assert error.value.errno == errno.ENOSPC and names(tmp_path) == ["kept"]
+    assert error.value.filename == str(tmp_path / "kept")
     assert (tmp_path / "kept" / "file").read_text() == "old"
     with pytest.raises(SafetensorError, match="other"):
         write_folder(tmp_path / "kept", lambda folder: (_ for _ in ()).throw(SafetensorError("other")))
     assert names(tmp_path) == ["kept"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    """The disk has no room for another name: the folder was aside until the next write of it."""
+    folder, replace = tmp_path / "kept", checkpoint.Path.replace
+    write_folder(folder, lambda made: (made / "file").write_text("old"))
+
+    def full(path, target):
+        if path.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(checkpoint.Path, "replace", full)
+    with pytest.raises(OSError, match="free some space") as error:
+        write_folder(folder, lambda made: (made / "file").write_text("new"))
+    assert error.value.filename == str(folder)
+    assert names(tmp_path) == ["kept"] and (folder / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_an_error_of_a_full_disk_names_the_file(tmp_path, number):
+    """Of another file than the one that is written, its own name; any other error is left as it is."""
+    raised = [OSError(number, "x"), OSError(number, "x", "/other/file"), SafetensorError(f"x (os error {number})")]
+    for error, name in zip(raised, (str(tmp_path), "/other/file", str(tmp_path)), strict=True):
+        with pytest.raises((OSError, SafetensorError)) as found, full_disk_named(tmp_path):
+            raise error
+        if number == errno.EIO:
+            assert found.value is error
+        else:
+            assert (found.value.errno, found.value.filename) == (number, name) and ": " in found.value.strerror
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_row_that_the_disk_has_no_room_for_is_an_error(tmp_path):
     append_row(tmp_path / "log", {"a": 1})
     (tmp_path / "full").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*/full'"):
         append_row(tmp_path / "full", {"a": 1})
     assert (tmp_path / "log").read_text() == '{"a": 1}\n'
 

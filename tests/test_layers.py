@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prunekit"
 LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
     {"errors"},
-    {"shipped", "threads", "precision"},  # which import nothing heavy, or torch alone
+    {"shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
     {
         "units",
         "cost",
@@ -23,6 +23,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
         "timing",
         "latency",
     },
+    {"yaml_files"},  # of data, benchmarks and recipes
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,14 @@ SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPES = [path for path in SHIPPED if not is_benchmark(path)]
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "unet_macs.json").read_text())["models"]
 NAMES = [path.stem for path in RECIPES]
-QUICK = ["aptp_cc3m_base", "aptp_sd15_coco", "quickstart"]
+QUICK = ["aptp_cc3m_base", "quickstart"]
 PLANNED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in NAMES]
 SPEED = Devices(throughput=1e12, precision="bfloat16")  # a GPU, whatever this machine is
+QUICKLY_REHEARSED = [("gates", False, "bfloat16"), ("weights", True, "float32")]
+REHEARSED = [  # two that differ in everything, the others in `make test-long`
+    pytest.param(*case, marks=() if case in QUICKLY_REHEARSED else pytest.mark.long)
+    for case in product(("gates", "weights"), (False, True), ("float32", "bfloat16"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,10 @@ def test_the_papers_recipe(plans):
     assert encoded["prompts"] / 1e9 == pytest.approx(4.5, rel=0.02)
 
 
-@pytest.mark.parametrize(("latents", "text", "expected"), [("moments", "true", (48, 458)), ("means", "false", (24, 0))])
+@pytest.mark.parametrize(
+    ("latents", "text", "expected"),
+    [("moments", "true", (48, 458)), pytest.param("means", "false", (24, 0), marks=pytest.mark.long)],
+)
 def test_the_cache_of_cc3m(latents, text, expected):
     overrides = (f"cache.latents={latents}", f"cache.text={text}", "cache.precision=float16")
     encoded = plan(recipe_named("norm_cc3m", *overrides), SPEED)["disk"]["encoded"]
@@ -151,6 +160,7 @@ def test_figures_of_a_small_recipe(model, tmp_path):
     assert isinstance(result, PruneResult)
 
 
+@pytest.mark.long
 def test_a_shared_backbone_is_trained_once_and_kept_dense(model, tmp_path):
     search = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}
     methods = {"aptp": {"experts": 3, "warmup": 1, "search": search}}
@@ -173,6 +183,7 @@ def test_what_is_not_cached_is_computed_at_every_step(model, tmp_path):
     assert macs[1] - macs[0] == pytest.approx(16 * (parts.picture_macs((8, 8))[0] + parts.caption_macs))
 
 
+@pytest.mark.long
 def test_a_budget_below_the_floor_says_the_floor(model, tmp_path):
     path = write_recipe(tmp_path / "small.yaml", model, prune={"budget": 0.7})
     floor = plan(load_recipe(path), SPEED)["methods"]["norm"]["floor"]
@@ -201,9 +212,7 @@ def test_text_encoders_of_the_known_models():
 TRAINER = {"steps": 1, "batch_size": 4, "learning_rate": 1.0}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("trained", ["gates", "weights"])
+@pytest.mark.parametrize(("trained", "recompute", "precision"), REHEARSED)
 def test_the_rehearsal_takes_what_a_real_step_takes(trained, recompute, precision):
     config = TrainerConfig(**TRAINER, gradient_checkpointing=recompute, precision=precision)
     unet, autoencoder = emoji_model.build_unet(SHAPES).eval(), emoji_model.build_autoencoder(SHAPES)
@@ -231,6 +240,7 @@ def test_the_rehearsal_takes_what_a_real_step_takes(trained, recompute, precisio
     assert memory.peak == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.long
 def test_saved_tensors_are_within_the_rehearsal():
     unet = emoji_model.build_unet(SHAPES)
     own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
@@ -298,6 +308,7 @@ def test_data_is_counted_or_known():
     assert prompt_width("emoji") == load_prompt_encoder("emoji").size and prompt_width("some/encoder") == 768
 
 
+@pytest.mark.long
 def test_the_command_takes_many_recipes(model, tmp_path):
     paths = [str(write_recipe(tmp_path / f"{name}.yaml", model, name=name)) for name in ("first", "second")]
     arguments = ["plan", *paths, "fine_tune.steps=8", "--throughput", "1", "--devices", "2"]

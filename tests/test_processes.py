@@ -15,22 +15,30 @@ from prunekit.training.processes import LaunchError, Processes, apart, check_lau
 SCRIPT = str(Path(__file__).parent / "trained.py")
 
 
+OTHERS = [pytest.param("accumulated", marks=pytest.mark.long), "two"]
+
+
+class Trained(dict):
+    """What each of them trained, when it is first asked for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, name):
+        count = 2 if name == "two" else 1
+        finish(launch([SCRIPT, str(self.folder / name), *(["4"] if name == "accumulated" else [])], count=count))
+        self[name] = json.loads((self.folder / f"{name}.json").read_text())
+        assert self[name]["processes"] == count
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What one process, one that accumulates, and two together trained."""
-    folder = tmp_path_factory.mktemp("trained")
-    launched = [
-        *launch([SCRIPT, str(folder / "one")]),
-        *launch([SCRIPT, str(folder / "accumulated"), "4"]),
-    ]
-    finish(launched)
-    finish(launch([SCRIPT, str(folder / "two")], count=2))
-    content = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("one", "accumulated", "two")}
-    assert [content[name]["processes"] for name in content] == [1, 1, 2]
-    return content
+    return Trained(tmp_path_factory.mktemp("trained"))
 
 
-@pytest.mark.parametrize("other", ["accumulated", "two"])
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("training", ["search", "fine_tuning"])
 def test_losses_of_20_steps(trained, other, training):
     one, two = (torch.tensor(trained[name][training]) for name in ("one", other))
@@ -38,7 +46,7 @@ def test_losses_of_20_steps(trained, other, training):
     assert ((one - two).abs() / one.abs().clamp(min=1)).max() <= 1e-5
 
 
-@pytest.mark.parametrize("other", ["accumulated", "two"])
+@pytest.mark.parametrize("other", OTHERS)
 def test_the_same_assignments_but_for_ties(trained, other):
     steps = list(zip(trained["one"]["seen"], trained[other]["seen"], strict=True))
     assert len({tuple(a["assignment"]) for a, _ in steps}) > 5
@@ -48,7 +56,7 @@ def test_the_same_assignments_but_for_ties(trained, other):
             assert mine == theirs or best[1] - best[0] <= 1e-5
 
 
-@pytest.mark.parametrize("other", ["accumulated", "two"])
+@pytest.mark.parametrize("other", OTHERS)
 def test_the_same_budget_and_units_in_the_end(trained, other):
     one, two = trained["one"], trained[other]
     assert one["ratio"] == pytest.approx(two["ratio"], abs=1e-3) and two["ratio"] <= 0.7
@@ -89,6 +97,7 @@ def test_one_process_is_alone():
         assert current().count == 1
 
 
+@pytest.mark.long
 def test_accelerates_silent_single_process_is_refused_in_one_line(tmp_path):
     recipe = write_recipe(tmp_path / "small.yaml", write_pipeline(tmp_path / "model"))
     command = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "2", "--module"]

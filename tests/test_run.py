@@ -50,6 +50,7 @@ def test_nothing_but_safetensors_json_yaml_pages_and_pictures(finished):
     assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", ".html"}
 
 
+@pytest.mark.long
 def test_twice_the_same(recipe, finished, tmp_path):
     assert figures(start(recipe, (), tmp_path / "again")) == figures(finished)
 

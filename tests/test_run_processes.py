@@ -71,6 +71,7 @@ def test_the_loss_of_one_process_leaves_the_other_at_work(recipe, straight, tmp_
     assert figures(tmp_path / "run") == figures(straight)
 
 
+@pytest.mark.long
 def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(recipe, straight, tmp_path):
     first, second = started(recipe, tmp_path / "run")
     wait_for(tmp_path / "run", "methods/aptp/checkpoints/step-*", first)

@@ -235,6 +235,7 @@ print(json.dumps([len(set(experts)), resource.getrusage(resource.RUSAGE_SELF).ru
 """
 
 
+@pytest.mark.long
 def test_one_resident_expert_bounds_the_memory(tmp_path):
     """Four experts with room for one take no more than the largest takes alone."""
     write_mixture(tmp_path / "run", 4, channels=(64, 128, 192, 192))

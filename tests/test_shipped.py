@@ -77,16 +77,22 @@ def run_installed(site: Path, place: Path, *words: str) -> str:
     return done.stdout
 
 
+def test_the_wheel_has_its_recipes(installed, tmp_path):
+    where = "import prunekit, prunekit.shipped as s; print(prunekit.__file__, s.find_recipe('quickstart'))"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    shown = subprocess.run(
+        [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert all(path.startswith(str(installed)) for path in shown.stdout.split()), shown
+    assert "quickstart: " in run_installed(installed, tmp_path, "recipes")
+
+
+@pytest.mark.long
 def test_the_wheel_runs_recipes_in_an_empty_directory(installed, tmp_path):
     """`check quickstart`, and the smallest recipe in small, with the wheel's own files alone."""
     model = write_pipeline(tmp_path / "model", layers=1)
     place = tmp_path / "empty"
     place.mkdir()
-    where = "import prunekit, prunekit.shipped as s; print(prunekit.__file__, s.find_recipe('quickstart'))"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    shown = subprocess.run([sys.executable, "-c", where], cwd=place, env=environment, capture_output=True, text=True)
-    assert all(path.startswith(str(installed)) for path in shown.stdout.split()), shown
-    assert "quickstart: " in run_installed(installed, place, "recipes")
     assert "Every stage works" in run_installed(installed, place, "check", "quickstart", f"model={model}")
     printed = run_installed(installed, place, "run", "quickstart", "scale=smoke", f"model={model}")
     assert re.search(r"The run is in runs/quickstart_smoke", printed)

@@ -182,6 +182,7 @@ def in_a_process(unet, folder):
     save_file(values, folder / f"{torch.distributed.get_rank()}.safetensors")
 
 
+@pytest.mark.long
 def test_two_processes_score_as_one(unet, tmp_path, monkeypatch):
     monkeypatch.setattr("prunekit.methods.calibration.ROW_TOKENS", 128)  # so that there are three batches to share
     debug_launcher(in_a_process, (unet, tmp_path), num_processes=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import LoggerType
+from small_disk import small_disk
 
 from prunekit.stages import RunLog
 from prunekit.training.tracking import TENSORBOARD, Trackers, TrackingConfig, flat, run_id
@@ -30,8 +31,13 @@ def trackers(directory: Path, *names: str, settings=SETTINGS) -> Trackers:
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """Read (step, value) of every scalar that TensorBoard finds in a run's directory."""
+    return scalars_of(directory / TENSORBOARD)
+
+
+def scalars_of(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read (step, value) of every scalar in a directory or a file."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(directory / TENSORBOARD)).Reload()
+    events = accumulator.EventAccumulator(str(path)).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -100,6 +106,31 @@ def test_a_tracker_that_fails_is_one_line(tmp_path):
     (tmp_path / TENSORBOARD).write_text("a file where the folder goes")
     with pytest.raises(ValueError, match=r"tensorboard does not start: .*leave it out of tracking\.trackers"):
         trackers(tmp_path, "tensorboard")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("started", [False, True])
+def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path, started):
+    """TensorBoard writes in a thread, whose traceback was shown, and once more when the process ended."""
+    pytest.importorskip("tensorboard")
+    with small_disk(tmp_path) as disk:
+        if not started:
+            disk.fill(left=0)
+            with pytest.raises(ValueError, match=rf"does not start: .*{disk.full}.*{tmp_path / TENSORBOARD}"):
+                trackers(tmp_path, "tensorboard")
+            return
+        several = trackers(tmp_path, "tensorboard")
+        disk.fill()
+        with pytest.raises(OSError, match=disk.full) as error:
+            for step in range(1000):
+                several.log({"stage": "aptp search", "step": step, "loss": 1.5})
+        assert error.value.filename == str(tmp_path / TENSORBOARD)
+        several.close()
+        disk.free()
+        trackers(tmp_path, "tensorboard").log({"stage": "aptp search", "step": 2000, "loss": 0.5})
+        found = map(scalars_of, (tmp_path / TENSORBOARD).glob("events*"))
+        first, second = sorted([step for step, _ in each["aptp search/loss"]] for each in found)
+        assert first == list(range(len(first))) and len(first) > 10 and second == [2000]
 
 
 def test_run_ids_are_a_directorys(tmp_path, monkeypatch):

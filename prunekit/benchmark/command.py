@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from prunekit.benchmark.config import JOB, ArchitectureConfig, BenchRecipe, CellConfig, load_bench_recipe, reduced
 from prunekit.benchmark.rows import Row
@@ -15,6 +14,7 @@ from prunekit.errors import UserError
 from prunekit.models import load_shape, quiet_libraries
 from prunekit.training.checkpoint import write_text
 from prunekit.training.claims import occupied, refuse_foreign
+from prunekit.yaml_files import read_mapping
 
 TABLE, RECIPE = "table.md", "recipe.yaml"
 
@@ -74,7 +74,7 @@ def run_recipe(directory: Path) -> BenchRecipe:
     path = directory / RECIPE
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = read_mapping(path)
     folders = sorted(directory.glob("methods/*/experts/[0-9]*/unet/config.json"))
     if not folders:
         raise UserError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")

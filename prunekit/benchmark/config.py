@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunekit.benchmark.modes import Mode
-from prunekit.errors import UserError
+from prunekit.errors import UserError, plain_name
+from prunekit.yaml_files import FAULTS, load_overrides, load_settings, read_mapping, resolved
 
 DENSE = "dense"  # the architecture that is always there, and that the others are compared with
 JOB = "bench"
@@ -68,7 +67,9 @@ class BenchRecipe(_Section):
     """Time a model and pruned forms of it, interleaved, on the device at hand."""
 
     job: Literal["bench"]
-    name: str = Field(description="names the results' directory")
+    name: Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))] = Field(
+        description="names the results' directory"
+    )
     seed: int = Field(0, ge=0, description="of weights, scores, inputs and the arms' order")
     model: str = Field("sd-2.1", description="sd-1.4, sd-1.5, sd-2.1, …, or a diffusers directory")
     weights: Literal["random", "own"] = Field(
@@ -120,10 +121,9 @@ def reduced(recipe: BenchRecipe) -> BenchRecipe:
 def is_benchmark(path: str | Path) -> bool:
     """Whether a YAML file says that it is a benchmark's recipe."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        return read_mapping(Path(path)).get("job") == JOB
+    except UserError:
         return False
-    return isinstance(content, dict) and content.get("job") == JOB
 
 
 def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchRecipe:
@@ -135,12 +135,12 @@ def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchR
     if not path.is_file():
         raise BenchRecipeError(f"no recipe at {path}; the benchmark that ships with prunekit is recipes/bench_*.yaml")
     try:
-        content: Any = OmegaConf.to_container(
-            OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))), resolve=True
-        )
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise BenchRecipeError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or content.get("job") != JOB:
+        content = resolved(OmegaConf.merge(load_settings(path), load_overrides(overrides)), path)
+    except UserError as error:
+        raise BenchRecipeError(str(error)) from error
+    except FAULTS as error:
+        raise BenchRecipeError(f"{path} cannot be read: {error}") from error
+    if content.get("job") != JOB:
         raise BenchRecipeError(f"{path} is no benchmark: it lacks job: {JOB}")
     try:
         return BenchRecipe.model_validate(content)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from prunekit.errors import UserError
+from prunekit.errors import UserError, plain_line
 
 PACKAGE = __name__.partition(".")[0]
 INTERRUPTED = 130
@@ -47,7 +47,7 @@ def is_users(error: Exception) -> bool:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"prunekit: {' '.join(message.split())}", err=True)
+    typer.echo(f"prunekit: {plain_line(message)}", err=True)
     sys.exit(status)
 
 

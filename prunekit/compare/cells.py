@@ -25,7 +25,7 @@ from prunekit.methods.budget import budget_of
 from prunekit.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import Stages
-from prunekit.training.checkpoint import read_json, write_json
+from prunekit.training.checkpoint import read_json, replacing, write_json
 from prunekit.training.tracking import flat
 
 FORMAT = 1
@@ -215,14 +215,18 @@ class CellRunner:
         key = key_of({name: value for name, value in fields.items() if not name.startswith(MEETING_THE_BUDGET)})
         shared = work / "calibrations" / f"{cell.label}-{key[:8]}.safetensors"
         if shared.is_file() and not folder.is_dir():
-            folder.mkdir(parents=True)
-            shutil.copy(shared, folder / SCORES)
+            _copy(shared, folder / SCORES)
         method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
         result = self.stages.choose(method, folder, f"{cell.label} {cell.budget} seed {cell.seed}")
         if (folder / SCORES).is_file() and not shared.is_file():
-            shared.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / SCORES, shared)
+            _copy(folder / SCORES, shared)
         return result
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copy a file into a folder that may not be there yet, atomically."""
+    with replacing(to) as new:
+        shutil.copyfile(file, new)
 
 
 def key_of(fields: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ def share_and_tidy(pieces: Sequence[Piece], locks: Path) -> None:
 
     A process that still waits for one looks whether its piece is done before it does it, so none is made twice.
     """
-    with threads_of(sum(not piece.done() for piece in pieces) or 1):
+    with threads_of(max(1, len(pieces))):  # not of those that are left, so that a resumed run computes the same
         share(pieces, locks)
     for piece in pieces:
         (locks / f"{piece.name}.lock").unlink(missing_ok=True)

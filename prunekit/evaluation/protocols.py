@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunekit.data.config import DataConfig
 from prunekit.errors import UserError
 from prunekit.evaluation.evaluator import INCEPTION
 from prunekit.precision import AUTO, Precision
+from prunekit.yaml_files import FAULTS, load_overrides, resolved
 
 OF_TEXT = ("clip_score", "pick_score")  # metrics that need no real pictures
 OF_NAMES = ("top1", "top5")  # metrics of pictures that are asked for by name
@@ -106,9 +105,9 @@ def load_protocol(name: str, overrides: Iterable[str] = (), num_images: int | No
     if name not in PROTOCOLS:
         raise ProtocolError(f"no protocol {name!r}{_near(name, PROTOCOLS)} Protocols: {', '.join(PROTOCOLS)}")
     try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ProtocolError(f"settings {' '.join(overrides)} cannot be read: {' '.join(str(error).split())}") from error
+        changes = resolved(load_overrides(overrides), "settings")
+    except UserError as error:
+        raise ProtocolError(str(error)) from error
     content = {**PROTOCOLS[name], **({} if num_images is None else {"num_images": num_images}), **changes}
     return checked(Protocol, {**content, "name": name}, "")
 
@@ -138,8 +137,8 @@ def load_data_config(given: str | Path | Mapping[str, Any] | DataConfig) -> Data
             )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else str(given))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"--data {given} is no YAML: {' '.join(str(error).split())}") from error
+        except FAULTS as error:
+            raise ProtocolError(f"--data {given} is no YAML: {error}") from error
         content = content.get("data", content) if isinstance(content, dict) else content
     if not isinstance(content, Mapping):
         raise ProtocolError(f"--data {given} holds no mapping of settings (docs/data.md)")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from prunekit.errors import UserError
+from prunekit.markdown import markdown_cell
 
 Row = Mapping[str, Any]
 MISSING = "–"
@@ -129,12 +130,6 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> 
         *([markdown_cell(column.show(row)) for column in columns] for row in rows),
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def markdown_cell(text: str) -> str:
-    """Return a text that stays within one cell of a Markdown table, with HTML escaped."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("\\", "\\\\").replace("|", r"\|")
 
 
 def warning_lines(warnings: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline, PNDMScheduler
 
 from prunekit.cost import CostModel
@@ -21,6 +20,7 @@ from prunekit.methods.base import RESULT, PruneResult, PruneSettings, space_and_
 from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
 from prunekit.training.processes import current
+from prunekit.yaml_files import read_mapping
 
 RECIPE = "recipe.yaml"  # of a run
 INDEX = "model_index.json"  # of a pipeline
@@ -63,8 +63,8 @@ class Target:
             if local is not None and local.is_dir() and not (local / "unet").is_dir():
                 raise UserError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
             return cls(str(place), path.stem if local is not None and local.is_file() else path.name)
-        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-        if not isinstance(recipe, dict) or "model" not in recipe or not list(path.glob(f"methods/*/{RESULT}")):
+        recipe = read_mapping(path / RECIPE)
+        if "model" not in recipe or not list(path.glob(f"methods/*/{RESULT}")):
             raise UserError(
                 f"{place} holds no finished method of a run (methods/*/{RESULT}): give the directory of `prunekit run`,"
                 " or go on with it by `prunekit resume`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import yaml
 
 from prunekit.errors import UserError
+from prunekit.markdown import markdown_text
 from prunekit.models.names import KNOWN, first_line
 
 CARD = "README.md"
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 COLUMNS = ("macs_ratio", "params", "clip_score", "frechet", "kid", "cmmd")  # of the run's table, where it has them
 _STOCK = """```python
 from diffusers import DiffusionPipeline
@@ -69,6 +72,8 @@ def model_card(
 ) -> str:
     """Return the card's text.
 
+    Names and figures may come from files that others wrote: what is no number is shown as text, and formats nothing.
+
     Args:
         use: how it is loaded, a key of USES.
         name: its title.
@@ -78,10 +83,11 @@ def model_card(
         table: rows of the run's results, by name, of which the method's and the dense model's are shown.
 
     """
-    result, base = info.get("result") or {}, _hub_id(info.get("model"))
+    result, base = _mapping(info.get("result")), _hub_id(info.get("model"))
     head = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prunekit", "pruned"]}
     head |= {"base_model": base} if base else {}
-    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}", _summary(info, result, base, len(rows))]
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {markdown_text(name)}"]
+    parts += [_summary(info, result, base, len(rows))]
     parts += [_markdown(("UNet", "tier", "MACs", "parameters"), [(i, *_numbers(row)) for i, row in enumerate(rows)])]
     shown = [row for row in table if row.get("name") in ("dense", info.get("method"))]
     if shown:
@@ -100,27 +106,34 @@ def model_card(
 
 
 def _summary(info: Mapping[str, Any], result: Mapping[str, Any], base: str | None, count: int) -> str:
-    method, settings = info.get("method"), result.get("settings") or {}
-    words = ["A text-to-image diffusion model" + (f", {base}" if base else "") + ", whose UNet was cut by"]
-    words.append(f"prunekit {version('prunekit')}" + (f" with {method}" if method else "") + ".")
+    method, settings = info.get("method"), _mapping(result.get("settings"))
+    origin = f", {markdown_text(base)}" if base else ""
+    words = [f"A text-to-image diffusion model{origin}, whose UNet was cut by prunekit {version('prunekit')}"]
+    words[-1] += (f" with {markdown_text(str(method))}" if method else "") + "."
     if count > 1:
         words.append(f"A router sends each prompt to one of {count} experts.")
     if "budget" in settings:
         what = "time" if settings.get("latency") else "MACs"
-        words.append(f"Budget: {settings['budget']:g} of the dense {what}.")
+        words.append(f"Budget: {markdown_text(_figure(settings['budget']))} of the dense {what}.")
     if "dense_macs" in result:
-        words.append(f"The dense UNet takes {result['dense_macs']:,} MACs and {result['dense_params']:,} parameters.")
+        macs, params = (markdown_text(_figure(result.get(name))) for name in ("dense_macs", "dense_params"))
+        words.append(f"The dense UNet takes {macs} MACs and {params} parameters.")
     if info.get("recipe"):
-        words.append(f"Recipe: {info['recipe']}.")
+        words.append(f"Recipe: {markdown_text(str(info['recipe']))}.")
     return " ".join(words)
 
 
-def _hub_id(model: str | None) -> str | None:
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _hub_id(model: Any) -> str | None:
     """Return the hub id that a recipe's model means; None for a directory, a file or the embedded model."""
+    if not isinstance(model, str):
+        return None
     if model in KNOWN:
         return KNOWN[model]
-    is_id = model is not None and model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    return model if is_id and not Path(model).exists() else None
+    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else None
 
 
 def _numbers(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -128,12 +141,14 @@ def _numbers(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _figure(value: Any) -> str:
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    lines = [header, ["---"] * len(header), *([markdown_text(str(cell)) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def push_to_hub(directory: str | Path, repository: str, private: bool = False) -> str:

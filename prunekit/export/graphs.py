@@ -54,7 +54,9 @@ def save_graph(
     with torch.no_grad(), _silent():
         program = torch.export.export(called, (), arguments, dynamic_shapes=shapes)
         if tier == "torch":
-            torch.export.save(program, path)
+            with _Patient(path, "w") as file:
+                torch.export.save(program, file)
+                file.check()
         else:
             onnx = torch.onnx.export(
                 program,
@@ -77,6 +79,31 @@ def save_graph(
     }
     write_json(folder / SPECIFICATION, {KEY: content})
     return content
+
+
+class _Patient(io.FileIO):
+    """A new file for torch, which ends the process where a write fails: the first error is kept, and raised by `check`.
+
+    What follows the error is not written.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of the data; return its size."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while self.error is None and len(rest):
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def check(self) -> None:
+        """Raise the error of a write that failed."""
+        if self.error is not None:
+            raise self.error
 
 
 @contextlib.contextmanager

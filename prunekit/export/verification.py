@@ -20,6 +20,7 @@ from torch import Tensor
 from prunekit.errors import UserError
 from prunekit.export import fresh
 from prunekit.export.inputs import Called, example_inputs, latent_size, relative_error
+from prunekit.training.checkpoint import full_disk_named
 
 TOLERANCE = {"onnx": 1e-3}  # relative L2 error; of all other forms:
 DEFAULT_TOLERANCE = 1e-5
@@ -84,7 +85,7 @@ def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     Returns what was checked. Raises ValueError, one line, for an export that does not open, or whose output differs by
     more than 1e-5 (ONNX: 1e-3), relative, in L2.
     """
-    with tempfile.TemporaryDirectory(prefix="prunekit-") as name:
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as name, full_disk_named(Path(name)):
         scratch, jobs = Path(name), []
         for index, claim in enumerate(claims):
             files = []

@@ -1,24 +1,22 @@
 """Reading a recipe: the files that it extends, `key=value` overrides, the check; and writing one, resolved."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from prunekit.errors import UserError, nearest
-from prunekit.recipe.errors import RecipeError, explain, one_line
+from prunekit.recipe.errors import RecipeError, explain
 from prunekit.recipe.schema import KINDS, AnyRecipe, Recipe
 from prunekit.recipe.smoke import smoke
 from prunekit.shipped import EXTENDS, find_recipe
+from prunekit.yaml_files import FAULTS, load_overrides, load_settings, resolved
 
 SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
 SCALES = {"full": dict, "smoke": smoke}
-REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # to another setting
 HIDDEN = "_"  # top-level settings that begin so are for ${...} in the same file or the files that extend it
 
 
@@ -35,17 +33,19 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     except UserError as error:
         raise RecipeError(str(error)) from error
     try:
-        changes = OmegaConf.from_dotlist(overrides)
+        changes = load_overrides(overrides)
         if wrong := next((str(key) for key in changes if _is_for_files(str(key))), None):
             raise RecipeError(f"{wrong} is for recipe files: write it there, and override the setting itself")
         files = _merged(path, ())
         scale = changes.pop(SCALE, files.pop(SCALE, "full"))
-        shrunk = OmegaConf.create(_scaled(_resolved(files), scale, str(path)))
-        content = _resolved(OmegaConf.merge(shrunk, changes)) if overrides else _resolved(shrunk)
+        shrunk = OmegaConf.create(_scaled(_resolved(files, path), scale, str(path)))
+        content = _resolved(OmegaConf.merge(shrunk, changes) if overrides else shrunk, path)
     except RecipeError:
         raise
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
-        raise RecipeError(f"{path} with {overrides} cannot be read: {one_line(error)}") from error
+    except UserError as error:
+        raise RecipeError(str(error)) from error
+    except FAULTS as error:
+        raise RecipeError(f"{path} with {overrides} cannot be read: {error}") from error
     return parse_recipe(content, str(path))
 
 
@@ -78,9 +78,7 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if not path.is_file():
         known = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
         raise RecipeError(f"{above[-1]} extends a missing file: no recipe at {path}{nearest(str(path), known)}")
-    own = OmegaConf.load(path)
-    if not isinstance(own, DictConfig):
-        raise RecipeError(f"{path} holds no mapping of settings")
+    own = load_settings(path)
     given = own.pop(EXTENDS, None)
     given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     bases = given if isinstance(given, list) else [] if given is None else [given]
@@ -90,27 +88,8 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
     return OmegaConf.merge(*merged, own) if merged else own
 
 
-def _resolved(config: Any) -> dict[str, Any]:
-    _refuse_resolvers(OmegaConf.to_container(config, resolve=False))
-    content = OmegaConf.to_container(config, resolve=True)
-    return {key: value for key, value in content.items() if not str(key).startswith(HIDDEN)}
-
-
-def _refuse_resolvers(node: Any) -> None:
-    """Refuse ${name:…}, by which a stranger's recipe could read this process's environment."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _refuse_resolvers(key)
-            _refuse_resolvers(value)
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_resolvers(value)
-    elif isinstance(node, str) and "${" in node:
-        rest = node
-        while (shorter := REFERENCE.sub("", rest)) != rest:  # again for references within references
-            rest = shorter
-        if "${" in rest:
-            raise RecipeError(f"{node!r}: only references to other settings, ${{section.setting}}, are allowed")
+def _resolved(config: DictConfig, path: Path) -> dict[str, Any]:
+    return {key: value for key, value in resolved(config, path).items() if not str(key).startswith(HIDDEN)}
 
 
 def _scaled(content: dict[str, Any], scale: Any, where: str) -> dict[str, Any]:

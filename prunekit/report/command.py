@@ -11,6 +11,7 @@ from prunekit.report.page import write_report
 from prunekit.report.recording import record
 from prunekit.report.source import RECIPE, Source
 from prunekit.stages import Stages
+from prunekit.training.checkpoint import no_room
 
 
 class Saying:
@@ -39,16 +40,22 @@ def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Calla
 def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = None) -> None:
     """Write the page at the end of a run or comparison. What goes wrong is said in one line and stops nothing.
 
+    say: shows a line before it writes it to the run's log, which a full disk may have no room for.
     stages: of a run, to record what the page needs.
     """
     try:
         if stages is not None:
             record(directory, stages)
-        say(f"report: {write_report(directory)}")
+        line = f"report: {write_report(directory)}"
     except Exception as error:  # the figures are written: no fault of the page may lose a run
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, UserError) or no_room(error) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
-        say(f"no report ({kind}{text}); `prunekit report {directory}` tries again")
+        line = f"no report ({kind}{text}); `prunekit report {directory}` tries again"
+    try:
+        say(line)
+    except OSError as error:
+        if not no_room(error):
+            raise
 
 
 def _measure(source: Source, say: Callable[[str], None]) -> None:

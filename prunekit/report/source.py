@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from diffusers import UNet2DConditionModel
 
 from prunekit.errors import UserError
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models import load_unet_on_meta
 from prunekit.training.checkpoint import LOG, read_json
+from prunekit.yaml_files import read_mapping
 
 RECIPE, RESULTS = "recipe.yaml", "results.json"
 
@@ -50,7 +50,7 @@ class Source:
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe; empty where there is none."""
         path = self.directory / RECIPE
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_mapping(path) if path.is_file() else {}
 
     @cached_property
     def results(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 
 from prunekit.data.fingerprint import Fingerprint
@@ -23,6 +22,7 @@ from prunekit.models import load_pipeline_of
 from prunekit.models.names import read_object
 from prunekit.serving.experts import Experts
 from prunekit.serving.pipeline import DEFAULT_GUIDANCE, Mixture
+from prunekit.yaml_files import read_mapping
 
 RECIPE = "recipe.yaml"  # of a run
 ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
@@ -63,7 +63,7 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     path = directory / RECIPE
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_mapping(path)
 
 
 def recipe_hash(directory: Path) -> str:

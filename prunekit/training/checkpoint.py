@@ -4,6 +4,7 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,13 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FULL_DISK = ("No space left", "os error 28", "StorageFull")  # what safetensors says of a full disk
+FREE_SPACE = "free some space and start again"
+NO_ROOM = {  # errors of a write for which there is no room, and what helps
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
+}
+IN_WORDS = re.compile(r"(?:os error |code: )(\d+)")  # how safetensors says an error of the operating system
+TEMPORARY = ".tmp"  # the ending of a file or folder that is being written
 ASIDE = ".old"  # the ending of a folder that is about to be replaced
 
 
 def temporary_for(path: Path) -> Path:
     """Return a hidden name beside `path` that no other process uses, here or on another machine."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 @contextmanager
@@ -33,27 +41,41 @@ def replacing(path: Path) -> Iterator[Path]:
     It is alone in a hidden folder, so that what a library writes beside it (safetensors does) is as easy to find.
     """
     folder = temporary_for(path)
-    folder.mkdir(parents=True)
     try:
-        with full_disk_as_os_error():
+        with full_disk_named(path):
+            folder.mkdir(parents=True)
             yield folder / "new"
-        share_with_others(folder / "new")
-        (folder / "new").replace(path)
+            share_with_others(folder / "new")
+            (folder / "new").replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def full_disk_as_os_error() -> Iterator[None]:
-    """Turn what safetensors raises where the disk is full into the operating system's error, which users are shown."""
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Raise one error for a full disk, whichever library finds it: the operating system's, which names a file.
+
+    The file is the one that the error names, or `path`: Python's own error of a write names none, or a temporary one,
+    and safetensors raises an error of its own.
+    """
     try:
         yield
-    except SafetensorError as error:
-        if not any(words in str(error) for words in FULL_DISK):
+    except Exception as error:
+        number = no_room(error)
+        if number is None:
             raise
-        raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: free some space and start again ({error})"
-        ) from error
+        file = str(getattr(error, "filename", None) or path)
+        is_temporary = any(part.endswith(TEMPORARY) for part in Path(file).parts)
+        name = str(path) if is_temporary else file
+        raise OSError(number, f"{os.strerror(number)}: {NO_ROOM[number]}", name) from error
+
+
+def no_room(error: BaseException) -> int | None:
+    """Return the system's number of an error that says that the disk has no room for a file; None for any other."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (said := IN_WORDS.search(str(error))):
+        number = int(said[1])
+    return number if number in NO_ROOM else None
 
 
 def share_with_others(path: Path) -> None:
@@ -71,7 +93,7 @@ def _umask() -> int:
 
 def clear_killed(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left; the caller alone may write it now."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -100,8 +122,9 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         size = file.seek(0, os.SEEK_END)
         line = (json.dumps(row) + "\n").encode()
         try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            with full_disk_named(path):
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             with suppress(OSError):
                 file.truncate(size)
@@ -122,21 +145,21 @@ def write_folder(folder: Path, write: Any) -> None:
     restore_killed(folder)
     clear_killed(folder)
     temporary = temporary_for(folder)
-    temporary.mkdir(parents=True)
+    aside = temporary.with_suffix(ASIDE)
     try:
-        with full_disk_as_os_error():
+        with full_disk_named(folder):
+            temporary.mkdir(parents=True)
             write(temporary)
-        share_with_others(temporary)
-    except BaseException:
+            share_with_others(temporary)
+            if folder.exists():
+                folder.replace(aside)
+            temporary.replace(folder)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception):
+            restore_killed(folder)
         raise
-    if folder.exists():
-        aside = temporary.with_suffix(ASIDE)
-        folder.replace(aside)
-        temporary.replace(folder)
-        shutil.rmtree(aside)
-    else:
-        temporary.replace(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def restore_killed(folder: Path) -> None:

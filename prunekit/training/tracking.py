@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from pydantic import BaseModel, ConfigDict, Field
 
 from prunekit.errors import MissingPackageError, UserError
+from prunekit.training.checkpoint import full_disk_named, no_room
 from prunekit.training.processes import current
 
 EXTRA = "tracking"
@@ -55,20 +57,25 @@ class Trackers:
         """
         require_installed(config)
         self._started: dict[str, GeneralTracker] = {}
+        self._directory = directory
         self._end = weakref.finalize(self, _finish, self._started)  # with the run, or at the latest with the process
         self._stages: set[str] = set()
         if not config.trackers or not current().is_main:
             return
         known = (directory / TENSORBOARD).is_dir()
+        _quiet_threads()
         for name in config.trackers:
             tracker = _build(name, config.project, run_name, directory)
-            _try(name, tracker.start)
+            _try(name, directory, tracker.start)
             self._started[name] = tracker
             if settings and not (name == TENSORBOARD and known):
-                _try(name, lambda tracker=tracker: tracker.store_init_configuration(_plain(settings)))
+                _try(name, directory, lambda tracker=tracker: tracker.store_init_configuration(_plain(settings)))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Track the numbers of a row of a run's log as "stage/term", at the row's step (0 where it has none)."""
+        """Track the numbers of a row of a run's log as "stage/term", at the row's step (0 where it has none).
+
+        Raises OSError, which names the tracker's folder, where the disk is full.
+        """
         stage = row.get("stage")
         if not self._started or stage is None:
             return
@@ -78,9 +85,11 @@ class Trackers:
             if name == "wandb":  # its own step only grows, and each stage starts anew: every stage has an axis
                 if stage not in self._stages:
                     tracker.tracker.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-                tracker.log({**values, f"{stage}/step": step})
+                values_of, step_of = {**values, f"{stage}/step": step}, {}
             else:
-                tracker.log(values, step=step)
+                values_of, step_of = values, {"step": step}
+            with full_disk_named(self._directory / name):
+                tracker.log(values_of, **step_of)
         self._stages.add(stage)
 
     def close(self) -> None:
@@ -114,13 +123,29 @@ def _build(name: str, project: str, run_name: str, directory: Path) -> GeneralTr
 
 def _finish(started: dict[str, GeneralTracker]) -> None:
     for tracker in started.values():
-        tracker.finish()
+        try:
+            tracker.finish()
+        except OSError as error:
+            if no_room(error) is None:  # which `log` has raised: each row is written at once
+                raise
     started.clear()
 
 
-def _try(name: str, do: Callable[[], Any]) -> None:
+def _quiet_threads() -> None:
+    """Let a tracker's thread that finds the disk full end without a traceback: the next call raises its error."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if found.exc_value is None or no_room(found.exc_value) is None:
+            before(found)
+
+    threading.excepthook = hook
+
+
+def _try(name: str, directory: Path, do: Callable[[], Any]) -> None:
     try:
-        do()
+        with full_disk_named(directory / name):
+            do()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name} does not start: {lines[0]}; mend it, or leave it out of tracking.trackers") from error

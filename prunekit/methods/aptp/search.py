@@ -120,7 +120,8 @@ class APTPConfig(SearchSettings):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("preset") not in PRESETS:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
             return data
         search = data.get("search") or SEARCH
         if isinstance(search, TrainerConfig):

@@ -1,0 +1,212 @@
+"""What prunekit writes and connects to, as Python's audit hook sees it: its own folders, and no network.
+
+Each command runs in a fresh process with the hook in place before any library is imported, in a directory of its own,
+and with a home directory that is empty and stays so. Allowed are the working directory, the temporary folder (torch
+makes an empty cache in it), and matplotlib's folder of settings (MPLCONFIGDIR), where it keeps a cache of fonts that it
+writes when it is first imported. HF_HUB_OFFLINE is not set. Commands that start further processes talk to them: here
+each works alone.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import auditing
+import pytest
+import yaml
+from fuzzing import forked
+from small_model import RECIPE, write_world
+from small_release import write_release
+
+import prunekit
+from prunekit.models import load_pipeline
+
+PACKAGE, TESTS = Path(prunekit.__file__).parent, Path(__file__).parent
+PROGRAM = """
+import auditing, json, sys
+seen = auditing.watch()
+kind, lines = sys.argv[1], json.loads(sys.argv[2])
+sys.argv[0] = "prunekit" if kind == "command" else "-c"
+import prunekit
+for name in prunekit.__all__ if kind == "names" else ():
+    getattr(prunekit, name)
+ends = []
+if lines:
+    from prunekit.cli import app
+for words in lines:
+    try:
+        app(words)
+    except SystemExit as end:
+        ends.append(end.code)
+print("SEEN", json.dumps([ends, seen]), file=sys.stderr)
+"""
+PROBE = ["socket.bind", "('::1', 0)"]  # urllib3, once it is imported, asks whether there is IPv6; nothing is sent
+ELSEWHERE = ("HF_", "XDG_", "MPL", "PRUNEKIT", "TORCH", "TRITON")  # variables that may name other folders
+HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # where a page of the demo is served
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What commands did: how they ended, what they wrote elsewhere, and what network they used."""
+
+    ends: list[int]
+    elsewhere: list
+    network: list
+    printed: str
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the variables of a process whose home and temporary folder are in `folder`."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(ELSEWHERE)}
+    for name in ("home", "temporary", "matplotlib", "work"):
+        (folder / name).mkdir(exist_ok=True)
+    own |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
+    own |= {"MPLCONFIGDIR": str(folder / "matplotlib"), "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{TESTS}"}
+    return own | {"PRUNEKIT_PROCESSES": "1", "PRUNEKIT_PRECISION": "float32"}
+
+
+def package_files() -> dict[str, float]:
+    """When each file of the package was last changed, without Python's caches."""
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path): path.stat().st_mtime for path in files}
+
+
+def audited(folder: Path, kind: str, *lines: list[str], until: str | None = None) -> Ran:
+    """Run command lines in `folder`/work, in one process.
+
+    kind: "command": as the command line; "import": after `import prunekit`; "names": after all its names, too.
+    until: the text on a line of the output after which the process is interrupted.
+    """
+    variables, before = environment(folder), package_files()
+    command = [sys.executable, "-c", PROGRAM, kind, json.dumps(lines)]
+    with (folder / "printed").open("w+") as printed:
+        process = subprocess.Popen(
+            command, cwd=folder / "work", env=variables, stdout=subprocess.PIPE, stderr=printed, text=True
+        )
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if until is not None and until in line:
+                process.send_signal(signal.SIGINT)
+        process.wait(timeout=300)
+        printed.seek(0)
+        told = printed.read().splitlines()
+    shown = "".join(lines) + "\n".join(told)
+    found = [line for line in told if line.startswith("SEEN ")]
+    assert found, shown
+    ends, seen = json.loads(found[-1].removeprefix("SEEN "))
+    seen = [tuple(one) for one in seen if one != PROBE]
+    allowed = [str(folder / name) for name in ("work", "temporary", "matplotlib")]
+    elsewhere = auditing.outside(seen, allowed)
+    network = [one for one in elsewhere if one[0] in auditing.NETWORK]
+    written = [one for one in elsewhere if one not in network]
+    written += [("found", str(path)) for path in (folder / "home").rglob("*")]
+    written += [("changed", path) for path in dict(package_files().items() ^ before.items())]
+    return Ran(ends, sorted(set(written)), network, shown)
+
+
+def clean(ran: Ran, *ends: int) -> None:
+    assert ran.ends == list(ends), ran.printed
+    assert ran.elsewhere == [] and ran.network == []
+
+
+def test_importing_prunekit_writes_nothing(tmp_path):
+    clean(audited(tmp_path, "import", ["units", "sd-1.5"], ["macs", "sd-1.5"], ["bench", "nothing"]), 0, 0, 1)
+    assert not any((tmp_path / "work").iterdir())
+
+
+def test_light_commands_write_nothing_elsewhere(tmp_path):
+    lines = [["--help"], ["methods"], ["recipes"], ["recipes", "copy", "aptp_cc3m_base"]]
+    clean(audited(tmp_path, "command", *lines, ["run", "nothing.yaml"], ["plan", "x.yaml"]), *[0] * 4, 1, 1)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"aptp_cc3m_base.yaml", "base"}
+
+
+def test_the_hook_sees_writing_and_network(tmp_path):
+    def work() -> None:
+        import shutil
+        import socket
+
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "a" / "c").write_text("c")
+        (tmp_path / "a" / "c").rename(tmp_path / "d")
+        shutil.rmtree(tmp_path / "a")
+        (tmp_path / "link").symlink_to(tmp_path / "d")
+        (tmp_path / "d").read_text()
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+
+    seen = forked(work, 10).seen
+    expected = [("os.mkdir", "a"), ("os.mkdir", "a/b"), ("open", "a/c"), ("os.rename", "a/c"), ("os.rename", "d")]
+    expected += [("os.rmdir", "a/b"), ("os.rmdir", "a"), ("os.symlink", "link")]
+    found = {(event, str(Path(path).relative_to(tmp_path))) for event, path in seen[:-1]}
+    assert found == set(expected)
+    assert seen[-1][0] == "socket.bind" and auditing.outside(seen, [str(tmp_path)]) == seen[-1:]
+
+
+SMALL = {"search": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}, "experts": 2, "warmup": 1}
+
+
+def write_recipes(work: Path) -> None:
+    """Write a model, data, and the recipes of all jobs into a folder; paths in them are relative to it."""
+    world = {**RECIPE, **write_world(work), "evaluator": "emoji", "prompt_encoder": "emoji"}
+    world |= {"fine_tune": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}}
+    world |= {"model": "model", "data": {**world["data"], "path": "shards"}, "methods": {"norm": {}, "aptp": SMALL}}
+    compare = {**world, "job": "compare", "name": "compared", "prune": {}, "budgets": [{"budget": 0.7}]}
+    compare["methods"] = {"norm": {}}
+    bench = {"job": "bench", "name": "timed", "model": "model", "resolution": 64, "warmup_seconds": 0.1}
+    bench |= {"architectures": {"a": {"budget": 0.7}}, "cells": [{"workload": "unet", "repeats": 3}]}
+    training = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+    pretrain = {"job": "pretrain", "name": "pretrained", "data": world["data"], "evaluation": world["evaluation"]}
+    pretrain |= dict.fromkeys(("autoencoder", "decoder", "diffusion", "evaluator"), training)
+    for name, content in {"small": world, "compare": compare, "bench": bench, "pretrain": pretrain}.items():
+        (work / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    write_release(work / "release", load_pipeline(work / "model").unet)
+
+
+LINES = {  # each with what the ones before it have made
+    "check": ["check", "small.yaml"],
+    "plan": ["plan", "small.yaml", "compare.yaml", "--measure", "0.1", "--json", "plans.json"],
+    "run": ["run", "small.yaml"],
+    "resume": ["resume", "runs/small"],
+    "run pretrain": ["run", "pretrain.yaml"],
+    "units": ["units", "model"],
+    "macs": ["macs", "model", "--check"],
+    "generate": ["generate", "runs/small", "--prompt", "red apple", "--steps", "1"],
+    "generate embedded": ["generate", "emoji", "--prompt", "red apple", "--steps", "1", "--output", "drawn"],
+    "evaluate": ["evaluate", "runs/small", "--images", "4", "--data", "{kind: webdataset, path: shards}", "steps=1"],
+    "report": ["report", "runs/small", "--sensitivity"],
+    "export": ["export", "runs/small", "exported", "--method", "norm"],
+    "export onnx": ["export", "runs/small", "graphs", "--method", "norm", "--tier", "onnx"],
+    "compare": ["compare", "compare.yaml"],
+    "bench": ["bench", "bench.yaml"],
+    "import": ["import", "aptp", "release", "--model", "model", "--prompt-encoder", "emoji"],
+    "demo": ["demo", "runs/small", "--device", "cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What each command did, all in one directory."""
+    folder = tmp_path_factory.mktemp("audited")
+    (folder / "work").mkdir()
+    write_recipes(folder / "work")
+    until = {"demo": "Ctrl-C"}
+    return {name: audited(folder, "command", line, until=until.get(name)) for name, line in LINES.items()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LINES)
+def test_a_command_writes_nothing_elsewhere(name, ran):
+    assert ran[name].ends == [0], ran[name].printed
+    assert ran[name].elsewhere == []
+    network = [one for one in ran[name].network if name != "demo" or not any(place in one[1] for place in HERE)]
+    assert network == []
+
+
+@pytest.mark.long
+def test_importing_every_name_writes_nothing(tmp_path):
+    clean(audited(tmp_path, "names"))

@@ -1,0 +1,155 @@
+"""Random changes to recipes: each loads and is written as the same recipe, or is refused in one line.
+
+`PRUNEKIT_FUZZ=50 pytest -m "long or not long" tests/test_fuzz_recipes.py` tries 2,000 recipes, and plans 200 of those
+that load.
+"""
+
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from fuzzing import HOSTILE, START, Figures, bounded, forked, fuzzed, mutated
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from prunekit.benchmark.config import is_benchmark, load_bench_recipe
+from prunekit.errors import UserError
+from prunekit.plan import Devices, plan_all
+from prunekit.recipe import dump_recipe, load_recipe
+from prunekit.shipped import EXTENDS, shipped_recipes
+
+NAMES = [name for name, path in shipped_recipes().items() if not is_benchmark(path)]
+BENCHMARKS = [name for name, path in shipped_recipes().items() if is_benchmark(path)]
+PLANNED = ("quickstart", "quickstart", "aptp_emoji", "codes_emoji", "pretrain_emoji", "norm_cc3m")  # quick ones
+STATED = Devices(1, 1e12)  # so that nothing is timed
+RAW = (  # YAML that no value is written as, in place of a value
+    "!!python/object/apply:os.system [touch ran]",
+    "!!python/name:os.system",
+    "!!binary aGk=",
+    "!!set {a, b}",
+    "!!float text",
+    "!unknown {}",
+    "2001-01-01",
+    "12:30:45",
+    "0o777",
+    "*nothing",
+    "&a [*a]",
+    "{<<: 3}",
+    "{? [1, 2] : 3}",
+    "[" * 1500 + "]" * 1500,
+    "${name}",
+    "${fine_tune}",
+    "${nothing.at.all}",
+    "${oc.env:HOME}",
+    "${${name}}",
+    "'\\${name}'",
+    "'${'",
+    "'\\\\${seed}'",
+    '"\\ud800"',
+)
+MARK = "raw-{}-yaml"
+VALUES = (*HOSTILE, *(MARK.format(number) for number in range(len(RAW))))
+
+
+@cache
+def content_of(name: str, whole: bool) -> dict:
+    """A shipped recipe's own content; whole: with every setting written out."""
+    path = shipped_recipes()[name]
+    content = yaml.safe_load(dump_recipe(load_recipe(path)) if whole else path.read_text(encoding="utf-8"))
+    if EXTENDS in content:
+        content[EXTENDS] = [str(path.parent / base) for base in content[EXTENDS]]
+    return content
+
+
+@st.composite
+def recipe_text(draw, names: tuple, most: int = 3) -> str:
+    """Return the text of a mutated recipe."""
+    name = draw(st.sampled_from(names))
+    content = draw(mutated(content_of(name, name not in BENCHMARKS and draw(st.booleans())), VALUES, most))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    for number, raw in enumerate(RAW):
+        text = text.replace(MARK.format(number), raw)
+    extra = draw(st.sampled_from((*[""] * 12, "\0", "\t", "\ufeff", "---\n{}\n", "name: twice\n", "scale: smoke\n")))
+    return text + extra
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mutated.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def load_and_load_again(folder: Path, text: str, load=load_recipe) -> bool:
+    """Load a recipe, write it and load that; return whether it loaded. Any outcome but UserError, one line, fails."""
+    path, home = write(folder, text), Path.cwd()
+    os.chdir(folder)
+    try:
+        recipe = load(path)
+        if load is load_recipe:
+            (folder / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            again = load_recipe(folder / "again.yaml")
+            assert again.model_dump() == recipe.model_dump() and dump_recipe(again) == dump_recipe(recipe)
+        return True
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and str(error).isprintable()
+        assert not (folder / "again.yaml").exists(), f"what was written does not load: {error}"
+        return False
+    finally:
+        os.chdir(home)
+        assert {entry.name for entry in folder.iterdir()} <= {"mutated.yaml", "again.yaml"}
+
+
+@fuzzed(40)
+@given(recipe_text(tuple(NAMES)))
+def test_a_mutated_recipe_loads_or_is_refused(text):
+    with tempfile.TemporaryDirectory() as folder:
+        load_and_load_again(Path(folder), text)
+
+
+@fuzzed(10)
+@given(recipe_text(tuple(BENCHMARKS)))
+def test_a_mutated_benchmark_loads_or_is_refused(text):
+    with tempfile.TemporaryDirectory() as folder:
+        load_and_load_again(Path(folder), text, load_bench_recipe)
+        is_benchmark(Path(folder) / "mutated.yaml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_mutated_loads(name, tmp_path):
+    assert load_and_load_again(tmp_path, yaml.safe_dump(content_of(name, False)))
+
+
+def plan(path: Path) -> int:
+    return len(plan_all([load_recipe(path)], STATED))
+
+
+@cache
+def seconds_of(name: str) -> float:
+    """CPU time of the plan of a shipped recipe."""
+    outcome = forked(lambda: plan(shipped_recipes()[name]), 120)
+    assert outcome.kind == "done", outcome.value
+    return outcome.seconds
+
+
+PLANS = Figures("plans")
+
+
+def check_plan(folder: Path, text: str, name: str) -> None:
+    path, whole = write(folder, text), seconds_of(name)
+    outcome = forked(lambda: plan(path), 5 * whole + START)
+    PLANS.add(outcome, whole)
+    bounded(outcome, whole, [str(folder)])
+
+
+@fuzzed(4)
+@given(st.data())
+@pytest.mark.long
+def test_a_mutated_recipe_is_planned_or_refused(data):
+    name = data.draw(st.sampled_from(PLANNED))
+    text = data.draw(recipe_text((name,), most=2))
+    with tempfile.TemporaryDirectory() as folder:
+        assume(load_and_load_again(Path(folder), text))  # what does not load is of the tests above
+        check_plan(Path(folder), text, name)
