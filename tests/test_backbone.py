@@ -168,3 +168,20 @@ def test_experts_are_recovered_in_memory(shared):
         assert not any(own.requires_grad for own in expert.parameters())
         changed = any(not torch.equal(own, sliced[name]) for name, own in expert.named_parameters())
         assert changed == bool(shared or (routes == index).any())
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["of their own", "shared backbone"])
+def test_without_a_router_every_architecture_is_recovered_on_all_pairs(shared, tmp_path):
+    """As a run does; in memory the first architecture got all pairs and the others none."""
+    unet = build("sd2")
+    data, space = encoded_for(unet, num=8), pk.discover(unet)
+    result = pk.methods.PruneResult([space.random(0.6, seed=seed) for seed in range(2)])
+    config = FineTuneConfig(steps=2, batch_size=2, learning_rate=1e-3, shared_backbone=shared)
+    experts = pk.recover_experts(result, stub(unet), data, config)
+    for index, (expert, architecture) in enumerate(zip(experts, result.architectures, strict=True)):
+        alone = pk.slice_unet(unet, architecture)
+        options = {"pairs": data.training_pairs(), "scheduler": stub(unet).scheduler}
+        pk.fine_tune(alone, unet, data, config, tmp_path / str(index), **options)
+        assert all(torch.equal(own, other) for own, other in zip(expert.parameters(), alone.parameters(), strict=True))
+        sliced = pk.slice_unet(unet, architecture)
+        assert any(not torch.equal(own, a) for own, a in zip(expert.parameters(), sliced.parameters(), strict=True))

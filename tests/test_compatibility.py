@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -265,15 +266,33 @@ FEATURES = {
 }
 
 
+NO = {"DeepCache": AttributeError}  # how the package of a feature fails where the table says "no"
+
+
 def outcome(feature: str, kind: str) -> str:
-    """Run a cell of the table: "yes", "refused" by a ValueError of one line, or "no", by whatever it fails with."""
+    """Run a cell of the table: "yes", "refused" by a ValueError of one line, or "no" by the error in `NO`.
+
+    Any other error is one of this file or of prunekit, and is raised.
+    """
+    subject = Subject(kind, feature)
     try:
-        FEATURES[feature][0](Subject(kind, feature))
+        FEATURES[feature][0](subject)
     except ValueError as error:
-        return "refused" if is_users(error) and "\n" not in str(error) else "no"
-    except (ImportError, RuntimeError, AttributeError, TypeError, KeyError, ZeroDivisionError):
-        return "no"
+        if is_users(error) and "\n" not in str(error):
+            return "refused"
+        raise
+    except NO.get(feature, ()) as error:
+        *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].partition(".")[0] == FEATURES[feature][1]:
+            return "no"
+        raise
     return "yes"
+
+
+def is_installed(feature: str) -> bool:
+    """Whether the package that a feature needs is there."""
+    package = FEATURES[feature][1]
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 def documented() -> dict[tuple[str, str], str]:
@@ -287,9 +306,8 @@ def documented() -> dict[tuple[str, str], str]:
     "feature", [pytest.param(name, marks=pytest.mark.long if name == "torch.compile" else ()) for name in FEATURES]
 )
 def test_the_table_says_what_happens(feature):
-    package = FEATURES[feature][1]
-    if package is not None and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: its row of docs/compatibility.md is not tried here")
+    if not is_installed(feature):
+        pytest.skip(f"{FEATURES[feature][1]} is not installed: its row of docs/compatibility.md is not tried here")
     told, kinds = documented(), SLOW.get(feature, KINDS)
     assert {kind: outcome(feature, kind) for kind in kinds} == {kind: told[feature, kind] for kind in kinds}
 
@@ -316,6 +334,19 @@ def test_a_lora_of_another_program_keeps_its_scale_and_what_fits_no_layer_is_ref
             slice_lora(wrong, unet)
 
 
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, RuntimeError, ValueError])
+@pytest.mark.parametrize("feature", ["img2img", "DeepCache"])
+def test_an_error_of_these_tests_is_no_outcome(feature, error, monkeypatch):
+    """A harness that was broken passed as the documented "no"."""
+
+    def broken(subject):
+        raise error("broken")
+
+    monkeypatch.setitem(FEATURES, feature, (broken, FEATURES[feature][1]))
+    with pytest.raises(error, match="broken"):
+        outcome(feature, "dense")
+
+
 def test_the_table_is_whole():
     assert set(documented()) == {(feature, kind) for feature in FEATURES for kind in KINDS}
 
@@ -323,4 +354,5 @@ def test_the_table_is_whole():
 if __name__ == "__main__":
     print("|".join(("| |", *KINDS, "")))
     for row in sys.argv[1:] or FEATURES:
-        print("|".join((f"| {row} ", *(f" {outcome(row, kind)} " for kind in KINDS), "")))
+        cells = [outcome(row, kind) if is_installed(row) else "no" for kind in KINDS]
+        print("|".join((f"| {row} ", *(f" {cell} " for cell in cells), "")))

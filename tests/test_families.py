@@ -9,6 +9,9 @@ from small_model import CAPTIONS, COLOURS, TRAINING, picture, write_shard
 from small_sdxl import write
 
 import prunekit as pk
+from prunekit.compare.comparison import compare
+from prunekit.compare.table import rows_of
+from prunekit.compare.timing import TIMINGS
 from prunekit.data.encoded import encode
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.comparison import with_unet
@@ -77,6 +80,31 @@ def test_a_plan_counts_it(run):
     counted = plan(load_recipe(recipe), Devices(throughput=1e12))
     ratio = json.loads((directory / "methods" / "norm" / "result.json").read_text())["info"]["dense_macs"]
     assert counted["methods"]["norm"]["dense_macs"] == ratio
+
+
+def test_a_comparison_of_xl_reaches_its_table(tmp_path):
+    """The timing of its pruned calls left out the added conditions, after every cell was trained."""
+    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
+    write_shard(tmp_path / "shards" / "0.tar", samples)
+    content = {
+        "job": "compare",
+        "name": "sdxl",
+        "model": str(write(tmp_path / "model", "sdxl")),
+        "data": {"kind": "webdataset", "path": str(tmp_path / "shards"), "holdout": 0.25},
+        "resolution": 32,
+        "methods": {"norm": {}},
+        "budgets": [{"budget": 0.7}],
+        "protocols": ["equal_steps", "equal_compute"],
+        "fine_tune": {"steps": 1, **TRAINING},
+        "evaluation": {"num_images": 2, "steps": 1, "batch_size": 2, "num_predictions": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    directory = compare([tmp_path / "recipe.yaml"], (), tmp_path / "out")
+    assert json.loads((directory / "results.json").read_text())["missing"] == []
+    rows = {row.method: row for row in rows_of([json.loads(p.read_text()) for p in directory.glob("cells/*.json")])}
+    assert rows.keys() == {"dense", "norm"} and rows["norm"].costs["macs"] < rows["dense"].costs["macs"]
+    ratios = json.loads((directory / TIMINGS).read_text())
+    assert ratios and "| norm |" in (directory / "table.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -107,6 +107,21 @@ def test_an_sdxl_shaped_student_is_fine_tuned_and_measured(tmp_path):
     assert agreement(teacher, teacher, samples) == 0 and agreement(teacher, student, samples) < start
 
 
+def test_a_teacher_stays_as_it_was_and_a_second_call_returns_the_same_figures(tmp_path):
+    """The teacher was left frozen, in evaluation mode; a training killed after its last checkpoint lost its loss."""
+    teacher, student = pair("sd2")
+    teacher.train().requires_grad_(True)
+    teacher.conv_in.weight.requires_grad_(False)
+    config, options = FineTuneConfig(**SETTINGS), {"scheduler": stub(teacher).scheduler}
+    first = fine_tune(student, teacher, encoded_for(teacher), config, tmp_path, **options)
+    assert all(part.training for part in teacher.modules())
+    assert [name for name, weight in teacher.named_parameters() if not weight.requires_grad] == ["conv_in.weight"]
+    fresh = pair("sd2")[1]
+    again = fine_tune(fresh, teacher, encoded_for(teacher), config, tmp_path, **options)
+    assert {"loss", "distillation"} <= set(first) and {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), student.parameters(), strict=True))
+
+
 def test_unknown_feature_blocks_are_refused():
     with pytest.raises(ValueError, match="down_up"):
         FineTuneConfig(**SETTINGS, feature_blocks="mid")

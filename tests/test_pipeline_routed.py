@@ -54,6 +54,21 @@ def stock_image(run, expert, prompt, seed, scheduler=None, **options):
     return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
 
 
+def test_experts_in_memory_are_frozen_and_draw_as_the_saved_ones(four, served):
+    experts = [load_unet(four / "methods" / "aptp" / "experts" / str(i) / "unet") for i in range(4)]
+    for expert in experts:
+        expert.train().requires_grad_(True)
+    pipeline = PromptRoutedPipeline.from_experts(load_pipeline(four / "model"), experts, served.mixture.router)
+    pipeline.set_progress_bar_config(disable=True)
+    for expert in experts:
+        assert not any(part.training for part in expert.modules())
+        assert not any(weight.requires_grad for weight in expert.parameters())
+    ours, theirs = (p(PROMPTS[0], seeds=0, num_inference_steps=1, output_type="np") for p in (pipeline, served))
+    assert ours.experts == theirs.experts and np.array_equal(ours.images, theirs.images)
+    with pytest.raises(ValueError, match="give one expert for each of the router's"):
+        PromptRoutedPipeline.from_experts(load_pipeline(four / "model"), experts[:3], served.mixture.router)
+
+
 @pytest.mark.parametrize("negative", [None, "a dog"])
 def test_an_image_is_the_one_that_plain_diffusers_draws(run, negative):
     pipeline = opened(run)

@@ -40,6 +40,18 @@ def test_scores_are_the_cosines(predictor, codes, router):
     torch.testing.assert_close(cosine_scores(predictor(z), codes).double(), cosine, rtol=0, atol=1e-6)
 
 
+def test_the_length_of_an_embedding_matters_once_the_scores_are_shifted(codes):
+    """It does not change which code is nearest; a shift is added to |e| times the cosine."""
+    predictor = ArchitecturePredictor(24, 50)
+    torch.nn.init.zeros_(predictor.bias)  # so that e is as long as z
+    router, z = Router.from_codes(predictor, codes), prompts(500).double()
+    shift = torch.linspace(-2, 2, len(codes), dtype=torch.float64)
+    assert torch.equal(router.route(5 * z), router.route(z))
+    moved = router.shifted(shift)
+    torch.testing.assert_close(moved.scores(5 * z), 5 * router.scores(z) + shift, rtol=1e-9, atol=1e-9)
+    assert 0 < (moved.route(5 * z) != moved.route(z)).sum() < len(z)
+
+
 def test_10000_prompts_keep_their_expert_in_any_batch(router):
     z = prompts(10_000)
     scores, experts = router.scores(z), router.route(z)

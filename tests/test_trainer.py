@@ -54,9 +54,14 @@ def linear():
 def train(folder, objective=None, **changes):
     """Return (losses by step, final weights)."""
     objective, rows = objective or Regression(), []
-    config = TrainerConfig(**{**SETTINGS, **changes})
-    Trainer(config, objective, folder, "toy", rows.append).fit()
+    fit(folder, objective, rows.append, **changes)
     return torch.tensor([row["loss"] for row in rows]), objective.model.weight.detach().clone()
+
+
+def fit(folder, objective, log=None, **changes):
+    """Return the figures of a training, but for its time."""
+    config = TrainerConfig(**{**SETTINGS, **changes})
+    return {**Trainer(config, objective, folder, "toy", log).fit(), "seconds": 0}
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 5, 12])
@@ -68,22 +73,28 @@ def test_accumulation_changes_nothing(tmp_path, micro_batch):
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
-@pytest.mark.parametrize("stop", [1, 7, 19])
-def test_killed_and_resumed_ends_where_it_would_have(tmp_path, stop, ema):
-    changes = {"ema": ema, "checkpoint_minutes": 1e-9}
-    _, straight = train(tmp_path / "straight", **changes)
-    with pytest.raises(StopError):
-        train(tmp_path / "killed", Regression(stop_at=stop), **changes)
-    _, resumed = train(tmp_path / "killed", **changes)
-    assert torch.equal(straight, resumed)
+@pytest.mark.parametrize("log_every", [1, 7, 50])
+@pytest.mark.parametrize("stop", [1, 7, 19, 20])
+def test_killed_and_resumed_ends_where_it_would_have(tmp_path, stop, log_every, ema):
+    """Stopped at 20, after its last checkpoint: a training that was killed there lost its loss."""
+    changes = {"ema": ema, "checkpoint_minutes": 1e-9, "log_every": log_every}
+    straight, killed, resumed = Regression(), Regression(stop_at=stop), Regression()
+    figures = fit(tmp_path / "straight", straight, **changes)
+    assert figures.keys() == {"steps", "seconds", "loss", "error", "mean"}
+    if stop < SETTINGS["steps"]:
+        with pytest.raises(StopError):
+            fit(tmp_path / "killed", killed, **changes)
+    else:
+        fit(tmp_path / "killed", killed, **changes)
+    assert Checkpoints(tmp_path / "killed").latest()[1]["step"] == stop
+    assert fit(tmp_path / "killed", resumed, **changes) == figures
+    assert torch.equal(straight.model.weight, resumed.model.weight)
 
 
 def test_started_again_after_its_last_step_it_returns_the_same_figures(tmp_path):
     """Terms were written to checkpoints and never read: a run killed after its last step lost its loss."""
-    config = TrainerConfig(**SETTINGS)
-    first, again = (Trainer(config, Regression(), tmp_path, "toy").fit() for _ in range(2))
-    assert first.keys() == again.keys() == {"steps", "seconds", "loss", "error", "mean"}
-    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    first, again = (fit(tmp_path, Regression()) for _ in range(2))
+    assert again == first
 
 
 def test_the_average_of_the_weights_is_what_stays(tmp_path):

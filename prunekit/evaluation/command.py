@@ -150,9 +150,9 @@ def _row(subject: Subject, protocol: Protocol, features: Features, prompts: Prom
     sampling = Sampling(*options, protocol.resolution)
     prompts = replace(prompts, embeddings=embeddings_of(subject, prompts.prompts))
     key = Fingerprint(subject.key, asdict(sampling), prompts.seeds).add_texts(prompts.prompts).key()
+    size = protocol.compare_at or protocol.resolution or resolution_of(pipeline)
     pictures = folder / PICTURES / f"{candidate.name}-{key[:12]}"
     paths, experts = sample(candidate, pipeline, prompts, sampling, pictures, folder / LOCKS)
-    size = protocol.compare_at or protocol.resolution or resolution_of(pipeline)
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[experts].mean())
     return {
         "name": candidate.name,

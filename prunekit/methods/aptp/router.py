@@ -43,9 +43,11 @@ class Router:
 
     Experts that no training prompt was routed to (`unused`) were not fine-tuned, so no prompt is sent to them.
 
-    The norm of e does not change which expert wins, so the score folds to z.(W^T a/|a|) + b.a/|a|: N vectors of
-    length Z and N offsets. They are kept in float64 on the CPU, and a score is a fixed tree of element-wise sums:
-    the same prompt gets the same bits whatever else is in its batch, on any machine and number of threads.
+    The norm of e does not change which code is nearest, so the score folds to z.(W^T a/|a|) + b.a/|a|: N vectors of
+    length Z and N offsets. It does change which expert wins after `shifted`, which adds to |e| times the cosine.
+
+    Weights and offsets are kept in float64 on the CPU, and a score is a fixed tree of element-wise sums: the same
+    prompt gets the same bits whatever else is in its batch, on any machine and number of threads.
 
     Args:
         weight: (N, Z), row i is W^T a_i / |a_i|.
@@ -159,7 +161,11 @@ class Router:
         return other
 
     def shifted(self, shift: Tensor) -> "Router":
-        """The same router with `shift` (N,) added to the experts' scores."""
+        """The same router with `shift` (N,) added to the experts' scores.
+
+        A score is |e| times the cosine, so the shift counts for less where e is long. Whether a shift of the cosines
+        themselves would route better is not measured.
+        """
         other = copy(self)
         other.bias = self.bias + shift.to(self.bias)
         return other
