@@ -66,7 +66,7 @@ def environment(folder: Path) -> dict[str, str]:
         (folder / name).mkdir(exist_ok=True)
     own |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
     own |= {"MPLCONFIGDIR": str(folder / "matplotlib"), "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{TESTS}"}
-    return own | {"PRUNEKIT_PROCESSES": "1", "PRUNEKIT_PRECISION": "float32"}
+    return own | {"PYTHONUNBUFFERED": "1", "PRUNEKIT_PROCESSES": "1", "PRUNEKIT_PRECISION": "float32"}
 
 
 def package_files() -> dict[str, float]:
@@ -176,7 +176,7 @@ LINES = {  # each with what the ones before it have made
     "units": ["units", "model"],
     "macs": ["macs", "model", "--check"],
     "generate": ["generate", "runs/small", "--prompt", "red apple", "--steps", "1"],
-    "generate embedded": ["generate", "emoji", "--prompt", "red apple", "--steps", "1", "--output", "drawn"],
+    "generate dense": ["generate", "model", "--prompt", "red apple", "--steps", "1", "--output", "drawn"],
     "evaluate": ["evaluate", "runs/small", "--images", "4", "--data", "{kind: webdataset, path: shards}", "steps=1"],
     "report": ["report", "runs/small", "--sensitivity"],
     "export": ["export", "runs/small", "exported", "--method", "norm"],

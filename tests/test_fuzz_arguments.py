@@ -120,6 +120,15 @@ def ended(words: list[str]) -> tuple[int, str]:
 
 
 FIGURES = Figures("command lines")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures():
+    """Show, with `pytest -s`, what was measured."""
+    yield
+    FIGURES.show()
+
+
 WHOLE = 2.0  # seconds of CPU time: `macs sd-1.5`, the largest model that a line may name
 
 

@@ -17,12 +17,14 @@ from fuzzing import HOSTILE, START, Figures, bounded, forked, fuzzed, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_model import write_pipeline
+from small_model import RECIPE, write_pipeline
 from typer.testing import CliRunner
 
 from prunekit.cli import app
 from prunekit.errors import UserError
 from prunekit.models import load_pipeline
+from prunekit.plan import Devices, plan
+from prunekit.recipe import parse_recipe
 from prunekit.slicing import slice_unet
 from prunekit.units import discover
 
@@ -196,13 +198,24 @@ KINDS = (change_config, change_config, change_config, damage_text, change_tokeni
 
 
 @st.composite
-def damage(draw, folder: Path) -> None:
-    """Damage a copy of a pipeline in 1 to 3 ways."""
+def damage(draw, folder: Path) -> dict[str, str]:
+    """Damage a copy of a pipeline in 1 to 3 ways; return what is no longer the same in its configs, for the message."""
+    before = texts(folder)
     for kind in draw(st.lists(st.sampled_from((*KINDS, replace_file, replace_file)), min_size=1, max_size=3)):
         try:
             kind(draw, folder)
         except (OSError, ValueError, AttributeError, TypeError):  # on what is damaged already
             continue
+    return {name: text for name, text in texts(folder).items() if before.get(name) != text}
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """The beginnings of a pipeline's files; nothing of what cannot be read."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        regular = path.is_file() and not path.is_symlink()
+        found[str(path.relative_to(folder))] = path.read_bytes()[:3000].decode("utf-8", "replace") if regular else "odd"
+    return found
 
 
 def plant(folder: Path, mark: Path) -> None:
@@ -218,7 +231,8 @@ def look(folder: Path) -> bool:
     for command in ("units", "macs"):
         result = CliRunner().invoke(app, [command, str(folder)])
         if result.exit_code != 0:
-            assert isinstance(result.exception, SystemExit), result.exception
+            if not isinstance(result.exception, SystemExit):
+                raise result.exception
             assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("prunekit: "), result.stderr
             faults.append(result.stderr.strip())
     load_pipeline(folder)
@@ -235,6 +249,13 @@ def seconds_of(kind: str) -> float:
 
 
 FIGURES = Figures("model directories")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures():
+    """Show, with `pytest -s`, what was measured."""
+    yield
+    FIGURES.show()
 
 
 def check(change, kind: str = "stock") -> str:
@@ -257,6 +278,31 @@ def check(change, kind: str = "stock") -> str:
 @given(st.data(), st.sampled_from(("stock", "stock", "pruned")))
 def test_a_damaged_directory_loads_or_is_refused(data, kind):
     check(lambda folder: data.draw(damage(folder)), kind)
+
+
+SIZES = {  # of which some, where a size was looked up, were a traceback
+    "unet/config.json": [
+        *({"sample_size": value} for value in (None, [8], [8, 8, 8], "8", 8.0, True, 0, -8, [[8, 8], 8], 2**40)),
+        *({"cross_attention_dim": [32, "x"]}, {"block_out_channels": [16, 32.5, 32, 32]}, {"norm_num_groups": 2**40}),
+    ],
+    "vae/config.json": [{"block_out_channels": value} for value in (None, 8, [], [8] * 5000, "wide", {"a": 1})],
+    "tokenizer/tokenizer_config.json": [{"model_max_length": value} for value in (None, "x", 0, -1, 1e30, [77], True)],
+}
+
+
+@pytest.mark.parametrize(("name", "values"), SIZES.items(), ids=SIZES)
+def test_sizes_that_are_none_are_refused_or_not_used(name, values, tmp_path):
+    shutil.copytree(whole("stock"), tmp_path / "model")
+    path = tmp_path / "model" / name
+    content = json.loads(path.read_bytes())
+    recipe = parse_recipe({**RECIPE, "model": str(tmp_path / "model")})
+    for change in values:
+        path.write_text(json.dumps({**content, **change}))
+        for use in (lambda: look(tmp_path / "model"), lambda: plan(recipe, Devices(1, 1e12))):
+            try:
+                use()
+            except UserError as error:
+                assert len(str(error).splitlines()) == 1
 
 
 @pytest.mark.parametrize("kind", ["stock", "pruned"])

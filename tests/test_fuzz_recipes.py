@@ -137,6 +137,13 @@ def seconds_of(name: str) -> float:
 PLANS = Figures("plans")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def figures():
+    """Show, with `pytest -s`, what was measured."""
+    yield
+    PLANS.show()
+
+
 def check_plan(folder: Path, text: str, name: str) -> None:
     path, whole = write(folder, text), seconds_of(name)
     outcome = forked(lambda: plan(path), 5 * whole + START)

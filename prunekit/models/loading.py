@@ -13,7 +13,7 @@ from prunekit.errors import UserError
 from prunekit.models.hub import INDEX, UNET, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
 from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, first_line, local_path, read_object
-from prunekit.models.shapes import check_layers, unet_from_config
+from prunekit.models.shapes import check_sizes, unet_from_config
 from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
 from prunekit.slicing import PrunedUNet2DConditionModel
@@ -98,7 +98,7 @@ def load_directory(
     index = read_object(directory / INDEX)
     check_index(index if with_unet else {**index, "unet": ["left out"]}, name)
     if with_unet and (directory / UNET).is_file():
-        check_layers(read_object(directory / UNET), name)
+        check_sizes(read_object(directory / UNET), name)
     is_pruned = with_unet and index["unet"][-1] == PrunedUNet2DConditionModel.__name__
     left_out = WITHOUT if with_unet and not is_pruned else (*WITHOUT, "unet")
     kind, options = getattr(diffusers, index["_class_name"]), {part: None for part in left_out if part in index}

@@ -1,5 +1,6 @@
 """The shapes of a model's parts, without weights and network."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ from prunekit.units.walk import check_supported
 
 LAYERS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 MOST_LAYERS = 100  # of a block; SDXL has 10
+SIZES = (  # of a UNet's config: an integer, or lists of integers
+    *("sample_size", "in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "norm_num_groups"),
+    *("attention_head_dim", "num_attention_heads", "addition_time_embed_dim", "conv_in_kernel", "conv_out_kernel"),
+    *("projection_class_embeddings_input_dim", *LAYERS),
+)
+MOST = 2**20  # of every size
+MOST_LEVELS = 10  # of an autoencoder; Stable Diffusion has 4
 STABLE_DIFFUSION_SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position, text tokens
 
 
@@ -82,7 +90,7 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
     stated = config.get("_class_name", kind.__name__)
     if stated not in (UNet2DConditionModel.__name__, PrunedUNet2DConditionModel.__name__):
         raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
-    check_layers(config, name)
+    check_sizes(config, name)
     try:
         with torch.device("meta"):
             unet = kind.from_config(config)
@@ -94,18 +102,26 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
     return unet.eval()
 
 
-def check_layers(config: dict[str, Any], name: str | Path) -> None:
-    """Raise UserError for a config with so many layers that building its UNet would not end."""
-    for key in LAYERS:
-        if too_many := [count for count in _numbers(config.get(key)) if count > MOST_LAYERS]:
-            raise UserError(f"the UNet of {name} is not supported: {key}={too_many[0]} is above {MOST_LAYERS}")
+def check_sizes(config: dict[str, Any], name: str | Path) -> None:
+    """Raise UserError for a config whose sizes are none, or so large that building its UNet would not end."""
+    for key in SIZES:
+        most = MOST_LAYERS if key in LAYERS else MOST
+        for size in _leaves(config.get(key)):
+            if type(size) is not int or not 1 <= size <= most:
+                wrong = f"{key} has {size!r}, not an integer from 1 to {most}"
+                raise UserError(f"the UNet of {name} is not supported: {wrong}")
+    side = config.get("sample_size")
+    if isinstance(side, list | tuple) and len(side) != 2:
+        raise UserError(f"the UNet of {name} is not supported: sample_size={side}; give a side, or height and width")
 
 
-def _numbers(value: Any) -> list[int]:
-    """Return the integers in a value, however deep in lists."""
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in lists, however deep, or a value itself; nothing for None."""
     if isinstance(value, list | tuple):
-        return [number for part in value for number in _numbers(part)]
-    return [value] if isinstance(value, int) else []
+        for part in value:
+            yield from _leaves(part)
+    elif value is not None:
+        yield value
 
 
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:
@@ -119,11 +135,21 @@ def load_shape(name: str | Path, single_file_config: str | Path | None = None) -
     if directory is not None:
         autoencoder = directory / "vae" / "config.json"
         if autoencoder.is_file():
-            scale = 2 ** (len(read_object(autoencoder)["block_out_channels"]) - 1)
+            scale = _scale(autoencoder)
         tokenizer = directory / "tokenizer" / "tokenizer_config.json"
         if tokenizer.is_file():
             tokens = read_object(tokenizer).get("model_max_length", tokens)
+            if type(tokens) is not int or not 1 <= tokens <= MOST:
+                raise UserError(f"{tokenizer}: model_max_length={tokens!r} is no integer from 1 to {MOST}")
     return PipelineShape(str(name), _unet(name, source), scale, TokenizerShape(tokens))
+
+
+def _scale(autoencoder: Path) -> int:
+    """Return the pixels per latent position by an autoencoder's config."""
+    levels = read_object(autoencoder).get("block_out_channels")
+    if not isinstance(levels, list) or not 1 <= len(levels) <= MOST_LEVELS:
+        raise UserError(f"{autoencoder}: block_out_channels={levels!r} is no list of 1 to {MOST_LEVELS} sizes")
+    return 2 ** (len(levels) - 1)
 
 
 def _unet(name: str | Path, source: str | Path) -> UNet2DConditionModel:

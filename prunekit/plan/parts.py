@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunekit.models.names import hub_id, local_path, read_object, short_name
+from prunekit.errors import UserError
+from prunekit.models.names import first_line, hub_id, local_path, read_object, short_name
 from prunekit.models.single_file import config_name
 
 
@@ -109,11 +110,22 @@ class Parts:
 def load_parts(name: str | Path, unet: UNet2DConditionModel, single_file_config: str | Path | None = None) -> Parts:
     """Return the parts of a model, named as in `load_shape`; what has no config here is taken from its family.
 
-    Nothing is fetched: a directory's configs are read, or those of the local hub cache.
+    Nothing is fetched: a directory's configs are read, or those of the local hub cache. Raises UserError for configs
+    that build nothing.
     """
     source, path = name, local_path(name)
     if path is not None and path.is_file():
         source = config_name(path, single_file_config)
+    try:
+        return _parts(source, unet)
+    except UserError:
+        raise
+    except Exception as error:  # damaged configs make constructors raise almost anything
+        what = "autoencoder, text encoders and scheduler"
+        raise UserError(f"the configs of {name} build no {what}: {first_line(error)}") from error
+
+
+def _parts(source: str | Path, unet: UNet2DConditionModel) -> Parts:
     width = unet.config.cross_attention_dim
     family = short_name(source) or FAMILIES.get(width if isinstance(width, int) else width[0], "sd-1.5")
     encoders, scheduler = KNOWN[family]
