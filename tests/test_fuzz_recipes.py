@@ -122,6 +122,26 @@ def test_what_is_not_mutated_loads(name, tmp_path):
     assert load_and_load_again(tmp_path, yaml.safe_dump(content_of(name, False)))
 
 
+CHANGES = (  # each was a traceback
+    ("quickstart", {"resolution": 10**9}),
+    ("quickstart", {"fine_tune": {"steps": 2, "learning_rate": 1e-3, "batch_size": 4 * 10**18}}),
+    ("quickstart", {"methods": {"aptp": {"preset": []}}}),
+    ("quickstart", {"extends": "a\nb\x1b[31m"}),
+    ("pretrain_emoji", {"shapes": {"image_size": 10**9}}),
+    ("pretrain_emoji", {"shapes": {"unet_channels": [10**9, 96, 96, 96]}}),
+    ("pretrain_emoji", {"shapes": {"unet_heads": [10**6, 6, 6, 6]}}),
+    ("pretrain_emoji", {"shapes": {"autoencoder_channels": [3, 3, 3, 3]}}),
+    ("bench_sd21_768", {"name": "../../x"}),
+    ("bench_sd21_768", {"published": "${oc.env:HOME}"}),
+)
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES)
+def test_what_was_a_traceback_or_worse_is_one_line(name, change, tmp_path):
+    load = load_bench_recipe if name in BENCHMARKS else load_recipe
+    assert not load_and_load_again(tmp_path, yaml.safe_dump({**content_of(name, False), **change}), load)
+
+
 def plan(path: Path) -> int:
     return len(plan_all([load_recipe(path)], STATED))
 

@@ -76,7 +76,7 @@ class BenchRecipe(_Section):
         "random", description="random: from the model's configs alone, which is enough for times; own: loaded"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    resolution: int = Field(768, gt=0, description="pixels of a side")
+    resolution: int = Field(768, gt=0, le=2**14, description="pixels of a side")
     batch: int = Field(1, gt=0, description="images of one pipeline call")
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance; above 1 the UNet's batch is doubled")
     steps: int = Field(25, gt=0, description="scheduler steps; PNDM calls the UNet once more than it has steps")

@@ -73,7 +73,9 @@ class CommonRecipe(Section):
     data: DataConfig = DataConfig()
     cache: CacheConfig = Field(CacheConfig(), description="what of the frozen parts' output is kept on disk, and how")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where figures go beside log.jsonl")
-    resolution: int | None = Field(None, gt=0, description="pixels of a side while training; unset: the model's own")
+    resolution: int | None = Field(
+        None, gt=0, le=2**14, description="pixels of a side while training; unset: the model's own"
+    )
     prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()

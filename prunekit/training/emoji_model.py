@@ -1,11 +1,18 @@
 """The parts of the embedded text-to-image model: Stable Diffusion 2's topology in miniature, still untrained."""
 
+from typing import Annotated
+
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from prunekit.errors import UserError
+
 TOKENS = 16
+NORM_GROUPS = 8  # of the autoencoder
+Size = Annotated[int, Field(ge=1, le=4096)]
+Levels = tuple[Size, Size, Size, Size]
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -14,15 +21,29 @@ class EmojiModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image_size: int = Field(64, description="pixels a side")
-    latent_channels: int = Field(8, description="channels of the 8x smaller latent")
-    autoencoder_channels: tuple[int, ...] = Field((32, 48, 96, 96), description="widths of the autoencoder's levels")
-    unet_channels: tuple[int, ...] = Field((64, 96, 96, 96), description="widths of the UNet's levels")
-    unet_heads: tuple[int, ...] = Field((4, 6, 6, 6), description="attention heads of the UNet's levels")
-    norm_groups: int = Field(16, description="GroupNorm groups of the UNet: the units of a ResBlock")
-    text_width: int = Field(128, description="width of the text encoder")
-    text_layers: int = Field(3, description="layers of the text encoder")
+    image_size: int = Field(64, ge=8, le=1024, multiple_of=8, description="pixels a side")
+    latent_channels: Size = Field(8, description="channels of the 8x smaller latent")
+    autoencoder_channels: Levels = Field((32, 48, 96, 96), description="widths of the autoencoder's levels")
+    unet_channels: Levels = Field((64, 96, 96, 96), description="widths of the UNet's levels")
+    unet_heads: Levels = Field((4, 6, 6, 6), description="attention heads of the UNet's levels")
+    norm_groups: Size = Field(16, description="GroupNorm groups of the UNet: the units of a ResBlock")
+    text_width: Size = Field(128, description="width of the text encoder")
+    text_layers: int = Field(3, ge=1, le=100, description="layers of the text encoder")
     vocabulary: int = Field(2000, description="BPE vocabulary at most")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "EmojiModelConfig":
+        widths = zip(self.unet_channels, self.unet_heads, strict=True)
+        if any(width % heads or width % self.norm_groups for width, heads in widths):
+            raise UserError(
+                f"shapes.unet_channels={self.unet_channels}: each must be a multiple of its unet_heads "
+                f"{self.unet_heads} and of norm_groups={self.norm_groups}"
+            )
+        if any(width % NORM_GROUPS for width in self.autoencoder_channels):
+            raise UserError(
+                f"shapes.autoencoder_channels={self.autoencoder_channels}: each must be a multiple of {NORM_GROUPS}"
+            )
+        return self
 
 
 def build_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
@@ -70,7 +91,7 @@ def build_autoencoder(config: EmojiModelConfig) -> AutoencoderKL:
         block_out_channels=config.autoencoder_channels,
         layers_per_block=1,
         latent_channels=config.latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
         sample_size=config.image_size,
         mid_block_add_attention=False,
     )

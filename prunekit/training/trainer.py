@@ -30,7 +30,7 @@ class TrainerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(gt=0, description="samples of a step, over all processes")
+    batch_size: int = Field(gt=0, le=2**24, description="samples of a step, over all processes")
     micro_batch: int | None = Field(None, gt=0, description="samples of one forward pass (all that a process has)")
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero")
