@@ -170,7 +170,9 @@ def test_experts_are_recovered_in_memory(shared):
         assert changed == bool(shared or (routes == index).any())
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["of their own", "shared backbone"])
+@pytest.mark.parametrize(
+    "shared", [False, pytest.param(True, marks=pytest.mark.long)], ids=["of their own", "shared backbone"]
+)
 def test_without_a_router_every_architecture_is_recovered_on_all_pairs(shared, tmp_path):
     """As a run does; in memory the first architecture got all pairs and the others none."""
     unet = build("sd2")
