@@ -110,7 +110,7 @@ def limits_of(field: FieldInfo) -> Iterator[str]:
     for limit in field.metadata:
         for name, sign in {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}.items():
             if (value := getattr(limit, name, None)) is not None:
-                yield f"{sign} {value:g}"
+                yield f"{sign} {value}" if isinstance(value, int) else f"{sign} {value:g}"
 
 
 def default(field: FieldInfo) -> str:

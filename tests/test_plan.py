@@ -98,7 +98,7 @@ def test_plans_equal_the_goldens(names, plans):
             assert row["dense_macs"] == golden["exact"] and row["dense_params"] == golden["params"]
             if "units" in golden and row["units"] == golden["units"]["total"]:
                 assert sum(kind["units"] for kind in content["units"].values()) == golden["units"]["total"]
-    assert checked == {96, 64}
+    assert checked == ({96} if names is QUICK else {96, 64})
 
 
 def test_the_papers_recipe(plans):
