@@ -80,11 +80,13 @@ def gone(directory, seconds=20.0):
 
 
 def assert_alike(rows, others):
-    """Rows of a table that agree to rounding."""
+    """Rows of a table that agree to rounding; of the few pictures of an untrained model, figures vary more."""
     assert [row.keys() for row in rows] == [row.keys() for row in others]
     for row, other in zip(rows, others, strict=True):
-        assert row.pop("name") == other.pop("name")
-        assert row == pytest.approx(other, rel=5e-3, abs=5e-3)
+        for name in ("name", "params", "macs", "macs_ratio"):
+            assert row.pop(name) == other.pop(name)
+        assert row.pop("agreement") == pytest.approx(other.pop("agreement"), rel=1e-3)
+        assert row == pytest.approx(other, rel=1e-2, abs=0.05)
 
 
 def test_one_process_for_each_thread_of_a_small_model(quickstart, monkeypatch):
@@ -188,4 +190,4 @@ def test_a_comparison_is_whole_when_its_command_ends(tmp_path, two):
     path.write_text(yaml.safe_dump(content))
     (said,) = finish(launch(["-m", "prunekit", "compare", str(path), "--output", str(tmp_path / "out")]))
     assert "still missing" not in said and said.count("The table is in") == 1
-    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 5 and gone(tmp_path / "out")
+    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 6 and gone(tmp_path / "out")
