@@ -1,5 +1,6 @@
 """A command that starts further processes of itself on a CPU: how many, the same results, and nothing left behind."""
 
+import json
 import os
 import signal
 import time
@@ -79,13 +80,20 @@ def gone(directory, seconds=20.0):
     return not others_of(directory)
 
 
+def search_losses(directory):
+    rows = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    losses = [row["loss"] for row in rows if row.get("stage") == "aptp search"]
+    assert losses
+    return losses
+
+
 def assert_alike(rows, others):
-    """Rows of a table that agree to rounding; of the few pictures of an untrained model, figures vary more."""
+    """Rows of a table that agree to rounding, which the small model's few wild fine-tuning steps amplify."""
     assert [row.keys() for row in rows] == [row.keys() for row in others]
     for row, other in zip(rows, others, strict=True):
         for name in ("name", "params", "macs", "macs_ratio"):
             assert row.pop(name) == other.pop(name)
-        assert row.pop("agreement") == pytest.approx(other.pop("agreement"), rel=1e-3)
+        assert row.pop("agreement") == pytest.approx(other.pop("agreement"), rel=1e-2)
         assert row == pytest.approx(other, rel=1e-2, abs=0.05)
 
 
@@ -130,6 +138,7 @@ def test_two_processes_end_where_one_does(recipe, alone, tmp_path, two):
     assert said.count("2 processes") == 1 and said.count("agreement") == 1 and "The run is in" in said
     ours, theirs = (figures(folder) for folder in (tmp_path / "run", alone))
     assert_alike(ours[2]["table"]["rows"], theirs[2]["table"]["rows"])
+    assert search_losses(tmp_path / "run") == pytest.approx(search_losses(alone), rel=1e-5)
     assert gone(tmp_path / "run") and not list((tmp_path / "run").glob("**/*.lock"))
 
 
