@@ -6,9 +6,10 @@ Names are imported when they are first used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from prunekit import threads
+from prunekit import denoisers, threads
 
 threads.configure()
+denoisers.register()
 
 if TYPE_CHECKING:
     from . import methods

@@ -1,0 +1,86 @@
+"""Which `Denoiser` describes a model class. Nothing heavy is imported before a model is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from prunekit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .denoiser import Denoiser
+
+_LOADERS: dict[str, Callable[[], Denoiser]] = {}
+_LOADED: dict[str, Denoiser] = {}
+_ATTRIBUTES: list[str] = []
+
+
+def register_denoiser(
+    models: Iterable[type | str], denoiser: Denoiser | Callable[[], Denoiser], attribute: str = "transformer"
+) -> None:
+    """Register what describes some model classes; a later registration replaces an earlier one.
+
+    models: classes, or their names. A subclass is described by its nearest registered base class.
+    denoiser: the description, or a function that returns it, which is called once, when it is first needed.
+    attribute: a pipeline's attribute that holds such a model: "unet" or "transformer".
+    """
+    for model in models:
+        name = model if isinstance(model, str) else model.__name__
+        _LOADED.pop(name, None)
+        _LOADERS[name] = denoiser if callable(denoiser) else lambda: denoiser
+    if attribute not in _ATTRIBUTES:
+        _ATTRIBUTES.append(attribute)
+
+
+def supported() -> list[str]:
+    """Return the names of the model classes that are described."""
+    return sorted(_LOADERS)
+
+
+def denoiser_of(model: nn.Module | type) -> Denoiser:
+    """Return what describes a model or a model class.
+
+    Raises:
+        UserError: a class that no `Denoiser` describes; the message names those that are.
+
+    """
+    cls = model if isinstance(model, type) else type(model)
+    for base in cls.__mro__:
+        if base.__name__ in _LOADERS:
+            if base.__name__ not in _LOADED:
+                _LOADED[base.__name__] = _LOADERS[base.__name__]()
+            return _LOADED[base.__name__]
+    raise UserError(f"{cls.__name__} is not supported. Supported models: {', '.join(supported())}")
+
+
+def is_denoiser(model: Any) -> bool:
+    """Return whether a `Denoiser` describes this object's class."""
+    return any(base.__name__ in _LOADERS for base in type(model).__mro__)
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Return the name of the pipeline's attribute that holds its denoiser, such as "unet".
+
+    Raises:
+        UserError: the pipeline has no denoiser that prunekit describes.
+
+    """
+    for name in _ATTRIBUTES:
+        if is_denoiser(getattr(pipeline, name, None)):
+            return name
+    raise UserError(
+        f"a pipeline with a supported denoiser, or a denoiser itself, is needed; got {type(pipeline).__name__}. "
+        f"Supported models: {', '.join(supported())}"
+    )
+
+
+def denoiser_in(pipeline: Any) -> Any:
+    """Return the model that a pipeline denoises with; a model that is given itself is returned as it is.
+
+    Raises:
+        UserError: neither a supported model nor a pipeline with one.
+
+    """
+    return pipeline if is_denoiser(pipeline) else getattr(pipeline, denoiser_name(pipeline))

@@ -1,0 +1,13 @@
+"""One folder per family of denoisers. A folder's `__init__` names its model classes and imports nothing heavy."""
+
+import importlib
+import pkgutil
+
+from prunekit.core.registry import register_denoiser
+
+
+def register() -> None:
+    """Register the denoisers of every folder here; what describes a model is imported when it is first needed."""
+    for folder in pkgutil.iter_modules(__path__):
+        family = importlib.import_module(f"{__name__}.{folder.name}")
+        register_denoiser(family.MODELS, family.denoiser, family.ATTRIBUTE)
