@@ -16,9 +16,9 @@ import torch
 
 import prunekit as pk
 from prunekit.benchmark.models import random_unet
+from prunekit.core.slicing import save_member
 from prunekit.methods import select
 from prunekit.models import load_pipeline
-from prunekit.slicing import save_member
 
 OPEN = """
 import re, sys, time

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 
 import prunekit as pk
 from prunekit.benchmark.workloads import unet_inputs
-from prunekit.gates import gated
+from prunekit.core.gates import gated
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router
 from prunekit.methods.aptp.search import APTPConfig, SearchObjective
 from prunekit.methods.search import Codes

@@ -13,15 +13,18 @@ denoisers.register()
 
 if TYPE_CHECKING:
     from . import methods
-    from .cost import CostModel
+    from .core.cost import CostModel
+    from .core.discovery import discover
+    from .core.gates import gated, pipeline_rows
+    from .core.registry import register_denoiser
+    from .core.slicing import slice_model
+    from .core.space import Architecture, UnitGroup, UnitSpace
+    from .denoisers.unet.stock import as_stock, export_unet
     from .evaluation.command import evaluate
-    from .gates import gated, pipeline_rows
     from .recovery import recover_experts
     from .serving import PromptRoutedPipeline
     from .slicing import PrunedUNet2DConditionModel, slice_unet
-    from .stock import as_stock, export_unet
     from .training.fine_tuning import fine_tune
-    from .units import Architecture, UnitGroup, UnitSpace, discover
 
 __all__ = [
     "Architecture",
@@ -39,20 +42,25 @@ __all__ = [
     "methods",
     "pipeline_rows",
     "recover_experts",
+    "register_denoiser",
+    "slice_model",
     "slice_unet",
 ]
 
 _MODULES = {
-    "cost": ["CostModel"],
+    "core.cost": ["CostModel"],
+    "core.discovery": ["discover"],
+    "core.gates": ["gated", "pipeline_rows"],
+    "core.registry": ["register_denoiser"],
+    "core.slicing": ["slice_model"],
+    "core.space": ["Architecture", "UnitGroup", "UnitSpace"],
+    "denoisers.unet.stock": ["as_stock", "export_unet"],
     "evaluation.command": ["evaluate"],
-    "gates": ["gated", "pipeline_rows"],
     "methods": ["methods"],
     "recovery": ["recover_experts"],
     "serving": ["PromptRoutedPipeline"],
     "slicing": ["PrunedUNet2DConditionModel", "slice_unet"],
-    "stock": ["as_stock", "export_unet"],
     "training.fine_tuning": ["fine_tune"],
-    "units": ["Architecture", "UnitGroup", "UnitSpace", "discover"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .cost import CostModel
-from .units import discover
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
 
 MOST_TRACED_MACS = 10**10  # fvcore has to run the model; above this it runs at a latent of SMALL x SMALL instead
 SMALL = 8

@@ -14,14 +14,14 @@ from tempfile import TemporaryDirectory
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.slicing import save_member, slice_model
 from prunekit.data.encoded import EncodedData
+from prunekit.denoisers.unet.stock import export_unet
 from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.methods.base import PruneResult
-from prunekit.slicing import save_member, slice_unet
 from prunekit.stages import Stages
-from prunekit.stock import export_unet
 from prunekit.training.backbone import BackboneObjective, Mixture
 from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
 from prunekit.training.claims import Piece, share
@@ -100,12 +100,12 @@ def recover_experts(
     if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
         mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
         objective = partial(BackboneObjective, mixture=mixture)
-        backbone = slice_unet(unet, result.space.full())
+        backbone = slice_model(unet, result.space.full())
         fine_tune(backbone, unet, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
-        return [slice_unet(backbone, architecture) for architecture in result.architectures]
+        return [slice_model(backbone, architecture) for architecture in result.architectures]
     made = []
     for index, architecture in enumerate(result.architectures):
-        made.append(slice_unet(unet, architecture).eval().requires_grad_(False))
+        made.append(slice_model(unet, architecture).eval().requires_grad_(False))
         own, title = own_pairs[index], f"expert {index}"
         if len(own):
             fine_tune(made[index], unet, data, config, directory / str(index), pairs=own, title=title, **options)
@@ -170,7 +170,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     if job.experts is not None:
         objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
-    student = slice_unet(unet, architecture).to(stages.device)
+    student = slice_model(unet, architecture).to(stages.device)
     figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
     at_steps = stages.recipe.evaluation.at_steps
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
 from prunekit.data.config import load_data
 from prunekit.data.digests import Digests
 from prunekit.data.encoded import EncodedData, encode

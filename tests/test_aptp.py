@@ -8,10 +8,10 @@ import torch
 from small_model import CAPTIONS, SHAPES
 
 from prunekit import CostModel, discover
+from prunekit.core.gates import gated
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.comparison import Candidate
-from prunekit.gates import gated
 from prunekit.methods import APTP
 from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import Codes, SearchObjective, spherical_kmeans

@@ -12,10 +12,10 @@ from small_model import TRAINING, write_world
 from unets import build, inputs
 
 import prunekit as pk
+from prunekit.core.slicing import POINTER, save_member
 from prunekit.export import load_unet
 from prunekit.methods.aptp.router import Router
 from prunekit.run import start
-from prunekit.slicing import POINTER, save_member
 from prunekit.training.backbone import BackboneObjective, Mixture
 from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune

@@ -6,11 +6,11 @@ from small_data import encoded_for, stub
 from unets import SHAPES, build
 
 from prunekit import discover
-from prunekit.gates import gated
+from prunekit.core.gates import gated
+from prunekit.core.space import Architecture
 from prunekit.methods.calibration import calibration_batches, num_probes
 from prunekit.methods.depth_scores import joint_scores, output_changes, width_scale
 from prunekit.slicing import slice_unet
-from prunekit.units import Architecture
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from small_data import encoded_for, stub
 from small_sdxl import write as write_family
 from unets import build
 
+from prunekit.core.discovery import discover
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.encoded import encode
 from prunekit.data.encoders import FrozenEncoders
@@ -23,7 +24,6 @@ from prunekit.methods import APTP
 from prunekit.slicing import slice_unet
 from prunekit.training.diffusion import NoisePlan, forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
-from prunekit.units import discover
 
 MODES = {
     "kept": {},

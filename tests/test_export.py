@@ -23,6 +23,7 @@ from unets import SHAPES, build, inputs, relative_error
 
 from prunekit import PromptRoutedPipeline, PrunedUNet2DConditionModel, discover, slice_unet
 from prunekit.cli import app
+from prunekit.core import cutting
 from prunekit.export import load_pipeline_directory, load_unet, save_unet
 from prunekit.export.bundle import bundle
 from prunekit.export.card import model_card, push_to_hub
@@ -35,7 +36,6 @@ from prunekit.export.verification import Expected, claims_of, verify
 from prunekit.methods import BKSDM
 from prunekit.serving.exporting import export
 from prunekit.training.checkpoint import read_json, write_json
-from prunekit.units import cutting
 
 WITHOUT_PRUNEKIT = """
 import sys

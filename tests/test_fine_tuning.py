@@ -7,12 +7,12 @@ from small_data import encoded_for, stub
 from unets import build
 
 from prunekit import discover
+from prunekit.core.space import Architecture
 from prunekit.evaluation.agreement import agreement, agreement_samples
 from prunekit.slicing import slice_unet
 from prunekit.training.diffusion import forward_process
 from prunekit.training.distillation import block_outputs
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
-from prunekit.units import Architecture
 
 SETTINGS = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}
 

@@ -21,12 +21,12 @@ from small_model import RECIPE, write_pipeline
 from typer.testing import CliRunner
 
 from prunekit.cli import app
+from prunekit.core.discovery import discover
 from prunekit.errors import UserError
 from prunekit.models import load_pipeline
 from prunekit.plan import Devices, plan
 from prunekit.recipe import parse_recipe
 from prunekit.slicing import slice_unet
-from prunekit.units import discover
 
 CONFIGS = (
     "model_index.json",

@@ -59,7 +59,7 @@ def test_batches_that_do_not_match_are_refused(unet):
         with pytest.raises(RuntimeError, match="no gates are set"):
             unet(**inputs(unet))
         gates.set(torch.rand(2, space.size))
-        with pytest.raises(ValueError, match=r"for a batch of 2, the UNet got 3; pass rows="):
+        with pytest.raises(ValueError, match=r"for a batch of 2, the model got 3; pass rows="):
             unet(**inputs(unet, 3))
         gates.set(torch.rand(2, space.size), rows=torch.tensor([0, 1, 1]))
         assert unet(**inputs(unet, 3)).sample.shape[0] == 3
@@ -375,7 +375,7 @@ def test_pipeline_rows_are_a_pipelines_batch(unet):
 
 def test_a_space_of_another_unet_is_refused(unet):
     with (
-        pytest.raises(ValueError, match="this UNet has no 'block:"),
+        pytest.raises(ValueError, match="this model has no 'block:"),
         gated(unet, discover(build("sdxl", "meta"), depth="all", include="*.transformer_blocks.1")),
     ):
         pass

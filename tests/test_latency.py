@@ -12,6 +12,7 @@ from small_model import TRAINING, write_world
 from unets import build, inputs
 
 import prunekit as pk
+from prunekit.denoisers.unet.walk import walk
 from prunekit.latency import LatencyModel, LatencyTable, LayerTimes, conditions_of, measure_table
 from prunekit.latency.measuring import in_place, layer_seconds
 from prunekit.latency.model import least_from
@@ -20,7 +21,6 @@ from prunekit.methods.base import budget_cost
 from prunekit.models import load_pipeline
 from prunekit.recipe import load_recipe
 from prunekit.run import start
-from prunekit.units.walk import walk
 
 SIZE, TEXT, BATCH = (8, 8), 7, 2
 

@@ -20,9 +20,9 @@ from small_pipeline import pipeline_of
 from unets import MORE_SHAPES, build, inputs, relative_error
 
 from prunekit import Architecture, PrunedUNet2DConditionModel, discover, gated, slice_unet
+from prunekit.core.emptied import names_in_files
 from prunekit.errors import UserError
 from prunekit.export import copy_ip_adapter, load_unet, save_unet
-from prunekit.units.emptied import names_in_files
 
 peft = pytest.importorskip("peft")
 

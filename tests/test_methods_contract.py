@@ -14,7 +14,7 @@ from small_methods import SMALL
 from unets import MORE_SHAPES, SHAPES, build, inputs, relative_error
 
 from prunekit import CostModel, discover
-from prunekit.gates import gated
+from prunekit.core.gates import gated
 from prunekit.methods import PruneResult, PruneSettings, ScoreMethod, get, names
 from prunekit.slicing import slice_unet
 

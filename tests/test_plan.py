@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from prunekit.benchmark.config import is_benchmark
 from prunekit.cli import app
+from prunekit.core.discovery import discover
+from prunekit.core.gates import gated
 from prunekit.data.config import DataConfig, data_size
 from prunekit.data.prompt_encoder import load_prompt_encoder
-from prunekit.gates import gated
 from prunekit.methods import PruneResult
 from prunekit.models import load_pipeline, load_shape
 from prunekit.plan import Devices, plan, plan_all
@@ -33,7 +34,6 @@ from prunekit.recipe import load_recipe
 from prunekit.training import emoji_model
 from prunekit.training.memory import held
 from prunekit.training.trainer import TrainerConfig
-from prunekit.units import discover
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPES = [path for path in SHIPPED if not is_benchmark(path)]

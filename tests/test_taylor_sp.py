@@ -9,6 +9,7 @@ from small_data import encoded_for, stub
 from unets import build
 
 from prunekit import discover
+from prunekit.core.axes import Axis
 from prunekit.methods import Norm, Scores, TaylorSP
 from prunekit.methods.calibration import calibration_batches
 from prunekit.methods.taylor_sp import gradients_only_of, spaced_timesteps, width_scores
@@ -43,8 +44,8 @@ def test_resblock_equals_torch_pruning(unet, aggregation, multivariable):
         product = owned.layer.weight.detach() * owned.layer.weight.grad
         return sum_per_channel(owned, product).abs() if multivariable else sum_per_channel(owned, product.abs())
 
-    for name, is_input in (("conv1", False), ("conv2", True)):
-        owned = OwnedWeight(getattr(module, name), is_input=is_input)
+    for name, side in (("conv1", "out"), ("conv2", "in")):
+        owned = OwnedWeight(getattr(module, name), Axis(name, side))
         torch.testing.assert_close(ours(owned), expected[name], rtol=1e-5, atol=0)
     gradients = {owned.layer.weight: owned.layer.weight.grad for owned in owned_weights(unet, group)}
     summed = tp.importance.GroupTaylorImportance(

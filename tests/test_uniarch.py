@@ -9,8 +9,8 @@ from small_data import encoded_for, stub
 from unets import build
 
 from prunekit import CostModel, discover
+from prunekit.core.gates import gated
 from prunekit.errors import UserError
-from prunekit.gates import gated
 from prunekit.methods import APTP, PruneResult, UniArch
 from prunekit.methods.search import GateSearchObjective, SearchSettings
 from prunekit.methods.uniarch import UniArchObjective

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from prunekit.cost import CostModel
-from prunekit.gates import Gates
+from prunekit.core.cost import CostModel
+from prunekit.core.gates import Gates
 
 
 def encode(pipeline: Any, pictures: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from shared import compare, options, sd21, where
 import prunekit as pk
 from prunekit.benchmark import peak_memory
 from prunekit.benchmark.workloads import unet_inputs
-from prunekit.units import Architecture
+from prunekit.core.space import Architecture
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from prunekit.benchmark.config import ArchitectureConfig
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
+from prunekit.core.space import Architecture
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.methods import Random, select
 from prunekit.models import load_pipeline, load_unet_on_meta
-from prunekit.slicing import PrunedUNet2DConditionModel
 from prunekit.training.emoji_model import assemble, build_tokenizer
-from prunekit.units import Architecture, discover
 
 TEXT_ENCODERS = {  # by the width of the text that the UNet takes: CLIP ViT-L/14's, and OpenCLIP ViT-H/14's but a layer
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},

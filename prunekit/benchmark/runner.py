@@ -24,15 +24,15 @@ from prunekit.benchmark.models import (
 from prunekit.benchmark.modes import in_mode
 from prunekit.benchmark.rows import Piece, Row, Subject, row_of
 from prunekit.benchmark.workloads import pipeline_call, unet_calls, with_unet
+from prunekit.core.slicing import slice_model
+from prunekit.core.space import Architecture
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.methods.budget import unaligned
 from prunekit.models import load_shape, load_unet_on_meta
-from prunekit.slicing import slice_unet
 from prunekit.timing import WarmUp, measure, peak_memory, unet_call, unet_inputs
 from prunekit.timing.environment import device_name, environment, folder_name
 from prunekit.training.checkpoint import write_json
-from prunekit.units import Architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -178,7 +178,7 @@ class _Dense:
     def _pruned(self, name: str) -> UNet2DConditionModel:
         config, architecture = self.recipe.architectures[name], self.bench.architecture(name)
         if architecture is not None:
-            unet = slice_unet(self.unet, architecture)
+            unet = slice_model(self.unet, architecture)
         else:
             unet = read_unet(config.path, self.bench.device, DTYPES[self.cell.dtype])
         return self._lay_out(unet)

@@ -19,8 +19,8 @@ def units(
     """List what can be removed from a model."""
     from rich.table import Table
 
+    from prunekit.core.discovery import discover
     from prunekit.models import load_shape
-    from prunekit.units import discover
 
     unet = load_shape(model).unet
     space = discover(unet, depth, include, exclude)
@@ -43,9 +43,9 @@ def macs(
     check: Annotated[bool, typer.Option("--check", help="count with FlopCounterMode, thop and fvcore too")] = False,
 ) -> None:
     """Count a model's MACs and parameters, exactly."""
-    from prunekit.cost import CostModel
+    from prunekit.core.cost import CostModel
+    from prunekit.core.discovery import discover
     from prunekit.models import load_shape
-    from prunekit.units import discover
 
     shape = load_shape(model)
     length = text_length or shape.tokenizer.model_max_length

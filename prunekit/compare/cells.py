@@ -15,7 +15,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.uncertainty import jackknife_errors

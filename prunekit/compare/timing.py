@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit.compare.cells import WORK
 from prunekit.compare.fairness import Result
-from prunekit.slicing import PrunedUNet2DConditionModel
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.stages import Stages
 from prunekit.timing import WarmUp, measure
 

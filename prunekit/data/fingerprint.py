@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.core.emptied import state_in_files
 from prunekit.data.digests import Digests
 from prunekit.data.pictures import Pictures
-from prunekit.units.emptied import state_in_files
 
 
 class Fingerprint:

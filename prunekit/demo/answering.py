@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.space import Architecture
 from prunekit.demo.opening import architectures_of, example_prompts, open_dense, open_pipeline, title_of
 from prunekit.errors import UserError
 from prunekit.serving import PromptRoutedPipeline
 from prunekit.serving.requests import MOST_SEED
-from prunekit.units import Architecture
 
 MOST_STEPS = 200
 MOST_GUIDANCE = 30.0

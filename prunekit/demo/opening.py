@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
+from prunekit.core.slicing import blank_copy, read_pruning
+from prunekit.core.space import Architecture
 from prunekit.data.config import DataConfig, load_data
 from prunekit.errors import UserError
 from prunekit.evaluation.generate import REQUEST
@@ -23,9 +26,7 @@ from prunekit.serving.experts import Experts
 from prunekit.serving.loading import RECIPE, method_directory, read_recipe
 from prunekit.serving.pipeline import Mixture
 from prunekit.serving.prompts import shipped_prompts
-from prunekit.slicing import blank_copy, read_pruning
 from prunekit.training.checkpoint import read_json
-from prunekit.units import Architecture, discover
 
 MOST_EXAMPLES = 6
 EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its own

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
 from prunekit.methods.aptp.router import Router
 from prunekit.precision import autocast
 from prunekit.randomness import generator
-from prunekit.slicing import PrunedUNet2DConditionModel
 
 TIMED_IMAGES = 8
 FREQUENT_WORDS = 6

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 
-from prunekit.attaching import cut_processors
+from prunekit.denoisers.unet.attaching import cut_processors
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.denoisers.unet.removed import BYPASSED
 from prunekit.errors import UserError
-from prunekit.slicing import PrunedUNet2DConditionModel
-from prunekit.units.depth import BYPASSED
 
 Place = tuple[int, int]  # channels, and how many times smaller than the latent
 

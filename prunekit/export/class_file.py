@@ -13,12 +13,12 @@ from pathlib import Path
 from diffusers import pipelines
 
 from prunekit import slicing
+from prunekit.denoisers.unet import pruned
 from prunekit.export.bundle import bundle
-from prunekit.slicing import CLASS_FILE, PrunedUNet2DConditionModel
 
-MODULE = CLASS_FILE
-CLASS = PrunedUNet2DConditionModel.__name__
-_CUTTING, _PLAIN = "prunekit.units.cutting", "prunekit.export.plain_cutting"
+MODULE = "modeling_pruned"  # an export's file with the class, and its entry in model_index.json
+CLASS = pruned.PrunedUNet2DConditionModel.__name__
+_CUTTING, _PLAIN = "prunekit.core.cutting", "prunekit.export.plain_cutting"
 _INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_groups")}
 _TITLE = """A Stable Diffusion UNet with parts cut out: {name}, for diffusers.
 
@@ -32,7 +32,7 @@ Licence: Apache-2.0.
 def class_file_source() -> str:
     """Return the text of the class file."""
     title = _TITLE.format(name=CLASS, version=version("prunekit"))
-    return bundle(PrunedUNet2DConditionModel.__module__, CLASS, _INSTEAD, title)
+    return bundle(pruned.__name__, CLASS, _INSTEAD, title)
 
 
 def write_class_file(folder: Path) -> Path:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.core.emptied import state_in_files
 from prunekit.errors import MissingPackageError
 from prunekit.export.inputs import Called, example_inputs, latent_size
 from prunekit.export.specification import FORMAT, KEY, weights_hash
 from prunekit.export.tiers import architecture_of
 from prunekit.training.checkpoint import write_json
-from prunekit.units.emptied import state_in_files
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 SPECIFICATION = "specification.json"

@@ -10,6 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from prunekit.core.emptied import state_in_files
+from prunekit.core.slicing import backbone_of, slice_member
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.export.specification import (
     CONFIG,
@@ -21,8 +24,6 @@ from prunekit.export.specification import (
 )
 from prunekit.models.names import read_object
 from prunekit.models.shapes import unet_from_config
-from prunekit.slicing import PrunedUNet2DConditionModel, backbone_of, slice_member
-from prunekit.units.emptied import state_in_files
 
 
 def load_unet(
@@ -41,7 +42,8 @@ def load_unet(
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
     if (backbone := backbone_of(folder)) is not None:
-        return slice_member(load_unet(backbone, dtype, device, verify), folder).eval().requires_grad_(False)
+        dense = load_unet(backbone, dtype, device, verify)
+        return slice_member(PrunedUNet2DConditionModel, dense, folder).eval().requires_grad_(False)
     config = read_object(folder / CONFIG)
     files = weight_files(folder)
     unet = unet_from_config({key: value for key, value in config.items() if key != "auto_map"}, folder)

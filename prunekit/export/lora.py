@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from prunekit.core.discovery import whole_space, width_layers
+from prunekit.core.slicing import blank_copy, read_pruning
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
-from prunekit.slicing import PrunedUNet2DConditionModel, read_pruning
-from prunekit.units import UnitGroup, discover
-from prunekit.units.cutting import units_to_channels
 
 _LAYER = re.compile(  # PEFT's, diffusers' and diffusers' earlier names of a layer's two matrices
     r"(?P<path>.+?)[._](?:lora_|lora[._]|lora_linear_layer\.)(?P<side>A|B|down|up)(?:\.[^.]+)?\.weight"
@@ -24,7 +23,7 @@ _DOWN = ("A", "down")  # the matrix on the layer's input: (rank, in); the other 
 
 def slice_lora(
     state: Mapping[str, Tensor],
-    unet: UNet2DConditionModel,
+    unet: PrunedUNet2DConditionModel,
     alphas: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Return LoRA weights of the dense UNet as those of a pruned one, for `pipeline.load_lora_weights`.
@@ -90,39 +89,23 @@ def _channels(
     unet: PrunedUNet2DConditionModel,
 ) -> tuple[dict[str, tuple[int, int]], dict[str, list[int]], dict[str, list[int]], set[str]]:
     """Return the dense UNet's layers as (in the axes of a weight) out and in channels, those kept, and what is gone."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
-    with torch.device("meta"):
-        dense = UNet2DConditionModel(**config)
+    dense = blank_copy(unet)
     shapes = {name.removesuffix(".weight"): tuple(p.shape[:2]) for name, p in dense.named_parameters() if p.dim() > 1}
     outs: dict[str, list[int]] = {}
     ins: dict[str, list[int]] = {}
     gone: set[str] = set()
     if unet.config.get("pruning") is None:
         return shapes, outs, ins, gone
-    architecture = read_pruning(unet.config["pruning"], discover(dense, "blocks"))
+    layers = width_layers(dense)
+    architecture = read_pruning(unet.config["pruning"], whole_space(unet.structure, dense))
     for group in architecture.removed():
         gone.update(group.covers)
     for group in architecture.space.width_groups:
         kept = architecture.kept(group.name)
         if len(kept) == 0:
-            gone.update(layer for layer, _ in _cut_layers(group))
+            gone.update(f"{group.path}.{axis.layer}" for axis in layers[group.name].axes)
         elif len(kept) < group.size:
-            channels = units_to_channels(kept, group.channels)
-            for layer, is_out in _cut_layers(group):
-                side = outs if is_out else ins
-                halves = shapes[layer][0] // (group.size * group.channels) if is_out else 1
-                width = group.size * group.channels
-                side[layer] = [channel + half * width for half in range(halves) for channel in channels]
+            for axis in layers[group.name].axes:
+                side = ins if axis.side == "in" else outs
+                side[f"{group.path}.{axis.layer}"] = axis.channels(kept, group)
     return shapes, outs, ins, gone
-
-
-def _cut_layers(group: UnitGroup) -> Iterator[tuple[str, bool]]:
-    """Yield the layers that a cut of the group narrows, and whether it is their output."""
-    cuts = {
-        "resnet": (("conv1", "time_emb_proj"), "conv2"),
-        "attention": (("to_q", "to_k", "to_v"), "to_out.0"),
-        "feedforward": (("net.0.proj",), "net.2"),
-    }
-    outs, into = cuts[group.kind]
-    yield from ((f"{group.path}.{name}", True) for name in outs)
-    yield f"{group.path}.{into}", False

@@ -12,13 +12,14 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from prunekit.core.discovery import discover
+from prunekit.core.slicing import slice_model
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.denoisers.unet.stock import as_stock
 from prunekit.errors import UserError
 from prunekit.export.class_file import CLASS, MODULE, write_class_file
 from prunekit.export.specification import CONFIG, stamp
-from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
-from prunekit.stock import as_stock
 from prunekit.training.checkpoint import read_json, write_json
-from prunekit.units import discover
 
 FOLDERS = ("stock", "class")  # tiers that diffusers loads
 GRAPHS = ("onnx", "torch")
@@ -53,7 +54,7 @@ def save_unet(unet: UNet2DConditionModel, folder: Path, tier: str = "auto") -> d
         form.save_pretrained(folder)
         return stamp(folder, "stock", architecture_of(unet))
     if not isinstance(unet, PrunedUNet2DConditionModel):
-        unet = slice_unet(unet, discover(unet, "none").full())
+        unet = slice_model(unet, discover(unet, "none").full())
     unet.save_pretrained(folder)
     write_class_file(folder)
     config = read_json(folder / CONFIG)

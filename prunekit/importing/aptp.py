@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
+from prunekit.core.slicing import slice_model
+from prunekit.core.space import Architecture, UnitSpace
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.export.loading import check_shapes
 from prunekit.export.staging import staged
@@ -28,9 +32,7 @@ from prunekit.methods.aptp.router import Router
 from prunekit.methods.base import PruneResult, describe_cost
 from prunekit.models import load_pipeline, load_shape
 from prunekit.recipe import dump_recipe, parse_recipe
-from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet
 from prunekit.training.checkpoint import write_json
-from prunekit.units import Architecture, UnitSpace, discover
 
 MODEL, PROMPT_ENCODER = "sd-2.1", "sentence-transformers/all-mpnet-base-v2"  # of the paper
 ROUTING = "cosine of the predictor's output and the codes (Eq. 22), without the published code's noise"
@@ -148,9 +150,9 @@ def _write_expert(
 ) -> str:
     """Write an expert's UNet; say where its weights come from."""
     if weights is None and dense is not None:
-        slice_unet(dense, architecture).save_pretrained(folder)
+        slice_model(dense, architecture).save_pretrained(folder)
         return "cut from the model"
-    pruned: PrunedUNet2DConditionModel = slice_unet(blank, architecture)
+    pruned: PrunedUNet2DConditionModel = slice_model(blank, architecture)
     if weights is None:
         pruned.save_config(folder)
         return "none"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.core.space import Architecture, UnitGroup, UnitSpace
 from prunekit.errors import UserError
-from prunekit.units import Architecture, UnitGroup, UnitSpace
 
 KEPT_FROM = 0.5  # the published code keeps a unit at exactly 0.5
 

@@ -19,13 +19,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from prunekit.core.axes import Layer
+from prunekit.core.discovery import discover
+from prunekit.core.registry import denoiser_of
+from prunekit.core.slicing import slice_model
+from prunekit.core.space import Architecture, UnitSpace
 from prunekit.errors import UserError
 from prunekit.latency.table import DEFAULT_WIDTHS, LatencyTable, LayerTimes, conditions_of
-from prunekit.slicing import slice_unet
 from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
-from prunekit.units import Architecture, UnitSpace, discover
-from prunekit.units.attention import NORM_OF
-from prunekit.units.walk import Site, walk
 
 FEWEST, MOST = 3, 25  # rounds of one width
 REST = ""  # in place of a path: what a call takes beside its layers
@@ -65,10 +66,10 @@ def measure_table(
     if device.type == "meta":
         raise UserError("a latency table is measured, and this UNet is on the meta device; load it with its weights")
     conditions = conditions_of(unet, sample_size, text_length, batch, dtype)
-    dense = nn.Module.to(slice_unet(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
+    dense = nn.Module.to(slice_model(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
     inputs = unet_inputs(dense, batch, sample_size, text_length)
-    units = {group.path: group.size for group in space.width_groups}
-    shapes: dict[str, Hashable] = {site.path: _shape(site, units.get(site.path, 0)) for site in walk(dense)}
+    layers = _timed(dense)
+    shapes: dict[str, Hashable] = {layer.path: _shape(dense, layer) for layer in layers}
     samples: dict[Hashable, dict[int, list[float]]] = {}  # by shape, then by the number of kept units
     with torch.no_grad():
         warm_up = WarmUp(max_seconds=10 * seconds)
@@ -83,19 +84,29 @@ def measure_table(
                 scaled = [second * reference / beside for second in own]
                 samples.setdefault(shapes.get(path, REST), {}).setdefault(kept.get(path, 0), []).extend(scaled)
             progress(widths + 1 - level)
-    layers = {
-        site.path: LayerTimes.fitted(site.kind, units.get(site.path, 0), samples[shapes[site.path]])
-        for site in walk(dense)
-        if site.kind != "block"
+    times_of = {
+        layer.path: LayerTimes.fitted(layer.kind, _units(layer), samples[shapes[layer.path]])
+        for layer in layers
+        if layer.kind != "block"
     }
-    return LatencyTable(conditions, max(0, round(1e9 * statistics.median(samples[REST][0]))), layers)
+    return LatencyTable(conditions, max(0, round(1e9 * statistics.median(samples[REST][0]))), times_of)
 
 
-def _shape(site: Site, units: int) -> Hashable:
+def _timed(model: nn.Module) -> list[Layer]:
+    """The layers of a model that are timed, and the blocks that they lie in, in the order of the forward pass."""
+    return [layer for layer in denoiser_of(model).layers(model) if layer.path]
+
+
+def _units(layer: Layer) -> int:
+    return layer.group.size if layer.group else 0
+
+
+def _shape(model: nn.Module, layer: Layer) -> Hashable:
     """What a layer's times depend on: layers that have it in common are samples of one another."""
-    name = site.path.rpartition(".")[2] if site.kind == "attention" else ""  # self- and cross-attention
-    shapes = tuple((key, tuple(parameter.shape)) for key, parameter in site.module.named_parameters())
-    return site.kind, name, site.level, units, shapes
+    name = layer.path.rpartition(".")[2] if layer.kind == "attention" else ""  # self- and cross-attention
+    parameters = model.get_submodule(layer.path).named_parameters()
+    shapes = tuple((key, tuple(parameter.shape)) for key, parameter in parameters)
+    return layer.kind, name, layer.stream, _units(layer), shapes
 
 
 def _level(
@@ -104,7 +115,7 @@ def _level(
     """Return (the dense call's time beside, every layer's samples with `kept` units of each group, by path)."""
     is_full = all(kept[group.path] == group.size for group in space.width_groups)
     values = [unit < kept[group.path] for group in space.groups for unit in range(group.size)]
-    pruned = dense if is_full else slice_unet(dense, Architecture(space, torch.tensor(values, dtype=torch.bool)))
+    pruned = dense if is_full else slice_model(dense, Architecture(space, torch.tensor(values, dtype=torch.bool)))
     samples: dict[str, list[float]] = {}
     beside: list[float] = []
     whole = unet_call(dense, inputs)
@@ -149,15 +160,15 @@ def in_place(unet: UNet2DConditionModel) -> Iterator[Marks]:
         return hook
 
     with ExitStack() as stack:
-        for site in walk(unet):
-            if site.kind in ("attention", "feedforward"):
-                block, _, name = site.path.rpartition(".")
-                norm = unet.get_submodule(f"{block}.{NORM_OF.get(name, 'norm3')}")
-                stack.callback(norm.register_forward_pre_hook(begin(site.path)).remove)
-            else:
-                if site.kind != "block":
-                    stack.callback(site.module.register_forward_pre_hook(begin(site.path)).remove)
-                stack.callback(site.module.register_forward_hook(end(site.path)).remove)
+        for layer in _timed(unet):
+            if _is_part(layer):
+                norm = unet.get_submodule(layer.feeds[0])
+                stack.callback(norm.register_forward_pre_hook(begin(layer.path)).remove)
+                continue
+            module = unet.get_submodule(layer.path)
+            if layer.kind != "block":
+                stack.callback(module.register_forward_pre_hook(begin(layer.path)).remove)
+            stack.callback(module.register_forward_hook(end(layer.path)).remove)
         yield marks
 
 
@@ -167,19 +178,27 @@ def layer_seconds(unet: UNet2DConditionModel, marks: Marks) -> Seconds:
         torch.cuda.synchronize(unet.device)
     seconds: Seconds = {}
     parts: dict[str, list[str]] = {}  # of a block, in order
-    for site in walk(unet):
-        if site.kind == "block":
-            parts[site.path] = []
-        elif site.kind in ("attention", "feedforward"):
-            parts[site.path.rpartition(".")[0]].append(site.path)
+    containers = {}  # of a block, the layer in whose time it lies
+    container = ""
+    for layer in _timed(unet):
+        if layer.kind == "block":
+            parts[layer.path], containers[layer.path] = [], container
+        elif _is_part(layer):
+            parts[layer.path.rpartition(".")[0]].append(layer.path)
         else:
-            seconds[site.path] = _elapsed(marks[site.path, BEGIN], marks[site.path, END])
+            container = layer.path
+            seconds[layer.path] = _elapsed(marks[layer.path, BEGIN], marks[layer.path, END])
     for block, paths in parts.items():
         ends = [*(marks[path, BEGIN] for path in paths[1:]), marks[block, END]]
         for path, stop in zip(paths, ends, strict=True):
             seconds[path] = _elapsed(marks[path, BEGIN], stop)
-            seconds[block.rpartition(".transformer_blocks.")[0]] -= seconds[path]
+            seconds[containers[block]] -= seconds[path]
     return seconds
+
+
+def _is_part(layer: Layer) -> bool:
+    """Whether a layer is a part of a block, which begins with what feeds it and ends where the next part begins."""
+    return any(not path.startswith(f"{layer.path}.") for path in layer.feeds)
 
 
 def _instant(device: torch.device) -> Any:

@@ -15,11 +15,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from prunekit.cost import CostModel, Polynomial, RunningCost
+from prunekit.core.cost import CostModel, Polynomial, RunningCost
+from prunekit.core.counting import LayerCost
+from prunekit.core.space import Architecture, UnitGroup, UnitSpace
 from prunekit.errors import UserError
 from prunekit.latency.table import LatencyTable
-from prunekit.units import Architecture, UnitGroup, UnitSpace
-from prunekit.units.counting import LayerCost
 
 
 class LatencyModel(CostModel):

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Literal
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover, match
+from prunekit.core.space import Architecture, UnitSpace
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
@@ -19,8 +21,6 @@ from prunekit.methods.budget import Scores, select, unaligned
 from prunekit.methods.latency_budget import LatencySettings, latency_model
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.trainer import Log
-from prunekit.units import Architecture, UnitSpace, discover
-from prunekit.units.discovery import match
 
 FORMAT = 1
 RESULT = "result.json"

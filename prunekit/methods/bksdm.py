@@ -15,7 +15,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field, field_validator
 from torch import nn
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.space import Architecture, UnitSpace, near
+from prunekit.denoisers.unet.removed import BYPASSED
 from prunekit.errors import UserError
 from prunekit.methods.base import (
     Method,
@@ -28,9 +30,6 @@ from prunekit.methods.base import (
 )
 from prunekit.methods.registry import register
 from prunekit.training.trainer import Log
-from prunekit.units import Architecture, UnitSpace
-from prunekit.units.depth import BYPASSED
-from prunekit.units.space import near
 
 NAMED = ("base", "small", "tiny")
 NO_MID = "-mid"  # suffix of a variant: the mid block goes too

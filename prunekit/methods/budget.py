@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.space import Architecture, UnitGroup, UnitSpace
 from prunekit.errors import UserError
 from prunekit.methods.storage import read_tensors, write_tensors
-from prunekit.units import Architecture, UnitGroup, UnitSpace
 
 ALIGNMENTS = (8, 16, 32, 64)  # channels
 

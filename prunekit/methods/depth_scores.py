@@ -21,9 +21,10 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from prunekit.core.gates import Gates, gated
+from prunekit.core.space import UnitGroup, UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.gates import Gates, gated
 from prunekit.methods.base import unet_of
 from prunekit.methods.calibration import (
     CalibrationBatch,
@@ -32,7 +33,6 @@ from prunekit.methods.calibration import (
     num_probes,
 )
 from prunekit.training.processes import current
-from prunekit.units import UnitGroup, UnitSpace
 
 
 def joint_scores(

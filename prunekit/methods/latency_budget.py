@@ -8,18 +8,18 @@ from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.slicing import slice_model
+from prunekit.core.space import Architecture
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
 from prunekit.latency.table import DEFAULT_WIDTHS
 from prunekit.methods.budget import unit_step
-from prunekit.slicing import slice_unet
 from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.processes import current
 from prunekit.training.progress import Progress
-from prunekit.units import Architecture
 
 HERE = "here"
 ANYWHERE = ("model", "sample_size", "text_length")  # conditions that a table from elsewhere must have too
@@ -83,7 +83,7 @@ def _against(
     predicted: float,
 ) -> dict[str, float]:
     dtype = getattr(torch, settings.dtype)
-    unets = [nn.Module.to(slice_unet(unet, kept), dtype).eval() for kept in (cost.space.full(), architecture)]
+    unets = [nn.Module.to(slice_model(unet, kept), dtype).eval() for kept in (cost.space.full(), architecture)]
     inputs = unet_inputs(unets[0], settings.batch, cost.sample_size, cost.text_length)
     calls = {name: unet_call(own, inputs) for name, own in zip(("dense", "pruned"), unets, strict=True)}
     measured = measure(calls, PAIRS, unet.device, WarmUp(max_seconds=10.0))

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor
 
+from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
 from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
 from prunekit.methods.budget import Scores
@@ -18,7 +19,6 @@ from prunekit.methods.calibration import as_encoded
 from prunekit.methods.depth_scores import joint_scores, output_changes
 from prunekit.methods.registry import register
 from prunekit.methods.weights import sum_per_unit
-from prunekit.units import UnitSpace
 
 SAMPLES = 16  # calibration samples, unless the settings say
 

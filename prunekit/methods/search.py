@@ -14,11 +14,11 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.gates import Gates, gated
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
-from prunekit.gates import Gates, gated
 from prunekit.methods.aptp.losses import resource_loss
 from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost, unet_of
 from prunekit.methods.budget import budget_macs

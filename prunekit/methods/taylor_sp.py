@@ -27,6 +27,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunekit.core.space import UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
@@ -44,7 +45,6 @@ from prunekit.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resol
 from prunekit.training.diffusion import attention_kernel, forward_process, per_sample_mse, target
 from prunekit.training.processes import current
 from prunekit.training.progress import Progress
-from prunekit.units import UnitSpace
 
 Gradients = dict[nn.Parameter, Tensor]  # of a weight's shape, float32
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
-from prunekit.gates import Gates
 from prunekit.methods.base import PruneResult, describe_result
 from prunekit.methods.budget import select
 from prunekit.methods.registry import register

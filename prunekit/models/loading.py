@@ -9,6 +9,8 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from prunekit.core.registry import denoiser_of
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.models.hub import INDEX, UNET, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
@@ -16,8 +18,6 @@ from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, firs
 from prunekit.models.shapes import check_sizes, unet_from_config
 from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
-from prunekit.slicing import PrunedUNet2DConditionModel
-from prunekit.units.walk import check_supported
 
 PREDICTIONS = ("epsilon", "v_prediction")
 SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
@@ -133,7 +133,7 @@ def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
     if type(pipeline).__name__ not in PIPELINES:
         raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
     unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler.config
-    check_supported(unet)
+    denoiser_of(unet).check(unet)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):
             raise UserError(f"the files of {name} lack weights of its {part}")

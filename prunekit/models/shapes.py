@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.core.registry import denoiser_of
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
@@ -20,8 +22,6 @@ from prunekit.models.names import (
     unknown,
 )
 from prunekit.models.single_file import check_size, config_name
-from prunekit.slicing import PrunedUNet2DConditionModel
-from prunekit.units.walk import check_supported
 
 LAYERS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 MOST_LAYERS = 100  # of a block; SDXL has 10
@@ -98,7 +98,7 @@ def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditio
         raise UserError(
             f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({first_line(error)})"
         ) from error
-    check_supported(unet)
+    denoiser_of(unet).check(unet)
     return unet.eval()
 
 

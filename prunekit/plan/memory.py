@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunekit.gates import gated
+from prunekit.core.gates import gated
+from prunekit.core.space import UnitSpace
 from prunekit.timing import text_width
 from prunekit.training.memory import held
 from prunekit.training.trainer import TrainerConfig
-from prunekit.units import UnitSpace
 
 FLOAT32, LOWERED = 4, 2  # bytes of a number; frozen weights are held in both
 KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask

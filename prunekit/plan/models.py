@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
+from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
 from prunekit.methods.base import PruneSettings, space_and_cost
 from prunekit.models import PipelineShape, load_shape
 from prunekit.plan.memory import Rehearsal
 from prunekit.plan.parts import Parts, load_parts
-from prunekit.units import UnitSpace, discover
 
 T = TypeVar("T")
 COUNTED = ("depth", "include", "exclude", "convention", "resolution", "text_length")  # settings that costs depend on

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
 from prunekit.plan.data import size_of
 from prunekit.plan.models import Models, PlannedModel
@@ -16,7 +17,6 @@ from prunekit.plan.sizes import disk, memory
 from prunekit.plan.speed import Speed, measure_speed
 from prunekit.plan.work import pruning_work, timed
 from prunekit.recipe import AnyRecipe, PretrainRecipe, precisions, resolve_recipe
-from prunekit.units import UnitSpace
 
 Plan = dict[str, Any]  # JSON values; MACs are multiply-adds, sizes bytes, times seconds
 

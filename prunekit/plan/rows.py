@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from prunekit.compare.cells import DENSE, budget_value, cells_of
+from prunekit.core.space import Architecture
 from prunekit.methods.base import Method
 from prunekit.methods.budget import budget_macs
 from prunekit.plan.models import PlannedModel
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.fine_tuning import FineTuneConfig
-from prunekit.units import Architecture
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.space import Architecture, UnitSpace
 from prunekit.report.figures import GRID, ink_on, inline_svg, style
 from prunekit.report.source import MissingError, Section, Source
-from prunekit.units import Architecture, UnitSpace
 
 MOST_DRAWINGS = 32
 KINDS = {"resnet": "ResBlock groups", "attention": "heads", "feedforward": "feed-forward groups"}

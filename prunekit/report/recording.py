@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.gates import gated
+from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
-from prunekit.gates import gated
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models.shapes import unet_from_config
 from prunekit.report.routing import mapped_rows, prompt_map
-from prunekit.slicing import slice_unet
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
 from prunekit.training.diffusion import forward_process
@@ -60,10 +60,10 @@ def certify(unet: Any, result: PruneResult, samples: AgreementSamples) -> dict[s
         with gated(unet, result.space) as gates:
             gates.set(architecture)
             masked = predictions(unet, samples)
-        difference = (predictions(slice_unet(unet, architecture).eval(), samples) - masked).abs().max()
+        difference = (predictions(slice_model(unet, architecture).eval(), samples) - masked).abs().max()
         found["errors"].append(float(difference / masked.abs().max().clamp_min(1e-12)))
         found["predicted"].append(cost.macs(architecture))
-        found["counted"].append(_counted(slice_unet(hollow, architecture), samples))
+        found["counted"].append(_counted(slice_model(hollow, architecture), samples))
     return found
 
 

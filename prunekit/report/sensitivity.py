@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from prunekit.core.discovery import discover
+from prunekit.core.gates import gated
+from prunekit.core.space import Architecture
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
-from prunekit.gates import gated
 from prunekit.randomness import generator
 from prunekit.report.architectures import layers_of
 from prunekit.report.figures import inline_svg, new_figure, style
@@ -15,7 +17,6 @@ from prunekit.stages import Stages
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.diffusion import forward_process
 from prunekit.training.progress import Progress
-from prunekit.units import Architecture, discover
 
 FILE = "sensitivity.json"
 SAMPLES = 8

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
 from prunekit.errors import UserError
 from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
@@ -25,7 +26,6 @@ from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import shipped_prompts
 from prunekit.serving.storage import write_shared
 from prunekit.training.checkpoint import read_json
-from prunekit.units import discover
 
 GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
 

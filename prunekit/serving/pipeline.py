@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.export.inputs import latent_size
@@ -24,7 +25,6 @@ from prunekit.export.parts import Parts
 from prunekit.methods.aptp.router import Router
 from prunekit.serving.experts import Experts
 from prunekit.serving.requests import Image, check_options, images_of
-from prunekit.units import discover
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 25, 7.5
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")

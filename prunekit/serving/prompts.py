@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from prunekit.core.space import near
 from prunekit.data.config import DataConfig, load_data
 from prunekit.errors import UserError
 from prunekit.serving.loading import read_recipe
 from prunekit.serving.pipeline import PromptRoutedPipeline
-from prunekit.units.space import near
 
 LISTS = Path(__file__).parent.parent / "assets" / "prompts"
 

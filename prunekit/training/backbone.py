@@ -11,12 +11,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from prunekit.core.emptied import names_in_files
+from prunekit.core.slicing import blank_copy, slice_model
+from prunekit.core.space import Architecture
 from prunekit.randomness import generator
-from prunekit.slicing import blank_copy, slice_unet
 from prunekit.training.diffusion import NoisePlan
 from prunekit.training.fine_tuning import FineTuningObjective
-from prunekit.units import Architecture
-from prunekit.units.emptied import names_in_files
 
 Kept = tuple[Tensor | None, ...]  # what a slice keeps of a weight along its first axes; None: all
 
@@ -35,7 +35,7 @@ class Member:
     def __init__(self, backbone: UNet2DConditionModel, architecture: Architecture):
         self.backbone = backbone
         self.kept = kept_entries(backbone, architecture)
-        self.unet = slice_unet(blank_copy(backbone), architecture)
+        self.unet = slice_model(blank_copy(backbone), architecture)
         self.dense_names = names_in_files(self.unet)  # of the weights for which the backbone has another name
 
     def take(self) -> UNet2DConditionModel:
@@ -67,7 +67,7 @@ def kept_entries(unet: UNet2DConditionModel, architecture: Architecture) -> dict
             for name, shape in shapes.items()
         }
         marked.load_state_dict(positions, assign=True)
-        sliced = slice_unet(marked, architecture)
+        sliced = slice_model(marked, architecture)
         dense_names = names_in_files(sliced)
         for name, own in sliced.named_parameters():
             kept = own.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < own.ndim else None

@@ -3,10 +3,10 @@
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.gates import Gates
 from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.transport import assign, expert_potentials

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
 from prunekit.methods.relaxation import Relaxation
 from prunekit.methods.storage import read_tensors, write_tensors
-from prunekit.units import UnitSpace
 
 FILE_NAME = "router.safetensors"
 _CHUNK = 1 << 22  # products held at once, 32 MB

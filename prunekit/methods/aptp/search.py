@@ -16,10 +16,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from prunekit.cost import CostModel
+from prunekit.core.cost import CostModel
+from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.gates import Gates
 from prunekit.methods.aptp.losses import (
     batch_weighted_cost,
     contrastive_loss,

@@ -1,6 +1,6 @@
 """The nouns: UnitGroup, UnitSpace and Architecture. Plain data: no module is referenced, so all can be saved.
 
-Tensors name their device, since a UNet may be built, and walked, under `torch.device("meta")`.
+Tensors name their device, since a model may be built, and walked, under `torch.device("meta")`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import torch
 
 from prunekit.errors import UserError
 
-WIDTH_KINDS = ("resnet", "attention", "feedforward")
 DEPTH_KINDS = ("layer", "block", "stage")
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """A set of like parts of a UNet that can be removed, one by one (width) or as a whole (depth, one unit).
+    """A set of like parts of a denoiser that can be removed, one by one (width) or as a whole (depth, one unit).
 
-    kind: "resnet" (GroupNorm groups), "attention" (heads), "feedforward" (channel groups); of depth: "layer"
-        (a ResBlock or a Transformer layer), "block" (one of several transformer blocks of a layer), "stage".
-    path: the module's path in the UNet. A stage is named by its down block.
+    kind: such as "attention" (heads), "feedforward" (channel groups), "resnet" (GroupNorm groups); of depth: "layer",
+        "block" (a transformer block), "stage" (several blocks).
+    path: the module's path in the model. A stage is named by its first block.
     size: the number of units.
     channels: width: channels per unit where the gate sits; depth: channels of the hidden state that enters.
     covers: depth only: the module paths that go when the unit goes.
@@ -56,11 +55,10 @@ class UnitGroup:
 
 
 class UnitSpace:
-    """The ordered list of a UNet's UnitGroups: D units, widths first, depths last.
+    """The ordered list of a denoiser's UnitGroups: D units, widths first, depths last.
 
-    Within the widths, and within the depths, groups stand in the order in which a forward pass meets them (down
-    blocks, mid block, up blocks; in a layer: ResBlock, attn1, attn2, feed-forward); stages stand last, outermost
-    first.
+    Within the widths, and within the depths, groups stand in the order in which a forward pass meets them; stages
+    stand last, outermost first.
     """
 
     def __init__(self, groups: Iterable[UnitGroup]):
@@ -304,9 +302,9 @@ class Architecture:
 
 
 def block_of(path: str) -> str:
-    """The UNet block in which a module lies: `down_blocks.0.resnets.1` lies in `down_blocks.0`."""
+    """The block in which a module lies: the path's first name, and the index that follows where it is a list."""
     parts = path.split(".")
-    return parts[0] if parts[0] == "mid_block" else ".".join(parts[:2])
+    return ".".join(parts[: 2 if parts[1:] and parts[1].isdigit() else 1])
 
 
 def check_format(data: Mapping[str, Any], what: str) -> None:

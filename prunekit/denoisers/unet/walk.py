@@ -24,10 +24,15 @@ from torch import nn
 
 from prunekit.errors import UserError
 
-from .attention import EmptiedAttention
-from .depth import BYPASSED, BypassedModule, BypassedResnet, BypassedTransformer
-from .feedforward import EmptiedFeedForward
-from .resnet import EmptiedResnet
+from .removed import (
+    BYPASSED,
+    BypassedModule,
+    BypassedResnet,
+    BypassedTransformer,
+    EmptiedAttention,
+    EmptiedFeedForward,
+    EmptiedResnet,
+)
 
 SUPPORTED = (
     "prunekit supports UNet2DConditionModel with CrossAttnDownBlock2D / DownBlock2D, UNetMidBlock2DCrossAttn or no "

@@ -16,11 +16,11 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapt
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
 
+from prunekit.core.cutting import units_to_channels
+from prunekit.core.emptied import Emptied
 from prunekit.errors import UserError
 
-from .units.cutting import units_to_channels
-from .units.depth import BYPASSED
-from .units.emptied import Emptied
+from .removed import BYPASSED
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what `save_lora_adapter` writes
 _IP = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)

@@ -17,8 +17,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .slicing import PrunedUNet2DConditionModel
-from .units.depth import BYPASSED
+from .pruned import PrunedUNet2DConditionModel
+from .removed import BYPASSED
 
 _BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 _PER_LEVEL = (  # config values that are one for all levels or one per level, outermost first

@@ -1,23 +1,24 @@
-"""Run a stock UNet UNDER Architectures, hard or soft, one per sample: forward hooks only, gone on exit."""
+"""Run a stock denoiser UNDER Architectures, hard or soft, one per sample: forward hooks only, gone on exit."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from prunekit.errors import UserError
 
-from .units import Architecture, UnitGroup, UnitSpace, attention, depth, feedforward, resnet
-from .units.discovery import match
-
-_WIDTH_KINDS = {"resnet": resnet, "attention": attention, "feedforward": feedforward}
+from .axes import Axis
+from .discovery import match, width_layers
+from .registry import denoiser_of
+from .space import Architecture, UnitGroup, UnitSpace
 
 
 class _Token:
@@ -45,15 +46,17 @@ class _State:
     batch: int | None  # the batch they are for; None: any
     masks: list[torch.Tensor] | None  # per width group (rows, channels); per depth group (rows,); None: all are open
     token: _Token
-    entered: dict[int, torch.Tensor] = field(default_factory=dict)  # the hidden states that entered open stages
+    entered: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # what entered open depth units, by stream
 
 
 class Gates:
     """The handle that `gated` yields: `set` says under which Architectures the next forward passes run."""
 
-    def __init__(self, unet: UNet2DConditionModel, space: UnitSpace):
+    def __init__(self, model: nn.Module, space: UnitSpace):
         self.space = space
-        self._unet = unet
+        self._model = model
+        self._denoiser = denoiser_of(model)
+        self._parameter = next(model.parameters())  # whose device and dtype the gates take
         self._state: _State | None = None
         self._token: weakref.ref[_Token] | None = None
         groups = space.width_groups
@@ -63,14 +66,14 @@ class Gates:
             for group in groups
             for channel in range(group.size * group.channels)
         ]
-        self._unit_of_channel = torch.tensor(unit_of_channel, dtype=torch.long, device=unet.conv_in.weight.device)
+        self._unit_of_channel = torch.tensor(unit_of_channel, dtype=torch.long, device=self._parameter.device)
 
     def set(self, g: Architecture | torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Gates for the forward passes that follow.
 
         g: an Architecture or (D,): every sample runs under it, whatever the batch. (G, D): sample b runs under row b,
             and the batch must be G; or, with rows (batch,) of integers, under row rows[b]. Under `space.full()` the
-            UNet runs as it is, without a mask.
+            model runs as it is, without a mask.
         RuntimeError where a forward pass under the previous gates still waits for its backward.
         """
         opens = isinstance(g, Architecture) and g.is_boolean and all(g.values.tolist())  # they lie on the host
@@ -78,9 +81,8 @@ class Gates:
             g = g.on(self.space).values if g.space is not self.space else g.values
         if g.dim() not in (1, 2) or g.shape[-1] != self.space.size:
             raise UserError(f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(g.shape)}")
-        parameter = self._unet.conv_in.weight
-        g = g.to(parameter.device)
-        g = g if g.is_floating_point() else g.to(parameter.dtype)
+        g = g.to(self._parameter.device)
+        g = g if g.is_floating_point() else g.to(self._parameter.dtype)
         batch = None
         if g.dim() == 1:
             if rows is not None:
@@ -121,30 +123,44 @@ class Gates:
     # hooks
 
     def _attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        unet, handles = self._unet, [self._unet.register_forward_pre_hook(self._before, with_kwargs=True)]
+        model, handles = self._model, [self._model.register_forward_pre_hook(self._before(), with_kwargs=True)]
+        layers = width_layers(model)
         for index, group in enumerate(self.space.groups):
-            if group.kind == "stage":
-                enter, leave = unet.get_submodule(group.covers[0]), unet.get_submodule(group.covers[-1])
-                handles.append(enter.register_forward_pre_hook(self._stage_enters(index)))
-                handles.append(leave.register_forward_hook(self._stage_leaves(index)))
-                continue
-            module = unet.get_submodule(group.path)
             if group.is_depth:
-                handles.append(module.register_forward_hook(self._mixes(index, group), with_kwargs=True))
-            else:
-                layer = _WIDTH_KINDS[group.kind].gated_layer(module)
-                handles.append(layer.register_forward_pre_hook(self._multiplies(index)))
+                handles += self._attach_depth(index, group)
+                continue
+            layer = layers[group.name]
+            for axis in layer.axes:
+                if axis.side == "in":
+                    module = layer.module(model, axis)
+                    handles.append(module.register_forward_pre_hook(self._multiplies(index, module, axis)))
         return handles
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        if self._state is None:
-            raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the UNet as it is)")
-        if self._state.batch not in (None, sample.shape[0]):
-            raise UserError(
-                f"the gates are for a batch of {self._state.batch}, the UNet got {sample.shape[0]}; pass rows=, which "
-                "gate row each sample uses (for a pipeline: prunekit.pipeline_rows)"
-            )
+    def _attach_depth(self, index: int, group: UnitGroup) -> list[torch.utils.hooks.RemovableHandle]:
+        passage = self._denoiser.passage(self._model, group)
+        enter, leave = self._model.get_submodule(passage.enter), self._model.get_submodule(passage.leave)
+        read = _reader(enter, passage.inputs, passage.channels)
+        if enter is leave:
+            return [leave.register_forward_hook(self._mixes(index, read), with_kwargs=True)]
+        return [
+            enter.register_forward_pre_hook(self._enters(index, read), with_kwargs=True),
+            leave.register_forward_hook(self._leaves(index)),
+        ]
+
+    def _before(self) -> Callable:
+        read = _reader(self._model, (self._denoiser.latent,))
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._state is None:
+                raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the model as it is)")
+            batch = read(args, kwargs)[0].shape[0]
+            if self._state.batch not in (None, batch):
+                raise UserError(
+                    f"the gates are for a batch of {self._state.batch}, the model got {batch}; pass rows=, which "
+                    "gate row each sample uses (for a pipeline: prunekit.pipeline_rows)"
+                )
+
+        return hook
 
     def _mask(self, index: int, batch: int) -> torch.Tensor | None:
         if self._state.masks is None:
@@ -154,59 +170,94 @@ class Gates:
             raise UserError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
         return mask
 
-    def _multiplies(self, index: int) -> Callable:
+    def _multiplies(self, index: int, layer: nn.Module, axis: Axis) -> Callable:
+        dimension = 1 if isinstance(layer, nn.Conv2d) else -1
+        total = layer.weight.shape[1]
+
         def hook(module: nn.Module, args: tuple) -> tuple:
             x = args[0]
             mask = self._mask(index, x.shape[0])  # (rows, channels)
             if mask is None:
                 return args
-            shape = (-1, mask.shape[1], 1, 1) if isinstance(module, nn.Conv2d) else (-1, 1, mask.shape[1])
+            mask = mask.repeat(1, axis.copies) if axis.copies > 1 else mask
+            if mask.shape[1] != total:  # the layer reads other groups' channels too
+                after = total - axis.start - mask.shape[1]
+                mask = nn.functional.pad(mask, (axis.start, after), value=1.0)
+            shape = [len(mask), *[1] * (x.dim() - 1)]
+            shape[dimension] = total
             return (x * mask.to(x.dtype).view(shape), *args[1:])
 
         return hook
 
-    def _mixes(self, index: int, group: UnitGroup) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
-            entered = args[0] if args else kwargs["hidden_states"]
-            if entered.dim() == 4:
-                entered = entered[:, : group.channels]  # in up blocks without the skip
-            return self._mixed(index, entered, output)
+    def _mixes(self, index: int, read: Callable) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            return self._mixed(index, read(args, kwargs), output)
 
         return hook
 
-    def _mixed(self, index: int, entered: torch.Tensor, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
-        mask = self._mask(index, entered.shape[0])  # (rows,)
-        return output if mask is None else depth.mix(entered, output, mask)
+    def _mixed(self, index: int, entered: Sequence[torch.Tensor], output: Any) -> Any:
+        mask = self._mask(index, entered[0].shape[0])  # (rows,)
+        return output if mask is None else mix(entered, output, mask)
 
-    def _stage_enters(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            self._state.entered[index] = args[0]
+    def _enters(self, index: int, read: Callable) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._state.entered[index] = read(args, kwargs)
 
         return hook
 
-    def _stage_leaves(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def _leaves(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             return self._mixed(index, self._state.entered.pop(index), output)
 
         return hook
 
 
+def mix(entered: Sequence[torch.Tensor], output: Any, gate: torch.Tensor) -> Any:
+    """u·f(x) + (1 - u)·h for every stream (APTP, Eq. 23 and 24), exact at u = 0 and 1.
+
+    entered: the hidden states h that entered, one of each stream. output: the layer's: a tensor, or a tuple whose first
+        items are those of the streams, in this order; None where a layer gives a stream no output. gate: (rows,).
+    """
+    if isinstance(output, tuple):
+        mixed = [mix([h], f, gate) for h, f in zip(entered, output, strict=False)]
+        return (*mixed, *output[len(mixed) :])
+    if output is None:
+        return None
+    gate = gate.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
+    return torch.lerp(entered[0].to(output.dtype), output, gate)
+
+
+def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None) -> Callable:
+    """A function of a forward pass's (args, kwargs) that returns the arguments of these names.
+
+    channels: how many channels (axis 1) are taken of each; None: all.
+    """
+    order = list(inspect.signature(module.forward).parameters)
+    places = [(order.index(name), name) for name in names]
+
+    def read(args: tuple, kwargs: dict) -> list[torch.Tensor]:
+        tensors = [args[place] if place < len(args) else kwargs[name] for place, name in places]
+        return tensors if channels is None else [tensor[:, :channels] for tensor in tensors]
+
+    return read
+
+
 @contextlib.contextmanager
-def gated(unet: UNet2DConditionModel, space: UnitSpace) -> Iterator[Gates]:
-    """A context in which a UNet runs under Architectures: `gates.set(g, rows)`, then call the UNet as ever.
+def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
+    """A context in which a denoiser runs under Architectures: `gates.set(g, rows)`, then call the model as ever.
 
     Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
     forward pass waits for its backward is a RuntimeError. On exit no hook is left.
-    Gradient checkpointing recomputes under the gates of its own forward pass. What torch.compile has made of the UNet
+    Gradient checkpointing recomputes under the gates of its own forward pass. What torch.compile has made of the model
     stays for later, and under gates another graph is made once; nothing else is compiled again.
     """
-    unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
-    match(unet, space)
-    gates = Gates(unet, space)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    match(model, space)
+    gates = Gates(model, space)
     with contextlib.ExitStack() as stack:
         for handle in gates._attach():
             stack.callback(handle.remove)
-        hooked = [module for module in unet.modules() if module._forward_hooks or module._forward_pre_hooks]
+        hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
         stack.enter_context(_seen_by_compiled_code(hooked))
         stack.enter_context(_checkpoints_under(gates))
         yield gates
@@ -244,7 +295,7 @@ def _seen_by_compiled_code(modules: list[nn.Module]) -> Iterator[None]:
 def _checkpoints_under(gates: Gates) -> Iterator[None]:
     """Make gradient checkpointing, switched on before or inside the context, recompute under its forward's gates."""
     originals: list[tuple[nn.Module, Callable]] = []
-    modules = [module for module in gates._unet.modules() if hasattr(module, "gradient_checkpointing")]
+    modules = [module for module in gates._model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def wrap(original: Callable) -> Callable:
         def checkpoint(module: nn.Module, *args):
@@ -266,7 +317,7 @@ def _checkpoints_under(gates: Gates) -> Iterator[None]:
                 originals.append((module, function))
                 module._gradient_checkpointing_func = wrap(function)
 
-    handle = gates._unet.register_forward_pre_hook(before)
+    handle = gates._model.register_forward_pre_hook(before)
     try:
         yield
     finally:
@@ -286,7 +337,7 @@ def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def pipeline_rows(num_prompts: int, images_per_prompt: int = 1, guidance: bool = True) -> torch.Tensor:
-    """The rows of a diffusers pipeline's batch, int64: which prompt's gates each sample of the UNet's batch uses.
+    """The rows of a diffusers pipeline's batch, int64: which prompt's gates each sample of the denoiser's batch uses.
 
     Images of a prompt are neighbours; with classifier-free guidance the unconditional half comes first.
     """

@@ -2,7 +2,7 @@
 
 An emptied layer holds the bias itself. It has no module where the dense layer has its output layer, because PEFT and
 attention processors would take such a module for a linear or convolution layer. In files the bias keeps the dense
-UNet's name: `down_blocks.0.resnets.0.bias` in memory is `down_blocks.0.resnets.0.conv2.bias` in a file.
+model's name: `LAYER.bias` in memory is `LAYER.conv2.bias` in a file, where `conv2` is the output layer.
 """
 
 from __future__ import annotations

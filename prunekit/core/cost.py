@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from prunekit.errors import UserError
 
-from .units import Architecture, UnitSpace, attention, depth, feedforward, resnet
-from .units.counting import CONVENTIONS, ConvLinear, LayerCost, Parameters
-from .units.discovery import kept_groups, match, width_group
-from .units.space import near
-from .units.walk import Site, resolutions, walk
+from .axes import Axis, Layer
+from .counting import CONVENTIONS, Counter, LayerCost, Parameters
+from .denoiser import Denoiser
+from .discovery import match
+from .emptied import Emptied
+from .registry import denoiser_of
+from .space import Architecture, UnitSpace, near
 
 
 class CostModel:
-    """The cost of every Architecture over a space, at one latent size, batch 1; only shapes of the UNet are read.
+    """The cost of every Architecture over a space, at one latent size, batch 1; only shapes of the model are read.
 
-    sample_size: of the latent, a side or (h, w); None: the UNet's own.
+    sample_size: of the latent, a side or (h, w); None: the model's own.
     text_length: tokens of the text.
     convention:
-        "exact": convolutions, linear layers, QKᵀ and AV; equals torch's FlopCounterMode / 2 on the sliced UNet;
+        "exact": convolutions, linear layers, QKᵀ and AV; equals torch's FlopCounterMode / 2 on the sliced model;
         "conv_linear": the weights of convolutions and linear layers alone;
-        "aptp": the count behind the MACs that the APTP paper prints, which also charges biases, norms and SiLU,
+        "aptp" (UNets): the count behind the MACs that the APTP paper prints, which also charges biases, norms and SiLU,
             takes a text of one token, and charges cross-attention as if the text were as long as the image.
     """
 
@@ -33,24 +34,28 @@ class CostModel:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        model: nn.Module,
         space: UnitSpace,
         sample_size: int | tuple[int, int] | None = None,
         text_length: int = 77,
         convention: str = "exact",
     ):
-        if convention not in CONVENTIONS:
+        denoiser = denoiser_of(model)
+        conventions = {**CONVENTIONS, **denoiser.conventions}
+        if convention not in conventions:
             raise UserError(
-                f"convention={convention!r}: choose one of {', '.join(CONVENTIONS)}.{near(convention, CONVENTIONS)}"
+                f"convention={convention!r}: choose one of {', '.join(conventions)}.{near(convention, conventions)}"
             )
-        match(unet, space)
+        match(model, space)
         self.space = space
-        self.sample_size = _latent_size(unet, sample_size)
+        self.sample_size = _latent_size(denoiser, model, sample_size)
         self.text_length = text_length
         self.convention = convention
-        counter = CONVENTIONS[convention](text_length)
-        self._macs = Polynomial(space, _layer_costs(unet, counter, self.sample_size))
-        self._params = Polynomial(space, _layer_costs(unet, Parameters(), self.sample_size))
+        counter = conventions[convention]()
+        lengths = denoiser.lengths(model, self.sample_size, counter.text_length(text_length))
+        layers = _modules_by_layer(denoiser, model)
+        self._macs = Polynomial(space, _layer_costs(layers, counter, lengths))
+        self._params = Polynomial(space, _layer_costs(layers, Parameters(), lengths))
         self.dense_macs: int = self._macs.count(space.full().values)
         self.dense_params: int = self._params.count(space.full().values)
 
@@ -64,16 +69,16 @@ class CostModel:
         return self._evaluate(self._macs, architecture)
 
     def params(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
-        """The number of parameters of the sliced UNet; types as in `macs`."""
+        """The number of parameters of the sliced model; types as in `macs`."""
         return self._evaluate(self._params, architecture)
 
     def ratio(self, architecture: Architecture | torch.Tensor) -> float | torch.Tensor:
-        """MACs as a share of the dense UNet's."""
+        """MACs as a share of the dense model's."""
         return self.macs(architecture) / self.dense_macs
 
     @property
     def dense_total(self) -> int:
-        """What a budget is a share of: here the dense UNet's MACs."""
+        """What a budget is a share of: here the dense model's MACs."""
         return self.dense_macs
 
     def total(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
@@ -111,7 +116,7 @@ class Polynomial:
     A chain is the set of depth units that a layer lies under, P_k the product of their gates; n_g is the number of
     kept units of a group. So the polynomial is linear in every gate alone once [n > 0] is 1 - prod(1 - gate).
 
-    layers: (path, kind, units, cost) of everything in the UNet that costs something.
+    layers: (path, kind, units, cost) of everything in the model that costs something.
     """
 
     def __init__(self, space: UnitSpace, layers: Iterable[tuple[str, str, int, LayerCost]]):
@@ -260,53 +265,99 @@ class RunningCost:
         return change
 
 
-def _latent_size(unet: UNet2DConditionModel, sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    size = unet.config.sample_size if sample_size is None else sample_size
+def _latent_size(denoiser: Denoiser, model: nn.Module, sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    size = denoiser.latent_size(model) if sample_size is None else sample_size
     if size is None:
-        raise UserError("the UNet's config names no sample_size; pass the latent's: a side, or (height, width)")
+        raise UserError("the model's config names no sample_size; pass the latent's: a side, or (height, width)")
     size = (size, size) if isinstance(size, int) else tuple(size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UserError(f"sample_size={sample_size!r}: pass a side of the latent, or (height, width)")
     return size
 
 
-def _layer_costs(
-    unet: UNet2DConditionModel, counter: ConvLinear, size: tuple[int, int]
-) -> Iterator[tuple[str, str, int, LayerCost]]:
-    """(path, kind, units, cost) of everything in the UNet that costs something."""
-    positions = [height * width for height, width in resolutions(unet, size)]
-    yield "", "stem", 0, LayerCost(always=_stem_cost(unet, counter, positions[0]))
-    parent: nn.Module | None = None
-    for site in walk(unet):
-        if site.kind == "block":
-            parent = site.module
+def _modules_by_layer(denoiser: Denoiser, model: nn.Module) -> list[tuple[Layer, dict[str, nn.Module]]]:
+    """Every layer with the modules that hold parameters and cost with it: those in no inner layer, and what feeds it.
+
+    Modules are named by their path inside the layer; what feeds it, by the path in the model, as in `Layer.feeds`.
+    """
+    layers = [(layer, {}) for layer in denoiser.layers(model)]
+    at = {layer.path: index for index, (layer, _) in enumerate(layers)}
+    fed = {path: index for index, (layer, _) in enumerate(layers) for path in layer.feeds}
+    for path, module in model.named_modules():
+        if not module._parameters:
             continue
-        group = width_group(unet, site)
-        yield site.path, site.kind, group.size if group else 0, _site_cost(unet, site, parent, counter, positions)
+        if path in fed:
+            layers[fed[path]][1][path] = module
+            continue
+        inside = path
+        while inside not in at:
+            inside = inside.rpartition(".")[0]
+        layers[at[inside]][1][path[len(inside) + 1 :] if inside else path] = module
+    return layers
 
 
-def _site_cost(
-    unet: UNet2DConditionModel, site: Site, block: nn.Module | None, counter: ConvLinear, positions: list[int]
-) -> LayerCost:
-    here = positions[site.level]
-    if site.kind == "resnet":
-        return resnet.cost(site.module, counter, here)
-    if site.kind == "attention":
-        norm = getattr(block, attention.NORM_OF[site.path.rpartition(".")[2]])
-        return attention.cost(site.module, norm, counter, here)
-    if site.kind == "feedforward":
-        return feedforward.cost(site.module, block.norm3, counter, here, kept_groups(unet, site.path))
-    if site.kind == "transformer":
-        return depth.transformer_cost(site.module, counter, here)
-    return LayerCost(always=sum(counter.conv(site.module.conv, here)))  # a downsampler or upsampler
+def _layer_costs(
+    layers: Iterable[tuple[Layer, Mapping[str, nn.Module]]], counter: Counter, lengths: Mapping[str, int]
+) -> Iterator[tuple[str, str, int, LayerCost]]:
+    """(path, kind, units, cost) of everything in the model that costs something."""
+    for layer, modules in layers:
+        if modules or layer.activations:
+            yield (
+                layer.path,
+                layer.kind,
+                layer.group.size if layer.group else 0,
+                _cost(layer, modules, counter, lengths),
+            )
 
 
-def _stem_cost(unet: UNet2DConditionModel, counter: ConvLinear, positions: int) -> int:
-    """The convolutions at both ends, the last norm, and the embeddings of the time step and (SDXL) of the sizes."""
-    total = sum(counter.conv(unet.conv_in, positions)) + sum(counter.conv(unet.conv_out, positions))
-    total += counter.norm(unet.conv_norm_out, positions) + counter.silu(unet.conv_norm_out.num_channels, positions)
-    for embedding in (unet.time_embedding, getattr(unet, "add_embedding", None)):
-        if embedding is not None:
-            total += sum(counter.linear(embedding.linear_1, 1)) + sum(counter.linear(embedding.linear_2, 1))
-            total += counter.silu(embedding.linear_1.out_features, 1)
-    return total
+def _cost(layer: Layer, modules: Mapping[str, nn.Module], counter: Counter, lengths: Mapping[str, int]) -> LayerCost:
+    """What one layer costs. A module with an `in` axis makes the layer's output: its bias stays while any unit does."""
+    costs = {"unit": 0, "any": 0, "always": 0}
+    axes: dict[str, list[Axis]] = {}
+    for axis in layer.axes:
+        axes.setdefault(axis.layer, []).append(axis)
+    for name, module in modules.items():
+        if isinstance(module, Emptied):
+            costs["always"] += counter.emptied(module.bias)
+            continue
+        weights, bias = counter.module(module, _positions(layer, name, lengths))
+        if name in layer.feeds:
+            costs["any"] += weights + bias
+        elif name not in axes:
+            costs["always"] += weights + bias
+        else:
+            owned = _owned(layer, module, axes[name], weights)
+            costs["unit"] += owned
+            costs["always"] += weights - owned
+            if axes[name][0].side != "in":
+                costs["unit"] += bias
+            else:
+                costs["always" if counter.output_bias_stays else "any"] += bias
+    for activation in layer.activations:
+        costs[activation.needed] += counter.activation(activation.channels, lengths[activation.stream])
+    if layer.group is None:
+        return LayerCost(always=sum(costs.values()))
+    if layer.products is not None:
+        inner = layer.group.size * layer.group.channels
+        costs["unit"] += counter.attention(inner, layer.group.size, *(lengths[stream] for stream in layer.products))
+    per_unit, rest = divmod(costs["unit"], layer.group.size)
+    assert rest == 0, f"the units of {layer.path} cost alike"
+    return LayerCost(per_unit, costs["any"], costs["always"])
+
+
+def _positions(layer: Layer, name: str, lengths: Mapping[str, int]) -> int:
+    stream = layer.stream if name in layer.feeds else layer.stream_of(name)
+    if stream not in lengths:
+        path = f"{layer.path}.{name}" if layer.path else name
+        raise UserError(f"{path} is not described, so its MACs cannot be counted: this model is not supported")
+    return lengths[stream]
+
+
+def _owned(layer: Layer, module: nn.Module, axes: Sequence[Axis], weights: int) -> int:
+    """The part of what a module's weight costs that the layer's units own together."""
+    sides = {axis.side == "in" for axis in axes}
+    assert len(sides) == 1, f"the axes of one weight of {layer.path} lie on one side"
+    total = module.weight.shape[int(sides.pop())]
+    owned, rest = divmod(weights * sum(axis.copies for axis in axes) * layer.group.size * layer.group.channels, total)
+    assert rest == 0
+    return owned

@@ -8,10 +8,28 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from .axes import Axis, Layer
+
 
 def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
     """The channel indices of the kept units, each `channels` wide."""
     return [unit * channels + offset for unit in kept for offset in range(channels)]
+
+
+def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]]], is_input: bool) -> None:
+    """Cut a module's weight along one side, in place, to what all the axes on that side keep together.
+
+    axes: with the layer that each belongs to and its kept units; channels that no axis owns stay.
+    """
+    if isinstance(module, nn.GroupNorm):
+        ((_, _, kept),) = axes
+        keep_groups(module, kept)
+        return
+    staying = set(range(module.weight.shape[int(is_input)]))
+    for axis, layer, kept in axes:
+        staying -= set(axis.channels(list(range(layer.group.size)), layer.group))
+        staying |= set(axis.channels(kept, layer.group))
+    (keep_in if is_input else keep_out)(module, sorted(staying))
 
 
 def keep_out(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:

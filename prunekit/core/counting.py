@@ -1,0 +1,93 @@
+"""What one operation costs, by convention; see `cost.CostModel` for the meanings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from prunekit.errors import UserError
+
+_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs as a function of its width group's kept units n: per_unit·n + if_any·[n > 0] + always."""
+
+    per_unit: int = 0
+    if_any: int = 0
+    always: int = 0
+
+
+class Counter:
+    """The weights' MACs of convolutions and linear layers, batch 1: the convention "conv_linear"."""
+
+    output_bias_stays = False  # an emptied layer's output bias costs nothing
+
+    def text_length(self, tokens: int) -> int:
+        """How many text tokens are charged where there are `tokens`."""
+        return tokens
+
+    def module(self, module: nn.Module, positions: int) -> tuple[int, int]:
+        """(of the weights, of the bias) of a module that runs on `positions` vectors, without its submodules.
+
+        Raises:
+            UserError: a module with parameters of a kind that nothing is known of.
+
+        """
+        if isinstance(module, nn.Conv2d):
+            return self.conv(module, positions)
+        if isinstance(module, nn.Linear):
+            return self.linear(module, positions)
+        if isinstance(module, _NORMS):
+            return self.norm(module, positions), 0
+        raise UserError(f"what a {type(module).__name__} costs is not known, so its MACs cannot be counted")
+
+    def conv(self, conv: nn.Conv2d, positions: int) -> tuple[int, int]:
+        """(of the weights, of the bias) of a convolution with `positions` output positions."""
+        return conv.weight.numel() * positions, 0
+
+    def linear(self, linear: nn.Linear, positions: int) -> tuple[int, int]:
+        """(of the weights, of the bias) of a linear layer on `positions` vectors."""
+        return linear.weight.numel() * positions, 0
+
+    def norm(self, norm: nn.Module, positions: int) -> int:
+        """Of a norm on `positions` vectors."""
+        return 0
+
+    def activation(self, channels: int, positions: int) -> int:
+        """Of an elementwise activation, such as SiLU, on `positions` vectors of `channels`."""
+        return 0
+
+    def attention(self, inner: int, heads: int, queries: int, keys: int) -> int:
+        """Of QKᵀ and AV of `heads` heads of `inner` channels together."""
+        return 0
+
+    def emptied(self, bias: nn.Parameter | None) -> int:
+        """Of the output bias that an emptied layer still adds."""
+        return bias.numel() if self.output_bias_stays and bias is not None else 0
+
+
+class Exact(Counter):
+    """Also the products QKᵀ and AV of every attention: torch's FlopCounterMode / 2."""
+
+    def attention(self, inner: int, heads: int, queries: int, keys: int) -> int:  # noqa: D102
+        return 2 * queries * keys * inner
+
+
+class Parameters(Counter):
+    """The number of parameters, under the same interface."""
+
+    output_bias_stays = True
+
+    def conv(self, conv: nn.Conv2d | nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102
+        return conv.weight.numel(), 0 if conv.bias is None else conv.bias.numel()
+
+    linear = conv
+
+    def norm(self, norm: nn.Module, positions: int) -> int:  # noqa: D102
+        return sum(parameter.numel() for parameter in norm.parameters(recurse=False))
+
+
+CONVENTIONS: dict[str, type[Counter]] = {"exact": Exact, "conv_linear": Counter}

@@ -1,0 +1,279 @@
+"""CUT: a denoiser whose removed units are physically gone, and `slice_model`, which makes one.
+
+A pruned model's `config.json` holds the dense config and
+`pruning: {format: 1, kept: {module path: unit indices}, removed: [paths]}`, by name, in the dense model's units. A
+module path that is not named keeps all. A removed stage is named by its first block.
+
+Several pruned models may share one set of weights, a *backbone*: a *member's* folder has a config and `backbone.json`,
+which names the backbone's folder, and loading slices it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.model_loading_utils import load_state_dict
+from torch import nn
+
+from prunekit.errors import UserError
+
+from .axes import Axis, Layer
+from .cutting import keep_channels
+from .denoiser import Structure
+from .discovery import match_with, whole_space
+from .emptied import names_in_files, renamed
+from .registry import denoiser_of
+from .space import Architecture, UnitGroup, UnitSpace, near
+
+FORMAT = 1
+POINTER = "backbone.json"  # of a member: where its weights are
+SAVED_MODULE = "prunekit.slicing"  # the module that saved pipelines name; see there
+
+
+class PrunedModel:
+    """What the classes of pruned models share; it stands before the class of the dense model among their bases.
+
+    A subclass calls `_prune` in its constructor, and gives that the signature `config_signature`.
+
+    structure: of the dense model.
+    """
+
+    structure: ClassVar[Structure]
+
+    def _prune(self, pruning: Mapping[str, Any] | None) -> None:
+        """Cut the model, which is dense, to what a config says."""
+        if pruning is not None:
+            cut(self.structure, self, read_pruning(pruning, whole_space(self.structure, self)))
+        self.register_to_config(pruning=pruning)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **options) -> Any:
+        """As the stock method; `auto_map`, by which diffusers finds a class file, is no part of the model."""
+        return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> Any:
+        """As the stock method; also from a member's folder, whose weights are those of a shared backbone."""
+        backbone = backbone_of(pretrained_model_name_or_path)
+        if backbone is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        return slice_member(cls, super().from_pretrained(backbone, **options), pretrained_model_name_or_path)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: Any,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        resolved_model_file: list,
+        pretrained_model_name_or_path: str | Path,
+        loaded_keys: list[str],
+        **options,
+    ) -> Any:
+        """As the stock method; tensors of the files get the names that they have in memory."""
+        names = {in_file: in_memory for in_memory, in_file in names_in_files(model).items()}
+        if names and state_dict is not None:
+            state_dict = renamed(state_dict, names)
+        elif names:  # several files
+            no_map = options.get("disable_mmap", False)
+            resolved_model_file = [
+                renamed(load_state_dict(path, disable_mmap=no_map), names) for path in resolved_model_file
+            ]
+        keys = [names.get(key, key) for key in loaded_keys]
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, keys, **options
+        )
+
+    def _save_with_names(self, save: Any, *arguments, **options) -> None:
+        """Run the stock `save_pretrained`, with the names that tensors have in files."""
+        handle = self.register_state_dict_post_hook(_name_as_in_files)
+        try:
+            save(*arguments, **options)
+        finally:
+            handle.remove()
+
+
+def config_signature(dense: type) -> inspect.Signature:
+    """The signature of a dense class's constructor, and `pruning`: diffusers reads a config's keys there."""
+    parameters = inspect.signature(dense.__init__).parameters.values()
+    return inspect.Signature([*parameters, inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)])
+
+
+def slice_model(model: nn.Module, architecture: Architecture) -> Any:
+    """A pruned copy of a denoiser that keeps what a boolean Architecture keeps; the model is left as it is.
+
+    Works on the meta device, on a model that is pruned already, and with an Architecture from another instance of the
+    same space; UserError where the Architecture does not fit the model.
+    The copy has the model's dtype, device, training mode, frozen parameters and attention processors.
+    """
+    return _sliced(denoiser_of(model).pruned_class(), model, architecture)
+
+
+def _sliced(pruned_class: type[PrunedModel], model: nn.Module, architecture: Architecture) -> Any:
+    if not architecture.is_boolean:
+        raise UserError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
+    structure = pruned_class.structure
+    match_with(structure, model, architecture.space)
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        raise UserError("fused attention projections cannot be cut; call unfuse_qkv_projections() first")
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        pruned = pruned_class(**config)
+    pruned.load_state_dict(model.state_dict(), assign=True)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    originals = dict(model.named_modules())
+    for name, module in pruned.named_modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(originals[name].processor)
+    cut(structure, pruned, architecture)
+    memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for parameter in pruned.parameters():
+        if parameter.untyped_storage().data_ptr() in memory:  # was not cut: still the model's own memory
+            parameter.data = parameter.data.clone()
+    pruned.train(model.training)
+    pruned.register_to_config(pruning=_record(architecture, model.config.get("pruning")))
+    return pruned
+
+
+def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> None:
+    """Cut a model in place: all weights' axes first, then what lost all its units, then whole layers."""
+    gone = architecture.removed()
+    layers = {layer.group.name: layer for layer in structure.layers(model) if layer.group is not None}
+    cuts: list[tuple[Layer, list[int]]] = []
+    for group in architecture.space.width_groups:
+        if any(removed.removes(group.path) for removed in gone):
+            continue
+        kept = architecture.kept(group.name)
+        if len(kept) < group.size:
+            cuts.append((layers[group.name], kept))
+    weights: dict[tuple[str, bool], list[tuple[Axis, Layer, list[int]]]] = {}
+    for layer, kept in cuts:
+        for axis in layer.axes if kept else ():
+            weights.setdefault((f"{layer.path}.{axis.layer}", axis.side == "in"), []).append((axis, layer, kept))
+    for (path, is_input), axes in weights.items():
+        keep_channels(model.get_submodule(path), axes, is_input)
+    for layer, kept in cuts:
+        if kept:
+            structure.after_cut(model, layer, kept)
+            continue
+        structure.empty(model, layer)
+        for path in layer.feeds:
+            if not path.startswith(layer.path + "."):
+                model.set_submodule(path, nn.Identity())
+    for group in gone:
+        structure.bypass(model, group)
+
+
+def save_member(model: nn.Module, architecture: Architecture, folder: Path, backbone: Path) -> None:
+    """Write a folder that loads as the model sliced to the Architecture, and takes its weights from another's.
+
+    model: a dense one. backbone: where it is saved; it is named by its path from the folder, so both move together.
+    """
+    slice_model(blank_copy(model), architecture).save_config(folder)
+    pointer = {"format": FORMAT, "backbone": Path(os.path.relpath(backbone, folder)).as_posix()}
+    (folder / POINTER).write_text(json.dumps(pointer, indent=2) + "\n", encoding="utf-8")
+
+
+def backbone_of(folder: str | Path) -> Path | None:
+    """Where the weights of a member's folder are; None for any other folder. A ValueError of one line for a bad one."""
+    path = Path(folder) / POINTER
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has format {content['format']!r}; this version of prunekit reads format {FORMAT}")
+        backbone = (Path(folder) / content["backbone"]).resolve()
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} does not name a backbone: {error!r}") from error
+    if not backbone.is_dir():
+        raise UserError(f"{path} names {backbone}, which is not there: copy the backbone's folder too")
+    return backbone
+
+
+def blank_copy(model: nn.Module) -> nn.Module:
+    """A dense model of a model's config, without weights: on the meta device."""
+    return denoiser_of(model).blank(model)
+
+
+def slice_member(pruned_class: type[PrunedModel], model: nn.Module, folder: str | Path) -> Any:
+    """A backbone sliced to the Architecture of a member's folder."""
+    pruning = pruned_class.load_config(folder)["pruning"]
+    return _sliced(pruned_class, model, read_pruning(pruning, whole_space(pruned_class.structure, model)))
+
+
+def keep_saved_module(pruned: type) -> None:
+    """Let saved pipelines name the module of a class as they always have, wherever its file lies."""
+    pruned.__module__ = SAVED_MODULE
+
+
+def _name_as_in_files(model: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+    """Give a state dict's tensors, in place and in their order, the names that they have in files."""
+    items = renamed(state, names_in_files(model))
+    state.clear()
+    state.update(items)
+
+
+def _record(architecture: Architecture, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config's record of this cut after an earlier one, in the dense model's unit indices."""
+    gone = architecture.removed()
+    before = before or {"kept": {}, "removed": []}
+    kept = {path: list(indices) for path, indices in before["kept"].items()}
+    for group in architecture.space.width_groups:
+        indices = architecture.kept(group.name)
+        if len(indices) < group.size:
+            earlier = kept.get(group.path, range(group.size))
+            kept[group.path] = [earlier[index] for index in indices]
+    removed = [*before["removed"], *(group.path for group in gone)]
+
+    def is_gone(path: str) -> bool:
+        return any(group.removes(path) and group.path != path for group in gone)
+
+    return {
+        "format": FORMAT,
+        "kept": {path: kept[path] for path in sorted(kept) if not is_gone(path) and path not in removed},
+        "removed": sorted(path for path in removed if not is_gone(path)),
+    }
+
+
+def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
+    """The Architecture that a config's record describes; ValueError that says what is wrong with it."""
+    if not isinstance(pruning, Mapping) or pruning.get("format") != FORMAT:
+        known = pruning.get("format") if isinstance(pruning, Mapping) else pruning
+        raise UserError(
+            f"the config's pruning has format {known!r}; this version of prunekit reads format {FORMAT}. Use the "
+            "version that wrote it, or a newer one"
+        )
+    unknown = set(pruning) - {"format", "kept", "removed"}
+    if unknown:
+        raise UserError(f"the config's pruning has unknown keys {sorted(unknown)}; allowed: format, kept, removed")
+    values = torch.ones(space.size, dtype=torch.bool, device="cpu")
+    widths = {group.path: group for group in space.width_groups}
+    depths = {group.path: group for group in space.depth_groups}
+    for path, indices in pruning.get("kept", {}).items():
+        group = _named(path, widths, "pruning.kept", "a layer with units")
+        indices = list(indices)
+        if not all(isinstance(index, int) and 0 <= index < group.size for index in indices):
+            raise UserError(f"pruning.kept[{path!r}] holds indices outside 0 to {group.size - 1}: {indices}")
+        if sorted(set(indices)) != indices:
+            raise UserError(f"pruning.kept[{path!r}] is not sorted, or names a unit twice: {indices}")
+        part = space.slice(group)
+        values[part] = False
+        values[[part.start + index for index in indices]] = True
+    for path in pruning.get("removed", ()):
+        group = _named(path, depths, "pruning.removed", "a layer that can be removed")
+        values[space.slice(group)] = False
+    return Architecture(space, values)
+
+
+def _named(path: str, groups: Mapping[str, UnitGroup], where: str, what: str) -> UnitGroup:
+    if path not in groups:
+        raise UserError(f"{where} names {path!r}, which is not {what} of this model.{near(path, groups)}")
+    return groups[path]

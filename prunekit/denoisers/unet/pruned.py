@@ -1,0 +1,47 @@
+"""PrunedUNet2DConditionModel, a UNet whose removed units are physically gone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+
+from prunekit.core.slicing import PrunedModel, config_signature, keep_saved_module
+
+from .attaching import AttachableUNet
+from .structure import UNetStructure
+
+
+class PrunedUNet2DConditionModel(PrunedModel, AttachableUNet):
+    """A UNet2DConditionModel without the units that an Architecture removed; built from its config alone.
+
+    pruning: None, or {format: 1, kept, removed} as described in `prunekit.core.slicing`; UserError where it does not
+        fit.
+    **config: as UNet2DConditionModel's, of the dense UNet.
+    """
+
+    structure = UNetStructure()
+
+    def __init__(self, pruning: Mapping[str, Any] | None = None, **config):
+        super().__init__(**config)
+        self._prune(pruning)
+
+    @functools.wraps(UNet2DConditionModel.save_pretrained)  # pipelines read the options from the signature
+    def save_pretrained(self, *arguments, **options):  # noqa: D102
+        self._save_with_names(super().save_pretrained, *arguments, **options)
+
+    def set_attention_slice(self, slice_size: str | int | list[int] = "auto") -> None:
+        """As the stock method; "auto" halves every attention's own heads, and leaves one where there is one."""
+        if slice_size != "auto":
+            super().set_attention_slice(slice_size)
+            return
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.set_attention_slice(max(1, module.heads // 2))
+
+
+PrunedUNet2DConditionModel.__init__.__signature__ = config_signature(UNet2DConditionModel)
+keep_saved_module(PrunedUNet2DConditionModel)

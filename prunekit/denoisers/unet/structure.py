@@ -1,0 +1,200 @@
+"""What a UNet is made of: its layers, the axes of their units, its whole layers, and its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from prunekit.core.axes import Activation, Axis, Layer, Passage
+from prunekit.core.space import UnitGroup
+
+from .removed import EmptiedAttention, EmptiedFeedForward, EmptiedResnet, bypass
+from .walk import Site, check_supported, resolutions, walk
+
+MOST_GROUPS = 32  # of a feed-forward's channels, or the largest divisor of its width below that
+_NORM_OF = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # the LayerNorm that only feeds this layer
+_EMPTIED = {"resnet": EmptiedResnet, "attention": EmptiedAttention, "feedforward": EmptiedFeedForward}
+
+
+class UNetStructure:
+    """The part of a UNet's description that slicing needs, which the class file of an export holds too.
+
+    Streams are the levels (0 after `conv_in`, one more after every downsampler), "text", and "one": a vector for each
+    sample, such as the time step's embedding.
+    """
+
+    policies = ("aptp", "all", "blocks", "none")
+    richest = "blocks"
+
+    def check(self, model: nn.Module) -> None:
+        """UserError, in one line, for a model on which the laws have not been verified."""
+        check_supported(model)
+
+    def layers(self, model: UNet2DConditionModel) -> list[Layer]:
+        """Every live layer in the order of the forward pass, the stem first."""
+        return [_stem(model), *(_layer(model, site) for site in walk(model))]
+
+    def depth_groups(self, model: UNet2DConditionModel, policy: str) -> list[UnitGroup]:
+        """The whole layers that may be removed under a policy; see `prunekit.discover`."""
+        if policy == "none":
+            return []
+        sites = list(walk(model))
+        groups = [group for site in sites if (group := _depth_group(model, site, policy)) is not None]
+        return groups + (_stages(model, sites) if policy == "blocks" else [])
+
+    def passage(self, model: UNet2DConditionModel, group: UnitGroup) -> Passage:
+        """Where the hidden state enters and leaves; in up blocks without the skip that is joined to it."""
+        if group.kind == "stage":
+            return Passage(group.covers[0], group.covers[-1], ("hidden_states",))
+        if isinstance(model.get_submodule(group.path), ResnetBlock2D | EmptiedResnet):
+            return Passage(group.path, group.path, ("input_tensor",), group.channels)
+        return Passage(group.path, group.path, ("hidden_states",))
+
+    def lengths(self, model: UNet2DConditionModel, latent: tuple[int, int], text_length: int) -> dict[str, int]:
+        """The positions of every level, the text's tokens, and one."""
+        sizes = resolutions(model, latent)
+        levels = {str(level): height * width for level, (height, width) in enumerate(sizes)}
+        return {**levels, "text": text_length, "one": 1}
+
+    def latent_size(self, model: UNet2DConditionModel) -> tuple[int, int] | None:
+        """(h, w) of the latent that the UNet was made for; None where its config does not say."""
+        size = model.config.sample_size
+        return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+    def after_cut(self, model: nn.Module, layer: Layer, kept: Sequence[int]) -> None:
+        """Update an attention's number of heads and its widths."""
+        module = model.get_submodule(layer.path)
+        if isinstance(module, Attention):
+            module.heads = module.sliceable_head_dim = len(kept)
+            module.inner_dim = module.inner_kv_dim = len(kept) * layer.group.channels
+
+    def empty(self, model: nn.Module, layer: Layer) -> None:
+        """Replace a layer that loses all its units by what its output bias leaves."""
+        model.set_submodule(layer.path, _EMPTIED[layer.kind](model.get_submodule(layer.path)))
+
+    def bypass(self, model: nn.Module, group: UnitGroup) -> None:
+        """Replace what the group covers by modules that pass the hidden state on."""
+        for cover in group.covers:
+            bypass(model, cover, group.channels)
+
+
+def _stem(unet: UNet2DConditionModel) -> Layer:
+    """Both ends of the UNet, and the embeddings of the time step and (SDXL) of the sizes."""
+    streams = {"conv_in": "0", "conv_norm_out": "0", "conv_out": "0", "time_embedding": "one", "add_embedding": "one"}
+    embeddings = [unet.time_embedding, getattr(unet, "add_embedding", None)]
+    activations = [Activation(unet.conv_norm_out.num_channels, "0")]
+    activations += [Activation(each.linear_1.out_features, "one") for each in embeddings if each is not None]
+    return Layer("stem", "", streams=streams, activations=tuple(activations))
+
+
+def _layer(unet: UNet2DConditionModel, site: Site) -> Layer:
+    describe = {"resnet": _resnet, "attention": _attention, "feedforward": _feedforward}.get(site.kind)
+    return Layer(site.kind, site.path, str(site.level)) if describe is None else describe(unet, site)
+
+
+def _resnet(unet: UNet2DConditionModel, site: Site) -> Layer:
+    """The units are the groups of `norm2`: channels between `conv1` and `conv2`. A zero before `conv2` is a removal."""
+    module, stream = site.module, str(site.level)
+    if isinstance(module, EmptiedResnet):
+        return Layer("resnet", site.path, stream)
+    groups, width = module.norm2.num_groups, module.norm2.num_channels
+    shifts = 2 if module.time_embedding_norm == "scale_shift" else 1  # scale and shift, one after the other
+    activations = [Activation(width, stream, "unit"), Activation(module.in_channels, stream, "any")]
+    if not module.skip_time_act:
+        activations.append(Activation(module.time_emb_proj.in_features, "one", "any"))
+    return Layer(
+        "resnet",
+        site.path,
+        stream,
+        {"time_emb_proj": "one"},
+        UnitGroup("resnet", site.path, groups, width // groups),
+        (Axis("conv1", "out"), Axis("time_emb_proj", "out", copies=shifts), Axis("norm2", "each"), Axis("conv2", "in")),
+        feeds=(f"{site.path}.norm1",),
+        activations=tuple(activations),
+    )
+
+
+def _attention(unet: UNet2DConditionModel, site: Site) -> Layer:
+    """The units are the heads; a zero before the output projection is a removal."""
+    module, stream = site.module, str(site.level)
+    if isinstance(module, EmptiedAttention):
+        return Layer("attention", site.path, stream, feeds=_feeds(site))
+    keys = "text" if module.is_cross_attention else stream
+    return Layer(
+        "attention",
+        site.path,
+        stream,
+        {"to_k": keys, "to_v": keys},
+        UnitGroup("attention", site.path, module.heads, module.inner_dim // module.heads),
+        (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in")),
+        products=(stream, keys),
+        feeds=_feeds(site),
+    )
+
+
+def _feedforward(unet: UNet2DConditionModel, site: Site) -> Layer:
+    """The units are groups of inner channels; a zero before the last linear layer is a removal."""
+    module, stream = site.module, str(site.level)
+    if isinstance(module, EmptiedFeedForward):
+        return Layer("feedforward", site.path, stream, feeds=_feeds(site))
+    inner, groups = module.net[2].in_features, _kept_groups(unet, site.path)
+    if groups is None:
+        groups = next(count for count in range(min(MOST_GROUPS, inner), 0, -1) if inner % count == 0)
+    assert inner % groups == 0
+    return Layer(
+        "feedforward",
+        site.path,
+        stream,
+        group=UnitGroup("feedforward", site.path, groups, inner // groups),
+        axes=(Axis("net.0.proj", "out", copies=2), Axis("net.2", "in")),  # GEGLU: values, gates
+        feeds=_feeds(site),
+    )
+
+
+def _feeds(site: Site) -> tuple[str]:
+    block, _, name = site.path.rpartition(".")
+    return (f"{block}.{_NORM_OF[name]}",)
+
+
+def _kept_groups(unet: UNet2DConditionModel, path: str) -> int | None:
+    """How many units an earlier cut left at `path`; None where it was not cut."""
+    kept = ((unet.config.get("pruning") or {}).get("kept") or {}).get(path)
+    return None if kept is None else len(kept)
+
+
+def _depth_group(unet: UNet2DConditionModel, site: Site, policy: str) -> UnitGroup | None:
+    if site.kind == "block":
+        layer = unet.get_submodule(site.path.rpartition(".")[0])
+        if policy == "aptp" or len(layer) == 1:
+            return None
+        return UnitGroup("block", site.path, 1, site.hidden, (site.path,))
+    if site.kind not in ("resnet", "transformer") or (policy == "aptp" and not site.is_last):
+        return None
+    if site.kind == "resnet" and site.module.out_channels != site.hidden:
+        return None
+    return UnitGroup("layer", site.path, 1, site.hidden, (site.path,))
+
+
+def _stages(unet: UNet2DConditionModel, sites: list[Site]) -> list[UnitGroup]:
+    num_levels = len(unet.down_blocks)
+    mid = () if unet.mid_block is None else ("mid_block",)
+    by_path = {site.path: site for site in sites}
+    stages = []
+    for level in range(1, num_levels):
+        down = by_path.get(f"down_blocks.{level - 1}.downsamplers.0")
+        up = by_path.get(f"up_blocks.{num_levels - 1 - level}.upsamplers.0")
+        if down is None or up is None or down.hidden != up.hidden:
+            continue
+        inner = range(level, num_levels)
+        covers = (
+            down.path,
+            *(f"down_blocks.{index}" for index in inner),
+            *mid,
+            *(f"up_blocks.{num_levels - 1 - index}" for index in reversed(inner)),
+        )
+        stages.append(UnitGroup("stage", f"down_blocks.{level}", 1, down.hidden, covers))
+    return stages
