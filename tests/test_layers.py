@@ -9,20 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "prunekit"
 LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
     {"errors"},
     {"shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
-    {
-        "units",
-        "cost",
-        "gates",
-        "attaching",
-        "slicing",
-        "stock",
-        "models",
-        "sampling",
-        "randomness",
-        "crosscheck",
-        "timing",
-        "latency",
-    },
+    {"core"},
+    {"denoisers"},
+    {"slicing"},
+    {"models", "sampling", "randomness", "crosscheck", "timing", "latency"},
     {"yaml_files"},  # of data, benchmarks and recipes
     {"data", "training"},
     {"methods"},
@@ -35,14 +25,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"__main__"},
 )
 WITHIN = {  # what may be imported within a layer
-    "cost": {"units"},
-    "gates": {"units"},
-    "attaching": {"units"},
-    "slicing": {"units", "attaching"},
-    "stock": {"units", "slicing"},
-    "models": {"units", "slicing"},
-    "crosscheck": {"units", "cost"},
-    "latency": {"units", "cost", "slicing", "timing"},
+    "latency": {"timing"},
     "data": {"training"},
     "training": {"data"},
     "serving": {"export"},
@@ -100,7 +83,7 @@ def test_imports_go_down(path):
 def test_the_lowest_layer_is_a_library_of_its_own():
     heavy = {"accelerate", "datasets", "omegaconf", "pydantic", "sentence_transformers", "typer", "matplotlib"}
     for path in FILES:
-        if LEVEL.get(part_of(path), 9) <= LEVEL["units"]:
+        if LEVEL.get(part_of(path), 9) <= LEVEL["models"]:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
@@ -108,8 +91,8 @@ def test_the_lowest_layer_is_a_library_of_its_own():
 
 
 def test_relative_imports_are_resolved():
-    assert "units" in imported_parts(PACKAGE / "cost.py")
-    assert {"units", "slicing"} <= imported_parts(PACKAGE / "models" / "shapes.py")
+    assert "core" in imported_parts(PACKAGE / "denoisers" / "unet" / "structure.py")
+    assert {"core", "errors"} <= imported_parts(PACKAGE / "models" / "shapes.py")
 
 
 def test_no_file_imports_a_test_file():
