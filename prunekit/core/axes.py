@@ -103,3 +103,16 @@ class Passage:
     leave: str
     inputs: tuple[str, ...]
     channels: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a drawing of the model shows a whole layer, in a row of layers that run one after another.
+
+    side: down the "left" side, in the "middle" below, or up the "right" side; models without skips use the left one.
+    row: from the top. letter: what kind of layer it is; see `Denoiser.legend`.
+    """
+
+    side: Literal["left", "middle", "right"]
+    row: int
+    letter: str

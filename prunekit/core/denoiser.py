@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from torch import nn
 
-from .axes import Layer, Passage
+from .axes import Layer, Passage, Place
 from .counting import Counter
 from .space import UnitGroup
 
@@ -59,13 +59,18 @@ class Denoiser(Structure, Protocol):
 
     conventions: ways to count MACs, by name, beside those of every model (`counting.CONVENTIONS`).
     latent: name of the forward pass's argument that holds the noisy latent.
+    legend: what the letters of `outline` stand for, in words.
     """
 
     conventions: ClassVar[Mapping[str, type[Counter]]]
     latent: ClassVar[str]
+    legend: ClassVar[str]
 
     def pruned_class(self) -> type[nn.Module]:
         """The class of the pruned models."""
+
+    def outline(self, model: nn.Module) -> dict[str, Place]:
+        """The layers of a dense model that a drawing shows, by path, in the order of the forward pass."""
 
     def blank(self, model: nn.Module) -> nn.Module:
         """A dense model of the same config, without weights: on the meta device."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prunekit.core.axes import Place
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.registry import denoiser_of
 from prunekit.core.slicing import blank_copy, read_pruning
 from prunekit.core.space import Architecture
 from prunekit.data.config import DataConfig, load_data
@@ -66,8 +69,18 @@ def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptR
     return dense, ""
 
 
-def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[tuple[CostModel, Architecture] | None]:
-    """Return each expert's architecture with what counts its cost; None for one that does not say what was cut."""
+@dataclass(frozen=True)
+class Chosen:
+    """An expert's architecture, what counts its cost, and how the model is drawn."""
+
+    cost: CostModel
+    architecture: Architecture
+    places: Mapping[str, Place]
+    legend: str
+
+
+def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[Chosen | None]:
+    """Return each expert's architecture; None for one that does not say what was cut."""
     info, found = pipeline.mixture.info, []
     result = None
     if (directory / RECIPE).is_file():
@@ -83,13 +96,15 @@ def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[tu
         else:
             found.append(None)
             continue
-        found.append((CostModel(shape, architecture.space, size, pipeline.tokenizer.model_max_length), architecture))
+        denoiser = denoiser_of(shape)
+        cost = CostModel(shape, architecture.space, size, pipeline.tokenizer.model_max_length)
+        found.append(Chosen(cost, architecture, denoiser.outline(shape), denoiser.legend))
     return found
 
 
-def shares_of(cost: CostModel, architecture: Architecture) -> tuple[Mapping[str, float | None], float]:
-    """Return the share of each layer's removable MACs that stays, as the report draws it, and of all MACs."""
-    return retained(cost, architecture), cost.ratio(architecture)
+def shares_of(chosen: Chosen) -> Mapping[str, float | None]:
+    """Return the share of each layer's removable MACs that stays, as the report draws it."""
+    return retained(chosen.cost, chosen.architecture, chosen.places)
 
 
 def example_prompts(directory: Path, pipeline: PromptRoutedPipeline) -> list[str]:

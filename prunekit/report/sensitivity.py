@@ -7,6 +7,7 @@ import torch
 
 from prunekit.core.discovery import discover
 from prunekit.core.gates import gated
+from prunekit.core.registry import denoiser_of
 from prunekit.core.space import Architecture
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.randomness import generator
@@ -36,7 +37,7 @@ def measure(stages: Stages, path: Path, samples: int = SAMPLES, times: int = TIM
     last, full = scheduler.config.num_train_timesteps - 1, space.full().values
     timesteps = [round(last * (number + 0.5) / times) for number in range(times)]
     noised = _at(timesteps, data_samples(stages.data, scheduler, stages.recipe.seed, samples), stages)
-    layers, damage = layers_of(space), {}
+    layers, damage = layers_of(space, denoiser_of(unet).outline(unet)), {}
     with gated(unet, space) as gates, Progress("sensitivity", len(layers)) as progress:
         gates.set(Architecture(space, full))
         dense = predictions(unet, noised).double().unflatten(0, (times, samples))  # (T, n, C, h, w)
