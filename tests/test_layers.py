@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "prunekit"
 LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
     {"errors"},
     {"shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
+    {"core"},
     {
+        "denoisers",
         "units",
         "cost",
         "gates",

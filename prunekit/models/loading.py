@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from prunekit.core.registry import denoiser_in
 from prunekit.errors import UserError
 from prunekit.models.hub import INDEX, UNET, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
@@ -132,7 +133,7 @@ def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
     """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
     if type(pipeline).__name__ not in PIPELINES:
         raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
-    unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler.config
+    unet, vae, scheduler = denoiser_in(pipeline), pipeline.vae, pipeline.scheduler.config
     check_supported(unet)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):
