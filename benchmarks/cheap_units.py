@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--model", default="sd-2.1")
     parser.add_argument("--top", type=int, default=8, help="groups whose price differs most")
     given = parser.parse_args()
-    unet = load_shape(given.model).unet
+    unet = load_shape(given.model).denoiser
     space = pk.discover(unet, depth="aptp")
     found = {name: prices(unet, space, *row) for name, row in ROWS.items()}
     first, *_, last = found.values()

@@ -67,7 +67,7 @@ def pipeline() -> StableDiffusionPipeline:
         vae=autoencoder,
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel.from_config(shape.unet.config),
+        unet=UNet2DConditionModel.from_config(shape.denoiser.config),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
         safety_checker=None,
         feature_extractor=None,

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import prunekit as pk
+from prunekit.core.registry import process_of
 from prunekit.evaluation.agreement import agreement
 from prunekit.methods import UniArch, select
 from prunekit.methods.base import budget_cost
-from prunekit.methods.calibration import noise_schedule
 from prunekit.methods.uniarch import UniArchObjective
 from prunekit.training.memory import held
 from prunekit.training.trainer import Trainer
@@ -87,7 +87,7 @@ def search(world: World, method: UniArch, rank: int):
     start = time.monotonic()
     with held(config.search, unet), pk.gated(unet, cost.space) as gates, tempfile.TemporaryDirectory() as folder:
         kind = JointObjective if rank else UniArchObjective
-        inputs = (unet, gates, cost, noise_schedule(world.pipeline), world.data, config, unet.device)
+        inputs = (unet, gates, cost, process_of(world.pipeline), world.data, config, unet.device)
         objective = kind(*inputs)
         if rank:
             objective.adapters = adapters(unet, rank)

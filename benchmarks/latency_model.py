@@ -20,7 +20,7 @@ from prunekit.benchmark.models import random_unet
 from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
 from prunekit.methods import Random, select
 from prunekit.models import load_pipeline
-from prunekit.timing import unet_call, unet_inputs
+from prunekit.timing import timed_call, timed_inputs
 from prunekit.training.checkpoint import write_json
 
 BUDGET = 0.7
@@ -63,13 +63,13 @@ def main() -> None:
     model = LatencyModel(unet, cost, table_of(unet, cost, batch, given.table))
     print(f"{given.model}, {unet.dtype}, latent {latent}, batch {batch}: dense {1e-6 * model.dense_total:.1f} ms")
     print("what                 MACs   predicted  measured [95 %]          noise  error   latency per MAC  dense (ms)")
-    inputs = unet_inputs(unet, batch, latent, text)
+    inputs = timed_inputs(unet, batch, latent, text)
 
     def check(name: str, architecture: pk.Architecture) -> float:
         """Print an architecture's line; return the prediction's relative error."""
         pruned = pk.slice_unet(unet, architecture)
         with torch.no_grad():
-            calls = {"dense": unet_call(unet, inputs), "pruned": unet_call(pruned, inputs)}
+            calls = {"dense": timed_call(unet, inputs), "pruned": timed_call(pruned, inputs)}
             measured = measure(calls, given.pairs, "cpu", WarmUp(max_rounds=8, max_seconds=20.0))
         ratio, macs, predicted = measured.ratio("pruned"), cost.ratio(architecture), model.latency_ratio(architecture)
         dense = 1e3 * measured.arms["dense"].p50

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prunekit.core.registry import denoiser_of, process_of
 from prunekit.data.emoji import load_emoji
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.prompt_encoder import load_prompt_encoder
@@ -20,22 +21,22 @@ from prunekit.evaluation.agreement import AgreementSamples, predictions
 from prunekit.export import load_unet
 from prunekit.methods import PruneResult
 from prunekit.methods.aptp.transport import expert_potentials
-from prunekit.methods.calibration import noise_schedule
 from prunekit.models import load_pipeline
 
 TIMESTEPS = (150, 400, 650, 900)
 RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
-def errors_of(unets: list, dense, data: EncodedData, scheduler, pairs: Tensor) -> Tensor:
+def errors_of(unets: list, dense, data: EncodedData, process, pairs: Tensor) -> Tensor:
     """Return the mean squared difference to the dense prediction, (pairs, timesteps, experts)."""
     source, found = torch.Generator().manual_seed(0), []
-    text = data.conditions(pairs)["encoder_hidden_states"].float()
     latents = data.latents[data.image_index[pairs]].float()
     for timestep in TIMESTEPS:
         times = torch.full((len(pairs),), timestep)
         noise = torch.randn(latents.shape, generator=source)
-        samples = AgreementSamples(pairs, scheduler.add_noise(latents, noise, times), times, text)
+        noisy = process.noised(latents, noise, times)
+        call = denoiser_of(dense).call(noisy, times, data.conditions(pairs))
+        samples = AgreementSamples(pairs, call.to("cpu", torch.float32))
         reference = predictions(dense, samples)
         found.append(torch.stack([(predictions(u, samples) - reference).square().flatten(1).mean(1) for u in unets], 1))
     return torch.stack(found, 1).double()
@@ -68,7 +69,7 @@ def main() -> None:
     unets = [load_unet(folder / str(index) / "unet").eval() for index in range(len(result.architectures))]
     order = torch.randperm(len(data.training_pairs()), generator=torch.Generator().manual_seed(1))
     pairs = data.training_pairs()[order[: given.pairs]]
-    errors = errors_of(unets, pipeline.unet, data, noise_schedule(pipeline), pairs)
+    errors = errors_of(unets, pipeline.unet, data, process_of(pipeline), pairs)
     scaled = errors / errors.mean((0, 2), keepdim=True)  # every timestep counts alike
     z, first = data.prompts[pairs].double(), data.image_index[pairs] % 2 == 0
     targets, hard = scaled.mean(1).log(), scaled.mean((1, 2)).log()[:, None]  # (n, N), (n, 1)

@@ -22,7 +22,6 @@ from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation.agreement import agreement, data_samples, predictions
 from prunekit.methods import APTP, PruneResult, UniArch, select_mixture
-from prunekit.methods.calibration import noise_schedule
 from prunekit.models import load_pipeline
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
@@ -55,7 +54,7 @@ class World:
         self.seed, self.per_step, self.pipeline = seed, per_step, load_pipeline("emoji")
         self.data: EncodedData = encode(self.pipeline, load_emoji(None, 0.1), load_prompt_encoder("emoji"), 64)
         self.pairs = self.data.training_pairs()
-        self.samples = data_samples(self.data, noise_schedule(self.pipeline), seed)
+        self.samples = data_samples(self.data, self.pipeline, seed)
         self.reference = predictions(self.pipeline.unet, self.samples)
 
     def search(self, method: pk.methods.Method) -> PruneResult:

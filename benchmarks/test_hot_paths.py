@@ -7,11 +7,12 @@ import torch
 from diffusers import DDPMScheduler
 
 import prunekit as pk
-from prunekit.benchmark.workloads import unet_inputs
 from prunekit.core.gates import gated
+from prunekit.denoisers.unet.family import StableDiffusion
 from prunekit.methods.aptp.router import ArchitecturePredictor, Router
 from prunekit.methods.aptp.search import APTPConfig, SearchObjective
 from prunekit.methods.search import Codes
+from prunekit.timing import timed_inputs
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
 from prunekit.training.trainer import Objective
 
@@ -51,7 +52,7 @@ def test_set_gates(benchmark, unet, depth):
 
 @pytest.mark.parametrize("how", ["stock", "gated"])
 def test_forward(benchmark, unet, space, how):
-    inputs = unet_inputs(unet, 1, 32, 77)
+    inputs = timed_inputs(unet, 1, 32, 77)
     with torch.no_grad():
         if how == "stock":
             benchmark.pedantic(lambda: unet(**inputs), rounds=3, warmup_rounds=1)
@@ -86,10 +87,13 @@ def test_search_step(benchmark, pipeline, data, tmp_path: Path):
     space = pk.discover(unet)
     search = {"steps": 1000, "batch_size": BATCH, "learning_rate": 1e-3}
     config = APTPConfig(budget=0.7, warmup=1, search=search)
-    cost, scheduler = pk.CostModel(unet, space, text_length=16), DDPMScheduler(prediction_type="v_prediction")
+    cost, process = (
+        pk.CostModel(unet, space, text_length=16),
+        StableDiffusion().process(DDPMScheduler(prediction_type="v_prediction")),
+    )
     with gated(unet, space) as gates:
         parts = (ArchitecturePredictor(128, space.size), Codes(8, space.size))
-        objective = SearchObjective(unet, gates, *parts, cost, scheduler, data, config, CPU)
+        objective = SearchObjective(unet, gates, *parts, cost, process, data, config, CPU)
         benchmark.pedantic(step, (objective, 1), rounds=10, warmup_rounds=2)
 
 
@@ -97,6 +101,6 @@ def test_fine_tuning_step(benchmark, pipeline, data):
     teacher = pipeline.unet.eval().requires_grad_(False)
     student = pk.slice_unet(teacher, pk.discover(teacher).random(0.7)).train().requires_grad_(True)
     config = FineTuneConfig(steps=1000, batch_size=BATCH, learning_rate=1e-3)
-    scheduler = DDPMScheduler(prediction_type="v_prediction")
-    objective = FineTuningObjective(student, teacher, scheduler, data, data.training_pairs(), config, 0, CPU)
+    process = StableDiffusion().process(DDPMScheduler(prediction_type="v_prediction"))
+    objective = FineTuningObjective(student, teacher, process, data, data.training_pairs(), config, 0, CPU)
     benchmark.pedantic(step, (objective, 1), rounds=10, warmup_rounds=2)

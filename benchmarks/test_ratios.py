@@ -74,10 +74,10 @@ def test_a_report_is_quick_beside_its_run(tmp_path):
 
 
 def test_soft_costs_of_1000_architectures_beside_one_call(shape, space, unet):
-    from prunekit.timing import unet_call, unet_inputs
+    from prunekit.timing import timed_call, timed_inputs
 
     cost, gates = pk.CostModel(shape, space), torch.rand(1000, space.size, requires_grad=True)
-    call = unet_call(unet, unet_inputs(unet, 1, 32, 77))
+    call = timed_call(unet, timed_inputs(unet, 1, 32, 77))
 
     def soft():
         gates.grad = None

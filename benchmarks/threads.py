@@ -29,10 +29,10 @@ def worker() -> None:
     import torch
 
     from prunekit.models import load_pipeline
-    from prunekit.timing import unet_inputs
+    from prunekit.timing import timed_inputs
 
     unet = load_pipeline("emoji").unet.train().requires_grad_(True)
-    inputs = unet_inputs(unet, SAMPLES, unet.config.sample_size, 16)
+    inputs = timed_inputs(unet, SAMPLES, unet.config.sample_size, 16)
 
     def step() -> None:
         unet(**inputs).sample.square().mean().backward()

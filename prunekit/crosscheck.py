@@ -7,12 +7,14 @@ import io
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunekit.core.call import predict, zeros
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.registry import denoiser_of
 
 MOST_TRACED_MACS = 10**10  # fvcore has to run the model; above this it runs at a latent of SMALL x SMALL instead
 SMALL = 8
@@ -41,78 +43,65 @@ class Row:
         return None if self.macs is None else self.macs - self.ours
 
 
-def crosscheck(
-    unet: UNet2DConditionModel, sample_size: int | tuple[int, int] | None = None, text_length: int = 77
-) -> list[Row]:
-    """Count a UNet's MACs, stock or pruned, with FlopCounterMode, thop and fvcore beside CostModel.
+def crosscheck(model: ModelMixin, sample_size: int | tuple[int, int] | None = None, text_length: int = 77) -> list[Row]:
+    """Count a model's MACs, stock or pruned, with FlopCounterMode, thop and fvcore beside CostModel.
 
-    The UNet itself is only read: the counters work on copies without weights. sample_size and text_length are as in
+    The model itself is only read: the counters work on copies without weights. sample_size and text_length are as in
     CostModel. A counter whose package is missing has a row that says what to install.
     """
-    space = discover(unet, depth="none")
-    exact = CostModel(unet, space, sample_size, text_length)
+    space = discover(model, depth="none")
+    exact = CostModel(model, space, sample_size, text_length)
     size, ours = exact.sample_size, exact.dense_macs
     rows = [Row("prunekit, exact", size, ours, ours, "convolutions, linear layers, QKᵀ and AV", 0)]
-    rows.append(_flop_counter_row(unet, size, text_length, ours))
-    attention = ours - CostModel(unet, space, size, text_length, "conv_linear").dense_macs
-    rows.append(_thop_row(unet, size, text_length, ours, attention))
+    rows.append(_flop_counter_row(model, size, text_length, ours))
+    attention = ours - CostModel(model, space, size, text_length, "conv_linear").dense_macs
+    rows.append(_thop_row(model, size, text_length, ours, attention))
     if ours > MOST_TRACED_MACS:
         size = (SMALL, SMALL)
-        ours = CostModel(unet, space, size, text_length).dense_macs
-    rows.append(_fvcore_row(unet, size, text_length, ours, is_smaller=size != exact.sample_size))
+        ours = CostModel(model, space, size, text_length).dense_macs
+    rows.append(_fvcore_row(model, size, text_length, ours, is_smaller=size != exact.sample_size))
     return rows
 
 
 class _Called(nn.Module):
-    """A copy of a UNet, without weights of its own, called with one tensor: counters pass positional arguments."""
+    """A copy of a model, without weights of its own, called with one tensor: counters pass positional arguments."""
 
-    def __init__(self, unet: UNet2DConditionModel, size: tuple[int, int], text_length: int, device: str):
+    def __init__(self, model: ModelMixin, size: tuple[int, int], text_length: int, device: str):
         super().__init__()
-        config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         with torch.device("meta"):
-            self.unet = type(unet)(**config).eval()
+            self.model = type(model)(**config).eval()
         if device != "meta":  # every weight a view of one zero: it runs, and takes no memory
-            for module in self.unet.modules():
+            for module in self.model.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     zero = nn.Parameter(torch.zeros((), device=device).expand(parameter.shape), requires_grad=False)
                     setattr(module, name, zero)
-        config = self.unet.config
-        self.sample = torch.zeros(1, config.in_channels, *size, device=device)
-        dimension = config.cross_attention_dim
-        dimension = dimension if isinstance(dimension, int) else dimension[0]
-        self.arguments = {
-            "timestep": torch.ones(1, dtype=torch.long, device=device),
-            "encoder_hidden_states": torch.zeros(1, text_length, dimension, device=device),
-        }
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            self.arguments["added_cond_kwargs"] = {
-                "text_embeds": torch.zeros(1, pooled, device=device),
-                "time_ids": torch.zeros(1, 6, device=device),
-            }
+        self.denoiser, self.timesteps = denoiser_of(model), torch.ones(1, dtype=torch.long, device=device)
+        self.call = self.denoiser.example(self.model, 1, size, text_length, zeros(device), self.timesteps)
+        self.noisy = self.denoiser.noisy(self.call)
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        return self.unet(sample, **self.arguments, return_dict=False)[0]
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return predict(self.model, self.denoiser.at(self.call, noisy, self.timesteps))
 
 
-def _flop_counter_row(unet: UNet2DConditionModel, size: tuple[int, int], text_length: int, ours: int) -> Row:
-    called = _Called(unet, size, text_length, "meta")
+def _flop_counter_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: int) -> Row:
+    called = _Called(model, size, text_length, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        called(called.sample)
+        called(called.noisy)
     flops = counter.get_total_flops()
     assert flops % 2 == 0
     explanation = "torch's own counter, halved; on the meta device, since on the CPU it misses fused attention"
     return Row("torch FlopCounterMode / 2", size, flops // 2, ours, explanation, flops // 2 - ours)
 
 
-def _thop_row(unet: UNet2DConditionModel, size: tuple[int, int], text_length: int, ours: int, attention: int) -> Row:
+def _thop_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: int, attention: int) -> Row:
     try:
         import thop
     except ImportError:
         return Row("thop", size, None, ours, _MISSING)
-    called = _Called(unet, size, text_length, "meta")
+    called = _Called(model, size, text_length, "meta")
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        macs, _ = thop.profile(called, (called.sample,), custom_ops={nn.LayerNorm: _no_cost}, verbose=False)
+        macs, _ = thop.profile(called, (called.noisy,), custom_ops={nn.LayerNorm: _no_cost}, verbose=False)
     explanation = f"omits QKᵀ and AV, {attention:,}; its charge for LayerNorm, not multiply-adds, is switched off"
     return Row("thop", size, int(macs), ours, explanation, int(macs) + attention - ours)
 
@@ -121,9 +110,7 @@ def _no_cost(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
     """For thop: a layer that is not charged."""
 
 
-def _fvcore_row(
-    unet: UNet2DConditionModel, size: tuple[int, int], text_length: int, ours: int, is_smaller: bool
-) -> Row:
+def _fvcore_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: int, is_smaller: bool) -> Row:
     try:
         from fvcore.nn import FlopCountAnalysis
         from fvcore.nn.jit_handles import get_shape
@@ -134,8 +121,8 @@ def _fvcore_row(
         *_, heads, queries, channels = get_shape(inputs[0])
         return 2 * heads * queries * channels * get_shape(inputs[1])[-2]
 
-    called = _Called(unet, size, text_length, "cpu")
-    analysis = FlopCountAnalysis(called, (called.sample,)).tracer_warnings("none")
+    called = _Called(model, size, text_length, "cpu")
+    analysis = FlopCountAnalysis(called, (called.noisy,)).tracer_warnings("none")
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_macs)
     with torch.no_grad():

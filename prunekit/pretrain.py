@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from prunekit.core.registry import denoiser_of
 from prunekit.data.config import load_data
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.ceiling import text_figures
@@ -101,9 +102,9 @@ def train_diffusion(
     text_encoder = emoji_model.build_text_encoder(recipe.shapes, tokenizer).to(device)
     unet = emoji_model.build_unet(recipe.shapes).to(device)
     objective = PretrainingObjective(
-        unet=unet,
+        model=unet,
         text_encoder=text_encoder,
-        scheduler=emoji_model.training_scheduler(),
+        process=denoiser_of(unet).family.process(emoji_model.training_scheduler()),
         latents=latent_means(autoencoder, images, device).float().cpu() * autoencoder.config.scaling_factor,
         captions=CaptionTable(data, tokenizer),
         batch_size=recipe.diffusion.batch_size,

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
 from prunekit.core.slicing import save_member, slice_model
 from prunekit.data.encoded import EncodedData
 from prunekit.denoisers.unet.stock import export_unet
@@ -84,7 +85,7 @@ def recover_experts(
     config: FineTuneConfig,
     directory: str | Path | None = None,
     seed: int = 0,
-) -> list[UNet2DConditionModel]:
+) -> list[ModelMixin]:
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
     What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's own, which stays as it is.
@@ -94,21 +95,21 @@ def recover_experts(
     if directory is None:
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
-    unet, pairs, directory = pipeline.unet, data.training_pairs(), Path(directory)
+    dense, pairs, directory = denoiser_in(pipeline), data.training_pairs(), Path(directory)
     routed, own_pairs = _routed(result, data, pairs)
     options = {"scheduler": pipeline.scheduler, "seed": seed}
     if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
         mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
         objective = partial(BackboneObjective, mixture=mixture)
-        backbone = slice_model(unet, result.space.full())
-        fine_tune(backbone, unet, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
+        backbone = slice_model(dense, result.space.full())
+        fine_tune(backbone, dense, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
         return [slice_model(backbone, architecture) for architecture in result.architectures]
     made = []
     for index, architecture in enumerate(result.architectures):
-        made.append(slice_model(unet, architecture).eval().requires_grad_(False))
+        made.append(slice_model(dense, architecture).eval().requires_grad_(False))
         own, title = own_pairs[index], f"expert {index}"
         if len(own):
-            fine_tune(made[index], unet, data, config, directory / str(index), pairs=own, title=title, **options)
+            fine_tune(made[index], dense, data, config, directory / str(index), pairs=own, title=title, **options)
     return made
 
 
@@ -138,7 +139,7 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     pairs = data.training_pairs()
     routed, own_pairs = _routed(result, data, pairs)
     if recovery.shares and routed is not None:
-        if stages.pipeline.unet.config.get("pruning"):
+        if denoiser_in(stages.pipeline).config.get("pruning"):
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
@@ -165,12 +166,12 @@ def _of_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:
 def _fine_tune(stages: Stages, job: Job) -> None:
     """Make one model's folder; an expert without prompts stays as sliced."""
     recovery, folder, processes = job.recovery, job.folder, current()
-    unet, architectures = stages.pipeline.unet, recovery.result.architectures
+    dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
     objective = FineTuningObjective
     if job.experts is not None:
         objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
-    student = slice_model(unet, architecture).to(stages.device)
+    student = slice_model(dense, architecture).to(stages.device)
     figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
     at_steps = stages.recipe.evaluation.at_steps
 
@@ -181,7 +182,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     if len(job.pairs):
         milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
         options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
-        inputs = (student, unet, stages.data, recovery.config, folder / "checkpoints")
+        inputs = (student, dense, stages.data, recovery.config, folder / "checkpoints")
         schedule = {"scheduler": stages.pipeline.scheduler, "log": stages.log, "objective": objective}
         figures = fine_tune(*inputs, **schedule, **options)
     else:
@@ -195,7 +196,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     stages.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
 
 
-def _keep(student: UNet2DConditionModel, recovery: Recovery, job: Job, name: str) -> None:
+def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
     """Write a model's folder; of a backbone, the experts' folders first, so that what is there is complete."""
     target = job.folder / name
     if job.index is None:
@@ -209,7 +210,7 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     """Return what was made: a row for each step whose weights were kept, then one for the last."""
     result = recovery.result
     folders = [recovery.folder / str(index) for index in range(len(result.architectures))]
-    cost = CostModel(stages.pipeline.unet, result.space, stages.cost.sample_size, stages.cost.text_length)
+    cost = CostModel(denoiser_in(stages.pipeline), result.space, stages.cost.sample_size, stages.cost.text_length)
     macs = [cost.macs(architecture) for architecture in result.architectures]
     params = [cost.params(architecture) for architecture in result.architectures]
     seconds = float(result.info.get("search", {}).get("seconds", 0.0))

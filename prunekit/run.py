@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from prunekit.core.registry import denoiser_in
 from prunekit.evaluation import comparison
 from prunekit.evaluation.ceiling import evaluator_ceiling
 from prunekit.evaluation.comparison import Candidate
@@ -32,7 +33,7 @@ from prunekit.evaluation.table import (
     warning_lines,
 )
 from prunekit.evaluation.uncertainty import jackknife_errors
-from prunekit.methods.base import PruneResult, budget_cost, unet_of
+from prunekit.methods.base import PruneResult, budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.recipe import (
     AnyRecipe,
@@ -175,7 +176,7 @@ class Run:
         for name in self.recipe.methods if settings is not None else ():
             path = self.directory / "metrics" / f"{name}.latency.json"
             if not path.is_file():
-                unet, cost = unet_of(stages.pipeline), budget_cost(stages.pipeline, self.recipe.method(name).config)
+                unet, cost = denoiser_in(stages.pipeline), budget_cost(stages.pipeline, self.recipe.method(name).config)
                 chosen = PruneResult.load(self.directory / "methods" / name, unet).architectures
                 write_json(path, predicted_and_measured(unet, chosen, cost, settings))
             rows += [{"name": name, **row} for row in read_json(path)]

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
 from prunekit.data.config import load_data
 from prunekit.data.digests import Digests
 from prunekit.data.encoded import EncodedData, encode
@@ -37,7 +38,6 @@ from prunekit.recipe import CommonRecipe
 from prunekit.timing import device_name
 from prunekit.training.checkpoint import LOG, append_row
 from prunekit.training.claims import Piece, share
-from prunekit.training.diffusion import forward_process
 from prunekit.training.processes import current
 from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
@@ -130,8 +130,8 @@ class Stages:
 
     @cached_property
     def model_digest(self) -> str:
-        """Hash of the dense UNet's weights."""
-        return Fingerprint("unet").add_module(self.pipeline.unet).key()
+        """Hash of the dense model's weights."""
+        return Fingerprint("unet").add_module(denoiser_in(self.pipeline)).key()
 
     @cached_property
     def data_digest(self) -> str:
@@ -171,15 +171,15 @@ class Stages:
 
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:
-        """The fixed (image, t, noise) triples, and the dense UNet's predictions for them."""
-        settings = (forward_process(self.pipeline.scheduler), self.recipe.seed, self.recipe.evaluation.num_predictions)
-        samples = data_samples(self.data, *settings)
-        return samples, predictions(self.pipeline.unet, samples)
+        """The fixed (image, t, noise) triples, and the dense model's predictions for them."""
+        settings = (self.recipe.seed, self.recipe.evaluation.num_predictions)
+        samples = data_samples(self.data, self.pipeline, *settings)
+        return samples, predictions(denoiser_in(self.pipeline), samples)
 
     @cached_property
     def dense(self) -> Candidate:
         """The unpruned model."""
-        return Candidate("dense", [self.pipeline.unet], [self.cost.dense_macs], [self.cost.dense_params])
+        return Candidate("dense", [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
         """Return a method's architectures, or what an earlier start chose.
@@ -210,7 +210,7 @@ class Stages:
         elif not processes.agree(done()):
             prune()
             processes.wait()
-        return PruneResult.load(folder, self.pipeline.unet)
+        return PruneResult.load(folder, denoiser_in(self.pipeline))
 
     def sample(self, candidate: Candidate, folder: Path, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise."""

@@ -11,6 +11,7 @@ from prunekit import CostModel, discover
 from prunekit.core.gates import gated
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.denoisers.unet.family import StableDiffusion
 from prunekit.evaluation.comparison import Candidate
 from prunekit.methods import APTP
 from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
@@ -20,6 +21,8 @@ from prunekit.randomness import generator
 from prunekit.training import emoji_model
 from prunekit.training.checkpoint import Checkpoints
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
+
+PROCESS = StableDiffusion().process(emoji_model.training_scheduler())
 
 SEARCH = {"steps": 6, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 1, "log_every": 1}
 SETTINGS = {"budget": 0.7, "experts": 3, "warmup": 2, "text_length": 16}
@@ -200,9 +203,8 @@ def losses_and_gradients(pipeline, micro_batch, step, **settings):
     cost, data = CostModel(pipeline.unet, space, text_length=16), encoded()
     predictor, codes = method._parameters(10, space.size)
     assert isinstance(predictor, ArchitecturePredictor) and isinstance(codes, Codes)
-    scheduler = emoji_model.training_scheduler()
     with gated(pipeline.unet.requires_grad_(False), space) as gates:
-        args = (pipeline.unet, gates, predictor, codes, cost, scheduler, data, method.config, torch.device("cpu"))
+        args = (pipeline.unet, gates, predictor, codes, cost, PROCESS, data, method.config, torch.device("cpu"))
         objective = SearchObjective(*args)
         objective.batch(SETTINGS["warmup"])  # places the codes
         batch = objective.batch(step)
@@ -232,7 +234,7 @@ def test_transport_spreads_a_batch_and_without_it_the_nearest_code_wins(pipeline
     space = discover(pipeline.unet, depth="aptp")
     with gated(pipeline.unet, space) as gates:
         cost = CostModel(pipeline.unet, space, text_length=16)
-        objective = method._objective(pipeline.unet, gates, cost, emoji_model.training_scheduler(), encoded())
+        objective = method._objective(pipeline.unet, gates, cost, PROCESS, encoded())
         objective.codes.values.data = torch.cat([objective.codes.values.data[:1] + 1.0, -torch.ones(2, space.size)])
         torch.nn.init.constant_(objective.predictor.bias, 1.0)  # every prompt is nearest to the first code
         assignment = objective.batch(SETTINGS["warmup"] + 1).assignment
@@ -332,7 +334,7 @@ def test_distillation_of_an_unpruned_student_is_zero(pipeline):
     space, data = discover(pipeline.unet), encoded()
     student = slice_unet(pipeline.unet, space.full())
     config = FineTuneConfig(steps=2, batch_size=6, learning_rate=1e-4)
-    args = (student, pipeline.unet, emoji_model.training_scheduler(), data, data.training_pairs(), config, 0)
+    args = (student, pipeline.unet, PROCESS, data, data.training_pairs(), config, 0)
     objective = FineTuningObjective(*args, torch.device("cpu"))
     batch = objective.batch(0)
     whole = objective.micro_loss(batch, torch.arange(6))

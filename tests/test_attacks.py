@@ -148,9 +148,9 @@ def test_a_width_for_each_level_is_taken(tmp_path):
     """Review 7: Norm crashed on a config that states the text's width level by level."""
     config = dict(load_unet_on_meta("sd-1.5").config)
     unet = unet_from_config({**config, "cross_attention_dim": [768] * 4, "block_out_channels": [32, 32, 32, 32]}, "x")
-    from prunekit.methods.calibration import _random_inputs
+    from prunekit.methods.calibration import _random_call
 
-    assert _random_inputs(unet, 0, range(2))[1]["encoder_hidden_states"].shape == (2, 77, 768)
+    assert _random_call(unet, 0, range(2))["encoder_hidden_states"].shape == (2, 77, 768)
 
 
 def test_arguments_that_were_tracebacks(tmp_path):

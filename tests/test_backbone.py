@@ -12,12 +12,12 @@ from small_model import TRAINING, write_world
 from unets import build, inputs
 
 import prunekit as pk
+from prunekit.core.registry import process_of
 from prunekit.core.slicing import POINTER, save_member
 from prunekit.export import load_unet
 from prunekit.methods.aptp.router import Router
 from prunekit.run import start
 from prunekit.training.backbone import BackboneObjective, Mixture
-from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
 
 
@@ -78,7 +78,7 @@ def test_a_step_is_the_masked_backbones(tmp_path):
     architectures, experts = [space.random(0.6, seed=seed) for seed in range(2)], torch.arange(8) % 2
     config = FineTuneConfig(steps=4, batch_size=6, learning_rate=1e-4, log_every=1, feature_blocks="none")
     student = pk.slice_unet(unet, space.full()).train().requires_grad_(True)
-    inputs = (student, unet, forward_process(stub(unet).scheduler), data, data.training_pairs(), config, 0, unet.device)
+    inputs = (student, unet, process_of(stub(unet)), data, data.training_pairs(), config, 0, unet.device)
     sliced = BackboneObjective(*inputs, mixture=Mixture(architectures, experts))
     batch = sliced.batch(0)
     assert experts[sliced.pairs[batch.indices]].diff().ge(0).all()

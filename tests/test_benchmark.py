@@ -17,14 +17,15 @@ from prunekit.benchmark import WarmUp, in_mode, load_bench_recipe, measure, pair
 from prunekit.benchmark.command import bench
 from prunekit.benchmark.config import BenchRecipe, BenchRecipeError
 from prunekit.benchmark.models import choose, random_pipeline, random_unet
-from prunekit.benchmark.modes import regions
 from prunekit.benchmark.rows import Piece, Subject, row_of
 from prunekit.benchmark.runner import Bench
 from prunekit.benchmark.table import markdown
-from prunekit.benchmark.workloads import unet_calls, unet_inputs
+from prunekit.benchmark.workloads import denoiser_calls
 from prunekit.cli import app
+from prunekit.core.registry import denoiser_of
 from prunekit.methods.budget import unaligned
 from prunekit.models import load_unet_on_meta
+from prunekit.timing import timed_inputs
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "bench_sd21_768.yaml"
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_cuda_times_agree_with_tritons():
 def test_every_region_of_a_pruned_unet_is_compiled_as_one_graph(shape):
     dense = unets.build(shape)
     unet = pk.slice_unet(dense, pk.discover(dense, "all").random(0.6, seed=1)).requires_grad_(False)
-    inputs = unet_inputs(unet, 1, 16, 7)
+    inputs = timed_inputs(unet, 1, 16, 7)
     graphs = []
 
     def backend(graph, inputs):
@@ -154,7 +155,7 @@ def test_every_region_of_a_pruned_unet_is_compiled_as_one_graph(shape):
             made = len(graphs)
             unet(**inputs)
             assert len(graphs) == made  # nothing is compiled anew
-        assert made == len(regions(unet)) > 8  # more than torch's limit for one piece of code
+        assert made == len(denoiser_of(unet).regions(unet)) > 8  # more than torch's limit for one piece of code
         assert torch.equal(unet(**inputs).sample, eager)
         assert all(module._compiled_call_impl is None for module in unet.modules())
 
@@ -171,7 +172,7 @@ def test_modes_that_cannot_be_are_refused():
 @pytest.mark.parametrize("shape", unets.SHAPES)
 def test_a_cuda_graph_gives_the_eager_output(shape):
     unet = unets.build(shape).requires_grad_(False).cuda()
-    inputs, others = (unet_inputs(unet, 2, 16, 7, seed=seed) for seed in (0, 1))
+    inputs, others = (timed_inputs(unet, 2, 16, 7, seed=seed) for seed in (0, 1))
     with torch.no_grad():
         eager = unet(**others).sample
         with in_mode(unet, "cuda_graph", inputs):
@@ -222,7 +223,7 @@ def test_random_weights_give_a_whole_pipeline_of_sd1s_sizes():
     unet = unets.build("sd1", cross_attention_dim=768)
     pipeline = random_pipeline(unet, 0)
     assert sum(p.numel() for p in pipeline.text_encoder.parameters()) == 123_060_480  # CLIP ViT-L/14's
-    assert unet_calls(pipeline, 25) == 26
+    assert denoiser_calls(pipeline, 25) == 26
     with pytest.raises(ValueError, match="no text encoder is known"):
         random_pipeline(unets.build("sdxl"), 0)
 
@@ -231,7 +232,7 @@ def test_random_weights_keep_activations_in_range(monkeypatch):
     monkeypatch.setattr("prunekit.benchmark.models.load_unet_on_meta", lambda model: unets.build("sd2", "meta"))
     unet, again = (random_unet("small", CPU, torch.float32, 0) for _ in range(2))
     with torch.no_grad():
-        output = unet(**unet_inputs(unet, 1, 16, 7)).sample
+        output = unet(**timed_inputs(unet, 1, 16, 7)).sample
     assert output.isfinite().all() and 1e-2 < output.std() < 1e2
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
 

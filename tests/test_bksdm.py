@@ -19,7 +19,7 @@ SIZES = (16, 12, 10, (10, 9))
 
 @pytest.fixture(scope="module")
 def sd14():
-    return load_shape("sd-1.4").unet
+    return load_shape("sd-1.4").denoiser
 
 
 def published(shape, variant):

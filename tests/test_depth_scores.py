@@ -6,6 +6,7 @@ from small_data import encoded_for, stub
 from unets import SHAPES, build
 
 from prunekit import discover
+from prunekit.core.call import Call
 from prunekit.core.gates import gated
 from prunekit.core.space import Architecture
 from prunekit.methods.calibration import calibration_batches, num_probes
@@ -32,10 +33,10 @@ def test_a_change_is_that_of_the_sliced_unet(shape):
     changes = output_changes(pipeline, space, groups, data, 3, seed=0)
     (batch,) = calibration_batches(pipeline, data, 3, 3, seed=0)
     with torch.no_grad():
-        dense = unet(batch.noisy, batch.timesteps, **batch.conditions).sample
+        dense = unet(**batch.call).sample
         for group, change in zip(groups, changes, strict=True):
             sliced = slice_unet(unet, without(space, group))
-            output = sliced(batch.noisy, batch.timesteps, **batch.conditions).sample
+            output = sliced(**batch.call).sample
             assert change > 0
             assert change.item() == pytest.approx((output - dense).square().mean().item(), rel=1e-3)
 
@@ -100,8 +101,10 @@ def test_samples_depend_on_seed_and_position_alone(unet):
         whole = next(iter(calibration_batches(pipeline, source, 6, 6, seed=3)))
         parts = list(calibration_batches(pipeline, source, 6, 4, seed=3))
         assert [len(batch) for batch in parts] == [4, 2] and [batch.index for batch in parts] == [0, 1]
-        for name in ("noisy", "timesteps", "latents", "noise"):
+        for name in ("timesteps", "latents", "noise"):
             assert torch.equal(torch.cat([getattr(batch, name) for batch in parts]), getattr(whole, name))
+        joined = Call.cat([batch.call for batch in parts])
+        assert all(torch.equal(joined[name], whole.call[name]) for name in ("sample", "encoder_hidden_states"))
         shares = [b.index for rank in (1, 0) for b in calibration_batches(pipeline, source, 6, 1, 3, share=(rank, 2))]
         assert shares == [1, 3, 5, 0, 2, 4]
         assert whole.timesteps.tolist() == [83, 250, 416, 583, 750, 916]

@@ -14,15 +14,17 @@ from small_sdxl import write as write_family
 from unets import build
 
 from prunekit.core.discovery import discover
+from prunekit.core.registry import process_of
 from prunekit.data.cache_config import CacheConfig
 from prunekit.data.encoded import encode
 from prunekit.data.encoders import FrozenEncoders
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.denoisers.unet.family import StableDiffusion
 from prunekit.evaluation.agreement import agreement_samples, data_samples
 from prunekit.methods import APTP
 from prunekit.slicing import slice_unet
-from prunekit.training.diffusion import NoisePlan, forward_process
+from prunekit.training.diffusion import NoisePlan
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
 
 MODES = {
@@ -142,7 +144,7 @@ def test_moments_are_the_posterior(world, pipeline, tmp_path):
 
 def test_draws_are_keyed_by_step_and_position():
     def plan(step, sampled):
-        return NoisePlan.draw(step, 7, 8, 20, (4, 3, 3), 1000, sampled)
+        return NoisePlan.draw(step, 7, 8, 20, (4, 3, 3), StableDiffusion().process(None), sampled)
 
     for name in ("indices", "timesteps", "noise", "choice", "drop"):
         assert torch.equal(getattr(plan(3, True), name), getattr(plan(3, False), name)), name
@@ -158,9 +160,9 @@ def test_a_step_with_moments_is_the_sum_of_its_parts(shape):
     data = encoded_for(teacher)
     data = replace(data, deviations=torch.rand_like(data.latents))
     config = FineTuneConfig(steps=1, batch_size=6, learning_rate=1e-3)
-    scheduler = forward_process(stub(teacher).scheduler)
+    process = process_of(stub(teacher))
     pairs, device = data.training_pairs(), torch.device("cpu")
-    objective = FineTuningObjective(teacher, teacher, scheduler, data, pairs, config, 0, device)
+    objective = FineTuningObjective(teacher, teacher, process, data, pairs, config, 0, device)
     with torch.no_grad():
         batch = objective.batch(0)
         whole = objective.micro_loss(batch, torch.arange(6))
@@ -170,15 +172,12 @@ def test_a_step_with_moments_is_the_sum_of_its_parts(shape):
 
 
 def test_agreement_reads_only_what_it_draws(world, pipeline, tmp_path):
-    data, scheduler = encoded(world, tmp_path, pipeline), forward_process(pipeline.scheduler)
-    own = data_samples(data, scheduler, 3, 10)
-    added = data.conditions(torch.arange(KEPT)).get("added_cond_kwargs")
-    whole = agreement_samples(data.latents[data.image_index], data.text[:], scheduler, 3, 10, added)
-    for name in ("indices", "noisy", "timesteps", "text"):
-        assert torch.equal(getattr(own, name), getattr(whole, name))
-    assert (own.added is None) == (whole.added is None)
-    for name, values in (own.added or {}).items():
-        assert torch.equal(values, whole.added[name])
+    data = encoded(world, tmp_path, pipeline)
+    own, conditions = data_samples(data, pipeline, 3, 10), data.conditions(torch.arange(KEPT))
+    whole = agreement_samples(data.latents[data.image_index], conditions, pipeline, 3, 10)
+    assert torch.equal(own.indices, whole.indices) and own.call.keys() == whole.call.keys()
+    for values, others in zip(own.call.tensors(), whole.call.tensors(), strict=True):
+        assert torch.equal(values, others)
 
 
 class Louder:

@@ -12,9 +12,9 @@ import prunekit as pk
 from prunekit.compare.comparison import compare
 from prunekit.compare.table import rows_of
 from prunekit.compare.timing import TIMINGS
+from prunekit.core.registry import with_denoiser
 from prunekit.data.encoded import encode
 from prunekit.data.images import CaptionedImages
-from prunekit.evaluation.comparison import with_unet
 from prunekit.evaluation.generate import generate
 from prunekit.models import load_pipeline
 from prunekit.plan import Devices, plan
@@ -112,12 +112,12 @@ def test_another_unet_in_the_same_pipeline(family, tmp_path):
     pipeline = load_pipeline(write(tmp_path / "model", family))
     dense = pipeline.unet
     space = pk.discover(dense, depth="all")
-    pruned = with_unet(pipeline, pk.slice_unet(dense, space.random(0.5)))
+    pruned = with_denoiser(pipeline, pk.slice_unet(dense, space.random(0.5)))
     assert type(pruned) is type(pipeline) and pipeline.unet is dense and pruned.unet is not dense
     assert pruned.vae is pipeline.vae
     for name, value in pipeline.config.items():
         assert name == "unet" or pruned.config[name] == value, name
-    same = with_unet(pipeline, pk.slice_unet(dense, space.full()))
+    same = with_denoiser(pipeline, pk.slice_unet(dense, space.full()))
     arguments = (CAPTIONS[:2], [0, 1], 2, 3.0)
     expected = generate(pipeline, *arguments).int()
     assert (generate(same, *arguments).int() - expected).abs().max() <= 1  # rounding: memory is laid out anew
@@ -146,6 +146,6 @@ def test_xl_is_trained_on_what_it_is_sampled_with(tmp_path):
     hook.remove()
     pairs = torch.tensor([0, 1, 0, 1])
     ours = data.conditions(pairs, dropped=torch.tensor([True, True, False, False]))
-    assert torch.allclose(ours["encoder_hidden_states"], seen["encoder_hidden_states"], atol=1e-5)
-    for name in ("text_embeds", "time_ids"):
-        assert torch.allclose(ours["added_cond_kwargs"][name], seen["added_cond_kwargs"][name], atol=1e-5), name
+    assert torch.allclose(ours["text"], seen["encoder_hidden_states"], atol=1e-5)
+    for role, name in (("pooled", "text_embeds"), ("sizes", "time_ids")):
+        assert torch.allclose(ours[role], seen["added_cond_kwargs"][name], atol=1e-5), name

@@ -7,10 +7,10 @@ from small_data import encoded_for, stub
 from unets import build
 
 from prunekit import discover
+from prunekit.core.registry import process_of
 from prunekit.core.space import Architecture
 from prunekit.evaluation.agreement import agreement, agreement_samples
 from prunekit.slicing import slice_unet
-from prunekit.training.diffusion import forward_process
 from prunekit.training.distillation import block_outputs
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
 
@@ -24,9 +24,9 @@ def pair(shape):
 
 
 def objective_of(teacher, student, **changes):
-    data, scheduler = encoded_for(teacher), forward_process(stub(teacher).scheduler)
+    data, process = encoded_for(teacher), process_of(stub(teacher))
     config = FineTuneConfig(**{**SETTINGS, **changes})
-    return FineTuningObjective(student, teacher, scheduler, data, data.training_pairs(), config, 0, teacher.device)
+    return FineTuningObjective(student, teacher, process, data, data.training_pairs(), config, 0, teacher.device)
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def plain_distillation(objective, paths):
     """Eq. 27-29 of the first batch by hand, with the outputs of the blocks at `paths`."""
     data, batch = objective.data, objective.batch(0)
     pairs = objective.pairs[batch.indices]
-    noisy = objective.scheduler.add_noise(data.latents[pairs], batch.noise, batch.timesteps)
+    noisy = objective.process.noised(data.latents[pairs], batch.noise, batch.timesteps)
     dropped = batch.drop < objective.config.caption_dropout
     text = torch.stack([data.null_text if drop else data.text[p] for p, drop in zip(pairs, dropped, strict=True)])
     arguments = {"encoder_hidden_states": text}
@@ -92,13 +92,8 @@ def test_an_sdxl_shaped_student_is_fine_tuned_and_measured(tmp_path):
     teacher, student = pair("sdxl")
     data, rows = encoded_for(teacher), []
     before = [parameter.detach().clone() for parameter in student.parameters()]
-    samples = agreement_samples(
-        data.latents,
-        data.text,
-        forward_process(stub(teacher).scheduler),
-        count=6,
-        added=data.conditions(torch.arange(len(data.text)))["added_cond_kwargs"],
-    )
+    conditions = data.conditions(torch.arange(len(data.text)))
+    samples = agreement_samples(data.latents, conditions, stub(teacher), count=6)
     start = agreement(teacher, student, samples)
     config = FineTuneConfig(**{**SETTINGS, "steps": 8, "log_every": 1})
     figures = fine_tune(student, teacher, data, config, tmp_path, scheduler=stub(teacher).scheduler, log=rows.append)

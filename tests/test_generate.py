@@ -117,9 +117,10 @@ def test_generate_to_resumes_and_refuses(pipeline, pictures, tmp_path):
 
 def test_agreement(pipeline):
     latents, text = torch.randn(2, 7, 4, 8, 8, generator=torch.Generator().manual_seed(0))[0], torch.randn(7, 12, 8)
-    samples = agreement_samples(latents, text, pipeline.scheduler, seed=1, count=10)
-    again = agreement_samples(latents, text, pipeline.scheduler, seed=1, count=10)
-    assert torch.equal(samples.noisy, again.noisy) and torch.equal(samples.timesteps, again.timesteps)
+    samples = agreement_samples(latents, {"text": text}, pipeline, seed=1, count=10)
+    again = agreement_samples(latents, {"text": text}, pipeline, seed=1, count=10)
+    assert torch.equal(samples.call["sample"], again.call["sample"])
+    assert torch.equal(samples.call["timestep"], again.call["timestep"])
     assert sorted(samples.indices[:7].tolist()) == list(range(7))  # all once, then again
 
     torch.manual_seed(1)

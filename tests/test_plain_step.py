@@ -9,12 +9,11 @@ from small_data import encoded_for, stub
 from unets import build
 
 import prunekit as pk
+from prunekit.core.registry import process_of
 from prunekit.methods import APTP
 from prunekit.methods.base import space_and_cost
-from prunekit.methods.calibration import noise_schedule
 from prunekit.methods.relaxation import gumbel
 from prunekit.randomness import generator
-from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "peers"))
@@ -53,7 +52,7 @@ def test_a_search_step_is_the_plain_one(precision):
     data, method = encoded_for(unet, num=16), APTP(budget=0.7, experts=3, warmup=1, search=TRAINING)
     space, cost = space_and_cost(unet, method.config)
     with pk.gated(unet, space) as gates:
-        objective = method._objective(unet, gates, cost, noise_schedule(stub(unet)), data)
+        objective = method._objective(unet, gates, cost, process_of(stub(unet)), data)
         objective.batch(1)  # places the codes
         batch = objective.batch(STEP)
         found, gradient = ours(objective, precision, batch)
@@ -62,7 +61,15 @@ def test_a_search_step_is_the_plain_one(precision):
             for name, purpose, rows in (("code_noise", "gates", 3), ("embedding_noise", "embeddings", BATCH))
         }
         inputs = (data.latents[data.image_index[batch.pairs]], data.text[batch.pairs], data.prompts[batch.pairs])
-        models = (unet, gates, objective.predictor, objective.codes.values, cost, objective.scheduler, method.config)
+        models = (
+            unet,
+            gates,
+            objective.predictor,
+            objective.codes.values,
+            cost,
+            objective.process.scheduler,
+            method.config,
+        )
         loss = plain.search_loss(*models, *inputs, batch.plan.timesteps, batch.plan.noise, **draws)
         loss.backward()
         expected = taken(objective)
@@ -75,16 +82,16 @@ def test_a_fine_tuning_step_is_the_plain_one(precision):
     unet = build("sd2").requires_grad_(False)
     space = pk.discover(unet)
     student = pk.slice_unet(unet, space.random(0.6, seed=0)).requires_grad_(True)
-    data, scheduler = encoded_for(unet, num=16), forward_process(stub(unet).scheduler)
+    data, process = encoded_for(unet, num=16), process_of(stub(unet))
     config = FineTuneConfig(**TRAINING, feature_blocks="none", caption_dropout=0.0, denoising_weight=0.5)
-    inputs = (student, unet, scheduler, data, data.training_pairs(), config, 0, torch.device("cpu"))
+    inputs = (student, unet, process, data, data.training_pairs(), config, 0, torch.device("cpu"))
     objective = FineTuningObjective(*inputs)
     batch = objective.batch(STEP)
     found, gradient = ours(objective, precision, batch)
     pairs = objective.pairs[batch.indices]
     with pk.gated(unet, space) as gates:
         drawn = (data.latents[data.image_index[pairs]], data.text[pairs], batch.timesteps, batch.noise)
-        loss = plain.fine_tuning_loss(student, unet, gates, scheduler, config, *drawn)
+        loss = plain.fine_tuning_loss(student, unet, gates, process.scheduler, config, *drawn)
         loss.backward()
         expected = taken(objective)
     assert found == pytest.approx(float(loss.detach()), rel=TOLERANCE[precision])

@@ -22,7 +22,7 @@ from prunekit.methods import PruneResult
 from prunekit.models import load_pipeline, load_shape
 from prunekit.plan import Devices, plan, plan_all
 from prunekit.plan.data import PUBLISHED, prompt_width, size_of
-from prunekit.plan.memory import LiveMemory, Rehearsal, autocast, unet_inputs
+from prunekit.plan.memory import LiveMemory, Rehearsal, autocast, zero_call
 from prunekit.plan.models import Models
 from prunekit.plan.parts import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, load_parts
 from prunekit.plan.rows import rows_of
@@ -174,7 +174,7 @@ def test_a_shared_backbone_is_trained_once_and_kept_dense(model, tmp_path):
 
 
 def test_what_is_not_cached_is_computed_at_every_step(model, tmp_path):
-    parts, macs = load_parts(model, load_shape(model).unet), []
+    parts, macs = load_parts(model, load_shape(model).denoiser), []
     for cache in ({}, {"latents": "off", "text": False}):
         path = write_recipe(tmp_path / "small.yaml", model, cache=cache)
         recipe, planned = load_recipe(path), Models().get(str(model))
@@ -194,7 +194,7 @@ def test_a_budget_below_the_floor_says_the_floor(model, tmp_path):
 @pytest.mark.parametrize("family", ["small", "sd1", "sdxl"])
 def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
     folder = model if family == "small" else write(tmp_path / family, family)
-    pipeline, parts = load_pipeline(folder), load_parts(folder, load_shape(folder).unet)
+    pipeline, parts = load_pipeline(folder), load_parts(folder, load_shape(folder).denoiser)
     modules = [pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
     count = sum(p.numel() for module in modules if module is not None for p in module.parameters())
     assert parts.params == pytest.approx(count, rel=0.02)  # all but a projection
@@ -217,7 +217,7 @@ def test_the_rehearsal_takes_what_a_real_step_takes(trained, recompute, precisio
     config = TrainerConfig(**TRAINER, gradient_checkpointing=recompute, precision=precision)
     unet, autoencoder = emoji_model.build_unet(SHAPES).eval(), emoji_model.build_autoencoder(SHAPES)
     space, rehearsal = discover(unet, "aptp"), Rehearsal(unet, autoencoder)
-    inputs = {key: torch.randn(value.shape) for key, value in unet_inputs(unet, (8, 8), 16, 4).items()}
+    inputs = {key: torch.randn(value.shape) for key, value in zero_call(unet, (8, 8), 16, 4).items()}
     inputs["timestep"] = torch.ones(4, dtype=torch.long)
     if trained == "gates":
         expected = rehearsal.search(space, (8, 8), 16, 4, config)
@@ -289,9 +289,9 @@ def test_devices_share_the_work():
 
 def test_the_speed_is_measured_and_says_so(model):
     shape = load_shape(model)
-    speed = measure_speed(shape.unet, 10**6, (8, 8), 16, "float32", 0.2)
+    speed = measure_speed(shape.denoiser, 10**6, (8, 8), 16, "float32", 0.2)
     assert speed.macs_per_second > 0 and "measured on" in speed.source and "0.2 s" in speed.source
-    assert shape.unet.device.type == "meta"
+    assert shape.denoiser.device.type == "meta"
 
 
 def test_data_is_counted_or_known():

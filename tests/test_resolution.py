@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from small_data import stub
 from small_model import TRAINING, write_world
+from unets import build
 
 import prunekit as pk
 from prunekit.benchmark.command import run_recipe
@@ -62,8 +63,9 @@ def recipe(world, models, tmp_path):
 
 @pytest.mark.parametrize(("size", "side"), [(8, 64), ([8, 8], 64), ((24, 24), 192)])
 def test_the_resolution_of_squares(size, side):
-    pipeline = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=size)), vae_scale_factor=8)
-    assert resolution_of(pipeline) == side
+    unet = build("sd2", "meta")
+    unet.register_to_config(sample_size=size)
+    assert resolution_of(stub(unet)) == side
 
 
 def test_shapes_and_plans_have_both_sides(models, recipe):
@@ -72,7 +74,7 @@ def test_shapes_and_plans_have_both_sides(models, recipe):
     planned = plan(recipe("wide"), Devices(throughput=1e12))
     assert planned["model"]["resolution"] == [128, 192]
     shape = load_shape(models["wide"])
-    cost = pk.CostModel(shape.unet, pk.discover(shape.unet), (16, 24), shape.tokenizer.model_max_length)
+    cost = pk.CostModel(shape.denoiser, pk.discover(shape.denoiser), (16, 24), shape.tokenizer.model_max_length)
     assert planned["methods"]["norm"]["dense_macs"] == cost.dense_macs
 
 

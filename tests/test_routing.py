@@ -18,7 +18,6 @@ from prunekit.evaluation.routing import (
     routing_report,
 )
 from prunekit.methods.aptp.router import Router
-from prunekit.training.diffusion import forward_process
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def world():
     students = [pk.slice_unet(unet, architecture) for architecture in architectures]
     macs = [cost.macs(architecture) for architecture in architectures]
     candidate = Candidate("aptp", students, macs, [1, 1, 1], Router(weight, torch.zeros(3)))
-    samples = data_samples(data, forward_process(stub(unet).scheduler), 0, 16)
+    samples = data_samples(data, stub(unet), 0, 16)
     return candidate, data, samples, predictions(unet, samples)
 
 

@@ -6,10 +6,11 @@ import yaml
 from diffusers import DDPMScheduler
 from small_model import RECIPE
 
+from prunekit.denoisers.unet.family import DDPM
 from prunekit.methods import APTP
 from prunekit.recipe import dump_recipe, load_recipe, load_recorded, parse_recipe, resolve_recipe
 from prunekit.shipped import find_recipe
-from prunekit.training.diffusion import denoising_errors, per_sample_mse, snr_weights, target
+from prunekit.training.diffusion import denoising_errors, per_sample_mse
 from prunekit.training.fine_tuning import FineTuneConfig
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -21,22 +22,22 @@ FIFTHS = {  # mean weight of each fifth of the schedule, gamma 5, v-prediction
 
 @pytest.mark.parametrize("form", FIFTHS)
 def test_both_forms_on_the_schedule_of_stable_diffusion(form):
-    velocity = DDPMScheduler(**SD, prediction_type="v_prediction")
-    weights = snr_weights(velocity, torch.arange(1000), 5.0, form)
+    velocity = DDPM(DDPMScheduler(**SD, prediction_type="v_prediction"))
+    weights = velocity.weights(torch.arange(1000), 5.0, form)
     assert weights.view(5, 200).mean(dim=1).tolist() == pytest.approx(FIFTHS[form], abs=0.005)
     noise = DDPMScheduler(**SD, prediction_type="epsilon")
     snr = noise.alphas_cumprod / (1 - noise.alphas_cumprod)
-    assert torch.allclose(snr_weights(noise, torch.arange(1000), 5.0, form), snr.clamp(max=5) / snr)
+    assert torch.allclose(DDPM(noise).weights(torch.arange(1000), 5.0, form), snr.clamp(max=5) / snr)
 
 
 @pytest.mark.parametrize("form", FIFTHS)
 def test_the_weight_multiplies_the_error(form):
-    scheduler, steps = DDPMScheduler(**SD, prediction_type="v_prediction"), torch.tensor([100, 900])
+    process, steps = DDPM(DDPMScheduler(**SD, prediction_type="v_prediction")), torch.tensor([100, 900])
     prediction, latents, noise = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    plain = per_sample_mse(prediction, target(scheduler, latents, noise, steps))
-    assert torch.equal(denoising_errors(prediction, scheduler, latents, noise, steps, None, form), plain)
-    weighted = denoising_errors(prediction, scheduler, latents, noise, steps, 5.0, form)
-    assert torch.allclose(weighted, plain * snr_weights(scheduler, steps, 5.0, form))
+    plain = per_sample_mse(prediction, process.target(latents, noise, steps))
+    assert torch.equal(denoising_errors(prediction, process, latents, noise, steps, None, form), plain)
+    weighted = denoising_errors(prediction, process, latents, noise, steps, 5.0, form)
+    assert torch.allclose(weighted, plain * process.weights(steps, 5.0, form))
 
 
 def test_the_library_has_the_velocity_form_and_the_papers_recipes_the_published_one():

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unets import build, inputs
 
 import prunekit as pk
+from prunekit.core.registry import process_of
 from prunekit.methods import APTP, UniArch
 from prunekit.methods.base import space_and_cost
-from prunekit.methods.calibration import noise_schedule
-from prunekit.training.diffusion import forward_process
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
 from prunekit.training.memory import CAST, held
 from prunekit.training.trainer import TrainerConfig
@@ -55,7 +54,7 @@ def test_a_search_step_reads_nothing_of_the_device(method):
     unet = build("sd2").requires_grad_(False)
     space, cost = space_and_cost(unet, method.config)
     with pk.gated(unet, space) as gates:
-        objective = method._objective(unet, gates, cost, noise_schedule(stub(unet)), encoded_for(unet, num=12))
+        objective = method._objective(unet, gates, cost, process_of(stub(unet)), encoded_for(unet, num=12))
         objective.batch(1)  # the codes are placed
         for step in (0, 2):
             with Reads() as placed:
@@ -91,7 +90,7 @@ def test_hardened_gates_hold_nothing_under_a_removed_layer():
     method = APTP(experts=2, warmup=1, search=SEARCH, depth="blocks", similarity="hardened")
     space, cost = space_and_cost(unet, method.config)
     with pk.gated(unet, space) as gates:
-        objective = method._objective(unet, gates, cost, noise_schedule(stub(unet)), encoded_for(unet))
+        objective = method._objective(unet, gates, cost, process_of(stub(unet)), encoded_for(unet))
     soft = torch.rand(5, space.size, generator=torch.Generator().manual_seed(0))
     hardened = objective.hardening(soft)
     for found, values in zip(hardened, soft >= 0.5, strict=True):
@@ -123,7 +122,7 @@ def test_a_fine_tuning_step_reads_nothing():
     unet = build("sd2")
     student = pk.slice_unet(unet, pk.discover(unet).random(0.6, seed=0)).requires_grad_(True)
     data, config = encoded_for(unet, num=12), FineTuneConfig(**SEARCH)
-    parts = (student, unet, forward_process(stub(unet).scheduler), data, data.training_pairs(), config, 0)
+    parts = (student, unet, process_of(stub(unet)), data, data.training_pairs(), config, 0)
     objective = FineTuningObjective(*parts, torch.device("cpu"))
     batch = objective.batch(0)
     with ExitStack() as stack:

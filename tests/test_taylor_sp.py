@@ -10,11 +10,11 @@ from unets import build
 
 from prunekit import discover
 from prunekit.core.axes import Axis
+from prunekit.core.registry import process_of
 from prunekit.methods import Norm, Scores, TaylorSP
 from prunekit.methods.calibration import calibration_batches
 from prunekit.methods.taylor_sp import gradients_only_of, spaced_timesteps, width_scores
 from prunekit.methods.weights import OwnedWeight, owned_weights, sum_per_channel
-from prunekit.training.diffusion import forward_process, target
 
 SMALL = {"samples": 4, "batch_size": 3, "num_timesteps": 3, "depth": "none"}
 
@@ -65,12 +65,12 @@ def test_resblock_equals_torch_pruning(unet, aggregation, multivariable):
 def test_scores_come_from_the_gradient_of_the_summed_losses(unet, prediction_type):
     pipeline, data = stub(unet, prediction_type), encoded_for(unet)
     scores = TaylorSP(**SMALL).score(pipeline, data)
-    scheduler = forward_process(pipeline.scheduler)
+    process = process_of(pipeline)
     total, losses = 0.0, {}
     for timestep in (0, 333, 666):
         batch = next(iter(calibration_batches(pipeline, data, 4, 4, 0, timestep)))
-        prediction = unet(batch.noisy, batch.timesteps, **batch.conditions).sample
-        goal = target(scheduler, batch.latents, batch.noise, batch.timesteps)
+        prediction = unet(**batch.call).sample
+        goal = process.target(batch.latents, batch.noise, batch.timesteps)
         loss = torch.nn.functional.mse_loss(prediction, goal)
         total, losses[str(timestep)] = total + loss, loss.item()
     assert scores.info["losses"] == pytest.approx(losses, rel=1e-5)

@@ -10,12 +10,12 @@ from unets import build
 
 from prunekit import CostModel, discover
 from prunekit.core.gates import gated
+from prunekit.core.registry import process_of
 from prunekit.errors import UserError
 from prunekit.methods import APTP, PruneResult, UniArch
 from prunekit.methods.search import GateSearchObjective, SearchSettings
 from prunekit.methods.uniarch import UniArchObjective
 from prunekit.randomness import generator
-from prunekit.training.diffusion import forward_process
 
 SEARCH = {"steps": 4, "batch_size": 3, "learning_rate": 0.05, "log_every": 1}
 SETTINGS = {"budget": 0.6, "text_length": 5}
@@ -128,7 +128,7 @@ def plain_terms(unet, data, objective, batch, logits, rows, weights):
     denoising = distillation = 0.0
     for position, row in enumerate(rows.tolist()):
         pair, t = batch.pairs[position], plan.timesteps[position]
-        alpha = objective.scheduler.alphas_cumprod[t]
+        alpha = objective.process.scheduler.alphas_cumprod[t]
         latent, noise = data.latents[pair][None], plan.noise[position][None]
         arguments = {
             "sample": alpha.sqrt() * latent + (1 - alpha).sqrt() * noise,
@@ -157,12 +157,12 @@ def test_the_terms_are_those_of_a_plain_computation(shape, blocks):
     config = SearchSettings(
         budget=0.6, distillation_weight=0.3, feature_blocks=blocks, search={**SEARCH, "batch_size": 4}
     )
-    scheduler = forward_process(stub(unet).scheduler)
+    process = process_of(stub(unet))
     cost = CostModel(unet, space, text_length=5)
     logits = torch.randn(3, space.size, generator=generator(0, "logits"))
     rows, weights = torch.tensor([2, 0, 2, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     with gated(unet, space) as gates:
-        objective = GateSearchObjective(unet, gates, cost, scheduler, data, config, unet.device)
+        objective = GateSearchObjective(unet, gates, cost, process, data, config, unet.device)
         batch = objective.draw(5)
         terms = [
             objective.sample_terms(batch, part, logits, rows[part], weights[part])
@@ -181,9 +181,7 @@ def test_the_objective_averages_over_the_batch(unet):
     data, space = encoded_for(unet), discover(unet)
     cost, config = CostModel(unet, space, text_length=5), UniArch(**SETTINGS, search=SEARCH).config
     with torch.no_grad(), gated(unet, space) as gates:
-        objective = UniArchObjective(
-            unet, gates, cost, forward_process(stub(unet).scheduler), data, config, unet.device
-        )
+        objective = UniArchObjective(unet, gates, cost, process_of(stub(unet)), data, config, unet.device)
         batch, positions = objective.batch(0), torch.arange(3)
         terms = objective.micro_loss(batch, positions)
         rows, weights = torch.zeros(3, dtype=torch.long), torch.full((3,), 1 / 3)

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit as pk
-from prunekit.benchmark.workloads import unet_inputs
 from prunekit.models import load_unet_on_meta
+from prunekit.timing import timed_inputs
 
 LATENT, TEXT = 96, 77
 
@@ -33,7 +33,7 @@ class Called(nn.Module):
                 for name, parameter in module.named_parameters(recurse=False):
                     zero = torch.zeros((), device=device).expand(parameter.shape)
                     setattr(module, name, nn.Parameter(zero, requires_grad=False))
-        self.inputs = unet_inputs(unet, 1, latent, TEXT)
+        self.inputs = dict(timed_inputs(unet, 1, latent, TEXT))
         self.sample = self.inputs.pop("sample")
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -50,13 +50,13 @@ def main() -> None:
         return pk.CostModel(unet, pk.discover(unet)).dense_macs
 
     def dependency_graph() -> None:
-        inputs = unet_inputs(unet, 1, 8, TEXT)
-        tp.DependencyGraph().build_dependency(unet.requires_grad_(True), inputs, verbose=False)
+        inputs = timed_inputs(unet, 1, 8, TEXT)
+        tp.DependencyGraph().build_dependency(unet.requires_grad_(True), dict(inputs), verbose=False)
 
     @torch.no_grad()
     def flop_counter() -> int:
         with FlopCounterMode(display=False) as counter:
-            unet(**unet_inputs(unet, 1, LATENT, TEXT))
+            unet(**timed_inputs(unet, 1, LATENT, TEXT))
         return counter.get_total_flops() // 2
 
     arms = {

@@ -8,7 +8,7 @@ import torch
 from shared import compare, options, sd21, twin, where
 
 import prunekit as pk
-from prunekit.benchmark.workloads import unet_inputs
+from prunekit.timing import timed_inputs
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     stock = sd21(given.dtype)
     unet = twin(stock)
     space = pk.discover(unet)
-    inputs = unet_inputs(stock, given.batch, given.latent, 77)
+    inputs = dict(timed_inputs(stock, given.batch, given.latent, 77))
     sample = inputs.pop("sample")
     g = torch.rand(given.batch, space.size, generator=torch.Generator().manual_seed(0))
     title = f"SD 2.1, {given.dtype}, latent {given.latent}, batch {given.batch}"

@@ -14,8 +14,8 @@ from shared import compare, options, sd21, where
 
 import prunekit as pk
 from prunekit.benchmark import peak_memory
-from prunekit.benchmark.workloads import unet_inputs
 from prunekit.core.space import Architecture
+from prunekit.timing import timed_inputs
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     given = options(__doc__.splitlines()[0], keep=0.5)
     where()
     unet = sd21()
-    inputs = unet_inputs(unet, 1, 8, 77)
+    inputs = timed_inputs(unet, 1, 8, 77)
     resnets = pk.discover(unet, "none", include="*.resnets.*")
     drawn = resnets.random(given.keep)
     values = drawn.values.clone()

@@ -17,12 +17,12 @@ import torch
 from shared import compare, options, twin, where
 
 import prunekit as pk
+from prunekit.core.registry import process_of
 from prunekit.data.emoji import load_emoji
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.methods import APTP
 from prunekit.methods.base import space_and_cost
-from prunekit.methods.calibration import noise_schedule
 from prunekit.methods.relaxation import gumbel
 from prunekit.models import load_pipeline
 from prunekit.randomness import generator
@@ -48,7 +48,7 @@ class World:
         sizes = {"steps": 10**6, "batch_size": batch, "micro_batch": micro, "learning_rate": 1e-4}
         self.ours = {**sizes, "precision": "bfloat16", "gradient_checkpointing": recompute}
         self.unet = self.pipeline.unet.eval().requires_grad_(False)
-        self.scheduler = noise_schedule(self.pipeline)
+        self.process = process_of(self.pipeline)
 
     def inputs(self, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a batch's pictures and captions, as the plain step does."""
@@ -65,7 +65,7 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
     stack.enter_context(held(config.search, own))
     if config.search.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    objective = method._objective(own, own_gates, cost, world.scheduler, world.data)
+    objective = method._objective(own, own_gates, cost, world.process, world.data)
     trainer = Trainer(config.search, objective, Path(stack.enter_context(TemporaryDirectory())), "search")
     objective.batch(1)
     optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-4)
@@ -84,7 +84,7 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
                 for purpose, rows in (("gates", EXPERTS), ("embeddings", len(part)))
             ]
             loss = plain.search_loss(
-                *(unet, gates, objective.predictor, objective.codes.values, cost, world.scheduler, config),
+                *(unet, gates, objective.predictor, objective.codes.values, cost, world.process.scheduler, config),
                 *world.inputs(pairs),
                 world.data.prompts[pairs],
                 drawn.plan.timesteps[part],
@@ -106,7 +106,7 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
     student = pk.slice_unet(unet, pk.methods.select(scores, cost, BUDGET)).train().requires_grad_(True)
     teacher = twin(unet)
     stack.enter_context(held(config, student, teacher))
-    inputs = (student, teacher, world.scheduler, world.data, world.data.training_pairs(), config, SEED)
+    inputs = (student, teacher, world.process, world.data, world.data.training_pairs(), config, SEED)
     objective = FineTuningObjective(*inputs, unet.device)
     trainer = Trainer(config, objective, Path(stack.enter_context(TemporaryDirectory())), "fine-tuning")
     steps = iter(range(10**6))
@@ -120,7 +120,7 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
             for part in torch.arange(config.batch_size).split(config.micro_batch):
                 pairs = objective.pairs[drawn.indices[part]]
                 noise = (drawn.timesteps[part], drawn.noise[part])
-                models = (student, unet, gates, world.scheduler, config)
+                models = (student, unet, gates, world.process.scheduler, config)
                 loss = plain.fine_tuning_loss(*models, *world.inputs(pairs), *noise)
                 (loss * len(part) / config.batch_size).backward()
         trainer.optimizer.step()  # one for both: its moments would not fit twice

@@ -1,36 +1,33 @@
-"""How a UNet is run while it is timed: eager, compiled by regions, or replayed as a CUDA graph."""
+"""How a denoiser is run while it is timed: eager, compiled by regions, or replayed as a CUDA graph."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
+from prunekit.core.call import Call, predict
+from prunekit.core.registry import denoiser_of
 from prunekit.errors import UserError
 
 Mode = Literal["eager", "compiled", "cuda_graph"]
-REGIONS = (ResnetBlock2D, BasicTransformerBlock)
 ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region looks through another's graphs
 LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}  # a pruned UNet has a shape per block
 
 
 @contextmanager
-def in_mode(
-    unet: UNet2DConditionModel, mode: Mode, inputs: Mapping[str, Any], backend: str = "inductor"
-) -> Iterator[None]:
-    """Run a UNet in a mode inside this context; it is as before on exit.
+def in_mode(model: ModelMixin, mode: Mode, call: Call, backend: str = "inductor") -> Iterator[None]:
+    """Run a model in a mode inside this context; it is as before on exit.
 
     Args:
-        unet: frozen, in evaluation mode.
-        mode: "eager": as it is. "compiled": every ResBlock and transformer block is compiled by itself, as one graph
-            for its shapes; that every block of a pruned UNet has shapes of its own costs compile time, never a silent
+        model: frozen, in evaluation mode.
+        mode: "eager": as it is. "compiled": every one of `Denoiser.regions` is compiled by itself, as one graph
+            for its shapes; that every block of a pruned model has shapes of its own costs compile time, never a silent
             return to eager. "cuda_graph": one capture of the eager call, replayed.
-        inputs: keyword arguments of a call, of the only shapes that are then run.
+        call: of the only shapes that are then run.
         backend: of torch.compile.
 
     Raises:
@@ -40,66 +37,55 @@ def in_mode(
     if mode == "eager":
         yield
     elif mode == "compiled":
-        with _compiled(unet, backend):
+        with _compiled(model, backend):
             yield
     elif mode == "cuda_graph":
-        with _graphed(unet, inputs):
+        with _graphed(model, call):
             yield
     else:
         raise UserError(f"mode={mode!r}: choose eager, compiled or cuda_graph")
 
 
-def regions(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """Return what is compiled: live ResBlocks and transformer blocks."""
-    return [module for module in unet.modules() if isinstance(module, REGIONS)]
-
-
 @contextmanager
-def _compiled(unet: UNet2DConditionModel, backend: str) -> Iterator[None]:
+def _compiled(model: ModelMixin, backend: str) -> Iterator[None]:
     import torch._dynamo
 
     known = inspect.signature(torch.compile).parameters
     extra = {ISOLATED: True} if ISOLATED in known else {}
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(**LIMITS))
-        for module in regions(unet):
+        for module in denoiser_of(model).regions(model):
             stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module.compile(fullgraph=True, dynamic=False, backend=backend, **extra)
         yield
 
 
 @contextmanager
-def _graphed(unet: UNet2DConditionModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    if unet.device.type != "cuda":
-        raise UserError(f"mode=cuda_graph needs a CUDA device; this UNet is on {unet.device.type}")
-    static = {name: _copy(value) for name, value in inputs.items()}
+def _graphed(model: ModelMixin, call: Call) -> Iterator[None]:
+    if model.device.type != "cuda":
+        raise UserError(f"mode=cuda_graph needs a CUDA device; this model is on {model.device.type}")
+    static = call.map(Tensor.clone)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):  # what a first call sets up must not be captured
         for _ in range(3):
-            unet(**static, return_dict=False)
+            predict(model, static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        output = unet(**static, return_dict=False)[0]
+        output = predict(model, static)
+    signature = inspect.signature(model.forward)
 
-    def replay(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **others: Any) -> tuple[Tensor]:
-        given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        conditions = others.get("added_cond_kwargs") or {}
-        for name, value in (*given.items(), *conditions.items()):
-            target = static["added_cond_kwargs"][name] if name in conditions else static[name]
+    def replay(*positional: Any, **named: Any) -> tuple[Tensor]:
+        given = signature.bind(*positional, **named).arguments
+        own = Call({name: given[name] for name in static})
+        for target, value in zip(static.tensors(), own.tensors(), strict=True):
             target.copy_(value)
         graph.replay()
         return (output.clone(),)
 
-    unet.forward = replay
+    model.forward = replay
     try:
         yield
     finally:
-        del unet.forward
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return {name: _copy(part) for name, part in value.items()} if isinstance(value, Mapping) else value
+        del model.forward

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 
 from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
 from prunekit.benchmark.models import (
@@ -23,14 +23,15 @@ from prunekit.benchmark.models import (
 )
 from prunekit.benchmark.modes import in_mode
 from prunekit.benchmark.rows import Piece, Row, Subject, row_of
-from prunekit.benchmark.workloads import pipeline_call, unet_calls, with_unet
+from prunekit.benchmark.workloads import denoiser_calls, pipeline_call
+from prunekit.core.registry import denoiser_in, family_of, with_denoiser
 from prunekit.core.slicing import slice_model
 from prunekit.core.space import Architecture
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.methods.budget import unaligned
 from prunekit.models import load_shape, load_unet_on_meta
-from prunekit.timing import WarmUp, measure, peak_memory, unet_call, unet_inputs
+from prunekit.timing import WarmUp, measure, peak_memory, timed_call, timed_inputs
 from prunekit.timing.environment import device_name, environment, folder_name
 from prunekit.training.checkpoint import write_json
 
@@ -110,11 +111,11 @@ class Bench:
         config = self.recipe.architectures.get(name)
         published = self.recipe.published_dense_seconds if config is None else config.published_seconds
         if config is None or config.path is not None:
-            unet = self.shape.unet if config is None else load_unet_on_meta(config.path)
-            plain = sorted(item for item in unet.config.items() if not item[0].startswith("_"))
-            macs, params = dense_cost(unet, self.latent, self.text_length)
+            model = denoiser_in(self.shape) if config is None else load_unet_on_meta(config.path)
+            plain = sorted(item for item in model.config.items() if not item[0].startswith("_"))
+            macs, params = dense_cost(model, self.latent, self.text_length)
             return Subject(name, macs, params, Fingerprint(plain).key(), None, published)
-        architecture, cost = choose(config, self.shape.unet, self.latent, self.text_length, self.recipe.seed)
+        architecture, cost = choose(config, denoiser_in(self.shape), self.latent, self.text_length, self.recipe.seed)
         self._chosen[name] = architecture
         digest = Fingerprint(architecture.space.to_dict()).add_tensor(architecture.canonical).key()
         counts = (cost.macs(architecture), cost.params(architecture))
@@ -131,20 +132,20 @@ class _Dense:
         self.pipeline: DiffusionPipeline | None = None
         if self.recipe.weights == "own":
             self.pipeline = own_pipeline(self.recipe.model, bench.device, dtype)
-            self.unet = self.pipeline.unet
+            self.model = denoiser_in(self.pipeline)
         else:
-            self.unet = random_unet(self.recipe.model, bench.device, dtype, self.recipe.seed)
+            self.model = random_unet(self.recipe.model, bench.device, dtype, self.recipe.seed)
             if cell.workload != "unet":
-                self.pipeline = random_pipeline(self.unet, self.recipe.seed)
-        self._lay_out(self.unet)
-        batch = self.recipe.batch * (2 if self.recipe.guidance > 1 else 1)
-        self.inputs = unet_inputs(self.unet, batch, bench.latent, bench.text_length, self.recipe.seed)
+                self.pipeline = random_pipeline(self.model, self.recipe.seed)
+        self._lay_out(self.model)
+        self.batch = family_of(self.model).call_batch(self.recipe.batch, self.recipe.guidance > 1)
+        self.inputs = timed_inputs(self.model, self.batch, bench.latent, bench.text_length, self.recipe.seed)
         if cell.memory_format == "channels_last":
-            self.inputs["sample"] = self.inputs["sample"].to(memory_format=torch.channels_last)
+            self.inputs = self.inputs.map(_channels_last)
 
     def __enter__(self) -> "_Dense":
         self.stack.enter_context(torch.no_grad())
-        self.call = self._call(self.unet, self.stack)
+        self.call = self._call(self.model, self.stack)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -154,46 +155,47 @@ class _Dense:
         """Measure one row: the architecture beside the dense model, and the dense model beside itself."""
         recipe, bench = self.recipe, self.bench
         with ExitStack() as stack, torch.no_grad():
-            unet, calls = self.unet, {DENSE: self.call}
+            model, calls = self.model, {DENSE: self.call}
             if piece.subject.name != DENSE:
-                unet = self._pruned(piece.subject.name)
-                calls[piece.subject.name] = self._call(unet, stack)
+                model = self._pruned(piece.subject.name)
+                calls[piece.subject.name] = self._call(model, stack)
             warm_up = WarmUp(max_seconds=recipe.warmup_seconds)
             measured = measure(calls, piece.cell.repeats, bench.device, warm_up, recipe.seed)
             function = calls[piece.subject.name]
             finite = bool(torch.isfinite(function()).all())
             facts = {
-                "unet_batch": len(self.inputs["sample"]),
-                "unet_calls": 1 if self.cell.workload == "unet" else unet_calls(self.pipeline, recipe.steps),
+                "unet_batch": self.batch,
+                "unet_calls": 1 if self.cell.workload == "unet" else denoiser_calls(self.pipeline, recipe.steps),
                 "latent": [bench.latent, bench.latent],
                 "text_length": bench.text_length,
-                "weight_bytes": sum(p.numel() * p.element_size() for p in unet.parameters()),
+                "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
                 "peak_bytes": peak_memory(function, bench.device),
                 "is_finite": finite,
             }
-        del unet, calls, function
+        del model, calls, function
         _free(bench.device)
         return row_of(piece, measured, facts, bench.environment)
 
-    def _pruned(self, name: str) -> UNet2DConditionModel:
+    def _pruned(self, name: str) -> ModelMixin:
         config, architecture = self.recipe.architectures[name], self.bench.architecture(name)
         if architecture is not None:
-            unet = slice_model(self.unet, architecture)
+            model = slice_model(self.model, architecture)
         else:
-            unet = read_unet(config.path, self.bench.device, DTYPES[self.cell.dtype])
-        return self._lay_out(unet)
+            model = read_unet(config.path, self.bench.device, DTYPES[self.cell.dtype])
+        return self._lay_out(model)
 
-    def _lay_out(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    def _lay_out(self, model: ModelMixin) -> ModelMixin:
         if self.cell.memory_format == "channels_last":
-            unet.to(memory_format=torch.channels_last)
-        return unet
+            model.to(memory_format=torch.channels_last)
+        return model
 
-    def _call(self, unet: UNet2DConditionModel, stack: ExitStack) -> Callable[[], Any]:
+    def _call(self, model: ModelMixin, stack: ExitStack) -> Callable[[], Any]:
         recipe, cell = self.recipe, self.cell
-        stack.enter_context(in_mode(unet, cell.mode, self.inputs))
+        stack.enter_context(in_mode(model, cell.mode, self.inputs))
         if cell.workload == "unet":
-            return unet_call(unet, self.inputs)
-        pipeline = with_unet(self.pipeline, unet)
+            return timed_call(model, self.inputs)
+        pipeline = with_denoiser(self.pipeline, model)
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # of its own
         shape = (recipe.resolution, recipe.batch, recipe.guidance, recipe.steps)
         return pipeline_call(pipeline, cell.workload, *shape, stack, recipe.seed)
 
@@ -203,6 +205,10 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not is_there:
         raise UserError("device=cuda: torch sees no CUDA device here; choose device=cpu, or auto")
     return torch.device("cuda" if is_there and name != "cpu" else "cpu")
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _free(device: torch.device) -> None:

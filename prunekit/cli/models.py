@@ -22,7 +22,7 @@ def units(
     from prunekit.core.discovery import discover
     from prunekit.models import load_shape
 
-    unet = load_shape(model).unet
+    unet = load_shape(model).denoiser
     space = discover(unet, depth, include, exclude)
     table = Table("kind", "path")
     for column in ("units", "channels a unit"):
@@ -49,12 +49,12 @@ def macs(
 
     shape = load_shape(model)
     length = text_length or shape.tokenizer.model_max_length
-    cost = CostModel(shape.unet, discover(shape.unet, "none"), _latent_size(size), length, convention)
+    cost = CostModel(shape.denoiser, discover(shape.denoiser, "none"), _latent_size(size), length, convention)
     height, width = cost.sample_size
-    say(f"{type(shape.unet).__name__} of {model}: {cost.dense_params:,} parameters")
+    say(f"{type(shape.denoiser).__name__} of {model}: {cost.dense_params:,} parameters")
     say(f"{cost.dense_macs:,} MACs ({convention}, latent {height} x {width}, {length} text tokens, batch 1)")
     if check:
-        _check(shape.unet, cost.sample_size, length)
+        _check(shape.denoiser, cost.sample_size, length)
 
 
 def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.uncertainty import jackknife_errors
@@ -103,7 +104,8 @@ class CellRunner:
     def __init__(self, recipe: CompareRecipe, directory: Path, stages: Stages):
         self.recipe, self.directory, self.stages = recipe, directory, stages
         self.budgets = {
-            entry.label: budget_value(entry.budget, stages.pipeline.unet, stages.cost) for entry in recipe.budgets
+            entry.label: budget_value(entry.budget, denoiser_in(stages.pipeline), stages.cost)
+            for entry in recipe.budgets
         }
 
     def path(self, cell: Cell) -> Path:

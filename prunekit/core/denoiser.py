@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from .axes import Layer, Passage, Place
+from .call import Call, Fill
 from .counting import Counter
+from .family import Family
 from .space import UnitGroup
 
 
@@ -57,11 +59,13 @@ class Structure(Protocol):
 class Denoiser(Structure, Protocol):
     """One model class, or several alike, described to the library; it holds no state.
 
+    family: what pipelines do around such a model.
     conventions: ways to count MACs, by name, beside those of every model (`counting.CONVENTIONS`).
     latent: name of the forward pass's argument that holds the noisy latent.
     legend: what the letters of `outline` stand for, in words.
     """
 
+    family: ClassVar[Family]
     conventions: ClassVar[Mapping[str, type[Counter]]]
     latent: ClassVar[str]
     legend: ClassVar[str]
@@ -74,3 +78,80 @@ class Denoiser(Structure, Protocol):
 
     def blank(self, model: nn.Module) -> nn.Module:
         """A dense model of the same config, without weights: on the meta device."""
+
+    # calls
+
+    def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
+        """Return the call that predicts for noisy latents, under the names that the model gives its arguments.
+
+        Args:
+            noisy: (B, C, h, w).
+            timesteps: (B,), or () for all samples; in the unit of the family's noise process.
+            conditions: what `EncodedData.conditions` returns. By role: "text" (B, T, E), the states of the texts; and
+                where the model takes them "pooled" (B, P), the texts' pooled embeddings, and "sizes" (B, 6), the
+                original height and width in pixels, the crop's top and left, and the target's height and width.
+
+        """
+        ...
+
+    def example(
+        self,
+        model: nn.Module,
+        batch: int,
+        latent: tuple[int, int],
+        text_length: int,
+        fill: Fill,
+        timesteps: Tensor | None = None,
+    ) -> Call:
+        """Return a call of the right shapes.
+
+        Args:
+            model: whose config gives the channels and widths; it may be on the meta device.
+            batch: samples B.
+            latent: (h, w).
+            text_length: tokens T of the text.
+            fill: makes the values. It is asked for "noisy" (B, C, h, w) first, then for the conditions by role, as
+                `call` lists them.
+            timesteps: (B,) or (); by default one in the middle of the schedule, for all samples.
+
+        """
+        ...
+
+    def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
+        """Return the call under the same conditions for other noisy latents (B, C, h, w) at other timesteps (B,)."""
+        ...
+
+    def noisy(self, call: Call) -> Tensor:
+        """Return the noisy latents of a call, (B, C, h, w)."""
+        ...
+
+    def text_length(self, call: Call) -> int:
+        """Return the tokens of a call's text."""
+        ...
+
+    # shapes, from a model's config
+
+    def latent_channels(self, model: nn.Module) -> int:
+        """Return C, the channels of the latents."""
+        ...
+
+    def text_width(self, model: nn.Module) -> int:
+        """Return E, the width of the text states."""
+        ...
+
+    def pooled_width(self, model: nn.Module) -> int:
+        """Return P, the width of the pooled text embedding; 0 where the model takes none."""
+        ...
+
+    # parts
+
+    def blocks(self, model: nn.Module, inner: bool = True) -> dict[str, nn.Module]:
+        """Return the blocks whose outputs are distilled, by path, in the order of a forward pass.
+
+        inner: with the block in the middle, where the model has one (a UNet's mid block).
+        """
+        ...
+
+    def regions(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules that are compiled, each by itself."""
+        ...

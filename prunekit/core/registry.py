@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import UserError
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .denoiser import Denoiser
+    from .family import Family, NoiseProcess
 
 _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
-_ATTRIBUTES: list[str] = []
+_ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
 
 
 def register_denoiser(
@@ -84,3 +86,36 @@ def denoiser_in(pipeline: Any) -> Any:
 
     """
     return pipeline if is_denoiser(pipeline) else getattr(pipeline, denoiser_name(pipeline))
+
+
+def with_denoiser(pipeline: Any, model: nn.Module) -> Any:
+    """Return a copy of a pipeline, which shares all its other parts and its settings, around another model."""
+    other = copy(pipeline)
+    setattr(other, denoiser_name(pipeline), model)
+    return other
+
+
+def family_of(pipeline: Any) -> Family:
+    """Return the family of a pipeline or of a denoiser; errors as `denoiser_in`."""
+    return denoiser_of(denoiser_in(pipeline)).family
+
+
+def process_of(pipeline: Any) -> NoiseProcess:
+    """Return the noise process of a pipeline's scheduler; for a denoiser alone, the usual one of its family.
+
+    It noises. What a denoiser alone predicts, noise or velocity, only a pipeline's scheduler tells.
+    """
+    return family_of(pipeline).process(getattr(pipeline, "scheduler", None))
+
+
+def latent_size(model: nn.Module) -> tuple[int, int]:
+    """Return the latent's (h, w) that a model was made for.
+
+    Raises:
+        UserError: its config does not say.
+
+    """
+    size = denoiser_of(model).latent_size(model)
+    if size is None:
+        raise UserError(f"the config of this {type(model).__name__} names no sample_size: state the latent's size")
+    return size

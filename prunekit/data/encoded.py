@@ -28,9 +28,9 @@ class EncodedData:
     null_text: Tensor  # (T, E): the empty caption's
     prompts: Tensor | Rows  # (P, Z) float32: the prompt encoder's embeddings
     images: CaptionedImages
-    pooled: Tensor | Rows | None = None  # (P, E2): pooled text embeddings, where the UNet is conditioned on them (SDXL)
+    pooled: Tensor | Rows | None = None  # (P, E2): pooled text embeddings, where they condition the denoiser (SDXL)
     null_pooled: Tensor | None = None  # (E2,)
-    time_ids: Tensor | None = None  # (6,): original size, crop and target size, where the UNet is conditioned on them
+    time_ids: Tensor | None = None  # (6,): original size, crop and target size, where they condition the denoiser
     deviations: Tensor | Rows | None = None  # (n, C, h, w): the posterior's, where latents are sampled from it
     key: str = field(default="", compare=False)  # digest of all that it was made of; unset: unknown
 
@@ -57,8 +57,8 @@ class EncodedData:
 
     def conditions(
         self, pairs: Tensor, device: torch.device | str = "cpu", dropped: Tensor | None = None
-    ) -> dict[str, Any]:
-        """Return the UNet's keyword arguments that condition it on the captions of `pairs` (n,).
+    ) -> dict[str, Tensor]:
+        """Return what conditions a denoiser on the captions of `pairs` (n,), by role, as `Denoiser.call` takes it.
 
         dropped: (n,) bool, which samples get the empty caption instead.
         """
@@ -68,14 +68,12 @@ class EncodedData:
             mask = dropped.view(-1, *[1] * null.dim())
             return torch.where(mask, null, values[pairs]).to(device)
 
-        conditions: dict[str, Any] = {"encoder_hidden_states": chosen(self.text, self.null_text)}
+        conditions = {"text": chosen(self.text, self.null_text)}
         if self.pooled is not None:
-            assert self.null_pooled is not None and self.time_ids is not None
-            time_ids = self.time_ids.expand(len(pairs), -1).to(device)
-            conditions["added_cond_kwargs"] = {
-                "text_embeds": chosen(self.pooled, self.null_pooled),
-                "time_ids": time_ids,
-            }
+            assert self.null_pooled is not None
+            conditions["pooled"] = chosen(self.pooled, self.null_pooled)
+        if self.time_ids is not None:
+            conditions["sizes"] = self.time_ids.expand(len(pairs), -1).to(device)
         return conditions
 
 
@@ -121,7 +119,7 @@ def encode(
         text = {name: LiveText(states, name, tuple(value.shape[1:])) for name, value in null.items()}
     added: dict[str, Any] = {}
     if "pooled" in text:
-        sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
+        sizes = encoders.family.sizes(resolution, resolution)
         added = {"pooled": text["pooled"], "null_pooled": null["pooled"][0], "time_ids": sizes}
     key = Fingerprint(latents.key, prompts.key, resolution, config.model_dump(exclude={"directory"}))
     key.add(encoders.picture_key, encoders.text_key)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from prunekit.core.registry import family_of
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
 from prunekit.data.rows import Rows
@@ -23,6 +24,7 @@ class FrozenEncoders:
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int):
         self.pipeline, self.vae, self.resolution = pipeline, pipeline.vae, resolution
+        self.family = family_of(pipeline)
 
     @property
     def batch(self) -> int:
@@ -41,26 +43,18 @@ class FrozenEncoders:
         if not len(pixels):
             empty = torch.empty(0, *self.latent_shape)
             return {"mean": empty, "deviation": empty}
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1).latent_dist
-        scale = self.vae.config.scaling_factor
-        return {
-            "mean": (posterior.mean * scale).float().cpu(),
-            "deviation": (posterior.std * scale).float().cpu(),
-        }
+        mean, deviation = self.family.moments(self.vae, pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1)
+        return {"mean": mean.float().cpu(), "deviation": deviation.float().cpu()}
 
     @torch.no_grad()
     def states(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return captions' states, `text` (n, T, E), and where the UNet takes them `pooled` (n, E2); float32."""
-        options = {"device": self.vae.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        encoded = self.pipeline.encode_prompt(texts, **options)  # SDXL: states, none, pooled, none
-        states = {"text": encoded[0].float().cpu()}
-        return states if len(encoded) <= 2 else states | {"pooled": encoded[2].float().cpu()}
+        """Return captions' states, `text` (n, T, E), and where the denoiser takes them `pooled` (n, E2); float32."""
+        return {name: value.float().cpu() for name, value in self.family.states(self.pipeline, texts).items()}
 
+    @torch.no_grad()
     def null_states(self) -> dict[str, Tensor]:
         """Return the states of the empty caption (1, …), as the pipeline guides away from it."""
-        states = self.states([""])
-        zero = "pooled" in states and self.pipeline.config.get("force_zeros_for_empty_prompt")
-        return {name: torch.zeros_like(value) for name, value in states.items()} if zero else states
+        return {name: value.float().cpu() for name, value in self.family.null_states(self.pipeline).items()}
 
     @cached_property
     def picture_key(self) -> str:

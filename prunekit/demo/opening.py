@@ -12,13 +12,12 @@ import torch
 from prunekit.core.axes import Place
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_in, denoiser_of, latent_size
 from prunekit.core.slicing import blank_copy, read_pruning
 from prunekit.core.space import Architecture
 from prunekit.data.config import DataConfig, load_data
 from prunekit.errors import UserError
 from prunekit.evaluation.generate import REQUEST
-from prunekit.export.inputs import latent_size
 from prunekit.export.tiers import architecture_of
 from prunekit.methods.base import PruneResult
 from prunekit.models import load_pipeline_of
@@ -59,11 +58,11 @@ def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptR
     settings = read_recipe(directory) if (directory / RECIPE).is_file() else {}
     device, dtype = pipeline.vae.device, pipeline.vae.dtype
     try:
-        unet = load_pipeline_of({**settings, "model": name}, dtype).unet.to(device)
+        model = denoiser_in(load_pipeline_of({**settings, "model": name}, dtype)).to(device)
     except (OSError, ValueError) as error:
         return None, f"The dense model {name!r} is not here: {' '.join(str(error).split()).rstrip('.')}."
-    size = sum(parameter.numel() for parameter in unet.parameters())
-    experts = Experts(lambda index, device, dtype: unet.to(device, dtype), lambda index: size, 1, device, dtype)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    experts = Experts(lambda index, device, dtype: model.to(device, dtype), lambda index: size, 1, device, dtype)
     dense = PromptRoutedPipeline.of(pipeline.parts, Mixture(experts, guidance=pipeline.mixture.guidance))
     dense.set_progress_bar_config(disable=True)
     return dense, ""

@@ -1,4 +1,4 @@
-"""How closely a pruned UNet predicts what the dense one does: a quality figure without any sampling."""
+"""How closely a pruned model predicts what the dense one does: a quality figure without any sampling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.core.call import Call, predict
+from prunekit.core.registry import denoiser_in, denoiser_of, process_of
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.randomness import epoch_indices, generator
@@ -16,76 +18,65 @@ SAMPLES = 256
 
 @dataclass(frozen=True)
 class AgreementSamples:
-    """Fixed inputs of the UNets: one noisy latent, timestep and text a sample."""
+    """Fixed inputs of the models: one noisy latent, timestep and text a sample."""
 
     indices: Tensor  # (n,) int64: the rows of the latents and texts that were drawn
-    noisy: Tensor  # (n, C, h, w)
-    timesteps: Tensor  # (n,) int64
-    text: Tensor  # (n, T, E)
-    added: dict[str, Tensor] | None = None  # added_cond_kwargs, (n, ...) each, where the UNet has them (SDXL)
-
-    def inputs(self, rows: Tensor, like: Tensor) -> dict[str, Any]:
-        """Return keyword arguments of a UNet call for some rows (m,), on the device and in the dtype of `like`."""
-        inputs: dict[str, Any] = {
-            "sample": self.noisy[rows].to(like),
-            "timestep": self.timesteps[rows].to(like.device),
-            "encoder_hidden_states": self.text[rows].to(like),
-        }
-        if self.added is not None:
-            inputs["added_cond_kwargs"] = {name: values[rows].to(like) for name, values in self.added.items()}
-        return inputs
+    call: Call  # of all n samples, float32 on the CPU
 
 
 def agreement_samples(
     latents: Tensor,
-    text: Tensor,
-    scheduler: Any,
+    conditions: Mapping[str, Tensor],
+    pipeline: Any,
     seed: int = 0,
     count: int = SAMPLES,
-    added: Mapping[str, Tensor] | None = None,
 ) -> AgreementSamples:
     """Draw `count` triples (latents of a picture and its text, timestep, noise), the same for the same seed.
 
-    `latents` (n, C, h, w) are scaled as the UNet expects, `text` (n, T, E) are the hidden states of their captions;
-    `scheduler` is a diffusers training scheduler (`add_noise`). Where `count` exceeds n, rows come again. `added` are
-    the captions' `added_cond_kwargs`, (n, ...) each, of an SDXL-shaped UNet: `EncodedData.conditions` returns them.
+    Args:
+        latents: (n, C, h, w), scaled as the denoiser expects.
+        conditions: of the pictures' captions by role, (n, …) each, as `EncodedData.conditions` returns them.
+        pipeline: whose denoiser is called, and whose scheduler noises.
+        seed: what the draws are keyed by.
+        count: samples; where it exceeds n, rows come again.
+
+    Raises:
+        UserError: no latents, or conditions of another number of them.
+
     """
-    if len(latents) != len(text) or not len(latents):
-        raise UserError(f"agreement needs one text a latent, got {len(latents)} latents and {len(text)} texts")
+    if len(latents) != len(conditions["text"]) or not len(latents):
+        texts = len(conditions["text"])
+        raise UserError(f"agreement needs one text a latent, got {len(latents)} latents and {texts} texts")
     indices = epoch_indices(len(latents), count, seed, 0)
-    own = None if added is None else {name: values[indices] for name, values in added.items()}
-    return _noised(indices, latents[indices], text[indices], scheduler, seed, own)
+    drawn = {role: values[indices] for role, values in conditions.items()}
+    return _noised(indices, latents[indices], drawn, pipeline, seed)
 
 
-def data_samples(data: EncodedData, scheduler: Any, seed: int = 0, count: int = SAMPLES) -> AgreementSamples:
+def data_samples(data: EncodedData, pipeline: Any, seed: int = 0, count: int = SAMPLES) -> AgreementSamples:
     """Draw the samples of `agreement_samples` among a data set's pairs, and read no other row of it."""
     indices = epoch_indices(data.images.num_pairs, count, seed, 0)
-    conditions = data.conditions(indices)
-    latents, text = data.latents[data.image_index[indices]], conditions["encoder_hidden_states"]
-    return _noised(indices, latents, text, scheduler, seed, conditions.get("added_cond_kwargs"))
+    return _noised(indices, data.latents[data.image_index[indices]], data.conditions(indices), pipeline, seed)
 
 
 def _noised(
-    indices: Tensor, latents: Tensor, text: Tensor, scheduler: Any, seed: int, added: Mapping[str, Tensor] | None
+    indices: Tensor, latents: Tensor, conditions: Mapping[str, Tensor], pipeline: Any, seed: int
 ) -> AgreementSamples:
-    count = len(indices)
-    draws = generator(seed, "agreement")
-    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=draws)
-    noise = torch.randn(count, *latents.shape[1:], generator=draws)
-    noisy = scheduler.add_noise(latents.cpu().float(), noise, timesteps)
-    own = {name: values.cpu().float() for name, values in added.items()} if added is not None else None
-    return AgreementSamples(indices, noisy, timesteps, text.cpu().float(), own)
+    process, draws = process_of(pipeline), generator(seed, "agreement")
+    timesteps = process.draw(len(indices), draws)
+    noise = torch.randn(len(indices), *latents.shape[1:], generator=draws)
+    noisy = process.noised(latents.cpu().float(), noise, timesteps)
+    call = denoiser_of(denoiser_in(pipeline)).call(noisy, timesteps, conditions)
+    return AgreementSamples(indices, call.to("cpu", torch.float32))
 
 
 @torch.no_grad()
-def predictions(unet: nn.Module, samples: AgreementSamples, rows: Tensor | None = None, batch_size: int = 32) -> Tensor:
-    """Return the UNet's predictions (n, C, h, w), float32 on the CPU, of the samples or of the given `rows` of them."""
-    rows = torch.arange(len(samples.noisy)) if rows is None else rows
-    parameter = next(unet.parameters())
-    outputs = []
-    for part in rows.split(batch_size):
-        outputs.append(unet(**samples.inputs(part, parameter)).sample.float().cpu())
-    return torch.cat(outputs)
+def predictions(
+    model: nn.Module, samples: AgreementSamples, rows: Tensor | None = None, batch_size: int = 32
+) -> Tensor:
+    """Return a model's predictions (n, C, h, w), float32 on the CPU, of the samples or of the given `rows` of them."""
+    rows = torch.arange(samples.call.batch) if rows is None else rows
+    parts = [predict(model, samples.call.take(part).to(model)) for part in rows.split(batch_size)]
+    return torch.cat([part.float().cpu() for part in parts])
 
 
 def agreement(
@@ -95,9 +86,9 @@ def agreement(
     expert: Tensor | None = None,
     batch_size: int = 32,
 ) -> float:
-    """Return the mean squared difference of the student's and the dense UNet's predictions; lower is better.
+    """Return the mean squared difference of the student's and the dense model's predictions; lower is better.
 
-    `dense` is the UNet or its `predictions`, which several students may share. For routed experts, `student` is their
+    `dense` is the model or its `predictions`, which several students may share. For routed experts, `student` is their
     list and `expert` (n,) says which one a sample's prompt is sent to.
     Raises ValueError where `expert` does not name one expert a sample.
     """

@@ -3,15 +3,15 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
+from prunekit.core.registry import with_denoiser
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
@@ -32,7 +32,7 @@ class Candidate:
     """A model under test: one UNet, or experts and the router that chooses among them."""
 
     name: str
-    unets: Sequence[UNet2DConditionModel]
+    unets: Sequence[ModelMixin]
     macs: Sequence[int]  # exact MACs of each UNet
     params: Sequence[int]
     router: Router | None = None
@@ -66,12 +66,12 @@ class StoredUNets(Sequence):
 
     def __init__(self, folders: Sequence[Path], device: torch.device):
         self.folders, self.device = list(folders), device
-        self._last: tuple[int, UNet2DConditionModel] | None = None
+        self._last: tuple[int, ModelMixin] | None = None
 
     def __len__(self) -> int:
         return len(self.folders)
 
-    def __getitem__(self, index: int) -> UNet2DConditionModel:
+    def __getitem__(self, index: int) -> ModelMixin:
         """Return UNet `index`, in evaluation mode, frozen."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
@@ -186,13 +186,6 @@ class Sampling:
         return autocast(self.precision, device)
 
 
-def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
-    """Return the same pipeline, sharing all its parts and settings, with another UNet."""
-    other = copy(pipeline)
-    other.unet = unet
-    return other
-
-
 def sample(
     candidate: Candidate,
     pipeline: DiffusionPipeline,
@@ -213,7 +206,7 @@ def sample(
         with sampling.autocast(pipeline.device):
             paths = generate_to(
                 target,
-                lambda expert=expert: with_unet(pipeline, candidate.unets[expert]),
+                lambda expert=expert: with_denoiser(pipeline, candidate.unets[expert]),
                 [prompts.prompts[i] for i in rows],
                 [prompts.seeds[i] for i in rows],
                 sampling.steps,
@@ -338,7 +331,7 @@ def seconds_per_image(
     for expert, unet in enumerate(candidate.unets):
         if not shares[expert]:
             continue
-        routed, inputs = with_unet(pipeline, unet), (prompts.prompts[:count], prompts.seeds[:count])
+        routed, inputs = with_denoiser(pipeline, unet), (prompts.prompts[:count], prompts.seeds[:count])
         with sampling.autocast(unet.device):
             generate(routed, *inputs, 2, sampling.guidance, count)
             start = time.perf_counter()

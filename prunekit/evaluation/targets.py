@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 
 from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
 from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
@@ -82,9 +83,9 @@ class Target:
             pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
         settings = PruneSettings(depth="none", resolution=protocol.resolution)
         cost = space_and_cost(pipeline, settings)[1]
-        key = Fingerprint(_schedule(pipeline)).add_module(pipeline.unet).add_encoders(pipeline).key()
+        key = Fingerprint(_schedule(pipeline)).add_module(denoiser_in(pipeline)).add_encoders(pipeline).key()
         name = self.name if recipe is None else DENSE
-        dense = Candidate(name, [pipeline.unet], [cost.dense_macs], [cost.dense_params])
+        dense = Candidate(name, [denoiser_in(pipeline)], [cost.dense_macs], [cost.dense_params])
         yield Subject(dense, pipeline, key, None, None if recipe is None else cost.dense_macs)
         for folder in sorted(path.parent for path in Path(self.place).glob(f"methods/*/{RESULT}")) if recipe else ():
             yield _pruned(folder, recipe, pipeline, cost, key, digests)
@@ -94,12 +95,12 @@ def _pruned(
     folder: Path, recipe: dict[str, Any], pipeline: DiffusionPipeline, cost: CostModel, key: str, digests: Digests
 ) -> Subject:
     """Return a run's method: its experts, read when they draw, behind its router."""
-    result = PruneResult.load(folder, pipeline.unet)
+    result = PruneResult.load(folder, denoiser_in(pipeline))
     folders = [folder / "experts" / str(index) / "unet" for index in range(len(result.architectures))]
     for index, unet in enumerate(folders):
         if not unet.is_dir():
             raise FileNotFoundError(f"expert {index} of {folder.name} is not there yet ({unet}); resume the run")
-    own = CostModel(pipeline.unet, result.space, cost.sample_size, cost.text_length)
+    own = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
     candidate = Candidate(
         folder.name,
         StoredUNets(folders, current().device),

@@ -6,9 +6,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from prunekit.core.call import normal
+from prunekit.core.registry import denoiser_of
 from prunekit.randomness import generator
 
-ADDED = ("text_embeds", "time_ids")  # XL's added conditions
 MOST_TOKENS = 77
 
 
@@ -36,31 +37,15 @@ def example_inputs(
     unet: UNet2DConditionModel, batch: int, size: tuple[int, int], text_length: int, seed: int = 0
 ) -> dict[str, Tensor]:
     """Return the arguments of `Called`, by name, on the UNet's device and in its type; size is the latent's (h, w)."""
-    draw, config = generator(seed, "export"), unet.config
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
+    steps = torch.tensor([501 - 37 * (index % 10) for index in range(batch)])
+    draw = normal(generator(seed, "export"))
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw)
+    def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+        return 16 + draw(name, shape).abs() if name == "sizes" else draw(name, shape)
 
-    arguments = {
-        "sample": normal(batch, config.in_channels, *size),
-        "encoder_hidden_states": normal(batch, text_length, width),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        arguments |= {"text_embeds": normal(batch, pooled), "time_ids": 16 + normal(batch, 6).abs()}
-    arguments = {name: value.to(unet.device, unet.dtype) for name, value in arguments.items()}
-    steps = torch.tensor([501 - 37 * (index % 10) for index in range(batch)], device=unet.device)
-    order = ("sample", "timestep", "encoder_hidden_states", *ADDED)
-    arguments["timestep"] = steps
-    return {name: arguments[name] for name in order if name in arguments}
-
-
-def latent_size(unet: UNet2DConditionModel) -> tuple[int, int]:
-    """Return the latent's (h, w) that a UNet was made for."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    arguments = dict(denoiser_of(unet).example(unet, batch, size, text_length, fill, steps).to(unet))
+    added = arguments.pop("added_cond_kwargs", {})
+    return {**arguments, **added}
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -75,10 +75,10 @@ def import_aptp(
 
     """
     found, shape = read_release(Path(release)), load_shape(model)
-    space = discover(shape.unet, "aptp")
+    space = discover(shape.denoiser, "aptp")
     _check_fits(found, space, model)
     architectures = architectures_of(found.vectors, space)
-    cost = CostModel(shape.unet, space, text_length=shape.tokenizer.model_max_length)
+    cost = CostModel(shape.denoiser, space, text_length=shape.tokenizer.model_max_length)
     result = PruneResult(architectures, _router(found, prompt_encoder), _info(found, architectures, cost))
     with staged(Path(directory)) as folder:
         method = folder / "methods" / "aptp"
@@ -87,7 +87,7 @@ def import_aptp(
         dense, notes = _dense(found, model)
         for index, architecture in enumerate(architectures):
             place = method / "experts" / str(index) / "unet"
-            weights.append(_write_expert(architecture, found.weights[index], shape.unet, dense, place))
+            weights.append(_write_expert(architecture, found.weights[index], shape.denoiser, dense, place))
             write_json(method / "architectures" / f"{index}.json", architecture.to_dict())
         settings = {"name": Path(directory).name, "model": model, "prompt_encoder": prompt_encoder, **PAPER}
         methods = {"aptp": {"experts": len(architectures)} if len(architectures) > 1 else {}}

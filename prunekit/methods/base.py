@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover, match
+from prunekit.core.registry import denoiser_in
 from prunekit.core.space import Architecture, UnitSpace
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
@@ -151,7 +152,7 @@ class PruneResult:
         return directory
 
     @classmethod
-    def load(cls, directory: str | Path, of: UNet2DConditionModel | UnitSpace | None = None) -> "PruneResult":
+    def load(cls, directory: str | Path, of: ModelMixin | UnitSpace | None = None) -> "PruneResult":
         """Read what `save` wrote.
 
         Args:
@@ -170,7 +171,7 @@ class PruneResult:
         if content.get("format") != FORMAT:
             raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
         space = of if isinstance(of, UnitSpace) else UnitSpace.from_dict(content["space"])
-        if isinstance(of, UNet2DConditionModel):
+        if of is not None and of is not space:
             match(of, space)
         architectures = [
             Architecture.from_dict({**architecture, "space": content["space"]}, space)
@@ -214,7 +215,7 @@ class Method:
 
     def prune(
         self,
-        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        pipeline: DiffusionPipeline | ModelMixin,
         dataset: Any = None,
         directory: str | Path | None = None,
         log: Log | None = None,
@@ -236,13 +237,13 @@ class Method:
 class ScoreMethod(Method):
     """A method that scores every unit once and can then meet any budget."""
 
-    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
         """The importance of every unit."""
         raise NotImplementedError
 
     def prune(
         self,
-        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        pipeline: DiffusionPipeline | ModelMixin,
         dataset: Any = None,
         directory: str | Path | None = None,
         log: Log | None = None,
@@ -266,7 +267,7 @@ class ScoreMethod(Method):
         settings = self.config.model_dump(mode="json", exclude={"budget", "latency", "align"})
         return {"method": self.name, "settings": settings}
 
-    def _cached(self, path: Path, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any) -> Scores:
+    def _cached(self, path: Path, pipeline: DiffusionPipeline | ModelMixin, dataset: Any) -> Scores:
         key = self._key(pipeline, dataset)
         if path.is_file():
             try:
@@ -280,9 +281,9 @@ class ScoreMethod(Method):
         scores.save(path)
         return scores
 
-    def _key(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any) -> str:
+    def _key(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any) -> str:
         """A digest of all that the scores depend on: settings, the UNet's weights, the noise schedule, the data."""
-        unet, scheduler = unet_of(pipeline), getattr(pipeline, "scheduler", None)
+        unet, scheduler = denoiser_in(pipeline), getattr(pipeline, "scheduler", None)
         configs = [{} if part is None else part.config for part in (unet, scheduler)]
         plain = [sorted(item for item in config.items() if not item[0].startswith("_")) for config in configs]
         fingerprint = Fingerprint(SCORES_FORMAT, self.score_info(), *plain)
@@ -293,24 +294,12 @@ class ScoreMethod(Method):
         return fingerprint.add_data(dataset).key()
 
 
-def unet_of(pipeline: DiffusionPipeline | UNet2DConditionModel) -> UNet2DConditionModel:
-    """The UNet of a pipeline, or the UNet itself."""
-    unet = pipeline if isinstance(pipeline, UNet2DConditionModel) else getattr(pipeline, "unet", None)
-    if not isinstance(unet, UNet2DConditionModel):
-        raise UserError(
-            f"a pipeline with a UNet2DConditionModel, or one itself, is needed; got {type(pipeline).__name__}"
-        )
-    return unet
-
-
-def space_of(pipeline: DiffusionPipeline | UNet2DConditionModel, settings: PruneSettings) -> UnitSpace:
+def space_of(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> UnitSpace:
     """The units that the settings allow to remove."""
-    return discover(unet_of(pipeline), settings.depth, settings.include, settings.exclude)
+    return discover(denoiser_in(pipeline), settings.depth, settings.include, settings.exclude)
 
 
-def space_and_cost(
-    pipeline: DiffusionPipeline | UNet2DConditionModel, settings: PruneSettings
-) -> tuple[UnitSpace, CostModel]:
+def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> tuple[UnitSpace, CostModel]:
     """The units that may be removed, and what counts their cost at the resolution and text length of the settings.
 
     Raises:
@@ -318,13 +307,13 @@ def space_and_cost(
             VAE is unknown.
 
     """
-    unet, space = unet_of(pipeline), space_of(pipeline, settings)
+    unet, space = denoiser_in(pipeline), space_of(pipeline, settings)
     tokenizer = getattr(pipeline, "tokenizer", None)
     text_length = settings.text_length or getattr(tokenizer, "model_max_length", 77)
     return space, CostModel(unet, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
 
 
-def budget_cost(pipeline: DiffusionPipeline | UNet2DConditionModel, settings: PruneSettings) -> CostModel:
+def budget_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> CostModel:
     """What counts the budget: MACs, or the time on a device, whose table is then measured unless it is there.
 
     Raises:
@@ -333,12 +322,14 @@ def budget_cost(pipeline: DiffusionPipeline | UNet2DConditionModel, settings: Pr
     """
     _, cost = space_and_cost(pipeline, settings)
     return (
-        cost if settings.latency is None else latency_model(unet_of(pipeline), cost, settings.latency, settings.align)
+        cost
+        if settings.latency is None
+        else latency_model(denoiser_in(pipeline), cost, settings.latency, settings.align)
     )
 
 
 def _sample_size(
-    pipeline: DiffusionPipeline | UNet2DConditionModel, resolution: int | tuple[int, int] | None
+    pipeline: DiffusionPipeline | ModelMixin, resolution: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
     if resolution is None:
         return None

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field, field_validator
 from torch import nn
 
 from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
 from prunekit.core.space import Architecture, UnitSpace, near
 from prunekit.denoisers.unet.removed import BYPASSED
 from prunekit.errors import UserError
@@ -26,7 +27,6 @@ from prunekit.methods.base import (
     budget_cost,
     describe_result,
     space_of,
-    unet_of,
 )
 from prunekit.methods.registry import register
 from prunekit.training.trainer import Log
@@ -80,7 +80,7 @@ class BKSDM(Method):
     Config = BKSDMSettings
     needs_data = False
 
-    def members(self, pipeline: DiffusionPipeline | UNet2DConditionModel) -> dict[str, Architecture]:
+    def members(self, pipeline: DiffusionPipeline | ModelMixin) -> dict[str, Architecture]:
         """The family on this UNet, which may be on the meta device: Architectures over the "blocks" space, by name.
 
         "base", "small" and "tiny" first, then the layers per down block ("2,1,1,1", outermost first), with "-mid"
@@ -92,9 +92,9 @@ class BKSDM(Method):
             ValueError: a UNet with a level of other than one or two layers.
 
         """
-        return _members(unet_of(pipeline), space_of(pipeline, self.config))
+        return _members(denoiser_in(pipeline), space_of(pipeline, self.config))
 
-    def architecture(self, pipeline: DiffusionPipeline | UNet2DConditionModel) -> Architecture:
+    def architecture(self, pipeline: DiffusionPipeline | ModelMixin) -> Architecture:
         """The Architecture of the `variant` of the settings, whatever it costs; without one, what `prune` would take.
 
         Args:
@@ -106,11 +106,11 @@ class BKSDM(Method):
         """
         if self.config.variant is None:
             return self.prune(pipeline).architectures[0]
-        return self._fixed(unet_of(pipeline), self.members(pipeline))[1]
+        return self._fixed(denoiser_in(pipeline), self.members(pipeline))[1]
 
     def prune(
         self,
-        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        pipeline: DiffusionPipeline | ModelMixin,
         dataset: Any = None,
         directory: str | Path | None = None,
         log: Log | None = None,
@@ -132,7 +132,7 @@ class BKSDM(Method):
 
         """
         cost = budget_cost(pipeline, self.config)
-        unet = unet_of(pipeline)
+        unet = denoiser_in(pipeline)
         members = _members(unet, cost.space)
         if self.config.variant is None:
             name, architecture = _largest(members, cost, self.config.budget)
@@ -154,7 +154,7 @@ class BKSDM(Method):
             return {}
         return {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up", "snr_gamma": None}
 
-    def _fixed(self, unet: UNet2DConditionModel, members: dict[str, Architecture]) -> tuple[str, Architecture]:
+    def _fixed(self, unet: ModelMixin, members: dict[str, Architecture]) -> tuple[str, Architecture]:
         variant = self.config.variant
         ones = (1,) * len(unet.down_blocks)
         name = "base" if variant == _written(ones, False) else "small" if variant == _written(ones, True) else variant
@@ -197,7 +197,7 @@ def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -
     return name, members[name]
 
 
-def _members(unet: UNet2DConditionModel, space: UnitSpace) -> dict[str, Architecture]:
+def _members(unet: ModelMixin, space: UnitSpace) -> dict[str, Architecture]:
     layers = [_num_layers(block) for block in unet.down_blocks]
     if not set(layers) <= {1, 2}:
         raise UserError(
@@ -220,9 +220,7 @@ def _members(unet: UNet2DConditionModel, space: UnitSpace) -> dict[str, Architec
     return {name: members[name] for name in order}
 
 
-def _tiny(
-    unet: UNet2DConditionModel, space: UnitSpace, layers: list[int], second: list[list[str]], mid: list[str]
-) -> list[str]:
+def _tiny(unet: ModelMixin, space: UnitSpace, layers: list[int], second: list[list[str]], mid: list[str]) -> list[str]:
     """What Tiny removes: what Small does, and the innermost stage; nothing where one of these cannot go."""
     stage = _droppable(space, [f"stage:down_blocks.{len(layers) - 1}"])
     all_thin = all(names or count == 1 for count, names in zip(layers, second, strict=True))
@@ -255,7 +253,7 @@ def _layers_of(path: str, block: nn.Module | None, index: int | None = None) -> 
     ]
 
 
-def _second_layers(unet: UNet2DConditionModel, space: UnitSpace, level: int) -> list[str]:
+def _second_layers(unet: ModelMixin, space: UnitSpace, level: int) -> list[str]:
     up = len(unet.up_blocks) - 1 - level
     names = _layers_of(f"down_blocks.{level}", unet.down_blocks[level], 1)
     return _droppable(space, names + _layers_of(f"up_blocks.{up}", unet.up_blocks[up], 1))

@@ -10,69 +10,57 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
+from prunekit.core.call import Call
+from prunekit.core.registry import denoiser_in, denoiser_of, is_denoiser, process_of
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
-from prunekit.methods.base import unet_of
 from prunekit.models import resolution_of
 from prunekit.randomness import generator
-from prunekit.timing import text_width
-from prunekit.training.diffusion import forward_process
 
 PROBE_SIDE = 32  # random latents are no larger than this, for their cost
 PROBE_TEXT_LENGTH = 77
-ROW_TOKENS = 8192  # latent positions that run through the UNet at once while it is measured without gradients
+PIXELS = 8  # a latent position's, on random inputs
+ROW_TOKENS = 8192  # latent positions that run through the denoiser at once while it is measured without gradients
 
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Some calibration samples, on the UNet's device and in its dtype."""
+    """Some calibration samples, on the denoiser's device and in its dtype."""
 
     index: int  # of the batch among all batches
-    noisy: Tensor  # (B, C, h, w): what the UNet gets
-    timesteps: Tensor  # (B,) int64
+    call: Call  # what the denoiser gets
     latents: Tensor  # (B, C, h, w): clean
     noise: Tensor  # (B, C, h, w)
-    conditions: dict[str, Any]  # the UNet's keyword arguments
+    timesteps: Tensor  # (B,)
 
     def __len__(self) -> int:
-        return len(self.noisy)
+        return len(self.latents)
 
 
 def as_encoded(pipeline: Any, dataset: EncodedData | CaptionedImages) -> EncodedData:
     """Return encoded data as it is; captioned images encoded with the pipeline and the embedded prompt encoder.
 
     Raises:
-        ValueError: data of another kind, or images where there is only a UNet, which cannot encode them.
+        ValueError: data of another kind, or images where there is only a denoiser, which cannot encode them.
 
     """
     if isinstance(dataset, EncodedData):
         return dataset
     if not isinstance(dataset, CaptionedImages):
         raise UserError(f"data is EncodedData or CaptionedImages; got {type(dataset).__name__}")
-    if isinstance(pipeline, UNet2DConditionModel):
+    if is_denoiser(pipeline):
         raise UserError("a UNet alone cannot encode images; pass the whole pipeline, or EncodedData")
     from prunekit.data.prompt_encoder import load_prompt_encoder
 
     return encode(pipeline, dataset, load_prompt_encoder("emoji"), resolution_of(pipeline))
 
 
-def noise_schedule(pipeline: DiffusionPipeline | UNet2DConditionModel) -> DDPMScheduler:
-    """Return the forward process of a pipeline's scheduler; for a UNet alone, Stable Diffusion's betas.
-
-    It noises. What the UNet predicts, noise or velocity, only a pipeline's scheduler tells.
-    """
-    scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None:
-        return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    return forward_process(scheduler)
-
-
 def calibration_batches(
-    pipeline: DiffusionPipeline | UNet2DConditionModel,
+    pipeline: DiffusionPipeline | ModelMixin,
     data: EncodedData | None,
     count: int,
     batch_size: int,
@@ -83,9 +71,9 @@ def calibration_batches(
     """Yield `count` calibration samples in batches of `batch_size` (the last may be smaller).
 
     Args:
-        pipeline: a pipeline or its UNet; its scheduler noises the latents (a UNet alone: `noise_schedule`).
-        data: training pairs are drawn from it without repetition. None: Gaussian latents of the UNet's sample size (no
-            side above 32) and Gaussian text states.
+        pipeline: a pipeline or its denoiser; its scheduler noises the latents (a denoiser alone: `process_of`).
+        data: training pairs are drawn from it without repetition. None: Gaussian latents of the model's size (no side
+            above 32) and Gaussian text states.
         count: samples of all batches together.
         batch_size: samples of one batch.
         seed: what the draws are keyed by.
@@ -96,41 +84,43 @@ def calibration_batches(
         ValueError: more samples than there are training pairs, before the first batch.
 
     """
-    unet, scheduler = unet_of(pipeline), noise_schedule(pipeline)
+    model, process = denoiser_in(pipeline), process_of(pipeline)
+    denoiser = denoiser_of(model)
     pairs = None if data is None else _draw_pairs(data, count, seed)
-    num_timesteps = scheduler.config.num_train_timesteps
     starts = range(share[0] * batch_size, count, share[1] * batch_size)
 
     def batch(start: int) -> CalibrationBatch:
         samples = range(start, min(start + batch_size, count))
-        if data is None:
-            latents, conditions = _random_inputs(unet, seed, samples)
-        else:
-            chosen = pairs[samples.start : samples.stop]
-            latents, conditions = data.latents[data.image_index[chosen]], data.conditions(chosen)
-        noise = _normal(seed, "noise", samples, tuple(latents.shape[1:]))
         if timestep is None:
-            timesteps = torch.tensor([(2 * i + 1) * num_timesteps // (2 * count) for i in samples])
+            timesteps = torch.tensor([(2 * i + 1) * process.num_timesteps // (2 * count) for i in samples])
         else:
             timesteps = torch.full((len(samples),), timestep)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        parts = (noisy, timesteps, latents, noise, conditions)
-        return CalibrationBatch(start // batch_size, *(_to(part, unet) for part in parts))
+        if data is None:
+            call = _random_call(model, seed, samples)
+            latents = denoiser.noisy(call)
+        else:
+            chosen = pairs[samples.start : samples.stop]
+            latents = data.latents[data.image_index[chosen]]
+            call = denoiser.call(latents, timesteps, data.conditions(chosen))
+        noise = _normal(seed, "noise", samples, tuple(latents.shape[1:]))
+        call = denoiser.at(call, process.noised(latents, noise, timesteps), timesteps)
+        latents, noise = (values.to(model.device, model.dtype) for values in (latents, noise))
+        return CalibrationBatch(start // batch_size, call.to(model), latents, noise, timesteps.to(model.device))
 
     return (batch(start) for start in starts)
 
 
-def num_probes(pipeline: DiffusionPipeline | UNet2DConditionModel, data: EncodedData | None) -> int:
-    """How many samples of the calibration data run through the UNet at once without gradients."""
-    sides = _probe_sides(unet_of(pipeline)) if data is None else data.latents.shape[-2:]
+def num_probes(pipeline: DiffusionPipeline | ModelMixin, data: EncodedData | None) -> int:
+    """How many samples of the calibration data run through the denoiser at once without gradients."""
+    sides = _probe_sides(denoiser_in(pipeline)) if data is None else data.latents.shape[-2:]
     return max(1, ROW_TOKENS // (sides[0] * sides[1]))
 
 
 @contextmanager
-def evaluation_mode(unet: UNet2DConditionModel) -> Iterator[None]:
+def evaluation_mode(model: ModelMixin) -> Iterator[None]:
     """Switch every module to evaluation, and back to the mode that each was in."""
-    training = [module for module in unet.modules() if module.training]
-    unet.eval()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
@@ -153,30 +143,19 @@ def _normal(seed: int, purpose: str, samples: range, shape: tuple[int, ...]) -> 
     return torch.stack([torch.randn(shape, generator=generator(seed, "calibration", purpose, i)) for i in samples])
 
 
-def _probe_sides(unet: UNet2DConditionModel) -> tuple[int, int]:
-    size = unet.config.sample_size or PROBE_SIDE
-    sides = (size, size) if isinstance(size, int) else size
+def _probe_sides(model: ModelMixin) -> tuple[int, int]:
+    sides = denoiser_of(model).latent_size(model) or (PROBE_SIDE, PROBE_SIDE)
     return min(sides[0], PROBE_SIDE), min(sides[1], PROBE_SIDE)
 
 
-def _random_inputs(unet: UNet2DConditionModel, seed: int, samples: range) -> tuple[Tensor, dict[str, Any]]:
-    config = unet.config
-    latents = _normal(seed, "latents", samples, (config.in_channels, *_probe_sides(unet)))
-    text = _normal(seed, "text", samples, (PROBE_TEXT_LENGTH, text_width(unet)))
-    conditions: dict[str, Any] = {"encoder_hidden_states": text}
-    if config.addition_embed_type == "text_time":  # SDXL: pooled text; original size, crop and target size
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        height, breadth = (8.0 * side for side in _probe_sides(unet))
-        time_ids = torch.tensor([height, breadth, 0, 0, height, breadth]).expand(len(samples), -1)
-        conditions["added_cond_kwargs"] = {
-            "text_embeds": _normal(seed, "pooled", samples, (width,)),
-            "time_ids": time_ids,
-        }
-    return latents, conditions
+def _random_call(model: ModelMixin, seed: int, samples: range) -> Call:
+    """Return a call of clean Gaussian latents and conditions, each sample's from streams of its own."""
+    denoiser, sides = denoiser_of(model), _probe_sides(model)
 
+    def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name == "sizes":
+            height, width = (PIXELS * side for side in sides)
+            return denoiser.family.sizes(height, width).expand(shape)
+        return _normal(seed, "latents" if name == "noisy" else name, samples, shape[1:])
 
-def _to(value: Any, unet: UNet2DConditionModel) -> Any:
-    """Move to the UNet's device, floating point to its dtype."""
-    if isinstance(value, dict):
-        return {name: _to(part, unet) for name, part in value.items()}
-    return value.to(unet.device, unet.dtype if value.is_floating_point() else None)
+    return denoiser.example(model, len(samples), sides, PROBE_TEXT_LENGTH, fill)

@@ -15,17 +15,17 @@ true of every score of single units.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
+from prunekit.core.call import predict
 from prunekit.core.gates import Gates, gated
+from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitGroup, UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.methods.base import unet_of
 from prunekit.methods.calibration import (
     CalibrationBatch,
     calibration_batches,
@@ -37,7 +37,7 @@ from prunekit.training.processes import current
 
 def joint_scores(
     widths: Tensor,
-    pipeline: DiffusionPipeline | UNet2DConditionModel,
+    pipeline: DiffusionPipeline | ModelMixin,
     space: UnitSpace,
     data: EncodedData | None,
     samples: int,
@@ -82,7 +82,7 @@ def width_scale(widths: Tensor, changes: Tensor, space: UnitSpace) -> float:
 
 @torch.no_grad()
 def output_changes(
-    pipeline: DiffusionPipeline | UNet2DConditionModel,
+    pipeline: DiffusionPipeline | ModelMixin,
     space: UnitSpace,
     groups: Sequence[UnitGroup],
     data: EncodedData | None,
@@ -100,7 +100,7 @@ def output_changes(
     """
     if not groups:
         return torch.zeros(0, dtype=torch.float64)
-    unet, rows = unet_of(pipeline), num_probes(pipeline, data)
+    model, rows = denoiser_in(pipeline), num_probes(pipeline, data)
     processes = current()
     batch_size = min(samples, rows)
     batches = calibration_batches(pipeline, data, samples, batch_size, seed, share=(processes.index, processes.count))
@@ -108,9 +108,9 @@ def output_changes(
     probes = torch.ones(len(groups), space.size)
     for row, group in zip(probes, groups, strict=True):
         row[space.slice(group)] = 0
-    with evaluation_mode(unet), gated(unet, space) as gates:
+    with evaluation_mode(model), gated(model, space) as gates:
         for batch in batches:
-            changes = _changes(unet, gates, batch, probes.split(max(1, rows // batch_size)))
+            changes = _changes(model, gates, batch, probes.split(max(1, rows // batch_size)))
             table[batch.index] = torch.cat(list(changes)).cpu()
     processes.sum([table])
     if not table.isfinite().all():
@@ -118,22 +118,13 @@ def output_changes(
     return table.sum(0) / samples
 
 
-def _changes(
-    unet: UNet2DConditionModel, gates: Gates, batch: CalibrationBatch, chunks: Sequence[Tensor]
-) -> Iterator[Tensor]:
+def _changes(model: ModelMixin, gates: Gates, batch: CalibrationBatch, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield, for each chunk of gates (P, D), the squared changes (P,) summed over the batch's samples."""
     gates.set(gates.space.full())
-    dense = unet(batch.noisy, batch.timesteps, **batch.conditions).sample.float()  # (B, C, h, w)
+    dense = predict(model, batch.call).float()  # (B, C, h, w)
     for probes in chunks:
         num = len(probes)
         gates.set(probes, rows=torch.arange(num).repeat_interleave(len(batch)))
-        noisy, timesteps, conditions = (_tiled(x, num) for x in (batch.noisy, batch.timesteps, batch.conditions))
-        output = unet(noisy, timesteps, **conditions).sample.float()
+        output = predict(model, batch.call.repeat(num)).float()
         errors = (output.view(num, *dense.shape) - dense).square()  # (P, B, C, h, w)
         yield errors.flatten(2).mean(2, dtype=torch.float64).sum(1)
-
-
-def _tiled(value: Any, times: int) -> Any:
-    if isinstance(value, dict):
-        return {name: _tiled(part, times) for name, part in value.items()}
-    return value.repeat(times, *[1] * (value.dim() - 1))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
@@ -16,7 +16,7 @@ from prunekit.errors import UserError
 from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
 from prunekit.latency.table import DEFAULT_WIDTHS
 from prunekit.methods.budget import unit_step
-from prunekit.timing import WarmUp, measure, unet_call, unet_inputs
+from prunekit.timing import WarmUp, measure, timed_call, timed_inputs
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.processes import current
 from prunekit.training.progress import Progress
@@ -38,7 +38,7 @@ class LatencySettings(BaseModel):
 
 
 def latency_model(
-    unet: UNet2DConditionModel, cost: CostModel, settings: LatencySettings, align: int | None = None
+    model: ModelMixin, cost: CostModel, settings: LatencySettings, align: int | None = None
 ) -> LatencyModel:
     """Return the cost model in time; where the folder has no table of these conditions, measure and keep one.
 
@@ -46,19 +46,19 @@ def latency_model(
         ValueError: a UNet on the meta device; a file that is no table, or one of another model, size or text length.
 
     """
-    path, conditions = Path(settings.device).expanduser(), _conditions(unet, cost, settings)
+    path, conditions = Path(settings.device).expanduser(), _conditions(model, cost, settings)
     if settings.device == HERE:
         path = Path(settings.tables).expanduser() / f"{Fingerprint(*sorted(conditions.items())).key()[:16]}.json"
-        current().first(lambda: path.is_file() or write_json(path, _measured(unet, cost, settings).to_dict()))
+        current().first(lambda: path.is_file() or write_json(path, _measured(model, cost, settings).to_dict()))
     elif not path.is_file():
         raise UserError(f"latency device {settings.device!r}: give {HERE!r}, or the file of a latency table")
     table = LatencyTable.from_dict(read_json(path))
     table.refuse(conditions if settings.device == HERE else {name: conditions[name] for name in ANYWHERE})
-    return LatencyModel(unet, cost, table, lambda group: unit_step(group, align))
+    return LatencyModel(model, cost, table, lambda group: unit_step(group, align))
 
 
 def predicted_and_measured(
-    unet: UNet2DConditionModel, architectures: list[Architecture], cost: LatencyModel, settings: LatencySettings
+    model: ModelMixin, architectures: list[Architecture], cost: LatencyModel, settings: LatencySettings
 ) -> list[dict[str, Any]]:
     """Time architectures beside the dense UNet, under the table's conditions; a row for each, JSON values.
 
@@ -69,34 +69,34 @@ def predicted_and_measured(
     for index, architecture in enumerate(architectures):
         row = {"expert": index, "macs_ratio": cost.ratio(architecture), "predicted": cost.latency_ratio(architecture)}
         if settings.device == HERE:
-            row |= _against(unet, architecture, cost, settings, row["predicted"])
+            row |= _against(model, architecture, cost, settings, row["predicted"])
         rows.append(row)
     return rows
 
 
 @torch.no_grad()
 def _against(
-    unet: UNet2DConditionModel,
+    model: ModelMixin,
     architecture: Architecture,
     cost: LatencyModel,
     settings: LatencySettings,
     predicted: float,
 ) -> dict[str, float]:
     dtype = getattr(torch, settings.dtype)
-    unets = [nn.Module.to(slice_model(unet, kept), dtype).eval() for kept in (cost.space.full(), architecture)]
-    inputs = unet_inputs(unets[0], settings.batch, cost.sample_size, cost.text_length)
-    calls = {name: unet_call(own, inputs) for name, own in zip(("dense", "pruned"), unets, strict=True)}
-    measured = measure(calls, PAIRS, unet.device, WarmUp(max_seconds=10.0))
+    models = [nn.Module.to(slice_model(model, kept), dtype).eval() for kept in (cost.space.full(), architecture)]
+    call = timed_inputs(models[0], settings.batch, cost.sample_size, cost.text_length)
+    calls = {name: timed_call(own, call) for name, own in zip(("dense", "pruned"), models, strict=True)}
+    measured = measure(calls, PAIRS, model.device, WarmUp(max_seconds=10.0))
     ratio = measured.ratio("pruned").value
     return {"measured": ratio, "error": predicted / ratio - 1, "noise": measured.noise.distance}
 
 
-def _conditions(unet: UNet2DConditionModel, cost: CostModel, settings: LatencySettings) -> dict[str, Any]:
+def _conditions(model: ModelMixin, cost: CostModel, settings: LatencySettings) -> dict[str, Any]:
     dtype = getattr(torch, settings.dtype)
-    return conditions_of(unet, cost.sample_size, cost.text_length, settings.batch, dtype)
+    return conditions_of(model, cost.sample_size, cost.text_length, settings.batch, dtype)
 
 
-def _measured(unet: UNet2DConditionModel, cost: CostModel, settings: LatencySettings) -> LatencyTable:
+def _measured(model: ModelMixin, cost: CostModel, settings: LatencySettings) -> LatencyTable:
     call = (cost.sample_size, cost.text_length, settings.batch, getattr(torch, settings.dtype))
     with Progress("latency table", DEFAULT_WIDTHS + 1) as bar:
-        return measure_table(unet, *call, widths=DEFAULT_WIDTHS, progress=bar.update)
+        return measure_table(model, *call, widths=DEFAULT_WIDTHS, progress=bar.update)

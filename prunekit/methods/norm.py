@@ -7,13 +7,14 @@ the residual stream; here, as for every method, block outputs keep their shape, 
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field
 from torch import Tensor
 
+from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
+from prunekit.methods.base import PruneSettings, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import as_encoded
 from prunekit.methods.depth_scores import joint_scores, output_changes
@@ -46,7 +47,7 @@ class Norm(ScoreMethod):
     needs_data = False
 
     @torch.no_grad()
-    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
         """Relative magnitude of every width unit, measured output change of every depth unit.
 
         A width unit scores the sum of |w|^order over the weights it owns, relative to the mean of its group: equal
@@ -66,7 +67,7 @@ class Norm(ScoreMethod):
                 than training pairs.
 
         """
-        unet, space, config = unet_of(pipeline), space_of(pipeline, self.config), self.config
+        unet, space, config = denoiser_in(pipeline), space_of(pipeline, self.config), self.config
         if unet.device.type == "meta":
             raise UserError("Norm reads the weights, and this UNet is on the meta device; load it with its weights")
         widths = torch.empty(space.num_width, dtype=torch.float64)

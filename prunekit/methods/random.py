@@ -7,7 +7,7 @@ keeps all layers, which is `depth: none`.
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 
 from prunekit.methods.base import ScoreMethod, space_of
 from prunekit.methods.budget import Scores
@@ -21,7 +21,7 @@ class Random(ScoreMethod):
 
     needs_data = False
 
-    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
         """Scores uniform in [0, 1), independent of each other, for widths and depths alike.
 
         Args:

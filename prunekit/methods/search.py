@@ -10,19 +10,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunekit.core.call import Call, predict
 from prunekit.core.cost import CostModel
+from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates, gated
+from prunekit.core.registry import denoiser_in, denoiser_of, process_of
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
 from prunekit.methods.aptp.losses import resource_loss
-from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost, unet_of
+from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost
 from prunekit.methods.budget import budget_macs
-from prunekit.methods.calibration import as_encoded, noise_schedule
+from prunekit.methods.calibration import as_encoded
 from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
 from prunekit.randomness import generator
 from prunekit.training.diffusion import (
@@ -99,15 +102,15 @@ class SearchBatch:
 
 @dataclass
 class GateSearchObjective:
-    """The terms of a search step that all such methods share; `gates` are open on `unet` while it trains.
+    """The terms of a search step that all such methods share; `gates` are open on `model` while it trains.
 
     A subclass has the modules that are trained, and says which logits each sample runs under.
     """
 
-    unet: UNet2DConditionModel
+    model: ModelMixin
     gates: Gates
     cost: CostModel
-    scheduler: DDPMScheduler
+    process: NoiseProcess
     data: EncodedData
     config: SearchSettings
     device: torch.device
@@ -120,9 +123,8 @@ class GateSearchObjective:
     def draw(self, step: int) -> SearchBatch:
         """Draw a step's pairs, timesteps and noise: a function of (seed, step) alone."""
         size, shape = self.config.search.batch_size, tuple(self.data.latents.shape[1:])
-        timesteps = self.scheduler.config.num_train_timesteps
         sampled = self.data.deviations is not None
-        plan = NoisePlan.draw(step, self.config.seed, size, len(self.pairs), shape, timesteps, sampled)
+        plan = NoisePlan.draw(step, self.config.seed, size, len(self.pairs), shape, self.process, sampled)
         return SearchBatch(step, plan, self.pairs[plan.indices])
 
     def gate(self, batch: SearchBatch, logits: Tensor, purpose: str = "gates") -> Tensor:
@@ -152,23 +154,23 @@ class GateSearchObjective:
             weights: (n,) what each sample counts; over the whole batch they sum to 1.
 
         Returns:
-            Scalars: "denoising", and "distillation" from the ungated UNet, which does not run where its weight is 0.
+            Scalars: "denoising", and "distillation" from the ungated model, which does not run where its weight is 0.
 
         """
         pairs, weights = batch.pairs[positions], weights.to(self.device)
         latents = self.data.draw_latents(pairs, batch.plan.posterior_at(positions)).to(self.device)
         noise, timesteps = (values[positions].to(self.device) for values in (batch.plan.noise, batch.plan.timesteps))
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        conditions = self.data.conditions(pairs, self.device)
+        noisy = self.process.noised(latents, noise, timesteps)
+        call = denoiser_of(self.model).call(noisy, timesteps, self.data.conditions(pairs, self.device))
         weight = self.config.distillation_weight
         which = self.config.feature_blocks if weight else "none"
-        teacher = self._teacher(noisy, timesteps, conditions) if weight else None
+        teacher = self._teacher(call, noisy) if weight else None
         self.gates.set(self.gate(batch, logits), rows=rows)
-        kernel = attention_kernel(self.unet, noisy, self.config.search.gradient_checkpointing)
-        with kernel, block_outputs(self.unet, which) as blocks:
-            prediction = self.unet(noisy, timesteps, **conditions).sample
+        kernel = attention_kernel(self.model, noisy, self.config.search.gradient_checkpointing)
+        with kernel, block_outputs(self.model, which) as blocks:
+            prediction = predict(self.model, call)
         drawn = (latents, noise, timesteps)
-        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma, self.config.snr_form)
+        denoising = denoising_errors(prediction, self.process, *drawn, self.config.snr_gamma, self.config.snr_form)
         terms = {"denoising": (weights * denoising).sum()}
         if teacher is not None:
             error = distillation_error(prediction, teacher[0], blocks, teacher[1], self.config.feature_scale)
@@ -176,13 +178,11 @@ class GateSearchObjective:
         return terms
 
     @torch.no_grad()
-    def _teacher(
-        self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ungated UNet's output and its blocks' outputs."""
+    def _teacher(self, call: Call, noisy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the ungated model's output and its blocks' outputs."""
         self.gates.set(self.cost.space.full())
-        with attention_kernel(self.unet, noisy), block_outputs(self.unet, self.config.feature_blocks) as blocks:
-            return self.unet(noisy, timesteps, **conditions).sample, blocks
+        with attention_kernel(self.model, noisy), block_outputs(self.model, self.config.feature_blocks) as blocks:
+            return predict(self.model, call), blocks
 
 
 class SearchMethod(Method):
@@ -193,7 +193,7 @@ class SearchMethod(Method):
 
     def prune(
         self,
-        pipeline: DiffusionPipeline | UNet2DConditionModel,
+        pipeline: DiffusionPipeline | ModelMixin,
         dataset: EncodedData | CaptionedImages,
         directory: str | Path | None = None,
         log: Log | None = None,
@@ -224,13 +224,13 @@ class SearchMethod(Method):
         data = as_encoded(pipeline, dataset)
         cost = budget_cost(pipeline, self.config)
         budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
-        unet = unet_of(pipeline)
+        model = denoiser_in(pipeline)
         with (
-            preserved(unet),
-            held(self.config.search, unet.eval().requires_grad_(False)),
-            gated(unet, cost.space) as gates,
+            preserved(model),
+            held(self.config.search, model.eval().requires_grad_(False)),
+            gated(model, cost.space) as gates,
         ):
-            objective = self._objective(unet, gates, cost, noise_schedule(pipeline), data)
+            objective = self._objective(model, gates, cost, process_of(pipeline), data)
             trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
             figures = trainer.fit()
         result = self._decide(objective)
@@ -240,7 +240,7 @@ class SearchMethod(Method):
         return result
 
     def _objective(
-        self, unet: UNet2DConditionModel, gates: Gates, cost: CostModel, scheduler: DDPMScheduler, data: EncodedData
+        self, model: ModelMixin, gates: Gates, cost: CostModel, process: NoiseProcess, data: EncodedData
     ) -> Any:
         """Return what is trained, at its start: a GateSearchObjective that is a trainer's Objective."""
         raise NotImplementedError

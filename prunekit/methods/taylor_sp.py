@@ -23,14 +23,17 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunekit.core.call import predict
+from prunekit.core.family import NoiseProcess
+from prunekit.core.registry import denoiser_in, process_of
 from prunekit.core.space import UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneSettings, ScoreMethod, space_of, unet_of
+from prunekit.methods.base import PruneSettings, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import (
     CalibrationBatch,
@@ -42,7 +45,7 @@ from prunekit.methods.depth_scores import joint_scores
 from prunekit.methods.registry import register
 from prunekit.methods.weights import owned_weights, sum_per_unit
 from prunekit.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resolve_precision
-from prunekit.training.diffusion import attention_kernel, forward_process, per_sample_mse, target
+from prunekit.training.diffusion import attention_kernel, per_sample_mse
 from prunekit.training.processes import current
 from prunekit.training.progress import Progress
 
@@ -73,7 +76,7 @@ class TaylorSP(ScoreMethod):
     Config = TaylorSPSettings
     config: TaylorSPSettings
 
-    def score(self, pipeline: DiffusionPipeline | UNet2DConditionModel, dataset: Any = None) -> Scores:
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
         """First-order change of the loss for every width unit; measured output change for depth units.
 
         Without depth units a score is in units of the loss, summed over the timesteps used; with them, in units of
@@ -89,7 +92,7 @@ class TaylorSP(ScoreMethod):
                 finite; scores that are all zero.
 
         """
-        config, unet, space = self.config, unet_of(pipeline), space_of(pipeline, self.config)
+        config, model, space = self.config, denoiser_in(pipeline), space_of(pipeline, self.config)
         if dataset is None:
             raise UserError("taylor_sp needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         if getattr(pipeline, "scheduler", None) is None:
@@ -97,7 +100,7 @@ class TaylorSP(ScoreMethod):
         data = as_encoded(pipeline, dataset)
         gradients, losses, used = self._gradients(pipeline, space, data)
         with torch.no_grad():
-            widths = width_scores(unet, space, gradients, config.aggregation)
+            widths = width_scores(model, space, gradients, config.aggregation)
         _check(widths, used)
         values = joint_scores(widths, pipeline, space, data, config.samples, config.seed)
         return Scores(space, values, {**self.score_info(), "timesteps": used, "losses": losses})
@@ -106,19 +109,19 @@ class TaylorSP(ScoreMethod):
         self, pipeline: DiffusionPipeline, space: UnitSpace, data: EncodedData
     ) -> tuple[Gradients, dict[str, float], list[int]]:
         """Gradients of Σ_t L_t over all processes' samples, L_t by timestep, and the timesteps that are in the sum."""
-        config, unet, scheduler = self.config, pipeline.unet, forward_process(pipeline.scheduler)
+        config, model, process = self.config, denoiser_in(pipeline), process_of(pipeline)
         processes = current()
         share = (processes.index, processes.count)
-        weights = [owned.layer.weight for group in space.width_groups for owned in owned_weights(unet, group)]
+        weights = [owned.layer.weight for group in space.width_groups for owned in owned_weights(model, group)]
         total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
         losses: dict[str, float] = {}
         used: list[int] = []
-        timesteps = spaced_timesteps(scheduler.config.num_train_timesteps, config.num_timesteps) if weights else []
+        timesteps = spaced_timesteps(process.num_timesteps, config.num_timesteps) if weights else []
         bar = Progress(f"{self.name} calibration", len(timesteps), enabled=processes.is_main)
-        with evaluation_mode(unet), gradients_only_of(unet, weights), bar as progress:
+        with evaluation_mode(model), gradients_only_of(model, weights), bar as progress:
             for timestep in timesteps:
                 draw = (config.samples, config.batch_size, config.seed, timestep, share)
-                loss, step = self._step(unet, scheduler, calibration_batches(pipeline, data, *draw), weights)
+                loss, step = self._step(model, process, calibration_batches(pipeline, data, *draw), weights)
                 processes.sum([loss])
                 if not loss.isfinite():
                     raise UserError(f"the loss at timestep {timestep} is not finite; use precision=float32")
@@ -134,8 +137,8 @@ class TaylorSP(ScoreMethod):
 
     def _step(
         self,
-        unet: UNet2DConditionModel,
-        scheduler: DDPMScheduler,
+        model: ModelMixin,
+        process: NoiseProcess,
         batches: Iterator[CalibrationBatch],
         weights: list[nn.Parameter],
     ) -> tuple[Tensor, Gradients]:
@@ -143,11 +146,11 @@ class TaylorSP(ScoreMethod):
         total, step = torch.zeros((), dtype=torch.float64), Gradients()
         for batch in batches:
             with (
-                attention_kernel(unet, batch.noisy),
-                autocast(resolve_precision(self.config.precision, unet.device, scaled=False), unet.device),
+                attention_kernel(model, batch.latents),
+                autocast(resolve_precision(self.config.precision, model.device, scaled=False), model.device),
             ):
-                prediction = unet(batch.noisy, batch.timesteps, **batch.conditions).sample
-            goal = target(scheduler, batch.latents, batch.noise, batch.timesteps)
+                prediction = predict(model, batch.call)
+            goal = process.target(batch.latents, batch.noise, batch.timesteps)
             loss = per_sample_mse(prediction, goal).sum() / self.config.samples
             for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                 step[weight] = step[weight] + gradient if weight in step else gradient.float()
@@ -156,7 +159,7 @@ class TaylorSP(ScoreMethod):
 
 
 def width_scores(
-    unet: UNet2DConditionModel, space: UnitSpace, gradients: Gradients, aggregation: Literal["sum_abs", "abs_sum"]
+    model: ModelMixin, space: UnitSpace, gradients: Gradients, aggregation: Literal["sum_abs", "abs_sum"]
 ) -> Tensor:
     """Taylor scores of the width units, (num_width,) float64, from the gradients of their weights.
 
@@ -166,9 +169,9 @@ def width_scores(
     widths = torch.zeros(space.num_width, dtype=torch.float64)
     for group in space.width_groups:
         if aggregation == "sum_abs":
-            scores = sum_per_unit(unet, group, lambda weight: (weight.double() * gradients[weight].double()).abs())
+            scores = sum_per_unit(model, group, lambda weight: (weight.double() * gradients[weight].double()).abs())
         else:
-            scores = sum_per_unit(unet, group, lambda weight: weight.double() * gradients[weight].double(), torch.abs)
+            scores = sum_per_unit(model, group, lambda weight: weight.double() * gradients[weight].double(), torch.abs)
         widths[space.slice(group)] = scores
     return widths
 
@@ -180,10 +183,10 @@ def spaced_timesteps(num_train_timesteps: int, count: int) -> list[int]:
 
 
 @contextmanager
-def gradients_only_of(unet: UNet2DConditionModel, weights: list[nn.Parameter]) -> Iterator[None]:
+def gradients_only_of(model: ModelMixin, weights: list[nn.Parameter]) -> Iterator[None]:
     """Let only `weights` require gradients; then every flag is as it was."""
-    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    unet.requires_grad_(False)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
     try:

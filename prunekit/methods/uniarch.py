@@ -6,10 +6,11 @@ distillation, the default here, is the row that the table lacks.
 """
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prunekit.core.cost import CostModel
+from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.methods.base import PruneResult, describe_result
@@ -27,15 +28,15 @@ class UniArchObjective(GateSearchObjective):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        model: ModelMixin,
         gates: Gates,
         cost: CostModel,
-        scheduler: DDPMScheduler,
+        process: NoiseProcess,
         data: EncodedData,
         config: SearchSettings,
         device: torch.device,
     ):
-        super().__init__(unet, gates, cost, scheduler, data, config, device)
+        super().__init__(model, gates, cost, process, data, config, device)
         self.codes = Codes(1, cost.space.size).to(device)
 
     @property
@@ -69,9 +70,9 @@ class UniArch(SearchMethod):
     config: UniArchConfig
 
     def _objective(
-        self, unet: UNet2DConditionModel, gates: Gates, cost: CostModel, scheduler: DDPMScheduler, data: EncodedData
+        self, model: ModelMixin, gates: Gates, cost: CostModel, process: NoiseProcess, data: EncodedData
     ) -> UniArchObjective:
-        return UniArchObjective(unet, gates, cost, scheduler, data, self.config, unet.device)
+        return UniArchObjective(model, gates, cost, process, data, self.config, model.device)
 
     def _decide(self, objective: UniArchObjective) -> PruneResult:
         scores = objective.relaxation.scores(objective.codes.values.detach())[0]

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.models.hub import INDEX, UNET, fetch
@@ -132,7 +132,7 @@ def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
     """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
     if type(pipeline).__name__ not in PIPELINES:
         raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
-    unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler.config
+    unet, vae, scheduler = denoiser_in(pipeline), pipeline.vae, pipeline.scheduler.config
     denoiser_of(unet).check(unet)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_in, denoiser_of, latent_size
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
 from prunekit.models.names import (
@@ -44,10 +44,10 @@ class TokenizerShape:
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """What counting needs of a pipeline, under a pipeline's own names; the UNet is on the meta device."""
+    """What counting needs of a pipeline, under a pipeline's own names; the denoiser is on the meta device."""
 
     name: str
-    unet: UNet2DConditionModel
+    denoiser: ModelMixin
     vae_scale_factor: int  # pixels per latent position
     tokenizer: TokenizerShape
 
@@ -69,8 +69,7 @@ def resolution_of(pipeline: Any) -> int:
 
 
 def _pixels(pipeline: Any) -> tuple[int, int]:
-    side = pipeline.unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = latent_size(denoiser_in(pipeline))
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 

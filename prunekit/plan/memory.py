@@ -1,6 +1,6 @@
 """The memory that a stage takes, from a rehearsal of its step: the real code runs on tensors that have no content.
 
-PyTorch's fake tensors know shapes alone, so a step of a full-size UNet takes about a second and no memory, and every
+PyTorch's fake tensors know shapes alone, so a step of a full-size model takes about a second and no memory, and every
 storage that it would make is counted while it lives. What this does not see: the allocator's gaps and the scratch
 space of kernels.
 """
@@ -11,15 +11,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunekit.core.call import Call, predict, zeros
 from prunekit.core.gates import gated
+from prunekit.core.registry import denoiser_of, family_of
 from prunekit.core.space import UnitSpace
-from prunekit.timing import text_width
 from prunekit.training.memory import held
 from prunekit.training.trainer import TrainerConfig
 
@@ -60,18 +61,18 @@ class LiveMemory(TorchDispatchMode):
 
 
 class Rehearsal:
-    """A pipeline's UNet and autoencoder as fake tensors. Every method returns the bytes of a step beyond the weights.
+    """A pipeline's denoiser and autoencoder as fake tensors; methods return the bytes of a step beyond the weights.
 
     latent: (h, w). samples: of one forward pass on one device.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, autoencoder: AutoencoderKL):
+    def __init__(self, model: ModelMixin, autoencoder: AutoencoderKL):
         """Take the shapes of parts that may be on the meta device."""
         self.mode = FakeTensorMode()
         with self.mode:
-            self.unet = type(unet).from_config(unet.config).eval()
+            self.model = type(model).from_config(model.config).eval()
             self.autoencoder = type(autoencoder).from_config(autoencoder.config).eval().requires_grad_(False)
-        for module in self.unet.modules():
+        for module in self.model.modules():
             if isinstance(module, KEPT_IN_FLOAT32):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
@@ -79,38 +80,39 @@ class Rehearsal:
         self, space: UnitSpace, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig
     ) -> int:
         """A step that learns soft gates: forward, backward to the gates. A teacher's pass before it takes less."""
-        self.unet.requires_grad_(False)
-        memory = LiveMemory(self.unet.parameters())
-        with self.mode, memory, _held(config, self.unet), gated(self.unet, space) as gates:
-            inputs = unet_inputs(self.unet, latent, tokens, samples)
+        self.model.requires_grad_(False)
+        memory = LiveMemory(self.model.parameters())
+        with self.mode, memory, _held(config, self.model), gated(self.model, space) as gates:
+            call = zero_call(self.model, latent, tokens, samples)
             gates.set(torch.rand(samples, space.size, requires_grad=True))
             with autocast(config.precision):
-                prediction = self.unet(**inputs).sample
+                prediction = predict(self.model, call)
             prediction.float().square().mean().backward()
         return memory.peak
 
     def training(self, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig | None = None) -> int:
         """A step that trains the weights; their gradients are not counted. config None: float32, nothing recomputed."""
         config = config or TrainerConfig(steps=1, batch_size=samples, learning_rate=1.0, precision="float32")
-        self.unet.requires_grad_(True)
-        with self.mode, _held(config, self.unet):
-            for parameter in self.unet.parameters():
+        self.model.requires_grad_(True)
+        with self.mode, _held(config, self.model):
+            for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            with LiveMemory([*self.unet.parameters(), *(p.grad for p in self.unet.parameters())]) as memory:
-                inputs = unet_inputs(self.unet, latent, tokens, samples)
+            with LiveMemory([*self.model.parameters(), *(p.grad for p in self.model.parameters())]) as memory:
+                call = zero_call(self.model, latent, tokens, samples)
                 with autocast(config.precision):
-                    prediction = self.unet(**inputs).sample
+                    prediction = predict(self.model, call)
                 prediction.float().square().mean().backward()
-            self.unet.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
         return memory.peak
 
     @torch.no_grad()
     def sampling(self, latent: tuple[int, int], tokens: int, samples: int, guided: bool, precision: str) -> int:
-        """A pipeline's call: the UNet on all samples, twice under guidance, and the decoder on all samples."""
+        """A pipeline's call: the denoiser on all samples, twice under guidance, and the decoder on all samples."""
         channels = self.autoencoder.config.latent_channels
+        rows = family_of(self.model).call_batch(samples, guided)
         with self.mode:
-            with LiveMemory(self.unet.parameters()) as memory, autocast(precision):
-                self.unet(**unet_inputs(self.unet, latent, tokens, samples * (2 if guided else 1)))
+            with LiveMemory(self.model.parameters()) as memory, autocast(precision):
+                predict(self.model, zero_call(self.model, latent, tokens, rows))
             with LiveMemory(self.autoencoder.parameters()) as decoding, autocast(precision):
                 self.autoencoder.decode(torch.zeros(samples, channels, *latent))
         return max(memory.peak, decoding.peak)
@@ -128,29 +130,10 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
 
 
-def unet_inputs(
-    unet: UNet2DConditionModel, latent: tuple[int, int], tokens: int, samples: int, device: str = "cpu"
-) -> dict[str, Any]:
-    """Return zeros that a UNet takes, SDXL's added conditions included; latent: (h, w)."""
-    config = unet.config
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(samples, config.in_channels, *latent, device=device),
-        "timestep": torch.ones(samples, dtype=torch.long, device=device),
-        "encoder_hidden_states": torch.zeros(samples, tokens, text_width(unet), device=device),
-    }
-    if config.addition_embed_type == "text_time":
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(samples, pooled_width(unet), device=device),
-            "time_ids": torch.zeros(samples, 6, device=device),
-        }
-    return inputs
-
-
-def pooled_width(unet: UNet2DConditionModel) -> int:
-    """Return the width of the pooled text embedding that conditions a UNet (SDXL); 0: none does."""
-    if unet.config.addition_embed_type != "text_time":
-        return 0
-    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+def zero_call(model: ModelMixin, latent: tuple[int, int], tokens: int, samples: int, device: str = "cpu") -> Call:
+    """Return a call of zeros, at timestep 1; latent: (h, w)."""
+    timesteps = torch.ones(samples, dtype=torch.long, device=device)
+    return denoiser_of(model).example(model, samples, latent, tokens, zeros(device), timesteps)
 
 
 def training_bytes(params: int, config: TrainerConfig) -> int:
@@ -158,6 +141,6 @@ def training_bytes(params: int, config: TrainerConfig) -> int:
     return params * FLOAT32 * (4 + (config.ema is not None))
 
 
-def _held(config: TrainerConfig, unet: UNet2DConditionModel) -> AbstractContextManager:
-    """Hold the UNet as a training does; fake tensors cannot change their layout, which has no size."""
-    return held(config.model_copy(update={"channels_last": False}), unet)
+def _held(config: TrainerConfig, model: ModelMixin) -> AbstractContextManager:
+    """Hold the denoiser as a training does; fake tensors cannot change their layout, which has no size."""
+    return held(config.model_copy(update={"channels_last": False}), model)

@@ -36,12 +36,12 @@ class PlannedModel:
     @cached_property
     def rehearsal(self) -> Rehearsal:
         """What says how much memory a step takes."""
-        return Rehearsal(self.shape.unet, self.parts.autoencoder)
+        return Rehearsal(self.shape.denoiser, self.parts.autoencoder)
 
     @cached_property
     def params(self) -> int:
         """The dense UNet's parameters."""
-        return sum(p.numel() for p in self.shape.unet.parameters())
+        return sum(p.numel() for p in self.shape.denoiser.parameters())
 
     def costs(self, settings: PruneSettings) -> tuple[UnitSpace, CostModel]:
         """Return the units and their cost under a method's settings."""
@@ -52,7 +52,7 @@ class PlannedModel:
         """Return the MACs of the dense UNet at a latent (h, w); None: its own."""
 
         def count() -> int:
-            return CostModel(self.shape.unet, discover(self.shape.unet, "none"), latent, self.tokens).dense_macs
+            return CostModel(self.shape.denoiser, discover(self.shape.denoiser, "none"), latent, self.tokens).dense_macs
 
         return self.once(("dense", latent), count)
 
@@ -89,7 +89,7 @@ class PlannedModel:
         """Return what the model is, and the resolutions in pixels at which it is used and trained (None: the same)."""
         return {
             "name": self.shape.name,
-            "unet": type(self.shape.unet).__name__,
+            "unet": type(self.shape.denoiser).__name__,
             "params": self.params,
             "macs": self.dense_macs(),
             "resolution": list(self.shape.resolution),
@@ -110,5 +110,5 @@ class Models:
         key = (name, single_file_config)
         if key not in self._known:
             shape = load_shape(name, single_file_config)
-            self._known[key] = PlannedModel(shape, load_parts(name, shape.unet, single_file_config))
+            self._known[key] = PlannedModel(shape, load_parts(name, shape.denoiser, single_file_config))
         return self._known[key]

@@ -63,7 +63,7 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
     scored: set[tuple[str, int]] = set()  # one calibration of a label and seed serves all budgets
     cells = [cell for cell in cells_of(recipe) if cell.label != DENSE]
     for entry in recipe.budgets:
-        budget = budget_value(entry.budget, model.shape.unet, cost)
+        budget = budget_value(entry.budget, model.shape.denoiser, cost)
         for label in entry.methods or recipe.methods:
             own = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
             tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)

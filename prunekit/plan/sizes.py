@@ -4,15 +4,15 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.data.cache_config import cache_bytes
 from prunekit.data.encoders import BATCH, BATCH_SIDE
 from prunekit.methods import TaylorSP
 from prunekit.plan.data import DataSize, prompt_width
-from prunekit.plan.memory import FLOAT32, LOWERED, pooled_width, training_bytes
+from prunekit.plan.memory import FLOAT32, LOWERED, training_bytes
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.rows import PlannedRow, tuning_devices
 from prunekit.recipe import CompareRecipe, PruneRecipe
-from prunekit.timing import text_width
 from prunekit.training.fine_tuning import FineTuneConfig
 from prunekit.training.trainer import TrainerConfig
 
@@ -125,13 +125,14 @@ def disk(
 
 
 def _cache(recipe: PruneRecipe | CompareRecipe, model: PlannedModel, data: DataSize) -> dict[str, int]:
-    unet = model.shape.unet
+    dense = denoiser_in(model.shape)
+    denoiser = denoiser_of(dense)
     return cache_bytes(
         data.images,
         data.captions,
-        (unet.config.in_channels, *model.latent(recipe.resolution)),
-        (model.tokens, text_width(unet)),
+        (denoiser.latent_channels(dense), *model.latent(recipe.resolution)),
+        (model.tokens, denoiser.text_width(dense)),
         prompt_width(recipe.prompt_encoder),
         recipe.cache,
-        pooled_width(unet),
+        denoiser.pooled_width(dense),
     )

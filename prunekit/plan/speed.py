@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
-from prunekit.plan.memory import unet_inputs
+from prunekit.core.call import predict
+from prunekit.plan.memory import zero_call
 
 MOST_RUN_PARAMS = 50_000_000  # a UNet of fewer parameters is itself timed; for a larger one a matrix product is
 BATCH, SIDE = 8, 1024  # samples of a timed UNet call; rows and columns of a timed matrix product
@@ -22,7 +23,7 @@ class Speed:
 
 
 def measure_speed(
-    unet: UNet2DConditionModel,
+    model: ModelMixin,
     macs: int,
     latent: tuple[int, int],
     text_length: int,
@@ -31,19 +32,19 @@ def measure_speed(
 ) -> Speed:
     """Time this machine for about `seconds`: the UNet itself where it is small, else a matrix product.
 
-    unet: on the meta device; a small one is built with zeros for weights. macs: of one sample at `latent` (h, w).
+    model: on the meta device; a small one is built with zeros for weights. macs: of one sample at `latent` (h, w).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     dtype = getattr(torch, precision)
-    if sum(p.numel() for p in unet.parameters()) <= MOST_RUN_PARAMS:
+    if sum(p.numel() for p in model.parameters()) <= MOST_RUN_PARAMS:
         with torch.device(device):
-            model = type(unet).from_config(unet.config).eval()
+            own = type(model).from_config(model.config).eval()
         with torch.no_grad(), torch.autocast(device, dtype, enabled=precision != "float32"):
-            for tensor in (*model.parameters(), *model.buffers()):
+            for tensor in (*own.parameters(), *own.buffers()):
                 tensor.zero_()
-            inputs = unet_inputs(model, latent, text_length, BATCH, device)
-            fastest = _time(lambda: model(**inputs), device, seconds)
+            call = zero_call(own, latent, text_length, BATCH, device)
+            fastest = _time(lambda: predict(own, call), device, seconds)
         what = f"this UNet's forward pass in {precision} with zeros for weights, batch {BATCH}"
         return Speed(BATCH * macs / fastest, f"measured on {name} for {seconds:g} s: {what}")
     a, b = (torch.ones(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))

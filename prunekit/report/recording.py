@@ -7,8 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit
+from prunekit.core.call import predict
 from prunekit.core.cost import CostModel
 from prunekit.core.gates import gated
+from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.methods.base import RESULT, PruneResult
@@ -16,7 +18,6 @@ from prunekit.models.shapes import unet_from_config
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
-from prunekit.training.diffusion import forward_process
 
 ENVIRONMENT = "environment.json"
 CHECKED_SAMPLES = 2
@@ -24,19 +25,19 @@ CHECKED_SAMPLES = 2
 
 def record(directory: Path, stages: Stages) -> None:
     """Write what is missing of a finished run: its environment, and each method's certificate and map of prompts."""
-    metrics = directory / "metrics"
+    metrics, dense = directory / "metrics", denoiser_in(stages.pipeline)
     if not (directory / ENVIRONMENT).is_file():
-        own = {"prunekit": _version(), **stages.environment, "dtype": str(stages.pipeline.unet.dtype)}
+        own = {"prunekit": _version(), **stages.environment, "dtype": str(dense.dtype)}
         write_json(directory / ENVIRONMENT, {**own, "weights": stages.model_digest, "data": stages.data.key})
     for name in stages.recipe.methods:
         folder = directory / "methods" / name
         if not (folder / RESULT).is_file():
             continue
-        result = PruneResult.load(folder, stages.pipeline.unet)
+        result = PruneResult.load(folder, dense)
         path = metrics / f"{name}.certificate.json"
         if not path.is_file():
-            samples = data_samples(stages.data, forward_process(stages.pipeline.scheduler), 0, CHECKED_SAMPLES)
-            write_json(path, certify(stages.pipeline.unet, result, samples))
+            samples = data_samples(stages.data, stages.pipeline, 0, CHECKED_SAMPLES)
+            write_json(path, certify(dense, result, samples))
         path = metrics / f"{name}.map.json"
         if result.router is not None and not path.is_file():
             pairs = stages.data.training_pairs()
@@ -46,32 +47,33 @@ def record(directory: Path, stages: Stages) -> None:
 
 
 @torch.no_grad()
-def certify(unet: Any, result: PruneResult, samples: AgreementSamples) -> dict[str, Any]:
-    """Hold each architecture's cut UNet against the dense one under its masks, and its cost against a count.
+def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[str, Any]:
+    """Hold each architecture's cut model against the dense one under its masks, and its cost against a count.
 
-    errors: greatest difference of the outputs over the greatest output, in the dense UNet's precision, before any
-    fine-tuning. predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut UNet.
+    errors: greatest difference of the outputs over the greatest output, in the dense model's precision, before any
+    fine-tuning. predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut model.
     """
-    size, length = tuple(samples.noisy.shape[-2:]), samples.text.shape[1]
-    cost = CostModel(unet, result.space, size, length)
-    hollow = unet_from_config({k: v for k, v in unet.config.items() if not k.startswith("_")}, "the run")
+    denoiser = denoiser_of(model)
+    size, length = tuple(denoiser.noisy(samples.call).shape[-2:]), denoiser.text_length(samples.call)
+    cost = CostModel(model, result.space, size, length)
+    hollow = unet_from_config({k: v for k, v in model.config.items() if not k.startswith("_")}, "the run")
     found: dict[str, Any] = {"errors": [], "predicted": [], "counted": [], "sample_size": size, "text_length": length}
     for architecture in result.architectures:
-        with gated(unet, result.space) as gates:
+        with gated(model, result.space) as gates:
             gates.set(architecture)
-            masked = predictions(unet, samples)
-        difference = (predictions(slice_model(unet, architecture).eval(), samples) - masked).abs().max()
+            masked = predictions(model, samples)
+        difference = (predictions(slice_model(model, architecture).eval(), samples) - masked).abs().max()
         found["errors"].append(float(difference / masked.abs().max().clamp_min(1e-12)))
         found["predicted"].append(cost.macs(architecture))
         found["counted"].append(_counted(slice_model(hollow, architecture), samples))
     return found
 
 
-def _counted(unet: Any, samples: AgreementSamples) -> int:
-    """Return the MACs of one call, batch 1, of a UNet on the meta device."""
-    inputs = samples.inputs(torch.zeros(1, dtype=torch.long), torch.empty(0, device="meta"))
+def _counted(model: Any, samples: AgreementSamples) -> int:
+    """Return the MACs of one call, batch 1, of a model on the meta device."""
+    call = samples.call.take(slice(1)).to("meta")
     with FlopCounterMode(display=False) as counter:
-        unet(**inputs)
+        predict(model, call)
     return counter.get_total_flops() // 2
 
 

@@ -7,7 +7,7 @@ import torch
 
 from prunekit.core.discovery import discover
 from prunekit.core.gates import gated
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_in, denoiser_of, process_of
 from prunekit.core.space import Architecture
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.randomness import generator
@@ -16,7 +16,6 @@ from prunekit.report.figures import inline_svg, new_figure, style
 from prunekit.report.source import MissingError, Section, Source
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import read_json, write_json
-from prunekit.training.diffusion import forward_process
 from prunekit.training.progress import Progress
 
 FILE = "sensitivity.json"
@@ -32,19 +31,19 @@ NOTE = (
 @torch.no_grad()
 def measure(stages: Stages, path: Path, samples: int = SAMPLES, times: int = TIMES) -> Path:
     """Measure every layer's damage at `times` time steps on `samples` fixed pictures, and write it as JSON."""
-    unet, scheduler = stages.pipeline.unet, forward_process(stages.pipeline.scheduler)
-    space = discover(unet, stages.recipe.prune.depth)
-    last, full = scheduler.config.num_train_timesteps - 1, space.full().values
+    model, process = denoiser_in(stages.pipeline), process_of(stages.pipeline)
+    space = discover(model, stages.recipe.prune.depth)
+    last, full = process.num_timesteps - 1, space.full().values
     timesteps = [round(last * (number + 0.5) / times) for number in range(times)]
-    noised = _at(timesteps, data_samples(stages.data, scheduler, stages.recipe.seed, samples), stages)
-    layers, damage = layers_of(space, denoiser_of(unet).outline(unet)), {}
-    with gated(unet, space) as gates, Progress("sensitivity", len(layers)) as progress:
+    noised = _at(timesteps, data_samples(stages.data, stages.pipeline, stages.recipe.seed, samples), stages)
+    layers, damage = layers_of(space, denoiser_of(model).outline(model)), {}
+    with gated(model, space) as gates, Progress("sensitivity", len(layers)) as progress:
         gates.set(Architecture(space, full))
-        dense = predictions(unet, noised).double().unflatten(0, (times, samples))  # (T, n, C, h, w)
+        dense = predictions(model, noised).double().unflatten(0, (times, samples))  # (T, n, C, h, w)
         size = dense.square().flatten(1).mean(1)  # (T,)
         for index, (layer, mask) in enumerate(layers.items()):
             gates.set(Architecture(space, full & ~mask))
-            change = predictions(unet, noised).double().unflatten(0, (times, samples)) - dense
+            change = predictions(model, noised).double().unflatten(0, (times, samples)) - dense
             damage[layer] = (change.square().flatten(1).mean(1) / size).tolist()
             progress.update(index + 1)
     write_json(path, {"timesteps": timesteps, "damage": damage, "samples": samples})
@@ -57,10 +56,9 @@ def _at(timesteps: list[int], fixed: AgreementSamples, stages: Stages) -> Agreem
     latents = torch.as_tensor(stages.data.latents[stages.data.image_index[fixed.indices]]).cpu().float()
     noise = torch.randn(latents.shape, generator=generator(stages.recipe.seed, "sensitivity"))
     t = torch.tensor(timesteps).repeat_interleave(len(latents))
-    drawn = (latents.repeat(count, 1, 1, 1), noise.repeat(count, 1, 1, 1), t)
-    noisy = forward_process(stages.pipeline.scheduler).add_noise(*drawn)
-    added = None if fixed.added is None else {name: own.repeat(count, 1) for name, own in fixed.added.items()}
-    return AgreementSamples(fixed.indices.repeat(count), noisy, t, fixed.text.repeat(count, 1, 1), added)
+    noisy = process_of(stages.pipeline).noised(latents.repeat(count, 1, 1, 1), noise.repeat(count, 1, 1, 1), t)
+    call = denoiser_of(denoiser_in(stages.pipeline)).at(fixed.call.repeat(count), noisy, t)
+    return AgreementSamples(fixed.indices.repeat(count), call)
 
 
 def sensitivity(source: Source) -> Section:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.errors import UserError
 from prunekit.methods.base import RESULT, PruneResult
@@ -106,7 +106,7 @@ class Source:
         return {folder.name: PruneResult.load(folder) for folder in folders if (folder / RESULT).is_file()}
 
     @cached_property
-    def shape(self) -> UNet2DConditionModel:
+    def shape(self) -> ModelMixin:
         """The dense UNet without weights. Raises MissingError where the model is not here."""
         if "model" not in self.recipe:
             raise MissingError("the directory holds no recipe that names the model")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.errors import UserError
 
@@ -16,7 +16,7 @@ from prunekit.errors import UserError
 class Slot:
     """An expert in memory, and how many threads use it."""
 
-    unet: UNet2DConditionModel
+    model: ModelMixin
     users: int = 0
 
 
@@ -38,7 +38,7 @@ class Experts:
 
     def __init__(
         self,
-        load: Callable[[int, torch.device, torch.dtype], UNet2DConditionModel],
+        load: Callable[[int, torch.device, torch.dtype], ModelMixin],
         num_weights: Callable[[int], int],
         num_experts: int,
         device: torch.device,
@@ -64,7 +64,7 @@ class Experts:
             return list(self._slots)
 
     @contextmanager
-    def use(self, index: int) -> Iterator[UNet2DConditionModel]:
+    def use(self, index: int) -> Iterator[ModelMixin]:
         """Give expert `index` and keep it in memory meanwhile; a thread uses one at a time."""
         if not 0 <= index < self.num_experts:
             raise UserError(f"expert {index}: there are {self.num_experts}, 0 to {self.num_experts - 1}")
@@ -73,7 +73,7 @@ class Experts:
             self._slots.move_to_end(index)
             slot.users += 1
         try:
-            yield slot.unet
+            yield slot.model
         finally:
             with self._changed:
                 slot.users -= 1
@@ -84,7 +84,7 @@ class Experts:
         with self._turn, self._changed:
             self.device, self.dtype = device, dtype
             for slot in self._slots.values():
-                slot.unet.to(device=device, dtype=dtype)
+                slot.model.to(device=device, dtype=dtype)
 
     def size(self, index: int) -> int:
         """Return the bytes of an expert's weights in memory."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
@@ -49,7 +49,7 @@ class _Work:
     rows: list[dict[str, Any]] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
-    def unet(self, unet: UNet2DConditionModel, folder: Path, what: str) -> None:
+    def save(self, unet: ModelMixin, folder: Path, what: str) -> None:
         """Save a UNet, which reports call `what`, to a folder of its own."""
         graph = self.tier in GRAPHS
         if graph:
@@ -58,7 +58,7 @@ class _Work:
             specification = save_unet(unet, folder, self.tier)
         self.saved(unet, folder, what, specification)
 
-    def saved(self, unet: UNet2DConditionModel, folder: Path, what: str, specification: Mapping[str, Any]) -> Expected:
+    def saved(self, unet: ModelMixin, folder: Path, what: str, specification: Mapping[str, Any]) -> Expected:
         """Take note of a UNet that is saved; return what it gives in memory."""
         tier = specification["tier"]
         batches = (self.batch,) if self.batch else GRAPH_BATCHES
@@ -112,7 +112,7 @@ def export(
 def _export_unet(source: Path, directory: Path, work: _Work) -> Exported:
     unet = load_unet(source, torch.float32)
     with staged(directory) as folder:
-        work.unet(unet, folder, "UNet")
+        work.save(unet, folder, "UNet")
         return _finish(folder, directory, work, "graph" if work.tier in GRAPHS else "unet", {}, ())
 
 
@@ -121,7 +121,7 @@ def _export_one(
 ) -> Exported:
     with staged(directory) as folder, pipeline.mixture.experts.use(index) as unet:
         if work.tier in GRAPHS:
-            work.unet(unet, folder, "UNet")
+            work.save(unet, folder, "UNet")
             use = "graph"
         else:
             specification = save_pipeline(pipeline.parts, unet, folder, work.tier)
@@ -137,7 +137,7 @@ def _export_all(
     with staged(directory) as folder:
         for index in range(pipeline.num_experts):
             with pipeline.mixture.experts.use(index) as unet:
-                work.unet(unet, folder / "experts" / str(index), f"expert {index}")
+                work.save(unet, folder / "experts" / str(index), f"expert {index}")
             del unet  # or it would stay in memory while the next one is loaded
         if work.tier not in GRAPHS:
             write_shared(pipeline, folder)

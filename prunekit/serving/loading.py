@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
@@ -123,7 +123,7 @@ def _experts(
     dtype: torch.dtype,
     bounds: Mapping[str, int | None],
 ) -> Experts:
-    def read(index: int, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    def read(index: int, device: torch.device, dtype: torch.dtype) -> ModelMixin:
         return load_unet(place_of(index), dtype, device)
 
     def num_weights(index: int) -> int:

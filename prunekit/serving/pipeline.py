@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.registry import latent_size
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.errors import UserError
-from prunekit.export.inputs import latent_size
 from prunekit.export.parts import Parts
 from prunekit.methods.aptp.router import Router
 from prunekit.serving.experts import Experts
@@ -105,7 +105,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     def from_experts(
         cls,
         pipeline: DiffusionPipeline,
-        experts: Sequence[UNet2DConditionModel],
+        experts: Sequence[ModelMixin],
         router: Router | None = None,
         prompt_encoder: PromptEncoder | str | Path = EMBEDDED,
         guidance: float = DEFAULT_GUIDANCE,
@@ -256,7 +256,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def _draw(
-        self, expert: int, unet: UNet2DConditionModel, rows: list[int], images: list[Image], options: dict[str, Any]
+        self, expert: int, unet: ModelMixin, rows: list[int], images: list[Image], options: dict[str, Any]
     ) -> dict[int, tuple[Any, int]]:
         """Draw one batch by one expert; return each row's image and the MACs of its UNet calls."""
         base = self._base(unet)
@@ -272,7 +272,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         macs = self._call_macs(expert, unet, (height // scale, width // scale)) * base.num_timesteps * (1 + guided)
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 
-    def _base(self, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    def _base(self, unet: ModelMixin) -> DiffusionPipeline:
         """Return a stock pipeline around an expert, with a scheduler of its own: a call leaves nothing behind."""
         parts = {name: getattr(self, name) for name in PARTS if name != "scheduler" and name in self.parts.components}
         base = self.parts.pipeline(unet, **parts)
@@ -287,7 +287,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         with self._upcasting if upcasts else nullcontext():
             yield
 
-    def _call_macs(self, expert: int, unet: UNet2DConditionModel, size: tuple[int, int]) -> int:
+    def _call_macs(self, expert: int, unet: ModelMixin, size: tuple[int, int]) -> int:
         """Exact MACs of one UNet call for one image at a latent of (h, w)."""
         if (expert, size) not in self._macs:
             length = self.tokenizer.model_max_length

@@ -1,6 +1,6 @@
 """Timing: one clock for every device, callables timed side by side, and what a time depends on."""
 
-from prunekit.timing.calls import text_width, unet_call, unet_inputs
+from prunekit.timing.calls import timed_call, timed_inputs, unet_call, unet_inputs
 from prunekit.timing.clock import clock, peak_memory
 from prunekit.timing.environment import device_name, environment
 from prunekit.timing.interleaved import Measurement, Ratio, Timing, WarmUp, measure, paired_ratio
@@ -16,7 +16,8 @@ __all__ = [
     "measure",
     "paired_ratio",
     "peak_memory",
-    "text_width",
+    "timed_call",
+    "timed_inputs",
     "unet_call",
     "unet_inputs",
 ]

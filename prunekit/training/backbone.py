@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from prunekit.core.emptied import names_in_files
@@ -32,13 +32,13 @@ class Mixture:
 class Member:
     """A backbone sliced to an Architecture, without weights of its own."""
 
-    def __init__(self, backbone: UNet2DConditionModel, architecture: Architecture):
+    def __init__(self, backbone: ModelMixin, architecture: Architecture):
         self.backbone = backbone
         self.kept = kept_entries(backbone, architecture)
-        self.unet = slice_model(blank_copy(backbone), architecture)
-        self.dense_names = names_in_files(self.unet)  # of the weights for which the backbone has another name
+        self.model = slice_model(blank_copy(backbone), architecture)
+        self.dense_names = names_in_files(self.model)  # of the weights for which the backbone has another name
 
-    def take(self) -> UNet2DConditionModel:
+    def take(self) -> ModelMixin:
         """Return the UNet with the backbone's weights of now, through which gradients reach them."""
         weights = dict(self.backbone.named_parameters())
         for name, kept in self.kept.items():
@@ -46,13 +46,13 @@ class Member:
             for axis, indices in enumerate(kept):
                 weight = weight if indices is None else weight.index_select(axis, indices)
             path, _, own = name.rpartition(".")
-            module = self.unet.get_submodule(path)
+            module = self.model.get_submodule(path)
             module._parameters.pop(own, None)  # a plain attribute: recomputed activations find the same tensor
             setattr(module, own, weight)
-        return self.unet
+        return self.model
 
 
-def kept_entries(unet: UNet2DConditionModel, architecture: Architecture) -> dict[str, Kept]:
+def kept_entries(unet: ModelMixin, architecture: Architecture) -> dict[str, Kept]:
     """Return, by the name of each weight of the sliced UNet, which entries of the UNet's it keeps along each axis.
 
     Found by slicing a UNet whose weights hold their own positions; no full-size weight is made.
@@ -86,9 +86,9 @@ class BackboneObjective(FineTuningObjective):
     def __post_init__(self) -> None:
         self.members = [Member(self.student, architecture) for architecture in self.mixture.architectures]
         for member in self.members:
-            member.unet.train()
+            member.model.train()
             if self.config.gradient_checkpointing:
-                member.unet.enable_gradient_checkpointing()
+                member.model.enable_gradient_checkpointing()
 
     def batch(self, step: int) -> NoisePlan:
         """Draw a step, its samples in their experts' order: a micro-batch holds few experts."""

@@ -1,13 +1,12 @@
-"""Distillation from the dense UNet: its output, and the output of each of its blocks (APTP, Eq. 27-29)."""
+"""Distillation from the dense model: its output, and the output of each of its blocks (APTP, Eq. 27-29)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from prunekit.core.registry import denoiser_of
 from prunekit.training.diffusion import per_sample_mse
 
 FeatureBlocks = Literal["all", "down_up", "none"]  # every block; all but the mid block; no block
@@ -19,32 +18,23 @@ FEATURE_SCALE = (  # the setting's description
 
 
 @contextmanager
-def block_outputs(unet: UNet2DConditionModel, which: FeatureBlocks = "all") -> Iterator[dict[str, Tensor]]:
+def block_outputs(model: nn.Module, which: FeatureBlocks = "all") -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that every forward pass fills with the outputs of blocks, by path; hooks go on exit."""
     outputs: dict[str, Tensor] = {}
 
     def keep(path: str) -> Callable:
-        def hook(module: torch.nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
             outputs[path] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    handles = [block.register_forward_hook(keep(path)) for path, block in _blocks(unet, which).items()]
+    blocks = {} if which == "none" else denoiser_of(model).blocks(model, inner=which == "all")
+    handles = [block.register_forward_hook(keep(path)) for path, block in blocks.items()]
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _blocks(unet: UNet2DConditionModel, which: FeatureBlocks) -> dict[str, torch.nn.Module]:
-    """Return the blocks to compare, by path, in the order of the forward pass."""
-    if which == "none":
-        return {}
-    blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
-    if which == "all" and unet.mid_block is not None:
-        blocks["mid_block"] = unet.mid_block
-    return blocks | {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
 
 
 def distillation_error(

@@ -1,4 +1,4 @@
-"""Recovering a sliced UNet's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
+"""Recovering a sliced denoiser's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import ModelMixin
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunekit.core.call import predict
+from prunekit.core.family import NoiseProcess
+from prunekit.core.registry import denoiser_of
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.training.diffusion import (
@@ -19,7 +22,6 @@ from prunekit.training.diffusion import (
     SNRForm,
     attention_kernel,
     denoising_errors,
-    forward_process,
 )
 from prunekit.training.distillation import (
     FEATURE_SCALE,
@@ -33,7 +35,7 @@ from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
 class FineTuneConfig(TrainerConfig):
-    """How sliced UNets are fine-tuned."""
+    """How sliced models are fine-tuned."""
 
     denoising_weight: float = Field(1e-4, ge=0, description="alpha_DDPM of Eq. 30")
     distillation_weight: float = Field(1.0, ge=0, description="alpha_distill of Eq. 30; 0 trains without a teacher")
@@ -63,9 +65,9 @@ class FineTuneConfig(TrainerConfig):
 class FineTuningObjective:
     """Denoising and distillation of one student on the pairs that it will serve."""
 
-    student: UNet2DConditionModel
-    teacher: UNet2DConditionModel
-    scheduler: DDPMScheduler
+    student: ModelMixin
+    teacher: ModelMixin
+    process: NoiseProcess
     data: EncodedData
     pairs: Tensor  # (P_i,) indices of pairs
     config: FineTuneConfig
@@ -79,8 +81,7 @@ class FineTuningObjective:
 
     def batch(self, step: int) -> NoisePlan:
         """Draw a step's pairs, timesteps and noise."""
-        shape, steps = tuple(self.data.latents.shape[1:]), self.scheduler.config.num_train_timesteps
-        sizes = (self.config.batch_size, len(self.pairs), shape, steps)
+        sizes = (self.config.batch_size, len(self.pairs), tuple(self.data.latents.shape[1:]), self.process)
         return NoisePlan.draw(step, self.seed, *sizes, sampled=self.data.deviations is not None)
 
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
@@ -91,34 +92,35 @@ class FineTuningObjective:
         """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
         return self.terms(self.student, batch, positions)
 
-    def terms(self, student: UNet2DConditionModel, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the terms of one UNet."""
+    def terms(self, student: ModelMixin, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the terms of one model."""
         pairs = self.pairs[batch.indices[positions]]
         latents = self.data.draw_latents(pairs, batch.posterior_at(positions)).to(self.device)
         dropped = batch.drop[positions] < self.config.caption_dropout
         conditions = self.data.conditions(pairs, self.device, dropped)
         noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        noisy = self.process.noised(latents, noise, timesteps)
+        call = denoiser_of(student).call(noisy, timesteps, conditions)
         weight, size = self.config.distillation_weight, self.config.batch_size
         which: FeatureBlocks = self.config.feature_blocks if weight else "none"
         kernel = attention_kernel(student, noisy, self.config.gradient_checkpointing)
         with kernel, block_outputs(student, which) as blocks:
-            prediction = student(noisy, timesteps, **conditions).sample
+            prediction = predict(student, call)
         drawn = (latents, noise, timesteps)
-        denoising = denoising_errors(prediction, self.scheduler, *drawn, self.config.snr_gamma, self.config.snr_form)
+        denoising = denoising_errors(prediction, self.process, *drawn, self.config.snr_gamma, self.config.snr_form)
         terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
         if weight:
             kernel = attention_kernel(self.teacher, noisy)
             with kernel, torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
-                teacher = self.teacher(noisy, timesteps, **conditions).sample
+                teacher = predict(self.teacher, call)
             error = distillation_error(prediction, teacher, blocks, teacher_blocks, self.config.feature_scale)
             terms["distillation"] = weight * error.sum() / size
         return terms
 
 
 def fine_tune(
-    student: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
+    student: ModelMixin,
+    teacher: ModelMixin,
     data: EncodedData,
     config: FineTuneConfig,
     directory: Path,
@@ -131,12 +133,12 @@ def fine_tune(
     milestones: Mapping[int, Callable[[], None]] | None = None,
     objective: Callable[..., FineTuningObjective] = FineTuningObjective,
 ) -> dict[str, float]:
-    """Train a sliced UNet in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
+    """Train a sliced denoiser in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
 
-    student: usually from `slice_unet`, float32. teacher: the dense UNet, left as it is. scheduler: the pipeline's.
+    student: usually from `slice_unet`, float32. teacher: the dense model, left as it is. scheduler: the pipeline's.
     pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
     objective: made from what FineTuningObjective is made from, which is the default; for a backbone of several experts,
-    partial(BackboneObjective, mixture=...), and the student is a dense UNet to be sliced to each of them afterwards.
+    partial(BackboneObjective, mixture=...), and the student is a dense model to be sliced to each of them afterwards.
     milestones: called after these steps, with the (averaged) weights of then in the student.
     Returns the trainer's figures: steps, seconds, loss and its terms.
     """
@@ -145,7 +147,8 @@ def fine_tune(
         raise UserError(f"{title}: no training pair to learn from")
     device = student.device
     student.train().requires_grad_(True)
-    inputs = (student, teacher, forward_process(scheduler), data, pairs, config, seed, device)
+    process = denoiser_of(student).family.process(scheduler)
+    inputs = (student, teacher, process, data, pairs, config, seed, device)
     with preserved(teacher), held(config, student, teacher.eval().requires_grad_(False)):
         own = objective(*inputs)
         figures = Trainer(config, own, directory, title, log, milestones).fit()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import nn
 
 from prunekit.precision import LOWER, resolve_precision
@@ -14,7 +14,7 @@ CAST = (nn.Conv2d, nn.Linear)  # whose weights autocast casts on every call; nor
 
 
 @contextmanager
-def held(config: TrainerConfig, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> Iterator[None]:
+def held(config: TrainerConfig, trained: ModelMixin, *others: ModelMixin) -> Iterator[None]:
     """Hold UNets as a training's settings say; on exit they are as before.
 
     Frozen weights are held in the precision of forward passes, so what runs under them runs under autocast.
@@ -58,7 +58,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def cast_frozen(unet: UNet2DConditionModel, dtype: torch.dtype) -> Iterator[None]:
+def cast_frozen(unet: ModelMixin, dtype: torch.dtype) -> Iterator[None]:
     """Hold the frozen float32 weights of convolutions and linear layers in autocast's dtype; on exit the old are back.
 
     Autocast keeps its casts of weights that are trained for the length of its context, and casts frozen ones again at

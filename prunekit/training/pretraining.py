@@ -3,12 +3,15 @@
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from prunekit.core.call import predict
+from prunekit.core.family import NoiseProcess
+from prunekit.core.registry import denoiser_of
 from prunekit.data.images import CaptionedImages
-from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, shift_timesteps, target
+from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, shift_timesteps
 
 
 class CaptionTable:
@@ -42,9 +45,9 @@ class PretrainingObjective:
     `timestep_shift` above 1 draws more of the noisiest timesteps, where the text decides what is drawn.
     """
 
-    unet: UNet2DConditionModel
+    model: ModelMixin
     text_encoder: CLIPTextModel
-    scheduler: DDPMScheduler
+    process: NoiseProcess
     latents: Tensor  # (n, C, h, w), scaled
     captions: CaptionTable
     batch_size: int
@@ -56,13 +59,14 @@ class PretrainingObjective:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The trained modules."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {"unet": self.model, "text_encoder": self.text_encoder}
 
     def batch(self, step: int) -> NoisePlan:
         """Draw a step's images, captions, timesteps and noise."""
-        shape, steps = tuple(self.latents.shape[1:]), self.scheduler.config.num_train_timesteps
-        plan = NoisePlan.draw(step, self.seed, self.batch_size, len(self.latents), shape, steps)
-        return replace(plan, timesteps=shift_timesteps(plan.timesteps, self.timestep_shift, steps))
+        sizes = (self.batch_size, len(self.latents), tuple(self.latents.shape[1:]), self.process)
+        plan = NoisePlan.draw(step, self.seed, *sizes)
+        shifted = shift_timesteps(plan.timesteps, self.timestep_shift, self.process.num_timesteps)
+        return replace(plan, timesteps=shifted)
 
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
         """Nothing needs the whole batch."""
@@ -74,9 +78,9 @@ class PretrainingObjective:
         ids = self.captions.choose(indices, batch.choice[positions], batch.drop[positions], self.caption_dropout)
         latents, noise = self.latents[indices].to(self.device), batch.noise[positions].to(self.device)
         timesteps = batch.timesteps[positions].to(self.device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with attention_kernel(self.unet, noisy):
+        noisy = self.process.noised(latents, noise, timesteps)
+        with attention_kernel(self.model, noisy):
             text = self.text_encoder(ids.to(self.device)).last_hidden_state
-            prediction = self.unet(noisy, timesteps, text).sample
-        error = per_sample_mse(prediction, target(self.scheduler, latents, noise, timesteps))
+            prediction = predict(self.model, denoiser_of(self.model).call(noisy, timesteps, {"text": text}))
+        error = per_sample_mse(prediction, self.process.target(latents, noise, timesteps))
         return {"denoising": error.sum() / self.batch_size}

@@ -11,6 +11,7 @@ from prunekit.core.axes import Place
 from .attaching import blank_copy
 from .calls import UNetCalls
 from .conventions import Aptp
+from .family import StableDiffusion
 from .pruned import PrunedUNet2DConditionModel
 from .structure import UNetStructure
 from .walk import walk
@@ -19,6 +20,7 @@ from .walk import walk
 class UNet(UNetStructure, UNetCalls):
     """UNet2DConditionModel as the library sees it."""
 
+    family = StableDiffusion()
     conventions: ClassVar = {"aptp": Aptp}
     latent = "sample"
     legend = "R: ResBlock, A: attention layer"

@@ -1,9 +1,10 @@
 """APTP as a method: search, then deterministic experts that meet the budget, and a router (ICLR 2025)."""
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
+from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
@@ -29,13 +30,13 @@ class APTP(SearchMethod):
     config: APTPConfig
 
     def _objective(
-        self, unet: UNet2DConditionModel, gates: Gates, cost: CostModel, scheduler: DDPMScheduler, data: EncodedData
+        self, model: ModelMixin, gates: Gates, cost: CostModel, process: NoiseProcess, data: EncodedData
     ) -> SearchObjective:
         num_prompts = len(data.training_pairs())
         if self.config.experts > num_prompts:
             raise UserError(f"experts={self.config.experts} exceed the {num_prompts} training prompts")
         predictor, codes = self._parameters(data.prompts.shape[1], cost.space.size)
-        return SearchObjective(unet, gates, predictor, codes, cost, scheduler, data, self.config, unet.device)
+        return SearchObjective(model, gates, predictor, codes, cost, process, data, self.config, model.device)
 
     def _decide(self, objective: SearchObjective) -> PruneResult:
         config, codes, cost = self.config, objective.codes.values.detach(), objective.cost

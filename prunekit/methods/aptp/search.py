@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import ModelMixin
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prunekit.core.cost import CostModel
+from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
@@ -155,17 +156,17 @@ class SearchObjective(GateSearchObjective):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        model: ModelMixin,
         gates: Gates,
         predictor: ArchitecturePredictor,
         codes: Codes,
         cost: CostModel,
-        scheduler: DDPMScheduler,
+        process: NoiseProcess,
         data: EncodedData,
         config: APTPConfig,
         device: torch.device,
     ):
-        super().__init__(unet, gates, cost, scheduler, data, config, device)
+        super().__init__(model, gates, cost, process, data, config, device)
         self.predictor, self.codes = predictor.to(device), codes.to(device)
         self.hardening = Hardening.of(cost.space, device)
 

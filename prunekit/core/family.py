@@ -1,0 +1,74 @@
+"""What pipelines do around a denoiser: the protocol of a family, which `Denoiser.family` names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class NoiseProcess(Protocol):
+    """How latents are noised, and what a denoiser then predicts.
+
+    Latents and noise are (B, C, h, w). Timesteps are (B,) in the unit that the denoiser takes, from 0, clean, to
+    `num_timesteps`, noise: integers where the process is discrete.
+    """
+
+    num_timesteps: int
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the timesteps of a training batch, (count,)."""
+        ...
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return latents at the timesteps, (B, C, h, w)."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the denoiser should predict, (B, C, h, w).
+
+        Raises:
+            UserError: the scheduler asks for a prediction that is not supported.
+
+        """
+        ...
+
+    def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
+        """Return the min-SNR weight of each sample's error, (B,) (Hang et al., 2023).
+
+        gamma: where the weights are cut off. form: "velocity" or "published", as the setting `snr_form` says.
+        """
+        ...
+
+
+class Family(Protocol):
+    """What a pipeline does around its denoiser; it holds no state."""
+
+    def process(self, scheduler: Any | None) -> NoiseProcess:
+        """Return the noise process of a pipeline's scheduler; of None, the one that most models of the family have."""
+        ...
+
+    def moments(self, autoencoder: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, as the denoiser takes them.
+
+        pixels: (n, 3, H, W) from -1 to 1, on the autoencoder's device and in its dtype.
+        """
+        ...
+
+    def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Return the conditions that texts give, by role: "text" (n, T, E), and "pooled" (n, P) where there is one."""
+        ...
+
+    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
+        """Return the conditions of the empty text, (1, …), as the pipeline guides away from it."""
+        ...
+
+    def sizes(self, height: int, width: int) -> Tensor:
+        """Return the condition "sizes", (6,) float32, of uncropped pictures of a height and width in pixels."""
+        ...
+
+    def call_batch(self, pictures: int, guided: bool) -> int:
+        """Return the samples of one denoiser call of a pipeline that draws pictures, with guidance or without."""
+        ...

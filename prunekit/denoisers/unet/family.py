@@ -1,0 +1,106 @@
+"""Stable Diffusion 1.x, 2.x and XL: the noise process, the latents and the conditions of their pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from prunekit.errors import UserError
+
+NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+class DDPM:
+    """Diffusion in discrete steps (Ho et al., 2020), with a prediction of the noise or of the velocity.
+
+    scheduler: says the betas and the prediction type.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler):
+        self.scheduler = scheduler
+        self.num_timesteps: int = scheduler.config.num_train_timesteps
+
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: "epsilon", the noise, or "v_prediction", the velocity."""
+        return self.scheduler.config.prediction_type
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw timesteps (count,), int64, uniformly."""
+        return torch.randint(self.num_timesteps, (count,), generator=generator)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return latents at the timesteps, (B, C, h, w)."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the denoiser should predict, (B, C, h, w): the noise, or the velocity (Salimans & Ho, 2022).
+
+        Raises:
+            UserError: a prediction type other than epsilon and v_prediction.
+
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        raise UserError(f"prediction type {self.prediction_type!r} is not supported; supported: epsilon, v_prediction")
+
+    def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
+        """Return the min-SNR weight of each timestep, (B,) (Hang et al., 2023).
+
+        A noise prediction has min(SNR, gamma)/SNR in both forms. A velocity prediction has, by form:
+
+        - "velocity": min(SNR, gamma)/(SNR + 1) (the min-SNR paper; current diffusers). It counts the error of the clean
+          latent alike at all noisy timesteps, so the weight falls to 0 with the SNR.
+        - "published": min(SNR + 1, gamma)/(SNR + 1) (APTP's published code, from an older example of diffusers). The
+          weight is 1 wherever SNR + 1 is below gamma.
+        """
+        snr = compute_snr(self.scheduler, timesteps)  # (B,)
+        if self.prediction_type != "v_prediction":
+            return snr.clamp(max=gamma) / snr
+        limited = snr if form == "velocity" else snr + 1
+        return limited.clamp(max=gamma) / (snr + 1)
+
+
+class StableDiffusion:
+    """What the pipelines of Stable Diffusion 1.x, 2.x and XL do around their UNet. Methods are `Family`'s."""
+
+    def process(self, scheduler: Any | None) -> DDPM:
+        """Return the training-time process of any scheduler of these pipelines: the same betas and prediction type.
+
+        None: Stable Diffusion's betas. What the UNet predicts then, only a pipeline's scheduler tells.
+        """
+        if scheduler is None:
+            return DDPM(DDPMScheduler(**NOISE_SCHEDULE, clip_sample=False))
+        return DDPM(DDPMScheduler.from_config(scheduler.config, clip_sample=False))
+
+    def moments(self, autoencoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, scaled as the UNet takes them."""
+        posterior = autoencoder.encode(pixels).latent_dist
+        scale = autoencoder.config.scaling_factor
+        return posterior.mean * scale, posterior.std * scale
+
+    def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Return the texts' states, "text" (n, T, E), and of XL "pooled" (n, P)."""
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        encoded = pipeline.encode_prompt(texts, device=pipeline.vae.device, **options)  # XL: states, none, pooled, none
+        return {"text": encoded[0]} if len(encoded) <= 2 else {"text": encoded[0], "pooled": encoded[2]}
+
+    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
+        """Return the states of the empty text, (1, …): zeros where XL's pipeline guides away from zeros."""
+        states = self.states(pipeline, [""])
+        zero = "pooled" in states and pipeline.config.get("force_zeros_for_empty_prompt")
+        return {name: torch.zeros_like(value) for name, value in states.items()} if zero else states
+
+    def sizes(self, height: int, width: int) -> Tensor:
+        """Return XL's time ids, (6,): original size, crop and target size of uncropped pictures."""
+        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+
+    def call_batch(self, pictures: int, guided: bool) -> int:
+        """Return the samples of one UNet call: guidance runs both texts of a picture in one call."""
+        return 2 * pictures if guided else pictures
