@@ -38,11 +38,11 @@ class UNet(UNetStructure, UNetCalls):
             block, _, rest = site.path.partition(".")
             if site.kind not in letters:
                 continue
-            index = int(rest.partition(".")[0])
-            side, row = {
-                "down_blocks": ("left", index),
-                "up_blocks": ("right", last - index),
-            }.get(block, ("middle", levels))
+            side, row = ("middle", levels)
+            if block == "down_blocks":
+                side, row = ("left", int(rest.partition(".")[0]))
+            elif block == "up_blocks":
+                side, row = ("right", last - int(rest.partition(".")[0]))
             places[site.path] = Place(side, row, letters[site.kind])
         return places
 
