@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from .core.discovery import discover
     from .core.gates import gated, pipeline_rows
     from .core.registry import register_denoiser
-    from .core.slicing import slice_model
+    from .core.slicing import export_model, slice_model
     from .core.space import Architecture, UnitGroup, UnitSpace
-    from .denoisers.unet.stock import as_stock, export_unet
+    from .denoisers.unet.stock import as_stock
     from .evaluation.command import evaluate
     from .recovery import recover_experts
     from .serving import PromptRoutedPipeline
-    from .slicing import PrunedUNet2DConditionModel, slice_unet
+    from .slicing import PrunedUNet2DConditionModel, export_unet, slice_unet
     from .training.fine_tuning import fine_tune
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "as_stock",
     "discover",
     "evaluate",
+    "export_model",
     "export_unet",
     "fine_tune",
     "gated",
@@ -52,14 +53,14 @@ _MODULES = {
     "core.discovery": ["discover"],
     "core.gates": ["gated", "pipeline_rows"],
     "core.registry": ["register_denoiser"],
-    "core.slicing": ["slice_model"],
+    "core.slicing": ["export_model", "slice_model"],
     "core.space": ["Architecture", "UnitGroup", "UnitSpace"],
-    "denoisers.unet.stock": ["as_stock", "export_unet"],
+    "denoisers.unet.stock": ["as_stock"],
     "evaluation.command": ["evaluate"],
     "methods": ["methods"],
     "recovery": ["recover_experts"],
     "serving": ["PromptRoutedPipeline"],
-    "slicing": ["PrunedUNet2DConditionModel", "slice_unet"],
+    "slicing": ["PrunedUNet2DConditionModel", "export_unet", "slice_unet"],
     "training.fine_tuning": ["fine_tune"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_in
-from prunekit.core.slicing import save_member, slice_model
+from prunekit.core.slicing import export_model, save_member, slice_model
 from prunekit.data.encoded import EncodedData
-from prunekit.denoisers.unet.stock import export_unet
 from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.methods.base import PruneResult
@@ -203,7 +202,7 @@ def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
         for index, architecture in enumerate(recovery.result.architectures):
             member = recovery.folder / str(index) / name
             write_folder(member, partial(save_member, student, architecture, backbone=target))
-    write_folder(target, lambda temporary: export_unet(student, temporary))
+    write_folder(target, lambda temporary: export_model(student, temporary))
 
 
 def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:

@@ -23,7 +23,7 @@ def encoded_for(unet, num=8, side=8, text_length=7, seed=0):
     captions = [f"picture {index}" for index in range(num)]
     images = CaptionedImages(pictures, captions, captions, torch.arange(num), torch.zeros(num, dtype=torch.bool))
     added = {}
-    if config.addition_embed_type == "text_time":
+    if config.get("addition_embed_type") == "text_time":
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         time_ids = torch.tensor([64.0, 64, 0, 0, 64, 64])
         pooled = torch.randn(num, width, generator=draw)

@@ -73,6 +73,12 @@ class Denoiser(Structure, Protocol):
     def pruned_class(self) -> type[nn.Module]:
         """The class of the pruned models."""
 
+    def stock(self, model: nn.Module) -> nn.Module | None:
+        """A pruned model in a stock class, with the same function and a copy of the weights; None where there is none.
+
+        A dense model is its own stock form.
+        """
+
     def outline(self, model: nn.Module) -> dict[str, Place]:
         """The layers of a dense model that a drawing shows, by path, in the order of the forward pass."""
 

@@ -31,6 +31,18 @@ class Emptied(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
+class EmptiedLayer(Emptied):
+    """Of a layer whose output has the shape of its first argument, such as a feed-forward."""
+
+    def __init__(self, layer: nn.Module, output: str):
+        self.output = output
+        super().__init__(layer)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, q, C) -> (B, q, C), the bias everywhere."""
+        return spread(self.bias, hidden_states)
+
+
 def spread(bias: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
     """Return the bias (C,), or zeros where there is none, at every place of (B, q, C).
 

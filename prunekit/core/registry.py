@@ -51,10 +51,16 @@ def denoiser_of(model: nn.Module | type) -> Denoiser:
     cls = model if isinstance(model, type) else type(model)
     for base in cls.__mro__:
         if base.__name__ in _LOADERS:
-            if base.__name__ not in _LOADED:
-                _LOADED[base.__name__] = _LOADERS[base.__name__]()
-            return _LOADED[base.__name__]
+            return _loaded(base.__name__)
     raise UserError(f"{cls.__name__} is not supported. Supported models: {', '.join(supported())}")
+
+
+def pruned_class_named(name: str) -> type | None:
+    """Return the class of pruned models of that name, such as "PrunedUNet2DConditionModel"; None if there is none."""
+    dense = name.removeprefix("Pruned")
+    if dense == name or dense not in _LOADERS:
+        return None
+    return _loaded(dense).pruned_class()
 
 
 def is_denoiser(model: Any) -> bool:
@@ -119,3 +125,9 @@ def latent_size(model: nn.Module) -> tuple[int, int]:
     if size is None:
         raise UserError(f"the config of this {type(model).__name__} names no sample_size: state the latent's size")
     return size
+
+
+def _loaded(name: str) -> Denoiser:
+    if name not in _LOADED:
+        _LOADED[name] = _LOADERS[name]()
+    return _LOADED[name]

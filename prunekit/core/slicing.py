@@ -10,12 +10,13 @@ which names the backbone's folder, and loading slices it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.model_loading_utils import load_state_dict
@@ -96,6 +97,44 @@ class PrunedModel:
             save(*arguments, **options)
         finally:
             handle.remove()
+
+
+@functools.cache
+def pruned_class(dense: type[nn.Module], structure: Structure) -> type[PrunedModel]:
+    """The class of the pruned models of a dense class, made once: `PrunedX` of X.
+
+    Pipelines that hold such a model are saved with its name in `prunekit.slicing`, where loaders find it.
+    """
+
+    def __init__(self: Any, pruning: Mapping[str, Any] | None = None, **config: Any) -> None:  # noqa: N807
+        super(pruned, self).__init__(**config)
+        self._prune(pruning)
+
+    @functools.wraps(dense.save_pretrained)  # pipelines read the options from the signature
+    def save_pretrained(self: Any, *arguments: Any, **options: Any) -> None:
+        self._save_with_names(super(pruned, self).save_pretrained, *arguments, **options)
+
+    __init__.__signature__ = config_signature(dense)
+    content = {
+        "__doc__": f"A {dense.__name__} without the units that an Architecture removed; built from its config alone.",
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "structure": structure,
+        "__module__": SAVED_MODULE,
+    }
+    pruned = type(f"Pruned{dense.__name__}", (PrunedModel, dense), content)
+    return pruned
+
+
+def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "pruned"]:
+    """Save a pruned model in its stock form where it has one, else in its pruned form; says which.
+
+    The stock form loads without prunekit, by the dense class's `from_pretrained(folder)`; the
+    pruned form by the pruned class's.
+    """
+    stock = denoiser_of(model).stock(model)
+    (model if stock is None else stock).save_pretrained(folder)
+    return "pruned" if stock is None else "stock"
 
 
 def config_signature(dense: type) -> inspect.Signature:

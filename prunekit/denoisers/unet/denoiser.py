@@ -13,6 +13,7 @@ from .calls import UNetCalls
 from .conventions import Aptp
 from .family import StableDiffusion
 from .pruned import PrunedUNet2DConditionModel
+from .stock import as_stock
 from .structure import UNetStructure
 from .walk import walk
 
@@ -28,6 +29,10 @@ class UNet(UNetStructure, UNetCalls):
     def pruned_class(self) -> type[PrunedUNet2DConditionModel]:
         """The class of the pruned UNets."""
         return PrunedUNet2DConditionModel
+
+    def stock(self, model: UNet2DConditionModel) -> UNet2DConditionModel | None:
+        """See `as_stock`."""
+        return as_stock(model) if isinstance(model, PrunedUNet2DConditionModel) else model
 
     def outline(self, model: UNet2DConditionModel) -> dict[str, Place]:
         """Down blocks on the left, each below the one before, the mid block below them, up blocks on the right."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from prunekit.core.emptied import Emptied, spread
+from prunekit.core.emptied import Emptied, EmptiedLayer, spread
 
 
 class EmptiedResnet(Emptied):
@@ -43,14 +44,11 @@ class EmptiedAttention(Emptied):
         return self.dropout(spread(self.bias, hidden_states))
 
 
-class EmptiedFeedForward(Emptied):
+class EmptiedFeedForward(EmptiedLayer):
     """A feed-forward without an inner channel: the bias of its last linear layer."""
 
-    output = "net.2"
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """(B, q, C) -> (B, q, C), the bias everywhere."""
-        return spread(self.bias, hidden_states)
+    def __init__(self, feedforward: FeedForward):
+        super().__init__(feedforward, "net.2")
 
 
 class BypassedResnet(nn.Module):

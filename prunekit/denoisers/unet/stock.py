@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -58,17 +57,6 @@ def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
     for path, source in sources.items():
         _carry_over(stock.get_submodule(path), unet.get_submodule(source))
     return stock.train(unet.training)
-
-
-def export_unet(unet: PrunedUNet2DConditionModel, folder: str | Path) -> Literal["stock", "pruned"]:
-    """Save a UNet in its stock form where it has one, else in its pruned form; says which.
-
-    The stock form loads without prunekit, by `UNet2DConditionModel.from_pretrained(folder)`; the pruned form by
-    `PrunedUNet2DConditionModel.from_pretrained(folder)`.
-    """
-    stock = as_stock(unet)
-    (unet if stock is None else stock).save_pretrained(folder)
-    return "pruned" if stock is None else "stock"
 
 
 @dataclass(frozen=True)
