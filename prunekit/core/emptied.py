@@ -8,7 +8,7 @@ model's name: `LAYER.bias` in memory is `LAYER.conv2.bias` in a file, where `con
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,11 +17,14 @@ from torch import nn
 class Emptied(nn.Module):
     """A layer without units; a subclass for each kind names the dense layer's output layer and runs the rest."""
 
-    output = ""  # path of the output layer inside the dense layer
+    output: ClassVar[str] = ""  # path of the output layer inside the dense layer
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.register_parameter("bias", layer.get_submodule(self.output).bias)
+        bias = layer.get_submodule(self.output).bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.register_parameter("bias", bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """As the stock method; also reads the bias under the name that it has in files."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from diffusers import UNet2DConditionModel
 
 from prunekit.core.axes import Place
+from prunekit.core.counting import Counter
 
 from .attaching import blank_copy
 from .calls import UNetCalls
@@ -19,9 +21,9 @@ from .walk import walk
 class UNet(UNetStructure, UNetCalls):
     """UNet2DConditionModel as the library sees it."""
 
-    conventions: ClassVar = {"aptp": Aptp}
-    latent = "sample"
-    legend = "R: ResBlock, A: attention layer"
+    conventions: ClassVar[Mapping[str, type[Counter]]] = {"aptp": Aptp}
+    latent: ClassVar[str] = "sample"
+    legend: ClassVar[str] = "R: ResBlock, A: attention layer"
 
     def pruned_class(self) -> type[PrunedUNet2DConditionModel]:
         """The class of the pruned UNets."""
@@ -37,11 +39,11 @@ class UNet(UNetStructure, UNetCalls):
             if site.kind not in letters:
                 continue
             index = int(rest.partition(".")[0])
-            side, row = {
-                "down_blocks": ("left", index),
-                "up_blocks": ("right", last - index),
-            }.get(block, ("middle", levels))
-            places[site.path] = Place(side, row, letters[site.kind])
+            letter = letters[site.kind]
+            places[site.path] = {
+                "down_blocks": Place("left", index, letter),
+                "up_blocks": Place("right", last - index, letter),
+            }.get(block, Place("middle", levels, letter))
         return places
 
     def blank(self, model: UNet2DConditionModel) -> UNet2DConditionModel:
