@@ -198,7 +198,9 @@ def test_refusals():
         CostModel(unet, space, 8, convention="exakt")
     with pytest.raises(ValueError, match="pass a side of the latent"):
         CostModel(unet, space, (8, 8, 8))
-    with pytest.raises(ValueError, match=r"'resnet:down_blocks\.0\.resnets\.0' has 8 units of 4 channels in this model"):
+    with pytest.raises(
+        ValueError, match=r"'resnet:down_blocks\.0\.resnets\.0' has 8 units of 4 channels in this model"
+    ):
         CostModel(build("sd2", "meta", norm_num_groups=8), discover(build("sd2", "meta", norm_num_groups=4)), 8)
     with pytest.raises(ValueError, match=f"shape \\(..., {space.size}\\)"):
         CostModel(unet, space, 8).macs(torch.rand(3, 5))

@@ -69,6 +69,7 @@ def save_graph(
                 dynamo=True,
                 verbose=False,
             )
+            assert onnx is not None
             onnx.save(path, external_data=True)
     content = {
         "format": FORMAT,
