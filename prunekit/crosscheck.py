@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -80,7 +81,7 @@ class _Called(nn.Module):
         self.sample = torch.zeros(1, config.in_channels, *size, device=device)
         dimension = config.cross_attention_dim
         dimension = dimension if isinstance(dimension, int) else dimension[0]
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "timestep": torch.ones(1, dtype=torch.long, device=device),
             "encoder_hidden_states": torch.zeros(1, text_length, dimension, device=device),
         }

@@ -16,7 +16,10 @@ from prunekit.errors import UserError
 Mode = Literal["eager", "compiled", "cuda_graph"]
 REGIONS = (ResnetBlock2D, BasicTransformerBlock)
 ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region looks through another's graphs
-LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}  # a pruned UNet has a shape per block
+LIMITS: dict[str, Any] = {
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 8192,
+}  # a pruned UNet has a shape per block
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def terminal_table(
     justify: list[JustifyMethod] = ["right" if column.format else "left" for column in columns]
     if sum(max(map(len, cells)) + 3 for cells in zip(*lines, strict=True)) > width:
         lines = [list(cells) for cells in zip(*lines, strict=True)]
-        justify = ["left", *("right" for _ in rows)]
+        justify = ["left" if index == 0 else "right" for index in range(len(rows) + 1)]
     for header, side in zip(lines[0], justify, strict=True):
         table.add_column(header, justify=side)
     for line in lines[1:]:

@@ -205,7 +205,7 @@ def _bound(node: ast.AST) -> set[str]:
 class _Scoped(ast.NodeTransformer):
     """Walks a statement and knows which names are a function's own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.own: set[str] = set()
 
     def visit(self, node: ast.AST) -> ast.AST:

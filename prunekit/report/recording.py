@@ -13,6 +13,7 @@ from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models.shapes import unet_from_config
+from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
@@ -28,6 +29,7 @@ def record(directory: Path, stages: Stages) -> None:
     if not (directory / ENVIRONMENT).is_file():
         own = {"prunekit": _version(), **stages.environment, "dtype": str(stages.pipeline.unet.dtype)}
         write_json(directory / ENVIRONMENT, {**own, "weights": stages.model_digest, "data": stages.data.key})
+    assert isinstance(stages.recipe, PruneRecipe | CompareRecipe)
     for name in stages.recipe.methods:
         folder = directory / "methods" / name
         if not (folder / RESULT).is_file():
@@ -52,7 +54,7 @@ def certify(unet: Any, result: PruneResult, samples: AgreementSamples) -> dict[s
     errors: greatest difference of the outputs over the greatest output, in the dense UNet's precision, before any
     fine-tuning. predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut UNet.
     """
-    size, length = tuple(samples.noisy.shape[-2:]), samples.text.shape[1]
+    size, length = (samples.noisy.shape[-2], samples.noisy.shape[-1]), samples.text.shape[1]
     cost = CostModel(unet, result.space, size, length)
     hollow = unet_from_config({k: v for k, v in unet.config.items() if not k.startswith("_")}, "the run")
     found: dict[str, Any] = {"errors": [], "predicted": [], "counted": [], "sample_size": size, "text_length": length}
