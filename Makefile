@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of this checkout.
 #   make quickstart   install, and run the main job in small: prune the embedded model, compare, print the table
-#   make test         install, and run ruff and the tests (at most 10 minutes on 2 cores)
+#   make test         install, and run ruff, mypy and the tests (at most 10 minutes on 2 cores)
 #   make test-long    install, and run what takes longer: more architectures, engines, processes that are killed
 #   make docs         install, and build the documentation into docs/_build/html; a warning is an error
 # PYTHON       the interpreter that makes the environment (3.10 or newer)
@@ -29,6 +29,7 @@ quickstart: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check prunekit tests benchmarks docs
 	$(BIN)/ruff format --check prunekit tests benchmarks docs
+	$(BIN)/mypy
 
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 

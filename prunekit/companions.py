@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from prunekit.errors import UserError
 from prunekit.models.names import local_path
-from prunekit.recipe import AnyRecipe, PretrainRecipe
+from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
 from prunekit.training.processes import COMPANION, current, is_companion
 from prunekit.training.progress import console
 from prunekit.training.trainer import TrainerConfig
@@ -89,7 +89,7 @@ def process_count(recipe: AnyRecipe) -> int:
     return min(torch.get_num_threads(), MOST, _smallest_batch(recipe))
 
 
-def _smallest_batch(recipe: AnyRecipe) -> int:
+def _smallest_batch(recipe: PruneRecipe | CompareRecipe) -> int:
     """Return the samples of the smallest step, of which each process needs one."""
     settings = [recipe, *(recipe.method_of(label).config for label in recipe.methods)]
     return min(batch for model in settings for batch in _batches(model))
@@ -136,6 +136,7 @@ class _Companion:
         return f"another process of this command ended with status {self._process.returncode}{said}"
 
     def _read(self) -> None:
+        assert self._process.stderr is not None
         for line in self._process.stderr:
             if SHOWN.match(line):
                 console.print(line.rstrip(), highlight=False, markup=False)
@@ -156,6 +157,7 @@ class _Companion:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdin is not None
         self._process.stdin.close()
         self._reader.join()
 

@@ -9,7 +9,7 @@ import platform
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -69,7 +69,9 @@ def has_native_bfloat16(device_type: str = "cpu") -> bool:
         lines = CPU_INFO.read_text(errors="replace").splitlines()
         flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
         return bool(NATIVE_BFLOAT16 & set(flags.split()))
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # Windows; nothing is known of macOS's bfloat16
+    capabilities: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # Windows; nothing is known of macOS's bfloat16
     return platform.system() == "Windows" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

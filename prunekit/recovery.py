@@ -166,7 +166,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     """Make one model's folder; an expert without prompts stays as sliced."""
     recovery, folder, processes = job.recovery, job.folder, current()
     dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
-    objective = FineTuningObjective
+    objective: Callable[..., FineTuningObjective] = FineTuningObjective
     if job.experts is not None:
         objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
@@ -180,10 +180,20 @@ def _fine_tune(stages: Stages, job: Job) -> None:
 
     if len(job.pairs):
         milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
-        options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
-        inputs = (student, dense, stages.data, recovery.config, folder / "checkpoints")
-        schedule = {"scheduler": stages.pipeline.scheduler, "log": stages.log, "objective": objective}
-        figures = fine_tune(*inputs, **schedule, **options)
+        figures = fine_tune(
+            student,
+            dense,
+            stages.data,
+            recovery.config,
+            folder / "checkpoints",
+            scheduler=stages.pipeline.scheduler,
+            pairs=job.pairs,
+            seed=recovery.seed,
+            title=job.title,
+            log=stages.log,
+            milestones=milestones,
+            objective=objective,
+        )
     else:
         for step in at_steps:
             keep(f"step-{step}/unet")

@@ -5,11 +5,11 @@ anywhere goes on where it was and ends where it would have ended (law 5).
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -33,10 +33,10 @@ from prunekit.evaluation.table import (
     warning_lines,
 )
 from prunekit.evaluation.uncertainty import jackknife_errors
+from prunekit.latency.model import LatencyModel
 from prunekit.methods.base import PruneResult, budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.recipe import (
-    AnyRecipe,
     CompareRecipe,
     PretrainRecipe,
     PruneRecipe,
@@ -55,6 +55,7 @@ from prunekit.training.checkpoint import LOG, clear_killed, read_json, write_jso
 from prunekit.training.claims import USERS, Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current, is_companion, threads_of
 
+R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
 RECIPE = "recipe.yaml"
 RESULTS = "results.json"  # the last that a run writes
 LATENCY_COLUMNS = (
@@ -134,14 +135,14 @@ class Run:
                 arguments = (experts, stages.data, prompts, stages.dense)
                 experts_of[candidate.name] = comparison.expert_rows(candidate, *arguments)
                 routing[candidate.name] = self.routing(candidate, stages)
-        known = (prompts.images, prompts.targets.unique())  # the pictures behind the prompts, as many as a row has
+        known = (prompts.real_images, prompts.targets.unique())  # the pictures behind the prompts, as many as a row has
         settings = (stages.pipeline.vae, stages.resolution, self.recipe.seed)
         ceiling = evaluator_ceiling(stages.evaluator, *known, *settings)
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
-        known = [{"name": name, **figures} for name, figures in ceiling.items()]
-        self.write(rows, experts_of, known, self.latency(stages), routing, stages.environment)
+        evaluator = [{"name": name, **figures} for name, figures in ceiling.items()]
+        self.write(rows, experts_of, evaluator, self.latency(stages), routing, stages.environment)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
         finish(self.directory, self.log.say, stages)
@@ -178,6 +179,7 @@ class Run:
             if not path.is_file():
                 unet, cost = denoiser_in(stages.pipeline), budget_cost(stages.pipeline, self.recipe.method(name).config)
                 chosen = PruneResult.load(self.directory / "methods" / name, unet).architectures
+                assert isinstance(cost, LatencyModel) and settings is not None
                 write_json(path, predicted_and_measured(unet, chosen, cost, settings))
             rows += [{"name": name, **row} for row in read_json(path)]
         return rows
@@ -203,7 +205,7 @@ class Run:
         results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
         warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)]
         screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
-        tables = [(None, rows, COLUMNS)]
+        tables: list[tuple[str | None, list[dict], Sequence[Column]]] = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", own, EXPERT_COLUMNS) for name, own in experts.items()]
         tables += [("Latency as the budget", latency, LATENCY_COLUMNS)] if latency else []
         tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
@@ -273,7 +275,7 @@ def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]
         return Run(recipe, folder).execute()
 
 
-def _claim(folder: Path, recipe: PruneRecipe | PretrainRecipe, others: bool) -> AnyRecipe:
+def _claim(folder: Path, recipe: R, others: bool) -> R:
     """Write the resolved recipe, or check that the directory's is the same; return it.
 
     A recipe that came to nothing is replaced, unless other processes work in the directory. `auto` is what the

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -108,10 +108,20 @@ def errors_of_plug_ins(method: Method) -> Iterator[None]:
         raise UserError(f"{method.name}: {error}") from error
 
 
+class Log(Protocol):
+    """What stages tell: a `RunLog`, or what stands in for one."""
+
+    def log(self, row: dict[str, Any], /) -> None:
+        """Keep a row."""
+
+    def say(self, text: str, /) -> None:
+        """Show a line."""
+
+
 class Stages:
     """The model and data of a recipe, loaded once, and what is done with them."""
 
-    def __init__(self, recipe: CommonRecipe, log: RunLog, directory: Path):
+    def __init__(self, recipe: CommonRecipe, log: Log, directory: Path):
         quiet_libraries()
         self.recipe, self.log, self.say = recipe, log.log, log.say
         self.locks = directory / LOCKS

@@ -58,12 +58,19 @@ def resolved(config: DictConfig, where: Any) -> dict[str, Any]:
     """
     try:
         _refuse_resolvers(OmegaConf.to_container(config, resolve=False))
-        content = OmegaConf.to_container(config, resolve=True)
+        content: Any = OmegaConf.to_container(config, resolve=True)
     except UserError:
         raise
     except FAULTS as error:
         raise UserError(f"{where} cannot be read: {error}") from error
     return content
+
+
+def merged(*configs: DictConfig) -> DictConfig:
+    """Return settings over settings: later ones win."""
+    whole = OmegaConf.merge(*configs)
+    assert isinstance(whole, DictConfig)
+    return whole
 
 
 def _refuse_resolvers(node: Any) -> None:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unets import SHAPES, build
 
 from prunekit import Architecture, CostModel, discover, slice_unet
+from prunekit.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "unet_macs.json").read_text())["models"]
 
@@ -72,6 +73,9 @@ def test_soft_equals_the_integer_at_the_corners_and_is_linear_in_every_gate(shap
     architectures = [space.random(keep, seed) for seed, keep in enumerate((0.1, 0.5, 0.9, 1.0, 0.0))]
     corners = torch.stack([architecture.values for architecture in architectures]).double()
     assert cost.macs(corners).tolist() == [cost.macs(architecture) for architecture in architectures]
+    assert torch.equal(cost.expected_macs(corners), cost.macs(corners))
+    assert torch.equal(cost.expected_macs(corners.bool()), cost.macs(corners))
+    assert torch.equal(cost.expected_total(corners), cost.macs(corners))
     assert cost.params(corners).tolist() == [cost.params(architecture) for architecture in architectures]
     soft = torch.rand(space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for unit in range(0, space.size, 97):
@@ -97,6 +101,17 @@ def test_soft_is_the_expectation_over_independent_coins(convention):
             probability *= soft[unit].item() if bits[unit] else 1 - soft[unit].item()
         expectation += probability * cost.macs(bits)
     assert cost.macs(soft).item() == pytest.approx(expectation, rel=1e-12)
+
+
+def test_a_soft_architecture_has_no_exact_cost():
+    unet = build("sd1", "meta")
+    space = discover(unet)
+    cost = CostModel(unet, space, 8, 5)
+    soft = Architecture(space, torch.rand(space.size))
+    for exact in (cost.macs, cost.params, cost.ratio, cost.total):
+        with pytest.raises(UserError, match="threshold"):
+            exact(soft)
+    assert cost.expected_macs(soft.values).shape == ()
 
 
 def test_gradient():

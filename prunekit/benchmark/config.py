@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunekit.benchmark.modes import Mode
 from prunekit.errors import UserError, plain_name
-from prunekit.yaml_files import FAULTS, load_overrides, load_settings, read_mapping, resolved
+from prunekit.yaml_files import FAULTS, load_overrides, load_settings, merged, read_mapping, resolved
 
 DENSE = "dense"  # the architecture that is always there, and that the others are compared with
 JOB = "bench"
@@ -135,7 +134,7 @@ def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchR
     if not path.is_file():
         raise BenchRecipeError(f"no recipe at {path}; the benchmark that ships with prunekit is recipes/bench_*.yaml")
     try:
-        content = resolved(OmegaConf.merge(load_settings(path), load_overrides(overrides)), path)
+        content = resolved(merged(load_settings(path), load_overrides(overrides)), path)
     except UserError as error:
         raise BenchRecipeError(str(error)) from error
     except FAULTS as error:

@@ -19,12 +19,14 @@ from prunekit.methods import Random, select
 from prunekit.models import load_pipeline, load_unet_on_meta
 from prunekit.training.emoji_model import assemble, build_tokenizer
 
-TEXT_ENCODERS = {  # by the width of the text that the UNet takes: CLIP ViT-L/14's, and OpenCLIP ViT-H/14's but a layer
+TEXT_ENCODERS: dict[
+    int, dict[str, Any]
+] = {  # by the width of the text that the UNet takes: CLIP ViT-L/14's, and OpenCLIP ViT-H/14's but a layer
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
     1024: {"num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
 }
 VOCABULARY, TOKENS = 49408, 77
-AUTOENCODER = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+AUTOENCODER: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 PROMPT = "a photograph of an astronaut riding a horse"
 DEPTH_OF = {"random": "aptp", "width": "none", "depth": "all"}  # which layers may go, by how an architecture is chosen
 
@@ -70,8 +72,8 @@ def random_pipeline(unet: UNet2DConditionModel, seed: int) -> DiffusionPipeline:
             sample_size=768,
             **AUTOENCODER,
         )
-    parts = [_filled(part, unet.device, unet.dtype, seed) for part in (autoencoder, text_encoder)]
-    return assemble(*parts, tokenizer, unet)
+    autoencoder, text_encoder = (_filled(part, unet.device, unet.dtype, seed) for part in (autoencoder, text_encoder))
+    return assemble(autoencoder, text_encoder, tokenizer, unet)
 
 
 def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -93,6 +95,7 @@ def choose(config: ArchitectureConfig, unet: UNet2DConditionModel, latent: int, 
     if config.choose == "depth":
         scores.values[: scores.space.num_width] += 1
     cost = CostModel(unet, scores.space, latent, text_length)
+    assert config.budget is not None
     return select(scores, cost, config.budget, config.align), cost
 
 

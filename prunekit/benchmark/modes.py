@@ -15,7 +15,10 @@ from prunekit.errors import UserError
 
 Mode = Literal["eager", "compiled", "cuda_graph"]
 ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region looks through another's graphs
-LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}  # a pruned UNet has a shape per block
+LIMITS: dict[str, Any] = {
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 8192,
+}  # a pruned UNet has a shape per block
 
 
 @contextmanager

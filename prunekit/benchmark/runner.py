@@ -82,7 +82,8 @@ class Bench:
 
         minutes: no row is begun that would, by the time of the last of its kind, end later than this.
         """
-        start, longest, missing = time.monotonic(), {}, self.missing()
+        start, missing = time.monotonic(), self.missing()
+        longest: dict[tuple[str, str, str], float] = {}
         total = len(self.pieces)
         self.say(f"{device_name(self.device)}: {total - len(missing)} of {total} rows are there")
         for cell in self.recipe.cells:
@@ -110,8 +111,9 @@ class Bench:
     def _subject(self, name: str) -> Subject:
         config = self.recipe.architectures.get(name)
         published = self.recipe.published_dense_seconds if config is None else config.published_seconds
-        if config is None or config.path is not None:
-            model = denoiser_in(self.shape) if config is None else load_unet_on_meta(config.path)
+        path = None if config is None else config.path
+        if config is None or path is not None:
+            model = denoiser_in(self.shape) if path is None else load_unet_on_meta(path)
             plain = sorted(item for item in model.config.items() if not item[0].startswith("_"))
             macs, params = dense_cost(model, self.latent, self.text_length)
             return Subject(name, macs, params, Fingerprint(plain).key(), None, published)
@@ -181,6 +183,7 @@ class _Dense:
         if architecture is not None:
             model = slice_model(self.model, architecture)
         else:
+            assert config.path is not None
             model = read_unet(config.path, self.bench.device, DTYPES[self.cell.dtype])
         return self._lay_out(model)
 

@@ -11,7 +11,8 @@ from prunekit.errors import UserError, plain_line
 
 PACKAGE = __name__.partition(".")[0]
 INTERRUPTED = 130
-UsageError, ClickException = typer.BadParameter.__mro__[1:3]  # of click, which newer typers carry inside
+_BASES: tuple[Any, ...] = typer.BadParameter.__mro__
+UsageError, ClickException = _BASES[1:3]  # of click, which newer typers carry inside
 
 
 class Commands(TyperGroup):

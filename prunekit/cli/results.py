@@ -1,7 +1,7 @@
 """The commands about what a run made: generate, evaluate, report, demo, export, import, bench."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,7 @@ def generate(
     from prunekit.serving.bulk import Request, free_directory, generate_to, weights_digest
     from prunekit.serving.prompts import collect
 
-    given = {"prompts": prompt or (), "file": prompts_file, "shipped": prompt_list}
+    given: dict[str, Any] = {"prompts": prompt or (), "file": prompts_file, "shipped": prompt_list}
     pipeline = PromptRoutedPipeline.from_pretrained(directory, method, max_resident=max_resident)
     pipeline.set_progress_bar_config(disable=True)
     prompts = collect(pipeline, directory, **given, validation=validation, extremes=extremes)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import nn
 
 from .space import UnitGroup
@@ -77,6 +78,12 @@ class Layer:
     feeds: tuple[str, ...] = ()
     activations: tuple[Activation, ...] = ()
 
+    @property
+    def units(self) -> UnitGroup:
+        """The group of a layer that has one."""
+        assert self.group is not None, f"{self.path} has no units"
+        return self.group
+
     def stream_of(self, name: str) -> str:
         """The stream on whose positions a module of the layer runs, by its path inside the layer; "": unknown."""
         while name:
@@ -88,6 +95,13 @@ class Layer:
     def module(self, model: nn.Module, axis: Axis) -> nn.Module:
         """The module that holds an axis's weight."""
         return model.get_submodule(f"{self.path}.{axis.layer}")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a module that holds one."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor), f"a {type(module).__name__} has no weight"
+    return weight
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import nn
 
 from prunekit.errors import UserError
 
-from .axes import Axis, Layer
+from .axes import Axis, Layer, weight_of
 from .counting import CONVENTIONS, Counter, LayerCost, Parameters
 from .denoiser import Denoiser
 from .discovery import match
@@ -59,35 +60,65 @@ class CostModel:
         self.dense_macs: int = self._macs.count(space.full().values)
         self.dense_params: int = self._params.count(space.full().values)
 
+    @overload
+    def macs(self, architecture: Architecture) -> int: ...
+    @overload
+    def macs(self, architecture: torch.Tensor) -> int | torch.Tensor: ...
     def macs(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
-        """MACs of one forward pass, batch 1.
+        """Return the MACs of one forward pass, batch 1: an integer for a boolean Architecture or a boolean (D,).
 
-        An int for a boolean Architecture (or a boolean (D,)); for soft gates (..., D) a tensor (...), their
-        expectation where every gate is an independent coin, differentiable and equal to the int at 0 and 1. It has
-        the gates' dtype: float64 holds every integer exactly.
+        Other tensors give what `expected_macs` gives.
+
+        Raises:
+            UserError: a soft Architecture.
+
         """
         return self._evaluate(self._macs, architecture)
 
+    def expected_macs(self, gates: torch.Tensor) -> torch.Tensor:
+        """Return the expected MACs (...) for gates (..., D), where every gate is an independent coin.
+
+        The result is differentiable, equals the integer at 0 and 1, and has the gates' dtype (float64 for boolean
+        gates): float64 holds every integer exactly.
+        """
+        return self._expectation(self._macs, gates)
+
+    @overload
+    def params(self, architecture: Architecture) -> int: ...
+    @overload
+    def params(self, architecture: torch.Tensor) -> int | torch.Tensor: ...
     def params(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
-        """The number of parameters of the sliced model; types as in `macs`."""
+        """Return the number of parameters of the sliced model; types as in `macs`."""
         return self._evaluate(self._params, architecture)
 
+    @overload
+    def ratio(self, architecture: Architecture) -> float: ...
+    @overload
+    def ratio(self, architecture: torch.Tensor) -> float | torch.Tensor: ...
     def ratio(self, architecture: Architecture | torch.Tensor) -> float | torch.Tensor:
-        """MACs as a share of the dense model's."""
-        return self.macs(architecture) / self.dense_macs
+        """Return the MACs as a share of the dense model's; types as in `macs`."""
+        return self._evaluate(self._macs, architecture) / self.dense_macs
 
     @property
     def dense_total(self) -> int:
         """What a budget is a share of: here the dense model's MACs."""
         return self.dense_macs
 
+    @overload
+    def total(self, architecture: Architecture) -> int: ...
+    @overload
+    def total(self, architecture: torch.Tensor) -> int | torch.Tensor: ...
     def total(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
-        """What a budget counts: here MACs; types as in `macs`."""
-        return self.macs(architecture)
+        """Return what a budget counts, here MACs; types as in `macs`."""
+        return self._evaluate(self._budgeted, architecture)
+
+    def expected_total(self, gates: torch.Tensor) -> torch.Tensor:
+        """Return the expectation of what a budget counts, as in `expected_macs`."""
+        return self._expectation(self._budgeted, gates)
 
     def running(self, architecture: Architecture) -> RunningCost:
         """The `total` of a boolean Architecture whose units are then flipped one by one, in O(1) each."""
-        return RunningCost(self._macs, self._vector(architecture))
+        return RunningCost(self._budgeted, self._vector(architecture))
 
     def marginal(self, architecture: Architecture) -> torch.Tensor:
         """Per unit, int64 (D,): how the `total` would change (signed) if that one unit were flipped."""
@@ -103,11 +134,20 @@ class CostModel:
             raise UserError(f"gates have shape (..., {self.space.size}), got {tuple(architecture.shape)}")
         return architecture
 
+    @property
+    def _budgeted(self) -> Polynomial:
+        """What `total` counts."""
+        return self._macs
+
     def _evaluate(self, polynomial: Polynomial, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
         values = self._vector(architecture)
-        if values.dtype == torch.bool:
-            return polynomial.count(values) if values.dim() == 1 else polynomial.expectation(values.double())
-        return polynomial.expectation(values)
+        if isinstance(architecture, Architecture) or (values.dtype == torch.bool and values.dim() == 1):
+            return polynomial.count(values)
+        return self._expectation(polynomial, values)
+
+    def _expectation(self, polynomial: Polynomial, gates: torch.Tensor) -> torch.Tensor:
+        values = self._vector(gates)
+        return polynomial.expectation(values.double() if values.dtype == torch.bool else values)
 
 
 class Polynomial:
@@ -215,7 +255,7 @@ class RunningCost:
 
     def __init__(self, polynomial: Polynomial, values: torch.Tensor):
         if values.dtype != torch.bool:
-            raise UserError("a running cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
+            raise UserError("an exact cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
         space = polynomial.space
         self.bits: list[bool] = values.tolist()
         self._num_width = space.num_width
@@ -269,10 +309,10 @@ def _latent_size(denoiser: Denoiser, model: nn.Module, sample_size: int | tuple[
     size = denoiser.latent_size(model) if sample_size is None else sample_size
     if size is None:
         raise UserError("the model's config names no sample_size; pass the latent's: a side, or (height, width)")
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise UserError(f"sample_size={sample_size!r}: pass a side of the latent, or (height, width)")
-    return size
+    return sides
 
 
 def _modules_by_layer(denoiser: Denoiser, model: nn.Module) -> list[tuple[Layer, dict[str, nn.Module]]]:
@@ -280,7 +320,7 @@ def _modules_by_layer(denoiser: Denoiser, model: nn.Module) -> list[tuple[Layer,
 
     Modules are named by their path inside the layer; what feeds it, by the path in the model, as in `Layer.feeds`.
     """
-    layers = [(layer, {}) for layer in denoiser.layers(model)]
+    layers: list[tuple[Layer, dict[str, nn.Module]]] = [(layer, {}) for layer in denoiser.layers(model)]
     at = {layer.path: index for index, (layer, _) in enumerate(layers)}
     fed = {path: index for index, (layer, _) in enumerate(layers) for path in layer.feeds}
     for path, module in model.named_modules():
@@ -357,7 +397,7 @@ def _owned(layer: Layer, module: nn.Module, axes: Sequence[Axis], weights: int) 
     """The part of what a module's weight costs that the layer's units own together."""
     sides = {axis.side == "in" for axis in axes}
     assert len(sides) == 1, f"the axes of one weight of {layer.path} lie on one side"
-    total = module.weight.shape[int(sides.pop())]
-    owned, rest = divmod(weights * sum(axis.copies for axis in axes) * layer.group.size * layer.group.channels, total)
+    total = weight_of(module).shape[int(sides.pop())]
+    owned, rest = divmod(weights * sum(axis.copies for axis in axes) * layer.units.size * layer.units.channels, total)
     assert rest == 0
     return owned

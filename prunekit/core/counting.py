@@ -84,7 +84,8 @@ class Parameters(Counter):
     def conv(self, conv: nn.Conv2d | nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102
         return conv.weight.numel(), 0 if conv.bias is None else conv.bias.numel()
 
-    linear = conv
+    def linear(self, linear: nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102
+        return self.conv(linear, positions)
 
     def norm(self, norm: nn.Module, positions: int) -> int:  # noqa: D102
         return sum(parameter.numel() for parameter in norm.parameters(recurse=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -25,10 +26,11 @@ def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]
         ((_, _, kept),) = axes
         keep_groups(module, kept)
         return
+    assert isinstance(module, nn.Conv2d | nn.Linear), f"a {type(module).__name__} cannot be cut"
     staying = set(range(module.weight.shape[int(is_input)]))
     for axis, layer, kept in axes:
-        staying -= set(axis.channels(list(range(layer.group.size)), layer.group))
-        staying |= set(axis.channels(kept, layer.group))
+        staying -= set(axis.channels(list(range(layer.units.size)), layer.units))
+        staying |= set(axis.channels(kept, layer.units))
     (keep_in if is_input else keep_out)(module, sorted(staying))
 
 
@@ -54,7 +56,9 @@ def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:
     assert norm.num_channels == len(kept) * channels
 
 
-def _keep(layer: nn.Module, total: int, kept: Sequence[int], prune: Callable) -> None:
+def _keep(
+    layer: nn.Conv2d | nn.Linear | nn.GroupNorm, total: int, kept: Sequence[int], prune: Callable[..., Any]
+) -> None:
     assert len(kept) > 0, "a layer that loses everything is replaced, not cut"
     assert all(isinstance(index, int) for index in kept) and sorted(set(kept)) == list(kept)
     assert kept[0] >= 0 and kept[-1] < total

@@ -17,11 +17,14 @@ from torch import nn
 class Emptied(nn.Module):
     """A layer without units; a subclass for each kind names the dense layer's output layer and runs the rest."""
 
-    output = ""  # path of the output layer inside the dense layer
+    output: str = ""  # path of the output layer inside the dense layer
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.register_parameter("bias", layer.get_submodule(self.output).bias)
+        bias = layer.get_submodule(self.output).bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.register_parameter("bias", bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """As the stock method; also reads the bias under the name that it has in files."""

@@ -15,10 +15,12 @@ from torch import nn
 
 from prunekit.errors import UserError
 
-from .axes import Axis
+from .axes import Axis, weight_of
 from .discovery import match, width_layers
 from .registry import denoiser_of
 from .space import Architecture, UnitGroup, UnitSpace
+
+_Read = Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]  # of a forward pass's (args, kwargs)
 
 
 class _Token:
@@ -29,12 +31,12 @@ class _Track(torch.autograd.Function):
     """The identity; its node in the graph holds a token until backward has passed."""
 
     @staticmethod
-    def forward(ctx, gates: torch.Tensor, token: _Token) -> torch.Tensor:
+    def forward(ctx: Any, gates: torch.Tensor, token: _Token) -> torch.Tensor:
         ctx.token = token
         return gates.view_as(gates)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.token = None
         return gradient, None
 
@@ -78,30 +80,40 @@ class Gates:
         """
         opens = isinstance(g, Architecture) and g.is_boolean and all(g.values.tolist())  # they lie on the host
         if isinstance(g, Architecture):
-            g = g.on(self.space).values if g.space is not self.space else g.values
-        if g.dim() not in (1, 2) or g.shape[-1] != self.space.size:
-            raise UserError(f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(g.shape)}")
-        g = g.to(self._parameter.device)
-        g = g if g.is_floating_point() else g.to(self._parameter.dtype)
+            values = g.on(self.space).values if g.space is not self.space else g.values
+        else:
+            values = g
+        if values.dim() not in (1, 2) or values.shape[-1] != self.space.size:
+            raise UserError(
+                f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(values.shape)}"
+            )
+        values = values.to(self._parameter.device)
+        values = values if values.is_floating_point() else values.to(self._parameter.dtype)
         batch = None
-        if g.dim() == 1:
+        if values.dim() == 1:
             if rows is not None:
                 raise UserError("rows choose among the rows of (G, D) gates; these gates are one (D,) vector")
-            g = g[None]
+            values = values[None]
         else:
             if rows is not None:
-                g = g.index_select(0, _checked_rows(rows, len(g)).to(g.device))
-            batch = len(g)
+                values = values.index_select(0, _checked_rows(rows, len(values)).to(values.device))
+            batch = len(values)
         self._release("set again")
         token = _Token()
-        if g.requires_grad and torch.is_grad_enabled():
-            g = _Track.apply(g, token)
-        self._state = _State(batch, None if opens else self._masks(g), token)
+        if values.requires_grad and torch.is_grad_enabled():
+            values = _Track.apply(values, token)
+        self._state = _State(batch, None if opens else self._masks(values), token)
         self._token = weakref.ref(token)
 
     def _masks(self, g: torch.Tensor) -> list[torch.Tensor]:
         channels = g.index_select(1, self._unit_of_channel)  # (rows, all channels)
         return list(channels.split(self._widths, dim=1)) + list(g[:, self.space.num_width :].unbind(dim=1))
+
+    @property
+    def _now(self) -> _State:
+        """The gates that are set."""
+        assert self._state is not None, "a forward pass checks first that gates are set"
+        return self._state
 
     def _release(self, action: str) -> None:
         """Let the state go, unless something else still holds it, which is then an unfinished backward."""
@@ -147,10 +159,10 @@ class Gates:
             leave.register_forward_hook(self._leaves(index)),
         ]
 
-    def _before(self) -> Callable:
+    def _before(self) -> Callable[..., None]:
         read = _reader(self._model, (self._denoiser.latent,))
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._state is None:
                 raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the model as it is)")
             batch = read(args, kwargs)[0].shape[0]
@@ -163,18 +175,18 @@ class Gates:
         return hook
 
     def _mask(self, index: int, batch: int) -> torch.Tensor | None:
-        if self._state.masks is None:
+        if self._now.masks is None:
             return None
-        mask = self._state.masks[index]
+        mask = self._now.masks[index]
         if mask.shape[0] not in (1, batch):
             raise UserError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
         return mask
 
-    def _multiplies(self, index: int, layer: nn.Module, axis: Axis) -> Callable:
+    def _multiplies(self, index: int, layer: nn.Module, axis: Axis) -> Callable[..., tuple[Any, ...]]:
         dimension = 1 if isinstance(layer, nn.Conv2d) else -1
-        total = layer.weight.shape[1]
+        total = weight_of(layer).shape[1]
 
-        def hook(module: nn.Module, args: tuple) -> tuple:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
             mask = self._mask(index, x.shape[0])  # (rows, channels)
             if mask is None:
@@ -189,8 +201,8 @@ class Gates:
 
         return hook
 
-    def _mixes(self, index: int, read: Callable) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _mixes(self, index: int, read: _Read) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._mixed(index, read(args, kwargs), output)
 
         return hook
@@ -199,15 +211,15 @@ class Gates:
         mask = self._mask(index, entered[0].shape[0])  # (rows,)
         return output if mask is None else mix(entered, output, mask)
 
-    def _enters(self, index: int, read: Callable) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._state.entered[index] = read(args, kwargs)
+    def _enters(self, index: int, read: _Read) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._now.entered[index] = read(args, kwargs)
 
         return hook
 
-    def _leaves(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            return self._mixed(index, self._state.entered.pop(index), output)
+    def _leaves(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return self._mixed(index, self._now.entered.pop(index), output)
 
         return hook
 
@@ -227,7 +239,7 @@ def mix(entered: Sequence[torch.Tensor], output: Any, gate: torch.Tensor) -> Any
     return torch.lerp(entered[0].to(output.dtype), output, gate)
 
 
-def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None) -> Callable:
+def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None) -> _Read:
     """A function of a forward pass's (args, kwargs) that returns the arguments of these names.
 
     channels: how many channels (axis 1) are taken of each; None: all.
@@ -235,7 +247,7 @@ def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None
     order = list(inspect.signature(module.forward).parameters)
     places = [(order.index(name), name) for name in names]
 
-    def read(args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         tensors = [args[place] if place < len(args) else kwargs[name] for place, name in places]
         return tensors if channels is None else [tensor[:, :channels] for tensor in tensors]
 
@@ -272,9 +284,9 @@ def _seen_by_compiled_code(modules: list[nn.Module]) -> Iterator[None]:
     while that entry is as it was (torch/_dynamo/variables/nn_module.py, guard_to_detect_forward_monkeypatching).
     """
 
-    def passing_on(forward: Callable) -> Callable:
+    def passing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
-        def under_gates(*args, **kwargs):
+        def under_gates(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs)
 
         return under_gates
@@ -294,36 +306,36 @@ def _seen_by_compiled_code(modules: list[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _checkpoints_under(gates: Gates) -> Iterator[None]:
     """Make gradient checkpointing, switched on before or inside the context, recompute under its forward's gates."""
-    originals: list[tuple[nn.Module, Callable]] = []
-    modules = [module for module in gates._model.modules() if hasattr(module, "gradient_checkpointing")]
+    originals: list[tuple[Any, Callable[..., Any]]] = []
+    modules: list[Any] = [module for module in gates._model.modules() if hasattr(module, "gradient_checkpointing")]
 
-    def wrap(original: Callable) -> Callable:
-        def checkpoint(module: nn.Module, *args):
-            state = gates._state
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpoint(module: nn.Module, *args: Any) -> Any:
+            state = gates._now
 
-            def run(*args):
+            def run(*args: Any) -> Any:
                 with gates._using(state):
                     return module(*args)
 
             return original(run, *args)
 
-        checkpoint.under_gates = True
+        checkpoint.__dict__["under_gates"] = True
         return checkpoint
 
-    def before(module: nn.Module, args: tuple) -> None:
-        for module in modules:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if module.gradient_checkpointing and not getattr(function, "under_gates", False):
-                originals.append((module, function))
-                module._gradient_checkpointing_func = wrap(function)
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for owner in modules:
+            function: Any = getattr(owner, "_gradient_checkpointing_func", None)
+            if owner.gradient_checkpointing and not getattr(function, "under_gates", False):
+                originals.append((owner, function))
+                owner._gradient_checkpointing_func = wrap(function)
 
     handle = gates._model.register_forward_pre_hook(before)
     try:
         yield
     finally:
         handle.remove()
-        for module, function in originals:
-            module._gradient_checkpointing_func = function
+        for owner, function in originals:
+            owner._gradient_checkpointing_func = function
 
 
 def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:

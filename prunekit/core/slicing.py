@@ -16,9 +16,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
 
@@ -37,7 +38,7 @@ POINTER = "backbone.json"  # of a member: where its weights are
 SAVED_MODULE = "prunekit.slicing"  # the module that saved pipelines name; see there
 
 
-class PrunedModel:
+class PrunedModel(ModelMixin):
     """What the classes of pruned models share; it stands before the class of the dense model among their bases.
 
     A subclass calls `_prune` in its constructor, and gives that the signature `config_signature`.
@@ -54,12 +55,12 @@ class PrunedModel:
         self.register_to_config(pruning=pruning)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **options) -> Any:
+    def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
         """As the stock method; `auto_map`, by which diffusers finds a class file, is no part of the model."""
         return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
         """As the stock method; also from a member's folder, whose weights are those of a shared backbone."""
         backbone = backbone_of(pretrained_model_name_or_path)
         if backbone is None:
@@ -71,10 +72,10 @@ class PrunedModel:
         cls,
         model: Any,
         state_dict: Mapping[str, torch.Tensor] | None,
-        resolved_model_file: list,
+        resolved_model_file: list[Any],
         pretrained_model_name_or_path: str | Path,
         loaded_keys: list[str],
-        **options,
+        **options: Any,
     ) -> Any:
         """As the stock method; tensors of the files get the names that they have in memory."""
         names = {in_file: in_memory for in_memory, in_file in names_in_files(model).items()}
@@ -90,7 +91,7 @@ class PrunedModel:
             model, state_dict, resolved_model_file, pretrained_model_name_or_path, keys, **options
         )
 
-    def _save_with_names(self, save: Any, *arguments, **options) -> None:
+    def _save_with_names(self, save: Any, *arguments: Any, **options: Any) -> None:
         """Run the stock `save_pretrained`, with the names that tensors have in files."""
         handle = self.register_state_dict_post_hook(_name_as_in_files)
         try:
@@ -100,13 +101,13 @@ class PrunedModel:
 
 
 @functools.cache
-def pruned_class(dense: type[nn.Module], structure: Structure) -> type[PrunedModel]:
+def pruned_class(dense: Any, structure: Structure) -> type[PrunedModel]:
     """The class of the pruned models of a dense class, made once: `PrunedX` of X.
 
     Pipelines that hold such a model are saved with its name in `prunekit.slicing`, where loaders find it.
     """
 
-    def __init__(self: Any, pruning: Mapping[str, Any] | None = None, **config: Any) -> None:  # noqa: N807
+    def construct(self: Any, pruning: Mapping[str, Any] | None = None, **config: Any) -> None:
         super(pruned, self).__init__(**config)
         self._prune(pruning)
 
@@ -114,16 +115,16 @@ def pruned_class(dense: type[nn.Module], structure: Structure) -> type[PrunedMod
     def save_pretrained(self: Any, *arguments: Any, **options: Any) -> None:
         self._save_with_names(super(pruned, self).save_pretrained, *arguments, **options)
 
-    __init__.__signature__ = config_signature(dense)
+    vars(construct)["__signature__"] = config_signature(dense)
     content = {
         "__doc__": f"A {dense.__name__} without the units that an Architecture removed; built from its config alone.",
-        "__init__": __init__,
+        "__init__": construct,
         "save_pretrained": save_pretrained,
         "structure": structure,
         "__module__": SAVED_MODULE,
     }
-    pruned = type(f"Pruned{dense.__name__}", (PrunedModel, dense), content)
-    return pruned
+    pruned: Any = type(f"Pruned{dense.__name__}", (PrunedModel, dense), content)
+    return cast("type[PrunedModel]", pruned)
 
 
 def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "pruned"]:
@@ -133,11 +134,12 @@ def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "prun
     pruned form by the pruned class's.
     """
     stock = denoiser_of(model).stock(model)
-    (model if stock is None else stock).save_pretrained(folder)
+    saved: Any = model if stock is None else stock
+    saved.save_pretrained(folder)
     return "pruned" if stock is None else "stock"
 
 
-def config_signature(dense: type) -> inspect.Signature:
+def config_signature(dense: type[ModelMixin]) -> inspect.Signature:
     """The signature of a dense class's constructor, and `pruning`: diffusers reads a config's keys there."""
     parameters = inspect.signature(dense.__init__).parameters.values()
     return inspect.Signature([*parameters, inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)])
@@ -150,10 +152,12 @@ def slice_model(model: nn.Module, architecture: Architecture) -> Any:
     same space; UserError where the Architecture does not fit the model.
     The copy has the model's dtype, device, training mode, frozen parameters and attention processors.
     """
-    return _sliced(denoiser_of(model).pruned_class(), model, architecture)
+    pruned_class = denoiser_of(model).pruned_class()
+    assert issubclass(pruned_class, PrunedModel)
+    return _sliced(pruned_class, model, architecture)
 
 
-def _sliced(pruned_class: type[PrunedModel], model: nn.Module, architecture: Architecture) -> Any:
+def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Architecture) -> Any:
     if not architecture.is_boolean:
         raise UserError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
     structure = pruned_class.structure

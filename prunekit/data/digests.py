@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prunekit.data.sharing import share_and_tidy
@@ -48,14 +49,14 @@ class Digests:
         groups = file_groups(files)
         if self.directory is None:
             return [group.digest() for group in groups]
-        pieces = [
-            Piece(
-                f"digest-{group.stamp}",
-                lambda group=group: self._find(group) is not None,
-                lambda group=group: self._remember(group, group.digest()),
-            )
-            for group in groups
-        ]
+
+        def known(group: FileGroup) -> bool:
+            return self._find(group) is not None
+
+        def learn(group: FileGroup) -> None:
+            self._remember(group, group.digest())
+
+        pieces = [Piece(f"digest-{group.stamp}", partial(known, group), partial(learn, group)) for group in groups]
         share_and_tidy(pieces, self.directory / "locks")
         return [self._find(group) or group.digest() for group in groups]
 

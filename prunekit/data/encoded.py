@@ -1,5 +1,6 @@
 """The frozen parts run once: latents, text states and prompt embeddings of a data set, cached on disk."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def encode(
         {index: name for index, (name, _) in latents.bad.items()},
     )
     prompts = maker.prompts(prompt_encoder, images.captions)
+    text: Mapping[str, Tensor | Rows]
+    null: Mapping[str, Tensor | Rows]
     if config.text:
         text, null = maker.text(images.captions).rows, maker.null_text().rows
     else:
@@ -124,7 +127,7 @@ def encode(
     key = Fingerprint(latents.key, prompts.key, resolution, config.model_dump(exclude={"directory"}))
     key.add(encoders.picture_key, encoders.text_key)
     return EncodedData(
-        latents=latents.rows.get("mean") if latents.rows else LiveLatents(encoders, images),
+        latents=latents.rows["mean"] if latents.rows else LiveLatents(encoders, images),
         text=text["text"],
         null_text=null["text"][0],
         prompts=prompts.rows["prompts"],

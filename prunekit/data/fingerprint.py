@@ -27,7 +27,7 @@ class Fingerprint:
 
     def add_tensor(self, value: Tensor) -> "Fingerprint":
         """Add a tensor's values, whatever its device."""
-        self._digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return self
 
     def add_module(self, module: nn.Module) -> "Fingerprint":

@@ -93,7 +93,7 @@ def rank_correlation(vectors_1: Array, vectors_2: Array) -> float:
         unit = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
         _, inverse, counts = np.unique((unit @ unit.T)[above], return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])  # ties share their mean rank
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def save(folder: Path, vocabulary: list[str], vectors: Array) -> None:

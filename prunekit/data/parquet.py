@@ -35,6 +35,7 @@ def parquet_samples(files: list[Path], missing: list[Path], text_column: str) ->
     A row's caption is a text or a list of texts. A lost file, or one without the column, counts as many captions as the
     median of the others.
     """
+    faults: tuple[type[Exception], ...] = (DataError, *_errors())
     whole: list[int] = []
     damaged: list[tuple[Path, str]] = []
     for path in files:
@@ -43,7 +44,7 @@ def parquet_samples(files: list[Path], missing: list[Path], text_column: str) ->
             if text_column not in opened.schema_arrow.names:
                 raise DataError(f"no column {text_column!r}")
             captions = [opened.read_row_group(g, columns=[text_column]) for g in range(opened.num_row_groups)]
-        except (DataError, *_errors()) as error:
+        except faults as error:
             damaged.append((path, f"cannot be read ({error})"))
             continue
         row = 0

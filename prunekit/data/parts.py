@@ -1,6 +1,6 @@
 """The parts of encoded data: what each is keyed by, and how its rows are made, in memory or in a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +29,7 @@ class Made:
     """A part's rows, by tensor, and the sources that have none."""
 
     key: str
-    rows: dict[str, Tensor | Rows]
+    rows: Mapping[str, Tensor | Rows]
     bad: dict[int, tuple[str, str]]  # source: what it is called, why it is left out
 
 
@@ -93,8 +93,8 @@ class PartMaker:
         return self._made("prompts", key, len(captions), make)
 
     def _made(self, kind: str, key: Fingerprint, count: int, make: Any) -> Made:
-        kept = {"precision": PRECISIONS[self.config.precision], "shard_size": self.config.shard_size}
-        part = Part(kind, key.add(count, *kept.values()).key(), count, make, **kept)
+        precision, shard_size = PRECISIONS[self.config.precision], self.config.shard_size
+        part = Part(kind, key.add(count, precision, shard_size).key(), count, make, precision, shard_size)
         stored = None if self.cache is None else StoredPart(part, self.cache, self.digests, self.verify)
         done = 0
 

@@ -62,7 +62,7 @@ def why(error: Exception) -> str:
 def upright(image: Image.Image) -> Image.Image:
     """Return a picture turned as its EXIF orientation says; as it is stored where its EXIF data are damaged."""
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 0))
     except Exception:  # Pillow's parser raises whatever it comes across; the pixels do not depend on it
         turn = None
     return image if turn is None else image.transpose(turn)

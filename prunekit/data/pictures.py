@@ -127,9 +127,10 @@ class ParquetPictures(Pictures):
             value = self._group[1][second].as_py()
         except ValueError as error:  # of a text that is not UTF-8, for one
             raise DataError(f"cannot be read ({file}: {error})") from error
-        path = None
+        path: Any = None
         if isinstance(value, dict):
-            value, path = value.get("bytes"), value.get("path")
+            path = value.get("path")
+            value = value.get("bytes")
         if value is None and path and isinstance(path, str):
             try:
                 value = read_file(Path(file).parent / path)

@@ -45,7 +45,9 @@ class PromptEncoder:
     @property
     def size(self) -> int:
         """Z, the length of a prompt's vector."""
-        return self.model.get_embedding_dimension()
+        size = self.model.get_embedding_dimension()
+        assert size is not None
+        return size
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Return the vectors (n, Z), float32, on the CPU.

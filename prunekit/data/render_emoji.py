@@ -56,7 +56,7 @@ def samples(font_path: Path, directory: Path) -> Iterator[tuple[dict, bytes]]:
         left, top, right, bottom = font.getbbox(character)
         if right <= left or bottom <= top or (len(character) == 1 and character.isascii()):
             continue
-        glyph = Image.new("RGBA", (right - left, bottom - top))
+        glyph = Image.new("RGBA", (int(right - left), int(bottom - top)))
         ImageDraw.Draw(glyph).text((-left, -top), character, font=font, embedded_color=True)
         side = max(glyph.size)
         square = Image.new("RGBA", (side, side), "white")

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from prunekit.errors import UserError
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}  # safetensors' names of what is stored
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+}  # safetensors' names of what is stored
 
 
 class Rows:
@@ -47,7 +50,7 @@ class Rows:
 class StoredTensor:
     """Where a tensor lies in a safetensors file."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int  # bytes from the file's start
 

@@ -86,9 +86,12 @@ def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None
             stale.unlink()
         write_text(file, json.dumps(_packed(shard)))
 
+    def made(path: Path, file: Path) -> bool:
+        return path in faulty or file.is_file()
+
     files = {path: indexes / _file_name(path, read) for path in shards}
     pieces = [
-        Piece(f"index-{file.stem}", lambda p=path, f=file: p in faulty or f.is_file(), partial(make, path, file))
+        Piece(f"index-{file.stem}", partial(made, path, file), partial(make, path, file))
         for path, file in files.items()
     ]
     share_and_tidy(pieces, indexes.parent / "locks")

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from prunekit.core.cost import CostModel
-from prunekit.core.space import Architecture
-from prunekit.demo.opening import architectures_of, example_prompts, open_dense, open_pipeline, title_of
+from prunekit.demo.opening import Chosen, architectures_of, example_prompts, open_dense, open_pipeline, title_of
 from prunekit.errors import UserError
 from prunekit.serving import PromptRoutedPipeline
+from prunekit.serving.pipeline import RoutedOutput
 from prunekit.serving.requests import MOST_SEED
 
 MOST_STEPS = 200
@@ -77,7 +76,7 @@ class Demo:
         return self.pipeline.mixture.router is not None
 
     @cached_property
-    def architectures(self) -> list[tuple[CostModel, Architecture] | None]:
+    def architectures(self) -> list[Chosen | None]:
         """What each expert keeps, with what counts its cost; None for one that does not say it."""
         return architectures_of(self.directory, self.pipeline)
 
@@ -111,6 +110,7 @@ class Demo:
                 self._warm.add(expert)
             started = time.perf_counter()
             output = pipeline(prompt, None, steps, guidance, seeds=seed)
+            assert isinstance(output, RoutedOutput)
             return Drawn(output.images[0], time.perf_counter() - started, output.macs[0])
 
     def _checked(self, prompt: str, seed: int, steps: int, guidance: float | None) -> tuple[str, int, int, float]:

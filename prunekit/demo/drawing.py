@@ -30,11 +30,11 @@ def explanation(demo: Demo, answer: Answer) -> str:
     if own is not None:
         title = f"Expert {answer.expert}" if demo.pipeline.num_experts > 1 else "The pruned UNet"
         figures.append(drawing(title, shares_of(own), own.cost.ratio(own.architecture), own.places))
-    figures = "".join(f"<figure>{svg}</figure>" for svg in figures)
+    drawn = "".join(f"<figure>{svg}</figure>" for svg in figures)
     notes = [SCORES] if len(answer.scores) > 1 else []
     notes += [NOTE.format(legend=own.legend)] if own is not None else []
     note = "".join(f"<p class='small'>{escape(text)}</p>" for text in notes)
-    return f"<div class='explanation'>{''.join(parts)}<div class='figures'>{figures}</div>{note}</div>"
+    return f"<div class='explanation'>{''.join(parts)}<div class='figures'>{drawn}</div>{note}</div>"
 
 
 def saving(demo: Demo, answer: Answer) -> str:

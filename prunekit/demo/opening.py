@@ -80,7 +80,8 @@ class Chosen:
 
 def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[Chosen | None]:
     """Return each expert's architecture; None for one that does not say what was cut."""
-    info, found = pipeline.mixture.info, []
+    info = pipeline.mixture.info
+    found: list[Chosen | None] = []
     result = None
     if (directory / RECIPE).is_file():
         result = PruneResult.load(method_directory(directory, info["method"]))

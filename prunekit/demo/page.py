@@ -67,7 +67,7 @@ def build(demo: Demo) -> Any:
                     captions.append(gradio.HTML(elem_id=f"{name}-caption", elem_classes="prunekit"))
         why = gradio.HTML(elem_id="why", elem_classes="prunekit")
 
-        def answer(prompt: str, seed: float, steps: float, guidance: float) -> list[Any]:
+        def answer(prompt: str, seed: int, steps: int, guidance: float) -> list[Any]:
             try:
                 found = demo.answer(prompt, seed, steps, guidance)
                 name = f"expert {found.expert}" if count > 1 else "pruned"

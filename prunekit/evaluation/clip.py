@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from prunekit.errors import UserError
@@ -25,7 +25,7 @@ class CLIPEvaluator:
     model is one of these too: its score is the cosine times exp(`logit_scale`).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.device = next(model.parameters()).device
         self.mean, self.deviation = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, DEVIATION))

@@ -51,9 +51,9 @@ class Evaluation:
         """Return the table's rows and columns as text."""
         keys = self.protocol.metrics
         columns = [NAME, *COST, BY_KEY["images"], *(replace(BY_KEY[k], format="", scale=1.0) for k in keys)]
-        lines = []
+        lines: list[dict[str, Any]] = []
         for row in self.rows:
-            line = {column.key: row[column.key] for column in (NAME, *COST, BY_KEY["images"])}
+            line: dict[str, Any] = {column.key: row[column.key] for column in (NAME, *COST, BY_KEY["images"])}
             lines.append({**line, **{key: _text(key, row["figures"][key]) for key in keys}})
         return lines, columns
 
@@ -107,7 +107,11 @@ def _claim(folder: Path) -> None:
 
 
 def _evaluate(
-    settings: Protocol, places: list[Target], data: str | None, folder: Path, say: Callable[[str], Any]
+    settings: Protocol,
+    places: list[Target],
+    data: str | Path | Mapping[str, Any] | DataConfig | None,
+    folder: Path,
+    say: Callable[[str], Any],
 ) -> Evaluation:
     """Draw and measure in a directory that is this command's."""
     digests = Digests(folder / "cache")

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from prunekit.core.registry import with_denoiser
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.denoisers.unet.pruned import PrunedModelMixin
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
@@ -61,7 +62,7 @@ class Candidate:
         )
 
 
-class StoredUNets(Sequence):
+class StoredUNets(Sequence[ModelMixin]):
     """Pruned UNets in folders, read when they are asked for; the last one that was stays in memory."""
 
     def __init__(self, folders: Sequence[Path], device: torch.device):
@@ -71,13 +72,13 @@ class StoredUNets(Sequence):
     def __len__(self) -> int:
         return len(self.folders)
 
-    def __getitem__(self, index: int) -> ModelMixin:
-        """Return UNet `index`, in evaluation mode, frozen."""
+    def __getitem__(self, index: Any) -> Any:
+        """Return UNet `index`, an integer, in evaluation mode, frozen."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
             self._last = None  # before the next is read
-            unet = PrunedUNet2DConditionModel.from_pretrained(self.folders[index]).to(self.device)
+            unet = PrunedModelMixin.from_pretrained(self.folders[index]).to(self.device)
             self._last = (index, unet.eval().requires_grad_(False))
         return self._last[1]
 
@@ -96,6 +97,12 @@ class Prompts:
     num_names: int
     seeds: list[int]
     embeddings: Tensor  # (n, Z) of the prompts
+
+    @property
+    def real_images(self) -> CaptionedImages:
+        """The real pictures of what has more than prompts."""
+        assert self.images is not None, "these are prompts without pictures"
+        return self.images
 
     @classmethod
     def choose(
@@ -144,7 +151,7 @@ class EvaluationSet(Prompts):
     ) -> "EvaluationSet":
         """Choose prompts as `Prompts.choose` does, and look at the real pictures, `size` pixels of a side."""
         chosen = Prompts.choose(images, count, seed, prompt_encoder, num_references)
-        real = chosen.images.pixels(range(chosen.images.num_images), size)
+        real = chosen.real_images.pixels(range(chosen.real_images.num_images), size)
         return cls(**vars(chosen), real_features=evaluator.features(real), real_embeddings=evaluator.embed_images(real))
 
     def reseeded(self, seed: int | None) -> "EvaluationSet":
@@ -200,13 +207,17 @@ def sample(
     """
     experts = candidate.experts(prompts.embeddings)
     files: list[Path] = [folder] * len(prompts.prompts)
+
+    def drawing(expert: int) -> DiffusionPipeline:
+        return with_denoiser(pipeline, candidate.unets[expert])
+
     for expert in experts.unique().tolist():
         rows = torch.nonzero(experts == expert).flatten().tolist()
         target = folder if len(candidate.unets) == 1 else folder / f"expert-{expert}"
         with sampling.autocast(pipeline.device):
             paths = generate_to(
                 target,
-                lambda expert=expert: with_denoiser(pipeline, candidate.unets[expert]),
+                partial(drawing, expert),
                 [prompts.prompts[i] for i in rows],
                 [prompts.seeds[i] for i in rows],
                 sampling.steps,
@@ -237,7 +248,7 @@ def judge(pictures: Tensor, prompts: EvaluationSet, evaluator: Any) -> Judged:
         features=evaluator.features(pictures),
         embedded=evaluator.embed_images(pictures),
         texts=evaluator.embed_texts(prompts.prompts),
-        names=evaluator.embed_texts(prompts.images.names),
+        names=evaluator.embed_texts(prompts.real_images.names),
     )
 
 

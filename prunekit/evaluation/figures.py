@@ -33,7 +33,7 @@ class Seen:
 
     def pair(self, name: str, view: str) -> tuple[Tensor, Tensor]:
         """Return a model's rows of the real and of the drawn pictures, (n, F) and (m, F)."""
-        return self.features.real(self.prompts.images, name, view, self.size), self.drawn(name, view)
+        return self.features.real(self.prompts.real_images, name, view, self.size), self.drawn(name, view)
 
     def drawn(self, name: str, view: str = "embed_images") -> Tensor:
         """Return a model's rows of the drawn pictures, (m, F)."""
@@ -49,7 +49,7 @@ class Seen:
     def ranks(self) -> Tensor:
         """How many other names are as near to each picture that a name asked for, (num_names,)."""
         name, count = self.protocol.clip_model, self.prompts.num_names
-        texts = self.features.model(name).embed_texts(self.prompts.images.names)
+        texts = self.features.model(name).embed_texts(self.prompts.real_images.names)
         return metrics.ranks(self.drawn(name)[:count], texts, self.prompts.targets[:count])
 
 
@@ -144,7 +144,7 @@ def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
     width = features.model(protocol.feature_model).features(blank).shape[1]
     metrics.refuse_few(len(prompts.prompts), width, "pictures to draw")
     if protocol.statistics is None:
-        metrics.refuse_few(prompts.images.num_images, width, "real pictures")
+        metrics.refuse_few(prompts.real_images.num_images, width, "real pictures")
     else:
         read_statistics(Path(protocol.statistics).expanduser(), width)
 
@@ -167,8 +167,9 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
 
 def write_statistics(path: Path, mean: Tensor, covariance: Tensor) -> None:
     """Write what `read_statistics` and pytorch-fid read; the file appears whole or not at all."""
+    arrays: dict[str, Any] = dict(zip(_STATISTICS, (mean.numpy(), covariance.numpy()), strict=True))
     with replacing(path) as new, new.open("wb") as file:
-        np.savez(file, **dict(zip(_STATISTICS, (mean.numpy(), covariance.numpy()), strict=True)))
+        np.savez(file, **arrays)
 
 
 _STATISTICS = ("mu", "sigma")

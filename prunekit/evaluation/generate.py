@@ -112,8 +112,9 @@ def read_pictures(paths: Sequence[Path], size: int | None = None) -> Tensor:
     arrays = []
     for path in paths:
         rgb = open_picture(path).convert("RGB")
-        same = size is None or rgb.size == (size, size)
-        arrays.append(np.array(rgb if same else rgb.resize((size, size), Image.Resampling.BILINEAR)))
+        if size is not None and rgb.size != (size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+        arrays.append(np.array(rgb))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

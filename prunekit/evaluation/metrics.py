@@ -76,7 +76,7 @@ def kid(real: Tensor, generated: Tensor, subset: int | None = None, subsets: int
 
 
 def _kid(x: Tensor, y: Tensor) -> float:
-    same = 0.0
+    same: float | Tensor = 0.0
     for values in (x, y):
         rows, diagonal = row_sums(polynomial_kernel, values, values), diagonal_of(polynomial_kernel, values)
         same = same + (rows.sum() - diagonal.sum()) / (len(values) * (len(values) - 1))

@@ -5,6 +5,7 @@ one column a row. Error is the squared difference to the dense UNet's prediction
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _entropy(shares: Tensor) -> float:
     return float(-(own * own.log()).sum() / math.log(len(shares))) if len(shares) > 1 else 0.0
 
 
-def _controls(errors: Tensor, routed: Tensor, shares: Tensor, macs: list[int], seed: int) -> dict[str, Any]:
+def _controls(errors: Tensor, routed: Tensor, shares: Tensor, macs: Sequence[int], seed: int) -> dict[str, Any]:
     means = errors.mean(0)  # (N,)
     best = int(means.argmin())
     own, drawn = errors.gather(1, routed[:, None])[:, 0], errors @ shares  # (n,)
@@ -87,7 +88,7 @@ def _controls(errors: Tensor, routed: Tensor, shares: Tensor, macs: list[int], s
     }
 
 
-def _difficulty(errors: Tensor, routed: Tensor, macs: list[int]) -> dict[str, float | None]:
+def _difficulty(errors: Tensor, routed: Tensor, macs: Sequence[int]) -> dict[str, float | None]:
     from scipy.stats import spearmanr
 
     costs = torch.tensor(macs, dtype=torch.float64)[routed]

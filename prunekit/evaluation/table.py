@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from prunekit.errors import UserError
@@ -110,10 +111,10 @@ def terminal_table(
     table = Table(title=title, title_justify="left")
     lines = [[column.header for column in columns]]
     lines += [[column.show(row).replace("[", r"\[") for column in columns] for row in rows]
-    justify = ["right" if column.format else "left" for column in columns]
+    justify: list[JustifyMethod] = ["right" if column.format else "left" for column in columns]
     if sum(max(map(len, cells)) + 3 for cells in zip(*lines, strict=True)) > width:
         lines = [list(cells) for cells in zip(*lines, strict=True)]
-        justify = ["left", *("right" for _ in rows)]
+        justify = ["left" if index == 0 else "right" for index in range(len(rows) + 1)]
     for header, side in zip(lines[0], justify, strict=True):
         table.add_column(header, justify=side)
     for line in lines[1:]:

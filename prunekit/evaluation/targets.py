@@ -87,7 +87,9 @@ class Target:
         name = self.name if recipe is None else DENSE
         dense = Candidate(name, [denoiser_in(pipeline)], [cost.dense_macs], [cost.dense_params])
         yield Subject(dense, pipeline, key, None, None if recipe is None else cost.dense_macs)
-        for folder in sorted(path.parent for path in Path(self.place).glob(f"methods/*/{RESULT}")) if recipe else ():
+        if recipe is None:
+            return
+        for folder in sorted(path.parent for path in Path(self.place).glob(f"methods/*/{RESULT}")):
             yield _pruned(folder, recipe, pipeline, cost, key, digests)
 
 

@@ -31,11 +31,13 @@ def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) ->
 
 def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
     """Raise ValueError, one line with the reason, unless a T2I-Adapter's features fit the UNet's down blocks."""
-    places, scale = [], 1
+    places: list[tuple[int, int]] = []
+    given: list[tuple[int, int]] = []
+    scale = 1
     for block in unet.down_blocks:
         places.append((unet.config.block_out_channels[len(places)], scale))
         scale *= 1 + any(not isinstance(sampler, BYPASSED) for sampler in block.downsamplers or ())
-    given, scale = [], 1
+    scale = 1
     for width, body in zip(adapter.config.channels, adapter.adapter.body, strict=True):
         scale *= 1 if body.downsample is None else 2
         given.append((width, scale))

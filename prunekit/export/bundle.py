@@ -10,6 +10,7 @@ import ast
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 _SCOPES = (ast.FunctionDef, ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
@@ -69,9 +70,10 @@ class _Bundle:
     def module(self, name: str) -> _Module:
         """Parse a module, once."""
         if name not in self.modules:
-            spec = importlib.util.find_spec(name)
-            package = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
-            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            package = name if _is_package(name) else name.rpartition(".")[0]
+            origin = _spec(name).origin
+            assert origin is not None
+            tree = ast.parse(Path(origin).read_text(encoding="utf-8"))
             module = self.modules[name] = _Module(name, package, tree)
             for statement in tree.body:
                 _enter(module, statement)
@@ -137,7 +139,7 @@ class _Bundle:
         assert len(set(self.names.values())) == len(self.names), "two definitions got one name"
 
     def _renamed(self, module: _Module, statement: ast.stmt) -> ast.stmt:
-        statement = _Rename(self, module).visit(statement)
+        statement = _Rename(self, module).renamed(statement)
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             statement.name = self.names.get((module.name, statement.name), statement.name)
         return statement
@@ -183,8 +185,14 @@ def _enter(module: _Module, statement: ast.stmt) -> None:
                 module.attached.setdefault(root, []).append(statement)
 
 
+def _spec(name: str) -> ModuleSpec:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"there is no module {name}"
+    return spec
+
+
 def _is_package(name: str) -> bool:
-    return importlib.util.find_spec(name).submodule_search_locations is not None
+    return _spec(name).submodule_search_locations is not None
 
 
 def _bound(node: ast.AST) -> set[str]:
@@ -197,7 +205,7 @@ def _bound(node: ast.AST) -> set[str]:
 class _Scoped(ast.NodeTransformer):
     """Walks a statement and knows which names are a function's own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.own: set[str] = set()
 
     def visit(self, node: ast.AST) -> ast.AST:
@@ -212,7 +220,8 @@ class _Scoped(ast.NodeTransformer):
 class _Find(_Scoped):
     def __init__(self, module: _Module):
         super().__init__()
-        self.module, self.found = module, []
+        self.module = module
+        self.found: list[tuple[str, str | None]] = []
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if isinstance(node.value, ast.Name) and node.value.id not in self.own:
@@ -238,6 +247,11 @@ class _Rename(_Scoped):
         super().__init__()
         self.bundle, self.module = bundle, module
 
+    def renamed(self, statement: ast.stmt) -> ast.stmt:
+        renamed = self.visit(statement)
+        assert isinstance(renamed, ast.stmt)
+        return renamed
+
     def _named(self, name: str) -> str | None:
         target = self.bundle.resolve((self.module.name, name)) if name not in self.own else None
         return self.bundle.names.get(target) if isinstance(target, tuple) else None
@@ -247,6 +261,7 @@ class _Rename(_Scoped):
             target = self.bundle.resolve((self.module.name, node.value.id))
             if isinstance(target, tuple) and not target[1]:
                 found = self.bundle.resolve((target[0], node.attr))
+                assert isinstance(found, tuple)
                 return ast.Name(self.bundle.names[found], node.ctx)
         return self.generic_visit(node)
 

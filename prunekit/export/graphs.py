@@ -70,6 +70,7 @@ def save_graph(
                 dynamo=True,
                 verbose=False,
             )
+            assert onnx is not None
             onnx.save(path, external_data=True)
     content = {
         "format": FORMAT,

@@ -47,7 +47,10 @@ def slice_lora(
             "UNet would meet other layers; use tier class, or merge the LoRA before pruning (the recipe's `lora`)"
         )
     dense, outs, ins, gone = _channels(unet)
-    numbers = {**{name: value for name, value in state.items() if name.endswith(_ALPHA)}, **(alphas or {})}
+    numbers: dict[str, Tensor | float] = {
+        **{name: value for name, value in state.items() if name.endswith(_ALPHA)},
+        **(alphas or {}),
+    }
     scales = {_layer(name.removesuffix(_ALPHA)): float(value) for name, value in numbers.items()}
     sliced = {}
     for name, value in state.items():
@@ -90,7 +93,9 @@ def _channels(
 ) -> tuple[dict[str, tuple[int, int]], dict[str, list[int]], dict[str, list[int]], set[str]]:
     """Return the dense UNet's layers as (in the axes of a weight) out and in channels, those kept, and what is gone."""
     dense = blank_copy(unet)
-    shapes = {name.removesuffix(".weight"): tuple(p.shape[:2]) for name, p in dense.named_parameters() if p.dim() > 1}
+    shapes = {
+        name.removesuffix(".weight"): (p.shape[0], p.shape[1]) for name, p in dense.named_parameters() if p.dim() > 1
+    }
     outs: dict[str, list[int]] = {}
     ins: dict[str, list[int]] = {}
     gone: set[str] = set()

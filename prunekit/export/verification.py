@@ -87,7 +87,8 @@ def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     more than 1e-5 (ONNX: 1e-3), relative, in L2.
     """
     with tempfile.TemporaryDirectory(prefix="prunekit-") as name, full_disk_named(Path(name)):
-        scratch, jobs = Path(name), []
+        scratch = Path(name)
+        jobs: list[dict[str, Any]] = []
         for index, claim in enumerate(claims):
             files = []
             for batch, (inputs, _) in enumerate(claim.expected.pairs):

@@ -174,10 +174,10 @@ def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predic
         if match := re.fullmatch(r"mh_fc\.(\d+)\.(.+)", name):
             layers.setdefault(int(match[1]), {})[match[2]] = value
     weights = [own["weight"] if "weight" in own else _normalised(own) for _, own in sorted(layers.items())]
-    biases = [own.get("bias") for _, own in sorted(layers.items())]
+    biases = [own["bias"] for _, own in sorted(layers.items()) if "bias" in own]
     if not weights or codes.shape[1] != sum(map(len, weights)):
         raise UserError(f"{folder} predicts {sum(map(len, weights))} values, but a code has {codes.shape[1]}")
-    bias = None if any(own is None for own in biases) else torch.cat(biases)
+    bias = None if len(biases) < len(weights) else torch.cat(biases)
     return Predictor(torch.cat(weights), bias, codes)
 
 

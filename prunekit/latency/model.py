@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from prunekit.core.cost import CostModel, Polynomial, RunningCost
+from prunekit.core.cost import CostModel, Polynomial
 from prunekit.core.counting import LayerCost
 from prunekit.core.space import Architecture, UnitGroup, UnitSpace
 from prunekit.errors import UserError
@@ -26,7 +26,9 @@ class LatencyModel(CostModel):
     """A CostModel that a method can be given in place of one that counts MACs: `total` is nanoseconds.
 
     MACs, parameters and `ratio` stay what they are. A removed layer takes no time; the rest of a call, which belongs
-    to no layer, is constant.
+    to no layer, is constant. `total` counts as the solver does; soft width gates count as the number of units that they
+    add up to, between whole numbers on a straight line, so `expected_total` is differentiable and equals the integer at
+    0 and 1.
 
     cost: whose space, latent size, text length and convention it has.
     table: of the same UNet; ValueError where a layer is missing in it, or has another number of units there.
@@ -53,22 +55,13 @@ class LatencyModel(CostModel):
         """Nanoseconds of the dense UNet's call."""
         return self._dense
 
-    def total(self, architecture: Architecture | Tensor) -> int | Tensor:
-        """Nanoseconds of a call as the solver counts them: an int for a boolean Architecture or (D,); for soft gates
-        (..., D) a tensor (...).
-
-        Soft width gates count as the number of units that they add up to, between whole numbers on a straight line;
-        so it is differentiable, and equal to the int at 0 and 1.
-        """
-        return self._evaluate(self._counted, architecture)
-
-    def running(self, architecture: Architecture) -> RunningCost:
-        """The nanoseconds of a boolean Architecture whose units are then flipped one by one."""
-        return RunningCost(self._counted, self._vector(architecture))
+    @property
+    def _budgeted(self) -> Polynomial:
+        return self._counted
 
     def latency_ratio(self, architecture: Architecture) -> float:
         """The predicted time of a boolean Architecture as a share of the dense UNet's."""
-        return self._evaluate(self._predicted, architecture) / self.dense_total
+        return self._predicted.count(self._vector(architecture)) / self.dense_total
 
 
 class _Curves(Polynomial):

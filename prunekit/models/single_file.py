@@ -16,7 +16,7 @@ from prunekit.models.names import SUPPORTED, check_index, first_line, local_path
 FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' name of a file's kind: whose configs it has
 UNET_PREFIX, V_PREDICTION = "model.diffusion_model.", "v_pred"
 UNET = f"{UNET_PREFIX}input_blocks.0.0.weight"
-OTHERS = {"autoencoder": "first_stage_model.", "text encoder": ("cond_stage_model.", "conditioner.embedders.")}
+OTHERS = {"autoencoder": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.embedders.")}
 
 
 def load_single_file(

@@ -1,6 +1,6 @@
 """Reading a recipe: the files that it extends, `key=value` overrides, the check; and writing one, resolved."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from prunekit.recipe.errors import RecipeError, explain
 from prunekit.recipe.schema import KINDS, AnyRecipe, Recipe
 from prunekit.recipe.smoke import smoke
 from prunekit.shipped import EXTENDS, find_recipe
-from prunekit.yaml_files import FAULTS, load_overrides, load_settings, resolved
+from prunekit.yaml_files import FAULTS, load_overrides, load_settings, merged, resolved
 
 SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
-SCALES = {"full": dict, "smoke": smoke}
+SCALES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"full": dict, "smoke": smoke}
 HIDDEN = "_"  # top-level settings that begin so are for ${...} in the same file or the files that extend it
 
 
@@ -39,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
         files = _merged(path, ())
         scale = changes.pop(SCALE, files.pop(SCALE, "full"))
         shrunk = OmegaConf.create(_scaled(_resolved(files, path), scale, str(path)))
-        content = _resolved(OmegaConf.merge(shrunk, changes) if overrides else shrunk, path)
+        content = _resolved(merged(shrunk, changes) if overrides else shrunk, path)
     except RecipeError:
         raise
     except UserError as error:
@@ -79,13 +79,13 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
         known = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
         raise RecipeError(f"{above[-1]} extends a missing file: no recipe at {path}{nearest(str(path), known)}")
     own = load_settings(path)
-    given = own.pop(EXTENDS, None)
+    given: Any = own.pop(EXTENDS, None)
     given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
-    bases = given if isinstance(given, list) else [] if given is None else [given]
+    bases: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(base, str) for base in bases):
         raise RecipeError(f"{path}: {EXTENDS}={given!r}; give a file, or a list of files, from the recipe's folder")
-    merged = [_merged(path.parent / base, (*above, path)) for base in bases]
-    return OmegaConf.merge(*merged, own) if merged else own
+    extended = [_merged(path.parent / base, (*above, path)) for base in bases]
+    return merged(*extended, own) if extended else own
 
 
 def _resolved(config: DictConfig, path: Path) -> dict[str, Any]:

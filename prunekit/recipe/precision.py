@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -12,8 +12,10 @@ from prunekit.recipe.earlier import mark_presets, with_earlier_presets
 from prunekit.recipe.loading import load_recipe, parse_recipe
 from prunekit.recipe.schema import AnyRecipe, PretrainRecipe
 
+R = TypeVar("R", bound=AnyRecipe)
 AUTO = "auto"
 SETTING = "precision"
+UNSCALED: Any = UnscaledPrecision  # as pydantic keeps a field's annotation
 BEFORE_AUTO = "float32"  # the default of runs and cells that were recorded before there was `auto`
 
 
@@ -23,8 +25,8 @@ def precisions(recipe: AnyRecipe) -> dict[str, str]:
 
 
 def resolve_recipe(
-    recipe: AnyRecipe, device: str | torch.device, recorded: AnyRecipe | None = None, meaning: str | None = None
-) -> AnyRecipe:
+    recipe: R, device: str | torch.device, recorded: AnyRecipe | None = None, meaning: str | None = None
+) -> R:
     """Return a recipe in which no precision is `auto`.
 
     Args:
@@ -39,7 +41,9 @@ def resolve_recipe(
     def choose(name: str, scaled: bool) -> str:
         return earlier.get(name) or resolve_precision(AUTO, device, scaled, meaning)
 
-    return mark_presets(_replaced(recipe, choose))
+    resolved = mark_presets(_replaced(recipe, choose))
+    assert isinstance(resolved, type(recipe))
+    return resolved
 
 
 def load_recorded(path: str | Path) -> AnyRecipe:
@@ -94,7 +98,7 @@ def _of_model(model: BaseModel, place: tuple[str, ...]) -> Iterator[tuple[tuple[
         if isinstance(value, BaseModel):
             yield from _of_model(value, (*place, name))
         elif name == SETTING and AUTO in getattr(field.annotation, "__args__", ()):
-            yield (*place, name), field.annotation != UnscaledPrecision, value
+            yield (*place, name), field.annotation != UNSCALED, value
 
 
 def _replaced(recipe: AnyRecipe, choose: Callable[[str, bool], str]) -> AnyRecipe:

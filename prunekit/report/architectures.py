@@ -1,6 +1,7 @@
 """The experts' architectures: what stays of every layer of the denoiser, as a drawing, and each expert's counts."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ def architectures(source: Source) -> Section:
     """Return the section. Raises MissingError before a method has chosen, or where the model is not here."""
     if not source.chosen:
         raise MissingError("no method's choice lies in this directory (result.json)")
-    drawings, tables = [], []
+    drawings: list[str] = []
+    tables: list[dict[str, Any]] = []
     denoiser = denoiser_of(source.shape)
     places = denoiser.outline(source.shape)
     for name, result in source.chosen.items():
@@ -59,13 +61,14 @@ def layers_of(space: UnitSpace, places: Mapping[str, Place]) -> dict[str, torch.
 
 def retained(cost: CostModel, architecture: Architecture, places: Mapping[str, Place]) -> dict[str, float | None]:
     """Return, per layer of `places`, the share of its removable MACs that stays; None for a layer that is gone."""
-    space, shares = cost.space, {}
+    space = cost.space
+    shares: dict[str, float | None] = {}
     full, values = space.full().values, architecture.canonical
-    dense, own = cost.macs(full), cost.macs(values)
+    dense, own = cost.macs(space.full()), cost.macs(architecture)
     gone = architecture.removed()
     for layer, mask in layers_of(space, places).items():
-        removable = dense - cost.macs(full & ~mask)
-        stays = own - cost.macs(values & ~mask)
+        removable = dense - cost.macs(Architecture(space, full & ~mask))
+        stays = own - cost.macs(Architecture(space, values & ~mask))
         shares[layer] = None if any(group.removes(layer) for group in gone) else stays / removable
     return shares
 

@@ -11,7 +11,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 ABOVE, BELOW, LEGEND_LINE = 0.34, 0.5, 0.2  # inches of a figure: over and under its panel, and a line of its legend
 TEXT, GRID = "#000000", "#dddddd"  # become the page's own
 _numbers = itertools.count()
-STYLE = {
+STYLE: Any = {  # matplotlib's own type names every setting
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "svg.hashsalt": "prunekit",
     "font.size": 10,

@@ -15,6 +15,7 @@ from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models.shapes import unet_from_config
+from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
@@ -29,6 +30,7 @@ def record(directory: Path, stages: Stages) -> None:
     if not (directory / ENVIRONMENT).is_file():
         own = {"prunekit": _version(), **stages.environment, "dtype": str(dense.dtype)}
         write_json(directory / ENVIRONMENT, {**own, "weights": stages.model_digest, "data": stages.data.key})
+    assert isinstance(stages.recipe, PruneRecipe | CompareRecipe)
     for name in stages.recipe.methods:
         folder = directory / "methods" / name
         if not (folder / RESULT).is_file():
@@ -54,7 +56,8 @@ def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[
     fine-tuning. predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut model.
     """
     denoiser = denoiser_of(model)
-    size, length = tuple(denoiser.noisy(samples.call).shape[-2:]), denoiser.text_length(samples.call)
+    noisy, length = denoiser.noisy(samples.call), denoiser.text_length(samples.call)
+    size = (noisy.shape[-2], noisy.shape[-1])
     cost = CostModel(model, result.space, size, length)
     hollow = unet_from_config({k: v for k, v in model.config.items() if not k.startswith("_")}, "the run")
     found: dict[str, Any] = {"errors": [], "predicted": [], "counted": [], "sample_size": size, "text_length": length}

@@ -65,7 +65,9 @@ def _certificates(source: Source) -> list[dict[str, Any]]:
     rows = []
     for name in source.chosen:
         found = None if source.is_comparison else source.metrics(name, "certificate")
-        for index, error in enumerate(found["errors"] if found else ()):
+        if not found:
+            continue
+        for index, error in enumerate(found["errors"]):
             title = f"{name}, expert {index}" if len(found["errors"]) > 1 else name
             predicted, counted = found["predicted"][index], found["counted"][index]
             cells = [title, f"{error:.1e}", _verdict(error <= TOLERANCE), f"{predicted:,}", f"{counted:,}"]

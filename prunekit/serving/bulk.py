@@ -20,7 +20,7 @@ from torch import nn
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.serving.pictures import FORMATS, write_picture
-from prunekit.serving.pipeline import PromptRoutedPipeline
+from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.claims import Piece, occupied, refuse_foreign, share
 from prunekit.training.progress import Progress
@@ -177,6 +177,7 @@ def _draw(pipeline: PromptRoutedPipeline, request: Request, rows: Sequence[int],
         seeds=[request.seeds[row] for row in rows],
         batch_size=request.batch_size,
     )
+    assert isinstance(output, RoutedOutput)
     common: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
         "steps": request.steps,

@@ -75,10 +75,10 @@ def images_of(
         drawn = torch.randint(MOST_SEED, (total,), generator=generator, device=generator.device)
         numbers = drawn.tolist()
     else:
-        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-        if len(generators) != total:
-            raise UserError(f"generator has {len(generators)} entries for {total} images: one, or one each")
-        numbers = [own.initial_seed() for own in generators]
+        given = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if len(given) != total:
+            raise UserError(f"generator has {len(given)} entries for {total} images: one, or one each")
+        generators, numbers = [*given], [own.initial_seed() for own in given]
     rows = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(count)]
     return [Image(*row, seed, own) for row, seed, own in zip(rows, numbers, generators, strict=True)]
 

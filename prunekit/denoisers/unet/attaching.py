@@ -49,8 +49,8 @@ class AttachableUNet(UNet2DConditionModel):
         self,
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, torch.Tensor],
         prefix: str | None = "transformer",
-        *arguments,
-        **options,
+        *arguments: Any,
+        **options: Any,
     ) -> None:
         """As the stock method; UserError for weights of a removed layer, except in files that are on the Hub."""
         start = "" if prefix is None else f"{prefix}."
@@ -73,7 +73,9 @@ class AttachableUNet(UNet2DConditionModel):
                 )
         super().set_attn_processor(processor)
 
-    def _convert_ip_adapter_attn_to_diffusers(self, state_dicts: list[dict], **options) -> dict[str, Any]:
+    def _convert_ip_adapter_attn_to_diffusers(
+        self, state_dicts: list[dict[str, Any]], **options: Any
+    ) -> dict[str, Any]:
         """As the stock method; an IP-Adapter of the dense UNet is cut as this UNet was."""
         dense = blank_copy(self)
         forms = [{**state, "ip_adapter": _dense_form(state["ip_adapter"], self, dense)} for state in state_dicts]
@@ -81,7 +83,7 @@ class AttachableUNet(UNet2DConditionModel):
         own = self.attn_processors  # self-attentions keep theirs
         return cut_processors({**own, **{name: new for name, new in made.items() if isinstance(new, _IP)}}, self)
 
-    def _load_ip_adapter_loras(self, state_dicts: list[dict]) -> dict[int, dict[str, torch.Tensor]]:
+    def _load_ip_adapter_loras(self, state_dicts: list[dict[str, Any]]) -> dict[int, dict[str, torch.Tensor]]:
         """As the stock method; the LoRA that some IP-Adapters hold is numbered by the dense UNet's attentions."""
         return UNet2DConditionModel._load_ip_adapter_loras(blank_copy(self), state_dicts)
 
@@ -91,9 +93,10 @@ def removed_layer(unet: nn.Module, name: str) -> str | None:
 
     name: of the module, or of anything in it, such as a parameter.
     """
-    module, path = unet, []
+    module: nn.Module | None = unet
+    path: list[str] = []
     for part in name.split("."):
-        if isinstance(module, BYPASSED) or part not in module._modules:
+        if module is None or isinstance(module, BYPASSED) or part not in module._modules:
             break
         module = module._modules[part]
         path.append(part)
@@ -143,7 +146,9 @@ def _channels(unet: UNet2DConditionModel, name: str) -> list[int]:
     return units_to_channels(kept, attention.inner_dim // attention.heads)
 
 
-def _dense_form(weights: Mapping[str, torch.Tensor], unet: UNet2DConditionModel, dense: UNet2DConditionModel) -> dict:
+def _dense_form(
+    weights: Mapping[str, torch.Tensor], unet: UNet2DConditionModel, dense: UNet2DConditionModel
+) -> dict[str, torch.Tensor]:
     """Return an IP-Adapter's keys and values, numbered and sized for the dense UNet.
 
     weights: by `NUMBER.to_k_ip.weight` and `NUMBER.to_v_ip.weight`, in the order of the cross-attentions of the dense

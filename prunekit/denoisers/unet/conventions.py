@@ -22,6 +22,7 @@ class Aptp(Counter):
     def norm(self, norm: nn.Module, positions: int) -> int:  # noqa: D102
         if isinstance(norm, nn.GroupNorm):
             return 2 * norm.num_channels * positions
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
         return norm.normalized_shape[0] * positions
 
     def activation(self, channels: int, positions: int) -> int:  # noqa: D102

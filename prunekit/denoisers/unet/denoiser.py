@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from diffusers import UNet2DConditionModel
 
 from prunekit.core.axes import Place
+from prunekit.core.counting import Counter
 
 from .attaching import blank_copy
 from .calls import UNetCalls
@@ -21,10 +23,10 @@ from .walk import walk
 class UNet(UNetStructure, UNetCalls):
     """UNet2DConditionModel as the library sees it."""
 
-    family = StableDiffusion()
-    conventions: ClassVar = {"aptp": Aptp}
-    latent = "sample"
-    legend = "R: ResBlock, A: attention layer"
+    family: ClassVar = StableDiffusion()
+    conventions: ClassVar[Mapping[str, type[Counter]]] = {"aptp": Aptp}
+    latent: ClassVar[str] = "sample"
+    legend: ClassVar[str] = "R: ResBlock, A: attention layer"
 
     def pruned_class(self) -> type[PrunedUNet2DConditionModel]:
         """The class of the pruned UNets."""
@@ -43,12 +45,13 @@ class UNet(UNetStructure, UNetCalls):
             block, _, rest = site.path.partition(".")
             if site.kind not in letters:
                 continue
-            side, row = ("middle", levels)
+            letter = letters[site.kind]
+            place = Place("middle", levels, letter)
             if block == "down_blocks":
-                side, row = ("left", int(rest.partition(".")[0]))
+                place = Place("left", int(rest.partition(".")[0]), letter)
             elif block == "up_blocks":
-                side, row = ("right", last - int(rest.partition(".")[0]))
-            places[site.path] = Place(side, row, letters[site.kind])
+                place = Place("right", last - int(rest.partition(".")[0]), letter)
+            places[site.path] = place
         return places
 
     def blank(self, model: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -25,13 +25,15 @@ class PrunedUNet2DConditionModel(PrunedModel, AttachableUNet):
 
     structure = UNetStructure()
 
-    def __init__(self, pruning: Mapping[str, Any] | None = None, **config):
+    def __init__(self, pruning: Mapping[str, Any] | None = None, **config: Any):
         super().__init__(**config)
         self._prune(pruning)
 
-    @functools.wraps(UNet2DConditionModel.save_pretrained)  # pipelines read the options from the signature
-    def save_pretrained(self, *arguments, **options):  # noqa: D102
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:  # noqa: D102
         self._save_with_names(super().save_pretrained, *arguments, **options)
+
+    # pipelines read the options from the signature
+    functools.update_wrapper(save_pretrained, UNet2DConditionModel.save_pretrained)
 
     def set_attention_slice(self, slice_size: str | int | list[int] = "auto") -> None:
         """As the stock method; "auto" halves every attention's own heads, and leaves one where there is one."""
@@ -43,5 +45,5 @@ class PrunedUNet2DConditionModel(PrunedModel, AttachableUNet):
                 module.set_attention_slice(max(1, module.heads // 2))
 
 
-PrunedUNet2DConditionModel.__init__.__signature__ = config_signature(UNet2DConditionModel)
+PrunedUNet2DConditionModel.__init__.__dict__["__signature__"] = config_signature(UNet2DConditionModel)
 keep_saved_module(PrunedUNet2DConditionModel)

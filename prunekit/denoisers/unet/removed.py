@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -15,6 +17,7 @@ class EmptiedResnet(Emptied):
     """A ResBlock without a hidden channel: the shortcut plus `conv2`'s bias."""
 
     output = "conv2"
+    bias: nn.Parameter  # a ResBlock's convolutions have one
 
     def __init__(self, resnet: ResnetBlock2D):
         super().__init__(resnet)
@@ -39,7 +42,7 @@ class EmptiedAttention(Emptied):
         super().__init__(attention)
         self.dropout = attention.to_out[1]
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(B, q, C) -> (B, q, C), the bias everywhere; text and masks have nothing left to act on."""
         return self.dropout(spread(self.bias, hidden_states))
 
@@ -66,7 +69,7 @@ class BypassedResnet(nn.Module):
 class BypassedTransformer(nn.Module):
     """In place of a removed Transformer layer."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         """(B, C, h, w) -> ((B, C, h, w),), as a Transformer layer called with return_dict=False."""
         return (hidden_states,)
 
@@ -74,7 +77,7 @@ class BypassedTransformer(nn.Module):
 class BypassedModule(nn.Module):
     """In place of a removed transformer block, downsampler or upsampler."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Its first argument."""
         return hidden_states
 

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 from torch import nn
 
 from .pruned import PrunedUNet2DConditionModel
 from .removed import BYPASSED
 
+_Block: TypeAlias = CrossAttnDownBlock2D | DownBlock2D | UNetMidBlock2DCrossAttn | CrossAttnUpBlock2D | UpBlock2D
 _BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 _PER_LEVEL = (  # config values that are one for all levels or one per level, outermost first
     "block_out_channels",
@@ -40,8 +48,7 @@ def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
     processors.
     """
     form = _Form.of(unet)
-    config = None if form is None else _config(unet, form)
-    if config is None:
+    if form is None or (config := _config(unet, form)) is None:
         return None
     sources = dict(_sources(unet, form))
     state = {
@@ -70,11 +77,12 @@ class _Form:
     @classmethod
     def of(cls, unet: UNet2DConditionModel) -> _Form | None:
         """Read it off a UNet's modules; None where the layers that stay are not those of a stock UNet."""
-        down = [_live_layers(block) for block in unet.down_blocks]
-        up = [_live_layers(block) for block in reversed(unet.up_blocks)]
+        blocks = [*unet.down_blocks, *reversed(unet.up_blocks)]
+        live = [layers for block in blocks if (layers := _live_layers(block)) is not None]
         mid = [_is_live(module) for module in _layer_modules(unet.mid_block)]
-        if None in down or None in up or (any(mid) and not all(mid)):
+        if len(live) < len(blocks) or (any(mid) and not all(mid)):
             return None
+        down, up = live[: len(unet.down_blocks)], live[len(unet.down_blocks) :]
         size = next((i + 1 for i, block in enumerate(unet.down_blocks) if _is_shut(block)), len(down))
         if any(down[size:]) or any(up[size:]) or (size < len(down) and any(mid)):
             return None
@@ -83,7 +91,7 @@ class _Form:
         return cls(down[:size], up[:size], any(mid))
 
 
-def _layer_modules(block: nn.Module | None) -> list[nn.Module]:
+def _layer_modules(block: UNetMidBlock2DCrossAttn | None) -> list[nn.Module]:
     return [] if block is None else [*block.resnets, *(getattr(block, "attentions", None) or ())]
 
 
@@ -91,7 +99,7 @@ def _is_live(module: nn.Module) -> bool:
     return not isinstance(module, BYPASSED)
 
 
-def _is_shut(block: nn.Module) -> bool:
+def _is_shut(block: CrossAttnDownBlock2D | DownBlock2D) -> bool:
     """Whether the block's downsampler is gone, and with it the levels further in."""
     return any(not _is_live(sampler) for sampler in block.downsamplers or ())
 
@@ -100,7 +108,7 @@ def _live(modules: nn.ModuleList | None) -> list[int]:
     return [index for index, module in enumerate(modules or ()) if _is_live(module)]
 
 
-def _live_layers(block: nn.Module) -> list[int] | None:
+def _live_layers(block: _Block) -> list[int] | None:
     """Indices of a down or up block's layers that stay; None unless all or none of them have their attention."""
     resnets, attentions = _live(block.resnets), _live(getattr(block, "attentions", None))
     return resnets if attentions in ([], resnets) else None
@@ -151,7 +159,7 @@ def _config(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
     return None if transformers is None else {**config, **transformers}
 
 
-def _lost_attentions(block: nn.Module) -> bool:
+def _lost_attentions(block: _Block) -> bool:
     """Whether a block has layers, and had attentions that are all gone."""
     return bool(_live(block.resnets)) and hasattr(block, "attentions") and not _live(block.attentions)
 
@@ -177,7 +185,7 @@ def _all_transformer_blocks(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
             yield from module
 
 
-def _block_counts(block: nn.Module, layers: list[int] | range) -> list[int]:
+def _block_counts(block: _Block, layers: list[int] | range) -> list[int]:
     attentions = getattr(block, "attentions", None)
     return [len(_live(attentions[index].transformer_blocks)) for index in layers if attentions and _live(attentions)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
@@ -27,8 +28,8 @@ class UNetStructure:
     sample, such as the time step's embedding.
     """
 
-    policies = ("aptp", "all", "blocks", "none")
-    richest = "blocks"
+    policies: ClassVar[tuple[str, ...]] = ("aptp", "all", "blocks", "none")
+    richest: ClassVar[str] = "blocks"
 
     def check(self, model: nn.Module) -> None:
         """UserError, in one line, for a model on which the laws have not been verified."""
@@ -70,7 +71,7 @@ class UNetStructure:
         module = model.get_submodule(layer.path)
         if isinstance(module, Attention):
             module.heads = module.sliceable_head_dim = len(kept)
-            module.inner_dim = module.inner_kv_dim = len(kept) * layer.group.channels
+            module.inner_dim = module.inner_kv_dim = len(kept) * layer.units.channels
 
     def empty(self, model: nn.Module, layer: Layer) -> None:
         """Replace a layer that loses all its units by what its output bias leaves."""
@@ -155,7 +156,7 @@ def _feedforward(unet: UNet2DConditionModel, site: Site) -> Layer:
     )
 
 
-def _feeds(site: Site) -> tuple[str]:
+def _feeds(site: Site) -> tuple[str, ...]:
     block, _, name = site.path.rpartition(".")
     return (f"{block}.{_NORM_OF[name]}",)
 

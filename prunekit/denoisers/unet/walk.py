@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
@@ -77,7 +78,7 @@ class Site:
 
     kind: str
     path: str
-    module: nn.Module
+    module: Any
     level: int
     hidden: int
     is_last: bool = False
@@ -156,7 +157,7 @@ def walk(unet: UNet2DConditionModel) -> Iterator[Site]:
                 yield Site("upsampler", f"{path}.upsamplers.{position}", sampler, level, hidden)
 
 
-def _layers(path: str, block: nn.Module, level: int, hidden: int) -> Iterator[Site]:
+def _layers(path: str, block: CrossAttnDownBlock2D, level: int, hidden: int) -> Generator[Site, None, int]:
     resnets, attentions = block.resnets, getattr(block, "attentions", None) or ()
     in_mid = path == "mid_block"
     for index, resnet in enumerate(resnets):
@@ -170,7 +171,7 @@ def _layers(path: str, block: nn.Module, level: int, hidden: int) -> Iterator[Si
     return hidden
 
 
-def _transformer(path: str, layer: nn.Module, level: int, hidden: int, is_last: bool) -> Iterator[Site]:
+def _transformer(path: str, layer: Transformer2DModel, level: int, hidden: int, is_last: bool) -> Iterator[Site]:
     yield Site("transformer", path, layer, level, hidden, is_last)
     for index, block in enumerate(getattr(layer, "transformer_blocks", ())):
         if isinstance(block, BYPASSED):
@@ -197,6 +198,9 @@ def resolutions(unet: UNet2DConditionModel, sample_size: tuple[int, int]) -> lis
 
 
 def _conv_size(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    return tuple(
-        (size[axis] + 2 * conv.padding[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1 for axis in (0, 1)
+    padding = conv.padding
+    assert not isinstance(padding, str)
+    height, width = (
+        (size[axis] + 2 * padding[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1 for axis in (0, 1)
     )
+    return height, width
