@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.core.registry import denoiser_in
 from prunekit.cost import CostModel
@@ -82,7 +82,7 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
     return cells
 
 
-def budget_value(budget: float | str, unet: UNet2DConditionModel, cost: CostModel) -> float:
+def budget_value(budget: float | str, unet: ModelMixin, cost: CostModel) -> float:
     """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
 
     cost: what counts the table's MACs; of its space nothing is used. The UNet may be on the meta device.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from torch import Tensor, nn
 
     from .call import Call, Fill
@@ -16,6 +18,23 @@ class Denoiser(Protocol):
     """One model class, or several alike, described to the library; it holds no state."""
 
     family: Family  # what pipelines do around such a model
+
+    def from_config(self, config: Mapping[str, Any], name: str | Path) -> ModelMixin:
+        """Build a model, stock or pruned, on the meta device and in evaluation mode.
+
+        Args:
+            config: its config.json.
+            name: what errors call it.
+
+        Raises:
+            UserError: a config that builds no such model, or one that the library cannot prune.
+
+        """
+        ...
+
+    def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
+        """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""
+        ...
 
     # calls
 
@@ -34,7 +53,7 @@ class Denoiser(Protocol):
 
     def example(
         self,
-        model: nn.Module,
+        model: ModelMixin,
         batch: int,
         latent: tuple[int, int],
         text_length: int,
@@ -69,31 +88,31 @@ class Denoiser(Protocol):
 
     # shapes, from a model's config
 
-    def latent_channels(self, model: nn.Module) -> int:
+    def latent_channels(self, model: ModelMixin) -> int:
         """Return C, the channels of the latents."""
         ...
 
-    def latent_size(self, model: nn.Module) -> tuple[int, int] | None:
+    def latent_size(self, model: ModelMixin) -> tuple[int, int] | None:
         """Return the latent's (h, w) that a model was made for; None where its config does not say."""
         ...
 
-    def text_width(self, model: nn.Module) -> int:
+    def text_width(self, model: ModelMixin) -> int:
         """Return E, the width of the text states."""
         ...
 
-    def pooled_width(self, model: nn.Module) -> int:
+    def pooled_width(self, model: ModelMixin) -> int:
         """Return P, the width of the pooled text embedding; 0 where the model takes none."""
         ...
 
     # parts
 
-    def blocks(self, model: nn.Module, inner: bool = True) -> dict[str, nn.Module]:
+    def blocks(self, model: ModelMixin, inner: bool = True) -> dict[str, nn.Module]:
         """Return the blocks whose outputs are distilled, by path, in the order of a forward pass.
 
         inner: with the block in the middle, where the model has one (a UNet's mid block).
         """
         ...
 
-    def regions(self, model: nn.Module) -> list[nn.Module]:
+    def regions(self, model: ModelMixin) -> list[nn.Module]:
         """Return the modules that are compiled, each by itself."""
         ...

@@ -51,10 +51,24 @@ def denoiser_of(model: nn.Module | type) -> Denoiser:
     cls = model if isinstance(model, type) else type(model)
     for base in cls.__mro__:
         if base.__name__ in _LOADERS:
-            if base.__name__ not in _LOADED:
-                _LOADED[base.__name__] = _LOADERS[base.__name__]()
-            return _LOADED[base.__name__]
+            return _loaded(base.__name__)
     raise UserError(f"{cls.__name__} is not supported. Supported models: {', '.join(supported())}")
+
+
+def denoiser_named(name: str | None) -> Denoiser:
+    """Return what describes a model class by the name that its config states, "_class_name".
+
+    name: a pruned form's name is "Pruned" before its base class's. None: the first class that was registered, since
+    old configs of it state none.
+
+    Raises:
+        UserError: a class that no `Denoiser` describes; the message names those that are.
+
+    """
+    base = next(iter(_LOADERS)) if name is None else name.removeprefix("Pruned")
+    if base not in _LOADERS:
+        raise UserError(f"{name} is not supported. Supported models: {', '.join(supported())}")
+    return _loaded(base)
 
 
 def is_denoiser(model: Any) -> bool:
@@ -119,3 +133,9 @@ def latent_size(model: nn.Module) -> tuple[int, int]:
     if size is None:
         raise UserError(f"the config of this {type(model).__name__} names no sample_size: state the latent's size")
     return size
+
+
+def _loaded(name: str) -> Denoiser:
+    if name not in _LOADED:
+        _LOADED[name] = _LOADERS[name]()
+    return _LOADED[name]

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from prunekit.cost import CostModel, Polynomial, RunningCost
@@ -37,7 +37,7 @@ class LatencyModel(CostModel):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: ModelMixin,
         cost: CostModel,
         table: LatencyTable,
         step_of: Callable[[UnitGroup], int] = lambda group: 1,

@@ -13,7 +13,6 @@ from prunekit.cost import CostModel
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.gates import gated
 from prunekit.methods.base import RESULT, PruneResult
-from prunekit.models.shapes import unet_from_config
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.slicing import slice_unet
 from prunekit.stages import Stages
@@ -56,7 +55,8 @@ def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[
     denoiser = denoiser_of(model)
     size, length = tuple(denoiser.noisy(samples.call).shape[-2:]), denoiser.text_length(samples.call)
     cost = CostModel(model, result.space, size, length)
-    hollow = unet_from_config({k: v for k, v in model.config.items() if not k.startswith("_")}, "the run")
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    hollow = denoiser.from_config(config, "the run")
     found: dict[str, Any] = {"errors": [], "predicted": [], "counted": [], "sample_size": size, "text_length": length}
     for architecture in result.architectures:
         with gated(model, result.space) as gates:
