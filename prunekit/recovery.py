@@ -18,7 +18,7 @@ from prunekit.core.registry import denoiser_in
 from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.evaluation.comparison import Candidate, StoredUNets
+from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.methods.base import PruneResult
 from prunekit.slicing import save_member, slice_unet
 from prunekit.stages import Stages
@@ -218,6 +218,6 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     at_steps = stages.recipe.evaluation.at_steps
     rows = [(f"{recovery.name}@{step}", f"step-{step}/unet", None) for step in at_steps]
     return [
-        Candidate(name, StoredUNets([f / part for f in folders], stages.device), macs, params, result.router, spent)
+        Candidate(name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent)
         for name, part, spent in [*rows, (recovery.name, "unet", seconds)]
     ]

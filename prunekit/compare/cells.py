@@ -82,7 +82,7 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
     return cells
 
 
-def budget_value(budget: float | str, unet: ModelMixin, cost: CostModel) -> float:
+def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> float:
     """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
 
     cost: what counts the table's MACs; of its space nothing is used. The UNet may be on the meta device.
@@ -93,8 +93,8 @@ def budget_value(budget: float | str, unet: ModelMixin, cost: CostModel) -> floa
     method, _, variant = budget.partition(":")
     if method != BKSDM.name or not variant:
         raise RecipeError(f"budget {budget!r}: give a share of the dense MACs, or {BKSDM.name}:VARIANT")
-    architecture = BKSDM(variant=variant).architecture(unet)
-    own = CostModel(unet, architecture.space, cost.sample_size, cost.text_length)
+    architecture = BKSDM(variant=variant).architecture(model)
+    own = CostModel(model, architecture.space, cost.sample_size, cost.text_length)
     return budget_of(own.macs(architecture), own.dense_macs)
 
 

@@ -37,12 +37,12 @@ class LatencyModel(CostModel):
 
     def __init__(
         self,
-        unet: ModelMixin,
+        model: ModelMixin,
         cost: CostModel,
         table: LatencyTable,
         step_of: Callable[[UnitGroup], int] = lambda group: 1,
     ):
-        super().__init__(unet, cost.space, cost.sample_size, cost.text_length, cost.convention)
+        super().__init__(model, cost.space, cost.sample_size, cost.text_length, cost.convention)
         self.table = table
         self._predicted = _Curves(cost.space, table)
         self._counted = _Curves(cost.space, table, step_of)

@@ -74,10 +74,10 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
     return FAMILIES[kind]
 
 
-def check_size(path: Path, unet: torch.nn.Module, source: str | Path) -> None:
+def check_size(path: Path, model: torch.nn.Module, source: str | Path) -> None:
     """ValueError, one line, where a file's UNet has another number of weights than the one of its configs."""
     own = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
-    expected = sum(parameter.numel() for parameter in unet.parameters())
+    expected = sum(parameter.numel() for parameter in model.parameters())
     if own != expected:
         raise UserError(
             f"{path} does not fit the configs of {source}: its UNet has {own:,} weights, not {expected:,}; name the "
