@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_data import encoded_for, stub
 from small_denoiser import TinyTransformer, registered
@@ -42,9 +42,11 @@ def same(a, b):
 
 
 calls = st.builds(call_of, st.integers(1, 6), st.booleans(), st.booleans())
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 rows = st.lists(st.integers(0, 20), min_size=1, max_size=8)
 
 
+@quick
 @given(calls, rows, rows)
 def test_taking_composes(call, first, second):
     first = torch.tensor(first) % call.batch
@@ -57,6 +59,7 @@ def test_taking_composes(call, first, second):
     assert same(call.take(mask), call.take(mask.nonzero().flatten()))
 
 
+@quick
 @given(calls, st.integers(1, 4))
 def test_repeating_is_joining_and_taking(call, times):
     repeated = call.repeat(times)
@@ -66,6 +69,7 @@ def test_repeating_is_joining_and_taking(call, times):
     assert same(Call.cat(halves), call)
 
 
+@quick
 @given(calls, st.sampled_from([torch.bfloat16, torch.float16, torch.float64]), st.integers(0, 5))
 def test_moving_keeps_integers_and_commutes_with_taking(call, dtype, row):
     moved, rows = call.to("cpu", dtype), torch.tensor([row % call.batch])

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from prunekit.core.registry import latent_size
+from prunekit.core.registry import family_of, latent_size
 from prunekit.cost import CostModel
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.errors import UserError
@@ -302,16 +302,8 @@ def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_sk
     """
     negatives = [image.negative_prompt for image in images]
     negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]
-    encoded = base.encode_prompt(
-        prompt=[image.prompt for image in images],
-        device=base._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guided,
-        negative_prompt=negative if guided else None,
-        clip_skip=clip_skip,
-    )
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, encoded, strict=False))
+    texts = [image.prompt for image in images]
+    return family_of(base).embeddings(base, texts, negative, guided, clip_skip=clip_skip)
 
 
 def _joined(images: list[Any]) -> Any:
