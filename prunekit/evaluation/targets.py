@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, denoiser_name
 from prunekit.cost import CostModel
 from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
@@ -96,7 +96,8 @@ def _pruned(
 ) -> Subject:
     """Return a run's method: its experts, read when they draw, behind its router."""
     result = PruneResult.load(folder, denoiser_in(pipeline))
-    folders = [folder / "experts" / str(index) / "unet" for index in range(len(result.architectures))]
+    part = denoiser_name(pipeline)
+    folders = [folder / "experts" / str(index) / part for index in range(len(result.architectures))]
     for index, place in enumerate(folders):
         if not place.is_dir():
             raise FileNotFoundError(f"expert {index} of {folder.name} is not there yet ({place}); resume the run")
