@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Denoiser(Protocol):
-    """One model class, or several alike, described to the library; it holds no state."""
+    """One model class, or several alike, described to the library; it holds no state.
+
+    A description may have more, which one method needs: `levels`, which BK-SDM thins, is a UNet's alone.
+    """
 
     family: Family  # what pipelines do around such a model
 
