@@ -45,3 +45,9 @@ def nearest(given: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" with the nearest known name, or nothing where none is near."""
     near = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message as one line without its full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

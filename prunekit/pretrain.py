@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from prunekit.core.registry import denoiser_of
 from prunekit.data.config import load_data
 from prunekit.data.images import CaptionedImages
+from prunekit.denoisers.unet import miniature
 from prunekit.evaluation.ceiling import text_figures
 from prunekit.evaluation.evaluator import Evaluator
 from prunekit.evaluation.evaluator_training import train_evaluator
@@ -138,7 +139,7 @@ def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDi
         AutoencoderKL.from_pretrained(directory / "decoder" / "vae"),
         CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32),
+        miniature.read(folder / "unet"),
     ).to(device)
 
 

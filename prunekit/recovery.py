@@ -1,6 +1,7 @@
 """Recovering what a method chose: architectures are sliced and fine-tuned, or train as slices of one backbone.
 
-experts/0/unet 1/unet …            each UNet, in its stock form where it has one
+experts/0/unet 1/unet …            each model, in its stock form where it has one; the folder is
+                                   called like the attribute of a pipeline that holds the model
 experts/backbone/unet              with `fine_tune.shared_backbone`: the weights; the experts' folders name it
 """
 
@@ -15,11 +16,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, denoiser_name
 from prunekit.core.slicing import export_model, save_member, slice_model
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.evaluation.comparison import Candidate, StoredUNets
+from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.methods.base import PruneResult
 from prunekit.stages import Stages
 from prunekit.training.backbone import BackboneObjective, Mixture
@@ -55,6 +56,7 @@ class Job:
     recovery: Recovery
     index: int | None
     pairs: Tensor  # (P_i,) that it learns from
+    part: str  # name of the model's own folder: the attribute of a pipeline that holds it
     experts: Tensor | None = None  # (pairs of the data set,) of a backbone
 
     @property
@@ -74,7 +76,7 @@ class Job:
 
     def done(self) -> bool:
         """Whether the model is there."""
-        return (self.folder / "unet").is_dir()
+        return (self.folder / self.part).is_dir()
 
 
 def recover_experts(
@@ -134,7 +136,7 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
 
 
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
-    data, result = stages.data, recovery.result
+    data, result, part = stages.data, recovery.result, denoiser_name(stages.pipeline)
     pairs = data.training_pairs()
     routed, own_pairs = _routed(result, data, pairs)
     if recovery.shares and routed is not None:
@@ -142,8 +144,8 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
-        return [Job(recovery, None, pairs, _of_all_pairs(data, pairs, routed))]
-    return [Job(recovery, index, own) for index, own in enumerate(own_pairs)]
+        return [Job(recovery, None, pairs, part, _of_all_pairs(data, pairs, routed))]
+    return [Job(recovery, index, own, part) for index, own in enumerate(own_pairs)]
 
 
 def _routed(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
@@ -179,7 +181,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
             _keep(student, recovery, job, name)
 
     if len(job.pairs):
-        milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
+        milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/{job.part}") for step in at_steps}
         figures = fine_tune(
             student,
             dense,
@@ -196,10 +198,10 @@ def _fine_tune(stages: Stages, job: Job) -> None:
         )
     else:
         for step in at_steps:
-            keep(f"step-{step}/unet")
+            keep(f"step-{step}/{job.part}")
     if processes.is_main:
         write_json(folder / FIGURES, figures)
-        keep("unet")
+        keep(job.part)
         Checkpoints(folder / "checkpoints").clear()
     processes.wait()
     stages.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
@@ -225,8 +227,9 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     seconds = float(result.info.get("search", {}).get("seconds", 0.0))
     seconds += sum(float(read_json(job.folder / FIGURES)["seconds"]) for job in jobs)
     at_steps = stages.recipe.evaluation.at_steps
-    rows = [(f"{recovery.name}@{step}", f"step-{step}/unet", None) for step in at_steps]
+    own = denoiser_name(stages.pipeline)
+    rows = [(f"{recovery.name}@{step}", f"step-{step}/{own}", None) for step in at_steps]
     return [
-        Candidate(name, StoredUNets([f / part for f in folders], stages.device), macs, params, result.router, spent)
-        for name, part, spent in [*rows, (recovery.name, "unet", seconds)]
+        Candidate(name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent)
+        for name, part, spent in [*rows, (recovery.name, own, seconds)]
     ]

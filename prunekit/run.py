@@ -177,10 +177,11 @@ class Run:
         for name in self.recipe.methods if settings is not None else ():
             path = self.directory / "metrics" / f"{name}.latency.json"
             if not path.is_file():
-                unet, cost = denoiser_in(stages.pipeline), budget_cost(stages.pipeline, self.recipe.method(name).config)
-                chosen = PruneResult.load(self.directory / "methods" / name, unet).architectures
+                model = denoiser_in(stages.pipeline)
+                cost = budget_cost(stages.pipeline, self.recipe.method(name).config)
+                chosen = PruneResult.load(self.directory / "methods" / name, model).architectures
                 assert isinstance(cost, LatencyModel) and settings is not None
-                write_json(path, predicted_and_measured(unet, chosen, cost, settings))
+                write_json(path, predicted_and_measured(model, chosen, cost, settings))
             rows += [{"name": name, **row} for row in read_json(path)]
         return rows
 

@@ -92,7 +92,7 @@ def test_the_lowest_layer_is_a_library_of_its_own():
 
 def test_relative_imports_are_resolved():
     assert "core" in imported_parts(PACKAGE / "denoisers" / "unet" / "structure.py")
-    assert {"core", "errors"} <= imported_parts(PACKAGE / "models" / "shapes.py")
+    assert {"core", "errors"} <= imported_parts(PACKAGE / "models" / "loading.py")
 
 
 def test_no_file_imports_a_test_file():

@@ -37,7 +37,7 @@ def world():
 def test_the_matrix_is_the_agreement_of_every_expert(world):
     candidate, _, samples, reference = world
     errors = error_matrix(candidate, samples, reference)
-    for index, unet in enumerate(candidate.unets):
+    for index, unet in enumerate(candidate.models):
         assert float(errors[:, index].mean()) == pytest.approx(agreement(reference, unet, samples), rel=1e-6)
 
 

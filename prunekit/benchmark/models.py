@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from prunekit.benchmark.config import ArchitectureConfig
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.registry import denoiser_of
 from prunekit.core.space import Architecture
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.errors import UserError
@@ -31,23 +32,23 @@ PROMPT = "a photograph of an astronaut riding a horse"
 DEPTH_OF = {"random": "aptp", "width": "none", "depth": "all"}  # which layers may go, by how an architecture is chosen
 
 
-def random_unet(model: str, device: torch.device, dtype: torch.dtype, seed: int) -> UNet2DConditionModel:
+def random_unet(model: str, device: torch.device, dtype: torch.dtype, seed: int) -> ModelMixin:
     """Return a model's UNet with random weights, frozen; nothing is fetched."""
     return _filled(load_unet_on_meta(model), device, dtype, seed)
 
 
-def random_pipeline(unet: UNet2DConditionModel, seed: int) -> DiffusionPipeline:
+def random_pipeline(model: ModelMixin, seed: int) -> DiffusionPipeline:
     """Return a Stable Diffusion 1 or 2 pipeline around a UNet, the other parts at their true sizes, random weights.
 
     Its tokenizer is trained on one prompt: which tokens are encoded does not change the time.
     Raises ValueError for a UNet whose text encoder is not one of Stable Diffusion 1's or 2's.
     """
-    width = unet.config.cross_attention_dim
-    if width not in TEXT_ENCODERS or unet.config.addition_embed_type is not None:
+    denoiser = denoiser_of(model)
+    width, pooled = denoiser.text_width(model), denoiser.pooled_width(model)
+    if width not in TEXT_ENCODERS or pooled:
         raise UserError(
-            f"no text encoder is known for a UNet with cross_attention_dim={width} and "
-            f"addition_embed_type={unet.config.addition_embed_type}; time its calls alone (workload: unet), or give a "
-            "pipeline's directory and weights=own"
+            f"no text encoder is known for a model with text of width {width} and pooled text of width {pooled}; time "
+            "its calls alone (workload: unet), or give a pipeline's directory and weights=own"
         )
     tokenizer = build_tokenizer([PROMPT], VOCABULARY)
     tokenizer.model_max_length = TOKENS
@@ -72,8 +73,8 @@ def random_pipeline(unet: UNet2DConditionModel, seed: int) -> DiffusionPipeline:
             sample_size=768,
             **AUTOENCODER,
         )
-    autoencoder, text_encoder = (_filled(part, unet.device, unet.dtype, seed) for part in (autoencoder, text_encoder))
-    return assemble(autoencoder, text_encoder, tokenizer, unet)
+    parts = [_filled(part, model.device, model.dtype, seed) for part in (autoencoder, text_encoder)]
+    return assemble(*parts, tokenizer, model)
 
 
 def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -85,21 +86,21 @@ def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Diffus
     return pipeline
 
 
-def choose(config: ArchitectureConfig, unet: UNet2DConditionModel, latent: int, text_length: int, seed: int) -> Any:
+def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_length: int, seed: int) -> Any:
     """Return (Architecture, its cost model) of a budget: a function of the UNet's shapes, the settings and the seed.
 
     The scores are Random's. Where widths or depths alone are asked for, the others' scores lie above all of theirs.
     """
     method = Random(seed=seed, depth=DEPTH_OF[config.choose])
-    scores = method.score(unet)
+    scores = method.score(model)
     if config.choose == "depth":
         scores.values[: scores.space.num_width] += 1
-    cost = CostModel(unet, scores.space, latent, text_length)
+    cost = CostModel(model, scores.space, latent, text_length)
     assert config.budget is not None
     return select(scores, cost, config.budget, config.align), cost
 
 
-def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> ModelMixin:
     """Return a UNet from its folder, frozen; ValueError, one line, where there is none."""
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} holds no UNet: give a folder that save_pretrained wrote (it has a config.json)")
@@ -107,9 +108,9 @@ def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     return unet.eval().requires_grad_(False)
 
 
-def dense_cost(unet: UNet2DConditionModel, latent: int, text_length: int) -> tuple[int, int]:
+def dense_cost(model: ModelMixin, latent: int, text_length: int) -> tuple[int, int]:
     """Return (exact MACs, parameters) of a UNet as it is, batch 1."""
-    cost = CostModel(unet, discover(unet, "none"), latent, text_length)
+    cost = CostModel(model, discover(model, "none"), latent, text_length)
     return cost.dense_macs, cost.dense_params
 
 

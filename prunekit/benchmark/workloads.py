@@ -8,10 +8,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from prunekit.benchmark.models import PROMPT
-from prunekit.core.registry import denoiser_in, denoiser_of
+from prunekit.core.registry import denoiser_in, denoiser_of, family_of
 from prunekit.sampling import quiet
-
-EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def pipeline_call(
@@ -44,11 +42,8 @@ def pipeline_call(
     if workload == "image":
         return lambda: pipeline(prompt=prompts, output_type="pt", **common).images
     with torch.no_grad():
-        encoded = pipeline.encode_prompt(
-            prompt=prompts, device=model.device, num_images_per_prompt=1, do_classifier_free_guidance=guidance > 1
-        )
-    embeds = {name: value for name, value in zip(EMBEDS, encoded, strict=False) if value is not None}
-    return lambda: pipeline(output_type="latent", **embeds, **common).images
+        embeddings = family_of(pipeline).embeddings(pipeline, prompts, None, guidance > 1)
+    return lambda: pipeline(output_type="latent", **embeddings, **common).images
 
 
 def denoiser_calls(pipeline: DiffusionPipeline, steps: int) -> int:

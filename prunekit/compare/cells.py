@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_in
@@ -82,7 +82,7 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
     return cells
 
 
-def budget_value(budget: float | str, unet: UNet2DConditionModel, cost: CostModel) -> float:
+def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> float:
     """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
 
     cost: what counts the table's MACs; of its space nothing is used. The UNet may be on the meta device.
@@ -93,8 +93,8 @@ def budget_value(budget: float | str, unet: UNet2DConditionModel, cost: CostMode
     method, _, variant = budget.partition(":")
     if method != BKSDM.name or not variant:
         raise RecipeError(f"budget {budget!r}: give a share of the dense MACs, or {BKSDM.name}:VARIANT")
-    architecture = BKSDM(variant=variant).architecture(unet)
-    own = CostModel(unet, architecture.space, cost.sample_size, cost.text_length)
+    architecture = BKSDM(variant=variant).architecture(model)
+    own = CostModel(model, architecture.space, cost.sample_size, cost.text_length)
     return budget_of(own.macs(architecture), own.dense_macs)
 
 

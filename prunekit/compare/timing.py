@@ -8,7 +8,7 @@ from torch import nn
 from prunekit.compare.cells import WORK
 from prunekit.compare.fairness import Result
 from prunekit.core.call import Call, predict
-from prunekit.core.registry import denoiser_in, family_of
+from prunekit.core.registry import denoiser_in, denoiser_name, family_of
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.stages import Stages
 from prunekit.timing import WarmUp, measure
@@ -29,7 +29,7 @@ def call_ratio(dense: nn.Module, pruned: nn.Module, call: Call) -> float:
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     """Return a cell's call ratio, the mean over its experts by their training prompts; None where models are gone."""
     models = directory / WORK / cell["models_folder"]
-    folders = [models / str(index) / "unet" for index in range(cell["models"])]
+    folders = [models / str(index) / denoiser_name(stages.pipeline) for index in range(cell["models"])]
     if not all(folder.is_dir() for folder in folders):
         return None
     samples, _ = stages.agreement

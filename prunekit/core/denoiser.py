@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -84,6 +85,23 @@ class Denoiser(Structure, Protocol):
 
     def blank(self, model: nn.Module) -> nn.Module:
         """A dense model of the same config, without weights: on the meta device."""
+
+    def from_config(self, config: Mapping[str, Any], name: str | Path) -> nn.Module:
+        """Build a model, stock or pruned, on the meta device and in evaluation mode.
+
+        Args:
+            config: its config.json.
+            name: what errors call it.
+
+        Raises:
+            UserError: a config that builds no such model, or one that the library cannot prune.
+
+        """
+        ...
+
+    def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
+        """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""
+        ...
 
     # calls
 

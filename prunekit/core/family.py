@@ -46,6 +46,10 @@ class NoiseProcess(Protocol):
 class Family(Protocol):
     """What a pipeline does around its denoiser; it holds no state."""
 
+    def refusal(self, pipeline: Any) -> str | None:
+        """Return why a loaded pipeline is not supported, as "NAME has" goes on; None where it is."""
+        ...
+
     def process(self, scheduler: Any | None) -> NoiseProcess:
         """Return the noise process of a pipeline's scheduler; of None, the one that most models of the family have."""
         ...
@@ -63,6 +67,21 @@ class Family(Protocol):
 
     def null_states(self, pipeline: Any) -> dict[str, Tensor]:
         """Return the conditions of the empty text, (1, …), as the pipeline guides away from it."""
+        ...
+
+    def embeddings(
+        self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+    ) -> dict[str, Tensor]:
+        """Return a pipeline's keyword arguments that take the place of its texts.
+
+        Args:
+            pipeline: whose text encoders run.
+            texts: a prompt for each picture.
+            negatives: as many negative prompts; None: the pipeline's own, which may differ from the empty text.
+            guided: with those of the negative prompts.
+            options: of the pipeline's `encode_prompt`, such as `clip_skip`.
+
+        """
         ...
 
     def sizes(self, height: int, width: int) -> Tensor:

@@ -63,6 +63,22 @@ def pruned_class_named(name: str) -> type | None:
     return _loaded(dense).pruned_class()
 
 
+def denoiser_named(name: str | None) -> Denoiser:
+    """Return what describes a model class by the name that its config states, "_class_name".
+
+    name: a pruned form's name is "Pruned" before its base class's. None: the first class that was registered, since
+    old configs of it state none.
+
+    Raises:
+        UserError: a class that no `Denoiser` describes; the message names those that are.
+
+    """
+    base = next(iter(_LOADERS)) if name is None else name.removeprefix("Pruned")
+    if base not in _LOADERS:
+        raise UserError(f"{name} is not supported. Supported models: {', '.join(supported())}")
+    return _loaded(base)
+
+
 def is_denoiser(model: Any) -> bool:
     """Return whether a `Denoiser` describes this object's class."""
     return any(base.__name__ in _LOADERS for base in type(model).__mro__)

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunekit.errors import UserError
-from prunekit.models.names import first_line
+from prunekit.errors import UserError, first_line
 
 PROMPT_ENCODER_DIRECTORY = Path(__file__).parent.parent / "assets" / "prompt_encoder"
 EMBEDDED = "emoji"

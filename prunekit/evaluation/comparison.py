@@ -15,7 +15,7 @@ from torch import Tensor
 from prunekit.core.registry import with_denoiser
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
-from prunekit.denoisers.unet.pruned import PrunedModelMixin
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
@@ -30,11 +30,11 @@ STOP_WORDS = {"with", "and", "the", "of", "in", "on", "for", "flag"}
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model under test: one UNet, or experts and the router that chooses among them."""
+    """A model under test: one, or experts and the router that chooses among them."""
 
     name: str
-    unets: Sequence[ModelMixin]
-    macs: Sequence[int]  # exact MACs of each UNet
+    models: Sequence[ModelMixin]
+    macs: Sequence[int]  # exact MACs of each model
     params: Sequence[int]
     router: Router | None = None
     training_seconds: float | None = None
@@ -62,7 +62,7 @@ class Candidate:
         )
 
 
-class StoredUNets(Sequence[ModelMixin]):
+class StoredModels(Sequence[ModelMixin]):
     """Pruned UNets in folders, read when they are asked for; the last one that was stays in memory."""
 
     def __init__(self, folders: Sequence[Path], device: torch.device):
@@ -78,8 +78,8 @@ class StoredUNets(Sequence[ModelMixin]):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
             self._last = None  # before the next is read
-            unet = PrunedModelMixin.from_pretrained(self.folders[index]).to(self.device)
-            self._last = (index, unet.eval().requires_grad_(False))
+            model = PrunedUNet2DConditionModel.from_pretrained(self.folders[index]).to(self.device)
+            self._last = (index, model.eval().requires_grad_(False))
         return self._last[1]
 
 
@@ -209,11 +209,11 @@ def sample(
     files: list[Path] = [folder] * len(prompts.prompts)
 
     def drawing(expert: int) -> DiffusionPipeline:
-        return with_denoiser(pipeline, candidate.unets[expert])
+        return with_denoiser(pipeline, candidate.models[expert])
 
     for expert in experts.unique().tolist():
         rows = torch.nonzero(experts == expert).flatten().tolist()
-        target = folder if len(candidate.unets) == 1 else folder / f"expert-{expert}"
+        target = folder if len(candidate.models) == 1 else folder / f"expert-{expert}"
         with sampling.autocast(pipeline.device):
             paths = generate_to(
                 target,
@@ -224,7 +224,7 @@ def sample(
                 sampling.guidance,
                 sampling.batch_size,
                 sampling.size,
-                title=f"{candidate.name}{f' {expert}' * (len(candidate.unets) > 1)}: images",
+                title=f"{candidate.name}{f' {expert}' * (len(candidate.models) > 1)}: images",
                 locks=locks,
             )
         for row, path in zip(rows, paths, strict=True):
@@ -278,7 +278,7 @@ def measure(
         "clip_score": clip_score(embedded[prompts.num_names :], texts[prompts.num_names :]),
         "top1": retrieval(embedded[: prompts.num_names], names, asked, k=1),
         "top5": retrieval(embedded[: prompts.num_names], names, asked, k=5),
-        "agreement": agreement(dense_predictions, candidate.unets, samples, pair_experts),
+        "agreement": agreement(dense_predictions, candidate.models, samples, pair_experts),
         "training_seconds": candidate.training_seconds,
     }
 
@@ -294,7 +294,7 @@ def expert_rows(
     shares, pairs = training_shares(candidate, data), data.training_pairs()
     routed = candidate.experts_of(data.prompts, pairs)
     rows = []
-    for expert in range(len(candidate.unets)):
+    for expert in range(len(candidate.models)):
         captions = [data.images.captions[i] for i in pairs[routed == expert].tolist()]
         rows.append(
             {
@@ -313,7 +313,7 @@ def expert_rows(
 def training_shares(candidate: Candidate, data: EncodedData) -> Tensor:
     """Return each expert's share of the training prompts by inference routing, (N,) float64."""
     routed = candidate.experts_of(data.prompts, data.training_pairs())
-    return shares_of(routed, len(candidate.unets))
+    return shares_of(routed, len(candidate.models))
 
 
 def shares_of(experts: Tensor, count: int) -> Tensor:
@@ -337,13 +337,13 @@ def seconds_per_image(
 ) -> float:
     """Measure the time of one image in a batch of 8, after a warm-up: the mean over the prompts' experts."""
     count = min(TIMED_IMAGES, len(prompts.prompts))
-    shares = shares_of(candidate.experts(prompts.embeddings), len(candidate.unets))
+    shares = shares_of(candidate.experts(prompts.embeddings), len(candidate.models))
     total = 0.0
-    for expert, unet in enumerate(candidate.unets):
+    for expert, model in enumerate(candidate.models):
         if not shares[expert]:
             continue
-        routed, inputs = with_denoiser(pipeline, unet), (prompts.prompts[:count], prompts.seeds[:count])
-        with sampling.autocast(unet.device):
+        routed, inputs = with_denoiser(pipeline, model), (prompts.prompts[:count], prompts.seeds[:count])
+        with sampling.autocast(model.device):
             generate(routed, *inputs, 2, sampling.guidance, count)
             start = time.perf_counter()
             generate(routed, *inputs, sampling.steps, sampling.guidance, count)

@@ -26,7 +26,7 @@ def error_matrix(candidate: Candidate, samples: AgreementSamples, reference: Ten
     reference: the dense UNet's `predictions` of the samples, (n, C, h, w).
     """
     columns = [
-        (predictions(unet, samples) - reference).double().square().flatten(1).mean(1) for unet in candidate.unets
+        (predictions(model, samples) - reference).double().square().flatten(1).mean(1) for model in candidate.models
     ]
     return torch.stack(columns, dim=1)
 
@@ -44,7 +44,7 @@ def routing_report(
     """
     pairs = data.training_pairs()
     trained = candidate.experts_of(data.prompts, pairs)
-    count = len(candidate.unets)
+    count = len(candidate.models)
     shares = shares_of(trained, count)
     errors = error_matrix(candidate, samples, reference)
     routed = candidate.experts_of(data.prompts, samples.indices)

@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 
 from prunekit.core.cost import CostModel
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, denoiser_name
 from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.errors import UserError
-from prunekit.evaluation.comparison import Candidate, StoredUNets
+from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.evaluation.protocols import Protocol
 from prunekit.methods.aptp.router import FILE_NAME
 from prunekit.methods.base import RESULT, PruneResult, PruneSettings, space_and_cost
@@ -98,14 +98,15 @@ def _pruned(
 ) -> Subject:
     """Return a run's method: its experts, read when they draw, behind its router."""
     result = PruneResult.load(folder, denoiser_in(pipeline))
-    folders = [folder / "experts" / str(index) / "unet" for index in range(len(result.architectures))]
-    for index, unet in enumerate(folders):
-        if not unet.is_dir():
-            raise FileNotFoundError(f"expert {index} of {folder.name} is not there yet ({unet}); resume the run")
+    part = denoiser_name(pipeline)
+    folders = [folder / "experts" / str(index) / part for index in range(len(result.architectures))]
+    for index, place in enumerate(folders):
+        if not place.is_dir():
+            raise FileNotFoundError(f"expert {index} of {folder.name} is not there yet ({place}); resume the run")
     own = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
     candidate = Candidate(
         folder.name,
-        StoredUNets(folders, current().device),
+        StoredModels(folders, current().device),
         [own.macs(architecture) for architecture in result.architectures],
         [own.params(architecture) for architecture in result.architectures],
         result.router,

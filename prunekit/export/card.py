@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from prunekit.errors import UserError
+from prunekit.errors import UserError, first_line
 from prunekit.markdown import markdown_text
-from prunekit.models.names import KNOWN, first_line
+from prunekit.models.names import KNOWN
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from prunekit.core.cost import CostModel, Polynomial
@@ -39,12 +39,12 @@ class LatencyModel(CostModel):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        model: ModelMixin,
         cost: CostModel,
         table: LatencyTable,
         step_of: Callable[[UnitGroup], int] = lambda group: 1,
     ):
-        super().__init__(unet, cost.space, cost.sample_size, cost.text_length, cost.convention)
+        super().__init__(model, cost.space, cost.sample_size, cost.text_length, cost.convention)
         self.table = table
         self._predicted = _Curves(cost.space, table)
         self._counted = _Curves(cost.space, table, step_of)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.errors import UserError
 from prunekit.timing import device_name
@@ -106,13 +106,13 @@ class LatencyTable:
 
 
 def conditions_of(
-    unet: UNet2DConditionModel, sample_size: tuple[int, int], text_length: int, batch: int, dtype: torch.dtype
+    model: ModelMixin, sample_size: tuple[int, int], text_length: int, batch: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what the times of a UNet's call depend on, as JSON."""
-    plain = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "sample_size"}
+    plain = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "sample_size"}
     return {
         "model": hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=8).hexdigest(),
-        "device": device_name(unet.device),
+        "device": device_name(model.device),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,

@@ -283,12 +283,12 @@ class ScoreMethod(Method):
 
     def _key(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any) -> str:
         """A digest of all that the scores depend on: settings, the UNet's weights, the noise schedule, the data."""
-        unet, scheduler = denoiser_in(pipeline), getattr(pipeline, "scheduler", None)
-        configs = [{} if part is None else part.config for part in (unet, scheduler)]
+        model, scheduler = denoiser_in(pipeline), getattr(pipeline, "scheduler", None)
+        configs = [{} if part is None else part.config for part in (model, scheduler)]
         plain = [sorted(item for item in config.items() if not item[0].startswith("_")) for config in configs]
         fingerprint = Fingerprint(SCORES_FORMAT, self.score_info(), *plain)
-        if unet.device.type != "meta":
-            fingerprint.add_module(unet)
+        if model.device.type != "meta":
+            fingerprint.add_module(model)
         if isinstance(dataset, CaptionedImages):  # what will encode them
             fingerprint.add_encoders(pipeline)
         return fingerprint.add_data(dataset).key()
@@ -307,10 +307,10 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
             VAE is unknown.
 
     """
-    unet, space = denoiser_in(pipeline), space_of(pipeline, settings)
+    model, space = denoiser_in(pipeline), space_of(pipeline, settings)
     tokenizer = getattr(pipeline, "tokenizer", None)
     text_length = settings.text_length or getattr(tokenizer, "model_max_length", 77)
-    return space, CostModel(unet, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
+    return space, CostModel(model, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
 
 
 def budget_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> CostModel:

@@ -6,6 +6,7 @@ block, Tiny also the innermost level. Between the dense UNet and Base lie the me
 
 import itertools
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,11 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field, field_validator
-from torch import nn
 
 from prunekit.core.cost import CostModel
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.space import Architecture, UnitSpace, near
-from prunekit.denoisers.unet.removed import BYPASSED
+from prunekit.denoisers.unet.bksdm import Levels
 from prunekit.errors import UserError
 from prunekit.methods.base import (
     Method,
@@ -132,12 +132,12 @@ class BKSDM(Method):
 
         """
         cost = budget_cost(pipeline, self.config)
-        unet = denoiser_in(pipeline)
-        members = _members(unet, cost.space)
+        model = denoiser_in(pipeline)
+        members = _members(model, cost.space)
         if self.config.variant is None:
             name, architecture = _largest(members, cost, self.config.budget)
         else:
-            name, architecture = self._fixed(unet, members)
+            name, architecture = self._fixed(model, members)
             self._check_budget(name, architecture, cost)
         info = {**describe_result(self, [architecture], cost), "variant": name}
         result = PruneResult([architecture], info=info)
@@ -154,9 +154,9 @@ class BKSDM(Method):
             return {}
         return {"denoising_weight": 1.0, "distillation_weight": 1.0, "feature_blocks": "down_up", "snr_gamma": None}
 
-    def _fixed(self, unet: ModelMixin, members: dict[str, Architecture]) -> tuple[str, Architecture]:
+    def _fixed(self, model: ModelMixin, members: dict[str, Architecture]) -> tuple[str, Architecture]:
         variant = self.config.variant
-        ones = (1,) * len(unet.down_blocks)
+        ones = (1,) * len(_levels(model).layers)
         name = "base" if variant == _written(ones, False) else "small" if variant == _written(ones, True) else variant
         if name not in members:
             raise UserError(
@@ -197,15 +197,18 @@ def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -
     return name, members[name]
 
 
-def _members(unet: ModelMixin, space: UnitSpace) -> dict[str, Architecture]:
-    layers = [_num_layers(block) for block in unet.down_blocks]
+def _members(model: ModelMixin, space: UnitSpace) -> dict[str, Architecture]:
+    levels = _levels(model)
+    layers = levels.layers
     if not set(layers) <= {1, 2}:
         raise UserError(
             "BK-SDM's rule is for UNets with one or two layers in every down block; this one has "
             f"{','.join(map(str, layers))}"
         )
-    second = [_second_layers(unet, space, level) if count == 2 else [] for level, count in enumerate(layers)]
-    mid = _droppable(space, _layers_of("mid_block", unet.mid_block))
+    second = [
+        _droppable(space, names) if count == 2 else [] for names, count in zip(levels.second, layers, strict=True)
+    ]
+    mid = _droppable(space, levels.mid or ())
     members: dict[str, Architecture] = {}
     for thin in itertools.product(*[(False, True) if names else (False,) for names in second]):
         counts = tuple(count - is_thin for count, is_thin in zip(layers, thin, strict=True))
@@ -214,17 +217,17 @@ def _members(unet: ModelMixin, space: UnitSpace) -> dict[str, Architecture]:
             members[_name(counts, False)] = _without(space, names)
         if mid:
             members[_name(counts, True)] = _without(space, names + mid)
-    if tiny := _tiny(unet, space, layers, second, mid):
+    if tiny := _tiny(levels, space, second, mid):
         members["tiny"] = _without(space, tiny)
     order = sorted(members, key=lambda name: NAMED.index(name) if name in NAMED else len(NAMED))
     return {name: members[name] for name in order}
 
 
-def _tiny(unet: ModelMixin, space: UnitSpace, layers: list[int], second: list[list[str]], mid: list[str]) -> list[str]:
+def _tiny(levels: Levels, space: UnitSpace, second: list[list[str]], mid: list[str]) -> list[str]:
     """What Tiny removes: what Small does, and the innermost stage; nothing where one of these cannot go."""
-    stage = _droppable(space, [f"stage:down_blocks.{len(layers) - 1}"])
-    all_thin = all(names or count == 1 for count, names in zip(layers, second, strict=True))
-    if not stage or not all_thin or (unet.mid_block is not None and not mid):
+    stage = _droppable(space, [levels.innermost])
+    all_thin = all(names or count == 1 for count, names in zip(levels.layers, second, strict=True))
+    if not stage or not all_thin or (levels.mid is not None and not mid):
         return []
     return [*itertools.chain.from_iterable(second), *mid, *stage]
 
@@ -239,30 +242,18 @@ def _written(counts: tuple[int, ...], without_mid: bool) -> str:
     return ",".join(map(str, counts)) + (NO_MID if without_mid else "")
 
 
-def _num_layers(block: nn.Module) -> int:
-    return sum(not isinstance(resnet, BYPASSED) for resnet in block.resnets)
+def _levels(model: ModelMixin) -> Levels:
+    """Return a UNet's levels; UserError for a denoiser that has none."""
+    levels = getattr(denoiser_of(model), "levels", None)
+    if levels is None:
+        raise UserError(f"bksdm thins the levels of a UNet, and {type(model).__name__} has none; choose another method")
+    return levels(model)
 
 
-def _layers_of(path: str, block: nn.Module | None, index: int | None = None) -> list[str]:
-    """Names of the depth units of all layers of a block, or of its layer at `index`."""
-    return [
-        f"layer:{path}.{kind}.{position}"
-        for kind in ("resnets", "attentions")
-        for position in range(len(getattr(block, kind, None) or ()))
-        if index is None or position == index
-    ]
-
-
-def _second_layers(unet: ModelMixin, space: UnitSpace, level: int) -> list[str]:
-    up = len(unet.up_blocks) - 1 - level
-    names = _layers_of(f"down_blocks.{level}", unet.down_blocks[level], 1)
-    return _droppable(space, names + _layers_of(f"up_blocks.{up}", unet.up_blocks[up], 1))
-
-
-def _droppable(space: UnitSpace, names: list[str]) -> list[str]:
+def _droppable(space: UnitSpace, names: Sequence[str]) -> list[str]:
     """The names, or nothing unless the space has every one of them."""
     known = {group.name for group in space.depth_groups}
-    return names if known.issuperset(names) else []
+    return list(names) if known.issuperset(names) else []
 
 
 def _without(space: UnitSpace, names: list[str]) -> Architecture:

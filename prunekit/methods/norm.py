@@ -67,12 +67,12 @@ class Norm(ScoreMethod):
                 than training pairs.
 
         """
-        unet, space, config = denoiser_in(pipeline), space_of(pipeline, self.config), self.config
-        if unet.device.type == "meta":
+        model, space, config = denoiser_in(pipeline), space_of(pipeline, self.config), self.config
+        if model.device.type == "meta":
             raise UserError("Norm reads the weights, and this UNet is on the meta device; load it with its weights")
         widths = torch.empty(space.num_width, dtype=torch.float64)
         for group in space.width_groups:
-            norms = sum_per_unit(unet, group, lambda weight: weight.double().abs() ** config.order)
+            norms = sum_per_unit(model, group, lambda weight: weight.double().abs() ** config.order)
             widths[space.slice(group)] = norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)
         data = None if dataset is None or not space.num_depth else as_encoded(pipeline, dataset)
         available = SAMPLES if data is None else max(1, len(data.training_pairs()))

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from prunekit.errors import UserError
-from prunekit.models.names import LOCAL, check_index, first_line, hub_id, read_object
+from prunekit.errors import UserError, first_line
+from prunekit.models.names import LOCAL, check_index, hub_id, read_object
 from prunekit.models.weights import WITHOUT, missing_parts, variant_of
 
 INDEX, UNET = "model_index.json", "unet/config.json"

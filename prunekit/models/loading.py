@@ -7,19 +7,18 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from prunekit.core.registry import denoiser_in, denoiser_of
+from prunekit.core.registry import denoiser_in, denoiser_of, family_of
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
-from prunekit.errors import UserError
+from prunekit.errors import UserError, first_line
 from prunekit.models.hub import INDEX, UNET, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
-from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, first_line, local_path, read_object
+from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, local_path, read_object
 from prunekit.models.shapes import check_sizes, unet_from_config
 from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
 
-PREDICTIONS = ("epsilon", "v_prediction")
 SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)
 
@@ -132,22 +131,10 @@ def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
     """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
     if type(pipeline).__name__ not in PIPELINES:
         raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
-    unet, vae, scheduler = denoiser_in(pipeline), pipeline.vae, pipeline.scheduler.config
-    denoiser_of(unet).check(unet)
+    model = denoiser_in(pipeline)
+    denoiser_of(model).check(model)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):
             raise UserError(f"the files of {name} lack weights of its {part}")
-    if type(vae) is not AutoencoderKL:
-        raise UserError(f"{name} has an autoencoder {type(vae).__name__}, which is not supported; {SUPPORTED}")
-    for key in ("latents_mean", "latents_std", "shift_factor"):
-        if vae.config.get(key) is not None:
-            raise UserError(f"{name} has an autoencoder with {key}, which is not supported; {SUPPORTED}")
-    channels = (vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels)
-    if len(set(channels)) != 1:
-        raise UserError(
-            f"{name} has latents of {channels[0]} channels, but its UNet takes {channels[1]} and gives {channels[2]}, "
-            f"as models for inpainting have: not supported; {SUPPORTED}"
-        )
-    if "beta_schedule" not in scheduler or scheduler.get("prediction_type") not in PREDICTIONS:
-        kind = f"{type(pipeline.scheduler).__name__} with prediction type {scheduler.get('prediction_type')!r}"
-        raise UserError(f"{name} has a {kind}, which is not supported; {SUPPORTED}")
+    if (reason := family_of(pipeline).refusal(pipeline)) is not None:
+        raise UserError(f"{name} has {reason}; {SUPPORTED}")

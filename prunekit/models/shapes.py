@@ -1,20 +1,17 @@
 """The shapes of a model's parts, without weights and network."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin
 
-from prunekit.core.registry import denoiser_in, denoiser_of, latent_size
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.core.denoiser import Denoiser
+from prunekit.core.registry import denoiser_in, denoiser_named, latent_size, supported
 from prunekit.errors import UserError
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
     check_index,
-    first_line,
     hub_id,
     local_path,
     read_object,
@@ -23,14 +20,7 @@ from prunekit.models.names import (
 )
 from prunekit.models.single_file import check_size, config_name
 
-LAYERS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
-MOST_LAYERS = 100  # of a block; SDXL has 10
-SIZES = (  # of a UNet's config: an integer, or lists of integers
-    *("sample_size", "in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "norm_num_groups"),
-    *("attention_head_dim", "num_attention_heads", "addition_time_embed_dim", "conv_in_kernel", "conv_out_kernel"),
-    *("projection_class_embeddings_input_dim", *LAYERS),
-)
-MOST = 2**20  # of every size
+MOST = 2**20  # of a tokenizer's length
 MOST_LEVELS = 10  # of an autoencoder; Stable Diffusion has 4
 STABLE_DIFFUSION_SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position, text tokens
 
@@ -73,7 +63,7 @@ def _pixels(pipeline: Any) -> tuple[int, int]:
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
-def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = None) -> UNet2DConditionModel:
+def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = None) -> ModelMixin:
     """Return a model's UNet on the meta device, from its config alone: weights are never built, nothing is fetched.
 
     name: as in `load_pipeline`; a directory may hold a pipeline or a UNet alone, stock or pruned. A hub id must be
@@ -83,44 +73,26 @@ def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = 
     return _unet(name, _configured(name, single_file_config))
 
 
-def unet_from_config(config: dict[str, Any], name: str | Path) -> UNet2DConditionModel:
-    """Build a stock or pruned UNet on the meta device; ValueError, one line, where it is not supported."""
-    kind = PrunedUNet2DConditionModel if "pruning" in config else UNet2DConditionModel
-    stated = config.get("_class_name", kind.__name__)
-    if stated not in (UNet2DConditionModel.__name__, PrunedUNet2DConditionModel.__name__):
-        raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {kind.__name__}")
-    check_sizes(config, name)
-    try:
-        with torch.device("meta"):
-            unet = kind.from_config(config)
-    except Exception as error:  # a damaged config makes the constructor raise almost anything
-        raise UserError(
-            f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({first_line(error)})"
-        ) from error
-    denoiser_of(unet).check(unet)
-    return unet.eval()
+def unet_from_config(config: dict[str, Any], name: str | Path) -> ModelMixin:
+    """Build a stock or pruned denoiser on the meta device; ValueError, one line, where it is not supported.
+
+    config: says the model's class; one that does not is taken for a UNet's.
+    """
+    return _described(config, name).from_config(config, name)
 
 
 def check_sizes(config: dict[str, Any], name: str | Path) -> None:
-    """Raise UserError for a config whose sizes are none, or so large that building its UNet would not end."""
-    for key in SIZES:
-        most = MOST_LAYERS if key in LAYERS else MOST
-        for size in _leaves(config.get(key)):
-            if type(size) is not int or not 1 <= size <= most:
-                wrong = f"{key} has {size!r}, not an integer from 1 to {most}"
-                raise UserError(f"the UNet of {name} is not supported: {wrong}")
-    side = config.get("sample_size")
-    if isinstance(side, list | tuple) and len(side) != 2:
-        raise UserError(f"the UNet of {name} is not supported: sample_size={side}; give a side, or height and width")
+    """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""
+    _described(config, name).check_config(config, name)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what is in lists, however deep, or a value itself; nothing for None."""
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)
-    elif value is not None:
-        yield value
+def _described(config: dict[str, Any], name: str | Path) -> Denoiser:
+    stated = config.get("_class_name")
+    try:
+        return denoiser_named(None if stated is None else str(stated))
+    except UserError as error:
+        known = ", ".join(supported())
+        raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {known}") from error
 
 
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:
@@ -151,7 +123,7 @@ def _scale(autoencoder: Path) -> int:
     return 2 ** (len(levels) - 1)
 
 
-def _unet(name: str | Path, source: str | Path) -> UNet2DConditionModel:
+def _unet(name: str | Path, source: str | Path) -> ModelMixin:
     """Build the UNet of `name` by the configs of `source`."""
     unet = unet_from_config(_unet_config(source), name)
     if source is not name:

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 
-from prunekit.errors import UserError
+from prunekit.errors import UserError, first_line
 from prunekit.models.hub import fetch_configs
-from prunekit.models.names import SUPPORTED, check_index, first_line, local_path, read_object
+from prunekit.models.names import SUPPORTED, check_index, local_path, read_object
 
 FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' name of a file's kind: whose configs it has
 UNET_PREFIX, V_PREDICTION = "model.diffusion_model.", "v_pred"
@@ -74,10 +74,10 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
     return FAMILIES[kind]
 
 
-def check_size(path: Path, unet: torch.nn.Module, source: str | Path) -> None:
+def check_size(path: Path, model: torch.nn.Module, source: str | Path) -> None:
     """ValueError, one line, where a file's UNet has another number of weights than the one of its configs."""
     own = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
-    expected = sum(parameter.numel() for parameter in unet.parameters())
+    expected = sum(parameter.numel() for parameter in model.parameters())
     if own != expected:
         raise UserError(
             f"{path} does not fit the configs of {source}: its UNet has {own:,} weights, not {expected:,}; name the "

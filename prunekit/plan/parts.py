@@ -1,4 +1,4 @@
-"""What a pipeline has beside its UNet, from configs alone: autoencoder, text encoders, scheduler."""
+"""What a pipeline has beside its denoiser, from configs alone: autoencoder, text encoders, scheduler."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,11 +7,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunekit.errors import UserError
-from prunekit.models.names import first_line, hub_id, local_path, read_object, short_name
+from prunekit.core.registry import denoiser_of
+from prunekit.errors import UserError, first_line
+from prunekit.models.names import hub_id, local_path, read_object, short_name
 from prunekit.models.single_file import config_name
 
 
@@ -107,7 +108,7 @@ class Parts:
         return counts[0], counts[1]
 
 
-def load_parts(name: str | Path, unet: UNet2DConditionModel, single_file_config: str | Path | None = None) -> Parts:
+def load_parts(name: str | Path, model: ModelMixin, single_file_config: str | Path | None = None) -> Parts:
     """Return the parts of a model, named as in `load_shape`; what has no config here is taken from its family.
 
     Nothing is fetched: a directory's configs are read, or those of the local hub cache. Raises UserError for configs
@@ -117,7 +118,7 @@ def load_parts(name: str | Path, unet: UNet2DConditionModel, single_file_config:
     if path is not None and path.is_file():
         source = config_name(path, single_file_config)
     try:
-        return _parts(source, unet)
+        return _parts(source, model)
     except UserError:
         raise
     except Exception as error:  # damaged configs make constructors raise almost anything
@@ -125,9 +126,8 @@ def load_parts(name: str | Path, unet: UNet2DConditionModel, single_file_config:
         raise UserError(f"the configs of {name} build no {what}: {first_line(error)}") from error
 
 
-def _parts(source: str | Path, unet: UNet2DConditionModel) -> Parts:
-    width = unet.config.cross_attention_dim
-    family = short_name(source) or FAMILIES.get(width if isinstance(width, int) else width[0], "sd-1.5")
+def _parts(source: str | Path, model: ModelMixin) -> Parts:
+    family = short_name(source) or FAMILIES.get(denoiser_of(model).text_width(model), "sd-1.5")
     encoders, scheduler = KNOWN[family]
     found = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")]
     own = [TextEncoderShape(**{k: v for k, v in c.items() if k in SIZES}) for c in found if c]

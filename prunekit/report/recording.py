@@ -14,7 +14,6 @@ from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.methods.base import RESULT, PruneResult
-from prunekit.models.shapes import unet_from_config
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.stages import Stages
@@ -59,7 +58,8 @@ def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[
     noisy, length = denoiser.noisy(samples.call), denoiser.text_length(samples.call)
     size = (noisy.shape[-2], noisy.shape[-1])
     cost = CostModel(model, result.space, size, length)
-    hollow = unet_from_config({k: v for k, v in model.config.items() if not k.startswith("_")}, "the run")
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    hollow = denoiser.from_config(config, "the run")
     found: dict[str, Any] = {"errors": [], "predicted": [], "counted": [], "sample_size": size, "text_length": length}
     for architecture in result.architectures:
         with gated(model, result.space) as gates:

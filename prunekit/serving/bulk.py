@@ -144,8 +144,8 @@ def weights_digest(pipeline: PromptRoutedPipeline) -> str:
     if pipeline.mixture.info.get("recipe"):  # the same recipe gives the same experts, which need not be read here
         return digest.add(pipeline.mixture.info["recipe"]).key()
     for index in range(pipeline.num_experts):
-        with pipeline.mixture.experts.use(index) as unet:
-            digest.add(index).add_module(unet)
+        with pipeline.mixture.experts.use(index) as model:
+            digest.add(index).add_module(model)
     return digest.key()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import latent_size
+from prunekit.core.registry import family_of, latent_size
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.export.parts import Parts
@@ -119,7 +119,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         if (1 if router is None else router.num_experts) != len(experts):
             known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
             raise UserError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
-        unets = [unet.eval().requires_grad_(False) for unet in experts]
+        unets = [model.eval().requires_grad_(False) for model in experts]
         held = Experts(
             lambda index, device, dtype: unets[index].to(device=device, dtype=dtype),
             lambda index: unets[index].num_parameters(),
@@ -241,12 +241,12 @@ class PromptRoutedPipeline(DiffusionPipeline):
             for expert in sorted(set(experts)):
                 rows = [row for row, own in enumerate(experts) if own == expert]
                 rows.sort(key=lambda row: (images[row].prompt, images[row].negative_prompt or "", images[row].seed))
-                with self.mixture.experts.use(expert) as unet:
+                with self.mixture.experts.use(expert) as model:
                     for start in range(0, len(rows), batch_size):
                         batch = rows[start : start + batch_size]
-                        drawn |= self._draw(expert, unet, batch, [images[row] for row in batch], options)
+                        drawn |= self._draw(expert, model, batch, [images[row] for row in batch], options)
                         bar.update(len(batch))
-                del unet  # or it would stay in memory while the next one is loaded
+                del model  # or it would stay in memory while the next one is loaded
         output = RoutedOutput(
             images=_joined([drawn[row][0] for row in range(len(images))]),
             experts=experts,
@@ -256,26 +256,26 @@ class PromptRoutedPipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def _draw(
-        self, expert: int, unet: ModelMixin, rows: list[int], images: list[Image], options: dict[str, Any]
+        self, expert: int, model: ModelMixin, rows: list[int], images: list[Image], options: dict[str, Any]
     ) -> dict[int, tuple[Any, int]]:
         """Draw one batch by one expert; return each row's image and the MACs of its UNet calls."""
-        base = self._base(unet)
+        base = self._base(model)
         base.image_indices = list(rows)
         guided = options["guidance_scale"] > 1
-        scale, own = base.vae_scale_factor, latent_size(unet)
+        scale, own = base.vae_scale_factor, latent_size(model)
         height, width = options["height"] or own[0] * scale, options["width"] or own[1] * scale
         with self._texts:
             given = _encoded(base, images, guided, options.get("clip_skip"))
         options = {**options, "height": height, "width": width}
         with self._decoding():
             drawn = base(**given, **options, generator=[image.noise() for image in images]).images
-        macs = self._call_macs(expert, unet, (height // scale, width // scale)) * base.num_timesteps * (1 + guided)
+        macs = self._call_macs(expert, model, (height // scale, width // scale)) * base.num_timesteps * (1 + guided)
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 
-    def _base(self, unet: ModelMixin) -> DiffusionPipeline:
+    def _base(self, model: ModelMixin) -> DiffusionPipeline:
         """Return a stock pipeline around an expert, with a scheduler of its own: a call leaves nothing behind."""
         parts = {name: getattr(self, name) for name in PARTS if name != "scheduler" and name in self.parts.components}
-        base = self.parts.pipeline(unet, **parts)
+        base = self.parts.pipeline(model, **parts)
         base.scheduler = copy.deepcopy(self.scheduler)  # set as a user does, so that it is taken as it is
         base.set_progress_bar_config(disable=True)
         return base
@@ -287,11 +287,11 @@ class PromptRoutedPipeline(DiffusionPipeline):
         with self._upcasting if upcasts else nullcontext():
             yield
 
-    def _call_macs(self, expert: int, unet: ModelMixin, size: tuple[int, int]) -> int:
+    def _call_macs(self, expert: int, model: ModelMixin, size: tuple[int, int]) -> int:
         """Exact MACs of one UNet call for one image at a latent of (h, w)."""
         if (expert, size) not in self._macs:
             length = self.tokenizer.model_max_length
-            self._macs[expert, size] = CostModel(unet, discover(unet, "none"), size, length).dense_macs
+            self._macs[expert, size] = CostModel(model, discover(model, "none"), size, length).dense_macs
         return self._macs[expert, size]
 
 
@@ -302,16 +302,8 @@ def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_sk
     """
     negatives = [image.negative_prompt for image in images]
     negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]
-    encoded = base.encode_prompt(
-        prompt=[image.prompt for image in images],
-        device=base._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guided,
-        negative_prompt=negative if guided else None,
-        clip_skip=clip_skip,
-    )
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, encoded, strict=False))
+    texts = [image.prompt for image in images]
+    return family_of(base).embeddings(base, texts, negative, guided, clip_skip=clip_skip)
 
 
 def _joined(images: list[Any]) -> Any:

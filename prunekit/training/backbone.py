@@ -52,12 +52,12 @@ class Member:
         return self.model
 
 
-def kept_entries(unet: ModelMixin, architecture: Architecture) -> dict[str, Kept]:
-    """Return, by the name of each weight of the sliced UNet, which entries of the UNet's it keeps along each axis.
+def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kept]:
+    """Return, by the name of each weight of the sliced model, which entries of the model's it keeps along each axis.
 
     Found by slicing a UNet whose weights hold their own positions; no full-size weight is made.
     """
-    marked, shapes = blank_copy(unet), {name: own.shape for name, own in unet.named_parameters()}
+    marked, shapes = blank_copy(model), {name: own.shape for name, own in model.named_parameters()}
     found: dict[str, list[Tensor | None]] = {}
     for axis in (0, 1):
         positions = {
@@ -72,7 +72,7 @@ def kept_entries(unet: ModelMixin, architecture: Architecture) -> dict[str, Kept
         for name, own in sliced.named_parameters():
             kept = own.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < own.ndim else None
             whole = kept is None or len(kept) == shapes[dense_names.get(name, name)][axis]
-            found.setdefault(name, []).append(None if whole else kept.long().to(unet.device))
+            found.setdefault(name, []).append(None if whole else kept.long().to(model.device))
     return {name: tuple(kept) for name, kept in found.items()}
 
 

@@ -2,11 +2,12 @@
 
 from typing import Annotated
 
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, PNDMScheduler, StableDiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from prunekit.denoisers.unet.miniature import build
 from prunekit.errors import UserError
 
 TOKENS = 16
@@ -97,20 +98,15 @@ def build_autoencoder(config: EmojiModelConfig) -> AutoencoderKL:
     )
 
 
-def build_unet(config: EmojiModelConfig) -> UNet2DConditionModel:
+def build_unet(config: EmojiModelConfig) -> ModelMixin:
     """Build a UNet of Stable Diffusion 2's topology: three cross-attention levels and a plain one, two layers each."""
-    return UNet2DConditionModel(
+    return build(
         sample_size=config.image_size // 8,
-        in_channels=config.latent_channels,
-        out_channels=config.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=config.unet_channels,
-        layers_per_block=2,
-        attention_head_dim=config.unet_heads,
-        cross_attention_dim=config.text_width,
-        norm_num_groups=config.norm_groups,
-        use_linear_projection=True,
+        channels=config.latent_channels,
+        widths=config.unet_channels,
+        heads=config.unet_heads,
+        text_width=config.text_width,
+        norm_groups=config.norm_groups,
     )
 
 
@@ -147,7 +143,7 @@ def training_scheduler() -> DDPMScheduler:
 
 
 def assemble(
-    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: ModelMixin
 ) -> StableDiffusionPipeline:
     """Put trained parts together as a stock Stable Diffusion pipeline with a PNDM scheduler."""
     scheduler = PNDMScheduler(**NOISE_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)

@@ -21,25 +21,25 @@ def held(config: TrainerConfig, trained: ModelMixin, *others: ModelMixin) -> Ite
 
     trained: the one that gradients go through, to its weights or to the gates on it; it alone recomputes activations.
     """
-    unets = (trained, *others)
+    models = (trained, *others)
     if config.channels_last:
-        for unet in unets:
-            unet.to(memory_format=torch.channels_last)
+        for model in models:
+            model.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         trained.enable_gradient_checkpointing()
     try:
         with ExitStack() as stack:
             dtype = LOWER.get(resolve_precision(config.precision, trained.device))
             if dtype is not None:
-                for unet in unets:
-                    stack.enter_context(cast_frozen(unet, dtype))
+                for model in models:
+                    stack.enter_context(cast_frozen(model, dtype))
             yield
     finally:
         if config.gradient_checkpointing:
             trained.disable_gradient_checkpointing()
         if config.channels_last:
-            for unet in unets:
-                unet.to(memory_format=torch.contiguous_format)
+            for model in models:
+                model.to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -58,13 +58,13 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def cast_frozen(unet: ModelMixin, dtype: torch.dtype) -> Iterator[None]:
+def cast_frozen(model: ModelMixin, dtype: torch.dtype) -> Iterator[None]:
     """Hold the frozen float32 weights of convolutions and linear layers in autocast's dtype; on exit the old are back.
 
     Autocast keeps its casts of weights that are trained for the length of its context, and casts frozen ones again at
     every call. The numbers are the same, bit by bit. Both copies are in memory.
     """
-    layers = (module for module in unet.modules() if isinstance(module, CAST))
+    layers = (module for module in model.modules() if isinstance(module, CAST))
     weights = {id(weight): weight for layer in layers for weight in layer.parameters(recurse=False)}.values()
     full = [(weight, weight.data) for weight in weights if not weight.requires_grad and weight.dtype is torch.float32]
     for weight, data in full:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from diffusers import UNet2DConditionModel
 
@@ -11,7 +12,9 @@ from prunekit.core.axes import Place
 from prunekit.core.counting import Counter
 
 from .attaching import blank_copy
+from .bksdm import Levels
 from .calls import UNetCalls
+from .configs import build, check_sizes
 from .conventions import Aptp
 from .family import StableDiffusion
 from .pruned import PrunedUNet2DConditionModel
@@ -57,3 +60,15 @@ class UNet(UNetStructure, UNetCalls):
     def blank(self, model: UNet2DConditionModel) -> UNet2DConditionModel:
         """A UNet of the dense config, without weights: on the meta device."""
         return blank_copy(model)
+
+    def from_config(self, config: Mapping[str, Any], name: str | Path) -> UNet2DConditionModel:
+        """Build a stock or pruned UNet on the meta device."""
+        return build(config, name)
+
+    def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
+        """Refuse a config of which building a UNet would not end."""
+        check_sizes(config, name)
+
+    def levels(self, model: UNet2DConditionModel) -> Levels:
+        """Return what BK-SDM's rule looks at."""
+        return Levels.of(model)

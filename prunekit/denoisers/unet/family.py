@@ -11,6 +11,8 @@ from torch import Tensor
 
 from prunekit.errors import UserError
 
+PREDICTIONS = ("epsilon", "v_prediction")
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -48,7 +50,9 @@ class DDPM:
             return noise
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
-        raise UserError(f"prediction type {self.prediction_type!r} is not supported; supported: epsilon, v_prediction")
+        raise UserError(
+            f"prediction type {self.prediction_type!r} is not supported; supported: {', '.join(PREDICTIONS)}"
+        )
 
     def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
         """Return the min-SNR weight of each timestep, (B,) (Hang et al., 2023).
@@ -69,6 +73,25 @@ class DDPM:
 
 class StableDiffusion:
     """What the pipelines of Stable Diffusion 1.x, 2.x and XL do around their UNet. Methods are `Family`'s."""
+
+    def refusal(self, pipeline: Any) -> str | None:
+        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        unet, vae, scheduler = pipeline.unet.config, pipeline.vae, pipeline.scheduler.config
+        if type(vae) is not AutoencoderKL:
+            return f"an autoencoder {type(vae).__name__}, which is not supported"
+        for key in ("latents_mean", "latents_std", "shift_factor"):
+            if vae.config.get(key) is not None:
+                return f"an autoencoder with {key}, which is not supported"
+        channels = (vae.config.latent_channels, unet.in_channels, unet.out_channels)
+        if len(set(channels)) != 1:
+            return (
+                f"latents of {channels[0]} channels, but its UNet takes {channels[1]} and gives {channels[2]}, as "
+                "models for inpainting have: not supported"
+            )
+        if "beta_schedule" not in scheduler or scheduler.get("prediction_type") not in PREDICTIONS:
+            kind = f"{type(pipeline.scheduler).__name__} with prediction type {scheduler.get('prediction_type')!r}"
+            return f"a {kind}, which is not supported"
+        return None
 
     def process(self, scheduler: Any | None) -> DDPM:
         """Return the training-time process of any scheduler of these pipelines: the same betas and prediction type.
@@ -96,6 +119,20 @@ class StableDiffusion:
         states = self.states(pipeline, [""])
         zero = "pooled" in states and pipeline.config.get("force_zeros_for_empty_prompt")
         return {name: torch.zeros_like(value) for name, value in states.items()} if zero else states
+
+    def embeddings(
+        self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+    ) -> dict[str, Tensor]:
+        """Return a pipeline's keyword arguments that take the place of its texts."""
+        encoded = pipeline.encode_prompt(
+            prompt=texts,
+            device=pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negatives if guided else None,
+            **options,
+        )
+        return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
     def sizes(self, height: int, width: int) -> Tensor:
         """Return XL's time ids, (6,): original size, crop and target size of uncropped pictures."""

@@ -1,0 +1,64 @@
+"""One seam for every denoiser: what UNets alone have stands in their own folder and in what handles their files."""
+
+import re
+from pathlib import Path
+
+import pytest
+from diffusers.models.unets import unet_2d_blocks
+
+PACKAGE = Path(__file__).parent.parent / "prunekit"
+ALLOWED = (
+    "denoisers/unet/",
+    "export/",  # the UNet's own formats: stock form, LoRA, adapters, class file, graphs
+    "importing/",  # foreign UNet checkpoints
+)
+STILL = (  # not yet in denoisers/unet/
+    "attaching.py",
+    "cost.py",
+    "gates.py",
+    "latency/measuring.py",
+    "methods/weights.py",
+    "report/architectures.py",
+    "slicing.py",
+    "stock.py",
+    "units/",
+)
+OF_AUTOENCODERS = re.compile("Encoder|Decoder")
+BLOCKS = sorted(
+    {"BasicTransformerBlock", "ResnetBlock2D"}
+    | {
+        name
+        for name, value in vars(unet_2d_blocks).items()
+        if isinstance(value, type) and value.__module__ == unet_2d_blocks.__name__ and not OF_AUTOENCODERS.search(name)
+    }
+)
+NAMES = re.compile(
+    rf"\b(UNet2DConditionModel|{'|'.join(BLOCKS)}|down_blocks|mid_block|up_blocks)\b|(?<!denoisers)\.unet\b"
+)
+FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if "assets" not in path.parts}
+GENERIC = [name for name in FILES if not name.startswith((*ALLOWED, *STILL))]
+
+
+def found(name):
+    """Return the lines of a file that name what is special about UNets."""
+    lines = FILES[name].read_text(encoding="utf-8").splitlines()
+    return [f"{number}: {line.strip()}" for number, line in enumerate(lines, 1) if NAMES.search(line)]
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_generic_code_names_no_part_of_a_unet(name):
+    assert not found(name), "take it from the Denoiser (prunekit/core/denoiser.py), by denoiser_of or denoiser_in"
+
+
+def test_what_is_still_to_be_moved_is_listed_only_while_it_has_to_be():
+    for part in STILL:
+        own = [name for name in FILES if name.startswith(part)]
+        assert not own or any(map(found, own)), f"{part} names no part of a UNet any more: take it off STILL"
+
+
+def test_the_test_sees_what_it_must_refuse():
+    assert len(BLOCKS) > 20 and len(GENERIC) > 150
+    for line in ("pipeline.unet.config", "unet.down_blocks[0]", "-> UNet2DConditionModel:", "isinstance(x, UpBlock2D)"):
+        assert NAMES.search(line), line
+    for line in ("from prunekit.denoisers.unet import x", "DownEncoderBlock2D", 'folder / "unet"', "candidate.models"):
+        assert not NAMES.search(line), line
