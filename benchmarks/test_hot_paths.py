@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler
 import prunekit as pk
 from prunekit.benchmark.workloads import unet_inputs
 from prunekit.gates import gated
-from prunekit.methods.aptp.router import ArchitecturePredictor, Router
 from prunekit.methods.aptp.search import APTPConfig, SearchObjective
+from prunekit.methods.router import ArchitecturePredictor, Router
 from prunekit.methods.search import Codes
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
 from prunekit.training.trainer import Objective

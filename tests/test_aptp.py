@@ -13,9 +13,9 @@ from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.comparison import Candidate
 from prunekit.gates import gated
 from prunekit.methods import APTP
-from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import Codes, SearchObjective, spherical_kmeans
 from prunekit.methods.base import PruneResult
+from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.randomness import generator
 from prunekit.training import emoji_model
 from prunekit.training.checkpoint import Checkpoints

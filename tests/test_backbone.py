@@ -13,7 +13,7 @@ from unets import build, inputs
 
 import prunekit as pk
 from prunekit.export import load_unet
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.run import start
 from prunekit.slicing import POINTER, save_member
 from prunekit.training.backbone import BackboneObjective, Mixture

@@ -138,7 +138,7 @@ def test_a_directory_gets_the_result_and_scores_for_other_budgets(name, prune, t
 
 
 def test_result_with_router(unets, tmp_path):
-    from prunekit.methods.aptp.router import Router
+    from prunekit.methods.router import Router
 
     space = discover(unets["sd2"])
     router = Router(torch.randn(3, 8), torch.randn(3), fallback=1)

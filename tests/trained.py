@@ -16,7 +16,7 @@ from unets import build
 import prunekit as pk
 from prunekit.methods.aptp import search as aptp_search
 from prunekit.methods.aptp.method import APTP
-from prunekit.methods.aptp.router import cosine_scores
+from prunekit.methods.router import cosine_scores
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
 from prunekit.training.processes import current
 

@@ -17,7 +17,7 @@ from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.precision import autocast
 from prunekit.randomness import generator
 from prunekit.slicing import PrunedUNet2DConditionModel

@@ -24,8 +24,8 @@ from prunekit.export.loading import check_shapes
 from prunekit.export.staging import staged
 from prunekit.importing.layout import architectures_of, published_structure, stated_structure
 from prunekit.importing.release import Release, read_release, read_weights
-from prunekit.methods.aptp.router import Router
 from prunekit.methods.base import PruneResult, describe_cost
+from prunekit.methods.router import Router
 from prunekit.models import load_pipeline, load_shape
 from prunekit.recipe import dump_recipe, parse_recipe
 from prunekit.slicing import PrunedUNet2DConditionModel, slice_unet

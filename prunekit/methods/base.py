@@ -14,9 +14,9 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
 from prunekit.latency import LatencyModel
-from prunekit.methods.aptp.router import Router
 from prunekit.methods.budget import Scores, select, unaligned
 from prunekit.methods.latency_budget import LatencySettings, latency_model
+from prunekit.methods.router import Router
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.trainer import Log
 from prunekit.units import Architecture, UnitSpace, discover

@@ -131,8 +131,8 @@ def select_mixture(
     return [mixture.get(expert) or select(logits[expert], cost, budget, align) for expert in range(len(logits))]
 
 
-def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
-    """The most that `prompts` prompts may cost together, in MACs or in what `cost.total` counts instead.
+def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
+    """Return the most that `prompts` prompts may cost together, in what `cost.total` counts: MACs, or nanoseconds.
 
     The budget is read as the decimal that was written.
 
@@ -154,10 +154,10 @@ def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
     return limit
 
 
-def budget_of(macs: int, dense_macs: int) -> float:
-    """The smallest budget of 14 decimals under which an architecture of that many MACs fits, by `budget_macs`."""
+def budget_of(total: int, dense_total: int) -> float:
+    """Return the smallest budget of 14 decimals under which an architecture of that total cost fits `budget_limit`."""
     scale = 10**14
-    return float(Fraction(-(-macs * scale // dense_macs), scale))
+    return float(Fraction(-(-total * scale // dense_total), scale))
 
 
 def unit_step(group: UnitGroup, align: int | None) -> int:
@@ -198,7 +198,7 @@ def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, a
     _check(scores, space)
     if align is not None and align not in ALIGNMENTS:
         raise UserError(f"align={align!r}: choose one of {', '.join(map(str, ALIGNMENTS))}, or leave it unset")
-    mixture = _Mixture(scores, counts, cost, budget_macs(cost, budget, sum(counts)), align)
+    mixture = _Mixture(scores, counts, cost, budget_limit(cost, budget, sum(counts)), align)
     for position in scores.T.flatten().argsort(stable=True).tolist():  # of equal ones by unit, then by expert
         if mixture.total <= mixture.limit:
             break

@@ -19,9 +19,8 @@ from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
 from prunekit.gates import Gates, gated
-from prunekit.methods.aptp.losses import resource_loss
 from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost, unet_of
-from prunekit.methods.budget import budget_macs
+from prunekit.methods.budget import budget_limit
 from prunekit.methods.calibration import as_encoded, noise_schedule
 from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
 from prunekit.randomness import generator
@@ -185,6 +184,18 @@ class GateSearchObjective:
             return self.unet(noisy, timesteps, **conditions).sample, blocks
 
 
+def resource_loss(mean_cost: Tensor, target: Tensor | float) -> Tensor:
+    """Return the distance of a cost to its target, log(max / min) (APTP, Eq. 26 and 31); 0 where they agree.
+
+    Args:
+        mean_cost: MACs or nanoseconds, above 0: a scalar.
+        target: in the same unit, above 0.
+
+    """
+    target = torch.as_tensor(target, dtype=mean_cost.dtype, device=mean_cost.device)
+    return (mean_cost.log() - target.log()).abs()
+
+
 class SearchMethod(Method):
     """A method that learns gates on data, then decides. A subclass has `_objective` and `_decide`."""
 
@@ -223,7 +234,7 @@ class SearchMethod(Method):
         directory = Path(directory)
         data = as_encoded(pipeline, dataset)
         cost = budget_cost(pipeline, self.config)
-        budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
+        budget_limit(cost, self.config.budget)  # refuses a budget below the floor before the search
         unet = unet_of(pipeline)
         with (
             preserved(unet),

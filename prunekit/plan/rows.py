@@ -7,7 +7,7 @@ import torch
 
 from prunekit.compare.cells import DENSE, budget_value, cells_of
 from prunekit.methods.base import Method
-from prunekit.methods.budget import budget_macs
+from prunekit.methods.budget import budget_limit
 from prunekit.plan.models import PlannedModel
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.fine_tuning import FineTuneConfig
@@ -91,7 +91,7 @@ def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
     """
     settings = row.method.config
     space, cost = model.costs(settings)
-    target = budget_macs(cost, settings.budget)
+    target = budget_limit(cost, settings.budget)
     floor = cost.macs(Architecture(space, torch.zeros(space.size, dtype=torch.bool)))
     return {
         "budget": settings.budget,

@@ -16,8 +16,8 @@ from prunekit.errors import UserError
 from prunekit.export.loading import load_unet
 from prunekit.export.parts import INDEX, Parts
 from prunekit.export.specification import read_outline, weight_files
-from prunekit.methods.aptp.router import FILE_NAME, Router
 from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.router import FILE_NAME, Router
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import read_object
 from prunekit.serving.experts import Experts

@@ -21,7 +21,7 @@ from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_en
 from prunekit.errors import UserError
 from prunekit.export.inputs import latent_size
 from prunekit.export.parts import Parts
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.serving.experts import Experts
 from prunekit.serving.requests import Image, check_options, images_of
 from prunekit.units import discover

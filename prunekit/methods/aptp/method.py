@@ -7,12 +7,12 @@ from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.gates import Gates
-from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.transport import assign, expert_potentials
 from prunekit.methods.base import PruneResult, describe_result
 from prunekit.methods.budget import select_mixture
 from prunekit.methods.registry import register
+from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.search import Codes, SearchMethod
 from prunekit.randomness import generator
 

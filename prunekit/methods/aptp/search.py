@@ -27,8 +27,8 @@ from prunekit.methods.aptp.losses import (
     maximum_loss,
     spread_loss,
 )
-from prunekit.methods.aptp.router import ArchitecturePredictor, Hardening, cosine_scores
 from prunekit.methods.aptp.transport import assign
+from prunekit.methods.router import ArchitecturePredictor, Hardening, cosine_scores
 from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.randomness import generator
 from prunekit.training.trainer import TrainerConfig
