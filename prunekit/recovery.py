@@ -18,7 +18,7 @@ from prunekit.cost import CostModel
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredUNets
-from prunekit.methods.base import PruneResult
+from prunekit.methods.result import PruneResult
 from prunekit.slicing import save_member, slice_unet
 from prunekit.stages import Stages
 from prunekit.stock import export_unet
@@ -212,7 +212,7 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     cost = CostModel(stages.pipeline.unet, result.space, stages.cost.sample_size, stages.cost.text_length)
     macs = [cost.macs(architecture) for architecture in result.architectures]
     params = [cost.params(architecture) for architecture in result.architectures]
-    seconds = float(result.info.get("search", {}).get("seconds", 0.0))
+    seconds = result.info.search_seconds
     seconds += sum(float(read_json(job.folder / FIGURES)["seconds"]) for job in jobs)
     at_steps = stages.recipe.evaluation.at_steps
     rows = [(f"{recovery.name}@{step}", f"step-{step}/unet", None) for step in at_steps]

@@ -32,8 +32,9 @@ from prunekit.evaluation.table import (
     warning_lines,
 )
 from prunekit.evaluation.uncertainty import jackknife_errors
-from prunekit.methods.base import PruneResult, budget_cost, unet_of
+from prunekit.methods.base import budget_cost, unet_of
 from prunekit.methods.latency_budget import predicted_and_measured
+from prunekit.methods.result import PruneResult
 from prunekit.recipe import (
     AnyRecipe,
     CompareRecipe,

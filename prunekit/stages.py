@@ -30,7 +30,8 @@ from prunekit.evaluation.agreement import AgreementSamples, data_samples, predic
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.evaluation.generate import read_pictures
-from prunekit.methods.base import Method, PruneResult, space_and_cost
+from prunekit.methods.base import Method, space_and_cost
+from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline, quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.recipe import CommonRecipe
@@ -199,7 +200,7 @@ class Stages:
             started = time.monotonic()
             with errors_of_plug_ins(method):
                 result = method.prune(self.pipeline, self.data, folder, log=log)
-            ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
+            ratio = result.info.mean_ratio
             self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
             for note in (*result.notes(), *result.warnings()):
                 self.say(f"{name}: {note}")

@@ -19,9 +19,10 @@ from prunekit.cost import CostModel
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.uncertainty import jackknife_errors
-from prunekit.methods.base import PruneResult, PruneSettings
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
+from prunekit.methods.result import PruneResult
+from prunekit.methods.settings import PruneSettings
 from prunekit.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import Stages
@@ -74,7 +75,7 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
             seed = entry.seeds[repetition]
             cells += [] if any(c.label == DENSE and c.seed == seed for c in cells) else [Cell(DENSE, "", seed)]
             for label in entry.methods or recipe.methods:
-                count = getattr(recipe.method(label, 0.5, seed).config, "experts", 1)
+                count = recipe.method(label, 0.5, seed).num_models
                 trainings = 1 if recipe.fine_tuning(label, 1).shared_backbone else count
                 protocols = recipe.protocols if trainings > 1 else [STATIC]
                 cells += [Cell(label, entry.label, seed, protocol, count) for protocol in protocols]
@@ -179,7 +180,7 @@ class CellRunner:
             "models": cell.num_models,
             "steps": self.steps(cell),
             "warnings": chosen.warnings() if chosen else [],
-            "variant": chosen.info.get("variant") if chosen else None,
+            "variant": chosen.info.variant if chosen else None,
             "figures": figures,
             "errors": errors,
             "experts": comparison.expert_rows(candidate, *arguments) if candidate.router else [],

@@ -10,7 +10,7 @@ from prunekit.compare.cells import DENSE, STATIC
 from prunekit.compare.fairness import Result
 from prunekit.evaluation.table import COLUMNS, Column
 from prunekit.evaluation.uncertainty import Estimate, estimate
-from prunekit.methods.base import share_warnings
+from prunekit.methods.result import share_warnings
 
 COSTS = ("params", "macs", "macs_ratio")
 TIMES = (

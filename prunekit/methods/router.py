@@ -100,7 +100,7 @@ class Router:
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """The number N of experts, unused ones included."""
         return len(self.bias)
 
     @property

@@ -8,7 +8,8 @@ import torch
 
 from prunekit.cost import CostModel
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneSettings, space_and_cost
+from prunekit.methods.base import space_and_cost
+from prunekit.methods.settings import PruneSettings
 from prunekit.models import PipelineShape, load_shape
 from prunekit.plan.memory import Rehearsal
 from prunekit.plan.parts import Parts, load_parts

@@ -8,6 +8,7 @@ import torch
 from prunekit.compare.cells import DENSE, budget_value, cells_of
 from prunekit.methods.base import Method
 from prunekit.methods.budget import budget_limit
+from prunekit.methods.work import MethodWork
 from prunekit.plan.models import PlannedModel
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.fine_tuning import FineTuneConfig
@@ -29,7 +30,11 @@ class PlannedRow:
     @property
     def experts(self) -> int:
         """Models of one result."""
-        return getattr(self.method.config, "experts", 1)
+        return self.method.num_models
+
+    def work(self, model: PlannedModel) -> MethodWork:
+        """Return what the method computes before it can choose."""
+        return self.method.work(model.costs(self.method.config)[0])
 
     @property
     def shares(self) -> bool:
@@ -51,7 +56,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
     rows = {}
     for name in recipe.methods:
         method, tuning = recipe.method(name), recipe.fine_tuning(name)
-        models = 1 if tuning.shared_backbone else getattr(method.config, "experts", 1)
+        models = 1 if tuning.shared_backbone else method.num_models
         sets = 1 + len(recipe.evaluation.at_steps)
         rows[name] = PlannedRow(name, method, tuning, 1, models, models * tuning.steps, sets)
     return rows
@@ -72,7 +77,7 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
             steps = sum(count * recipe.steps(cell.protocol, cell.num_models) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
             choices = len(entry.seeds)
-            if not hasattr(method.config, "search"):
+            if method.work(model.costs(method.config)[0]).search is None:
                 choices = len({(label, seed) for seed in entry.seeds} - scored)
                 scored |= {(label, seed) for seed in entry.seeds}
             rows[f"{label} @ {entry.label}"] = PlannedRow(label, method, tuning, choices, models, steps, len(own))

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel
 
 from prunekit.precision import SLOW, UnscaledPrecision, has_native_bfloat16, resolve_precision, slowdown, why
-from prunekit.recipe.earlier import mark_presets, with_earlier_presets
+from prunekit.recipe.earlier import as_recorded_now, to_record
 from prunekit.recipe.loading import load_recipe, parse_recipe
 from prunekit.recipe.schema import AnyRecipe, PretrainRecipe
 
@@ -39,12 +39,12 @@ def resolve_recipe(
     def choose(name: str, scaled: bool) -> str:
         return earlier.get(name) or resolve_precision(AUTO, device, scaled, meaning)
 
-    return mark_presets(_replaced(recipe, choose))
+    return to_record(_replaced(recipe, choose))
 
 
 def load_recorded(path: str | Path) -> AnyRecipe:
     """Read the recipe that a run wrote; what an older run did not write down has the default of its time."""
-    return _replaced(with_earlier_presets(load_recipe(path)), lambda name, scaled: BEFORE_AUTO)
+    return _replaced(as_recorded_now(load_recipe(path)), lambda name, scaled: BEFORE_AUTO)
 
 
 def precision_lines(recipe: AnyRecipe, device: str | torch.device) -> list[str]:

@@ -10,7 +10,7 @@ import prunekit
 from prunekit.cost import CostModel
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.gates import gated
-from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.result import RESULT, PruneResult
 from prunekit.models.shapes import unet_from_config
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.slicing import slice_unet
