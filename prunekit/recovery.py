@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -87,7 +88,7 @@ def recover_experts(
 ) -> list[UNet2DConditionModel]:
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
-    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's own, which stays as it is.
+    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's UNet, which stays as it is.
     directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
     Raises ValueError as `fine_tune`, and for a directory with the training of another result.
     """
@@ -95,21 +96,20 @@ def recover_experts(
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
     unet, pairs, directory = pipeline.unet, data.training_pairs(), Path(directory)
-    routed, own_pairs = _routed(result, data, pairs)
-    options = {"scheduler": pipeline.scheduler, "seed": seed}
+    routed, pairs_of = _routed(result, data, pairs)
+    train = partial(fine_tune, teacher=unet, data=data, config=config, scheduler=pipeline.scheduler, seed=seed)
     if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
         mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
         objective = partial(BackboneObjective, mixture=mixture)
         backbone = slice_unet(unet, result.space.full())
-        fine_tune(backbone, unet, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
+        train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=objective)
         return [slice_unet(backbone, architecture) for architecture in result.architectures]
-    made = []
-    for index, architecture in enumerate(result.architectures):
-        made.append(slice_unet(unet, architecture).eval().requires_grad_(False))
-        own, title = own_pairs[index], f"expert {index}"
-        if len(own):
-            fine_tune(made[index], unet, data, config, directory / str(index), pairs=own, title=title, **options)
-    return made
+    experts = []
+    for index, (architecture, served) in enumerate(zip(result.architectures, pairs_of, strict=True)):
+        experts.append(slice_unet(unet, architecture).eval().requires_grad_(False))
+        if len(served):
+            train(experts[index], directory=directory / str(index), pairs=served, title=f"expert {index}")
+    return experts
 
 
 def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Piece] = ()) -> list[Candidate]:
@@ -120,7 +120,7 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
     others: further work, for the processes that find no model left while others still train.
     """
     jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
-    jobs = [job for own in jobs_of for job in own]
+    jobs = list(chain.from_iterable(jobs_of))
     if len(jobs) >= current().count:
         with apart():
             trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
@@ -129,21 +129,21 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
         for job in jobs:
             if not current().agree(job.done()):
                 _fine_tune(stages, job)
-    made = zip(recoveries, jobs_of, strict=True)
-    return [candidate for recovery, own in made for candidate in _recovered(stages, recovery, own)]
+    candidates = (_recovered(stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True))
+    return list(chain.from_iterable(candidates))
 
 
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     data, result = stages.data, recovery.result
     pairs = data.training_pairs()
-    routed, own_pairs = _routed(result, data, pairs)
+    routed, pairs_of = _routed(result, data, pairs)
     if recovery.shares and routed is not None:
         if stages.pipeline.unet.config.get("pruning"):
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
         return [Job(recovery, None, pairs, _of_all_pairs(data, pairs, routed))]
-    return [Job(recovery, index, own) for index, own in enumerate(own_pairs)]
+    return [Job(recovery, index, served) for index, served in enumerate(pairs_of)]
 
 
 def _routed(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
@@ -166,7 +166,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     """Make one model's folder; an expert without prompts stays as sliced."""
     recovery, folder, processes = job.recovery, job.folder, current()
     unet, architectures = stages.pipeline.unet, recovery.result.architectures
-    objective = FineTuningObjective
+    objective: Callable[..., FineTuningObjective] = FineTuningObjective
     if job.experts is not None:
         objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
@@ -179,11 +179,21 @@ def _fine_tune(stages: Stages, job: Job) -> None:
             _keep(student, recovery, job, name)
 
     if len(job.pairs):
-        milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
-        options = {"pairs": job.pairs, "seed": recovery.seed, "title": job.title, "milestones": milestones}
-        inputs = (student, unet, stages.data, recovery.config, folder / "checkpoints")
-        schedule = {"scheduler": stages.pipeline.scheduler, "log": stages.log, "objective": objective}
-        figures = fine_tune(*inputs, **schedule, **options)
+        milestones: dict[int, Callable[[], None]] = {step: partial(keep, f"step-{step}/unet") for step in at_steps}
+        figures = fine_tune(
+            student,
+            unet,
+            stages.data,
+            recovery.config,
+            folder / "checkpoints",
+            scheduler=stages.pipeline.scheduler,
+            pairs=job.pairs,
+            seed=recovery.seed,
+            title=job.title,
+            log=stages.log,
+            milestones=milestones,
+            objective=objective,
+        )
     else:
         for step in at_steps:
             keep(f"step-{step}/unet")
@@ -206,7 +216,7 @@ def _keep(student: UNet2DConditionModel, recovery: Recovery, job: Job, name: str
 
 
 def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
-    """Return what was made: a row for each step whose weights were kept, then one for the last."""
+    """Return the recovered models: a row for each step whose weights were kept, then one for the last step."""
     result = recovery.result
     folders = [recovery.folder / str(index) for index in range(len(result.architectures))]
     cost = CostModel(stages.pipeline.unet, result.space, stages.cost.sample_size, stages.cost.text_length)

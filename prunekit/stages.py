@@ -167,14 +167,21 @@ class Stages:
     def prompts(self) -> EvaluationSet:
         """What every row is measured on."""
         settings, seed = self.recipe.evaluation, self.recipe.seed
-        models, most = (self.evaluator, self.encoder), settings.num_references
-        return EvaluationSet.build(self.data.images, settings.num_images, seed, *models, self.resolution, most)
+        return EvaluationSet.build(
+            self.data.images,
+            count=settings.num_images,
+            seed=seed,
+            evaluator=self.evaluator,
+            prompt_encoder=self.encoder,
+            size=self.resolution,
+            num_references=settings.num_references,
+        )
 
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:
         """The fixed (image, t, noise) triples, and the dense UNet's predictions for them."""
-        settings = (forward_process(self.pipeline.scheduler), self.recipe.seed, self.recipe.evaluation.num_predictions)
-        samples = data_samples(self.data, *settings)
+        scheduler, count = forward_process(self.pipeline.scheduler), self.recipe.evaluation.num_predictions
+        samples = data_samples(self.data, scheduler, seed=self.recipe.seed, count=count)
         return samples, predictions(self.pipeline.unet, samples)
 
     @cached_property

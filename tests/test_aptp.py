@@ -171,7 +171,7 @@ def test_killed_and_resumed_the_same(pipeline, result, tmp_path, stop):
     figures, straight = (
         replace(each.info, settings={}, search={**each.info.search, "seconds": 0}) for each in (resumed, result)
     )
-    assert figures == straight and "loss" in straight["search"]
+    assert figures == straight and "loss" in straight.search
 
 
 def test_the_mixture_meets_the_budget_and_leaves_nothing_that_fits(pipeline, result):

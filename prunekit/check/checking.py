@@ -193,5 +193,5 @@ def explained(error: Exception, stage: str, setting: str, batch: str = "") -> st
         lower = f"lower {batch}" if batch else "use a larger device"
         lower += ", or set gradient_checkpointing=true beside it" if batch.endswith("micro_batch") else ""
         return f"{stage} does not fit into memory: {lower} ({text})"
-    own = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
-    return f"{stage} failed: {text if own else f'{type(error).__name__}: {text}'} (settings: {setting})"
+    explains = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
+    return f"{stage} failed: {text if explains else f'{type(error).__name__}: {text}'} (settings: {setting})"

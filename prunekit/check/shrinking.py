@@ -27,9 +27,9 @@ def first_images(config: DataConfig, seed: int, pairs: int) -> CaptionedImages:
     if config.kind == "emoji" or config.path is None or not Path(config.path).expanduser().exists():
         return load_data(config, seed)
     path = Path(config.path).expanduser()
-    found, pictures = READERS[config.kind](config, path)
+    pairs_read, pictures = READERS[config.kind](config, path)
     tolerance = config.model_copy(update={"max_bad_share": 1.0, "report": None}).tolerance
-    return collect(itertools.islice(found, pairs), pictures, tolerance, str(path), verify=True, seed=seed)
+    return collect(itertools.islice(pairs_read, pairs), pictures, tolerance, str(path), verify=True, seed=seed)
 
 
 def write_shard(images: CaptionedImages, pairs: int, path: Path) -> DataConfig:

@@ -94,8 +94,8 @@ def budget_value(budget: float | str, unet: UNet2DConditionModel, cost: CostMode
     if method != BKSDM.name or not variant:
         raise RecipeError(f"budget {budget!r}: give a share of the dense MACs, or {BKSDM.name}:VARIANT")
     architecture = BKSDM(variant=variant).architecture(unet)
-    own = CostModel(unet, architecture.space, cost.sample_size, cost.text_length)
-    return budget_of(own.macs(architecture), own.dense_macs)
+    member_cost = CostModel(unet, architecture.space, cost.sample_size, cost.text_length)
+    return budget_of(member_cost.macs(architecture), member_cost.dense_macs)
 
 
 class CellRunner:
@@ -170,7 +170,11 @@ class CellRunner:
         pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
         figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
-        arguments = (experts, stages.data, stages.prompts, stages.dense)
+        expert_rows = []
+        if candidate.router is not None:
+            expert_rows = comparison.expert_rows(
+                candidate, experts, data=stages.data, prompts=stages.prompts, dense=stages.dense
+            )
         result = {
             "format": FORMAT,
             "recipe": self.recipe.name,
@@ -183,7 +187,7 @@ class CellRunner:
             "variant": chosen.info.variant if chosen else None,
             "figures": figures,
             "errors": errors,
-            "experts": comparison.expert_rows(candidate, *arguments) if candidate.router else [],
+            "experts": expert_rows,
             "models_folder": self.models_folder(cell).name,
             "environment": stages.environment,
             "fields": fields,

@@ -36,7 +36,7 @@ def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     rows = torch.arange(count) % len(samples.noisy)
     unet = stages.pipeline.unet
     inputs = samples.inputs(rows, next(unet.parameters()))
-    shares = [expert["training_share"] for expert in cell["experts"]] or [1.0]
+    shares = [expert["training_share"] for expert in cell["experts"]] or [1 / cell["models"]] * cell["models"]
     total = 0.0
     for folder, share in zip(folders, shares, strict=True):
         if share:

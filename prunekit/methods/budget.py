@@ -65,10 +65,10 @@ class Scores:
     def load(cls, path: str | Path, space: UnitSpace | None = None) -> "Scores":
         """Read what `save` wrote; over `space`, where one is given, which must be the same (else a ValueError)."""
         tensors, metadata = read_tensors(path, "scores")
-        own = UnitSpace.from_dict(metadata["space"])
-        if space is not None and (difference := space.difference(own)):
+        saved = UnitSpace.from_dict(metadata["space"])
+        if space is not None and (difference := space.difference(saved)):
             raise UserError(f"{path} holds scores of another space: {difference}")
-        return cls(own, torch.cat([tensors[group.name] for group in own.groups]), metadata["info"])
+        return cls(saved, torch.cat([tensors[group.name] for group in saved.groups]), metadata["info"])
 
 
 def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int | None = None) -> Architecture:
@@ -223,7 +223,7 @@ class _Mixture:
     def over(self) -> list[list[int]]:
         """Per group, the depth units (by position) whose removal removes it."""
         depths = (self.space.depth_units_over(group.path, group.kind) for group in self.space.groups)
-        return [[self.space.num_width + depth for depth in own] for own in depths]
+        return [[self.space.num_width + depth for depth in above] for above in depths]
 
     def flip(self, expert: int, unit: int) -> None:
         self.total += self.counts[expert] * self.running[expert].flip(unit)

@@ -137,8 +137,10 @@ class TaylorSP(ScoreMethod):
         bar = Progress(f"{self.name} calibration", len(timesteps), enabled=processes.is_main)
         with evaluation_mode(unet), gradients_only_of(unet, weights), bar as progress:
             for timestep in timesteps:
-                draw = (config.samples, config.batch_size, config.seed, timestep, share)
-                loss, step = self._step(unet, scheduler, calibration_batches(pipeline, data, *draw), weights)
+                batches = calibration_batches(
+                    pipeline, data, config.samples, config.batch_size, config.seed, timestep=timestep, share=share
+                )
+                loss, step = self._step(unet, scheduler, batches, weights)
                 processes.sum([loss])
                 if not loss.isfinite():
                     raise UserError(f"the loss at timestep {timestep} is not finite; use precision=float32")

@@ -129,13 +129,13 @@ def _parts(source: str | Path, unet: UNet2DConditionModel) -> Parts:
     width = unet.config.cross_attention_dim
     family = short_name(source) or FAMILIES.get(width if isinstance(width, int) else width[0], "sd-1.5")
     encoders, scheduler = KNOWN[family]
-    found = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")]
-    own = [TextEncoderShape(**{k: v for k, v in c.items() if k in SIZES}) for c in found if c]
+    configs = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")]
+    read = [TextEncoderShape(**{k: v for k, v in config.items() if k in SIZES}) for config in configs if config]
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(_config(source, "vae/config.json") or AUTOENCODER).eval()
     return Parts(
         autoencoder,
-        tuple(own or encoders),
+        tuple(read or encoders),
         build_scheduler(_config(source, "scheduler/scheduler_config.json") or scheduler),
     )
 

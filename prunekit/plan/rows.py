@@ -70,9 +70,9 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
     for entry in recipe.budgets:
         budget = budget_value(entry.budget, model.shape.unet, cost)
         for label in entry.methods or recipe.methods:
-            own = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
+            row_cells = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
             tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)
-            trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in own]
+            trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in row_cells]
             models = sum(count for _, count in trained)
             steps = sum(count * recipe.steps(cell.protocol, cell.num_models) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
@@ -80,7 +80,9 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
             if method.work(model.costs(method.config)[0]).search is None:
                 choices = len({(label, seed) for seed in entry.seeds} - scored)
                 scored |= {(label, seed) for seed in entry.seeds}
-            rows[f"{label} @ {entry.label}"] = PlannedRow(label, method, tuning, choices, models, steps, len(own))
+            rows[f"{label} @ {entry.label}"] = PlannedRow(
+                label, method, tuning, choices, models, tuning_steps=steps, generations=len(row_cells)
+            )
     return rows
 
 

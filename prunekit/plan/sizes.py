@@ -52,8 +52,8 @@ def memory(
         stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
     stages["generation"] = FLOAT32 * largest + _sampling(recipe, model)
     return {
-        "dense_weights": {"float32": 4 * model.params, "float16": 2 * model.params},
-        "expert_weights": {"float32": 4 * largest, "float16": 2 * largest},
+        "dense_weights": {"float32": FLOAT32 * model.params, "float16": LOWERED * model.params},
+        "expert_weights": {"float32": FLOAT32 * largest, "float16": LOWERED * largest},
         "peak": {stage: resident + size for stage, size in stages.items()},
         "how": HOW,
     }
@@ -79,8 +79,9 @@ def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, l
 def _sampling(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> int:
     settings = recipe.evaluation
     samples = min(settings.batch_size, settings.num_images)
-    key = (model.latent(), model.tokens, samples, settings.guidance > 1, settings.precision)
-    return model.once(("sampling", *key), lambda: model.rehearsal.sampling(*key))
+    latent, guided, precision = model.latent(), settings.guidance > 1, settings.precision
+    key = ("sampling", latent, model.tokens, samples, guided, precision)
+    return model.once(key, lambda: model.rehearsal.sampling(latent, model.tokens, samples, guided, precision))
 
 
 def checkpoint_bytes(params: int, config: TrainerConfig) -> int:

@@ -19,7 +19,7 @@ BEFORE_AUTO = "float32"  # the default of runs and cells that were recorded befo
 
 def precisions(recipe: AnyRecipe) -> dict[str, str]:
     """Return every setting of a recipe that is the precision of forward passes, by its dotted name."""
-    return {".".join(place): value for place, _, value in _found(recipe)}
+    return {".".join(place): value for place, _, value in _precisions_of(recipe)}
 
 
 def resolve_recipe(
@@ -74,7 +74,7 @@ def _by_value(values: dict[str, str]) -> dict[str, list[str]]:
     return names
 
 
-def _found(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+def _precisions_of(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """Yield each precision's place, whether its gradients are scaled, and its value."""
     yield from _of_model(recipe, ())
     for label, config in _methods(recipe):

@@ -222,14 +222,14 @@ class CompareRecipe(CommonRecipe):
         return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **changes})
 
 
-def build_method(name: str, common: PruneSettings, own: dict[str, Any], where: str) -> Method:
-    """Return a method from the settings that all methods share and its own."""
+def build_method(name: str, common: PruneSettings, settings: dict[str, Any], where: str) -> Method:
+    """Return a method from the settings that all methods share and from further ones, which are found at `where`."""
     kind = registry.get(name)
-    twice = sorted(set(own) & set(PruneSettings.model_fields))
+    twice = sorted(set(settings) & set(PruneSettings.model_fields))
     if twice:
         raise UserError(f"{where}.{twice[0]} belongs to the section `prune`, which all methods share")
     try:
-        return kind(**common.model_dump(exclude_unset=True), **own)
+        return kind(**common.model_dump(exclude_unset=True), **settings)
     except ValidationError as error:
         raise UserError(explain(error, kind.Config, f"{where}.")) from error
 

@@ -73,7 +73,7 @@ class APTPConfig(SearchSettings):
         0.0, ge=0, description="of the spread of the batch's costs, which is rewarded; published code: 0.1"
     )
     maximum_weight: float = Field(
-        0.0, ge=0, description="of what the costliest sample lacks to the dense cost; published code: 0.1"
+        0.0, ge=0, description="weight of the gap between the costliest sample and the dense cost; published code: 0.1"
     )
     balance: bool = Field(
         True,
@@ -195,16 +195,17 @@ class SearchObjective(GateSearchObjective):
         """Return how well each prompt fits each code, (B, N)."""
         if self.config.similarity == "cosine":
             return cosine_scores(embeddings, self.codes.values)
-        gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
-        return cosine_scores(*(self.hardening(own) for own in gates))
+        prompt_gates, code_gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
+        return cosine_scores(self.hardening(prompt_gates), self.hardening(code_gates))
 
     @torch.no_grad()
     def similarities(self, prompts: Tensor) -> Tensor:
         """Return how well prompts (B, Z) fit the codes, (B, N), by the training's similarity without its noise."""
-        vectors = self.predictor(prompts.to(self.device)), self.codes.values
+        embeddings, codes = self.predictor(prompts.to(self.device)), self.codes.values
         if self.config.similarity == "cosine":
-            return cosine_scores(*vectors)
-        return cosine_scores(*(self.hardening.of_logits(own, self.relaxation) for own in vectors))
+            return cosine_scores(embeddings, codes)
+        prompt_gates, code_gates = (self.hardening.of_logits(logits, self.relaxation) for logits in (embeddings, codes))
+        return cosine_scores(prompt_gates, code_gates)
 
     def _embeddings(self, batch: SearchBatch) -> Tensor:
         """Return e (B, D) of the whole batch (Eq. 4)."""
