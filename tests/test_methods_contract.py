@@ -171,6 +171,43 @@ def test_result_with_router(unets, tmp_path):
     assert all(a.space is space for a in loaded.architectures)
 
 
+def test_an_earlier_file_stays_as_it_was(tmp_path):
+    """What `info` held before it was typed, with a key of another package's method."""
+    info = {
+        "method": "aptp",
+        "settings": {"budget": 0.8, "align": 8, "warmup": 1},
+        "sample_size": [8, 6],
+        "text_length": 7,
+        "convention": "exact",
+        "dense_macs": 20,
+        "macs": [14, 16],
+        "ratio": [0.7, 0.8],
+        "dense_params": 10,
+        "params": [7, 8],
+        "unaligned": [{}, {"resnet:mid_block": 12}],
+        "latency_ratio": [0.75, 0.85],
+        "latency_table": {"device": "here", "dense": 9, "digest": "x"},
+        "prompts_per_expert": [3, 0],
+        "assignment": {"nearest": [3, 0], "transport": [2, 1]},
+        "mixture_ratio": 0.7,
+        "search": {"steps": 3, "seconds": 1.5, "loss": 0.25},
+        "gates_ratio": [0.9, 0.9],
+        "another": {"key": [1]},
+    }
+    space = discover(build("sd2", device="meta"))
+    PruneResult([space.full(), space.full()]).save(tmp_path)
+    path = tmp_path / "result.json"
+    content = json.loads(path.read_text())
+    assert content["info"] == {}
+    path.write_text(json.dumps({**content, "info": info}, indent=1) + "\n")
+    written, loaded = path.read_bytes(), PruneResult.load(tmp_path)
+    assert loaded.info.sample_size == (8, 6) and loaded.info.extra == {"another": {"key": [1]}}
+    assert (loaded.info.mean_ratio, loaded.info.search_seconds) == (0.7, 1.5)
+    assert loaded.notes() == ["predicted at 0.7500 of the dense time on here"] and len(loaded.warnings()) == 5
+    loaded.save(tmp_path)
+    assert path.read_bytes() == written
+
+
 def test_load_refuses_what_is_not_a_result(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pruning result"):
         PruneResult.load(tmp_path)
