@@ -186,7 +186,7 @@ class Stages:
 
     @cached_property
     def dense(self) -> Candidate:
-        """The unpruned model."""
+        """The dense model as a row of the table."""
         return Candidate("dense", [self.pipeline.unet], [self.cost.dense_macs], [self.cost.dense_params])
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:

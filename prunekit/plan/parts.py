@@ -28,7 +28,7 @@ class TextEncoderShape:
 
     @property
     def params(self) -> int:
-        """Weights and biases."""
+        """The number of weights and biases."""
         width, inner = self.hidden_size, self.intermediate_size
         layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
         embeddings = (self.vocab_size + self.max_position_embeddings) * width

@@ -170,7 +170,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """The number of experts."""
         return self.mixture.experts.num_experts
 
     def to(self, *args: Any, **kwargs: Any) -> PromptRoutedPipeline:
