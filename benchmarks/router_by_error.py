@@ -95,7 +95,7 @@ def main() -> None:
         "least predicted error": own[test].gather(1, predicted[test].argmax(1)[:, None])[:, 0],
         "the best expert of each (no router can do better)": own[test].amin(1),
     }
-    macs = torch.tensor(result.info["ratio"], dtype=torch.float64)
+    macs = torch.tensor(result.info.ratio, dtype=torch.float64)
     costs = [
         shares @ macs,
         *(

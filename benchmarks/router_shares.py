@@ -24,7 +24,7 @@ from prunekit.methods.aptp.transport import expert_potentials
 from prunekit.models import load_pipeline
 
 ROWS = ["paper", "published_code", "paper,feature_blocks=none"]
-NAMES = ("cosine", "cosine, balanced", "hardened", "hardened, balanced", "gates_ratio")
+NAMES = ("cosine", "cosine, balanced", "hardened", "hardened, balanced")
 
 
 class Counted(APTP):
@@ -37,7 +37,7 @@ class Counted(APTP):
             router, inputs = self._router(objective), (objective.data.prompts, objective.pairs)
             balanced = router.shifted(expert_potentials(router.scores_of(*inputs), config.epsilon))
             for name, own in ((routing, router), (f"{routing}, balanced", balanced)):
-                result.info[name] = shares_of(own.route_rows(*inputs), config.experts).tolist()
+                result.info.extra[name] = shares_of(own.route_rows(*inputs), config.experts).tolist()
         self.config = config
         return result
 
@@ -64,9 +64,9 @@ def main() -> None:
         for architecture in result.architectures:
             found += [] if architecture in found else [architecture]
         print(f"{row}: {time.monotonic() - started:.0f} s, {len(found)} of {given.experts} architectures differ")
-        spread = torch.tensor(info["assignment"]["transport"]).double()
+        spread = torch.tensor(info.assignment["transport"]).double()
         shown = {"transport": (spread / spread.sum()).tolist()}
-        shown |= {name: info[name] for name in NAMES}
+        shown |= {"gates_ratio": info.gates_ratio} | {name: info.extra[name] for name in NAMES}
         for name, values in shown.items():
             print(f"  {name:>20}: {' / '.join(f'{100 * value:.1f}' for value in values)} %", flush=True)
 

@@ -40,7 +40,7 @@ class Pulled(APTP):
         result = super()._decide(objective)
         if self.pull != 1:
             scores = objective.relaxation.scores(objective.codes.values.detach()).cpu()
-            counts = torch.tensor(result.info["prompts_per_expert"])
+            counts = torch.tensor(result.info.prompts_per_expert)
             mean = (scores * counts[:, None] / counts.sum()).sum(0, keepdim=True)
             pulled = mean + self.pull * (scores - mean)
             result.architectures = select_mixture(pulled, counts, objective.cost, self.config.budget)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.plan import Devices, plan, plan_all
 from prunekit.recipe import load_recipe
 from prunekit.report import write_report

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +22,7 @@ from prunekit.core.slicing import export_model, save_member, slice_model
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredModels
-from prunekit.methods.base import PruneResult
+from prunekit.methods.result import PruneResult
 from prunekit.stages import Stages
 from prunekit.training.backbone import BackboneObjective, Mixture
 from prunekit.training.checkpoint import Checkpoints, read_json, write_folder, write_json
@@ -89,7 +90,7 @@ def recover_experts(
 ) -> list[ModelMixin]:
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
-    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's own, which stays as it is.
+    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's UNet, which stays as it is.
     directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
     Raises ValueError as `fine_tune`, and for a directory with the training of another result.
     """
@@ -97,21 +98,20 @@ def recover_experts(
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
     dense, pairs, directory = denoiser_in(pipeline), data.training_pairs(), Path(directory)
-    routed, own_pairs = _routed(result, data, pairs)
-    options = {"scheduler": pipeline.scheduler, "seed": seed}
+    routed, pairs_of = _routed(result, data, pairs)
+    train = partial(fine_tune, teacher=dense, data=data, config=config, scheduler=pipeline.scheduler, seed=seed)
     if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
         mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
         objective = partial(BackboneObjective, mixture=mixture)
         backbone = slice_model(dense, result.space.full())
-        fine_tune(backbone, dense, data, config, directory / BACKBONE, pairs=pairs, objective=objective, **options)
+        train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=objective)
         return [slice_model(backbone, architecture) for architecture in result.architectures]
-    made = []
-    for index, architecture in enumerate(result.architectures):
-        made.append(slice_model(dense, architecture).eval().requires_grad_(False))
-        own, title = own_pairs[index], f"expert {index}"
-        if len(own):
-            fine_tune(made[index], dense, data, config, directory / str(index), pairs=own, title=title, **options)
-    return made
+    experts = []
+    for index, (architecture, served) in enumerate(zip(result.architectures, pairs_of, strict=True)):
+        experts.append(slice_model(dense, architecture).eval().requires_grad_(False))
+        if len(served):
+            train(experts[index], directory=directory / str(index), pairs=served, title=f"expert {index}")
+    return experts
 
 
 def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Piece] = ()) -> list[Candidate]:
@@ -122,7 +122,7 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
     others: further work, for the processes that find no model left while others still train.
     """
     jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
-    jobs = [job for own in jobs_of for job in own]
+    jobs = list(chain.from_iterable(jobs_of))
     if len(jobs) >= current().count:
         with apart():
             trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
@@ -131,21 +131,21 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
         for job in jobs:
             if not current().agree(job.done()):
                 _fine_tune(stages, job)
-    made = zip(recoveries, jobs_of, strict=True)
-    return [candidate for recovery, own in made for candidate in _recovered(stages, recovery, own)]
+    candidates = (_recovered(stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True))
+    return list(chain.from_iterable(candidates))
 
 
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     data, result, part = stages.data, recovery.result, denoiser_name(stages.pipeline)
     pairs = data.training_pairs()
-    routed, own_pairs = _routed(result, data, pairs)
+    routed, pairs_of = _routed(result, data, pairs)
     if recovery.shares and routed is not None:
         if denoiser_in(stages.pipeline).config.get("pruning"):
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
         return [Job(recovery, None, pairs, part, _of_all_pairs(data, pairs, routed))]
-    return [Job(recovery, index, own, part) for index, own in enumerate(own_pairs)]
+    return [Job(recovery, index, served, part) for index, served in enumerate(pairs_of)]
 
 
 def _routed(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
@@ -181,7 +181,9 @@ def _fine_tune(stages: Stages, job: Job) -> None:
             _keep(student, recovery, job, name)
 
     if len(job.pairs):
-        milestones: dict[int, Callable] = {step: partial(keep, f"step-{step}/{job.part}") for step in at_steps}
+        milestones: dict[int, Callable[[], None]] = {
+            step: partial(keep, f"step-{step}/{job.part}") for step in at_steps
+        }
         figures = fine_tune(
             student,
             dense,
@@ -218,13 +220,13 @@ def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
 
 
 def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
-    """Return what was made: a row for each step whose weights were kept, then one for the last."""
+    """Return the recovered models: a row for each step whose weights were kept, then one for the last step."""
     result = recovery.result
     folders = [recovery.folder / str(index) for index in range(len(result.architectures))]
     cost = CostModel(denoiser_in(stages.pipeline), result.space, stages.cost.sample_size, stages.cost.text_length)
     macs = [cost.macs(architecture) for architecture in result.architectures]
     params = [cost.params(architecture) for architecture in result.architectures]
-    seconds = float(result.info.get("search", {}).get("seconds", 0.0))
+    seconds = result.info.search_seconds
     seconds += sum(float(read_json(job.folder / FIGURES)["seconds"]) for job in jobs)
     at_steps = stages.recipe.evaluation.at_steps
     own = denoiser_name(stages.pipeline)

@@ -34,8 +34,9 @@ from prunekit.evaluation.table import (
 )
 from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.latency.model import LatencyModel
-from prunekit.methods.base import PruneResult, budget_cost
+from prunekit.methods.base import budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
+from prunekit.methods.result import PruneResult
 from prunekit.recipe import (
     CompareRecipe,
     PretrainRecipe,
@@ -109,12 +110,12 @@ class Run:
 
     def _dense(self, stages: Stages) -> Piece:
         """Return what a process can do that finds no model to train: the dense row's pictures."""
-        made: list[Tensor] = []
+        pictures: list[Tensor] = []
 
         def make() -> None:
-            made.append(stages.sample(stages.dense, self.samples(stages.dense))[0])
+            pictures.append(stages.sample(stages.dense, self.samples(stages.dense))[0])
 
-        return Piece("dense", lambda: bool(made), make)
+        return Piece("dense", lambda: bool(pictures), make)
 
     def samples(self, candidate: Candidate) -> Path:
         """Where a row's pictures are."""
@@ -132,12 +133,18 @@ class Run:
             row["seconds_per_image"] = self.timing(candidate, stages)
             rows.append(row)
             if candidate.router is not None:
-                arguments = (experts, stages.data, prompts, stages.dense)
-                experts_of[candidate.name] = comparison.expert_rows(candidate, *arguments)
+                experts_of[candidate.name] = comparison.expert_rows(
+                    candidate, experts, data=stages.data, prompts=prompts, dense=stages.dense
+                )
                 routing[candidate.name] = self.routing(candidate, stages)
-        known = (prompts.real_images, prompts.targets.unique())  # the pictures behind the prompts, as many as a row has
-        settings = (stages.pipeline.vae, stages.resolution, self.recipe.seed)
-        ceiling = evaluator_ceiling(stages.evaluator, *known, *settings)
+        ceiling = evaluator_ceiling(
+            stages.evaluator,
+            prompts.real_images,
+            shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
+            autoencoder=stages.pipeline.vae,
+            size=stages.resolution,
+            seed=self.recipe.seed,
+        )
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
@@ -160,7 +167,8 @@ class Run:
         """Return what a mixture's router does beside its controls, measured once."""
         path = self.directory / "metrics" / f"{candidate.name}.routing.json"
         if not path.is_file():
-            write_json(path, routing_report(candidate, stages.data, *stages.agreement, self.recipe.seed))
+            samples, reference = stages.agreement
+            write_json(path, routing_report(candidate, stages.data, samples, reference, seed=self.recipe.seed))
         return read_json(path)
 
     def timing(self, candidate: Candidate, stages: Stages) -> float:
@@ -207,7 +215,7 @@ class Run:
         warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)]
         screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
         tables: list[tuple[str | None, list[dict], Sequence[Column]]] = [(None, rows, COLUMNS)]
-        tables += [(f"Experts of {name}", own, EXPERT_COLUMNS) for name, own in experts.items()]
+        tables += [(f"Experts of {name}", members, EXPERT_COLUMNS) for name, members in experts.items()]
         tables += [("Latency as the budget", latency, LATENCY_COLUMNS)] if latency else []
         tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
         for title, content, columns in tables:
@@ -225,10 +233,10 @@ class Run:
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """Return what changes when a file is replaced; None where there is no file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
@@ -306,8 +314,8 @@ def _claim(folder: Path, recipe: R, others: bool) -> R:
 def _difference(ours: Any, theirs: Any, key: str = "") -> str | None:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in [*ours, *(n for n in theirs if n not in ours)]:
-            found = _difference(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip("."))
-            if found:
-                return found
+            difference = _difference(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip("."))
+            if difference:
+                return difference
         return None
     return None if ours == theirs else f"{key} is {theirs!r} there and {ours!r} here"

@@ -31,7 +31,8 @@ from prunekit.evaluation.agreement import AgreementSamples, data_samples, predic
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
 from prunekit.evaluation.evaluator import load_evaluator
 from prunekit.evaluation.generate import read_pictures
-from prunekit.methods.base import Method, PruneResult, space_and_cost
+from prunekit.methods.base import Method, space_and_cost
+from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline, quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.recipe import CommonRecipe
@@ -176,19 +177,26 @@ class Stages:
     def prompts(self) -> EvaluationSet:
         """What every row is measured on."""
         settings, seed = self.recipe.evaluation, self.recipe.seed
-        models, most = (self.evaluator, self.encoder), settings.num_references
-        return EvaluationSet.build(self.data.images, settings.num_images, seed, *models, self.resolution, most)
+        return EvaluationSet.build(
+            self.data.images,
+            count=settings.num_images,
+            seed=seed,
+            evaluator=self.evaluator,
+            prompt_encoder=self.encoder,
+            size=self.resolution,
+            num_references=settings.num_references,
+        )
 
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:
         """The fixed (image, t, noise) triples, and the dense model's predictions for them."""
-        settings = (self.recipe.seed, self.recipe.evaluation.num_predictions)
-        samples = data_samples(self.data, self.pipeline, *settings)
+        count = self.recipe.evaluation.num_predictions
+        samples = data_samples(self.data, self.pipeline, seed=self.recipe.seed, count=count)
         return samples, predictions(denoiser_in(self.pipeline), samples)
 
     @cached_property
     def dense(self) -> Candidate:
-        """The unpruned model."""
+        """The dense model as a row of the table."""
         return Candidate("dense", [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
@@ -209,7 +217,7 @@ class Stages:
             started = time.monotonic()
             with errors_of_plug_ins(method):
                 result = method.prune(self.pipeline, self.data, folder, log=log)
-            ratio = result.info.get("mixture_ratio", result.info["ratio"][0])
+            ratio = result.info.mean_ratio
             self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
             for note in (*result.notes(), *result.warnings()):
                 self.say(f"{name}: {note}")

@@ -9,7 +9,7 @@ from small_sdxl import write
 import prunekit as pk
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.methods import PruneResult
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.models import load_pipeline
 from prunekit.recipe import dump_recipe, parse_recipe
 from prunekit.training import emoji_model

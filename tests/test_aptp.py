@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from prunekit.data.images import CaptionedImages
 from prunekit.denoisers.unet.family import StableDiffusion
 from prunekit.evaluation.comparison import Candidate
 from prunekit.methods import APTP
-from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.aptp.search import Codes, SearchObjective, spherical_kmeans
-from prunekit.methods.base import PruneResult
+from prunekit.methods.result import PruneResult, ResultInfo
+from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.randomness import generator
 from prunekit.training import emoji_model
 from prunekit.training.checkpoint import Checkpoints
@@ -65,7 +66,7 @@ def test_twice_the_same(pipeline, result, tmp_path):
     again = APTP(**SETTINGS, search={**SEARCH, "checkpoint_minutes": 1e-9}).prune(pipeline, encoded(), tmp_path)
     assert again.architectures == result.architectures
     assert torch.equal(again.router.weight, result.router.weight)
-    assert again.info["prompts_per_expert"] == result.info["prompts_per_expert"]
+    assert again.info.prompts_per_expert == result.info.prompts_per_expert
 
 
 VARIANTS = {
@@ -104,7 +105,7 @@ def searched(pipeline):
 def test_every_setting_searches_and_meets_the_budget(searched, name):
     settings = VARIANTS[name]
     other, rows = searched(**settings)
-    assert other.info["mixture_ratio"] <= 0.7 and all(math.isfinite(row["loss"]) for row in rows)
+    assert other.info.mixture_ratio <= 0.7 and all(math.isfinite(row["loss"]) for row in rows)
     plain, usual = searched(**VARIANTS.get(BESIDE.get(name), {}))
     prompts = encoded().prompts
     changed = not torch.equal(other.router.scores(prompts), plain.router.scores(prompts))
@@ -170,16 +171,16 @@ def test_killed_and_resumed_the_same(pipeline, result, tmp_path, stop):
     resumed = APTP(**settings).prune(pipeline, encoded(), tmp_path)
     assert resumed.architectures == result.architectures
     assert torch.equal(resumed.router.weight, result.router.weight)
-    figures, straight = ({**each.info, "settings": None} for each in (resumed, result))
-    for info in (figures, straight):
-        info["search"] = {**info["search"], "seconds": 0}
-    assert figures == straight and "loss" in straight["search"]
+    figures, straight = (
+        replace(each.info, settings={}, search={**each.info.search, "seconds": 0}) for each in (resumed, result)
+    )
+    assert figures == straight and "loss" in straight.search
 
 
 def test_the_mixture_meets_the_budget_and_leaves_nothing_that_fits(pipeline, result):
     space = discover(pipeline.unet, depth="aptp")
     cost = CostModel(pipeline.unet, space, text_length=16)
-    counts, total = result.info["prompts_per_expert"], sum(result.info["prompts_per_expert"])
+    counts, total = result.info.prompts_per_expert, sum(result.info.prompts_per_expert)
     assert total == 24 and len(result.architectures) == 3
     spent = sum(n * cost.macs(a) for n, a in zip(counts, result.architectures, strict=True))
     assert spent * 10 <= 7 * cost.dense_macs * total
@@ -279,7 +280,7 @@ def test_a_collapsed_mixture_says_so_and_never_sends_a_prompt_to_a_dead_expert(p
         codes.values[0] = predictor.bias
     method._parameters = lambda *sizes: (predictor, codes)
     result = method.prune(pipeline, encoded(), tmp_path)
-    counts = result.info["prompts_per_expert"]
+    counts = result.info.prompts_per_expert
     dead = [expert for expert, count in enumerate(counts) if not count]
     assert dead and sum(counts) == 24
     lines = " / ".join(result.warnings())
@@ -299,16 +300,16 @@ def test_a_collapsed_mixture_says_so_and_never_sends_a_prompt_to_a_dead_expert(p
 def test_what_is_wrong_with_a_mixture_is_said():
     space = small_space()
     first, second = space.random(0.7, seed=0), space.random(0.7, seed=1)
-    good = PruneResult([first, second], info={"prompts_per_expert": [9, 1]})
+    good = PruneResult([first, second], info=ResultInfo(prompts_per_expert=[9, 1]))
     assert good.warnings() == []
-    assert PruneResult([first, second, first, first], info={"prompts_per_expert": [1, 1, 1, 1]}).warnings() == [
+    assert PruneResult([first, second, first, first], info=ResultInfo(prompts_per_expert=[1, 1, 1, 1])).warnings() == [
         "experts 0, 2, 3 of 4 have the same architecture"
     ]
-    assert PruneResult([first, second], info={"prompts_per_expert": [91, 9]}).warnings() == [
+    assert PruneResult([first, second], info=ResultInfo(prompts_per_expert=[91, 9])).warnings() == [
         "expert 0 of 2 gets 91.0 % of the training prompts, so the mixture is nearly one architecture"
     ]
     assert PruneResult([first]).warnings() == PruneResult([first, second]).warnings() == []
-    assert PruneResult([first], info={"prompts_per_expert": [5]}).warnings() == []
+    assert PruneResult([first], info=ResultInfo(prompts_per_expert=[5])).warnings() == []
 
 
 def test_kmeans_finds_separate_directions():

@@ -15,7 +15,8 @@ from prunekit.evaluation.pictures import PictureRow, picture_sheet
 from prunekit.evaluation.table import Column, markdown_table
 from prunekit.markdown import markdown_cell
 from prunekit.methods import TaylorSP, register, registry
-from prunekit.methods.base import PruneSettings, ScoreMethod
+from prunekit.methods.base import ScoreMethod
+from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_unet_on_meta
 from prunekit.models.shapes import unet_from_config
 from prunekit.recipe import RecipeError, load_recipe, parse_recipe

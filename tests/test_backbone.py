@@ -15,7 +15,7 @@ import prunekit as pk
 from prunekit.core.registry import process_of
 from prunekit.core.slicing import POINTER, save_member
 from prunekit.export import load_unet
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.run import start
 from prunekit.training.backbone import BackboneObjective, Mixture
 from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune

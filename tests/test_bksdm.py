@@ -126,7 +126,7 @@ def test_include_and_exclude_limit_the_family():
 def test_depth_does_not_apply(depth):
     unet = build("sd2", "meta")
     result = BKSDM(depth=depth).prune(unet)
-    assert result.space == discover(unet, depth="blocks") and result.info["settings"]["depth"] == "blocks"
+    assert result.space == discover(unet, depth="blocks") and result.info.settings["depth"] == "blocks"
     assert result.architectures == BKSDM().prune(unet).architectures
     with pytest.raises(ValidationError, match="'aptp', 'all', 'blocks' or 'none'"):
         BKSDM(depth="deep")
@@ -142,8 +142,8 @@ def test_largest_member_at_or_below_the_budget(shape):
     for low, high in list(zip(macs, [*macs[1:], dense], strict=True))[:: len(macs) // 6]:
         for budget in (budget_of(low, dense), budget_of(high - 1, dense)):
             result = BKSDM(budget=budget).prune(unet)
-            assert result.info["macs"] == [low] == [cost.macs(result.architectures[0])]
-            assert members[result.info["variant"]] == result.architectures[0]
+            assert result.info.macs == [low] == [cost.macs(result.architectures[0])]
+            assert members[result.info.variant] == result.architectures[0]
         assert BKSDM(budget=budget).architecture(unet) == result.architectures[0]
 
 
@@ -154,8 +154,8 @@ def test_below_the_smallest(budget, sd14):
 
 
 def test_a_fixed_variant_and_the_budget(sd14):
-    assert BKSDM(variant="2,2,2,1").prune(sd14).info["variant"] == "2,2,2,1"
-    assert BKSDM(variant="base", budget=0.7).prune(sd14).info["ratio"] == pytest.approx([0.6511], abs=1e-4)
+    assert BKSDM(variant="2,2,2,1").prune(sd14).info.variant == "2,2,2,1"
+    assert BKSDM(variant="base", budget=0.7).prune(sd14).info.ratio == pytest.approx([0.6511], abs=1e-4)
     with pytest.raises(ValueError, match=r"variant='base' costs 0\.6511 of the dense UNet, above budget=0\.65;"):
         BKSDM(variant="base", budget=0.65).prune(sd14)
     assert BKSDM(variant="base", budget=0.65).architecture(sd14) == BKSDM(variant="base").architecture(sd14)
@@ -175,7 +175,7 @@ def test_a_fixed_variant_and_the_budget(sd14):
 def test_ways_to_write_a_variant(variant, name):
     unet = build("sd1", "meta")
     assert BKSDM(variant=variant).architecture(unet) == BKSDM().members(unet)[name]
-    assert BKSDM(variant=variant).prune(unet).info["variant"] == name
+    assert BKSDM(variant=variant).prune(unet).info.variant == name
 
 
 @pytest.mark.parametrize("variant", ["basic", "2,1,1,1-stage", "2;1", "", [2, "x"]])
@@ -197,7 +197,7 @@ def test_result_is_saved(tmp_path):
     result = BKSDM(variant="small").prune(unet, directory=tmp_path)
     loaded = PruneResult.load(tmp_path, unet)
     assert loaded.architectures == result.architectures and loaded.info == result.info
-    assert isinstance(result.architectures[0], Architecture) and result.info["variant"] == "small"
+    assert isinstance(result.architectures[0], Architecture) and result.info.variant == "small"
 
 
 def test_own_distillation():

@@ -9,7 +9,7 @@ from unets import build
 
 from prunekit import Architecture, CostModel, UnitGroup, discover
 from prunekit.methods import Scores, select, select_mixture
-from prunekit.methods.budget import ALIGNMENTS, budget_macs, unaligned, unit_step
+from prunekit.methods.budget import ALIGNMENTS, budget_limit, unaligned, unit_step
 
 SPACES = {
     "sd1": ("sd1", "aptp", None, "exact"),
@@ -233,8 +233,8 @@ def test_a_layer_comes_back_with_the_units_it_had():
 
 def test_a_decimal_budget_is_exact():
     cost = cost_of("sd1")
-    assert budget_macs(cost, 0.85) == cost.dense_macs * 85 // 100
-    assert budget_macs(cost, 0.85, prompts=7) == cost.dense_macs * 85 * 7 // 100
+    assert budget_limit(cost, 0.85) == cost.dense_macs * 85 // 100
+    assert budget_limit(cost, 0.85, prompts=7) == cost.dense_macs * 85 * 7 // 100
 
 
 def test_errors():

@@ -40,7 +40,7 @@ def test_a_release_gives_the_same_architectures_units_costs_and_weights(release,
         own = expected(space, gates)
         assert result.architectures[index] == own
         assert pk.Architecture.load(method / "architectures" / f"{index}.json", space) == own
-        assert (result.info["macs"][index], result.info["params"][index]) == (cost.macs(own), cost.params(own))
+        assert (result.info.macs[index], result.info.params[index]) == (cost.macs(own), cost.params(own))
         pruned = pk.PrunedUNet2DConditionModel.from_pretrained(method / "experts" / str(index) / "unet")
         assert pruned.num_parameters() == cost.params(own)
         reference = pk.slice_unet(unet, own)
@@ -74,7 +74,7 @@ def test_the_papers_model_on_its_config_alone(tmp_path):
     torch.save(vector[None], tmp_path / "release" / "quantizer_embeddings.pt")
     done = import_aptp(tmp_path / "release", tmp_path / "run")
     assert done.weights == ["none"] and "configs alone" in done.notes[0]
-    macs = f"{done.result.info['macs'][0]:,} MACs"
+    macs = f"{done.result.info.macs[0]:,} MACs"
     assert macs in ok("macs", tmp_path / "run" / "methods" / "aptp" / "experts" / "0")
 
 

@@ -141,10 +141,10 @@ def test_every_method_takes_a_budget_in_time(name, unet, model, file):
     settings = {**SMALL.get(name, {}), "depth": "blocks", "text_length": TEXT}
     pruning = method(**settings, budget={"latency": 0.7, "device": str(file)}, align=8)
     result = pruning.prune(stub(unet), encoded_for(unet) if method.needs_data else None)
-    ratios, counts = result.info["latency_ratio"], result.info.get("prompts_per_expert", [1])
+    ratios, counts = result.info.latency_ratio, result.info.prompts_per_expert or [1]
     assert [model.latency_ratio(a.on(model.space)) for a in result.architectures] == ratios
     assert sum(n * ratio for n, ratio in zip(counts, ratios, strict=True)) <= 0.7 * sum(counts)
-    assert result.info["latency_table"]["digest"] == model.table.digest
+    assert result.info.latency_table["digest"] == model.table.digest
     assert result.notes()[0].startswith("predicted at 0.")
 
 

@@ -90,6 +90,16 @@ def test_the_lowest_layer_is_a_library_of_its_own():
                 assert not heavy & {name.split(".")[0] for name in names}, path
 
 
+def test_what_all_methods_share_knows_no_method():
+    """APTP is one of the methods: only it, the lists of names and the import of its files know it."""
+    allowed = ("methods/__init__.py", "methods/registry.py", "methods/aptp/", "importing/")
+    for path in FILES:
+        if str(path.relative_to(PACKAGE)).startswith(allowed):
+            continue
+        for name in imported_names(path, ("prunekit", *path.relative_to(PACKAGE).parent.parts)):
+            assert name[:3] != ["prunekit", "methods", "aptp"], f"{path.relative_to(PACKAGE)} imports {'.'.join(name)}"
+
+
 def test_relative_imports_are_resolved():
     assert "core" in imported_parts(PACKAGE / "denoisers" / "unet" / "structure.py")
     assert {"core", "errors"} <= imported_parts(PACKAGE / "models" / "loading.py")

@@ -5,6 +5,7 @@ A method that needs data gets small encoded data; `small_methods.SMALL` makes it
 
 import inspect
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from unets import MORE_SHAPES, SHAPES, build, inputs, relative_error
 
 from prunekit import CostModel, discover
 from prunekit.core.gates import gated
-from prunekit.methods import PruneResult, PruneSettings, ScoreMethod, get, names
+from prunekit.methods import PruneResult, PruneSettings, ResultInfo, ScoreMethod, get, names
 from prunekit.slicing import slice_unet
 
 BUDGET = 0.66  # in reach of families with fixed members, too
@@ -60,7 +61,7 @@ def pruned(prune):
 
 def weights_of(result):
     """Share of the training prompts of each architecture."""
-    counts = result.info.get("prompts_per_expert", [1] * len(result.architectures))
+    counts = result.info.prompts_per_expert or [1] * len(result.architectures)
     return torch.tensor(counts, dtype=torch.float64) / sum(counts)
 
 
@@ -73,6 +74,26 @@ def test_a_method_documents_itself(name):
     assert isinstance(method().config.budget, float)
 
 
+@pytest.mark.parametrize("name", names())
+def test_a_method_declares_what_it_does(name, unets):
+    method, space = get(name)(), discover(unets["sd2"], "all")
+    small = method.shrunk()
+    assert type(small) is type(method) and small.shrunk().config == small.config
+    assert 1 <= small.num_models <= method.num_models
+    work, shrunk = method.work(space), small.work(space)
+    assert len(shrunk.calibrations) == len(work.calibrations) and (shrunk.search is None) == (work.search is None)
+    for less, more in zip(shrunk.calibrations, work.calibrations, strict=True):
+        assert 0 < less.samples <= more.samples and 0 < less.forward_passes <= more.forward_passes
+    if work.search is not None:
+        assert shrunk.search.training.steps < work.search.training.steps
+    section = method.config
+    for part in (work.memory_setting or "").split(".") if work.memory_setting else ():
+        assert part in type(section).model_fields
+        section = getattr(section, part)
+    short = get(name)(**{**method.short_settings(devices=2)})
+    assert short.num_models == method.num_models
+
+
 def check_documented(config, where):
     for setting, field in config.model_fields.items():
         assert field.description, f"{where}.{setting} has no description"
@@ -81,7 +102,7 @@ def check_documented(config, where):
 
 
 def without_times(info):
-    return {name: value for name, value in info.items() if name != "search"}
+    return replace(info, search={})
 
 
 @pytest.mark.parametrize("shape", MORE_SHAPES)
@@ -93,7 +114,7 @@ def test_budget_is_met_and_the_same_again(name, shape, prune, pruned, unets):
     cost = CostModel(unets[shape], result.space)
     ratios = torch.tensor([cost.ratio(a) for a in result.architectures], dtype=torch.float64)
     assert (weights_of(result) * ratios).sum() <= BUDGET
-    assert result.info["ratio"] == ratios.tolist() and all(a.is_boolean for a in result.architectures)
+    assert result.info.ratio == ratios.tolist() and all(a.is_boolean for a in result.architectures)
 
 
 @pytest.mark.parametrize("shape", MORE_SHAPES)
@@ -115,7 +136,7 @@ def test_result_round_trip(name, pruned, unets, tmp_path):
     result.save(tmp_path)
     with torch.device("meta"):
         meta = build("sd2", device="meta")
-    for of in (None, discover(meta, result.info["settings"]["depth"]), meta):
+    for of in (None, discover(meta, result.info.settings["depth"]), meta):
         loaded = PruneResult.load(tmp_path, of)
         assert loaded.architectures == result.architectures and loaded.info == result.info
         assert (loaded.router is None) == (result.router is None)
@@ -133,21 +154,58 @@ def test_a_directory_gets_the_result_and_scores_for_other_budgets(name, prune, t
     if issubclass(get(name), ScoreMethod):
         written = (tmp_path / "scores.safetensors").stat().st_mtime_ns
         again = prune(name, "sd1", tmp_path, **small, budget=0.85)
-        assert again.info["macs"][0] < result.info["macs"][0]
+        assert again.info.macs[0] < result.info.macs[0]
         assert (tmp_path / "scores.safetensors").stat().st_mtime_ns == written
 
 
 def test_result_with_router(unets, tmp_path):
-    from prunekit.methods.aptp.router import Router
+    from prunekit.methods.router import Router
 
     space = discover(unets["sd2"])
     router = Router(torch.randn(3, 8), torch.randn(3), fallback=1)
     experts = [space.random(0.7, seed=seed) for seed in range(3)]
-    PruneResult(experts, router, {"prompts_per_expert": [3, 2, 1]}).save(tmp_path)
+    PruneResult(experts, router, ResultInfo(prompts_per_expert=[3, 2, 1])).save(tmp_path)
     loaded = PruneResult.load(tmp_path, space)
     z = torch.randn(20, 8)
     assert loaded.architectures == experts and torch.equal(loaded.router.scores(z), router.scores(z))
     assert all(a.space is space for a in loaded.architectures)
+
+
+def test_an_earlier_file_stays_as_it_was(tmp_path):
+    """What `info` held before it was typed, with a key of another package's method."""
+    info = {
+        "method": "aptp",
+        "settings": {"budget": 0.8, "align": 8, "warmup": 1},
+        "sample_size": [8, 6],
+        "text_length": 7,
+        "convention": "exact",
+        "dense_macs": 20,
+        "macs": [14, 16],
+        "ratio": [0.7, 0.8],
+        "dense_params": 10,
+        "params": [7, 8],
+        "unaligned": [{}, {"resnet:mid_block": 12}],
+        "latency_ratio": [0.75, 0.85],
+        "latency_table": {"device": "here", "dense": 9, "digest": "x"},
+        "prompts_per_expert": [3, 0],
+        "assignment": {"nearest": [3, 0], "transport": [2, 1]},
+        "mixture_ratio": 0.7,
+        "search": {"steps": 3, "seconds": 1.5, "loss": 0.25},
+        "gates_ratio": [0.9, 0.9],
+        "another": {"key": [1]},
+    }
+    space = discover(build("sd2", device="meta"))
+    PruneResult([space.full(), space.full()]).save(tmp_path)
+    path = tmp_path / "result.json"
+    content = json.loads(path.read_text())
+    assert content["info"] == {}
+    path.write_text(json.dumps({**content, "info": info}, indent=1) + "\n")
+    written, loaded = path.read_bytes(), PruneResult.load(tmp_path)
+    assert loaded.info.sample_size == (8, 6) and loaded.info.extra == {"another": {"key": [1]}}
+    assert (loaded.info.mean_ratio, loaded.info.search_seconds) == (0.7, 1.5)
+    assert loaded.notes() == ["predicted at 0.7500 of the dense time on here"] and len(loaded.warnings()) == 5
+    loaded.save(tmp_path)
+    assert path.read_bytes() == written
 
 
 def test_load_refuses_what_is_not_a_result(tmp_path):

@@ -155,13 +155,12 @@ def test_budget_is_met_at_the_resolution_of_the_settings(unet):
     pipeline = pipeline_of(StableDiffusionPipeline, unet)
     scale = pipeline.vae_scale_factor
     result = Norm(resolution=24 * scale, text_length=9, samples=1).prune(pipeline)
-    assert result.info["sample_size"] == [24, 24] and result.info["text_length"] == 9
+    assert result.info.sample_size == (24, 24) and result.info.text_length == 9
     cost = CostModel(unet, result.space, 24, 9)
-    assert result.info["macs"] == [cost.macs(result.architectures[0])] and result.info["ratio"][0] <= 0.8
+    assert result.info.macs == [cost.macs(result.architectures[0])] and result.info.ratio[0] <= 0.8
     odd = small("sd2")
-    assert Norm(resolution=(24 * scale, 16 * scale), samples=1).prune(pipeline_of(StableDiffusionPipeline, odd)).info[
-        "sample_size"
-    ] == [24, 16]
+    wide = Norm(resolution=(24 * scale, 16 * scale), samples=1).prune(pipeline_of(StableDiffusionPipeline, odd))
+    assert wide.info.sample_size == (24, 16)
 
 
 def test_settings_are_refused_by_name(unet):
@@ -181,7 +180,7 @@ def test_settings_are_refused_by_name(unet):
 def test_resolution_is_a_multiple_of_the_vae_scale(unet):
     autoencoder_scale = 4
     pipeline = SimpleNamespace(unet=unet, vae_scale_factor=autoencoder_scale)
-    assert Norm(resolution=64, samples=1).prune(pipeline).info["sample_size"] == [16, 16]
+    assert Norm(resolution=64, samples=1).prune(pipeline).info.sample_size == (16, 16)
     with pytest.raises(ValueError, match=r"multiples of the VAE's scale 4; the nearest is \(64, 32\)"):
         Norm(resolution=(63, 33)).prune(pipeline)
 

@@ -26,13 +26,13 @@ from prunekit.plan.memory import LiveMemory, Rehearsal, autocast, zero_call
 from prunekit.plan.models import Models
 from prunekit.plan.parts import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, load_parts
 from prunekit.plan.rows import rows_of
-from prunekit.plan.sizes import samples_at_once
 from prunekit.plan.speed import Speed, measure_speed
 from prunekit.plan.table import duration, in_bytes, quantity, show_plan, show_summary
 from prunekit.plan.work import Work, pruning_work, timed
 from prunekit.recipe import load_recipe
 from prunekit.training import emoji_model
 from prunekit.training.memory import held
+from prunekit.training.sizes import samples_at_once
 from prunekit.training.trainer import TrainerConfig
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -139,9 +139,9 @@ def test_figures_of_a_small_recipe(model, tmp_path):
     result = load_recipe(path).method("norm").prune(pipeline)
     row = content["methods"]["norm"]
     assert row["dense_params"] == pipeline.unet.num_parameters() == content["model"]["params"]
-    assert row["dense_macs"] == result.info["dense_macs"] and row["text_length"] == 16
-    assert result.info["macs"][0] <= row["target_macs"]
-    assert row["params_estimate"] == pytest.approx(result.info["params"][0], rel=0.3)
+    assert row["dense_macs"] == result.info.dense_macs and row["text_length"] == 16
+    assert result.info.macs[0] <= row["target_macs"]
+    assert row["params_estimate"] == pytest.approx(result.info.params[0], rel=0.3)
     disk, stages = content["disk"], {stage["stage"]: stage for stage in content["work"]}
     assert disk["data"] == {"images": 3, "captions": 3, "source": "counted"}
     assert disk["encoded"] == {

@@ -26,5 +26,5 @@ def test_widths_and_layers_go_in_the_order_of_their_scores():
     architecture = result.architectures[0]
     scores = Random(depth="all", seed=3).score(unet).values
     kept = architecture.canonical.bool()
-    assert result.info["ratio"][0] <= 0.4 and 0 < len(architecture.removed()) < architecture.space.num_depth
+    assert result.info.ratio[0] <= 0.4 and 0 < len(architecture.removed()) < architecture.space.num_depth
     assert scores[kept].mean() > scores[~kept].mean() + 0.2

@@ -290,5 +290,5 @@ def test_the_papers_bksdm_members_are_within_their_budget(data):
     with torch.device("meta"):
         result = method.prune(shape)
     _, cost = space_and_cost(shape, method.config)
-    assert result.info["ratio"][0] <= 0.8215 < result.info["ratio"][0] + 1e-4
+    assert result.info.ratio[0] <= 0.8215 < result.info.ratio[0] + 1e-4
     assert cost.dense_macs == 1_074_552_872_960

@@ -8,7 +8,7 @@ from launching import finish, launch
 from prunekit.data.emoji import load_emoji
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.errors import UserError
-from prunekit.methods.aptp.router import ArchitecturePredictor, Router, cosine_scores
+from prunekit.methods.router import ArchitecturePredictor, Router, cosine_scores
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_real_width_and_threads():
 ROUTE = """
 import json, os, sys
 from prunekit.data.prompt_encoder import load_prompt_encoder
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 folder, rank, count = sys.argv[1], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 captions = json.loads(open(f"{folder}/captions.json").read())[rank::count]
 experts = Router.load(folder).route(load_prompt_encoder().encode(captions)).tolist()
@@ -172,7 +172,7 @@ def test_rows_are_read_a_part_at_a_time(router, monkeypatch):
             read.append(len(rows))
             return z[rows]
 
-    monkeypatch.setattr("prunekit.methods.aptp.router.ROWS_AT_ONCE", 8)
+    monkeypatch.setattr("prunekit.methods.router.ROWS_AT_ONCE", 8)
     rows = torch.randperm(50)[:30]
     assert torch.equal(router.route_rows(Stored(), rows), router.route(z)[rows])
     assert torch.equal(router.scores_of(Stored(), rows), router.scores(z)[rows])

@@ -17,7 +17,7 @@ from prunekit.evaluation.routing import (
     routing_lines,
     routing_report,
 )
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,6 @@ ALLOWED = (
     "export/",  # the UNet's own formats: stock form, LoRA, adapters, class file, graphs
     "importing/",  # foreign UNet checkpoints
 )
-STILL = (  # not yet in denoisers/unet/
-    "attaching.py",
-    "cost.py",
-    "gates.py",
-    "latency/measuring.py",
-    "methods/weights.py",
-    "report/architectures.py",
-    "slicing.py",
-    "stock.py",
-    "units/",
-)
 OF_AUTOENCODERS = re.compile("Encoder|Decoder")
 BLOCKS = sorted(
     {"BasicTransformerBlock", "ResnetBlock2D"}
@@ -36,7 +25,7 @@ NAMES = re.compile(
     rf"\b(UNet2DConditionModel|{'|'.join(BLOCKS)}|down_blocks|mid_block|up_blocks)\b|(?<!denoisers)\.unet\b"
 )
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if "assets" not in path.parts}
-GENERIC = [name for name in FILES if not name.startswith((*ALLOWED, *STILL))]
+GENERIC = [name for name in FILES if not name.startswith(ALLOWED)]
 
 
 def found(name):
@@ -48,12 +37,6 @@ def found(name):
 @pytest.mark.parametrize("name", GENERIC)
 def test_generic_code_names_no_part_of_a_unet(name):
     assert not found(name), "take it from the Denoiser (prunekit/core/denoiser.py), by denoiser_of or denoiser_in"
-
-
-def test_what_is_still_to_be_moved_is_listed_only_while_it_has_to_be():
-    for part in STILL:
-        own = [name for name in FILES if name.startswith(part)]
-        assert not own or any(map(found, own)), f"{part} names no part of a UNet any more: take it off STILL"
 
 
 def test_the_test_sees_what_it_must_refuse():

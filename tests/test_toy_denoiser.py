@@ -183,7 +183,7 @@ def test_methods_recovery_and_a_fresh_name(toy, tmp_path):
     searched = UniArch(**settings, search={"steps": 2, "batch_size": 2, "learning_rate": 0.1})
     for method in (Norm(**settings), searched):
         result = method.prune(pipeline, data)
-        assert result.info["ratio"][0] <= 0.6
+        assert result.info.ratio[0] <= 0.6
     student = pk.slice_model(toy, result.architectures[0])
     config = FineTuneConfig(steps=2, batch_size=2, learning_rate=1e-4)
     figures = fine_tune(student, toy, data, config, tmp_path, scheduler=pipeline.scheduler)

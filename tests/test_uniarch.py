@@ -1,6 +1,7 @@
 """Uni-Arch, and the terms that it shares with APTP's search: exact, deterministic, resumable, within the budget."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def searched(unet):
 
 
 def without_seconds(info):
-    return {**info, "search": {name: value for name, value in info["search"].items() if name != "seconds"}}
+    return replace(info, search={name: value for name, value in info.search.items() if name != "seconds"})
 
 
 def test_stopped_and_resumed_it_ends_where_it_would_have(unet, searched, tmp_path):
@@ -86,17 +87,17 @@ def test_budget_is_met_and_nothing_left_out_that_fits(unet, searched):
     for unit in torch.nonzero(~architecture.values).flatten().tolist():
         more = cost.running(architecture).change(unit)
         assert more == 0 or 10 * (cost.macs(architecture) + more) > limit
-    assert result.info["method"] == "uniarch" and result.info["macs"] == [cost.macs(architecture)]
-    assert result.info["search"]["steps"] == 4 and "distillation" in result.info["search"]
+    assert result.info.method == "uniarch" and result.info.macs == [cost.macs(architecture)]
+    assert result.info.search["steps"] == 4 and "distillation" in result.info.search
 
 
 def test_a_search_that_ends_before_its_gates_close_is_said(searched):
     result, _ = searched
-    (ratio,) = result.info["gates_ratio"]
+    (ratio,) = result.info.gates_ratio
     assert 0.9 < ratio <= 1, "four steps close nothing"
     (line,) = result.warnings()
     assert f"gates kept {ratio:.2f} of the cost when the search ended" in line and "warmup" not in line
-    assert not PruneResult(result.architectures, info={**result.info, "gates_ratio": [0.62]}).warnings()
+    assert not PruneResult(result.architectures, info=replace(result.info, gates_ratio=[0.62])).warnings()
 
 
 def test_without_distillation_the_dense_unet_does_not_run(unet):
@@ -104,7 +105,7 @@ def test_without_distillation_the_dense_unet_does_not_run(unet):
     handle = unet.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     try:
         result = search(unet, distillation_weight=0, search={"steps": 2})
-        assert passes == [True] * 2 and "distillation" not in result.info["search"]
+        assert passes == [True] * 2 and "distillation" not in result.info.search
         passes.clear()
         search(unet, search={"steps": 2})
         assert passes == [False, True] * 2
@@ -197,7 +198,7 @@ def test_an_sdxl_shaped_unet_is_searched_with_its_added_conditions(method):
     small = method(**SETTINGS, **extra, search={**SEARCH, "steps": 2})
     result = small.prune(stub(unet), encoded_for(unet))
     cost = CostModel(unet, discover(unet), text_length=5)
-    counts = torch.tensor(result.info.get("prompts_per_expert", [1]), dtype=torch.float64)
+    counts = torch.tensor(result.info.prompts_per_expert or [1], dtype=torch.float64)
     ratios = torch.tensor([cost.ratio(a) for a in result.architectures], dtype=torch.float64)
     assert float((counts * ratios).sum() / counts.sum()) <= 0.6
 
@@ -219,7 +220,7 @@ def test_a_unet_alone_is_refused_and_a_pipelines_stays_as_it_was(unet):
     try:
         unet.train().requires_grad_(True)
         unet.conv_in.weight.requires_grad_(False)
-        assert method.prune(stub(unet), encoded_for(unet)).info["search"]["steps"] == 1
+        assert method.prune(stub(unet), encoded_for(unet)).info.search["steps"] == 1
         assert all(part.training for part in unet.modules())
         assert [name for name, p in unet.named_parameters() if not p.requires_grad] == ["conv_in.weight"]
     finally:

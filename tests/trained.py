@@ -16,7 +16,7 @@ from unets import build
 import prunekit as pk
 from prunekit.methods.aptp import search as aptp_search
 from prunekit.methods.aptp.method import APTP
-from prunekit.methods.aptp.router import cosine_scores
+from prunekit.methods.router import cosine_scores
 from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
 from prunekit.training.processes import current
 
@@ -51,7 +51,7 @@ def main(out: str, micro_batch: int | None = None) -> None:
             "fine_tuning": [row["loss"] for row in tuned],
             "seen": seen,
             "chosen": [a.values.int().tolist() for a in result.architectures],
-            "ratio": result.info["mixture_ratio"],
+            "ratio": result.info.mixture_ratio,
             "weights": float(torch.cat([p.flatten() for p in student.parameters()]).double().square().sum()),
         }
         Path(out).with_suffix(".json").write_text(json.dumps(content))

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from prunekit.check.shrinking import STEPS, first_images, shrunk, write_shard
+from prunekit.check.shrinking import first_images, shrunk, write_shard
 from prunekit.data.encoded import encode
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneResult
+from prunekit.methods.result import PruneResult
 from prunekit.plan.data import DataSize, size_of
 from prunekit.plan.models import Models, PlannedModel
 from prunekit.plan.rows import PlannedRow, rows_of, tuning_devices
@@ -27,6 +27,7 @@ from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecip
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import RunLog, Stages
 from prunekit.training.processes import current
+from prunekit.training.sizes import STEPS
 from prunekit.training.tracking import require_installed
 
 PAIRS = 64  # that are read, or as many as a batch of pictures or the experts need
@@ -55,7 +56,7 @@ class CheckLog(RunLog):
         self.rows: list[dict[str, Any]] = []
 
     def log(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
+        """Keep a row of a training, whose seconds tell the pace of a step."""
         self.rows.append(row)
 
     def say(self, text: str) -> None:
@@ -115,7 +116,7 @@ class _Check:
         with self._stage("encoding again", "resolution"):
             encode(stages.pipeline, images, stages.encoder, stages.resolution)
         self.spent[None, ENCODING] = self.done[-1].seconds
-        results = {name: self._choose(name, row, stages) for name, row in rows.items()}
+        results = {name: self._choose(name, row, model, stages) for name, row in rows.items()}
         with self._stage("prompts and evaluator", "evaluator"):
             stages.prompts  # noqa: B018
         for name, row in rows.items():
@@ -146,11 +147,12 @@ class _Check:
         self.done.append(Checked(name, seconds, peak))
         self.say(self.done[-1])
 
-    def _choose(self, name: str, row: PlannedRow, stages: Stages) -> PruneResult:
+    def _choose(self, name: str, row: PlannedRow, model: PlannedModel, stages: Stages) -> PruneResult:
         label, since = row.label, len(self.log.rows)
-        searches = hasattr(row.method.config, "search")
         setting = f"methods.{label}"
-        batch = f"{setting}.{'search.micro_batch' if searches else 'batch_size'}"
+        work = row.method.work(model.costs(row.method.config)[0])
+        searches = work.search is not None
+        batch = f"{setting}.{work.memory_setting}" if work.memory_setting else ""
         with self._stage(f"{name}: {'search' if searches else 'choice'}", setting, batch):
             result = stages.choose(row.method, self.directory / "methods" / label, name)
         self.spent[label, CHOICE] = self.log.steps_seconds(since) if searches else self.done[-1].seconds
@@ -191,5 +193,5 @@ def explained(error: Exception, stage: str, setting: str, batch: str = "") -> st
         lower = f"lower {batch}" if batch else "use a larger device"
         lower += ", or set gradient_checkpointing=true beside it" if batch.endswith("micro_batch") else ""
         return f"{stage} does not fit into memory: {lower} ({text})"
-    own = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
-    return f"{stage} failed: {text if own else f'{type(error).__name__}: {text}'} (settings: {setting})"
+    explains = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
+    return f"{stage} failed: {text if explains else f'{type(error).__name__}: {text}'} (settings: {setting})"

@@ -2,22 +2,20 @@
 
 import io
 import itertools
-import math
 import tarfile
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from prunekit.data.config import READERS, DataConfig, load_data
 from prunekit.data.images import CaptionedImages
 from prunekit.data.samples import collect
-from prunekit.methods import Norm, TaylorSP
 from prunekit.recipe import CompareRecipe, PruneRecipe
+from prunekit.training.sizes import STEPS, two_steps
 from prunekit.training.tracking import TrackingConfig
-from prunekit.training.trainer import TrainerConfig
 
-STEPS = 2  # of a training, and of a picture: the first also warms up, so that the second is the one that counts
 HELD_OUT = 0.25  # share of the few captions, which the evaluation needs
-PROBES = 4  # samples on which depth units are measured
 
 
 def first_images(config: DataConfig, seed: int, pairs: int) -> CaptionedImages:
@@ -29,9 +27,9 @@ def first_images(config: DataConfig, seed: int, pairs: int) -> CaptionedImages:
     if config.kind == "emoji" or config.path is None or not Path(config.path).expanduser().exists():
         return load_data(config, seed)
     path = Path(config.path).expanduser()
-    found, pictures = READERS[config.kind](config, path)
+    pairs_read, pictures = READERS[config.kind](config, path)
     tolerance = config.model_copy(update={"max_bad_share": 1.0, "report": None}).tolerance
-    return collect(itertools.islice(found, pairs), pictures, tolerance, str(path), verify=True, seed=seed)
+    return collect(itertools.islice(pairs_read, pairs), pictures, tolerance, str(path), verify=True, seed=seed)
 
 
 def write_shard(images: CaptionedImages, pairs: int, path: Path) -> DataConfig:
@@ -62,7 +60,7 @@ def shrunk(
         "cache": recipe.cache.model_copy(update={"directory": None}),
         "tracking": TrackingConfig(),
         "methods": settings,
-        "fine_tune": recipe.fine_tune.model_copy(update=_once(recipe.fine_tune, tuning_devices)),
+        "fine_tune": two_steps(recipe.fine_tune, tuning_devices),
         "evaluation": evaluation.model_copy(
             update={"num_images": pictures, "steps": STEPS, "num_predictions": pictures, "at_steps": []}
         ),
@@ -78,23 +76,8 @@ def shrunk(
     return recipe.model_copy(update=changes)
 
 
-def _once(config: TrainerConfig, devices: int) -> dict[str, Any]:
-    """What makes of a training two steps, of as many samples at once as one of the devices has."""
-    own = math.ceil(config.batch_size / devices)
-    micro = min(config.micro_batch or own, own)
-    return {"steps": STEPS, "warmup_steps": 0, "decay_share": 0.0, "log_every": 1, "micro_batch": micro}
-
-
 def _settings(recipe: PruneRecipe | CompareRecipe, label: str, devices: int) -> dict[str, Any]:
-    """Return a method's own settings, shrunk."""
-    method = recipe.method_of(label)
-    own, config = dict(recipe.methods[label] or {}), method.config
-    if hasattr(config, "search"):
-        own["search"] = config.search.model_copy(update=_once(config.search, devices)).model_dump()
-    if hasattr(config, "warmup"):
-        own["warmup"] = 0
-    if isinstance(method, TaylorSP):
-        own |= {"samples": min(config.samples, config.batch_size), "num_timesteps": 1}
-    if isinstance(method, Norm):
-        own["samples"] = min(config.samples or PROBES, PROBES)
-    return own
+    """Return a row's settings with those that make its method short."""
+    short = recipe.method_of(label).short_settings(devices)
+    dumped = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in short.items()}
+    return {**(recipe.methods[label] or {}), **dumped}

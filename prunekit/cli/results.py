@@ -184,7 +184,7 @@ def import_(
     done = import_aptp(release, output or Path("runs") / release.resolve().name, model, prompt_encoder)
     table, info = Table("expert", "MACs", "% of dense", "parameters", "weights"), done.result.info
     for index, source in enumerate(done.weights):
-        numbers = (f"{info['macs'][index]:,}", f"{100 * info['ratio'][index]:.2f}", f"{info['params'][index]:,}")
+        numbers = (f"{info.macs[index]:,}", f"{100 * info.ratio[index]:.2f}", f"{info.params[index]:,}")
         table.add_row(str(index), *numbers, source)
     console().print(table)
     for note in done.notes:

@@ -20,9 +20,10 @@ from prunekit.core.registry import denoiser_in
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.uncertainty import jackknife_errors
-from prunekit.methods.base import PruneResult, PruneSettings
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
+from prunekit.methods.result import PruneResult
+from prunekit.methods.settings import PruneSettings
 from prunekit.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.recovery import Recovery, recover
 from prunekit.stages import Stages
@@ -75,7 +76,7 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
             seed = entry.seeds[repetition]
             cells += [] if any(c.label == DENSE and c.seed == seed for c in cells) else [Cell(DENSE, "", seed)]
             for label in entry.methods or recipe.methods:
-                count = getattr(recipe.method(label, 0.5, seed).config, "experts", 1)
+                count = recipe.method(label, 0.5, seed).num_models
                 trainings = 1 if recipe.fine_tuning(label, 1).shared_backbone else count
                 protocols = recipe.protocols if trainings > 1 else [STATIC]
                 cells += [Cell(label, entry.label, seed, protocol, count) for protocol in protocols]
@@ -94,8 +95,8 @@ def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> flo
     if method != BKSDM.name or not variant:
         raise RecipeError(f"budget {budget!r}: give a share of the dense MACs, or {BKSDM.name}:VARIANT")
     architecture = BKSDM(variant=variant).architecture(model)
-    own = CostModel(model, architecture.space, cost.sample_size, cost.text_length)
-    return budget_of(own.macs(architecture), own.dense_macs)
+    member_cost = CostModel(model, architecture.space, cost.sample_size, cost.text_length)
+    return budget_of(member_cost.macs(architecture), member_cost.dense_macs)
 
 
 class CellRunner:
@@ -171,7 +172,11 @@ class CellRunner:
         pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
         figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
-        arguments = (experts, stages.data, stages.prompts, stages.dense)
+        expert_rows = []
+        if candidate.router is not None:
+            expert_rows = comparison.expert_rows(
+                candidate, experts, data=stages.data, prompts=stages.prompts, dense=stages.dense
+            )
         result = {
             "format": FORMAT,
             "recipe": self.recipe.name,
@@ -181,10 +186,10 @@ class CellRunner:
             "models": cell.num_models,
             "steps": self.steps(cell),
             "warnings": chosen.warnings() if chosen else [],
-            "variant": chosen.info.get("variant") if chosen else None,
+            "variant": chosen.info.variant if chosen else None,
             "figures": figures,
             "errors": errors,
-            "experts": comparison.expert_rows(candidate, *arguments) if candidate.router else [],
+            "experts": expert_rows,
             "models_folder": self.models_folder(cell).name,
             "environment": stages.environment,
             "fields": fields,

@@ -92,8 +92,8 @@ class Comparison:
 
     def results(self) -> tuple[list[Result], list[Cell]]:
         """Return the finished cells' results, and the cells that are missing."""
-        found = [(cell, self.runner.finished(cell)) for cell in self.cells]
-        return [result for _, result in found if result], [cell for cell, result in found if not result]
+        results = [(cell, self.runner.finished(cell)) for cell in self.cells]
+        return [result for _, result in results if result], [cell for cell, result in results if not result]
 
     def timings(self, cells: Sequence[Result]) -> dict[str, float]:
         """Return every cell's time of a UNet call over the dense one's; measured once, in this process."""
@@ -135,16 +135,16 @@ def compare(
         enter(folders[0])  # before anything is made
         for path, folder in zip(paths, folders, strict=True):
             if path.is_dir():
-                found = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]
+                finished = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]
                 times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
             else:
                 comparison = Comparison(enter(folder, recipes[path]), folder)
                 comparison.make()
-                found, lacking = comparison.results()
+                finished, lacking = comparison.results()
                 missing += lacking
-                times = comparison.timings(found) if not lacking else {}
+                times = comparison.timings(finished) if not lacking else {}
                 published += comparison.recipe.published
-            cells += found
+            cells += finished
             timings |= times
         if is_companion():
             return folders[0]
@@ -173,9 +173,9 @@ def _write(
     parts = [NOTE + "\n"]
     for protocol in dict.fromkeys(row.protocol for row in rows):
         for budget in dict.fromkeys(row.budget for row in rows):
-            own = [row for row in rows if row.protocol == protocol and row.budget == budget]
-            if own:
-                lines, columns = shown_rows(own)
+            section = [row for row in rows if row.protocol == protocol and row.budget == budget]
+            if section:
+                lines, columns = shown_rows(section)
                 heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
                 parts += [f"## {heading}\n", markdown_table(lines, columns)]
                 console.print(terminal_table(lines, columns, heading, console.width))

@@ -10,7 +10,7 @@ from prunekit.compare.cells import DENSE, STATIC
 from prunekit.compare.fairness import Result
 from prunekit.evaluation.table import COLUMNS, Column
 from prunekit.evaluation.uncertainty import Estimate, estimate
-from prunekit.methods.base import share_warnings
+from prunekit.methods.result import share_warnings
 
 COSTS = ("params", "macs", "macs_ratio")
 TIMES = (
@@ -52,12 +52,12 @@ def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None)
     for protocol in protocols:
         for budget in budgets:
             for method in methods:
-                own = [c for c in cells if _belongs(c, protocol, budget, method)]
+                repeated = [c for c in cells if _belongs(c, protocol, budget, method)]
                 if method == DENSE:  # the seeds that the budget's rows have
                     seeds = {c["cell"]["seed"] for c in cells if c["cell"]["budget"] == budget}
-                    own = [cell for cell in own if cell["cell"]["seed"] in seeds]
-                if own:
-                    rows.append(_row(own, protocol, budget, method, timings or {}))
+                    repeated = [cell for cell in repeated if cell["cell"]["seed"] in seeds]
+                if repeated:
+                    rows.append(_row(repeated, protocol, budget, method, timings or {}))
     return rows
 
 
@@ -96,14 +96,14 @@ def warnings_of(cells: Sequence[Result]) -> list[str]:
 
     An earlier cell recorded no warnings; those about how its experts share the prompts follow from its figures.
     """
-    found = []
+    warnings = []
     for cell in cells:
         axes = cell["cell"]
         lines = cell.get("warnings")
         if lines is None:
             lines = share_warnings([expert["training_share"] for expert in cell["experts"]])
-        found += [f"{axes['method']} {axes['budget']} seed {axes['seed']}: {line}" for line in lines]
-    return list(dict.fromkeys(found))
+        warnings += [f"{axes['method']} {axes['budget']} seed {axes['seed']}: {line}" for line in lines]
+    return list(dict.fromkeys(warnings))
 
 
 def _mean(values: Any) -> float:

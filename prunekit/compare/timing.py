@@ -36,7 +36,7 @@ def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     dense = denoiser_in(stages.pipeline)
     count = family_of(dense).call_batch(min(PICTURES, samples.call.batch), guided=True)
     call = samples.call.take(torch.arange(count) % samples.call.batch).to(dense)
-    shares = [expert["training_share"] for expert in cell["experts"]] or [1.0]
+    shares = [expert["training_share"] for expert in cell["experts"]] or [1 / cell["models"]] * cell["models"]
     total = 0.0
     for folder, share in zip(folders, shares, strict=True):
         if share:

@@ -19,7 +19,7 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.errors import UserError
 from prunekit.evaluation.generate import REQUEST
 from prunekit.export.tiers import architecture_of
-from prunekit.methods.base import PruneResult
+from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained

@@ -19,7 +19,7 @@ from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.precision import autocast
 from prunekit.randomness import generator
 

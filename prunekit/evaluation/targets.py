@@ -16,8 +16,10 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.evaluation.protocols import Protocol
-from prunekit.methods.aptp.router import FILE_NAME
-from prunekit.methods.base import RESULT, PruneResult, PruneSettings, space_and_cost
+from prunekit.methods.base import space_and_cost
+from prunekit.methods.result import RESULT, PruneResult
+from prunekit.methods.router import FILE_NAME
+from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
 from prunekit.training.processes import current

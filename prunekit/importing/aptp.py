@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -28,8 +27,8 @@ from prunekit.export.loading import check_shapes
 from prunekit.export.staging import staged
 from prunekit.importing.layout import architectures_of, published_structure, stated_structure
 from prunekit.importing.release import Release, read_release, read_weights
-from prunekit.methods.aptp.router import Router
-from prunekit.methods.base import PruneResult, describe_cost
+from prunekit.methods.result import PruneResult, ResultInfo, describe_cost
+from prunekit.methods.router import Router
 from prunekit.models import load_pipeline, load_shape
 from prunekit.recipe import dump_recipe, parse_recipe
 from prunekit.training.checkpoint import write_json
@@ -91,7 +90,7 @@ def import_aptp(
             write_json(method / "architectures" / f"{index}.json", architecture.to_dict())
         settings = {"name": Path(directory).name, "model": model, "prompt_encoder": prompt_encoder, **PAPER}
         methods = {"aptp": {"experts": len(architectures)} if len(architectures) > 1 else {}}
-        mean = sum(result.info["ratio"]) / len(architectures)  # of the experts; how many prompts each has is unknown
+        mean = sum(result.info.ratio) / len(architectures)  # of the experts; how many prompts each has is unknown
         prune = {"depth": "aptp", "budget": min(round(mean, 4), 0.9999)}
         recipe = parse_recipe({**settings, "prune": prune, "methods": methods})
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -122,10 +121,12 @@ def _router(found: Release, prompt_encoder: str) -> Router | None:
     return Router.from_codes(layer, predictor.codes, info={"prompt_encoder": prompt_encoder, "routing": ROUTING})
 
 
-def _info(found: Release, architectures: list[Architecture], cost: CostModel) -> dict[str, Any]:
-    """What a result's `info` holds, of what is known of a release."""
-    imported = {"experts": len(architectures), "has_router": found.predictor is not None}
-    return {"method": "aptp", "imported": imported, **describe_cost(architectures, cost)}
+def _info(found: Release, architectures: list[Architecture], cost: CostModel) -> ResultInfo:
+    """Return what is known of a release; the settings of its search are not."""
+    info = describe_cost(architectures, cost)
+    info.method = "aptp"
+    info.imported = {"experts": len(architectures), "has_router": found.predictor is not None}
+    return info
 
 
 def _dense(found: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import nn
 
 from prunekit.core.axes import Layer
@@ -37,7 +37,7 @@ Seconds = dict[str, float]  # of a layer by its path, and of the rest
 
 
 def measure_table(
-    unet: UNet2DConditionModel,
+    unet: ModelMixin,
     sample_size: tuple[int, int],
     text_length: int = 77,
     batch: int = 1,
@@ -110,7 +110,7 @@ def _shape(model: nn.Module, layer: Layer) -> Hashable:
 
 
 def _level(
-    dense: UNet2DConditionModel, space: UnitSpace, kept: Mapping[str, int], inputs: Mapping[str, Any], rounds: int
+    dense: ModelMixin, space: UnitSpace, kept: Mapping[str, int], inputs: Mapping[str, Any], rounds: int
 ) -> tuple[float, dict[str, list[float]]]:
     """Return (the dense call's time beside, every layer's samples with `kept` units of each group, by path)."""
     is_full = all(kept[group.path] == group.size for group in space.width_groups)
@@ -139,7 +139,7 @@ def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def in_place(unet: UNet2DConditionModel) -> Iterator[Marks]:
+def in_place(unet: ModelMixin) -> Iterator[Marks]:
     """A context in which a call of the UNet marks where its layers begin and end; each call overwrites the marks.
 
     An attention or feed-forward begins with the norm that feeds it and ends where the next one, or the block, does.
@@ -172,7 +172,7 @@ def in_place(unet: UNet2DConditionModel) -> Iterator[Marks]:
         yield marks
 
 
-def layer_seconds(unet: UNet2DConditionModel, marks: Marks) -> Seconds:
+def layer_seconds(unet: ModelMixin, marks: Marks) -> Seconds:
     """Return what each layer took in the last call; a transformer layer without its blocks."""
     if unet.device.type == "cuda":
         torch.cuda.synchronize(unet.device)

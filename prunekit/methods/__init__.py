@@ -10,24 +10,31 @@ from prunekit.methods.registry import describe, get, names, register
 
 if TYPE_CHECKING:
     from prunekit.methods.aptp.method import APTP
-    from prunekit.methods.base import Method, PruneResult, PruneSettings, ScoreMethod
+    from prunekit.methods.base import Method, ScoreMethod
     from prunekit.methods.bksdm import BKSDM
     from prunekit.methods.budget import Scores, select, select_mixture
     from prunekit.methods.norm import Norm
     from prunekit.methods.random import Random
+    from prunekit.methods.result import PruneResult, ResultInfo
+    from prunekit.methods.settings import PruneSettings
     from prunekit.methods.taylor_sp import TaylorSP
     from prunekit.methods.uniarch import UniArch
+    from prunekit.methods.work import Calibration, MethodWork, Search
 
 __all__ = [
     "APTP",
     "BKSDM",
+    "Calibration",
     "Method",
+    "MethodWork",
     "Norm",
     "PruneResult",
     "PruneSettings",
     "Random",
+    "ResultInfo",
     "ScoreMethod",
     "Scores",
+    "Search",
     "TaylorSP",
     "UniArch",
     "describe",
@@ -45,7 +52,10 @@ _MODULE_OF = {
     "Random": "random",
     "TaylorSP": "taylor_sp",
     "UniArch": "uniarch",
-    **dict.fromkeys(("Method", "PruneResult", "PruneSettings", "ScoreMethod"), "base"),
+    "PruneSettings": "settings",
+    **dict.fromkeys(("Method", "ScoreMethod"), "base"),
+    **dict.fromkeys(("PruneResult", "ResultInfo"), "result"),
+    **dict.fromkeys(("Calibration", "MethodWork", "Search"), "work"),
     **dict.fromkeys(("Scores", "select", "select_mixture"), "budget"),
 }
 

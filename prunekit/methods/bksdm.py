@@ -6,10 +6,10 @@ block, Tiny also the innermost level. Between the dense UNet and Base lie the me
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -20,15 +20,10 @@ from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.space import Architecture, UnitSpace, near
 from prunekit.denoisers.unet.bksdm import Levels
 from prunekit.errors import UserError
-from prunekit.methods.base import (
-    Method,
-    PruneResult,
-    PruneSettings,
-    budget_cost,
-    describe_result,
-    space_of,
-)
+from prunekit.methods.base import Dataset, Method, budget_cost, describe_result, space_of
 from prunekit.methods.registry import register
+from prunekit.methods.result import PruneResult
+from prunekit.methods.settings import PruneSettings
 from prunekit.training.trainer import Log
 
 NAMED = ("base", "small", "tiny")
@@ -78,7 +73,9 @@ class BKSDM(Method):
     """Remove whole layers by BK-SDM's rule: the largest member of its family within the budget (Kim et al., 2023)."""
 
     Config = BKSDMSettings
+    config: BKSDMSettings
     needs_data = False
+    smoke: ClassVar[Mapping[str, int | None]] = {"variant": None}
 
     def members(self, pipeline: DiffusionPipeline | ModelMixin) -> dict[str, Architecture]:
         """The family on this UNet, which may be on the meta device: Architectures over the "blocks" space, by name.
@@ -108,22 +105,22 @@ class BKSDM(Method):
             return self.prune(pipeline).architectures[0]
         return self._fixed(denoiser_in(pipeline), self.members(pipeline))[1]
 
-    def prune(
+    def choose(
         self,
         pipeline: DiffusionPipeline | ModelMixin,
-        dataset: Any = None,
-        directory: str | Path | None = None,
-        log: Log | None = None,
+        dataset: Dataset | None,
+        directory: Path | None,
+        log: Log | None,
     ) -> PruneResult:
         """Take the variant of the settings or, without one, the costliest member that is within the budget.
 
-        Of members that cost the same the one with more parameters is taken. `info["variant"]` names the member,
-        and `info["ratio"]` says what it reached.
+        Of members that cost the same the one with more parameters is taken. `info.variant` names the member, and
+        `info.ratio` says what it reached.
 
         Args:
             pipeline: a pipeline or its UNet, which may be on the meta device.
             dataset: not used.
-            directory: where the result is also saved.
+            directory: not used.
             log: not used.
 
         Raises:
@@ -139,11 +136,9 @@ class BKSDM(Method):
         else:
             name, architecture = self._fixed(model, members)
             self._check_budget(name, architecture, cost)
-        info = {**describe_result(self, [architecture], cost), "variant": name}
-        result = PruneResult([architecture], info=info)
-        if directory is not None:
-            result.save(directory)
-        return result
+        info = describe_result(self, [architecture], cost)
+        info.variant = name
+        return PruneResult([architecture], info=info)
 
     def fine_tuning(self) -> dict[str, Any]:
         """With `own_distillation`: task, output and feature losses, each weighted by 1 (Kim et al., 2023).

@@ -65,10 +65,10 @@ class Scores:
     def load(cls, path: str | Path, space: UnitSpace | None = None) -> "Scores":
         """Read what `save` wrote; over `space`, where one is given, which must be the same (else a ValueError)."""
         tensors, metadata = read_tensors(path, "scores")
-        own = UnitSpace.from_dict(metadata["space"])
-        if space is not None and (difference := space.difference(own)):
+        saved = UnitSpace.from_dict(metadata["space"])
+        if space is not None and (difference := space.difference(saved)):
             raise UserError(f"{path} holds scores of another space: {difference}")
-        return cls(own, torch.cat([tensors[group.name] for group in own.groups]), metadata["info"])
+        return cls(saved, torch.cat([tensors[group.name] for group in saved.groups]), metadata["info"])
 
 
 def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int | None = None) -> Architecture:
@@ -131,8 +131,8 @@ def select_mixture(
     return [mixture.get(expert) or select(logits[expert], cost, budget, align) for expert in range(len(logits))]
 
 
-def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
-    """The most that `prompts` prompts may cost together, in MACs or in what `cost.total` counts instead.
+def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
+    """Return the most that `prompts` prompts may cost together, in what `cost.total` counts: MACs, or nanoseconds.
 
     The budget is read as the decimal that was written.
 
@@ -154,10 +154,10 @@ def budget_macs(cost: CostModel, budget: float, prompts: int = 1) -> int:
     return limit
 
 
-def budget_of(macs: int, dense_macs: int) -> float:
-    """The smallest budget of 14 decimals under which an architecture of that many MACs fits, by `budget_macs`."""
+def budget_of(total: int, dense_total: int) -> float:
+    """Return the smallest budget of 14 decimals under which an architecture of that total cost fits `budget_limit`."""
     scale = 10**14
-    return float(Fraction(-(-macs * scale // dense_macs), scale))
+    return float(Fraction(-(-total * scale // dense_total), scale))
 
 
 def unit_step(group: UnitGroup, align: int | None) -> int:
@@ -198,7 +198,7 @@ def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, a
     _check(scores, space)
     if align is not None and align not in ALIGNMENTS:
         raise UserError(f"align={align!r}: choose one of {', '.join(map(str, ALIGNMENTS))}, or leave it unset")
-    mixture = _Mixture(scores, counts, cost, budget_macs(cost, budget, sum(counts)), align)
+    mixture = _Mixture(scores, counts, cost, budget_limit(cost, budget, sum(counts)), align)
     for position in scores.T.flatten().argsort(stable=True).tolist():  # of equal ones by unit, then by expert
         if mixture.total <= mixture.limit:
             break
@@ -223,7 +223,7 @@ class _Mixture:
     def over(self) -> list[list[int]]:
         """Per group, the depth units (by position) whose removal removes it."""
         depths = (self.space.depth_units_over(group.path, group.kind) for group in self.space.groups)
-        return [[self.space.num_width + depth for depth in own] for own in depths]
+        return [[self.space.num_width + depth for depth in above] for above in depths]
 
     def flip(self, expert: int, unit: int) -> None:
         self.total += self.counts[expert] * self.running[expert].flip(unit)

@@ -32,7 +32,16 @@ from prunekit.methods.calibration import (
     evaluation_mode,
     num_probes,
 )
+from prunekit.methods.work import Calibration
 from prunekit.training.processes import current
+
+
+def depth_calibrations(space: UnitSpace, groups: Sequence[UnitGroup], samples: int) -> tuple[Calibration, ...]:
+    """Return what `output_changes` of these groups computes; nothing in a space without depth units."""
+    if not space.num_depth:
+        return ()
+    passes = len(groups) + 1
+    return (Calibration("depth scores", samples, passes, f"{passes} forward passes"),)
 
 
 def joint_scores(

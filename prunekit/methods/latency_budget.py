@@ -32,8 +32,8 @@ class LatencySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: str = Field(HERE, description="here: the device of the UNet; or a table's file, measured elsewhere.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="That the UNet is timed in.")
-    batch: int = Field(2, ge=1, description="Of a UNet call; guidance takes two for an image.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype used for timing.")
+    batch: int = Field(2, ge=1, description="UNet batch size; guidance doubles it.")
     tables: str = Field("~/.cache/prunekit/latency", description="Folder in which tables are kept, by conditions.")
 
 
@@ -85,7 +85,7 @@ def _against(
     dtype = getattr(torch, settings.dtype)
     models = [nn.Module.to(slice_model(model, kept), dtype).eval() for kept in (cost.space.full(), architecture)]
     call = timed_inputs(models[0], settings.batch, cost.sample_size, cost.text_length)
-    calls = {name: timed_call(own, call) for name, own in zip(("dense", "pruned"), models, strict=True)}
+    calls = {name: timed_call(timed, call) for name, timed in zip(("dense", "pruned"), models, strict=True)}
     measured = measure(calls, PAIRS, model.device, WarmUp(max_seconds=10.0))
     ratio = measured.ratio("pruned").value
     return {"measured": ratio, "error": predicted / ratio - 1, "noise": measured.noise.distance}
@@ -97,6 +97,13 @@ def _conditions(model: ModelMixin, cost: CostModel, settings: LatencySettings) -
 
 
 def _measured(model: ModelMixin, cost: CostModel, settings: LatencySettings) -> LatencyTable:
-    call = (cost.sample_size, cost.text_length, settings.batch, getattr(torch, settings.dtype))
     with Progress("latency table", DEFAULT_WIDTHS + 1) as bar:
-        return measure_table(model, *call, widths=DEFAULT_WIDTHS, progress=bar.update)
+        return measure_table(
+            model,
+            cost.sample_size,
+            cost.text_length,
+            batch=settings.batch,
+            dtype=getattr(torch, settings.dtype),
+            widths=DEFAULT_WIDTHS,
+            progress=bar.update,
+        )

@@ -4,7 +4,8 @@ It is one-shot and, as in the rows that APTP compares with, ranks all units toge
 the residual stream; here, as for every method, block outputs keep their shape, so this Norm is the milder one.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -14,14 +15,17 @@ from torch import Tensor
 from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneSettings, ScoreMethod, space_of
+from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import as_encoded
-from prunekit.methods.depth_scores import joint_scores, output_changes
+from prunekit.methods.depth_scores import depth_calibrations, joint_scores, output_changes
 from prunekit.methods.registry import register
+from prunekit.methods.settings import PruneSettings
 from prunekit.methods.weights import sum_per_unit
+from prunekit.methods.work import MethodWork
 
 SAMPLES = 16  # calibration samples, unless the settings say
+FEW_SAMPLES = 4  # of a check
 
 
 class NormSettings(PruneSettings):
@@ -45,10 +49,20 @@ class Norm(ScoreMethod):
     Config = NormSettings
     config: NormSettings
     needs_data = False
+    smoke: ClassVar[Mapping[str, int | None]] = {"samples": 4}
+
+    def work(self, space: UnitSpace) -> MethodWork:
+        """Return the forward passes that score the depth units, and with scope "global" the width groups too."""
+        groups = space.groups if self.config.scope == "global" else space.depth_groups
+        return MethodWork(depth_calibrations(space, groups, self.config.samples or SAMPLES), memory_setting="samples")
+
+    def short_settings(self, devices: int) -> dict[str, Any]:
+        """Return a few samples."""
+        return {"samples": min(self.config.samples or FEW_SAMPLES, FEW_SAMPLES)}
 
     @torch.no_grad()
-    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
-        """Relative magnitude of every width unit, measured output change of every depth unit.
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
+        """Return the relative magnitude of every width unit and the measured output change of every depth unit.
 
         A width unit scores the sum of |w|^order over the weights it owns, relative to the mean of its group: equal
         to torch-pruning's MagnitudeImportance(p=order), so that layers of different size and scale compare. A depth

@@ -4,12 +4,10 @@ Whole layers are removed at random too, where `depth` makes them units; the rand
 keeps all layers, which is `depth: none`.
 """
 
-from typing import Any
-
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from prunekit.methods.base import ScoreMethod, space_of
+from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.registry import register
 from prunekit.randomness import generator
@@ -21,8 +19,8 @@ class Random(ScoreMethod):
 
     needs_data = False
 
-    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
-        """Scores uniform in [0, 1), independent of each other, for widths and depths alike.
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
+        """Return scores uniform in [0, 1), independent of each other, for widths and depths alike.
 
         Args:
             pipeline: a pipeline or its UNet, which may be on the meta device.

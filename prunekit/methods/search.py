@@ -4,10 +4,12 @@ A step draws its global batch once. The resource term looks at the gates alone; 
 gates with per-sample weights that are set for the whole batch, so accumulation and processes change nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -19,15 +21,18 @@ from prunekit.core.cost import CostModel
 from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates, gated
 from prunekit.core.registry import denoiser_in, denoiser_of, process_of
+from prunekit.core.space import UnitSpace
 from prunekit.data.encoded import EncodedData
-from prunekit.data.images import CaptionedImages
 from prunekit.errors import UserError
-from prunekit.methods.aptp.losses import resource_loss
-from prunekit.methods.base import Method, PruneResult, PruneSettings, budget_cost
-from prunekit.methods.budget import budget_macs
+from prunekit.methods.base import Dataset, Method, budget_cost
+from prunekit.methods.budget import budget_limit
 from prunekit.methods.calibration import as_encoded
 from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
+from prunekit.methods.result import PruneResult
+from prunekit.methods.settings import PruneSettings
+from prunekit.methods.work import MethodWork, Search
 from prunekit.randomness import generator
+from prunekit.training.checkpoint import Checkpoints
 from prunekit.training.diffusion import (
     SNR_FORM,
     SNR_GAMMA,
@@ -48,6 +53,7 @@ from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 SEARCH = {"steps": 3000, "batch_size": 1024, "learning_rate": 6.4e-3, "warmup_steps": 100}  # of APTP's published code
 RATIO_DRAWS = 16  # of the gates' noise, when their cost is told
+CHECKPOINTS = "checkpoints"  # folder of a search's checkpoints in the directory of its result
 
 
 class SearchSettings(PruneSettings):
@@ -104,7 +110,8 @@ class SearchBatch:
 class GateSearchObjective:
     """The terms of a search step that all such methods share; `gates` are open on `model` while it trains.
 
-    A subclass has the modules that are trained, and says which logits each sample runs under.
+    A subclass makes this the `Objective` of a trainer: it sets `codes`, and has the modules that are trained, the batch
+    of a step, and the losses, which say under which logits each sample runs.
     """
 
     model: ModelMixin
@@ -114,6 +121,24 @@ class GateSearchObjective:
     data: EncodedData
     config: SearchSettings
     device: torch.device
+    codes: Codes = field(init=False)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the modules that are trained, by the names that checkpoints give them."""
+        raise NotImplementedError
+
+    def batch(self, step: int) -> SearchBatch:
+        """Return the global batch of a step; the same on every process."""
+        raise NotImplementedError
+
+    def shared_loss(self, batch: Any) -> dict[str, Tensor]:
+        """Return the terms that are functions of the whole batch: scalars."""
+        raise NotImplementedError
+
+    def micro_loss(self, batch: Any, positions: Tensor) -> dict[str, Tensor]:
+        """Return terms summed over `positions` (n,), so that all positions together give the step's loss."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.pairs = self.data.training_pairs()  # (P,)
@@ -185,30 +210,51 @@ class GateSearchObjective:
             return predict(self.model, call), blocks
 
 
-class SearchMethod(Method):
+def resource_loss(mean_cost: Tensor, target: Tensor | float) -> Tensor:
+    """Return the distance of a cost to its target, log(max / min) (APTP, Eq. 26 and 31); 0 where they agree.
+
+    Args:
+        mean_cost: MACs or nanoseconds, above 0: a scalar.
+        target: in the same unit, above 0.
+
+    """
+    target = torch.as_tensor(target, dtype=mean_cost.dtype, device=mean_cost.device)
+    return (mean_cost.log() - target.log()).abs()
+
+
+ObjectiveT = TypeVar("ObjectiveT", bound=GateSearchObjective)
+
+
+class SearchMethod(Method, Generic[ObjectiveT]):
     """A method that learns gates on data, then decides. A subclass has `_objective` and `_decide`."""
 
     Config = SearchSettings
     config: SearchSettings
+    undistilled: ClassVar[Mapping[str, Any]] = {"distillation_weight": 0.0}
 
-    def prune(
+    def work(self, space: UnitSpace) -> MethodWork:
+        """Return the training of the gates."""
+        search = Search(self.config.search, has_teacher=self.config.distillation_weight > 0)
+        return MethodWork(search=search, memory_setting="search.micro_batch")
+
+    def choose(
         self,
         pipeline: DiffusionPipeline | ModelMixin,
-        dataset: EncodedData | CaptionedImages,
-        directory: str | Path | None = None,
-        log: Log | None = None,
+        dataset: Dataset | None,
+        directory: Path | None,
+        log: Log | None,
     ) -> PruneResult:
-        """Search on a data set; started again on the same directory, go on where an earlier call was cut off.
+        """Search on a data set; called again for the same directory, go on where an earlier call was cut off.
 
         Args:
             pipeline: a Stable Diffusion pipeline, whose UNet stays as it is. Its scheduler says what the UNet
                 predicts, so a UNet alone is refused.
             dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder.
-            directory: where checkpoints go, for resuming, and the result; a temporary one if None.
+            directory: where checkpoints go, for resuming; a temporary one if None.
             log: takes one row a few steps.
 
         Returns:
-            Boolean Architectures that meet the budget (law 3), and in `info["search"]` the training's figures.
+            Boolean Architectures that meet the budget (law 3), and in `info.search` the training's figures.
 
         Raises:
             UserError: a UNet without its scheduler, a budget below the floor of the space, or data that the method
@@ -217,34 +263,32 @@ class SearchMethod(Method):
         """
         if getattr(pipeline, "scheduler", None) is None:
             raise UserError(f"{self.name} needs the whole pipeline: its scheduler says what the UNet predicts")
-        if directory is None:
-            with TemporaryDirectory() as temporary:
-                return self.prune(pipeline, dataset, temporary, log)
-        directory = Path(directory)
         data = as_encoded(pipeline, dataset)
         cost = budget_cost(pipeline, self.config)
-        budget_macs(cost, self.config.budget)  # refuses a budget below the floor before the search
+        budget_limit(cost, self.config.budget)  # refuses a budget below the floor before the search
         model = denoiser_in(pipeline)
-        with (
-            preserved(model),
-            held(self.config.search, model.eval().requires_grad_(False)),
-            gated(model, cost.space) as gates,
-        ):
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory())) if directory is None else directory
+            stack.enter_context(preserved(model))
+            stack.enter_context(held(self.config.search, model.eval().requires_grad_(False)))
+            gates = stack.enter_context(gated(model, cost.space))
             objective = self._objective(model, gates, cost, process_of(pipeline), data)
-            trainer = Trainer(self.config.search, objective, directory / "checkpoints", f"{self.name} search", log)
+            trainer = Trainer(self.config.search, objective, folder / CHECKPOINTS, f"{self.name} search", log)
             figures = trainer.fit()
         result = self._decide(objective)
-        result.info |= {"search": figures, "gates_ratio": objective.gates_ratio(objective.codes.values)}
-        result.save(directory)
-        trainer.checkpoints.clear()
+        result.info.search, result.info.gates_ratio = figures, objective.gates_ratio(objective.codes.values)
         return result
+
+    def clear(self, directory: Path) -> None:
+        """Remove the checkpoints."""
+        Checkpoints(directory / CHECKPOINTS).clear()
 
     def _objective(
         self, model: ModelMixin, gates: Gates, cost: CostModel, process: NoiseProcess, data: EncodedData
-    ) -> Any:
-        """Return what is trained, at its start: a GateSearchObjective that is a trainer's Objective."""
+    ) -> ObjectiveT:
+        """Return what is trained, at its start."""
         raise NotImplementedError
 
-    def _decide(self, objective: Any) -> PruneResult:
+    def _decide(self, objective: ObjectiveT) -> PruneResult:
         """Return the result of a trained objective."""
         raise NotImplementedError

@@ -18,9 +18,9 @@ and the timesteps that were used are in the scores' `info`.
 The paper prunes widths only; whole layers are scored by `depth_scores`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -33,7 +33,7 @@ from prunekit.core.registry import denoiser_in, process_of
 from prunekit.core.space import UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneSettings, ScoreMethod, space_of
+from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import (
     CalibrationBatch,
@@ -41,9 +41,11 @@ from prunekit.methods.calibration import (
     calibration_batches,
     evaluation_mode,
 )
-from prunekit.methods.depth_scores import joint_scores
+from prunekit.methods.depth_scores import depth_calibrations, joint_scores
 from prunekit.methods.registry import register
+from prunekit.methods.settings import PruneSettings
 from prunekit.methods.weights import owned_weights, sum_per_unit
+from prunekit.methods.work import Calibration, MethodWork
 from prunekit.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resolve_precision
 from prunekit.training.diffusion import attention_kernel, per_sample_mse
 from prunekit.training.processes import current
@@ -75,9 +77,27 @@ class TaylorSP(ScoreMethod):
 
     Config = TaylorSPSettings
     config: TaylorSPSettings
+    smoke: ClassVar[Mapping[str, int | None]] = {"samples": 4, "batch_size": 4, "num_timesteps": 2}
 
-    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Any = None) -> Scores:
-        """First-order change of the loss for every width unit; measured output change for depth units.
+    def work(self, space: UnitSpace) -> MethodWork:
+        """Return the gradients at all timesteps, though the sum may end earlier, and what scores depth units."""
+        samples, timesteps = self.config.samples, self.config.num_timesteps
+        calibration = Calibration(
+            "calibration",
+            samples,
+            forward_passes=3 * timesteps,
+            passes=f"at most {timesteps} timesteps x (forward, backward)",
+            training_batch=self.config.batch_size,
+        )
+        depths = depth_calibrations(space, space.groups, samples)
+        return MethodWork((calibration, *depths), memory_setting="batch_size")
+
+    def short_settings(self, devices: int) -> dict[str, Any]:
+        """Return one batch at one timestep."""
+        return {"samples": min(self.config.samples, self.config.batch_size), "num_timesteps": 1}
+
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
+        """Return the first-order change of the loss for every width unit; measured output change for depth units.
 
         Without depth units a score is in units of the loss, summed over the timesteps used; with them, in units of
         output change (`depth_scores`). `info` has `timesteps`, those that were summed, and `losses`, L_t by timestep,
@@ -120,8 +140,10 @@ class TaylorSP(ScoreMethod):
         bar = Progress(f"{self.name} calibration", len(timesteps), enabled=processes.is_main)
         with evaluation_mode(model), gradients_only_of(model, weights), bar as progress:
             for timestep in timesteps:
-                draw = (config.samples, config.batch_size, config.seed, timestep, share)
-                loss, step = self._step(model, process, calibration_batches(pipeline, data, *draw), weights)
+                batches = calibration_batches(
+                    pipeline, data, config.samples, config.batch_size, config.seed, timestep=timestep, share=share
+                )
+                loss, step = self._step(model, process, batches, weights)
                 processes.sum([loss])
                 if not loss.isfinite():
                     raise UserError(f"the loss at timestep {timestep} is not finite; use precision=float32")

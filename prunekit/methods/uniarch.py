@@ -13,9 +13,10 @@ from prunekit.core.cost import CostModel
 from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
-from prunekit.methods.base import PruneResult, describe_result
+from prunekit.methods.base import describe_result
 from prunekit.methods.budget import select
 from prunekit.methods.registry import register
+from prunekit.methods.result import PruneResult
 from prunekit.methods.search import Codes, GateSearchObjective, SearchBatch, SearchMethod, SearchSettings
 
 
@@ -41,7 +42,7 @@ class UniArchObjective(GateSearchObjective):
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The trained module."""
+        """Return the code, by the name that checkpoints give it."""
         return {"codes": self.codes}
 
     def batch(self, step: int) -> SearchBatch:
@@ -60,7 +61,7 @@ class UniArchObjective(GateSearchObjective):
 
 
 @register("uniarch")
-class UniArch(SearchMethod):
+class UniArch(SearchMethod[UniArchObjective]):
     """One learned architecture for all prompts, without a router (Uni-Arch of APTP's ablation, ICLR 2025).
 
     `prune` returns the highest scores of the learned code that fit the budget (`select`, law 3).

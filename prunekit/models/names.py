@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import UserError
+from prunekit.errors import UserError, first_line
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "emoji"

@@ -10,7 +10,8 @@ from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
 from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
-from prunekit.methods.base import PruneSettings, space_and_cost
+from prunekit.methods.base import space_and_cost
+from prunekit.methods.settings import PruneSettings
 from prunekit.models import PipelineShape, load_shape
 from prunekit.plan.memory import Rehearsal
 from prunekit.plan.parts import Parts, load_parts

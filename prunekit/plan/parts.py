@@ -29,7 +29,7 @@ class TextEncoderShape:
 
     @property
     def params(self) -> int:
-        """Weights and biases."""
+        """The number of weights and biases."""
         width, inner = self.hidden_size, self.intermediate_size
         layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
         embeddings = (self.vocab_size + self.max_position_embeddings) * width
@@ -129,13 +129,13 @@ def load_parts(name: str | Path, model: ModelMixin, single_file_config: str | Pa
 def _parts(source: str | Path, model: ModelMixin) -> Parts:
     family = short_name(source) or FAMILIES.get(denoiser_of(model).text_width(model), "sd-1.5")
     encoders, scheduler = KNOWN[family]
-    found = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")]
-    own = [TextEncoderShape(**{k: v for k, v in c.items() if k in SIZES}) for c in found if c]
+    configs = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")]
+    read = [TextEncoderShape(**{k: v for k, v in config.items() if k in SIZES}) for config in configs if config]
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(_config(source, "vae/config.json") or AUTOENCODER).eval()
     return Parts(
         autoencoder,
-        tuple(own or encoders),
+        tuple(read or encoders),
         build_scheduler(_config(source, "scheduler/scheduler_config.json") or scheduler),
     )
 

@@ -89,5 +89,9 @@ def _units(space: UnitSpace) -> dict[str, dict[str, int]]:
 def _speed(devices: Devices, model: PlannedModel, latent: tuple[int, int], precision: str) -> Speed:
     if devices.throughput is not None:
         return Speed(devices.throughput, "as stated")
-    arguments = (model.shape.denoiser, model.dense_macs(latent), latent, model.tokens, precision, devices.seconds)
-    return model.once(("speed", latent, precision), lambda: measure_speed(*arguments))
+
+    def measured() -> Speed:
+        macs = model.dense_macs(latent)
+        return measure_speed(model.shape.denoiser, macs, latent, model.tokens, precision, seconds=devices.seconds)
+
+    return model.once(("speed", latent, precision), measured)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from prunekit.models import PipelineShape, TokenizerShape
-from prunekit.plan.memory import FLOAT32, training_bytes
+from prunekit.plan.memory import FLOAT32, LOWERED, training_bytes
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.parts import PNDM, Parts, build_scheduler
 from prunekit.plan.sizes import HOW, checkpoint_bytes
@@ -36,11 +36,11 @@ def plan_pretraining(recipe: PretrainRecipe) -> tuple[PlannedModel, dict[str, An
     samples = recipe.diffusion.micro_batch or recipe.diffusion.batch_size
     step = model.rehearsal.training(latent, model.tokens, samples, recipe.diffusion)
     checkpoints = (recipe.diffusion.keep_checkpoints + 1) * checkpoint_bytes(params, recipe.diffusion)
-    milestones = (len(recipe.milestones) + 1) * 2 * params
+    milestones = (len(recipe.milestones) + 1) * LOWERED * params
     content = {
         "model": model.describe(),
         "memory": {
-            "dense_weights": {"float32": FLOAT32 * params, "float16": 2 * params},
+            "dense_weights": {"float32": FLOAT32 * params, "float16": LOWERED * params},
             "peak": {"diffusion": training_bytes(params, recipe.diffusion) + step},
             "how": HOW,
         },

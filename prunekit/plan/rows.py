@@ -8,7 +8,8 @@ import torch
 from prunekit.compare.cells import DENSE, budget_value, cells_of
 from prunekit.core.space import Architecture
 from prunekit.methods.base import Method
-from prunekit.methods.budget import budget_macs
+from prunekit.methods.budget import budget_limit
+from prunekit.methods.work import MethodWork
 from prunekit.plan.models import PlannedModel
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.fine_tuning import FineTuneConfig
@@ -29,7 +30,11 @@ class PlannedRow:
     @property
     def experts(self) -> int:
         """Models of one result."""
-        return getattr(self.method.config, "experts", 1)
+        return self.method.num_models
+
+    def work(self, model: PlannedModel) -> MethodWork:
+        """Return what the method computes before it can choose."""
+        return self.method.work(model.costs(self.method.config)[0])
 
     @property
     def shares(self) -> bool:
@@ -51,7 +56,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
     rows = {}
     for name in recipe.methods:
         method, tuning = recipe.method(name), recipe.fine_tuning(name)
-        models = 1 if tuning.shared_backbone else getattr(method.config, "experts", 1)
+        models = 1 if tuning.shared_backbone else method.num_models
         sets = 1 + len(recipe.evaluation.at_steps)
         rows[name] = PlannedRow(name, method, tuning, 1, models, models * tuning.steps, sets)
     return rows
@@ -65,17 +70,19 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
     for entry in recipe.budgets:
         budget = budget_value(entry.budget, model.shape.denoiser, cost)
         for label in entry.methods or recipe.methods:
-            own = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
+            row_cells = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
             tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)
-            trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in own]
+            trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in row_cells]
             models = sum(count for _, count in trained)
             steps = sum(count * recipe.steps(cell.protocol, cell.num_models) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
             choices = len(entry.seeds)
-            if not hasattr(method.config, "search"):
+            if method.work(model.costs(method.config)[0]).search is None:
                 choices = len({(label, seed) for seed in entry.seeds} - scored)
                 scored |= {(label, seed) for seed in entry.seeds}
-            rows[f"{label} @ {entry.label}"] = PlannedRow(label, method, tuning, choices, models, steps, len(own))
+            rows[f"{label} @ {entry.label}"] = PlannedRow(
+                label, method, tuning, choices, models, tuning_steps=steps, generations=len(row_cells)
+            )
     return rows
 
 
@@ -91,7 +98,7 @@ def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
     """
     settings = row.method.config
     space, cost = model.costs(settings)
-    target = budget_macs(cost, settings.budget)
+    target = budget_limit(cost, settings.budget)
     floor = cost.macs(Architecture(space, torch.zeros(space.size, dtype=torch.bool)))
     return {
         "budget": settings.budget,

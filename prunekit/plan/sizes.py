@@ -1,19 +1,18 @@
 """What a recipe's stages take of a device's memory, and what its files take on disk."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
 from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.data.cache_config import cache_bytes
 from prunekit.data.encoders import BATCH, BATCH_SIDE
-from prunekit.methods import TaylorSP
 from prunekit.plan.data import DataSize, prompt_width
 from prunekit.plan.memory import FLOAT32, LOWERED, training_bytes
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.rows import PlannedRow, tuning_devices
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.training.fine_tuning import FineTuneConfig
+from prunekit.training.sizes import samples_at_once
 from prunekit.training.trainer import TrainerConfig
 
 HOW = (
@@ -38,12 +37,14 @@ def memory(
     at_once = max(1, min(BATCH, BATCH * BATCH_SIDE**2 // (pixels[0] * pixels[1])))
     stages["encoding"] = model.once(("encoding", pixels), lambda: model.rehearsal.encoding(pixels, at_once))
     for name, row in rows.items():
-        if hasattr(row.method.config, "search"):
-            stages[f"{name}: search"] = _search(row, model, latent, devices)
-        elif isinstance(row.method, TaylorSP):
-            gradients = 2 * FLOAT32 * model.params  # the sum so far, and a timestep's
-            step = _training(row.method.config.batch_size, None, model, latent)
-            stages[f"{name}: calibration"] = gradients + step
+        work = row.work(model)
+        if work.search is not None:
+            stages[f"{name}: search"] = _search(row, work.search.training, model, latent, devices)
+        for calibration in work.calibrations:
+            if calibration.training_batch is not None:
+                gradients = 2 * FLOAT32 * model.params  # the sum so far, and a timestep's
+                step = _training(calibration.training_batch, None, model, latent)
+                stages[f"{name}: {calibration.title}"] = gradients + step
     for config in (row.tuning for row in rows.values()):
         samples = samples_at_once(config, tuning_devices(rows, devices))
         teacher = LOWERED * model.params if config.precision != "float32" and config.distillation_weight else 0
@@ -51,17 +52,11 @@ def memory(
         stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
     stages["generation"] = FLOAT32 * largest + _sampling(recipe, model)
     return {
-        "dense_weights": {"float32": 4 * model.params, "float16": 2 * model.params},
-        "expert_weights": {"float32": 4 * largest, "float16": 2 * largest},
+        "dense_weights": {"float32": FLOAT32 * model.params, "float16": LOWERED * model.params},
+        "expert_weights": {"float32": FLOAT32 * largest, "float16": LOWERED * largest},
         "peak": {stage: resident + size for stage, size in stages.items()},
         "how": HOW,
     }
-
-
-def samples_at_once(config: TrainerConfig, devices: int) -> int:
-    """Samples of one forward pass on one device."""
-    own = math.ceil(config.batch_size / devices)
-    return min(config.micro_batch or own, own)
 
 
 def _held(config: TrainerConfig | None) -> tuple[Any, ...]:
@@ -69,8 +64,8 @@ def _held(config: TrainerConfig | None) -> tuple[Any, ...]:
     return (False, False) if config is None else (config.precision != "float32", config.gradient_checkpointing)
 
 
-def _search(row: PlannedRow, model: PlannedModel, latent: tuple[int, int], devices: int) -> int:
-    config, space = row.method.config.search, model.costs(row.method.config)[0]
+def _search(row: PlannedRow, config: TrainerConfig, model: PlannedModel, latent: tuple[int, int], devices: int) -> int:
+    space = model.costs(row.method.config)[0]
     samples = samples_at_once(config, devices)
     key = ("search", id(space), latent, samples, *_held(config))
     return model.once(key, lambda: model.rehearsal.search(space, latent, model.tokens, samples, config))
@@ -84,8 +79,9 @@ def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, l
 def _sampling(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> int:
     settings = recipe.evaluation
     samples = min(settings.batch_size, settings.num_images)
-    key = (model.latent(), model.tokens, samples, settings.guidance > 1, settings.precision)
-    return model.once(("sampling", *key), lambda: model.rehearsal.sampling(*key))
+    latent, guided, precision = model.latent(), settings.guidance > 1, settings.precision
+    key = ("sampling", latent, model.tokens, samples, guided, precision)
+    return model.once(key, lambda: model.rehearsal.sampling(latent, model.tokens, samples, guided, precision))
 
 
 def checkpoint_bytes(params: int, config: TrainerConfig) -> int:

@@ -7,8 +7,6 @@ from typing import Any
 
 from prunekit.compare.cells import DENSE
 from prunekit.data.cache_config import CacheConfig
-from prunekit.methods import Norm, TaylorSP
-from prunekit.methods.norm import SAMPLES
 from prunekit.plan.data import DataSize
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.rows import PlannedRow
@@ -53,14 +51,7 @@ def pruning_work(
     for name, row in rows.items():
         work += _calibration(name, row, model, dense) if row.choices else []
     for name, row in rows.items():
-        search = getattr(row.method.config, "search", None)
-        if search is not None:
-            teacher = getattr(row.method.config, "distillation_weight", 0) > 0
-            forward = 1 + search.gradient_checkpointing
-            samples = row.choices * search.steps * search.batch_size
-            passes = _passes("backward to the gates", search, teacher)
-            macs, belongs = (forward + 1 + teacher) * dense + live, {"label": row.label, "part": CHOICE}
-            work.append(Work(f"{name}: search", samples, macs, passes, **belongs))
+        work += _search(name, row, model, dense, live)
     for name, row in rows.items():
         teacher, forward = row.tuning.distillation_weight > 0, 1 + row.tuning.gradient_checkpointing
         macs = ((forward + 2) * row.budget + teacher) * dense + live
@@ -90,21 +81,30 @@ def _encoding(cache: CacheConfig, encoder: int, caption: int, data: DataSize | N
 
 
 def _calibration(name: str, row: PlannedRow, model: PlannedModel, dense: int) -> list[Work]:
-    """What a score method measures before it can choose; nothing for methods that search or need no data."""
-    config = row.method.config
-    space = model.costs(config)[0]
-    work, belongs = [], {"label": row.label, "part": CHOICE}
-    if isinstance(row.method, TaylorSP):
-        samples, timesteps = row.choices * config.samples, config.num_timesteps
-        passes = f"at most {timesteps} timesteps x (forward, backward)"
-        work.append(Work(f"{name}: calibration", samples, 3 * timesteps * dense, passes, **belongs))
-    if isinstance(row.method, TaylorSP | Norm) and space.num_depth:
-        everywhere = not isinstance(row.method, Norm) or config.scope == "global"
-        groups = len(space.groups if everywhere else space.depth_groups)
-        samples = row.choices * (config.samples or SAMPLES)
-        passes = f"{groups + 1} forward passes"
-        work.append(Work(f"{name}: depth scores", samples, (groups + 1) * dense, passes, **belongs))
-    return work
+    """Return what a method measures before it can choose."""
+    return [
+        Work(
+            f"{name}: {calibration.title}",
+            row.choices * calibration.samples,
+            calibration.forward_passes * dense,
+            calibration.passes,
+            label=row.label,
+            part=CHOICE,
+        )
+        for calibration in row.work(model).calibrations
+    ]
+
+
+def _search(name: str, row: PlannedRow, model: PlannedModel, dense: int, live: int) -> list[Work]:
+    """Return the training by which a method decides, if it has one; live: MACs of encoding a sample at every step."""
+    search = row.work(model).search
+    if search is None:
+        return []
+    training, teacher = search.training, search.has_teacher
+    samples = row.choices * training.steps * training.batch_size
+    macs = (1 + training.gradient_checkpointing + 1 + teacher) * dense + live
+    passes = _passes("backward to the gates", training, teacher)
+    return [Work(f"{name}: search", samples, macs, passes, label=row.label, part=CHOICE)]
 
 
 def _generation(recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow], model: PlannedModel) -> list[Work]:

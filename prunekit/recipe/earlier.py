@@ -14,30 +14,6 @@ ADDED = {  # fields of a cell that were added later, with the value that every e
     "method.snr_form": "velocity",
     "fine_tune.snr_form": "velocity",
 }
-MARK = "snr_form"  # written down with every preset, so that a record without it is an earlier one
-PAPER_BEFORE = {  # what `preset: paper` of APTP was before `published_code` was a preset of its own
-    "preset": "default",
-    "temperature": 0.4,
-    "offset": 3.0,
-    "noise": "gumbel",
-    "depth_gates": "cumulative",
-    "feature_blocks": "all",
-    "feature_scale": "mean",
-    "distillation_weight": 0.2,
-    "resource_weight": 2.0,
-    "snr_gamma": 5.0,
-    "epsilon": 0.05,
-    "sinkhorn_iterations": 3,
-    "contrastive_temperature": 0.03,
-    "contrastive_weight": 100.0,
-    "transport": True,
-    "similarity": "hardened",
-    "codes": "random",
-    "spread_weight": 0.1,
-    "maximum_weight": 0.1,
-    "balance": False,
-    "warmup": 500,
-}
 
 
 def without_added(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,23 +27,23 @@ def with_added(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections} | dict(fields)
 
 
-def with_earlier_presets(recipe: AnyRecipe) -> AnyRecipe:
-    """Return a recorded recipe in which an earlier `preset: paper` is written out with the settings that it had."""
+def as_recorded_now(recipe: AnyRecipe) -> AnyRecipe:
+    """Return a recipe that an earlier version recorded, with its methods' settings as this version writes them."""
     if isinstance(recipe, PretrainRecipe):
         return recipe
     content = recipe.model_dump(mode="json")
-    for label, own in content["methods"].items():
-        if (own or {}).get("preset") == "paper" and MARK not in own:
-            content["methods"][label] = {**PAPER_BEFORE, **own, "preset": "default"}
+    for label, settings in content["methods"].items():
+        if settings:
+            content["methods"][label] = type(recipe.method_of(label)).read_recorded(settings)
     return parse_recipe(content)
 
 
-def mark_presets(recipe: AnyRecipe) -> AnyRecipe:
-    """Return a recipe to record in which every method with a preset says that the preset is today's."""
+def to_record(recipe: AnyRecipe) -> AnyRecipe:
+    """Return a recipe as a run records it, so that every later version reads its methods' settings alike."""
     if isinstance(recipe, PretrainRecipe):
         return recipe
     content = recipe.model_dump(mode="json")
-    for label, own in content["methods"].items():
-        if (own or {}).get("preset", "default") != "default":
-            own.setdefault(MARK, getattr(recipe.method_of(label).config, MARK))
+    for label, settings in content["methods"].items():
+        if settings:
+            content["methods"][label] = recipe.method_of(label).recorded(settings)
     return parse_recipe(content)

@@ -78,14 +78,14 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if not path.is_file():
         known = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
         raise RecipeError(f"{above[-1]} extends a missing file: no recipe at {path}{nearest(str(path), known)}")
-    own = load_settings(path)
-    given: Any = own.pop(EXTENDS, None)
+    settings = load_settings(path)
+    given: Any = settings.pop(EXTENDS, None)
     given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     bases: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(base, str) for base in bases):
         raise RecipeError(f"{path}: {EXTENDS}={given!r}; give a file, or a list of files, from the recipe's folder")
     extended = [_merged(path.parent / base, (*above, path)) for base in bases]
-    return merged(*extended, own) if extended else own
+    return merged(*extended, settings) if extended else settings
 
 
 def _resolved(config: DictConfig, path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel
 
 from prunekit.precision import SLOW, UnscaledPrecision, has_native_bfloat16, resolve_precision, slowdown, why
-from prunekit.recipe.earlier import mark_presets, with_earlier_presets
+from prunekit.recipe.earlier import as_recorded_now, to_record
 from prunekit.recipe.loading import load_recipe, parse_recipe
 from prunekit.recipe.schema import AnyRecipe, PretrainRecipe
 
@@ -21,7 +21,7 @@ BEFORE_AUTO = "float32"  # the default of runs and cells that were recorded befo
 
 def precisions(recipe: AnyRecipe) -> dict[str, str]:
     """Return every setting of a recipe that is the precision of forward passes, by its dotted name."""
-    return {".".join(place): value for place, _, value in _found(recipe)}
+    return {".".join(place): value for place, _, value in _precisions_of(recipe)}
 
 
 def resolve_recipe(
@@ -41,14 +41,14 @@ def resolve_recipe(
     def choose(name: str, scaled: bool) -> str:
         return earlier.get(name) or resolve_precision(AUTO, device, scaled, meaning)
 
-    resolved = mark_presets(_replaced(recipe, choose))
+    resolved = to_record(_replaced(recipe, choose))
     assert isinstance(resolved, type(recipe))
     return resolved
 
 
 def load_recorded(path: str | Path) -> AnyRecipe:
     """Read the recipe that a run wrote; what an older run did not write down has the default of its time."""
-    return _replaced(with_earlier_presets(load_recipe(path)), lambda name, scaled: BEFORE_AUTO)
+    return _replaced(as_recorded_now(load_recipe(path)), lambda name, scaled: BEFORE_AUTO)
 
 
 def precision_lines(recipe: AnyRecipe, device: str | torch.device) -> list[str]:
@@ -78,7 +78,7 @@ def _by_value(values: dict[str, str]) -> dict[str, list[str]]:
     return names
 
 
-def _found(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+def _precisions_of(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """Yield each precision's place, whether its gradients are scaled, and its value."""
     yield from _of_model(recipe, ())
     for label, config in _methods(recipe):

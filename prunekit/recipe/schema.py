@@ -20,7 +20,8 @@ from prunekit.data.cache_config import CacheConfig
 from prunekit.data.config import DataConfig
 from prunekit.errors import UserError, nearest, plain_name
 from prunekit.methods import registry
-from prunekit.methods.base import Method, PruneSettings
+from prunekit.methods.base import Method
+from prunekit.methods.settings import PruneSettings
 from prunekit.models import LoraWeights, as_lora
 from prunekit.precision import AUTO, Precision
 from prunekit.recipe.errors import explain
@@ -196,8 +197,8 @@ class CompareRecipe(CommonRecipe):
         for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
             if not isinstance(value, bool):
                 raise UserError(f"methods.{label}.{key}={value!r}: true or false")
-        if not distils and "distillation_weight" in registry.get(name).Config.model_fields:
-            settings["distillation_weight"] = 0.0
+        if not distils:
+            settings |= registry.get(name).undistilled
         common = self.prune.model_copy(update={"budget": budget, "seed": seed})
         return build_method(name, common, settings, f"methods.{label}")
 
@@ -221,14 +222,14 @@ class CompareRecipe(CommonRecipe):
         return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **changes})
 
 
-def build_method(name: str, common: PruneSettings, own: dict[str, Any], where: str) -> Method:
-    """Return a method from the settings that all methods share and its own."""
+def build_method(name: str, common: PruneSettings, settings: dict[str, Any], where: str) -> Method:
+    """Return a method from the settings that all methods share and from further ones, which are found at `where`."""
     kind = registry.get(name)
-    twice = sorted(set(own) & set(PruneSettings.model_fields))
+    twice = sorted(set(settings) & set(PruneSettings.model_fields))
     if twice:
         raise UserError(f"{where}.{twice[0]} belongs to the section `prune`, which all methods share")
     try:
-        return kind(**common.model_dump(exclude_unset=True), **own)
+        return kind(**common.model_dump(exclude_unset=True), **settings)
     except ValidationError as error:
         raise UserError(explain(error, kind.Config, f"{where}.")) from error
 

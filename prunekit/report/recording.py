@@ -13,7 +13,7 @@ from prunekit.core.gates import gated
 from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
-from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.result import RESULT, PruneResult
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.report.routing import mapped_rows, prompt_map
 from prunekit.stages import Stages

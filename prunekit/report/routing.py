@@ -44,7 +44,7 @@ def routing(source: Source) -> Section:
     mixtures = []
     for name, table in experts.items():
         result = source.chosen.get(name.partition("@")[0])
-        assignment = result.info.get("assignment") if result is not None else None
+        assignment = result.info.assignment if result is not None else None
         report = source.results.get("routing", {}).get(name, {})
         mixtures.append(_mixture(name, table["rows"], report, assignment, source.metrics(name, "map")))
     return Section("routing", "Routing", {"mixtures": mixtures})

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import ModelMixin
 
 from prunekit.errors import UserError
-from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.result import RESULT, PruneResult
 from prunekit.models import load_unet_on_meta
 from prunekit.training.checkpoint import LOG, read_json
 from prunekit.yaml_files import read_mapping
@@ -97,10 +97,9 @@ class Source:
             found = {}
             for path in folders:
                 result = PruneResult.load(path.parent)
-                settings = result.info["settings"]
                 label = path.parent.name.partition("-chosen-")[0]
-                share = result.info.get("mixture_ratio", result.info["ratio"][0])
-                found[f"{label}, {100 * share:.1f} % of the MACs, seed {settings['seed']}"] = result
+                share, seed = result.info.mean_ratio, result.info.settings["seed"]
+                found[f"{label}, {100 * share:.1f} % of the MACs, seed {seed}"] = result
             return found
         folders = [self.directory / "methods" / name for name in self.recipe.get("methods", ())]
         return {folder.name: PruneResult.load(folder) for folder in folders if (folder / RESULT).is_file()}

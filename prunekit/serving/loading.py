@@ -16,8 +16,8 @@ from prunekit.errors import UserError
 from prunekit.export.loading import load_unet
 from prunekit.export.parts import INDEX, Parts
 from prunekit.export.specification import read_outline, weight_files
-from prunekit.methods.aptp.router import FILE_NAME, Router
-from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.result import RESULT, PruneResult
+from prunekit.methods.router import FILE_NAME, Router
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import read_object
 from prunekit.serving.experts import Experts
@@ -87,7 +87,12 @@ def _from_run(
 
     experts = _experts(place_of, len(result.architectures), device, dtype, bounds)
     encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
-    info = {"recipe": recipe_hash(directory), "method": method, "model": settings["model"], "result": result.info}
+    info = {
+        "recipe": recipe_hash(directory),
+        "method": method,
+        "model": settings["model"],
+        "result": result.info.to_dict(),
+    }
     return parts, Mixture(experts, result.router, encoder, settings["evaluation"]["guidance"], info)
 
 

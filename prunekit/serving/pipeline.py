@@ -22,7 +22,7 @@ from prunekit.core.registry import family_of, latent_size
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.export.parts import Parts
-from prunekit.methods.aptp.router import Router
+from prunekit.methods.router import Router
 from prunekit.serving.experts import Experts
 from prunekit.serving.requests import Image, check_options, images_of
 
@@ -170,7 +170,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """The number of experts."""
         return self.mixture.experts.num_experts
 
     def to(self, *args: Any, **kwargs: Any) -> PromptRoutedPipeline:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.export.staging import staged
 from prunekit.export.tiers import save_unet
-from prunekit.methods.aptp.router import FILE_NAME
+from prunekit.methods.router import FILE_NAME
 from prunekit.serving.loading import FORMAT, PROMPT_ENCODER, ROUTED
 from prunekit.training.checkpoint import write_json
 

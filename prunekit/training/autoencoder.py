@@ -26,7 +26,7 @@ class AutoencoderObjective:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The trained modules."""
+        """Return the modules that are trained, by the names that checkpoints give them."""
         if self.decoder_only:
             return {"decoder": self.autoencoder.decoder, "post_quant_conv": self.autoencoder.post_quant_conv}
         return {"autoencoder": self.autoencoder}

@@ -59,7 +59,7 @@ class ContrastiveObjective:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The trained modules."""
+        """Return the modules that are trained, by the names that checkpoints give them."""
         return {"model": self.model}
 
     def batch(self, step: int) -> tuple[Tensor, list[str], int]:

@@ -76,7 +76,7 @@ class FineTuningObjective:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The trained module."""
+        """Return the student, by the name that checkpoints give it."""
         return {"student": self.student}
 
     def batch(self, step: int) -> NoisePlan:

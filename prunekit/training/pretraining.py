@@ -58,7 +58,7 @@ class PretrainingObjective:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The trained modules."""
+        """Return the modules that are trained, by the names that checkpoints give them."""
         return {"unet": self.model, "text_encoder": self.text_encoder}
 
     def batch(self, step: int) -> NoisePlan:

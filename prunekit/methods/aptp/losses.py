@@ -1,11 +1,11 @@
-"""The terms of APTP's objective that look at the whole batch: contrastive, resource and spread losses."""
+"""The terms of APTP's objective that look at the whole batch: contrastive and spread losses, mean cost."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunekit.errors import UserError
-from prunekit.methods.aptp.router import cosine_scores
+from prunekit.methods.router import cosine_scores
 
 
 def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Tensor:
@@ -51,7 +51,7 @@ def batch_weighted_cost(costs: Tensor, assignment: Tensor) -> Tensor:
     """Mean cost of a batch, sum_i (B_i / B) costs_i, over its experts (the T-hat(A) of Eq. 15).
 
     Args:
-        costs: (N,) the experts' costs, in MACs.
+        costs: (N,) the experts' costs, in MACs or in nanoseconds.
         assignment: LongTensor (B,), each prompt's expert.
 
     """
@@ -62,18 +62,6 @@ def batch_weighted_cost(costs: Tensor, assignment: Tensor) -> Tensor:
 def counts_of(assignment: Tensor, num_experts: int) -> Tensor:
     """How many prompts each expert has, (N,) int64; as `bincount`, but the host need not wait for the device."""
     return assignment.new_zeros(num_experts).index_add_(0, assignment, torch.ones_like(assignment))
-
-
-def resource_loss(mean_macs: Tensor, target: Tensor | float) -> Tensor:
-    """Distance of a cost to its target, log(max / min) (Eq. 26 and 31): scale-free, 0 where they agree.
-
-    Args:
-        mean_macs: MACs, above 0, e.g. from `batch_weighted_cost`.
-        target: MACs, above 0.
-
-    """
-    target = torch.as_tensor(target, dtype=mean_macs.dtype, device=mean_macs.device)
-    return (mean_macs.log() - target.log()).abs()
 
 
 def spread_loss(ratios: Tensor) -> Tensor:

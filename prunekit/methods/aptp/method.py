@@ -1,5 +1,8 @@
 """APTP as a method: search, then deterministic experts that meet the budget, and a router (ICLR 2025)."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from diffusers import ModelMixin
 
@@ -8,26 +11,51 @@ from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.errors import UserError
-from prunekit.methods.aptp.router import ArchitecturePredictor, HardenedRouter, Router
+from prunekit.methods.aptp.presets import EARLIER_PAPER, PRESET_MARK
 from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.transport import assign, expert_potentials
-from prunekit.methods.base import PruneResult, describe_result
+from prunekit.methods.base import describe_result
 from prunekit.methods.budget import select_mixture
 from prunekit.methods.registry import register
+from prunekit.methods.result import PruneResult
+from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.search import Codes, SearchMethod
 from prunekit.randomness import generator
 
 
 @register("aptp")
-class APTP(SearchMethod):
+class APTP(SearchMethod[SearchObjective]):
     """Adaptive Prompt-Tailored Pruning: a mixture of pruned experts and a router (Ganjdanesh et al., ICLR 2025).
 
     `prune` returns N Architectures whose mean cost over the training prompts, by inference routing, meets the budget
-    (law 3), the router, and in `info` how many of the training prompts each expert gets.
+    (law 3), the router, and in `info.prompts_per_expert` how many of the training prompts each expert gets.
     """
 
     Config = APTPConfig
     config: APTPConfig
+    smoke: ClassVar[Mapping[str, int | None]] = {"experts": 2, "warmup": 1}
+
+    @property
+    def num_models(self) -> int:
+        """The number N of experts."""
+        return self.config.experts
+
+    def short_settings(self, devices: int) -> dict[str, Any]:
+        """Return two steps of the search, both with codes."""
+        return {**super().short_settings(devices), "warmup": 0}
+
+    def recorded(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings in which a preset is marked as one of this version."""
+        if settings.get("preset", "default") == "default":
+            return settings
+        return {**settings, PRESET_MARK: settings.get(PRESET_MARK, getattr(self.config, PRESET_MARK))}
+
+    @classmethod
+    def read_recorded(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings in which an earlier `preset: paper` is written out as what it meant then."""
+        if settings.get("preset") != "paper" or PRESET_MARK in settings:
+            return settings
+        return {**EARLIER_PAPER, **settings, "preset": "default"}
 
     def _objective(
         self, model: ModelMixin, gates: Gates, cost: CostModel, process: NoiseProcess, data: EncodedData
@@ -49,10 +77,10 @@ class APTP(SearchMethod):
         scores = objective.relaxation.scores(codes).cpu()
         experts = select_mixture(scores, counts, cost, config.budget, config.align)
         info = describe_result(self, experts, cost)
-        info["prompts_per_expert"] = counts.tolist()
-        info["assignment"] = self._assignment(objective)
+        info.prompts_per_expert = counts.tolist()
+        info.assignment = self._assignment(objective)
         shares = counts.double() / counts.sum()
-        info["mixture_ratio"] = float((shares * torch.tensor(info["ratio"], dtype=torch.float64)).sum())
+        info.mixture_ratio = float((shares * torch.tensor(info.ratio, dtype=torch.float64)).sum())
         return PruneResult(experts, router, info)
 
     def _router(self, objective: SearchObjective) -> Router:
@@ -77,7 +105,7 @@ class APTP(SearchMethod):
             spread = assign(scores, config.epsilon, config.sinkhorn_iterations)
             for name, experts in (("nearest", scores.argmax(dim=1)), ("transport", spread)):
                 counts[name] += torch.bincount(experts.cpu(), minlength=config.experts)
-        return {name: own.tolist() for name, own in counts.items()}
+        return {name: prompts.tolist() for name, prompts in counts.items()}
 
     def _parameters(self, embedding_size: int, num_units: int) -> tuple[ArchitecturePredictor, Codes]:
         with torch.random.fork_rng(devices=[]):

@@ -28,49 +28,14 @@ from prunekit.methods.aptp.losses import (
     maximum_loss,
     spread_loss,
 )
-from prunekit.methods.aptp.router import ArchitecturePredictor, Hardening, cosine_scores
+from prunekit.methods.aptp.presets import PRESET_SEARCH, PRESETS
 from prunekit.methods.aptp.transport import assign
+from prunekit.methods.router import ArchitecturePredictor, Hardening, cosine_scores
 from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.randomness import generator
 from prunekit.training.trainer import TrainerConfig
 
 MOST_CLUSTERED = 16_384  # prompts whose embeddings the codes are placed among
-
-
-PAPER = {  # preset="paper": the paper, and where it is silent its published code
-    "temperature": 0.4,
-    "offset": 3.0,  # published code
-    "noise": "gumbel",
-    "depth_gates": "independent",  # Eq. 9
-    "feature_blocks": "all",
-    "feature_scale": "sum",  # Eq. 28
-    "distillation_weight": 0.2,
-    "resource_weight": 2.0,
-    "snr_gamma": 5.0,  # published code
-    "snr_form": "published",
-    "epsilon": 0.05,
-    "sinkhorn_iterations": 3,
-    "contrastive_temperature": 0.03,
-    "contrastive_weight": 100.0,
-    "transport": True,
-    "similarity": "cosine",  # Eq. 5, on the logits
-    "routing": "cosine",  # Eq. 22
-    "codes": "random",  # published code
-    "spread_weight": 0.0,  # Eq. 15 has neither
-    "maximum_weight": 0.0,
-    "balance": False,
-    "warmup": 500,
-}
-PUBLISHED_CODE = PAPER | {  # preset="published_code": where the published code differs from the paper, the code
-    "depth_gates": "cumulative",
-    "feature_scale": "mean",
-    "similarity": "hardened",
-    "routing": "hardened",
-    "spread_weight": 0.1,
-    "maximum_weight": 0.1,
-}
-PRESETS = {"paper": PAPER, "published_code": PUBLISHED_CODE}
-PRESET_SEARCH = {"weight_decay": 0.0, "max_grad_norm": None}  # of both presets: published code, the paper names neither
 
 
 class APTPConfig(SearchSettings):
@@ -109,7 +74,7 @@ class APTPConfig(SearchSettings):
         0.0, ge=0, description="of the spread of the batch's costs, which is rewarded; published code: 0.1"
     )
     maximum_weight: float = Field(
-        0.0, ge=0, description="of what the costliest sample lacks to the dense cost; published code: 0.1"
+        0.0, ge=0, description="weight of the gap between the costliest sample and the dense cost; published code: 0.1"
     )
     balance: bool = Field(
         True,
@@ -172,7 +137,7 @@ class SearchObjective(GateSearchObjective):
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The trained modules."""
+        """Return the predictor and the codes, by the names that checkpoints give them."""
         return {"predictor": self.predictor, "codes": self.codes}
 
     def batch(self, step: int) -> RoutedBatch:
@@ -231,16 +196,17 @@ class SearchObjective(GateSearchObjective):
         """Return how well each prompt fits each code, (B, N)."""
         if self.config.similarity == "cosine":
             return cosine_scores(embeddings, self.codes.values)
-        gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
-        return cosine_scores(*(self.hardening(own) for own in gates))
+        prompt_gates, code_gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
+        return cosine_scores(self.hardening(prompt_gates), self.hardening(code_gates))
 
     @torch.no_grad()
     def similarities(self, prompts: Tensor) -> Tensor:
         """Return how well prompts (B, Z) fit the codes, (B, N), by the training's similarity without its noise."""
-        vectors = self.predictor(prompts.to(self.device)), self.codes.values
+        embeddings, codes = self.predictor(prompts.to(self.device)), self.codes.values
         if self.config.similarity == "cosine":
-            return cosine_scores(*vectors)
-        return cosine_scores(*(self.hardening.of_logits(own, self.relaxation) for own in vectors))
+            return cosine_scores(embeddings, codes)
+        prompt_gates, code_gates = (self.hardening.of_logits(logits, self.relaxation) for logits in (embeddings, codes))
+        return cosine_scores(prompt_gates, code_gates)
 
     def _embeddings(self, batch: SearchBatch) -> Tensor:
         """Return e (B, D) of the whole batch (Eq. 4)."""

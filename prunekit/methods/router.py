@@ -100,7 +100,7 @@ class Router:
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """The number N of experts, unused ones included."""
         return len(self.bias)
 
     @property
@@ -260,8 +260,15 @@ class HardenedRouter(Router):
         hardening = Hardening(hardening.over.cpu(), hardening.sizes.cpu())
         hardened = F.normalize(hardening.of_logits(codes.detach().to("cpu", torch.float64), relaxation), dim=1)
         bias = hardened.new_zeros(len(hardened))
-        own = (hardened, hardening.over, hardening.sizes, asdict(relaxation))
-        return cls(predictor.weight, bias, predictor.bias, *own)
+        return cls(
+            predictor.weight,
+            bias,
+            offset=predictor.bias,
+            codes=hardened,
+            over=hardening.over,
+            sizes=hardening.sizes,
+            relaxation=asdict(relaxation),
+        )
 
     @property
     def embedding_size(self) -> int:
@@ -274,8 +281,14 @@ class HardenedRouter(Router):
         return super()._similarities(gates / length)
 
     def _tensors(self) -> dict[str, Tensor]:
-        own = {"weight": self.predictor.weight, "bias": self.bias, "offset": self.predictor.bias, "codes": self.weight}
-        return own | {"over": self.hardening.over, "sizes": self.hardening.sizes}
+        return {
+            "weight": self.predictor.weight,
+            "bias": self.bias,
+            "offset": self.predictor.bias,
+            "codes": self.weight,
+            "over": self.hardening.over,
+            "sizes": self.hardening.sizes,
+        }
 
     def _form(self) -> dict[str, Any]:
         return {"relaxation": asdict(self.relaxation)}

@@ -1,0 +1,248 @@
+"""What a method's `prune` returns: architectures, a router where there are several, and how they were reached."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import match
+from prunekit.core.space import Architecture, UnitSpace
+from prunekit.errors import UserError
+from prunekit.methods.router import Router
+from prunekit.training.checkpoint import read_json, write_json
+
+FORMAT = 1
+RESULT = "result.json"
+OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little
+MOST_SHARE = 0.9  # of the training prompts: an expert with more leaves nearly nothing to route
+
+
+@dataclass
+class ResultInfo:
+    """How a result was reached, and what it costs. Lists have one entry per architecture, in their order.
+
+    On disk these are the keys of `info` in result.json; a field that is empty or None has no key there.
+
+    Args:
+        method: the name of the method.
+        settings: all settings of the method, as JSON values.
+        imported: of a result that was imported: what its source said, as JSON values.
+        sample_size: (height, width) of the latents at which MACs were counted.
+        text_length: text tokens at which MACs were counted.
+        convention: the convention by which MACs were counted.
+        dense_macs: MACs of the dense UNet.
+        macs: MACs of each architecture.
+        ratio: MACs of each architecture as a share of the dense MACs.
+        dense_params: parameters of the dense UNet.
+        params: parameters of each architecture.
+        unaligned: with `align`, the width groups of each architecture that stay unaligned, with their channels.
+        latency_ratio: with a budget in time, the predicted time of each architecture as a share of the dense time.
+        latency_table: with a budget in time, the conditions, dense nanoseconds and digest of the latency table.
+        variant: of a method with a fixed family of architectures: the name of the chosen member.
+        prompts_per_expert: of a mixture: the training prompts that inference routing sends to each expert.
+        assignment: of a mixture: training prompts of each expert before balance, by the way of assigning them.
+        mixture_ratio: of a mixture: the mean MACs over the training prompts, as a share of the dense MACs.
+        search: figures of the method's training: steps, seconds, loss and its terms.
+        gates_ratio: cost of each architecture's soft gates at the end of the search, as a share of the dense cost.
+        extra: further JSON values of a method, by keys that are no fields.
+
+    """
+
+    method: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    imported: dict[str, Any] = field(default_factory=dict)
+    sample_size: tuple[int, int] | None = None
+    text_length: int | None = None
+    convention: str | None = None
+    dense_macs: int | None = None
+    macs: list[int] = field(default_factory=list)
+    ratio: list[float] = field(default_factory=list)
+    dense_params: int | None = None
+    params: list[int] = field(default_factory=list)
+    unaligned: list[dict[str, int]] = field(default_factory=list)
+    latency_ratio: list[float] = field(default_factory=list)
+    latency_table: dict[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+    prompts_per_expert: list[int] = field(default_factory=list)
+    assignment: dict[str, list[int]] = field(default_factory=dict)
+    mixture_ratio: float | None = None
+    search: dict[str, float] = field(default_factory=dict)
+    gates_ratio: list[float] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean_ratio(self) -> float:
+        """MACs as a share of the dense MACs: of a mixture the mean over the training prompts."""
+        return self.ratio[0] if self.mixture_ratio is None else self.mixture_ratio
+
+    @property
+    def search_seconds(self) -> float:
+        """Seconds of the method's training; 0 for a method that trains nothing."""
+        return float(self.search.get("seconds", 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are set, and `extra`, as one mapping of JSON values.
+
+        Raises:
+            UserError: a key of `extra` that is the name of a field.
+
+        """
+        if taken := sorted(set(self.extra) & set(FIELDS)):
+            raise UserError(f"ResultInfo.extra[{taken[0]!r}]: set the field {taken[0]} instead, or choose another key")
+        values = {name: getattr(self, name) for name in FIELDS}
+        values["sample_size"] = None if self.sample_size is None else list(self.sample_size)
+        return {name: value for name, value in values.items() if value not in (None, "", [], {})} | self.extra
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "ResultInfo":
+        """Read what `to_dict` returned; a key that is no field goes to `extra`."""
+        known = {name: value for name, value in content.items() if name in FIELDS}
+        if known.get("sample_size") is not None:
+            known["sample_size"] = tuple(known["sample_size"])
+        return cls(**known, extra={name: value for name, value in content.items() if name not in FIELDS})
+
+
+FIELDS = tuple(field.name for field in fields(ResultInfo) if field.name != "extra")
+
+
+@dataclass
+class PruneResult:
+    """What a method chose.
+
+    architectures: one, or N of a mixture. router: sends a prompt to one of the N; None where there is one.
+    info: the method, its settings and what was reached.
+    """
+
+    architectures: list[Architecture]
+    router: Router | None = None
+    info: ResultInfo = field(default_factory=ResultInfo)
+
+    def notes(self) -> list[str]:
+        """What a person should know beside the MACs, a line each: the predicted time."""
+        if ratios := self.info.latency_ratio:
+            device = self.info.latency_table["device"]
+            return [f"predicted at {self._mean(ratios):.4f} of the dense time on {device}"]
+        return []
+
+    def warnings(self) -> list[str]:
+        """What may be wrong, a line each.
+
+        Widths that stay unaligned, a search that ended before its gates closed, experts that are the same architecture,
+        experts without training prompts, and an expert with nearly all of them.
+        """
+        info, lines = self.info, []
+        left = {f"{path} ({channels})" for widths in info.unaligned for path, channels in widths.items()}
+        if left:
+            few = ", ".join(sorted(left)[:3]) + (", …" if len(left) > 3 else "")
+            lines.append(f"{len(left)} width(s) are no multiple of {info.settings['align']} channels: {few}")
+        if info.gates_ratio and (mean := self._mean(info.gates_ratio)) > OPEN_GATES * info.settings["budget"]:
+            more = "raise search.steps or search.learning_rate" + ", or lower warmup" * ("warmup" in info.settings)
+            lines.append(f"gates kept {mean:.2f} of the cost when the search ended, so the cut goes by little: {more}")
+        lines += [
+            f"experts {_listed(same)} of {len(self.architectures)} have the same architecture" for same in self._alike()
+        ]
+        counts = info.prompts_per_expert
+        return lines + share_warnings([count / sum(counts) for count in counts])
+
+    def _alike(self) -> list[list[int]]:
+        """Return the experts that share an architecture, a list for each such architecture."""
+        groups: list[list[int]] = []
+        for index, architecture in enumerate(self.architectures):
+            group = next((group for group in groups if self.architectures[group[0]] == architecture), None)
+            groups.append([index]) if group is None else group.append(index)
+        return [group for group in groups if len(group) > 1]
+
+    def _mean(self, values: Sequence[float]) -> float:
+        """Return the mean of a value per architecture over the training prompts, where they are known."""
+        counts = self.info.prompts_per_expert or [1] * len(values)
+        return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
+
+    @property
+    def space(self) -> UnitSpace:
+        """The space of all its architectures."""
+        return self.architectures[0].space
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `result.json` and, where there is a router, `router.safetensors`; returns the directory."""
+        directory = Path(directory)
+        if self.router is not None:
+            self.router.save(directory)
+        # The space is the same for all: it is written once.
+        architectures = [{**architecture.to_dict(), "space": None} for architecture in self.architectures]
+        content = {
+            "format": FORMAT,
+            "info": self.info.to_dict(),
+            "has_router": self.router is not None,
+            "space": self.space.to_dict(),
+            "architectures": architectures,
+        }
+        write_json(directory / RESULT, content)
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path, of: ModelMixin | UnitSpace | None = None) -> "PruneResult":
+        """Read what `save` wrote.
+
+        Args:
+            directory: where it lies.
+            of: the UNet or space that it must fit; the UNet may be on the meta device.
+
+        Raises:
+            FileNotFoundError: no result there.
+            ValueError: a result of another format, or one that does not fit `of` (the message names a difference).
+
+        """
+        path = Path(directory) / RESULT
+        if not path.is_file():
+            raise FileNotFoundError(f"no pruning result at {path}")
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+        space = of if isinstance(of, UnitSpace) else UnitSpace.from_dict(content["space"])
+        if of is not None and of is not space:
+            match(of, space)
+        architectures = [
+            Architecture.from_dict({**architecture, "space": content["space"]}, space)
+            for architecture in content["architectures"]
+        ]
+        router = Router.load(directory) if content["has_router"] else None
+        return cls(architectures, router, ResultInfo.from_dict(content["info"]))
+
+
+def share_warnings(shares: Sequence[float]) -> list[str]:
+    """Return what is wrong with how a mixture's N experts share the training prompts, a line each; none for N = 1."""
+    count, lines = len(shares), []
+    if count < 2:
+        return lines
+    if empty := [expert for expert, share in enumerate(shares) if not share]:
+        get, are = ("get", "are") if len(empty) > 1 else ("gets", "is")
+        experts = "experts" if len(empty) > 1 else "expert"
+        lines.append(f"{experts} {_listed(empty)} of {count} {get} no training prompts and {are} not fine-tuned")
+    most = max(range(count), key=lambda expert: shares[expert])
+    if shares[most] > MOST_SHARE:
+        lines.append(
+            f"expert {most} of {count} gets {100 * shares[most]:.1f} % of the training prompts, so the mixture is "
+            "nearly one architecture"
+        )
+    return lines
+
+
+def _listed(experts: Sequence[int]) -> str:
+    return ", ".join(map(str, experts))
+
+
+def describe_cost(architectures: Sequence[Architecture], cost: CostModel) -> ResultInfo:
+    """Return what every result says of its costs, and how they were counted."""
+    return ResultInfo(
+        sample_size=cost.sample_size,
+        text_length=cost.text_length,
+        convention=cost.convention,
+        dense_macs=cost.dense_macs,
+        macs=[cost.macs(architecture) for architecture in architectures],
+        ratio=[cost.ratio(architecture) for architecture in architectures],
+        dense_params=cost.dense_params,
+        params=[cost.params(architecture) for architecture in architectures],
+    )

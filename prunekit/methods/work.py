@@ -1,0 +1,56 @@
+"""What a method computes before it can choose, as `prunekit plan` and `prunekit check` count it."""
+
+from dataclasses import dataclass
+
+from prunekit.training.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples that a method measures once for a seed; what it learns from them serves every budget.
+
+    Args:
+        title: what the stage is called, e.g. "calibration".
+        samples: how many samples are measured.
+        forward_passes: passes of the dense UNet for one sample; a backward pass to the weights counts as two.
+        passes: the same in words, for people.
+        training_batch: samples of one forward and backward pass to all weights; None: there are forward passes alone.
+
+    """
+
+    title: str
+    samples: int
+    forward_passes: int
+    passes: str
+    training_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """A training under soft gates, repeated for every seed and budget.
+
+    Args:
+        training: its steps and batches.
+        has_teacher: whether the ungated UNet runs on every sample too.
+
+    """
+
+    training: TrainerConfig
+    has_teacher: bool
+
+
+@dataclass(frozen=True)
+class MethodWork:
+    """All that a method computes before it can choose; nothing by default.
+
+    Args:
+        calibrations: in the order in which they run.
+        search: the training that decides; None: there is none.
+        memory_setting: name of the method's setting to lower where this work does not fit into memory; None: no setting
+            helps.
+
+    """
+
+    calibrations: tuple[Calibration, ...] = ()
+    search: Search | None = None
+    memory_setting: str | None = None
