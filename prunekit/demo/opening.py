@@ -19,9 +19,8 @@ from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
 from prunekit.serving import PromptRoutedPipeline
-from prunekit.serving.experts import Experts
+from prunekit.serving.experts import Experts, Mixture
 from prunekit.serving.loading import RECIPE, method_directory, read_recipe
-from prunekit.serving.pipeline import Mixture
 from prunekit.serving.prompts import shipped_prompts
 from prunekit.slicing import blank_copy, read_pruning
 from prunekit.training.checkpoint import read_json

@@ -140,7 +140,7 @@ def _export_all(
                 work.unet(unet, folder / "experts" / str(index), f"expert {index}")
             del unet  # or it would stay in memory while the next one is loaded
         if work.tier not in GRAPHS:
-            write_shared(pipeline, folder)
+            write_shared(pipeline.parts, pipeline.mixture, folder)
             work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
         use = "graph" if work.tier in GRAPHS else "routed"
         return _finish(folder, directory, work, use, pipeline.mixture.info, table)

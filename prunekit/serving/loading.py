@@ -20,8 +20,7 @@ from prunekit.methods.aptp.router import FILE_NAME, Router
 from prunekit.methods.base import RESULT, PruneResult
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import read_object
-from prunekit.serving.experts import Experts
-from prunekit.serving.pipeline import DEFAULT_GUIDANCE, Mixture
+from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
 from prunekit.yaml_files import read_mapping
 
 RECIPE = "recipe.yaml"  # of a run
