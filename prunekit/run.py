@@ -49,13 +49,12 @@ from prunekit.recipe import (
 )
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
-from prunekit.stages import LOCKS, RunLog, Stages
+from prunekit.run_directory import LOCKS, METHODS, RECIPE, RESULTS
+from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import LOG, clear_killed, read_json, write_json, write_text
 from prunekit.training.claims import USERS, Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current, is_companion, threads_of
 
-RECIPE = "recipe.yaml"
-RESULTS = "results.json"  # the last that a run writes
 LATENCY_COLUMNS = (
     NAME,
     Column("expert", "expert", ".0f"),
@@ -86,7 +85,7 @@ class Run:
         stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         recoveries = []
         for name in recipe.methods:
-            folder = self.directory / "methods" / name
+            folder = self.directory / METHODS / name
             result = stages.choose(recipe.method(name), folder)
             recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
         candidates = [stages.dense, *recover(stages, recoveries, [self._dense(stages)])]
@@ -176,14 +175,14 @@ class Run:
             path = self.directory / "metrics" / f"{name}.latency.json"
             if not path.is_file():
                 unet, cost = unet_of(stages.pipeline), budget_cost(stages.pipeline, self.recipe.method(name).config)
-                chosen = PruneResult.load(self.directory / "methods" / name, unet).architectures
+                chosen = PruneResult.load(self.directory / METHODS / name, unet).architectures
                 write_json(path, predicted_and_measured(unet, chosen, cost, settings))
             rows += [{"name": name, **row} for row in read_json(path)]
         return rows
 
     def warnings(self, name: str) -> list[str]:
         """Return what may be wrong with what a method chose."""
-        return PruneResult.load(self.directory / "methods" / name).warnings()
+        return PruneResult.load(self.directory / METHODS / name).warnings()
 
     def write(
         self,

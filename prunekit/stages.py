@@ -34,6 +34,7 @@ from prunekit.methods.base import Method, PruneResult, space_and_cost
 from prunekit.models import load_pipeline, quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.recipe import CommonRecipe
+from prunekit.run_directory import DENSE, LOCKS, RESULT
 from prunekit.timing import device_name
 from prunekit.training.checkpoint import LOG, append_row
 from prunekit.training.claims import Piece, share
@@ -42,7 +43,6 @@ from prunekit.training.processes import current
 from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
 
-LOCKS = "locks"  # of a run: the folder of the lock files by which processes share its pieces
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -179,7 +179,7 @@ class Stages:
     @cached_property
     def dense(self) -> Candidate:
         """The unpruned model."""
-        return Candidate("dense", [self.pipeline.unet], [self.cost.dense_macs], [self.cost.dense_params])
+        return Candidate(DENSE, [self.pipeline.unet], [self.cost.dense_macs], [self.cost.dense_params])
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
         """Return a method's architectures, or what an earlier start chose.
@@ -189,7 +189,7 @@ class Stages:
         processes, name = current(), name or method.name
 
         def done() -> bool:
-            return (folder / "result.json").is_file()
+            return (folder / RESULT).is_file()
 
         def log(row: dict[str, Any]) -> None:
             stage = f"{name}{row['stage'].removeprefix(method.name)}"  # several rows may share a method

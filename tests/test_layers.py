@@ -24,6 +24,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
         "latency",
     },
     {"yaml_files"},  # of data, benchmarks and recipes
+    {"run_directory"},
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},

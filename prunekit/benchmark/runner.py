@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
+from prunekit.benchmark.config import BenchRecipe, CellConfig
 from prunekit.benchmark.models import (
     choose,
     dense_cost,
@@ -28,6 +28,7 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.methods.budget import unaligned
 from prunekit.models import load_shape, load_unet_on_meta
+from prunekit.run_directory import DENSE
 from prunekit.slicing import slice_unet
 from prunekit.timing import WarmUp, measure, peak_memory, unet_call, unet_inputs
 from prunekit.timing.environment import device_name, environment, folder_name

@@ -18,9 +18,9 @@ from prunekit.methods.base import PruneResult
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
+from prunekit.run_directory import RECIPE, method_directory, read_recipe
 from prunekit.serving import PromptRoutedPipeline
 from prunekit.serving.experts import Experts, Mixture
-from prunekit.serving.loading import RECIPE, method_directory, read_recipe
 from prunekit.serving.prompts import shipped_prompts
 from prunekit.slicing import blank_copy, read_pruning
 from prunekit.training.checkpoint import read_json

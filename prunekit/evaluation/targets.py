@@ -15,16 +15,14 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredUNets
 from prunekit.evaluation.protocols import Protocol
-from prunekit.methods.aptp.router import FILE_NAME
-from prunekit.methods.base import RESULT, PruneResult, PruneSettings, space_and_cost
+from prunekit.methods.base import PruneResult, PruneSettings, space_and_cost
 from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
+from prunekit.run_directory import DENSE, RECIPE, RESULT, ROUTER
 from prunekit.training.processes import current
 from prunekit.yaml_files import read_mapping
 
-RECIPE = "recipe.yaml"  # of a run
 INDEX = "model_index.json"  # of a pipeline
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _pruned(
     digest = Fingerprint(key, *digests.of([str(path) for path in sorted(files)]))
     encoder = None
     if result.router is not None:
-        digest.add(recipe["prompt_encoder"], *digests.of([str(folder / FILE_NAME)]))
+        digest.add(recipe["prompt_encoder"], *digests.of([str(folder / ROUTER)]))
         encoder = load_prompt_encoder(recipe["prompt_encoder"])
     return Subject(candidate, pipeline, digest.key(), encoder, cost.dense_macs)
 

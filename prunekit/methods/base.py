@@ -1,6 +1,5 @@
 """What every method shares: its common settings, what it works on, and the form of its result."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from prunekit.cost import CostModel
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
-from prunekit.errors import UserError
+from prunekit.errors import UserError, nearest
 from prunekit.latency import LatencyModel
 from prunekit.methods.aptp.router import Router
 from prunekit.methods.budget import Scores, select, unaligned
 from prunekit.methods.latency_budget import LatencySettings, latency_model
+from prunekit.run_directory import RESULT, SCORES
 from prunekit.training.checkpoint import read_json, write_json
 from prunekit.training.trainer import Log
 from prunekit.units import Architecture, UnitSpace, discover
 from prunekit.units.discovery import match
 
 FORMAT = 1
-RESULT = "result.json"
 OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little
 MOST_SHARE = 0.9  # of the training prompts: an expert with more leaves nearly nothing to route
-SCORES = "scores.safetensors"
 SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are made anew
 
 
@@ -69,8 +67,7 @@ class PruneSettings(BaseModel):
             data = {**data, "budget": own.pop("latency"), "latency": own}
         for name in data if isinstance(data, dict) else ():
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
+                hint = nearest(str(name), cls.model_fields) or "."
                 raise UserError(f"unknown setting {name!r}{hint} Settings: {', '.join(cls.model_fields)}")
         return data
 

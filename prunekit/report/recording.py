@@ -10,9 +10,10 @@ import prunekit
 from prunekit.cost import CostModel
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
 from prunekit.gates import gated
-from prunekit.methods.base import RESULT, PruneResult
+from prunekit.methods.base import PruneResult
 from prunekit.models.shapes import unet_from_config
 from prunekit.report.routing import mapped_rows, prompt_map
+from prunekit.run_directory import METHODS, RESULT
 from prunekit.slicing import slice_unet
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
@@ -29,7 +30,7 @@ def record(directory: Path, stages: Stages) -> None:
         own = {"prunekit": _version(), **stages.environment, "dtype": str(stages.pipeline.unet.dtype)}
         write_json(directory / ENVIRONMENT, {**own, "weights": stages.model_digest, "data": stages.data.key})
     for name in stages.recipe.methods:
-        folder = directory / "methods" / name
+        folder = directory / METHODS / name
         if not (folder / RESULT).is_file():
             continue
         result = PruneResult.load(folder, stages.pipeline.unet)

@@ -20,7 +20,8 @@ from prunekit.export.parts import INDEX, save_pipeline
 from prunekit.export.staging import staged
 from prunekit.export.tiers import GRAPHS, check_tier, save_unet
 from prunekit.export.verification import Claim, Expected, claims_of, verify
-from prunekit.serving.loading import RECIPE, ROUTED
+from prunekit.run_directory import RECIPE, RESULTS
+from prunekit.serving.loading import ROUTED
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import shipped_prompts
 from prunekit.serving.storage import write_shared
@@ -170,5 +171,5 @@ def _finish(
 
 def _table(source: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's results; none where there are no results."""
-    path = source / "results.json"
+    path = source / RESULTS
     return read_json(path)["table"]["rows"] if path.is_file() else []

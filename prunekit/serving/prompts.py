@@ -10,7 +10,7 @@ import torch
 
 from prunekit.data.config import DataConfig, load_data
 from prunekit.errors import UserError
-from prunekit.serving.loading import read_recipe
+from prunekit.run_directory import read_recipe
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.units.space import near
 

@@ -16,7 +16,7 @@ from typing import Any
 from prunekit.export.parts import Parts
 from prunekit.export.staging import staged
 from prunekit.export.tiers import save_unet
-from prunekit.methods.aptp.router import FILE_NAME
+from prunekit.run_directory import ROUTER
 from prunekit.serving.experts import Mixture
 from prunekit.serving.loading import FORMAT, PROMPT_ENCODER, ROUTED
 from prunekit.training.checkpoint import write_json
@@ -43,7 +43,7 @@ def write_shared(parts: Parts, mixture: Mixture, folder: Path) -> None:
     """Write all but the experts."""
     parts.save(folder)
     if mixture.router is not None and mixture.encoder is not None:
-        mixture.router.save(folder / FILE_NAME)
+        mixture.router.save(folder / ROUTER)
         mixture.encoder.model.save(str(folder / PROMPT_ENCODER), create_model_card=False, safe_serialization=True)
     content = {
         "format": FORMAT,
