@@ -14,45 +14,37 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from pydantic import BaseModel
 
 from prunekit.errors import UserError
-from prunekit.models.names import local_path
-from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
 from prunekit.training.processes import COMPANION, current, is_companion
 from prunekit.training.progress import console
-from prunekit.training.trainer import TrainerConfig
 
 COUNT = "PRUNEKIT_PROCESSES"  # the variable by which a user says how many processes there are
 LAUNCHED = ("WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-MOST = 4  # processes by default; each holds the model and the data
-SMALL = 200 * 2**20  # bytes of a denoiser's weights; for larger models threads pay, and memory does not allow copies
 START_SECONDS = 180.0  # by then all processes must have met
 END_SECONDS = 60.0  # to save and to leave
 SHOWN = re.compile(r"\[ *\d+:\d\d\] |\S.*: \d+/\d+ ")  # what a companion says that its user should see
 
 
 @contextmanager
-def companions(recipe: AnyRecipe | None) -> Iterator[None]:
-    """A context in which the processes of `process_count` work on this command; the others end with this one.
+def companions(count: int) -> Iterator[None]:
+    """A context in which `count` processes work on this command; the others end with this one.
 
-    recipe: what is worked through; None: nothing that could be shared. Where the others do not start, the command
-    starts again alone.
+    Where the others do not start, the command starts again alone.
 
     Raises:
-        UserError: PRUNEKIT_PROCESSES is no positive number, or another process was lost while all worked together.
+        UserError: another process was lost while all worked together.
 
     """
     if is_companion():
         _end_with_parent()
         yield
         return
-    count = 1 if recipe is None else process_count(recipe)
     if count == 1:
         yield
         return
@@ -70,47 +62,6 @@ def companions(recipe: AnyRecipe | None) -> Iterator[None]:
         finally:
             for other in others:
                 other.end(finished=sys.exc_info()[0] is None)
-
-
-def process_count(recipe: AnyRecipe) -> int:
-    """Return how many processes work on a recipe: PRUNEKIT_PROCESSES, else one for each thread of a small model.
-
-    It is 1 on GPUs, under a launcher, for pre-training and for large models, and at most the smallest batch.
-    """
-    given = os.environ.get(COUNT, "").strip()
-    if given and not (given.isdecimal() and int(given)):
-        raise UserError(f"{COUNT}={given}: give a number of processes, 1 or more")
-    if any(name in os.environ for name in LAUNCHED) or isinstance(recipe, PretrainRecipe):
-        return 1
-    if given:
-        return min(int(given), _smallest_batch(recipe))
-    if torch.cuda.is_available() or not _is_small(recipe.model):
-        return 1
-    return min(torch.get_num_threads(), MOST, _smallest_batch(recipe))
-
-
-def _smallest_batch(recipe: PruneRecipe | CompareRecipe) -> int:
-    """Return the samples of the smallest step, of which each process needs one."""
-    settings = [recipe, *(recipe.method_of(label).config for label in recipe.methods)]
-    return min(batch for model in settings for batch in _batches(model))
-
-
-def _batches(model: BaseModel) -> Iterator[int]:
-    if isinstance(model, TrainerConfig):
-        yield model.batch_size
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        if isinstance(value, BaseModel):
-            yield from _batches(value)
-
-
-def _is_small(model: str | Path) -> bool:
-    with suppress(UserError, OSError):  # what is wrong with the model is said where it is loaded
-        path = local_path(model)
-        if path is not None:
-            files = path.glob("unet/*.safetensors") if path.is_dir() else [path]
-            return sum(file.stat().st_size for file in files) <= SMALL
-    return False
 
 
 class _Companion:

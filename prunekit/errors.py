@@ -41,10 +41,13 @@ def plain_name(text: str, what: str) -> str:
     return text
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" with the nearest known name, or nothing where none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def nearest(given: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """Return "; did you mean 'x'?" with the nearest known names, or nothing where none is near.
+
+    count: how many names at most. cutoff: least similarity, as in `difflib.get_close_matches`.
+    """
+    near = difflib.get_close_matches(given, list(known), count, cutoff)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

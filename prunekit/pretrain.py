@@ -6,7 +6,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from prunekit.core.registry import denoiser_of
-from prunekit.data.config import load_data
+from prunekit.data.config import DataConfig, load_data
 from prunekit.data.images import CaptionedImages
 from prunekit.denoisers.unet import miniature
 from prunekit.evaluation.ceiling import text_figures
@@ -23,16 +23,40 @@ from prunekit.evaluation.evaluator_training import train_evaluator
 from prunekit.evaluation.generate import generate
 from prunekit.models import quiet_libraries
 from prunekit.randomness import generator
-from prunekit.recipe import PretrainRecipe
 from prunekit.training import emoji_model
 from prunekit.training.autoencoder import AutoencoderObjective, calibrate_scale, latent_means
 from prunekit.training.checkpoint import LOG, append_row, read_json, write_folder, write_json
 from prunekit.training.pretraining import CaptionTable, PretrainingObjective
 from prunekit.training.progress import console
-from prunekit.training.trainer import Log, Trainer
+from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
-def pretrain(recipe: PretrainRecipe, directory: Path) -> Path:
+class DrawingSettings(Protocol):
+    """How the pictures of the quality curve are drawn: how many, sampling steps, guidance, and pictures per call."""
+
+    num_images: int
+    steps: int
+    guidance: float
+    batch_size: int
+
+
+class PretrainSettings(Protocol):
+    """What the training reads of a recipe with `job: pretrain`."""
+
+    seed: int
+    data: DataConfig
+    shapes: emoji_model.EmojiModelConfig
+    autoencoder: TrainerConfig
+    decoder: TrainerConfig
+    diffusion: TrainerConfig
+    evaluator: TrainerConfig
+    caption_dropout: float
+    timestep_shift: float
+    milestones: list[int]
+    evaluation: DrawingSettings
+
+
+def pretrain(recipe: PretrainSettings, directory: Path) -> Path:
     """Run the stages that are not done; return the directory."""
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +78,7 @@ def pretrain(recipe: PretrainRecipe, directory: Path) -> Path:
 
 
 def train_autoencoder(
-    recipe: PretrainRecipe, images: Tensor, directory: Path, device: torch.device, log: Log
+    recipe: PretrainSettings, images: Tensor, directory: Path, device: torch.device, log: Log
 ) -> AutoencoderKL:
     """Train encoder and decoder together on uint8 `images` (n, 3, H, W), and set the latents' scale."""
     folder = directory / "autoencoder"
@@ -71,7 +95,7 @@ def train_autoencoder(
 
 
 def train_decoder(
-    recipe: PretrainRecipe, images: Tensor, directory: Path, device: torch.device, log: Log
+    recipe: PretrainSettings, images: Tensor, directory: Path, device: torch.device, log: Log
 ) -> AutoencoderKL:
     """Go on training the decoder alone: pictures get sharper, latents stay."""
     folder = directory / "decoder"
@@ -86,7 +110,7 @@ def train_decoder(
 
 
 def train_diffusion(
-    recipe: PretrainRecipe,
+    recipe: PretrainSettings,
     data: CaptionedImages,
     autoencoder: AutoencoderKL,
     images: Tensor,
@@ -144,7 +168,7 @@ def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDi
 
 
 def curve(
-    recipe: PretrainRecipe, data: CaptionedImages, directory: Path, evaluator: Evaluator, device: torch.device
+    recipe: PretrainSettings, data: CaptionedImages, directory: Path, evaluator: Evaluator, device: torch.device
 ) -> list[dict[str, float]]:
     """Measure names drawn from each milestone's pictures: write and return rows of samples seen, top-1, top-5, CLIP."""
     path, settings = directory / "curve.json", recipe.evaluation

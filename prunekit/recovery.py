@@ -98,10 +98,10 @@ def recover_experts(
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
     dense, pairs, directory = denoiser_in(pipeline), data.training_pairs(), Path(directory)
-    routed, pairs_of = _routed(result, data, pairs)
+    routed, pairs_of = routed_pairs(result, data, pairs)
     train = partial(fine_tune, teacher=dense, data=data, config=config, scheduler=pipeline.scheduler, seed=seed)
     if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
-        mixture = Mixture(result.architectures, _of_all_pairs(data, pairs, routed))
+        mixture = Mixture(result.architectures, over_all_pairs(data, pairs, routed))
         objective = partial(BackboneObjective, mixture=mixture)
         backbone = slice_model(dense, result.space.full())
         train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=objective)
@@ -138,17 +138,17 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     data, result, part = stages.data, recovery.result, denoiser_name(stages.pipeline)
     pairs = data.training_pairs()
-    routed, pairs_of = _routed(result, data, pairs)
+    routed, pairs_of = routed_pairs(result, data, pairs)
     if recovery.shares and routed is not None:
         if denoiser_in(stages.pipeline).config.get("pruning"):
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
-        return [Job(recovery, None, pairs, part, _of_all_pairs(data, pairs, routed))]
+        return [Job(recovery, None, pairs, part, over_all_pairs(data, pairs, routed))]
     return [Job(recovery, index, served, part) for index, served in enumerate(pairs_of)]
 
 
-def _routed(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+def routed_pairs(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
     """Return the expert of each of `pairs` (P,), and the pairs that each architecture learns from.
 
     Without a router there are no experts, and every architecture learns from all pairs.
@@ -159,7 +159,7 @@ def _routed(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tens
     return routed, [pairs[routed == index] for index in range(len(result.architectures))]
 
 
-def _of_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:
+def over_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:
     """Return the expert of every pair of the data set, (pairs of the data set,), from those of `pairs` (P,)."""
     return routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)
 

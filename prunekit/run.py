@@ -51,14 +51,13 @@ from prunekit.recipe import (
 )
 from prunekit.recovery import Recovery, recover
 from prunekit.report.command import finish
-from prunekit.stages import LOCKS, RunLog, Stages
+from prunekit.run_directory import LOCKS, METHODS, RECIPE, RESULTS
+from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import LOG, clear_killed, read_json, write_json, write_text
 from prunekit.training.claims import USERS, Piece, occupied, refuse_foreign, share
 from prunekit.training.processes import apart, current, is_companion, threads_of
 
 R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
-RECIPE = "recipe.yaml"
-RESULTS = "results.json"  # the last that a run writes
 LATENCY_COLUMNS = (
     NAME,
     Column("expert", "expert", ".0f"),
@@ -89,7 +88,7 @@ class Run:
         stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         recoveries = []
         for name in recipe.methods:
-            folder = self.directory / "methods" / name
+            folder = self.directory / METHODS / name
             result = stages.choose(recipe.method(name), folder)
             recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
         candidates = [stages.dense, *recover(stages, recoveries, [self._dense(stages)])]
@@ -187,7 +186,7 @@ class Run:
             if not path.is_file():
                 model = denoiser_in(stages.pipeline)
                 cost = budget_cost(stages.pipeline, self.recipe.method(name).config)
-                chosen = PruneResult.load(self.directory / "methods" / name, model).architectures
+                chosen = PruneResult.load(self.directory / METHODS / name, model).architectures
                 assert isinstance(cost, LatencyModel) and settings is not None
                 write_json(path, predicted_and_measured(model, chosen, cost, settings))
             rows += [{"name": name, **row} for row in read_json(path)]
@@ -195,7 +194,7 @@ class Run:
 
     def warnings(self, name: str) -> list[str]:
         """Return what may be wrong with what a method chose."""
-        return PruneResult.load(self.directory / "methods" / name).warnings()
+        return PruneResult.load(self.directory / METHODS / name).warnings()
 
     def write(
         self,

@@ -36,6 +36,7 @@ from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline, quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.recipe import CommonRecipe
+from prunekit.run_directory import DENSE, LOCKS, RESULT
 from prunekit.timing import device_name
 from prunekit.training.checkpoint import LOG, append_row
 from prunekit.training.claims import Piece, share
@@ -43,7 +44,6 @@ from prunekit.training.processes import current
 from prunekit.training.progress import console
 from prunekit.training.tracking import Trackers
 
-LOCKS = "locks"  # of a run: the folder of the lock files by which processes share its pieces
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -197,7 +197,7 @@ class Stages:
     @cached_property
     def dense(self) -> Candidate:
         """The dense model as a row of the table."""
-        return Candidate("dense", [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
+        return Candidate(DENSE, [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
         """Return a method's architectures, or what an earlier start chose.
@@ -207,7 +207,7 @@ class Stages:
         processes, name = current(), name or method.name
 
         def done() -> bool:
-            return (folder / "result.json").is_file()
+            return (folder / RESULT).is_file()
 
         def log(row: dict[str, Any]) -> None:
             stage = f"{name}{row['stage'].removeprefix(method.name)}"  # several rows may share a method

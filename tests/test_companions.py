@@ -14,7 +14,7 @@ from small_model import TRAINING, write_world
 from small_run import figures, write_small_recipe
 
 import prunekit
-from prunekit import companions
+from prunekit import companions, process_count
 from prunekit.errors import UserError
 from prunekit.recipe import load_recipe
 from prunekit.training.termination import REQUEUE
@@ -98,39 +98,39 @@ def assert_alike(rows, others):
 
 
 def test_one_process_for_each_thread_of_a_small_model(quickstart, monkeypatch):
-    for threads, count in ((1, 1), (2, 2), (64, companions.MOST)):
+    for threads, count in ((1, 1), (2, 2), (64, process_count.MOST)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert companions.process_count(quickstart) == count
+        assert process_count.process_count(quickstart) == count
 
 
 def test_no_more_than_the_smallest_batch_has_samples(eight_threads):
     recipe = load_recipe(RECIPES / "quickstart.yaml", ["methods.aptp.search.batch_size=3"])
-    assert companions.process_count(recipe) == 3
+    assert process_count.process_count(recipe) == 3
 
 
 @pytest.mark.parametrize("name", companions.LAUNCHED)
 def test_none_under_a_launcher(quickstart, eight_threads, monkeypatch, name):
     monkeypatch.setenv(name, "2")
-    assert companions.process_count(quickstart) == 1
+    assert process_count.process_count(quickstart) == 1
 
 
 def test_none_on_a_gpu_and_for_what_is_large_or_not_shared(quickstart, eight_threads, monkeypatch):
-    assert companions.process_count(load_recipe(RECIPES / "pretrain_emoji.yaml")) == 1
-    assert companions.process_count(load_recipe(RECIPES / "aptp_cc3m_base.yaml")) == 1
-    monkeypatch.setattr(companions, "SMALL", 1000)
-    assert companions.process_count(quickstart) == 1
+    assert process_count.process_count(load_recipe(RECIPES / "pretrain_emoji.yaml")) == 1
+    assert process_count.process_count(load_recipe(RECIPES / "aptp_cc3m_base.yaml")) == 1
+    monkeypatch.setattr(process_count, "SMALL", 1000)
+    assert process_count.process_count(quickstart) == 1
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert companions.process_count(quickstart) == 1
+    assert process_count.process_count(quickstart) == 1
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5"])
 def test_the_users_number_is_checked(quickstart, monkeypatch, given):
     monkeypatch.setenv(companions.COUNT, given)
     with pytest.raises(UserError, match=companions.COUNT):
-        companions.process_count(quickstart)
+        process_count.process_count(quickstart)
     monkeypatch.setenv(companions.COUNT, "3")
-    assert companions.process_count(quickstart) == 3
+    assert process_count.process_count(quickstart) == 3
 
 
 def test_two_processes_end_where_one_does(recipe, alone, tmp_path, two):

@@ -14,12 +14,14 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"slicing"},
     {"models", "sampling", "randomness", "crosscheck", "timing", "latency"},
     {"yaml_files"},  # of data, benchmarks and recipes
+    {"run_directory"},
     {"data", "training"},
     {"methods"},
     {"evaluation", "serving", "export", "benchmark"},
     {
         *("report", "demo", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare"),
-        *("importing", "companions"),
+        "importing",
+        *("companions", "process_count"),
     },
     {"cli"},
     {"__main__"},
@@ -39,7 +41,7 @@ WITHIN = {  # what may be imported within a layer
     "report": {"recipe", "stages", "compare"},
     "importing": {"recipe"},
     "demo": {"report"},
-    "companions": {"recipe"},
+    "process_count": {"recipe", "companions"},
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)

@@ -18,8 +18,8 @@ from prunekit.recipe import (
     precisions,
     resolve_recipe,
 )
-from prunekit.run import RECIPE as FILE
 from prunekit.run import start
+from prunekit.run_directory import RECIPE as FILE
 
 CPU = torch.device("cpu")
 SEARCH = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}

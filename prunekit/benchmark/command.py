@@ -12,11 +12,11 @@ from prunekit.benchmark.runner import Bench
 from prunekit.benchmark.table import markdown
 from prunekit.errors import UserError
 from prunekit.models import load_shape, quiet_libraries
+from prunekit.run_directory import METHODS, RECIPE, read_recipe
 from prunekit.training.checkpoint import write_text
 from prunekit.training.claims import occupied, refuse_foreign
-from prunekit.yaml_files import read_mapping
 
-TABLE, RECIPE = "table.md", "recipe.yaml"
+TABLE = "table.md"
 
 
 def bench(
@@ -71,11 +71,8 @@ def run_recipe(directory: Path) -> BenchRecipe:
 
     Raises FileNotFoundError for a directory without a run, ValueError for one without a finished expert.
     """
-    path = directory / RECIPE
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
-    settings = read_mapping(path)
-    folders = sorted(directory.glob("methods/*/experts/[0-9]*/unet/config.json"))
+    settings = read_recipe(directory)
+    folders = sorted(directory.glob(f"{METHODS}/*/experts/[0-9]*/unet/config.json"))
     if not folders:
         raise UserError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")
     experts = {}

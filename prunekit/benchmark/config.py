@@ -8,9 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from prunekit.benchmark.modes import Mode
 from prunekit.errors import UserError, plain_name
+from prunekit.run_directory import DENSE
 from prunekit.yaml_files import FAULTS, load_overrides, load_settings, merged, read_mapping, resolved
 
-DENSE = "dense"  # the architecture that is always there, and that the others are compared with
 JOB = "bench"
 REDUCED = {"resolution": 256, "batch": 1, "guidance": 1.0, "steps": 2, "warmup_seconds": 10.0}
 REDUCED_REPEATS = 3

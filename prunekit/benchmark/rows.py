@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
+from prunekit.benchmark.config import BenchRecipe, CellConfig
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.run_directory import DENSE
 from prunekit.timing import Measurement, Ratio, Timing
 from prunekit.timing.environment import SAME
 from prunekit.training.checkpoint import read_json

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from prunekit.benchmark.config import DENSE, BenchRecipe, CellConfig
+from prunekit.benchmark.config import BenchRecipe, CellConfig
 from prunekit.benchmark.models import (
     choose,
     dense_cost,
@@ -31,6 +31,7 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.errors import UserError
 from prunekit.methods.budget import unaligned
 from prunekit.models import load_shape, load_unet_on_meta
+from prunekit.run_directory import DENSE
 from prunekit.timing import WarmUp, measure, peak_memory, timed_call, timed_inputs
 from prunekit.timing.environment import device_name, environment, folder_name
 from prunekit.training.checkpoint import write_json

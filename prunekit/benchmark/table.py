@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from prunekit.benchmark.config import DENSE, BenchRecipe
+from prunekit.benchmark.config import BenchRecipe
 from prunekit.benchmark.rows import Row
+from prunekit.run_directory import DENSE
 
 MISSING = "–"
 COLUMNS = (

@@ -21,11 +21,12 @@ def run(
     """Run a recipe; where its directory holds the same run, go on with it."""
     recipe = find_recipe(recipe)
     from prunekit.companions import companions
+    from prunekit.process_count import process_count
     from prunekit.recipe import load_recipe
     from prunekit.run import start
     from prunekit.training.termination import graceful
 
-    with graceful(), companions(load_recipe(recipe, overrides or ())):
+    with graceful(), companions(process_count(load_recipe(recipe, overrides or ()))):
         say(f"The run is in {start(recipe, overrides or (), directory)}")
 
 
@@ -33,10 +34,11 @@ def run(
 def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
     """Go on with a run that was stopped; a finished one is shown again."""
     from prunekit.companions import companions
+    from prunekit.process_count import process_count
     from prunekit.run import recorded, resume
     from prunekit.training.termination import graceful
 
-    with graceful(), companions(recorded(directory)):
+    with graceful(), companions(process_count(recorded(directory))):
         say(f"The run is in {resume(directory)}")
 
 
@@ -56,11 +58,12 @@ def compare(
     overrides = [text for text in recipes if "=" in text]
     from prunekit.companions import companions
     from prunekit.compare.comparison import compare
+    from prunekit.process_count import process_count
     from prunekit.recipe import load_recipe
     from prunekit.training.termination import graceful
 
     made = next((load_recipe(path, overrides) for path in paths if not path.is_dir()), None)
-    with graceful(), companions(made):
+    with graceful(), companions(process_count(made)):
         folder = compare(paths, overrides, output)
     say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
 

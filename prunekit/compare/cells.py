@@ -26,15 +26,14 @@ from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
 from prunekit.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.recovery import Recovery, recover
+from prunekit.run_directory import DENSE, SCORES
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import read_json, replacing, write_json
 from prunekit.training.tracking import flat
 
 FORMAT = 1
 CELLS, WORK = "cells", "work"  # folders of a comparison
-DENSE = "dense"
 STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
-SCORES = "scores.safetensors"
 MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields that no calibration depends on
 
 

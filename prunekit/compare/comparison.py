@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from prunekit.compare.cells import CELLS, DENSE, WORK, Cell, CellRunner, cells_of
+from prunekit.compare.cells import CELLS, WORK, Cell, CellRunner, cells_of
 from prunekit.compare.fairness import Result, refuse_unfair
 from prunekit.compare.pareto import pareto_picture
 from prunekit.compare.table import PROTOCOLS, csv_text, json_rows, rows_of, shown_rows, warnings_of
@@ -24,7 +24,7 @@ from prunekit.recipe import (
     resolve_recipe,
 )
 from prunekit.report.command import finish
-from prunekit.run import RECIPE
+from prunekit.run_directory import DENSE, RECIPE, RESULTS
 from prunekit.stages import RunLog, Stages
 from prunekit.training.checkpoint import read_json, write_json, write_text
 from prunekit.training.claims import Piece, occupied, refuse_foreign, share
@@ -168,7 +168,7 @@ def _write(
     rows = rows_of(cells, timings)
     content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
     content["warnings"] = warnings_of(cells)
-    write_json(folder / "results.json", {"environments": _environments(cells), **content})
+    write_json(folder / RESULTS, {"environments": _environments(cells), **content})
     write_text(folder / TABLE_CSV, csv_text(rows))
     parts = [NOTE + "\n"]
     for protocol in dict.fromkeys(row.protocol for row in rows):

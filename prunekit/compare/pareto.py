@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunekit.compare.cells import DENSE
 from prunekit.compare.table import BY_KEY, Row
 from prunekit.evaluation.pictures import save_figure
+from prunekit.run_directory import DENSE
 
 PANELS = ("cmmd", "clip_score")
 COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a UNet call (% of dense)"}

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from prunekit.compare.cells import DENSE, STATIC
+from prunekit.compare.cells import STATIC
 from prunekit.compare.fairness import Result
 from prunekit.evaluation.table import COLUMNS, Column
 from prunekit.evaluation.uncertainty import Estimate, estimate
 from prunekit.methods.result import share_warnings
+from prunekit.run_directory import DENSE
 
 COSTS = ("params", "macs", "macs_ratio")
 TIMES = (

@@ -1,7 +1,6 @@
 """Tables of paths and captions: a CSV file, CC3M's TSV, the metadata of an image folder."""
 
 import csv
-import difflib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 from prunekit.data.bad_samples import BadSample, DataError
 from prunekit.data.samples import Sample, caption_fault, file_sample
+from prunekit.errors import nearest
 
 Row = tuple[str, Path, Any]  # what messages call it, the picture's file, the caption
 NUMBERED = re.compile(r"(\d+)(?:_(\d+))?")  # the file names of CC3M's downloads: the row from 0, a checksum of the link
@@ -60,8 +60,7 @@ def check_columns(path: Path, columns: list[str], image_column: str, text_column
     """Raise DataError for a column that is not there, with the nearest that is."""
     for setting, column in (("image_column", image_column), ("text_column", text_column)):
         if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(column, columns)
             raise DataError(f"{path} has no column {column!r}{hint} (it has {listed(columns)}): set data.{setting}")
 
 

@@ -23,10 +23,9 @@ from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
+from prunekit.run_directory import RECIPE, method_directory, read_recipe
 from prunekit.serving import PromptRoutedPipeline
-from prunekit.serving.experts import Experts
-from prunekit.serving.loading import RECIPE, method_directory, read_recipe
-from prunekit.serving.pipeline import Mixture
+from prunekit.serving.experts import Experts, Mixture
 from prunekit.serving.prompts import shipped_prompts
 from prunekit.training.checkpoint import read_json
 

@@ -20,18 +20,19 @@ from prunekit.evaluation.features import Features
 from prunekit.evaluation.figures import Seen, figures, refuse
 from prunekit.evaluation.protocols import Protocol, ProtocolError, load_data_config, load_protocol
 from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_table
-from prunekit.evaluation.targets import RECIPE, Subject, Target, embeddings_of
+from prunekit.evaluation.targets import Subject, Target, embeddings_of
 from prunekit.models import quiet_libraries, resolution_of
 from prunekit.precision import resolve_precision
 from prunekit.randomness import generator
+from prunekit.run_directory import LOCKS, RECIPE, RESULTS
 from prunekit.training.checkpoint import write_json, write_text
 from prunekit.training.claims import occupied, refuse_foreign
 from prunekit.training.processes import apart, current
 
 FORMAT = 1
-RESULTS, TABLE = "results.json", "table.md"
+TABLE = "table.md"
 HEADING = "# Protocol "  # of the table
-FEATURES, PICTURES, LOCKS = "features", "pictures", "locks"
+FEATURES, PICTURES = "features", "pictures"
 BY_KEY = {column.key: column for column in COLUMNS}
 NOTE = (
     "MACs are of one UNet call; over experts, the mean by the evaluated prompts. Each figure: value ± 1.96 jackknife "

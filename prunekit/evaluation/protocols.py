@@ -1,6 +1,5 @@
 """Evaluation protocols: named settings under which pictures are made and measured. Figures of two are not compared."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunekit.data.config import DataConfig
-from prunekit.errors import UserError
+from prunekit.errors import UserError, nearest
 from prunekit.evaluation.evaluator import INCEPTION
 from prunekit.precision import AUTO, Precision
 from prunekit.yaml_files import FAULTS, load_overrides, resolved
@@ -105,7 +104,7 @@ def load_protocol(name: str, overrides: Iterable[str] = (), num_images: int | No
     Raises ProtocolError, one line: an unknown protocol or key (with the nearest valid one), or a wrong value.
     """
     if name not in PROTOCOLS:
-        raise ProtocolError(f"no protocol {name!r}{_near(name, PROTOCOLS)} Protocols: {', '.join(PROTOCOLS)}")
+        raise ProtocolError(f"no protocol {name!r}{nearest(name, PROTOCOLS) or '.'} Protocols: {', '.join(PROTOCOLS)}")
     try:
         changes = resolved(load_overrides(overrides), "settings")
     except UserError as error:
@@ -156,13 +155,8 @@ def checked(model: type[BaseModel], content: dict[str, Any], prefix: str) -> Any
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             allowed = ", ".join(name for name in model.model_fields if name != "name")
-            near = _near(key, model.model_fields)
+            near = nearest(key, model.model_fields) or "."
             raise ProtocolError(f"unknown setting {prefix}{key}{near} Settings: {allowed}") from error
         message = " ".join(first["msg"].removeprefix("Value error, ").split())
         shown = "" if first["type"] == "value_error" else f"{prefix}{key}={first['input']!r}: "
         raise ProtocolError(f"{shown}{message}") from error
-
-
-def _near(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,6 +1,5 @@
 """Tables of results from one declared list of columns: on the terminal, as Markdown and as JSON."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any, Literal
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from prunekit.errors import UserError
+from prunekit.errors import UserError, nearest
 from prunekit.markdown import markdown_cell
 
 Row = Mapping[str, Any]
@@ -97,8 +96,7 @@ def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Colu
     for row in rows:
         for key in row:
             if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; the columns are {', '.join(keys)}"
+                hint = nearest(key, keys) or f"; the columns are {', '.join(keys)}"
                 raise UserError(f"no column shows {key!r} of row {row.get('name')!r}{hint}")
     return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 

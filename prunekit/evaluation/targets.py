@@ -17,17 +17,15 @@ from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.evaluation.protocols import Protocol
 from prunekit.methods.base import space_and_cost
-from prunekit.methods.result import RESULT, PruneResult
-from prunekit.methods.router import FILE_NAME
+from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
+from prunekit.run_directory import DENSE, RECIPE, RESULT, ROUTER
 from prunekit.training.processes import current
 from prunekit.yaml_files import read_mapping
 
-RECIPE = "recipe.yaml"  # of a run
 INDEX = "model_index.json"  # of a pipeline
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _pruned(
     digest = Fingerprint(key, *digests.of([str(path) for path in sorted(files)]))
     encoder = None
     if result.router is not None:
-        digest.add(recipe["prompt_encoder"], *digests.of([str(folder / FILE_NAME)]))
+        digest.add(recipe["prompt_encoder"], *digests.of([str(folder / ROUTER)]))
         encoder = load_prompt_encoder(recipe["prompt_encoder"])
     return Subject(candidate, pipeline, digest.key(), encoder, cost.dense_macs)
 

@@ -13,6 +13,7 @@ import yaml
 from prunekit.errors import UserError, first_line
 from prunekit.markdown import markdown_text
 from prunekit.models.names import KNOWN
+from prunekit.run_directory import DENSE
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
@@ -89,7 +90,7 @@ def model_card(
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {markdown_text(name)}"]
     parts += [_summary(info, result, base, len(rows))]
     parts += [_markdown(("UNet", "tier", "MACs", "parameters"), [(i, *_numbers(row)) for i, row in enumerate(rows)])]
-    shown = [row for row in table if row.get("name") in ("dense", info.get("method"))]
+    shown = [row for row in table if row.get("name") in (DENSE, info.get("method"))]
     if shown:
         columns = [column for column in COLUMNS if any(row.get(column) is not None for row in shown)]
         body = [(row["name"], *(_figure(row.get(column)) for column in columns)) for row in shown]

@@ -31,6 +31,7 @@ from prunekit.methods.result import PruneResult, ResultInfo, describe_cost
 from prunekit.methods.router import Router
 from prunekit.models import load_pipeline, load_shape
 from prunekit.recipe import dump_recipe, parse_recipe
+from prunekit.run_directory import RECIPE
 from prunekit.training.checkpoint import write_json
 
 MODEL, PROMPT_ENCODER = "sd-2.1", "sentence-transformers/all-mpnet-base-v2"  # of the paper
@@ -93,7 +94,7 @@ def import_aptp(
         mean = sum(result.info.ratio) / len(architectures)  # of the experts; how many prompts each has is unknown
         prune = {"depth": "aptp", "budget": min(round(mean, 4), 0.9999)}
         recipe = parse_recipe({**settings, "prune": prune, "methods": methods})
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     return Imported(Path(directory), result, weights, [*found.notes, *notes])
 
 

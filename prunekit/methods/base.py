@@ -20,10 +20,10 @@ from prunekit.methods.latency_budget import latency_model
 from prunekit.methods.result import PruneResult, ResultInfo, describe_cost
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.work import MethodWork
+from prunekit.run_directory import SCORES
 from prunekit.training.sizes import SMOKE, capped, two_steps
 from prunekit.training.trainer import Log, TrainerConfig
 
-SCORES = "scores.safetensors"
 SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are not read
 Dataset = EncodedData | CaptionedImages
 M = TypeVar("M", bound="Method")

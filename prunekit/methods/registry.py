@@ -4,14 +4,13 @@ A method's module is imported when the method is first used, so listing methods 
 """
 
 import ast
-import difflib
 import importlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
-from prunekit.errors import UserError
+from prunekit.errors import UserError, nearest
 
 GROUP = "prunekit.methods"
 M = TypeVar("M", bound=type)
@@ -68,8 +67,7 @@ def get(name: str) -> type:
     if name in external:
         return _load(external[name])
     available = names()
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), available, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    hint = nearest(str(name).lower().replace("-", "_"), available, 3, 0.5) or "."
     raise UserError(f"unknown method {name!r}{hint} Available: {', '.join(available)}")
 
 

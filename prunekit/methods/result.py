@@ -12,10 +12,10 @@ from prunekit.core.discovery import match
 from prunekit.core.space import Architecture, UnitSpace
 from prunekit.errors import UserError
 from prunekit.methods.router import Router
+from prunekit.run_directory import RESULT
 from prunekit.training.checkpoint import read_json, write_json
 
 FORMAT = 1
-RESULT = "result.json"
 OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little
 MOST_SHARE = 0.9  # of the training prompts: an expert with more leaves nearly nothing to route
 

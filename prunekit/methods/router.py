@@ -18,8 +18,8 @@ from prunekit.core.space import UnitSpace
 from prunekit.errors import UserError
 from prunekit.methods.relaxation import Relaxation
 from prunekit.methods.storage import read_tensors, write_tensors
+from prunekit.run_directory import ROUTER
 
-FILE_NAME = "router.safetensors"
 _CHUNK = 1 << 22  # products held at once, 32 MB
 ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
 
@@ -343,4 +343,4 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix == Path(FILE_NAME).suffix else path / FILE_NAME
+    return path if path.suffix == Path(ROUTER).suffix else path / ROUTER

@@ -1,11 +1,10 @@
 """Which model a name means: the embedded one, a directory, a single file, or a hub id."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import UserError, first_line
+from prunekit.errors import UserError, first_line, nearest
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "emoji"
@@ -69,8 +68,7 @@ def short_name(name: str | Path) -> str | None:
 def unknown(name: str | Path) -> UserError:
     """Return the error of a name that means no model, with the nearest one that does."""
     names = [EMBEDDED, *KNOWN, *KNOWN.values()]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = nearest(str(name), names, cutoff=0.5) or "."
     return UserError(f"no model {str(name)!r} here{hint} Give one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
 
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from prunekit.compare.cells import DENSE, budget_value, cells_of
+from prunekit.compare.cells import budget_value, cells_of
 from prunekit.core.space import Architecture
 from prunekit.methods.base import Method
 from prunekit.methods.budget import budget_limit
 from prunekit.methods.work import MethodWork
 from prunekit.plan.models import PlannedModel
 from prunekit.recipe import CompareRecipe, PruneRecipe
+from prunekit.run_directory import DENSE
 from prunekit.training.fine_tuning import FineTuneConfig
 
 

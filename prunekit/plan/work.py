@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunekit.compare.cells import DENSE
 from prunekit.data.cache_config import CacheConfig
 from prunekit.plan.data import DataSize
 from prunekit.plan.models import PlannedModel
 from prunekit.plan.rows import PlannedRow
 from prunekit.plan.speed import Speed
 from prunekit.recipe import CompareRecipe, PruneRecipe
+from prunekit.run_directory import DENSE
 from prunekit.training.trainer import TrainerConfig
 
 ENCODING, CHOICE, TUNING, GENERATION = "encoding", "choice", "fine-tuning", "generation"  # parts of a recipe's work

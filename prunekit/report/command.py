@@ -9,7 +9,8 @@ from prunekit.recipe import PretrainRecipe, load_recipe
 from prunekit.report import sensitivity
 from prunekit.report.page import write_report
 from prunekit.report.recording import record
-from prunekit.report.source import RECIPE, Source
+from prunekit.report.source import Source
+from prunekit.run_directory import RECIPE
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import no_room
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunekit.compare.cells import DENSE
 from prunekit.compare.pareto import COSTS, PANELS, costs_of, pareto_panel
 from prunekit.compare.table import BY_KEY, PROTOCOLS, QUALITY, Row, rows_of, shown_rows
 from prunekit.compare.timing import TIMINGS
@@ -12,6 +11,7 @@ from prunekit.evaluation.table import COLUMNS, EXPERT_COLUMNS, Column, shown
 from prunekit.evaluation.uncertainty import estimate
 from prunekit.report.figures import inline_svg, legend_below, new_figure, style
 from prunekit.report.source import MissingError, Section, Source
+from prunekit.run_directory import DENSE
 from prunekit.training.checkpoint import read_json
 
 TITLE = "What was cut, and what it cost"

@@ -13,9 +13,10 @@ from prunekit.core.gates import gated
 from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.slicing import slice_model
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
-from prunekit.methods.result import RESULT, PruneResult
+from prunekit.methods.result import PruneResult
 from prunekit.recipe import CompareRecipe, PruneRecipe
 from prunekit.report.routing import mapped_rows, prompt_map
+from prunekit.run_directory import METHODS, RESULT
 from prunekit.stages import Stages
 from prunekit.training.checkpoint import write_json
 
@@ -31,7 +32,7 @@ def record(directory: Path, stages: Stages) -> None:
         write_json(directory / ENVIRONMENT, {**own, "weights": stages.model_digest, "data": stages.data.key})
     assert isinstance(stages.recipe, PruneRecipe | CompareRecipe)
     for name in stages.recipe.methods:
-        folder = directory / "methods" / name
+        folder = directory / METHODS / name
         if not (folder / RESULT).is_file():
             continue
         result = PruneResult.load(folder, dense)

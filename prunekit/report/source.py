@@ -9,12 +9,11 @@ from typing import Any
 from diffusers import ModelMixin
 
 from prunekit.errors import UserError
-from prunekit.methods.result import RESULT, PruneResult
+from prunekit.methods.result import PruneResult
 from prunekit.models import load_unet_on_meta
+from prunekit.run_directory import METHODS, RECIPE, RESULT, RESULTS
 from prunekit.training.checkpoint import LOG, read_json
 from prunekit.yaml_files import read_mapping
-
-RECIPE, RESULTS = "recipe.yaml", "results.json"
 
 
 class MissingError(UserError):
@@ -101,7 +100,7 @@ class Source:
                 share, seed = result.info.mean_ratio, result.info.settings["seed"]
                 found[f"{label}, {100 * share:.1f} % of the MACs, seed {seed}"] = result
             return found
-        folders = [self.directory / "methods" / name for name in self.recipe.get("methods", ())]
+        folders = [self.directory / METHODS / name for name in self.recipe.get("methods", ())]
         return {folder.name: PruneResult.load(folder) for folder in folders if (folder / RESULT).is_file()}
 
     @cached_property

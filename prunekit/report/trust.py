@@ -5,7 +5,8 @@ from typing import Any
 from prunekit.compare.table import warnings_of as cell_warnings
 from prunekit.recipe.smoke import SUFFIX
 from prunekit.report.recording import ENVIRONMENT
-from prunekit.report.source import RECIPE, MissingError, Section, Source
+from prunekit.report.source import MissingError, Section, Source
+from prunekit.run_directory import RECIPE
 from prunekit.serving.loading import recipe_hash
 from prunekit.training.checkpoint import read_json
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from prunekit.compare.cells import DENSE, Cell
+from prunekit.compare.cells import Cell
 from prunekit.compare.table import PROTOCOLS
 from prunekit.data.picture_files import open_picture
 from prunekit.evaluation.generate import REQUEST
 from prunekit.evaluation.pictures import expert_note
 from prunekit.report.source import MissingError, Section, Source
+from prunekit.run_directory import DENSE
 from prunekit.training.checkpoint import read_json
 
 MOST_PROMPTS = 24

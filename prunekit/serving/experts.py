@@ -1,15 +1,20 @@
-"""Experts kept in memory up to a bound: the one that was least recently used goes first."""
+"""A mixture, and its experts kept in memory up to a bound: the least recently used expert leaves first."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
+from prunekit.data.prompt_encoder import PromptEncoder
 from prunekit.errors import UserError
+from prunekit.methods.router import Router
+
+DEFAULT_GUIDANCE = 7.5
 
 
 @dataclass
@@ -110,3 +115,18 @@ class Experts:
         if self.max_resident is not None and len(self._slots) >= self.max_resident:
             return False
         return self.max_bytes is None or size + sum(map(self.size, self._slots)) <= self.max_bytes
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a pipeline serves: the experts and the router that assigns prompts to them.
+
+    router, encoder: None where there is one expert. guidance: where a call asks for none. info: JSON values about the
+    mixture's source, `recipe` (a hash) and `method` among them.
+    """
+
+    experts: Experts
+    router: Router | None = None
+    encoder: PromptEncoder | None = None
+    guidance: float = DEFAULT_GUIDANCE
+    info: dict[str, Any] = field(default_factory=dict)

@@ -21,7 +21,8 @@ from prunekit.export.parts import INDEX, save_pipeline
 from prunekit.export.staging import staged
 from prunekit.export.tiers import GRAPHS, check_tier, save_unet
 from prunekit.export.verification import Claim, Expected, claims_of, verify
-from prunekit.serving.loading import RECIPE, ROUTED
+from prunekit.run_directory import RECIPE, RESULTS
+from prunekit.serving.loading import ROUTED
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import shipped_prompts
 from prunekit.serving.storage import write_shared
@@ -140,7 +141,7 @@ def _export_all(
                 work.save(unet, folder / "experts" / str(index), f"expert {index}")
             del unet  # or it would stay in memory while the next one is loaded
         if work.tier not in GRAPHS:
-            write_shared(pipeline, folder)
+            write_shared(pipeline.parts, pipeline.mixture, folder)
             work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
         use = "graph" if work.tier in GRAPHS else "routed"
         return _finish(folder, directory, work, use, pipeline.mixture.info, table)
@@ -170,5 +171,5 @@ def _finish(
 
 def _table(source: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's results; none where there are no results."""
-    path = source / "results.json"
+    path = source / RESULTS
     return read_json(path)["table"]["rows"] if path.is_file() else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -16,15 +15,13 @@ from prunekit.errors import UserError
 from prunekit.export.loading import load_unet
 from prunekit.export.parts import INDEX, Parts
 from prunekit.export.specification import read_outline, weight_files
-from prunekit.methods.result import RESULT, PruneResult
-from prunekit.methods.router import FILE_NAME, Router
+from prunekit.methods.result import PruneResult
+from prunekit.methods.router import Router
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import read_object
-from prunekit.serving.experts import Experts
-from prunekit.serving.pipeline import DEFAULT_GUIDANCE, Mixture
-from prunekit.yaml_files import read_mapping
+from prunekit.run_directory import RECIPE, ROUTER, method_directory, read_recipe
+from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
 
-RECIPE = "recipe.yaml"  # of a run
 ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
 FORMAT = 1
 PROMPT_ENCODER = "prompt_encoder"
@@ -56,14 +53,6 @@ def load(
         if isinstance(part, torch.nn.Module):
             part.to(place)
     return parts, mixture
-
-
-def read_recipe(directory: Path) -> dict[str, Any]:
-    """Return the settings of a run; FileNotFoundError for a directory without one."""
-    path = directory / RECIPE
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
-    return read_mapping(path)
 
 
 def recipe_hash(directory: Path) -> str:
@@ -111,7 +100,7 @@ def _from_routed(
     experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
     router = encoder = None
     if content.get("has_router"):
-        router, encoder = Router.load(directory / FILE_NAME), load_prompt_encoder(directory / PROMPT_ENCODER)
+        router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
         if (router.num_experts, router.embedding_size) != (count, encoder.size):
             raise UserError(
                 f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
@@ -136,22 +125,3 @@ def _experts(
         return sum(math.prod(shape) for own in shapes for shape in own.values())
 
     return Experts(read, num_weights, count, device, dtype, **bounds)
-
-
-def method_directory(directory: Path, method: str | None = None) -> Path:
-    """Return where a run keeps what a method made; ValueError, one line, for a method that it has not.
-
-    method: by default the one that routes, else the first by name.
-    """
-    if method is None:
-        folders = sorted(path.parent for path in directory.glob(f"methods/*/{RESULT}"))
-        routed = [folder for folder in folders if (folder / FILE_NAME).is_file()]
-        if not folders:
-            raise UserError(f"{directory} has no result of a method yet; resume it first")
-        return (routed or folders)[0]
-    folder = directory / "methods" / method
-    if not (folder / "result.json").is_file():
-        finished = sorted(path.parent.name for path in directory.glob("methods/*/result.json"))
-        known = f"it has {', '.join(finished)}" if finished else "it has none yet; resume it first"
-        raise UserError(f"{directory} has no result of method {method!r}: {known}")
-    return folder

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_en
 from prunekit.errors import UserError
 from prunekit.export.parts import Parts
 from prunekit.methods.router import Router
-from prunekit.serving.experts import Experts
+from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
+from prunekit.serving.loading import load
 from prunekit.serving.requests import Image, check_options, images_of
+from prunekit.serving.storage import save
 
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 25, 7.5
+DEFAULT_STEPS = 25
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 
 
@@ -41,21 +43,6 @@ class RoutedOutput(BaseOutput):
     experts: list[int]
     macs: list[int]
     seeds: list[int]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What is served: the experts, and who goes where.
-
-    router, encoder: None where there is one expert. guidance: where a call asks for none. info: JSON values about where
-    it comes from, `recipe` (a hash) and `method` among them.
-    """
-
-    experts: Experts
-    router: Router | None = None
-    encoder: PromptEncoder | None = None
-    guidance: float = DEFAULT_GUIDANCE
-    info: dict[str, Any] = field(default_factory=dict)
 
 
 class PromptRoutedPipeline(DiffusionPipeline):
@@ -154,8 +141,6 @@ class PromptRoutedPipeline(DiffusionPipeline):
         Raises FileNotFoundError for a directory without a model, ValueError, one line, for a faulty one.
 
         """
-        from prunekit.serving.loading import load
-
         parts, mixture = load(Path(directory), method, device, dtype, max_resident, max_bytes)
         return cls.of(parts, mixture)
 
@@ -164,9 +149,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
         tier: of the experts, as `prunekit export` has it.
         """
-        from prunekit.serving.storage import save
-
-        save(self, Path(save_directory), tier)
+        save(self.parts, self.mixture, Path(save_directory), tier)
 
     @property
     def num_experts(self) -> int:

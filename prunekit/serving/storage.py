@@ -11,45 +11,43 @@ Without prunekit, diffusers opens it with one expert: `DiffusionPipeline.from_pr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prunekit.export.parts import Parts
 from prunekit.export.staging import staged
 from prunekit.export.tiers import save_unet
-from prunekit.methods.router import FILE_NAME
+from prunekit.run_directory import ROUTER
+from prunekit.serving.experts import Mixture
 from prunekit.serving.loading import FORMAT, PROMPT_ENCODER, ROUTED
 from prunekit.training.checkpoint import write_json
 
-if TYPE_CHECKING:
-    from prunekit.serving.pipeline import PromptRoutedPipeline
 
-
-def save(pipeline: PromptRoutedPipeline, directory: Path, tier: str = "auto") -> None:
-    """Write the pipeline to a directory that is new or empty; it appears whole or not at all."""
+def save(parts: Parts, mixture: Mixture, directory: Path, tier: str = "auto") -> None:
+    """Write a mixture and its pipeline's parts to a directory that is new or empty; it appears whole or not at all."""
     with staged(directory) as folder:
-        write(pipeline, folder, tier)
+        write(parts, mixture, folder, tier)
 
 
-def write(pipeline: PromptRoutedPipeline, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
-    """Write the pipeline into an existing folder; return the experts' specifications."""
+def write(parts: Parts, mixture: Mixture, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
+    """Write a mixture and its pipeline's parts into an existing folder; return the experts' specifications."""
     specifications = []
-    for index in range(pipeline.num_experts):
-        with pipeline.mixture.experts.use(index) as unet:
+    for index in range(mixture.experts.num_experts):
+        with mixture.experts.use(index) as unet:
             specifications.append(save_unet(unet, folder / "experts" / str(index), tier))
         del unet  # or it would stay in memory while the next one is loaded
-    write_shared(pipeline, folder)
+    write_shared(parts, mixture, folder)
     return specifications
 
 
-def write_shared(pipeline: PromptRoutedPipeline, folder: Path) -> None:
+def write_shared(parts: Parts, mixture: Mixture, folder: Path) -> None:
     """Write all but the experts."""
-    mixture = pipeline.mixture
-    pipeline.parts.save(folder)
+    parts.save(folder)
     if mixture.router is not None and mixture.encoder is not None:
-        mixture.router.save(folder / FILE_NAME)
+        mixture.router.save(folder / ROUTER)
         mixture.encoder.model.save(str(folder / PROMPT_ENCODER), create_model_card=False, safe_serialization=True)
     content = {
         "format": FORMAT,
-        "num_experts": pipeline.num_experts,
+        "num_experts": mixture.experts.num_experts,
         "has_router": mixture.router is not None,
         "guidance": mixture.guidance,
         "info": mixture.info,
