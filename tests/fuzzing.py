@@ -190,30 +190,3 @@ def bounded(outcome: Outcome, whole: float, folders: list[str]) -> None:
     assert outcome.seconds <= RATIO * whole + START, f"{outcome.seconds:.1f} s, and {whole:.1f} s of the whole one"
     assert outcome.memory <= MEMORY, f"{outcome.memory / GIB:.1f} GiB"
     assert not auditing.outside(outcome.seen, folders)
-
-
-@dataclass
-class Figures:
-    """What a fuzz test saw, printed by `pytest -s`: how many examples, the largest CPU ratio and memory."""
-
-    name: str
-    examples: int = 0
-    refused: int = 0
-    ratio: float = 0.0
-    seconds: float = 0.0
-    memory: int = 0
-
-    def add(self, outcome: Outcome, whole: float) -> None:
-        """Count one outcome."""
-        self.examples += 1
-        self.refused += outcome.kind == "refused"
-        self.ratio = max(self.ratio, outcome.seconds / whole)
-        self.seconds = max(self.seconds, outcome.seconds)
-        self.memory = max(self.memory, outcome.memory)
-
-    def show(self) -> None:
-        """Print them."""
-        print(
-            f"\n{self.name}: {self.examples} examples, {self.refused} refused, at most {self.ratio:.2f} x the CPU time "
-            f"of the whole one ({self.seconds:.2f} s), {self.memory / 2**20:.0f} MiB"
-        )

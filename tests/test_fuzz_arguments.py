@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import START, Figures, bounded, forked, fuzzed
+from fuzz_figures import Figures, shown
+from fuzzing import START, forked, fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 from small_model import RECIPE
@@ -120,15 +121,7 @@ def ended(words: list[str]) -> tuple[int, str]:
 
 
 FIGURES = Figures("command lines")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def figures():
-    """Show, with `pytest -s`, what was measured."""
-    yield
-    FIGURES.show()
-
-
+figures = shown(FIGURES)
 WHOLE = 2.0  # seconds of CPU time: `macs sd-1.5`, the largest model that a line may name
 
 
@@ -144,10 +137,10 @@ def check(words: list[str]) -> tuple[int, str]:
             return ended([word for word in words if word != "--debug"])
 
         outcome = forked(work_there, 5 * WHOLE + START)
-        FIGURES.add(outcome, WHOLE)
-        bounded(outcome, WHOLE, [root])
-        assert all(path.is_relative_to(work) for path in set(Path(root).rglob("*")) - {*before})
-        assert not (work / "ran").exists()
+        with FIGURES.case(words):
+            FIGURES.check(outcome, WHOLE, [root])
+            assert all(path.is_relative_to(work) for path in set(Path(root).rglob("*")) - {*before})
+            assert not (work / "ran").exists()
         return outcome.value
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import HOSTILE, START, Figures, bounded, forked, fuzzed, mutated
+from fuzz_figures import Figures, shown
+from fuzzing import HOSTILE, START, forked, fuzzed, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -249,13 +250,7 @@ def seconds_of(kind: str) -> float:
 
 
 FIGURES = Figures("model directories")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def figures():
-    """Show, with `pytest -s`, what was measured."""
-    yield
-    FIGURES.show()
+figures = shown(FIGURES)
 
 
 def check(change, kind: str = "stock") -> str:
@@ -265,12 +260,12 @@ def check(change, kind: str = "stock") -> str:
         folder, mark = Path(root) / "model", Path(root) / "ran"
         shutil.copytree(whole(kind), folder)
         plant(folder, mark)
-        change(folder)
+        changed = change(folder)
         before = sorted(Path(root).rglob("*"))
         outcome = forked(lambda: look(folder), 5 * seconds + START)
-        FIGURES.add(outcome, seconds)
-        bounded(outcome, seconds, [])
-        assert not mark.exists() and sorted(Path(root).rglob("*")) == before
+        with FIGURES.case(changed):
+            FIGURES.check(outcome, seconds, [])
+            assert not mark.exists() and sorted(Path(root).rglob("*")) == before
         return outcome.kind
 
 
