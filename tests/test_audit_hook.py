@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from prunekit.models import load_pipeline
 
 PACKAGE, TESTS = Path(prunekit.__file__).parent, Path(__file__).parent
 PROGRAM = """
-import auditing, json, sys
+import auditing, json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
 seen = auditing.watch()
 kind, lines = sys.argv[1], json.loads(sys.argv[2])
 sys.argv[0] = "prunekit" if kind == "command" else "-c"
@@ -46,6 +48,7 @@ print("SEEN", json.dumps([ends, seen]), file=sys.stderr)
 """
 PROBE = ["socket.bind", "('::1', 0)"]  # urllib3, once it is imported, asks whether there is IPv6; nothing is sent
 ELSEWHERE = ("HF_", "XDG_", "MPL", "PRUNEKIT", "TORCH", "TRITON")  # variables that may name other folders
+LIMIT = 120  # seconds that commands may take
 HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # where a page of the demo is served
 
 
@@ -79,7 +82,8 @@ def audited(folder: Path, kind: str, *lines: list[str], until: str | None = None
     """Run command lines in `folder`/work, in one process.
 
     kind: "command": as the command line; "import": after `import prunekit`; "names": after all its names, too.
-    until: the text on a line of the output after which the process is interrupted.
+    until: the text on a line of the output after which the process is interrupted. A process that does not end is
+    killed after LIMIT seconds, and its end is the signal's negative number.
     """
     variables, before = environment(folder), package_files()
     command = [sys.executable, "-c", PROGRAM, kind, json.dumps(lines)]
@@ -87,15 +91,19 @@ def audited(folder: Path, kind: str, *lines: list[str], until: str | None = None
         process = subprocess.Popen(
             command, cwd=folder / "work", env=variables, stdout=subprocess.PIPE, stderr=printed, text=True
         )
-        lines = []
+        overdue, lines = threading.Timer(LIMIT, process.kill), []
+        overdue.start()
         for line in process.stdout:
             lines.append(line)
             if until is not None and until in line:
                 process.send_signal(signal.SIGINT)
-        process.wait(timeout=300)
+        process.wait()
+        overdue.cancel()
         printed.seek(0)
         told = printed.read().splitlines()
     shown = "".join(lines) + "\n".join(told)
+    if process.returncode < 0:
+        return Ran([process.returncode], [], [], shown)
     found = [line for line in told if line.startswith("SEEN ")]
     assert found, shown
     ends, seen = json.loads(found[-1].removeprefix("SEEN "))

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prunekit"
 LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
     {"errors"},
-    {"shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
+    {"files", "shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
     {
         "units",
         "cost",
@@ -35,6 +35,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"__main__"},
 )
 WITHIN = {  # what may be imported within a layer
+    "shipped": {"files"},
     "cost": {"units"},
     "gates": {"units"},
     "attaching": {"units"},

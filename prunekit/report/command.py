@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError
+from prunekit.files import no_room
 from prunekit.recipe import PretrainRecipe, load_recipe
 from prunekit.report import sensitivity
 from prunekit.report.page import write_report
 from prunekit.report.recording import record
 from prunekit.report.source import RECIPE, Source
 from prunekit.stages import Stages
-from prunekit.training.checkpoint import no_room
 
 
 class Saying:
