@@ -48,6 +48,7 @@ print("SEEN", json.dumps([ends, seen]), file=sys.stderr)
 """
 PROBE = ["socket.bind", "('::1', 0)"]  # urllib3, once it is imported, asks whether there is IPv6; nothing is sent
 ELSEWHERE = ("HF_", "XDG_", "MPL", "PRUNEKIT", "TORCH", "TRITON")  # variables that may name other folders
+QUIET = ("ORT_", "CI", "GITHUB_", "TF_BUILD")  # variables at which onnxruntime sends no telemetry
 LIMIT = 120  # seconds that commands may take
 HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # where a page of the demo is served
 
@@ -64,7 +65,7 @@ class Ran:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the variables of a process whose home and temporary folder are in `folder`."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(ELSEWHERE)}
+    own = {name: value for name, value in os.environ.items() if not name.startswith((*ELSEWHERE, *QUIET))}
     for name in ("home", "temporary", "matplotlib", "work"):
         (folder / name).mkdir(exist_ok=True)
     own |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
@@ -153,6 +154,14 @@ def test_the_hook_sees_writing_and_network(tmp_path):
     found = {(event, str(Path(path).relative_to(tmp_path))) for event, path in seen[:-1]}
     assert found == set(expected)
     assert seen[-1][0] == "socket.bind" and auditing.outside(seen, [str(tmp_path)]) == seen[-1:]
+
+
+def test_onnxruntime_leaves_no_identifier_and_sends_nothing(tmp_path):
+    """diffusers imports it with any pipeline; left alone, it writes to the home directory and sends telemetry."""
+    pytest.importorskip("onnxruntime")
+    variables = environment(tmp_path)
+    subprocess.run([sys.executable, "-c", "import prunekit, onnxruntime"], env=variables, cwd=tmp_path, check=True)
+    assert not any((tmp_path / "home").iterdir())
 
 
 SMALL = {"search": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}, "experts": 2, "warmup": 1}
