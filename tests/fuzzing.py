@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import auditing
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -25,6 +26,9 @@ SCALE = int(os.environ.get("PRUNEKIT_FUZZ", "1"))
 GIB = 2**30
 MEMORY = 4 * GIB  # that any input may take beyond what the process had
 RATIO, START = 5.0, 2.0  # CPU time that damage may take: five times the whole input's, and a constant
+
+
+TIMEOUT = pytest.mark.timeout(600 * SCALE)  # seconds; of every file that sets it as its `pytestmark`
 
 
 def fuzzed(examples: int) -> settings:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fuzz_figures import Figures, shown
-from fuzzing import START, forked, fuzzed
+from fuzzing import START, TIMEOUT, forked, fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 from small_model import RECIPE
@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from prunekit.cli import app
 
+pytestmark = TIMEOUT
 OPTIONS = {  # of each command; none is worked through with a valid argument
     "run": ["--directory"],
     "resume": [],

@@ -17,7 +17,7 @@ import data_layouts
 import pytest
 from damaged_files import BLOCK, pax, png_chunk, sample_members, saved, tar_member, with_checksum
 from fuzz_figures import Figures, shown
-from fuzzing import RATIO, START, forked, fuzzed
+from fuzzing import RATIO, START, TIMEOUT, forked, fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +27,7 @@ from prunekit.data.decoding import decode, fault
 from prunekit.errors import UserError
 
 EXAMPLES = 30  # of each kind
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
+pytestmark = [TIMEOUT, pytest.mark.filterwarnings("ignore")]  # Pillow's, about the damage
 
 TOKENS = (  # bytes that parsers stumble over
     b"\0",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz_figures import Figures, shown
-from fuzzing import HOSTILE, START, forked, fuzzed, mutated
+from fuzzing import HOSTILE, START, TIMEOUT, forked, fuzzed, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,7 @@ from prunekit.recipe import parse_recipe
 from prunekit.slicing import slice_unet
 from prunekit.units import discover
 
+pytestmark = TIMEOUT
 CONFIGS = (
     "model_index.json",
     "unet/config.json",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fuzz_figures import Figures, shown
-from fuzzing import HOSTILE, RATIO, START, forked, fuzzed, mutated
+from fuzzing import HOSTILE, RATIO, START, TIMEOUT, forked, fuzzed, mutated
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ from prunekit.plan import Devices, plan_all
 from prunekit.recipe import dump_recipe, load_recipe
 from prunekit.shipped import EXTENDS, shipped_recipes
 
+pytestmark = TIMEOUT
 NAMES = [name for name, path in shipped_recipes().items() if not is_benchmark(path)]
 BENCHMARKS = [name for name, path in shipped_recipes().items() if is_benchmark(path)]
 PLANNED = ("quickstart", "quickstart", "aptp_emoji", "codes_emoji", "pretrain_emoji", "norm_cc3m")  # quick ones
@@ -176,6 +177,7 @@ def plan(path: Path) -> int:
 @cache
 def seconds_of(name: str) -> float:
     """CPU time of the plan of a shipped recipe."""
+    plan(shipped_recipes()[name])  # which imports what is not yet imported
     outcome = forked(lambda: plan(shipped_recipes()[name]), 120)
     assert outcome.kind == "done", outcome.value
     return outcome.seconds
