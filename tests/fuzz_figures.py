@@ -14,7 +14,7 @@ SHOWN = 3000  # characters of the input of a fault
 
 @dataclass
 class Figures:
-    """Figures of one kind of input. With PRUNEKIT_FUZZ, a fault does not end the test: all are listed at the end."""
+    """Figures of one kind of input. With PRUNEKIT_FUZZ, a fault does not end a test: all are listed at its end."""
 
     name: str
     cases: int = 0
@@ -60,15 +60,17 @@ class Figures:
 
 
 def shown(*figures: Figures) -> Callable:
-    """Return a fixture of a module that prints figures at its end (with PRUNEKIT_FUZZ, or `pytest -s`)."""
+    """Return a fixture that prints the figures that a test has added to (with PRUNEKIT_FUZZ, or `pytest -s`)."""
 
-    @pytest.fixture(scope="module", autouse=True)
+    @pytest.fixture(autouse=True)
     def show_figures(request):
+        before = [(one.cases, len(one.faults)) for one in figures]
         yield
         capture = request.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled() if SCALE > 1 and capture else nullcontext():
-            for one in figures:
-                print("", *one.faults, one.text(), sep="\n")
-        assert not any(one.faults for one in figures), "faults, listed above"
+            for one, (cases, faults) in zip(figures, before, strict=True):
+                if one.cases > cases:
+                    print("", *one.faults[faults:], one.text(), sep="\n", flush=True)
+        assert [len(one.faults) for one in figures] == [faults for _, faults in before], "faults, listed above"
 
     return show_figures
