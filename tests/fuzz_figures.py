@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import auditing
 import pytest
-from fuzzing import SCALE, Outcome, bounded
+from fuzzing import RATIO, SCALE, Outcome, bounded
 
 SHOWN = 3000  # characters of the input of a fault
 
@@ -24,12 +24,14 @@ class Figures:
     longest: float = 0.0  # largest CPU time of a case, s
     memory: int = 0  # bytes
     outside: int = 0  # cases that wrote outside their folders, or used a network
+    given: object = None  # input of the case at hand
+    slowest: object = None  # input of the case with the largest ratio
     faults: list[str] = field(default_factory=list)
 
     @contextmanager
     def case(self, given: object) -> Iterator[None]:
         """Count one case. given: its input, shown with a fault that is collected."""
-        self.cases += 1
+        self.cases, self.given = self.cases + 1, given
         try:
             yield
         except Exception:
@@ -44,7 +46,7 @@ class Figures:
         """
         self.refused += outcome.kind == "refused" or outcome.value is False
         if outcome.seconds / whole > self.ratio:
-            self.ratio, self.seconds = outcome.seconds / whole, outcome.seconds
+            self.ratio, self.seconds, self.slowest = outcome.seconds / whole, outcome.seconds, self.given
         self.longest = max(self.longest, outcome.seconds)
         self.memory = max(self.memory, outcome.memory)
         self.outside += bool(auditing.outside(outcome.seen, folders))
@@ -56,7 +58,7 @@ class Figures:
             f"{self.name}: {self.cases} cases, {self.refused} refused, {len(self.faults)} faults; largest CPU time "
             f"{self.ratio:.2f} x the unmutated input's ({self.seconds:.2f} s), longest {self.longest:.2f} s; largest "
             f"memory {self.memory / 2**20:.0f} MiB; {self.outside} wrote outside"
-        )
+        ) + (f"\nthe slowest: {str(self.slowest)[:SHOWN]}" if self.ratio > RATIO else "")
 
 
 def shown(*figures: Figures) -> Callable:

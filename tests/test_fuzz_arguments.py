@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fuzz_figures import Figures, shown
-from fuzzing import RATIO, START, TIMEOUT, forked, fuzzed
+from fuzzing import TIMEOUT, forked, fuzzed, measured
 from hypothesis import given
 from hypothesis import strategies as st
 from small_model import RECIPE
@@ -148,7 +148,7 @@ def check(words: list[str]) -> tuple[int, str]:
             os.chdir(work)
             return ended([word for word in words if word != "--debug"])
 
-        outcome = forked(work_there, RATIO * whole + START)
+        outcome = measured(work_there, whole)
         with FIGURES.case(words):
             FIGURES.check(outcome, whole, [root])
             FIGURES.refused += outcome.value[0] != 0

@@ -17,7 +17,7 @@ import data_layouts
 import pytest
 from damaged_files import BLOCK, pax, png_chunk, sample_members, saved, tar_member, with_checksum
 from fuzz_figures import Figures, shown
-from fuzzing import RATIO, START, TIMEOUT, forked, fuzzed
+from fuzzing import TIMEOUT, forked, fuzzed, measured
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -167,7 +167,7 @@ def look(content: bytes, write: Callable, whole: Callable, config: DataConfig) -
     seconds = seconds_of(whole)
     with written(write) as root, SETS.case(content):
         before = files_below(root)
-        outcome = forked(lambda: load(root, config), RATIO * seconds + START)
+        outcome = measured(lambda: load(root, config), seconds)
         SETS.check(outcome, seconds, [str(root)])
         after = files_below(root)
         report = after.pop(str(root / "bad.jsonl"), b"").decode()
@@ -274,7 +274,7 @@ def test_a_damaged_picture_is_decoded_or_refused(kind, data, mended):
     encoded = with_sums_of_chunks(encoded) if mended and "png" in kind else encoded
     seconds = seconds_of(WHOLE_PICTURES[kind])
     with DECODED.case(encoded):
-        DECODED.check(forked(lambda: decode_or_refuse(encoded), RATIO * seconds + START), seconds, [])
+        DECODED.check(measured(lambda: decode_or_refuse(encoded), seconds), seconds, [])
 
 
 TABLES = {  # how a data set is written, and the file of it that is damaged

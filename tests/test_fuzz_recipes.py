@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fuzz_figures import Figures, shown
-from fuzzing import HOSTILE, RATIO, START, TIMEOUT, forked, fuzzed, mutated
+from fuzzing import HOSTILE, TIMEOUT, forked, fuzzed, measured, mutated
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -111,6 +111,7 @@ figures = shown(RECIPES, BENCHMARK_RECIPES, PLANS)
 
 def load_all(folder: Path, text: str, load) -> bool:
     """Do what commands do with a recipe's file; return whether it loaded."""
+    (folder / "again.yaml").unlink(missing_ok=True)  # of an earlier call
     loaded = load_and_load_again(folder, text, load)
     is_benchmark(folder / "mutated.yaml")
     return loaded
@@ -129,7 +130,7 @@ def seconds_to_load(text: str, load) -> float:
 def check_load(counted: Figures, text: str, unmutated: str, load=load_recipe) -> None:
     whole = seconds_to_load(unmutated, load)
     with tempfile.TemporaryDirectory() as folder, counted.case(text):
-        outcome = forked(lambda: load_all(Path(folder), text, load), RATIO * whole + START)
+        outcome = measured(lambda: load_all(Path(folder), text, load), whole)
         counted.check(outcome, whole, [folder])
 
 
@@ -185,7 +186,7 @@ def seconds_of(name: str) -> float:
 
 def check_plan(folder: Path, text: str, name: str) -> None:
     path, whole = write(folder, text), seconds_of(name)
-    outcome = forked(lambda: plan(path), RATIO * whole + START)
+    outcome = measured(lambda: plan(path), whole)
     with PLANS.case(text):
         PLANS.check(outcome, whole, [str(folder)])
 
