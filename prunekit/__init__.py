@@ -4,11 +4,13 @@ Names are imported when they are first used.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from prunekit import denoisers, threads
 
 threads.configure()
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports with any pipeline
 denoisers.register()
 
 if TYPE_CHECKING:

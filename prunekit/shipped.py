@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from prunekit.errors import UserError, nearest
+from prunekit.files import replacing
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "recipes")  # in an installed wheel, and in a checkout
@@ -69,9 +70,9 @@ def copy_recipe(name: str, target: str | Path | None = None) -> list[Path]:
     for written, original in files.items():
         if written.exists() and written.read_bytes() != original.read_bytes():
             raise UserError(f"{written} exists with another content; remove it, or give another PATH")
-    for written, original in files.items():
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.write_bytes(original.read_bytes())
+    for written, original in reversed(files.items()):  # a recipe is there when all that it extends is
+        with replacing(written) as new:
+            new.write_bytes(original.read_bytes())
     return list(files)
 
 

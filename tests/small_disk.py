@@ -1,5 +1,6 @@
 """A disk that gets full at a chosen file: a small file system of its own, or a limit on the size of files."""
 
+import json
 import os
 import re
 import resource
@@ -10,7 +11,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors import safe_open
 
+from prunekit import files
 from prunekit.training import checkpoint
 
 LEFT = 4096  # bytes that a full disk still takes, so that larger files are there in part
@@ -84,7 +88,7 @@ def full_at(
     pattern: of fnmatch, from the disk's folder on. past: files at which it stays as it is, as `below` names them.
     left: bytes that the full disk still takes. Yields the list of the files that match, from the first on.
     """
-    found, temporary_for = [], checkpoint.temporary_for
+    found, temporary_for = [], files.temporary_for
 
     def full_at_once(path: Path) -> Path:
         if fnmatch(str(path), f"{disk.folder}/{pattern}") and (found or below(disk, path) not in past):
@@ -94,7 +98,8 @@ def full_at(
         return temporary_for(path)
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(checkpoint, "temporary_for", full_at_once)
+        for module in (files, checkpoint):
+            patches.setattr(module, "temporary_for", full_at_once)
         try:
             yield found
         finally:
@@ -104,3 +109,23 @@ def full_at(
 def below(disk: SmallDisk | LimitedFiles, path: Path) -> str:
     """Return a file's name from the disk's folder on, where each folder has its final name."""
     return re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.tmp", r"\1", path.relative_to(disk.folder).as_posix())
+
+
+def check_whole(directory: Path) -> None:
+    """Every file that is there can be read, and none is hidden."""
+    for path in directory.rglob("*"):
+        assert not path.name.startswith(".") and path.suffix not in (".tmp", ".old"), path
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                assert list(file.keys())
+
+
+def one_line(text: str) -> str:
+    """A text without the line breaks of a narrow terminal."""
+    return text.replace("\n", "").replace(" ", "")

@@ -67,9 +67,10 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_an_error_of_a_full_disk_names_the_file(tmp_path, number):
-    """Of another file than the one that is written, its own name; any other error is left as it is."""
+    """Of another file than the one that is written, its own name, and of a copy the copy's; other errors stay."""
     raised = [OSError(number, "x"), OSError(number, "x", "/other/file"), SafetensorError(f"x (os error {number})")]
-    for error, name in zip(raised, (str(tmp_path), "/other/file", str(tmp_path)), strict=True):
+    raised.append(OSError(number, "x", "/source", None, "/other/copy"))
+    for error, name in zip(raised, (str(tmp_path), "/other/file", str(tmp_path), "/other/copy"), strict=True):
         with pytest.raises((OSError, SafetensorError)) as found, full_disk_named(tmp_path):
             raise error
         if number == errno.EIO:

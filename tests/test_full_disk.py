@@ -1,15 +1,12 @@
 """A disk that gets full in any stage of a run: one line that names the file, nothing half-written, and a resume."""
 
 import errno
-import json
 from contextlib import nullcontext
 
 import pytest
 import yaml
 from launching import launch, run_recipe
-from PIL import Image
-from safetensors import safe_open
-from small_disk import LimitedFiles, SmallDisk, below, full_at, small_disk
+from small_disk import LimitedFiles, SmallDisk, below, check_whole, full_at, one_line, small_disk
 from small_model import TRAINING, write_world
 from small_run import figures
 from typer.testing import CliRunner
@@ -68,26 +65,6 @@ def disk(request, tmp_path_factory):
     """The disk of one run, which meets the end of the disk in each stage."""
     with small_disk(tmp_path_factory.mktemp("disk"), request.param) as disk:
         yield disk
-
-
-def check_whole(directory):
-    """Every file that is there can be read, and none is hidden."""
-    for path in directory.rglob("*"):
-        assert not path.name.startswith(".") and path.suffix not in (".tmp", ".old"), path
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
-        elif path.suffix == ".png":
-            Image.open(path).load()
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                assert list(file.keys())
-
-
-def one_line(text):
-    """A text without the line breaks of a narrow terminal."""
-    return text.replace("\n", "").replace(" ", "")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import itertools
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import START, Figures, bounded, forked, fuzzed
+from fuzz_figures import Figures, shown
+from fuzzing import TIMEOUT, forked, fuzzed, measured
 from hypothesis import given
 from hypothesis import strategies as st
 from small_model import RECIPE
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from prunekit.cli import app
 
+pytestmark = TIMEOUT
 OPTIONS = {  # of each command; none is worked through with a valid argument
     "run": ["--directory"],
     "resume": [],
@@ -120,19 +123,21 @@ def ended(words: list[str]) -> tuple[int, str]:
 
 
 FIGURES = Figures("command lines")
+figures = shown(FIGURES)
+WHOLE = ["macs", "sd-1.5"]  # the largest model that a line may name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def figures():
-    """Show, with `pytest -s`, what was measured."""
-    yield
-    FIGURES.show()
-
-
-WHOLE = 2.0  # seconds of CPU time: `macs sd-1.5`, the largest model that a line may name
+@cache
+def seconds_of_whole() -> float:
+    """CPU time of the longest line that is worked through."""
+    ended(WHOLE)  # which imports what is not yet imported
+    outcome = forked(lambda: ended(WHOLE), 60)
+    assert outcome.kind == "done" and outcome.value == (0, ""), outcome.value
+    return outcome.seconds
 
 
 def check(words: list[str]) -> tuple[int, str]:
+    whole = seconds_of_whole()
     with tempfile.TemporaryDirectory() as root:
         work = Path(root) / "work"
         work.mkdir()
@@ -143,11 +148,12 @@ def check(words: list[str]) -> tuple[int, str]:
             os.chdir(work)
             return ended([word for word in words if word != "--debug"])
 
-        outcome = forked(work_there, 5 * WHOLE + START)
-        FIGURES.add(outcome, WHOLE)
-        bounded(outcome, WHOLE, [root])
-        assert all(path.is_relative_to(work) for path in set(Path(root).rglob("*")) - {*before})
-        assert not (work / "ran").exists()
+        outcome = measured(work_there, whole)
+        with FIGURES.case(words):
+            FIGURES.check(outcome, whole, [root])
+            FIGURES.refused += outcome.value[0] != 0
+            assert all(path.is_relative_to(work) for path in set(Path(root).rglob("*")) - {*before})
+            assert not (work / "ran").exists()
         return outcome.value
 
 

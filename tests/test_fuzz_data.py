@@ -1,6 +1,6 @@
 """Random damage to data: shards, pictures and tables load, or are refused in one line, and nothing else is written.
 
-`PRUNEKIT_FUZZ=10 pytest tests/test_fuzz_data.py` tries ten times as many examples.
+`PRUNEKIT_FUZZ=10 pytest tests/test_fuzz_data.py` tries 300 files of each of 18 kinds.
 """
 
 import json
@@ -8,12 +8,17 @@ import os
 import re
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import data_layouts
 import pytest
 from damaged_files import BLOCK, pax, png_chunk, sample_members, saved, tar_member, with_checksum
-from hypothesis import given, settings
+from fuzz_figures import Figures, shown
+from fuzzing import TIMEOUT, forked, fuzzed, measured
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -21,9 +26,8 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.data.decoding import decode, fault
 from prunekit.errors import UserError
 
-EXAMPLES = 30 * int(os.environ.get("PRUNEKIT_FUZZ", "1"))
-fuzzed = settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None)
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
+EXAMPLES = 30  # of each kind
+pytestmark = [TIMEOUT, pytest.mark.filterwarnings("ignore")]  # Pillow's, about the damage
 
 TOKENS = (  # bytes that parsers stumble over
     b"\0",
@@ -114,33 +118,62 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def look(write, config: DataConfig) -> bool:
+SETS, DECODED = Figures("data sets"), Figures("pictures")
+figures = shown(SETS, DECODED)
+
+
+@cache
+def seconds_of(whole: Callable) -> float:
+    """CPU time of work on what is not damaged."""
+    whole()  # which imports what is not yet imported
+    outcome = forked(whole, 60)
+    assert outcome.kind == "done", outcome.value
+    return outcome.seconds
+
+
+def load(root: Path, config: DataConfig) -> bool:
+    """Load the data set at `root`/data, and decode its pictures."""
+    paths = {"path": str(root / "data" / (config.path or "")), "report": str(root / "bad.jsonl")}
+    home = Path.cwd()
+    os.chdir(root / "work")
+    try:
+        data = load_data(config.model_copy(update=paths), seed=0)
+        data.pixels(range(data.num_images), 8)
+        assert all(caption == caption.strip() != "" and caption.encode() for caption in data.captions)
+        return True
+    finally:
+        os.chdir(home)
+
+
+@contextmanager
+def written(write: Callable) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "work").mkdir()
+        write(Path(folder) / "data")
+        yield Path(folder)
+
+
+def load_whole(write: Callable, config: DataConfig) -> bool:
+    with written(write) as root:
+        return load(root, config)
+
+
+def look(content: bytes, write: Callable, whole: Callable, config: DataConfig) -> bool:
     """Load a data set that `write(folder)` writes, decode its pictures, and return whether that went well.
 
     Any outcome fails but success or an error of one line; so does any change of a file, except for the report.
+    content: the damaged part, shown with a fault. whole: loads the set that is not damaged.
     """
-    with tempfile.TemporaryDirectory() as given:
-        root, home = Path(given), Path.cwd()
-        (root / "work").mkdir()
-        write(root / "data")
+    seconds = seconds_of(whole)
+    with written(write) as root, SETS.case(content):
         before = files_below(root)
-        paths = {"path": str(root / "data" / (config.path or "")), "report": str(root / "bad.jsonl")}
-        os.chdir(root / "work")
-        try:
-            data = load_data(config.model_copy(update=paths), seed=0)
-            data.pixels(range(data.num_images), 8)
-            assert all(caption == caption.strip() != "" and caption.encode() for caption in data.captions)
-            loaded = True
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1 and str(error).encode()
-            loaded = False
-        finally:
-            os.chdir(home)
+        outcome = measured(lambda: load(root, config), seconds)
+        SETS.check(outcome, seconds, [str(root)])
         after = files_below(root)
         report = after.pop(str(root / "bad.jsonl"), b"").decode()
         assert after == before
         assert all(set(json.loads(line)) == {"sample", "file", "reason", "captions"} for line in report.splitlines())
-        return loaded
+    return outcome.kind == "done"
 
 
 SAMPLES = data_layouts.samples(4)
@@ -159,24 +192,40 @@ SHARD = b"".join(
 SHARES = st.sampled_from((0.0, 0.5, 1.0))
 
 
-@fuzzed
+def write_shard(content: bytes, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(content)
+
+
+SHARD_CONFIG = DataConfig(kind="webdataset", max_bad_share=0.3, verify=True)
+WHOLE_SHARD = partial(load_whole, partial(write_shard, with_checksums(SHARD)), SHARD_CONFIG)
+
+
+@fuzzed(EXAMPLES)
 @given(damage(SHARD), st.booleans(), SHARES, st.booleans())
 def test_a_damaged_shard_loads_or_is_refused(content, mended, share, verify):
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "0.tar").write_bytes(with_checksums(content) if mended else content)
-
-    look(write, DataConfig(kind="webdataset", max_bad_share=share, verify=verify))
+    content = with_checksums(content) if mended else content
+    config = DataConfig(kind="webdataset", max_bad_share=share, verify=verify)
+    look(content, partial(write_shard, content), WHOLE_SHARD, config)
 
 
-@fuzzed
-@given(st.data())
-def test_a_damaged_emoji_shard_loads_or_is_refused(data):
-    words = json.dumps({"name": "a name", "keywords": ["one", "two"]}).encode()
-    parts = ((".jpg", SAMPLES[0][0]), (".txt", b"caption"), (".json", data.draw(damaged_table(words))))
+WORDS = json.dumps({"name": "a name", "keywords": ["one", "two"]}).encode()
+EMOJI_CONFIG = DataConfig(kind="emoji")
+
+
+def write_emoji(words: bytes, folder: Path) -> None:
+    parts = ((".jpg", SAMPLES[0][0]), (".txt", b"caption"), (".json", words))
     members = [(f"{number}{suffix}", part) for number in range(2) for suffix, part in parts]
+    data_layouts.write_tar(folder / "0.tar", members)
 
-    look(lambda folder: data_layouts.write_tar(folder / "0.tar", members), DataConfig(kind="emoji"))
+
+WHOLE_EMOJI = partial(load_whole, partial(write_emoji, WORDS), EMOJI_CONFIG)
+
+
+@fuzzed(EXAMPLES)
+@given(damaged_table(WORDS))
+def test_a_damaged_emoji_shard_loads_or_is_refused(words):
+    look(words, partial(write_emoji, words), WHOLE_EMOJI, EMOJI_CONFIG)
 
 
 def pictures() -> dict[str, bytes]:
@@ -202,20 +251,30 @@ def pictures() -> dict[str, bytes]:
     }
 
 
+def decode_or_refuse(encoded: bytes) -> bool:
+    """Decode a picture; return whether that went well, and `fault` says so."""
+    reason = fault(encoded)
+    try:
+        assert decode(encoded, 8).shape == (3, 8, 8) and reason is None
+        return True
+    except UserError as error:
+        assert str(error) == reason and len(reason.splitlines()) == 1 and reason.encode()
+        return False
+
+
 PICTURES = pictures()
+WHOLE_PICTURES = {kind: partial(decode_or_refuse, encoded) for kind, encoded in PICTURES.items()}
 
 
-@fuzzed
+@fuzzed(EXAMPLES)
 @given(st.data(), st.booleans())
 @pytest.mark.parametrize("kind", PICTURES)
 def test_a_damaged_picture_is_decoded_or_refused(kind, data, mended):
     encoded = data.draw(damage(PICTURES[kind], header=40 if mended else 0))  # formats tell themselves in the header
     encoded = with_sums_of_chunks(encoded) if mended and "png" in kind else encoded
-    reason = fault(encoded)
-    try:
-        assert decode(encoded, 8).shape == (3, 8, 8) and reason is None
-    except UserError as error:
-        assert str(error) == reason and len(reason.splitlines()) == 1 and reason.encode()
+    seconds = seconds_of(WHOLE_PICTURES[kind])
+    with DECODED.case(encoded):
+        DECODED.check(measured(lambda: decode_or_refuse(encoded), seconds), seconds, [])
 
 
 TABLES = {  # how a data set is written, and the file of it that is damaged
@@ -227,30 +286,35 @@ TABLES = {  # how a data set is written, and the file of it that is damaged
 }
 
 
-@fuzzed
+@cache
+def whole_table(kind: str) -> tuple[DataConfig, bytes, Callable]:
+    """Return a data set's config, the file that is to be damaged, and a call that loads the set undamaged."""
+    write, name = TABLES[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        given = write(Path(folder) / "data", SAMPLES)
+        content = (Path(folder) / "data" / name).read_bytes()
+        start = str(Path(folder) / "data")
+    given["path"] = given["path"].removeprefix(start).lstrip("/") or None
+    config = DataConfig(**given, verify=True)
+    return config, content, partial(load_whole, lambda target: write(target, SAMPLES), config)
+
+
+@fuzzed(EXAMPLES)
 @given(st.data(), SHARES, st.booleans())
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_damaged_table_loads_or_is_refused(kind, data, share, verify):
-    write_whole, name = TABLES[kind]
-    with tempfile.TemporaryDirectory() as folder:
-        given = write_whole(Path(folder) / "data", SAMPLES)
-        whole = (Path(folder) / "data" / name).read_bytes()
-        start = str(Path(folder) / "data")
-    given["path"] = given["path"].removeprefix(start).lstrip("/") or None
-    content = data.draw(damaged_table(whole))
+    config, undamaged, whole = whole_table(kind)
+    content = data.draw(damaged_table(undamaged))
 
     def write(folder: Path) -> None:
-        write_whole(folder, SAMPLES)
-        (folder / name).write_bytes(content)
+        TABLES[kind][0](folder, SAMPLES)
+        (folder / TABLES[kind][1]).write_bytes(content)
 
-    look(write, DataConfig(**given, max_bad_share=share, verify=verify))
+    look(content, write, whole, config.model_copy(update={"max_bad_share": share, "verify": verify}))
 
 
 def test_what_is_not_damaged_loads():
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "0.tar").write_bytes(with_checksums(SHARD))
-
-    assert look(write, DataConfig(kind="webdataset", max_bad_share=0.3, verify=True))
+    shard = with_checksums(SHARD)
+    assert look(shard, partial(write_shard, shard), WHOLE_SHARD, SHARD_CONFIG)
     assert all(fault(encoded) is None for encoded in PICTURES.values())
     assert with_sums_of_chunks(PICTURES["png"]) == PICTURES["png"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import HOSTILE, START, Figures, bounded, forked, fuzzed, mutated
+from fuzz_figures import Figures, shown
+from fuzzing import HOSTILE, TIMEOUT, forked, fuzzed, measured, mutated
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from prunekit.plan import Devices, plan_all
 from prunekit.recipe import dump_recipe, load_recipe
 from prunekit.shipped import EXTENDS, shipped_recipes
 
+pytestmark = TIMEOUT
 NAMES = [name for name, path in shipped_recipes().items() if not is_benchmark(path)]
 BENCHMARKS = [name for name, path in shipped_recipes().items() if is_benchmark(path)]
 PLANNED = ("quickstart", "quickstart", "aptp_emoji", "codes_emoji", "pretrain_emoji", "norm_cc3m")  # quick ones
@@ -65,15 +67,16 @@ def content_of(name: str, whole: bool) -> dict:
 
 
 @st.composite
-def recipe_text(draw, names: tuple, most: int = 3) -> str:
-    """Return the text of a mutated recipe."""
+def recipe_text(draw, names: tuple, most: int = 3) -> tuple[str, str]:
+    """Return the text of a mutated recipe, and the unmutated text."""
     name = draw(st.sampled_from(names))
-    content = draw(mutated(content_of(name, name not in BENCHMARKS and draw(st.booleans())), VALUES, most))
+    unmutated = content_of(name, name not in BENCHMARKS and draw(st.booleans()))
+    content = draw(mutated(unmutated, VALUES, most))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     for number, raw in enumerate(RAW):
         text = text.replace(MARK.format(number), raw)
     extra = draw(st.sampled_from((*[""] * 12, "\0", "\t", "\ufeff", "---\n{}\n", "name: twice\n", "scale: smoke\n")))
-    return text + extra
+    return text + extra, yaml.safe_dump(unmutated)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -102,19 +105,45 @@ def load_and_load_again(folder: Path, text: str, load=load_recipe) -> bool:
         assert {entry.name for entry in folder.iterdir()} <= {"mutated.yaml", "again.yaml"}
 
 
+RECIPES, BENCHMARK_RECIPES, PLANS = Figures("recipes"), Figures("benchmarks"), Figures("plans")
+figures = shown(RECIPES, BENCHMARK_RECIPES, PLANS)
+
+
+def load_all(folder: Path, text: str, load) -> bool:
+    """Do what commands do with a recipe's file; return whether it loaded."""
+    (folder / "again.yaml").unlink(missing_ok=True)  # of an earlier call
+    loaded = load_and_load_again(folder, text, load)
+    is_benchmark(folder / "mutated.yaml")
+    return loaded
+
+
+@cache
+def seconds_to_load(text: str, load) -> float:
+    """CPU time of `load_all` for a recipe that loads."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as folder:
+        load_all(Path(first), text, load)  # which imports what is not yet imported
+        outcome = forked(lambda: load_all(Path(folder), text, load), 120)
+    assert outcome.kind == "done" and outcome.value, outcome.value
+    return outcome.seconds
+
+
+def check_load(counted: Figures, text: str, unmutated: str, load=load_recipe) -> None:
+    whole = seconds_to_load(unmutated, load)
+    with tempfile.TemporaryDirectory() as folder, counted.case(text):
+        outcome = measured(lambda: load_all(Path(folder), text, load), whole)
+        counted.check(outcome, whole, [folder])
+
+
 @fuzzed(40)
 @given(recipe_text(tuple(NAMES)))
-def test_a_mutated_recipe_loads_or_is_refused(text):
-    with tempfile.TemporaryDirectory() as folder:
-        load_and_load_again(Path(folder), text)
+def test_a_mutated_recipe_loads_or_is_refused(texts):
+    check_load(RECIPES, *texts)
 
 
 @fuzzed(10)
 @given(recipe_text(tuple(BENCHMARKS)))
-def test_a_mutated_benchmark_loads_or_is_refused(text):
-    with tempfile.TemporaryDirectory() as folder:
-        load_and_load_again(Path(folder), text, load_bench_recipe)
-        is_benchmark(Path(folder) / "mutated.yaml")
+def test_a_mutated_benchmark_loads_or_is_refused(texts):
+    check_load(BENCHMARK_RECIPES, *texts, load_bench_recipe)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,26 +178,17 @@ def plan(path: Path) -> int:
 @cache
 def seconds_of(name: str) -> float:
     """CPU time of the plan of a shipped recipe."""
+    plan(shipped_recipes()[name])  # which imports what is not yet imported
     outcome = forked(lambda: plan(shipped_recipes()[name]), 120)
     assert outcome.kind == "done", outcome.value
     return outcome.seconds
 
 
-PLANS = Figures("plans")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def figures():
-    """Show, with `pytest -s`, what was measured."""
-    yield
-    PLANS.show()
-
-
 def check_plan(folder: Path, text: str, name: str) -> None:
     path, whole = write(folder, text), seconds_of(name)
-    outcome = forked(lambda: plan(path), 5 * whole + START)
-    PLANS.add(outcome, whole)
-    bounded(outcome, whole, [str(folder)])
+    outcome = measured(lambda: plan(path), whole)
+    with PLANS.case(text):
+        PLANS.check(outcome, whole, [str(folder)])
 
 
 @fuzzed(4)
@@ -176,7 +196,7 @@ def check_plan(folder: Path, text: str, name: str) -> None:
 @pytest.mark.long
 def test_a_mutated_recipe_is_planned_or_refused(data):
     name = data.draw(st.sampled_from(PLANNED))
-    text = data.draw(recipe_text((name,), most=2))
+    text, _ = data.draw(recipe_text((name,), most=2))
     with tempfile.TemporaryDirectory() as folder:
         assume(load_and_load_again(Path(folder), text))  # what does not load is of the tests above
         check_plan(Path(folder), text, name)

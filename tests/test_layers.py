@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prunekit"
 LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
     {"errors"},
-    {"shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
+    {"files", "shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
     {"core"},
     {"denoisers"},
     {"slicing"},
@@ -27,6 +27,7 @@ LAYERS = (  # lowest first; names of one layer do not import each other, except 
     {"__main__"},
 )
 WITHIN = {  # what may be imported within a layer
+    "shipped": {"files"},
     "latency": {"timing"},
     "data": {"training"},
     "training": {"data"},

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from prunekit.errors import UserError
+from prunekit.files import write_text
 
 DEPTH_KINDS = ("layer", "block", "stage")
 FORMAT = 1
@@ -273,8 +274,8 @@ class Architecture:
         return architecture if space is None else architecture.on(space)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+        """Write `to_dict` as JSON; the file appears whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, space: UnitSpace | None = None) -> Architecture:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError
+from prunekit.files import no_room
 from prunekit.recipe import PretrainRecipe, load_recipe
 from prunekit.report import sensitivity
 from prunekit.report.page import write_report
@@ -12,7 +13,6 @@ from prunekit.report.recording import record
 from prunekit.report.source import Source
 from prunekit.run_directory import RECIPE
 from prunekit.stages import Stages
-from prunekit.training.checkpoint import no_room
 
 
 class Saying:

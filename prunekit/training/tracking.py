@@ -13,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from pydantic import BaseModel, ConfigDict, Field
 
 from prunekit.errors import MissingPackageError, UserError
-from prunekit.training.checkpoint import full_disk_named, no_room
+from prunekit.files import full_disk_named, no_room
 from prunekit.training.processes import current
 
 EXTRA = "tracking"
