@@ -33,13 +33,13 @@ class Axis:
 
     def channels(self, kept: list[int], group: UnitGroup) -> list[int]:
         """The positions along the weight of the kept units' channels, in order."""
-        width = group.size * group.channels
-        return [
-            self.start + copy * width + unit * group.channels + offset
-            for copy in range(self.copies)
-            for unit in kept
-            for offset in range(group.channels)
-        ]
+        width, channels = group.size * group.channels, group.channels
+        positions: list[int] = []
+        for copy in range(self.copies):
+            start = self.start + copy * width
+            for unit in kept:
+                positions += range(start + unit * channels, start + (unit + 1) * channels)
+        return positions
 
 
 @dataclass(frozen=True)

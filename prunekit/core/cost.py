@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class CostModel:
         self.convention = convention
         counter = conventions[convention]()
         lengths = denoiser.lengths(model, self.sample_size, counter.text_length(text_length))
-        layers = _modules_by_layer(denoiser, model)
+        layers = _parts_of_layers(denoiser, model)
         self._macs = Polynomial(space, _layer_costs(layers, counter, lengths))
         self._params = Polynomial(space, _layer_costs(layers, Parameters(), lengths))
         self.dense_macs: int = self._macs.count(space.full().values)
@@ -315,64 +316,87 @@ def _latent_size(denoiser: Denoiser, model: nn.Module, sample_size: int | tuple[
     return sides
 
 
-def _modules_by_layer(denoiser: Denoiser, model: nn.Module) -> list[tuple[Layer, dict[str, nn.Module]]]:
-    """Every layer with the modules that hold parameters and cost with it: those in no inner layer, and what feeds it.
+@dataclass(frozen=True)
+class _Part:
+    """A module of a layer, and to whom its cost belongs.
 
-    Modules are named by their path inside the layer; what feeds it, by the path in the model, as in `Layer.feeds`.
+    owner: "unit": `share`, a fraction (of, in all), of what its weight costs belongs to the layer's units together, and
+    so does its bias, unless it makes the layer's output; "any": what feeds the layer; "always".
     """
-    layers: list[tuple[Layer, dict[str, nn.Module]]] = [(layer, {}) for layer in denoiser.layers(model)]
-    at = {layer.path: index for index, (layer, _) in enumerate(layers)}
-    fed = {path: index for index, (layer, _) in enumerate(layers) for path in layer.feeds}
+
+    module: nn.Module
+    stream: str
+    owner: Literal["unit", "any", "always"] = "always"
+    share: tuple[int, int] = (0, 1)
+    makes_output: bool = False
+
+
+def _parts_of_layers(denoiser: Denoiser, model: nn.Module) -> list[tuple[Layer, list[_Part]]]:
+    """Every layer with the modules that cost with it: those with parameters in no inner layer, and what feeds it."""
+    layers: list[tuple[Layer, list[_Part]]] = [(layer, []) for layer in denoiser.layers(model)]
+    at = {entry[0].path: entry for entry in layers}
+    fed = {path: entry for entry in layers for path in entry[0].feeds}
+    owned: dict[str, list[tuple[Layer, Axis]]] = {}
+    for layer, _ in layers:
+        for axis in layer.axes:
+            owned.setdefault(f"{layer.path}.{axis.layer}", []).append((layer, axis))
     for path, module in model.named_modules():
         if not module._parameters:
             continue
         if path in fed:
-            layers[fed[path]][1][path] = module
+            layer, parts = fed[path]
+            parts.append(_Part(module, layer.stream, "any"))
             continue
         inside = path
         while inside not in at:
             inside = inside.rpartition(".")[0]
-        layers[at[inside]][1][path[len(inside) + 1 :] if inside else path] = module
+        layer, parts = at[inside]
+        stream = layer.stream_of(path[len(inside) + 1 :] if inside else path)
+        if path not in owned:
+            parts.append(_Part(module, stream))
+            continue
+        sides = {axis.side == "in" for _, axis in owned[path]}
+        assert len(sides) == 1, f"the axes of {path} lie on one side of its weight"
+        is_input = sides.pop()
+        channels = sum(axis.copies * group.units.size * group.units.channels for group, axis in owned[path])
+        share = (channels, weight_of(module).shape[int(is_input)])
+        parts.append(_Part(module, stream, "unit", share, makes_output=is_input))
     return layers
 
 
 def _layer_costs(
-    layers: Iterable[tuple[Layer, Mapping[str, nn.Module]]], counter: Counter, lengths: Mapping[str, int]
+    layers: Iterable[tuple[Layer, list[_Part]]], counter: Counter, lengths: Mapping[str, int]
 ) -> Iterator[tuple[str, str, int, LayerCost]]:
     """(path, kind, units, cost) of everything in the model that costs something."""
-    for layer, modules in layers:
-        if modules or layer.activations:
-            yield (
-                layer.path,
-                layer.kind,
-                layer.group.size if layer.group else 0,
-                _cost(layer, modules, counter, lengths),
-            )
+    for layer, parts in layers:
+        if parts or layer.activations:
+            units = layer.group.size if layer.group else 0
+            yield layer.path, layer.kind, units, _cost(layer, parts, counter, lengths)
 
 
-def _cost(layer: Layer, modules: Mapping[str, nn.Module], counter: Counter, lengths: Mapping[str, int]) -> LayerCost:
-    """What one layer costs. A module with an `in` axis makes the layer's output: its bias stays while any unit does."""
+def _cost(layer: Layer, parts: Iterable[_Part], counter: Counter, lengths: Mapping[str, int]) -> LayerCost:
+    """What one layer costs. The bias of what makes its output stays while any unit does."""
     costs = {"unit": 0, "any": 0, "always": 0}
-    axes: dict[str, list[Axis]] = {}
-    for axis in layer.axes:
-        axes.setdefault(axis.layer, []).append(axis)
-    for name, module in modules.items():
-        if isinstance(module, Emptied):
-            costs["always"] += counter.emptied(module.bias)
+    for part in parts:
+        if isinstance(part.module, Emptied):
+            costs["always"] += counter.emptied(part.module.bias)
             continue
-        weights, bias = counter.module(module, _positions(layer, name, lengths))
-        if name in layer.feeds:
-            costs["any"] += weights + bias
-        elif name not in axes:
-            costs["always"] += weights + bias
+        if part.stream not in lengths:
+            kind = type(part.module).__name__
+            raise UserError(f"a {kind} in {layer.path or 'the model'} is in no layer that is described: not supported")
+        weights, bias = counter.module(part.module, lengths[part.stream])
+        if part.owner != "unit":
+            costs[part.owner] += weights + bias
+            continue
+        of, in_all = part.share
+        owned, rest = divmod(weights * of, in_all)
+        assert rest == 0
+        costs["unit"] += owned
+        costs["always"] += weights - owned
+        if part.makes_output:
+            costs["always" if counter.output_bias_stays else "any"] += bias
         else:
-            owned = _owned(layer, module, axes[name], weights)
-            costs["unit"] += owned
-            costs["always"] += weights - owned
-            if axes[name][0].side != "in":
-                costs["unit"] += bias
-            else:
-                costs["always" if counter.output_bias_stays else "any"] += bias
+            costs["unit"] += bias
     for activation in layer.activations:
         costs[activation.needed] += counter.activation(activation.channels, lengths[activation.stream])
     if layer.group is None:
@@ -383,21 +407,3 @@ def _cost(layer: Layer, modules: Mapping[str, nn.Module], counter: Counter, leng
     per_unit, rest = divmod(costs["unit"], layer.group.size)
     assert rest == 0, f"the units of {layer.path} cost alike"
     return LayerCost(per_unit, costs["any"], costs["always"])
-
-
-def _positions(layer: Layer, name: str, lengths: Mapping[str, int]) -> int:
-    stream = layer.stream if name in layer.feeds else layer.stream_of(name)
-    if stream not in lengths:
-        path = f"{layer.path}.{name}" if layer.path else name
-        raise UserError(f"{path} is not described, so its MACs cannot be counted: this model is not supported")
-    return lengths[stream]
-
-
-def _owned(layer: Layer, module: nn.Module, axes: Sequence[Axis], weights: int) -> int:
-    """The part of what a module's weight costs that the layer's units own together."""
-    sides = {axis.side == "in" for axis in axes}
-    assert len(sides) == 1, f"the axes of one weight of {layer.path} lie on one side"
-    total = weight_of(module).shape[int(sides.pop())]
-    owned, rest = divmod(weights * sum(axis.copies for axis in axes) * layer.units.size * layer.units.channels, total)
-    assert rest == 0
-    return owned

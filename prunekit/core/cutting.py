@@ -27,11 +27,16 @@ def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]
         keep_groups(module, kept)
         return
     assert isinstance(module, nn.Conv2d | nn.Linear), f"a {type(module).__name__} cannot be cut"
-    staying = set(range(module.weight.shape[int(is_input)]))
+    total, keep = module.weight.shape[int(is_input)], keep_in if is_input else keep_out
+    first, layer, kept = axes[0]
+    if len(axes) == 1 and first.copies * layer.units.size * layer.units.channels == total:  # it owns the whole weight
+        keep(module, first.channels(kept, layer.units))
+        return
+    staying = set(range(total))
     for axis, layer, kept in axes:
         staying -= set(axis.channels(list(range(layer.units.size)), layer.units))
         staying |= set(axis.channels(kept, layer.units))
-    (keep_in if is_input else keep_out)(module, sorted(staying))
+    keep(module, sorted(staying))
 
 
 def keep_out(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:

@@ -35,8 +35,8 @@ class Structure(Protocol):
         are met, without a group.
         """
 
-    def depth_groups(self, model: nn.Module, policy: str) -> list[UnitGroup]:
-        """The whole layers that may be removed under a policy."""
+    def groups(self, model: nn.Module, policy: str) -> list[UnitGroup]:
+        """The groups of all layers, in their order, then the whole layers that may be removed under a policy."""
 
     def passage(self, model: nn.Module, group: UnitGroup) -> Passage:
         """Where the hidden states enter and leave what a depth group covers."""

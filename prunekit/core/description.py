@@ -101,10 +101,11 @@ class Description:
         inside = [layer for path, block in self.blocks(model).items() for layer in self.inside(model, path, block)]
         return [self.stem(model), *inside]
 
-    def depth_groups(self, model: Any, policy: str) -> list[UnitGroup]:
-        """Every block, under the policy "all"."""
+    def groups(self, model: Any, policy: str) -> list[UnitGroup]:
+        """The groups of all layers; under the policy "all" also every block."""
+        widths = [layer.group for layer in self.layers(model) if layer.group is not None]
         paths = () if policy == "none" else self.blocks(model)
-        return [UnitGroup("block", path, 1, self.width(model), (path,)) for path in paths]
+        return widths + [UnitGroup("block", path, 1, self.width(model), (path,)) for path in paths]
 
     def width(self, model: Any) -> int:
         """Channels of the hidden states that enter a block."""

@@ -42,14 +42,14 @@ def discover(
     if depth not in denoiser.policies:
         raise UserError(f"depth={depth!r}: choose one of {', '.join(map(repr, denoiser.policies))}")
     denoiser.check(model)
-    groups = _groups(denoiser, model, depth)
+    groups = denoiser.groups(model, depth)
     return UnitSpace(_select(groups, _patterns(include), _patterns(exclude)))
 
 
 def whole_space(structure: Structure, model: nn.Module) -> UnitSpace:
     """The space with every group that a model has under any policy."""
     structure.check(model)
-    return UnitSpace(_groups(structure, model, structure.richest))
+    return UnitSpace(structure.groups(model, structure.richest))
 
 
 def match(model: nn.Module, space: UnitSpace) -> None:
@@ -74,11 +74,6 @@ def match_with(structure: Structure, model: nn.Module, space: UnitSpace) -> None
 def width_layers(model: nn.Module) -> dict[str, Layer]:
     """The layers that have units, by the names of their groups, in the order of the forward pass."""
     return {layer.group.name: layer for layer in denoiser_of(model).layers(model) if layer.group is not None}
-
-
-def _groups(structure: Structure, model: nn.Module, depth: str) -> list[UnitGroup]:
-    groups = [layer.group for layer in structure.layers(model) if layer.group is not None]
-    return groups + structure.depth_groups(model, depth)
 
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:

@@ -39,12 +39,12 @@ class UNetStructure:
         """Every live layer in the order of the forward pass, the stem first."""
         return [_stem(model), *(_layer(model, site) for site in walk(model))]
 
-    def depth_groups(self, model: UNet2DConditionModel, policy: str) -> list[UnitGroup]:
-        """The whole layers that may be removed under a policy; see `prunekit.discover`."""
-        if policy == "none":
-            return []
+    def groups(self, model: UNet2DConditionModel, policy: str) -> list[UnitGroup]:
+        """The groups of all layers, then the whole layers that may be removed; see `prunekit.discover`."""
         sites = list(walk(model))
-        groups = [group for site in sites if (group := _depth_group(model, site, policy)) is not None]
+        groups = [layer.group for site in sites if (layer := _layer(model, site)).group is not None]
+        if policy != "none":
+            groups += [group for site in sites if (group := _depth_group(model, site, policy)) is not None]
         return groups + (_stages(model, sites) if policy == "blocks" else [])
 
     def passage(self, model: UNet2DConditionModel, group: UnitGroup) -> Passage:
