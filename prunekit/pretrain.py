@@ -53,7 +53,11 @@ class PretrainSettings(Protocol):
     caption_dropout: float
     timestep_shift: float
     milestones: list[int]
-    evaluation: DrawingSettings
+
+    @property
+    def evaluation(self) -> DrawingSettings:
+        """How the pictures of the quality curve are drawn."""
+        ...
 
 
 def pretrain(recipe: PretrainSettings, directory: Path) -> Path:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from prunekit.companions import COUNT, LAUNCHED
 from prunekit.errors import UserError
 from prunekit.models.names import local_path
-from prunekit.recipe import AnyRecipe, PretrainRecipe
+from prunekit.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
 from prunekit.training.trainer import TrainerConfig
 
 MOST = 4  # processes by default; each holds the model and the data
@@ -42,7 +42,7 @@ def process_count(recipe: AnyRecipe | None) -> int:
     return min(torch.get_num_threads(), MOST, _smallest_batch(recipe))
 
 
-def _smallest_batch(recipe: AnyRecipe) -> int:
+def _smallest_batch(recipe: PruneRecipe | CompareRecipe) -> int:
     """Return the samples of the smallest step, of which each process needs one."""
     settings = [recipe, *(recipe.method_of(label).config for label in recipe.methods)]
     return min(batch for model in settings for batch in _batches(model))
