@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit.benchmark.models import random_unet
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.jobs.bench.bench_models import random_unet
 from prunekit.models import load_pipeline, load_unet_on_meta
-from prunekit.randomness import generator
+from prunekit.runtime.randomness import generator
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,9 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.methods import APTP
 from prunekit.methods.base import space_and_cost
 from prunekit.methods.budget import select_mixture
-from prunekit.models import load_pipeline, load_shape
-from prunekit.randomness import generator
-from prunekit.training import emoji_model
-from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
+from prunekit.models import emoji_model, load_pipeline, load_shape
+from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
+from prunekit.runtime.randomness import generator
 
 CASES = [("search", "bfloat16"), ("search", "float32"), ("fine_tuning", "bfloat16"), ("fine_tuning", "float32")]
 CASES += [("cache", "bfloat16"), ("cache_emoji", "bfloat16")]

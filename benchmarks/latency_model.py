@@ -15,13 +15,16 @@ from pathlib import Path
 import torch
 
 import prunekit as pk
-from prunekit.benchmark import WarmUp, environment, measure
-from prunekit.benchmark.models import random_unet
-from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
+from prunekit.jobs.bench.bench_models import random_unet
+from prunekit.measuring.clock import timed_call, timed_inputs
+from prunekit.measuring.environment import environment
+from prunekit.measuring.interleaved import WarmUp, measure
+from prunekit.measuring.latency_model import LatencyModel
+from prunekit.measuring.latency_table import LatencyTable, conditions_of
+from prunekit.measuring.layer_times import measure_table
 from prunekit.methods import Random, select
 from prunekit.models import load_pipeline
-from prunekit.timing import timed_call, timed_inputs
-from prunekit.training.checkpoint import write_json
+from prunekit.runtime.files import write_json
 
 BUDGET = 0.7
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from prunekit.report.figures import colour, style
-from prunekit.report.training import by_training
+from prunekit.report.svg import colour, style
+from prunekit.report.training_curves import by_training
 
 LINES = ("-", "--", ":", "-.")
 SMOOTH = 2  # logged steps on either side

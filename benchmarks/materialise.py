@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import prunekit as pk
-from prunekit.benchmark.models import random_unet
 from prunekit.core.slicing import save_member
+from prunekit.jobs.bench.bench_models import random_unet
 from prunekit.methods import select
 from prunekit.models import load_pipeline
 

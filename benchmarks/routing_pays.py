@@ -23,8 +23,8 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation.agreement import agreement, data_samples, predictions
 from prunekit.methods import APTP, PruneResult, UniArch, select_mixture
 from prunekit.models import load_pipeline
-from prunekit.training.checkpoint import read_json, write_json
-from prunekit.training.fine_tuning import FineTuneConfig, fine_tune
+from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
+from prunekit.runtime.files import read_json, write_json
 
 SEARCH = {"steps": 240, "batch_size": 48, "learning_rate": 3e-2, "warmup_steps": 20, "weight_decay": 0.0}
 TUNING = {"batch_size": 32, "learning_rate": 5e-4, "warmup_steps": 20, "decay_share": 0.4}

@@ -9,11 +9,11 @@ from diffusers import DDPMScheduler
 import prunekit as pk
 from prunekit.core.gates import gated
 from prunekit.denoisers.unet.family import StableDiffusion
-from prunekit.methods.aptp.search import APTPConfig, SearchObjective
+from prunekit.measuring.clock import timed_inputs
+from prunekit.methods.aptp.expert_search import APTPConfig, SearchObjective
 from prunekit.methods.router import ArchitecturePredictor, Router
 from prunekit.methods.search import Codes
-from prunekit.timing import timed_inputs
-from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
+from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective
 from prunekit.training.trainer import Objective
 
 CPU = torch.device("cpu")

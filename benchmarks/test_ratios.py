@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import prunekit as pk
+from prunekit.jobs.plan import Devices, plan, plan_all
+from prunekit.jobs.recipe import load_recipe
+from prunekit.jobs.run import start
+from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.methods.router import Router
-from prunekit.plan import Devices, plan, plan_all
-from prunekit.recipe import load_recipe
 from prunekit.report import write_report
-from prunekit.run import start
-from prunekit.timing import WarmUp, measure
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*_cc3m*.yaml"))
 SUBJECTS = ("apple", "ball", "cube", "star", "cat", "dog", "tree", "house")
@@ -74,7 +74,7 @@ def test_a_report_is_quick_beside_its_run(tmp_path):
 
 
 def test_soft_costs_of_1000_architectures_beside_one_call(shape, space, unet):
-    from prunekit.timing import timed_call, timed_inputs
+    from prunekit.measuring.clock import timed_call, timed_inputs
 
     cost, gates = pk.CostModel(shape, space), torch.rand(1000, space.size, requires_grad=True)
     call = timed_call(unet, timed_inputs(unet, 1, 32, 77))

@@ -28,8 +28,8 @@ def worker() -> None:
 
     import torch
 
+    from prunekit.measuring.clock import timed_inputs
     from prunekit.models import load_pipeline
-    from prunekit.timing import timed_inputs
 
     unet = load_pipeline("emoji").unet.train().requires_grad_(True)
     inputs = timed_inputs(unet, SAMPLES, unet.config.sample_size, 16)

@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from prunekit import methods
-from prunekit.benchmark.config import BenchRecipe
-from prunekit.recipe.schema import KINDS
+from prunekit.jobs.bench.bench_recipe import BenchRecipe
+from prunekit.jobs.recipe.schema import KINDS
 
 PAGE = Path(__file__).parent / "recipe_reference.md"
 HEAD = """# Recipe reference

@@ -7,14 +7,19 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from prunekit import denoisers, threads
+from prunekit import denoisers
+from prunekit.runtime import threads
 
 threads.configure()
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports with any pipeline
 denoisers.register()
 
 if TYPE_CHECKING:
-    from . import methods
+    from prunekit import methods
+    from prunekit.evaluation.evaluate import evaluate
+    from prunekit.recovery.fine_tuning import fine_tune
+    from prunekit.recovery.in_memory import recover_experts
+
     from .core.cost import CostModel
     from .core.discovery import discover
     from .core.gates import gated, pipeline_rows
@@ -22,11 +27,8 @@ if TYPE_CHECKING:
     from .core.slicing import export_model, slice_model
     from .core.space import Architecture, UnitGroup, UnitSpace
     from .denoisers.unet.stock import as_stock
-    from .evaluation.command import evaluate
-    from .recovery import recover_experts
     from .serving import PromptRoutedPipeline
     from .slicing import PrunedUNet2DConditionModel, export_unet, slice_unet
-    from .training.fine_tuning import fine_tune
 
 __all__ = [
     "Architecture",
@@ -58,12 +60,12 @@ _MODULES = {
     "core.slicing": ["export_model", "slice_model"],
     "core.space": ["Architecture", "UnitGroup", "UnitSpace"],
     "denoisers.unet.stock": ["as_stock"],
-    "evaluation.command": ["evaluate"],
+    "evaluation.evaluate": ["evaluate"],
     "methods": ["methods"],
-    "recovery": ["recover_experts"],
+    "recovery.fine_tuning": ["fine_tune"],
+    "recovery.in_memory": ["recover_experts"],
     "serving": ["PromptRoutedPipeline"],
     "slicing": ["PrunedUNet2DConditionModel", "export_unet", "slice_unet"],
-    "training.fine_tuning": ["fine_tune"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

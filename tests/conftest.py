@@ -11,12 +11,12 @@ from allowed_skips import ALLOWED_SKIPS
 
 os.environ.setdefault("PRUNEKIT_PRECISION", "float32")  # of `auto`, so that results are the same on every machine
 gc.set_threshold(50_000)
-import prunekit.compare.timing  # noqa: E402 - which imports them
-from prunekit.timing import WarmUp  # noqa: E402
+import prunekit.jobs.compare.call_ratios  # noqa: E402 - which imports them
+from prunekit.measuring.interleaved import WarmUp  # noqa: E402
 
 gc.freeze()
 # Comparisons in tests time a few calls: benchmarks hold times
-prunekit.compare.timing.PAIRS, prunekit.compare.timing.WARM_UP = 3, WarmUp(max_rounds=2)
+prunekit.jobs.compare.call_ratios.PAIRS, prunekit.jobs.compare.call_ratios.WARM_UP = 3, WarmUp(max_rounds=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,8 +24,8 @@ def reports(request):
     """Write reports of runs and comparisons only in the files that look at them, which say WRITES_REPORTS."""
     with pytest.MonkeyPatch.context() as patches:
         if not getattr(request.module, "WRITES_REPORTS", False):
-            for module in ("run", "compare.comparison"):
-                patches.setattr(f"prunekit.{module}.finish", lambda *given: None)
+            for module in ("run", "compare.comparing"):
+                patches.setattr(f"prunekit.jobs.{module}.finish", lambda *given: None)
         yield
 
 
@@ -46,7 +46,7 @@ def _unexpected() -> dict[str, str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """Fail a strict session that skipped a test which tests/allowed_skips.py does not list."""
+    """Fail a strict session that skipped a test which tests/helpers/allowed_skips.py does not list."""
     if os.environ.get(STRICT) and _unexpected() and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -54,4 +54,4 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter):
     """Name the skips that are not on the list."""
     for name, reason in sorted(_unexpected().items()):
-        terminalreporter.write_line(f"skipped, and not in tests/allowed_skips.py: {name}: {reason}")
+        terminalreporter.write_line(f"skipped, and not in tests/helpers/allowed_skips.py: {name}: {reason}")

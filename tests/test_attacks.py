@@ -10,20 +10,19 @@ from command_line import refused
 from small_model import RECIPE, write_pipeline, write_world
 
 from prunekit.data.prompt_encoder import PROMPT_ENCODER_DIRECTORY, load_prompt_encoder
-from prunekit.errors import UserError
-from prunekit.evaluation.pictures import PictureRow, picture_sheet
+from prunekit.evaluation.sheets import PictureRow, picture_sheet
 from prunekit.evaluation.table import Column, markdown_table
-from prunekit.markdown import markdown_cell
+from prunekit.jobs.recipe import RecipeError, load_recipe, parse_recipe
+from prunekit.jobs.run import start
+from prunekit.jobs.stages import errors_of_plug_ins
 from prunekit.methods import TaylorSP, register, registry
 from prunekit.methods.base import ScoreMethod
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_unet_on_meta
 from prunekit.models.shapes import unet_from_config
-from prunekit.recipe import RecipeError, load_recipe, parse_recipe
 from prunekit.report.trust import warnings_of
-from prunekit.run import start
+from prunekit.runtime.errors import UserError, markdown_cell
 from prunekit.serving.prompts import read_prompts
-from prunekit.stages import errors_of_plug_ins
 
 COMPARE = {**RECIPE, "job": "compare", "prune": {}, "budgets": [{"budget": 0.7}]}
 

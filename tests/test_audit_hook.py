@@ -70,7 +70,10 @@ def environment(folder: Path) -> dict[str, str]:
     for name in ("home", "temporary", "matplotlib", "work"):
         (folder / name).mkdir(exist_ok=True)
     own |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
-    own |= {"MPLCONFIGDIR": str(folder / "matplotlib"), "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{TESTS}"}
+    own |= {
+        "MPLCONFIGDIR": str(folder / "matplotlib"),
+        "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{TESTS / 'helpers'}",
+    }
     return own | {"PYTHONUNBUFFERED": "1", "PRUNEKIT_PROCESSES": "1", "PRUNEKIT_PRECISION": "float32"}
 
 

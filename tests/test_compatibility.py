@@ -29,7 +29,7 @@ from unets import inputs, relative_error
 import prunekit as pk
 from prunekit.cli import is_users
 from prunekit.export import check_controlnet, check_t2i_adapter, copy_ip_adapter, slice_lora
-from prunekit.export.parts import Parts
+from prunekit.export.pipeline_parts import Parts
 from prunekit.methods import BKSDM
 from prunekit.models import load_pipeline
 

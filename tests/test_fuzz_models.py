@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 
 from prunekit.cli import app
 from prunekit.core.discovery import discover
-from prunekit.errors import UserError
+from prunekit.jobs.plan import Devices, plan
+from prunekit.jobs.recipe import parse_recipe
 from prunekit.models import load_pipeline
-from prunekit.plan import Devices, plan
-from prunekit.recipe import parse_recipe
+from prunekit.runtime.errors import UserError
 from prunekit.slicing import slice_unet
 
 pytestmark = TIMEOUT

@@ -16,11 +16,11 @@ from fuzzing import HOSTILE, TIMEOUT, forked, fuzzed, measured, mutated
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from prunekit.benchmark.config import is_benchmark, load_bench_recipe
-from prunekit.errors import UserError
-from prunekit.plan import Devices, plan_all
-from prunekit.recipe import dump_recipe, load_recipe
-from prunekit.shipped import EXTENDS, shipped_recipes
+from prunekit.jobs.bench.bench_recipe import is_benchmark, load_bench_recipe
+from prunekit.jobs.plan import Devices, plan_all
+from prunekit.jobs.recipe import dump_recipe, load_recipe
+from prunekit.jobs.shipped import EXTENDS, shipped_recipes
+from prunekit.runtime.errors import UserError
 
 pytestmark = TIMEOUT
 NAMES = [name for name, path in shipped_recipes().items() if not is_benchmark(path)]

@@ -1,118 +1,175 @@
-"""Imports go down only: a module may import from its own package and from lower layers."""
+"""The house: rooms in one order, imports that point down, no circles, and no two modules of one name."""
 
 import ast
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "prunekit"
-LAYERS = (  # lowest first; names of one layer do not import each other, except where ORDER allows it
-    {"errors"},
-    {"files", "shipped", "threads", "precision", "markdown"},  # which import nothing heavy, or torch alone
-    {"core"},
-    {"denoisers"},
-    {"slicing"},
-    {"models", "sampling", "randomness", "crosscheck", "timing", "latency"},
-    {"yaml_files"},  # of data, benchmarks and recipes
-    {"run_directory"},
-    {"data", "training"},
-    {"methods"},
-    {"evaluation", "serving", "export", "benchmark"},
-    {
-        *("report", "demo", "run", "pretrain", "plan", "check", "recipe", "stages", "recovery", "compare"),
-        "importing",
-        *("companions", "process_count"),
-    },
-    {"cli"},
-    {"__main__"},
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "prunekit"
+ROOMS = (  # lowest first; a room imports itself and the rooms before it
+    "runtime",
+    "core",
+    "denoisers",
+    "slicing",  # no room: the module that saved pipelines name for the classes of pruned models
+    "models",
+    "data",
+    "measuring",
+    "training",
+    "methods",
+    "recovery",
+    "evaluation",
+    "export",
+    "serving",
+    "report",
+    "embedded",
+    "jobs",
+    "demo",
+    "cli",
 )
-WITHIN = {  # what may be imported within a layer
-    "shipped": {"files"},
-    "latency": {"timing"},
-    "data": {"training"},
-    "training": {"data"},
-    "serving": {"export"},
-    "stages": {"recipe"},
-    "recovery": {"stages"},
-    "run": {"recipe", "pretrain", "report", "stages", "recovery"},
-    "compare": {"recipe", "stages", "recovery", "report", "run"},
-    "pretrain": {"recipe"},
-    "plan": {"recipe", "compare"},
-    "check": {"recipe", "stages", "recovery", "plan"},
-    "report": {"recipe", "stages", "compare"},
-    "importing": {"recipe"},
-    "demo": {"report"},
-    "process_count": {"recipe", "companions"},
+DOORS = {  # modules at the top level, and what they are for
+    "__init__": "public names, which are imported when they are first used",
+    "__main__": "`python -m prunekit`",
 }
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+INTERFACES = {  # files that several rooms or families have, because they implement one interface
+    "registry": "classes by name, with what other packages add",
+    "denoiser": "the protocol, and its implementation in each family",
+    "family": "the protocol, and its implementation in each family",
+}
+SHORT = 40  # lines: a module with fewer is merged, unless it implements an interface, as a method does
+HEAVY = {"accelerate", "datasets", "omegaconf", "pydantic", "sentence_transformers", "typer", "matplotlib"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    """The dotted name of a module; a package's `__init__` has the package's."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_names(path: Path, package: tuple[str, ...] = ()) -> list[list[str]]:
-    """Return the dotted names, in parts, that a file of a package imports, wherever in the file the import stands."""
-    names = []
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imported_names(path: Path, package: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """The dotted names, in parts, that a file of a package imports, wherever in the file the import stands."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names += [alias.name.split(".") for alias in node.names]
+            yield from (alias.name.split(".") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             base += node.module.split(".") if node.module else []
-            names += [[*base, alias.name] for alias in node.names]
-    return names
+            yield from ([*base, alias.name] for alias in node.names)
 
 
-def imported_parts(path: Path) -> set[str]:
-    """Return the parts of prunekit that a file imports."""
-    names = imported_names(path, ("prunekit", *path.relative_to(PACKAGE).parent.parts))
-    return {name[1] for name in names if name[0] == "prunekit" and len(name) > 1}
+def imported_modules(path: Path) -> set[str]:
+    """The modules of prunekit that a file imports."""
+    package = path.relative_to(PACKAGE.parent).parent.parts
+    found = set()
+    for parts in imported_names(path, package):
+        while parts and ".".join(parts) not in MODULES:
+            parts = parts[:-1]
+        found |= {".".join(parts)} if parts else set()
+    return found - {name_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path):
-    part = part_of(path)
-    if part == "__init__":
-        return
-    assert part in LEVEL, f"{part} is in no layer: add it to LAYERS"
-    for other in imported_parts(path) - {part}:
-        assert other in LEVEL, f"{path.name} imports prunekit.{other}, which is no part of a layer"
-        lower = LEVEL[other] < LEVEL[part] or other in WITHIN.get(part, ())
-        assert lower, f"{path.relative_to(PACKAGE)} imports prunekit.{other}, which is not below it"
+def room_of(module: str) -> str:
+    """The room of a module, or the module itself at the top level."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-def test_the_lowest_layer_is_a_library_of_its_own():
-    heavy = {"accelerate", "datasets", "omegaconf", "pydantic", "sentence_transformers", "typer", "matplotlib"}
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of nodes that reach each other."""
+    reached = {node: set(others) for node, others in graph.items()}
+    for middle in graph:
+        for others in reached.values():
+            if middle in others:
+                others |= reached[middle]
+    found = {frozenset(b for b in reached[a] if a in reached.get(b, ())) for a in graph if a in reached[a]}
+    return sorted(map(sorted, found))
+
+
+GRAPH = {name: imported_modules(path) for name, path in MODULES.items()}
+
+
+def test_every_room_has_its_place():
+    known = {*ROOMS, *DOORS}
+    found = set(map(room_of, MODULES))
+    assert found <= known, f"{sorted(found - known)}: add them to ROOMS, lowest first"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down(room):
+    own = ROOMS.index(room)
+    for name in (name for name in MODULES if room_of(name) == room):
+        for other in GRAPH[name] - {PACKAGE.name}:
+            assert room_of(other) in ROOMS[: own + 1], f"{name} imports {other}, which is not below it"
+
+
+def test_no_circle():
+    graph = {name: others - {PACKAGE.name} for name, others in GRAPH.items() if name != PACKAGE.name}
+    assert not circles(graph)
+
+
+def test_no_two_modules_have_one_name():
+    within = [path for path in FILES if path.parent != PACKAGE and not is_family(path)]
+    counts = Counter(path.stem for path in within)
+    del counts["__init__"]
+    names = {name for name, count in counts.items() if count > 1} - INTERFACES.keys()
+    assert not names, "give them names that tell them apart, or list the interface that they implement"
+    rooms = {path.parent.name for path in FILES if path.name == "__init__.py"}
+    assert not rooms & counts.keys(), "a module has the name of a package"
+
+
+def test_no_file_is_a_splinter():
     for path in FILES:
-        if LEVEL.get(part_of(path), 9) <= LEVEL["models"]:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
-                assert not heavy & {name.split(".")[0] for name in names}, path
+        place = path.relative_to(PACKAGE).as_posix()
+        text = path.read_text(encoding="utf-8")
+        allowed = path.parent == PACKAGE or path.stem in ("__init__", *INTERFACES) or is_family(path)
+        allowed = allowed or "\n@register(" in text
+        lines = len(text.splitlines())
+        assert allowed or lines >= SHORT, f"{place} has {lines} lines: merge it with the module that it serves"
+
+
+def is_family(path: Path) -> bool:
+    """Whether a file is one family's part of what all families have."""
+    return path.relative_to(PACKAGE).parts[0] == "denoisers"
+
+
+def test_the_core_is_a_library_of_its_own():
+    for path in FILES:
+        if room_of(name_of(path)) in ("core", "denoisers"):
+            assert not HEAVY & {parts[0] for parts in imported_names(path)}, path
+            below = {room_of(name) for name in GRAPH[name_of(path)]}
+            assert below <= {"core", "denoisers", "runtime"}, path
 
 
 def test_what_all_methods_share_knows_no_method():
     """APTP is one of the methods: only it, the lists of names and the import of its files know it."""
-    allowed = ("methods/__init__.py", "methods/registry.py", "methods/aptp/", "importing/")
+    allowed = ("methods/__init__.py", "methods/registry.py", "methods/aptp/", "jobs/import_aptp.py")
     for path in FILES:
-        if str(path.relative_to(PACKAGE)).startswith(allowed):
-            continue
-        for name in imported_names(path, ("prunekit", *path.relative_to(PACKAGE).parent.parts)):
-            assert name[:3] != ["prunekit", "methods", "aptp"], f"{path.relative_to(PACKAGE)} imports {'.'.join(name)}"
+        if not path.relative_to(PACKAGE).as_posix().startswith(allowed):
+            others = {name for name in GRAPH[name_of(path)] if name.startswith("prunekit.methods.aptp")}
+            assert not others, f"{path.relative_to(PACKAGE)} imports {sorted(others)}"
 
 
-def test_relative_imports_are_resolved():
-    assert "core" in imported_parts(PACKAGE / "denoisers" / "unet" / "structure.py")
-    assert {"core", "errors"} <= imported_parts(PACKAGE / "models" / "loading.py")
+def test_relative_imports_and_circles_are_found():
+    assert any(name.startswith("prunekit.runtime.") for name in GRAPH["prunekit.core.slicing"])
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_tests_mirror_the_package():
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders <= {*ROOMS, "helpers"}, "a folder of tests has the name of a room"
+    assert not [path.name for path in TESTS.glob("*.py") if not path.name.startswith(("test_", "conftest"))]
 
 
 def test_no_file_imports_a_test_file():
     """What several test files use stands in a helper module: a test file that is imported brings its fixtures along."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(TESTS.rglob("*.py"))
     tests = {path.stem for path in files if path.stem.startswith("test_")}
-    assert len(tests) > 50
+    assert len(tests) > 50 and len(tests) == sum(path.stem.startswith("test_") for path in files)
     for path in files:
         imported = {part for name in imported_names(path) for part in name}
         assert not imported & tests, f"{path.name} imports {sorted(imported & tests)}: move what it needs to a helper"

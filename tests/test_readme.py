@@ -1,4 +1,4 @@
-"""What the README and the docs show is real: Python runs, files exist. Commands: tests/test_commands.py."""
+"""What the README and the docs show is real: Python runs, files exist. Commands: tests/cli/test_commands.py."""
 
 import json
 import re
@@ -14,10 +14,10 @@ from small_model import RECIPE
 from prunekit import PromptRoutedPipeline, PrunedUNet2DConditionModel
 from prunekit.evaluation.protocols import PROTOCOLS
 from prunekit.export import load_pipeline_directory, register_with_diffusers
-from prunekit.export.parts import save_pipeline
+from prunekit.export.pipeline_parts import save_pipeline
+from prunekit.jobs.recipe import load_recipe
 from prunekit.methods import registry
 from prunekit.models import load_pipeline
-from prunekit.recipe import load_recipe
 from prunekit.serving.bulk import Request, generate_to
 
 LANGUAGES = {"sh", "python", "yaml", "toml"}

@@ -18,12 +18,12 @@ from small_pipeline import pipeline_of
 from unets import build
 
 import prunekit as pk
-from prunekit.compare.cells import key_of
-from prunekit.compare.table import rows_of
+from prunekit.jobs.compare.cell_runner import key_of
+from prunekit.jobs.recipe import CompareRecipe, PruneRecipe, load_recorded
 from prunekit.methods import PruneResult, Scores
 from prunekit.methods.router import Router
-from prunekit.recipe import CompareRecipe, PruneRecipe, load_recorded
 from prunekit.report import write_report
+from prunekit.report.comparison_table import rows_of
 
 RECORDED = Path(__file__).parent / "goldens" / "recorded"
 TEXTS = sorted(path for path in RECORDED.rglob("*") if path.suffix in (".json", ".yaml", ".jsonl"))

@@ -11,8 +11,8 @@ import pytest
 from command_line import ok, refused
 from small_model import write_pipeline
 
-from prunekit.recipe import load_recipe
-from prunekit.shipped import copy_recipe, find_recipe, shipped_recipes, summary
+from prunekit.jobs.recipe import load_recipe
+from prunekit.jobs.shipped import copy_recipe, find_recipe, shipped_recipes, summary
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -78,7 +78,7 @@ def run_installed(site: Path, place: Path, *words: str) -> str:
 
 
 def test_the_wheel_has_its_recipes(installed, tmp_path):
-    where = "import prunekit, prunekit.shipped as s; print(prunekit.__file__, s.find_recipe('quickstart'))"
+    where = "import prunekit, prunekit.jobs.shipped as s; print(prunekit.__file__, s.find_recipe('quickstart'))"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     shown = subprocess.run(
         [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

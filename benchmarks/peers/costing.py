@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit as pk
+from prunekit.measuring.clock import timed_inputs
 from prunekit.models import load_unet_on_meta
-from prunekit.timing import timed_inputs
 
 LATENT, TEXT = 96, 77
 

@@ -8,7 +8,7 @@ import torch
 from shared import compare, options, sd21, twin, where
 
 import prunekit as pk
-from prunekit.timing import timed_inputs
+from prunekit.measuring.clock import timed_inputs
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """A search step and a fine-tuning step written plainly, as one writes them first: the same mathematics as prunekit's.
 
 Everything runs at every step and in float32: pictures through the autoencoder, captions through the text encoder, and
-the teacher through the gated UNet with all gates open. Experts are looped over. `tests/test_plain_step.py` holds the
-losses against prunekit's; `step.py` times both.
+the teacher through the gated UNet with all gates open. Experts are looped over.
+`tests/training/test_plain_step.py` holds the losses against prunekit's; `step.py` times both.
 """
 
 from typing import Any

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from prunekit.benchmark import Measurement, WarmUp, environment, measure
-from prunekit.benchmark.models import random_unet
+from prunekit.jobs.bench.bench_models import random_unet
+from prunekit.measuring.environment import environment
+from prunekit.measuring.interleaved import Measurement, WarmUp, measure
 
 
 def options(description: str, **defaults: Any) -> argparse.Namespace:

@@ -13,9 +13,8 @@ import torch_pruning as tp
 from shared import compare, options, sd21, where
 
 import prunekit as pk
-from prunekit.benchmark import peak_memory
 from prunekit.core.space import Architecture
-from prunekit.timing import timed_inputs
+from prunekit.measuring.clock import peak_memory, timed_inputs
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from prunekit.methods import APTP
 from prunekit.methods.base import space_and_cost
 from prunekit.methods.relaxation import gumbel
 from prunekit.models import load_pipeline
-from prunekit.randomness import generator
-from prunekit.training.fine_tuning import FineTuneConfig, FineTuningObjective
+from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective
+from prunekit.runtime.randomness import generator
 from prunekit.training.memory import held
 from prunekit.training.trainer import Trainer
 

@@ -2,9 +2,8 @@
 
 import gc
 
-from prunekit.cli import jobs, models, recipes, results  # noqa: F401 (they register the commands, in this order)
-from prunekit.cli.common import app
-from prunekit.cli.errors import Commands, is_users
+from prunekit.cli import job_commands, model_commands, result_commands  # noqa: F401 (in the order of the help)
+from prunekit.cli.application import Commands, app, is_users
 
 __all__ = ["Commands", "app", "is_users", "main"]
 

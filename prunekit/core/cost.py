@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 from .axes import Axis, Layer, weight_of
 from .counting import CONVENTIONS, Counter, LayerCost, Parameters

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 

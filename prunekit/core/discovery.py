@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 from .axes import Layer
 from .denoiser import Structure

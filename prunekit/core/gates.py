@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 from .axes import Axis, weight_of
 from .discovery import match, width_layers

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,7 +23,7 @@ from diffusers import ModelMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 from .axes import Axis, Layer
 from .cutting import keep_channels

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from prunekit.errors import UserError
-from prunekit.files import write_text
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import write_text
 
 DEPTH_KINDS = ("layer", "block", "stage")
 FORMAT = 1

@@ -2,14 +2,16 @@
 
 import json
 import re
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prunekit.errors import UserError
-from prunekit.training.checkpoint import write_text
-from prunekit.training.progress import console
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import write_text
+from prunekit.runtime.progress import console
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MOST_BYTES = 256 * 2**20  # of one picture or caption: 8192 x 8192 pixels of 4 bytes that are not compressed
 
 
 class DataError(UserError):
@@ -66,3 +68,38 @@ def write_report(skipped: list[BadSample], path: Path) -> None:
     """Write one JSON object a bad sample to a JSON Lines file, atomically; an empty file where all are good."""
     rows = [json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in skipped]
     write_text(path, "".join(rows), errors="backslashreplace")  # a lone surrogate becomes JSON's escape of it
+
+
+def file_size(path: Path) -> int:
+    """Return the size in bytes of a file that holds a picture or a caption, without opening it.
+
+    Raises DataError, "is missing (why)": for a path that is not a regular file, as a device or a pipe may have no end;
+    for more than MOST_BYTES; for a name that no file can have.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"is missing ({error.strerror})") from error
+    except ValueError as error:  # the name holds NUL, or what the file system's encoding does not have
+        raise DataError(f"has a name that no file can have ({error})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError("is no file")
+    if found.st_size > MOST_BYTES:
+        raise DataError(f"has {too_large(found.st_size)}")
+    return found.st_size
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file that holds a picture or a caption. Raises DataError, "PATH is missing (why)", as `file_size` does."""
+    try:
+        file_size(path)
+        return path.read_bytes()
+    except DataError as error:
+        raise DataError(f"{path} {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def too_large(size: int) -> str:
+    """Return the words of a message about a picture or caption that has more than MOST_BYTES."""
+    return f"{size:,} bytes, more than {MOST_BYTES:,}"

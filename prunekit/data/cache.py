@@ -21,13 +21,12 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunekit.data.digests import Digests, file_digest
 from prunekit.data.rows import MappedRows, stored_tensors
-from prunekit.data.sharing import share_and_tidy
-from prunekit.errors import UserError
-from prunekit.training.checkpoint import clear_killed, replacing, write_json
-from prunekit.training.claims import Piece
-from prunekit.training.progress import console
+from prunekit.runtime.digests import Digests, file_digest
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import clear_killed, replacing, write_json
+from prunekit.runtime.progress import console
+from prunekit.runtime.work import Piece, share_and_tidy
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -15,10 +15,9 @@ from prunekit.data.images import CaptionedImages
 from prunekit.data.parquet import columns_of, num_rows, parquet_samples
 from prunekit.data.pictures import FilePictures, ParquetPictures
 from prunekit.data.samples import Sample, caption_fault, collect
-from prunekit.data.shards import missing_shards, shards_of
 from prunekit.data.tables import cc3m_rows, csv_rows, grouped
-from prunekit.data.webdataset import webdataset_samples
-from prunekit.errors import UserError
+from prunekit.data.webdataset import missing_shards, shards_of, webdataset_samples
+from prunekit.runtime.errors import UserError
 
 CC3M_FOLDERS = {"Train_GCC-training.tsv": "training", "Validation_GCC-1.1.0-Validation.tsv": "validation"}
 LAYOUT_SETTINGS = {  # which settings of a layout mean something for which kind

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from prunekit.data.images import CaptionedImages, DataError, hold_out
+from prunekit.data.bad_samples import DataError
+from prunekit.data.images import CaptionedImages, hold_out
 from prunekit.data.samples import caption_fault
 from prunekit.data.webdataset import read_webdataset
 

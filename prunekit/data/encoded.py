@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from prunekit.data.cache_config import CacheConfig
+from prunekit.data.cache_parts import PartMaker
 from prunekit.data.encoders import CaptionStates, FrozenEncoders, LiveLatents, LiveText
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
-from prunekit.data.parts import PartMaker
 from prunekit.data.rows import Rows
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.core.emptied import state_in_files
-from prunekit.data.digests import Digests
 from prunekit.data.pictures import Pictures
+from prunekit.runtime.digests import Digests
 
 
 class Fingerprint:

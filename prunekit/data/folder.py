@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from prunekit.data.bad_samples import BadSample, DataError
-from prunekit.data.files import file_size
+from prunekit.data.bad_samples import BadSample, DataError, file_size
 from prunekit.data.samples import PICTURE_SUFFIXES, Sample, file_sample
 from prunekit.data.tables import Row, csv_rows, grouped, listed
 

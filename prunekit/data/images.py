@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from prunekit.data.bad_samples import BadSample, DataError, Tolerance, write_report
-from prunekit.data.decoding import decode, fault
+from prunekit.data.picture_files import decode, fault
 from prunekit.data.pictures import Pictures
-from prunekit.randomness import generator
+from prunekit.runtime.randomness import generator
 
 __all__ = ["BadSample", "CaptionedImages", "DataError", "Tolerance", "hold_out"]
 
@@ -71,7 +71,7 @@ class CaptionedImages:
 
     def faults(self) -> dict[int, str]:
         """Decode every picture and return why each bad one cannot be used, by index."""
-        from prunekit.training.progress import Progress
+        from prunekit.runtime.progress import Progress
 
         found: dict[int, str] = {}
         with Progress("verify", self.num_images) as progress:

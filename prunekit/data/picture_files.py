@@ -1,14 +1,16 @@
-"""The one place where pictures are opened, and written to disk."""
+"""Pictures in files: opened with limits, decoded to RGB, written atomically."""
 
 import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
-from prunekit.data.bad_samples import DataError
-from prunekit.data.files import read_file
-from prunekit.training.checkpoint import replacing
+from prunekit.data.bad_samples import DataError, read_file
+from prunekit.runtime.files import replacing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's others run programs (EPS) or differ by its version
 MOST_PIXELS = 2**26  # 8192 x 8192
@@ -72,3 +74,53 @@ def write_image(path: Path, image: Image.Image, **options: Any) -> None:
     """Write a picture in the format that its name ends in (png, webp), atomically; `options` as Pillow's `save`."""
     with replacing(path) as new:
         image.save(new, format=path.suffix.removeprefix("."), **options)
+
+
+def decode(encoded: bytes, size: int) -> Tensor:
+    """Decode one compressed picture to uint8 RGB (3, size, size): shorter side resized, center cropped.
+
+    Raises DataError where it cannot be decoded: "cannot be read (why)".
+    """
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.fit(rgb(encoded), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def fault(encoded: bytes) -> str | None:
+    """Return why a compressed picture cannot be used, or None; decodes it in full."""
+    try:
+        rgb(encoded)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def rgb(encoded: bytes) -> Any:
+    """Decode one compressed picture to a PIL picture in RGB, turned as its EXIF orientation says.
+
+    16-bit gray is scaled, transparent parts show white, palettes and CMYK are resolved; of an animation the first
+    frame. Color profiles are not applied, and damaged EXIF data are ignored.
+
+    Raises DataError where it cannot be decoded: "cannot be read (why)".
+    """
+    from PIL import Image
+
+    pass
+
+    image = open_picture(encoded)
+    try:
+        image = upright(image)
+        if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips; "I" may hold 8 bits as well
+            values = np.asarray(image).clip(0, 65535)
+            scale = 257 if image.mode != "I" or values.max() > 255 else 1
+            levels = (np.arange(65536) / scale).round().clip(0, 255).astype(np.uint8)
+            image = Image.fromarray(levels[values])
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+            image = image.convert("RGBA") if image.mode != "La" else image.convert("LA").convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image)
+            image = white
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # a palette or transparency that does not fit the picture
+        raise DataError(f"cannot be read as RGB ({why(error)})") from error

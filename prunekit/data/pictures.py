@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.data.bad_samples import DataError, printable
-from prunekit.data.files import read_file
+from prunekit.data.bad_samples import DataError, printable, read_file
 from prunekit.data.tar import members
 
 

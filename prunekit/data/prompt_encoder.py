@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunekit.errors import UserError, first_line
+from prunekit.runtime.errors import UserError, first_line
 
 PROMPT_ENCODER_DIRECTORY = Path(__file__).parent.parent / "assets" / "prompt_encoder"
 EMBEDDED = "emoji"

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunekit.data.bad_samples import BadSample, DataError, Tolerance
-from prunekit.data.files import file_size
+from prunekit.data.bad_samples import BadSample, DataError, Tolerance, file_size
 from prunekit.data.images import CaptionedImages, hold_out
 from prunekit.data.pictures import Pictures
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunekit.data.bad_samples import BadSample, DataError
 from prunekit.data.samples import Sample, caption_fault, file_sample
-from prunekit.errors import nearest
+from prunekit.runtime.errors import nearest
 
 Row = tuple[str, Path, Any]  # what messages call it, the picture's file, the caption
 NUMBERED = re.compile(r"(\d+)(?:_(\d+))?")  # the file names of CC3M's downloads: the row from 0, a checksum of the link

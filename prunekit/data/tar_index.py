@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunekit.data.files import MOST_BYTES
-from prunekit.data.sharing import share_and_tidy
+from prunekit.data.bad_samples import MOST_BYTES
 from prunekit.data.tar import members
-from prunekit.training.checkpoint import write_text
-from prunekit.training.claims import Piece
+from prunekit.runtime.files import write_text
+from prunekit.runtime.work import Piece, share_and_tidy
 
 FORMAT = 2  # of a remembered list
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and suffix; the key ends at the base name's first dot

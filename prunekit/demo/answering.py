@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from prunekit.demo.opening import Chosen, architectures_of, example_prompts, open_dense, open_pipeline, title_of
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 from prunekit.serving import PromptRoutedPipeline
 from prunekit.serving.pipeline import RoutedOutput
 from prunekit.serving.requests import MOST_SEED

@@ -7,7 +7,7 @@ from html import escape
 from prunekit.demo.answering import Answer, Demo, Drawn
 from prunekit.demo.opening import shares_of
 from prunekit.report.architectures import NOTE, drawing
-from prunekit.report.figures import colour, inline_svg, new_figure, style
+from prunekit.report.svg import colour, inline_svg, new_figure, style
 
 SCORES = (
     "A score is the cosine similarity of the prompt's architecture embedding to the expert's code, times the "

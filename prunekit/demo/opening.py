@@ -16,18 +16,18 @@ from prunekit.core.registry import denoiser_in, denoiser_of, latent_size
 from prunekit.core.slicing import blank_copy, read_pruning
 from prunekit.core.space import Architecture
 from prunekit.data.config import DataConfig, load_data
-from prunekit.errors import UserError
 from prunekit.evaluation.generate import REQUEST
 from prunekit.export.tiers import architecture_of
 from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED
 from prunekit.report.architectures import retained
-from prunekit.run_directory import RECIPE, method_directory, read_recipe
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json
+from prunekit.runtime.run_directory import RECIPE, method_directory, read_recipe
 from prunekit.serving import PromptRoutedPipeline
 from prunekit.serving.experts import Experts, Mixture
 from prunekit.serving.prompts import shipped_prompts
-from prunekit.training.checkpoint import read_json
 
 MOST_EXAMPLES = 6
 EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its own

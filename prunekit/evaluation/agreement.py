@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from prunekit.core.call import Call, predict
 from prunekit.core.registry import denoiser_in, denoiser_of, process_of
 from prunekit.data.encoded import EncodedData
-from prunekit.errors import UserError
-from prunekit.randomness import epoch_indices, generator
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import epoch_indices, generator
 
 SAMPLES = 256
 

@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.metrics import clip_score, retrieval
-from prunekit.randomness import generator
-from prunekit.training.autoencoder import to_unit
-from prunekit.training.contrastive import soften
+from prunekit.runtime.randomness import generator
 
 
 def text_figures(evaluator: Any, images: Tensor, texts: Tensor, targets: Tensor) -> dict[str, float]:
@@ -64,3 +63,15 @@ def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 64) -> Tenso
 def to_bytes(pixels: Tensor) -> Tensor:
     """Turn float pixels in [0, 1] into uint8, clipping what lies outside."""
     return (pixels.clamp(0, 1) * 255).round().byte()
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Turn uint8 pixels into float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def soften(pixels: Tensor, factor: int) -> Tensor:
+    """Return float pictures (n, 3, H, W) without the detail that 1/`factor` of the resolution cannot hold."""
+    size = pixels.shape[-2:]
+    small = F.interpolate(pixels, [side // factor for side in size], mode="bilinear", antialias=True)
+    return F.interpolate(small, size, mode="bicubic").clamp(0, 1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunekit.errors import UserError
 from prunekit.evaluation.evaluator import in_batches
+from prunekit.runtime.errors import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that OpenAI's CLIP was trained on
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)

@@ -20,8 +20,8 @@ from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
 from prunekit.methods.router import Router
-from prunekit.precision import autocast
-from prunekit.randomness import generator
+from prunekit.runtime.precision import autocast
+from prunekit.runtime.randomness import generator
 
 TIMED_IMAGES = 8
 FREQUENT_WORDS = 6

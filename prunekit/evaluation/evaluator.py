@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -17,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.data.fingerprint import Fingerprint
-from prunekit.errors import UserError
-from prunekit.training.checkpoint import read_json, save_tensors, write_folder, write_json
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_folder, write_json
+from prunekit.runtime.tensors import save_tensors
 
 EVALUATOR_DIRECTORY = Path(__file__).parent.parent / "assets" / "evaluator"
 INCEPTION = "inception"
@@ -174,28 +173,3 @@ def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     missing = -len(images) % BATCH
     filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
     return torch.cat([embed(part).float().cpu() for part in filled.split(BATCH)])[: len(images)]
-
-
-def identity(evaluator: Any) -> str:
-    """Return a digest of what an evaluator is: its class and weights."""
-    module = evaluator if isinstance(evaluator, nn.Module) else evaluator.model
-    return Fingerprint(type(evaluator).__name__, BATCH).add_module(module).key()
-
-
-def load_evaluator(name: str | Path) -> Any:
-    """Load an evaluator: "emoji" is the embedded one, a folder may hold one of ours or a CLIP model of transformers.
-
-    "inception" is FID's network, which has `features` alone; anything else is a CLIP model's name on the hub. What
-    comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError where there is no such model.
-    """
-    if name == INCEPTION:
-        from prunekit.evaluation.inception import InceptionFeatures
-
-        return InceptionFeatures.load()
-    if name == "emoji":
-        return Evaluator.from_pretrained(EVALUATOR_DIRECTORY)
-    if (Path(name) / "vocabulary.json").is_file():
-        return Evaluator.from_pretrained(name)
-    from prunekit.evaluation.clip import CLIPEvaluator
-
-    return CLIPEvaluator.from_pretrained(name)

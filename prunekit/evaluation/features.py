@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
-from prunekit.evaluation.evaluator import BATCH, identity, load_evaluator
+from prunekit.evaluation.evaluator import BATCH, EVALUATOR_DIRECTORY, INCEPTION, Evaluator
 from prunekit.evaluation.generate import read_pictures
-from prunekit.training.checkpoint import save_tensors
-from prunekit.training.progress import Progress
+from prunekit.runtime.digests import Digests
+from prunekit.runtime.progress import Progress
+from prunekit.runtime.tensors import save_tensors
 
 CHUNK = 4 * BATCH  # pictures in memory at once; whole batches, so that chunks change no number
 
@@ -83,3 +83,28 @@ def _rows(chunks: Iterator[Tensor], view: Callable[[Tensor], Tensor], total: int
             done += len(chunk)
             progress.update(done)
     return torch.cat(rows)
+
+
+def identity(evaluator: Any) -> str:
+    """Return a digest of what an evaluator is: its class and weights."""
+    module = evaluator if isinstance(evaluator, nn.Module) else evaluator.model
+    return Fingerprint(type(evaluator).__name__, BATCH).add_module(module).key()
+
+
+def load_evaluator(name: str | Path) -> Any:
+    """Load an evaluator: "emoji" is the embedded one, a folder may hold one of ours or a CLIP model of transformers.
+
+    "inception" is FID's network, which has `features` alone; anything else is a CLIP model's name on the hub. What
+    comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError where there is no such model.
+    """
+    if name == INCEPTION:
+        from prunekit.evaluation.inception import InceptionFeatures
+
+        return InceptionFeatures.load()
+    if name == "emoji":
+        return Evaluator.from_pretrained(EVALUATOR_DIRECTORY)
+    if (Path(name) / "vocabulary.json").is_file():
+        return Evaluator.from_pretrained(name)
+    from prunekit.evaluation.clip import CLIPEvaluator
+
+    return CLIPEvaluator.from_pretrained(name)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunekit.errors import UserError
 from prunekit.evaluation import metrics, uncertainty
 from prunekit.evaluation.comparison import Prompts
 from prunekit.evaluation.features import Features
 from prunekit.evaluation.protocols import Protocol
-from prunekit.training.checkpoint import replacing
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import replacing
 
 Figure = dict[str, float | int]
 REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder, of the real pictures that frechet was taken to

@@ -1,6 +1,7 @@
 """Pictures from any diffusers text-to-image pipeline, the same for the same (prompt, seed) in every run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,56 @@ from PIL import Image
 from torch import Tensor
 
 from prunekit.data.picture_files import open_picture, write_image
-from prunekit.errors import UserError
-from prunekit.sampling import draw, quiet
-from prunekit.training.checkpoint import read_json, write_json
-from prunekit.training.claims import Piece, share
-from prunekit.training.progress import Progress
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_json
+from prunekit.runtime.progress import Progress
+from prunekit.runtime.work import Piece, share
 
 REQUEST = "request.json"
+
+
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """Return uint8 pictures (n, 3, H, W) of one pipeline call.
+
+    Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
+    diffusers gives the same picture. `size` is pixels, one side or (height, width), by default the pipeline's.
+    """
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    output = pipeline(
+        list(prompts),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images  # (n, H, W, 3) in [0, 1]
+    return torch.from_numpy((output * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Leave out the pipeline's own progress bar and its safety checker, which would blacken pictures of a test."""
+    checker = getattr(pipeline, "safety_checker", None)
+    settings = getattr(pipeline, "_progress_bar_config", None)
+    if checker is not None:
+        pipeline.safety_checker = None
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if checker is not None:
+            pipeline.safety_checker = checker
+        if hasattr(pipeline, "set_progress_bar_config"):
+            pipeline.set_progress_bar_config(**(settings or {}))
 
 
 def generate(

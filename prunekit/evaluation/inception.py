@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.errors import MissingPackageError, UserError
 from prunekit.evaluation.evaluator import in_batches
+from prunekit.runtime.errors import MissingPackageError, UserError
 
 SIDE = 299  # pixels that the network was trained at
 

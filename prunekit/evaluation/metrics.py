@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunekit.errors import UserError
-from prunekit.randomness import generator
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0

@@ -8,10 +8,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunekit.data.config import DataConfig
-from prunekit.errors import UserError, nearest
 from prunekit.evaluation.evaluator import INCEPTION
-from prunekit.precision import AUTO, Precision
-from prunekit.yaml_files import FAULTS, load_overrides, resolved
+from prunekit.runtime.errors import UserError, nearest
+from prunekit.runtime.precision import AUTO, Precision
+from prunekit.runtime.yaml_files import FAULTS, load_overrides, resolved
 
 OF_TEXT = ("clip_score", "pick_score")  # metrics that need no real pictures
 OF_NAMES = ("top1", "top5")  # metrics of pictures that are asked for by name

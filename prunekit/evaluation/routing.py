@@ -14,7 +14,7 @@ from torch import Tensor
 from prunekit.data.encoded import EncodedData
 from prunekit.evaluation.agreement import AgreementSamples, predictions
 from prunekit.evaluation.comparison import Candidate, frequent_words, shares_of
-from prunekit.randomness import generator
+from prunekit.runtime.randomness import generator
 
 RESAMPLES = 2000
 WORDS = 12

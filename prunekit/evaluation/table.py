@@ -8,8 +8,7 @@ from typing import Any, Literal
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from prunekit.errors import UserError, nearest
-from prunekit.markdown import markdown_cell
+from prunekit.runtime.errors import UserError, markdown_cell, nearest
 
 Row = Mapping[str, Any]
 MISSING = "–"

@@ -10,10 +10,8 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 
 from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_in, denoiser_name
-from prunekit.data.digests import Digests
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
-from prunekit.errors import UserError
 from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.evaluation.protocols import Protocol
 from prunekit.methods.base import space_and_cost
@@ -21,9 +19,11 @@ from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
-from prunekit.run_directory import DENSE, RECIPE, RESULT, ROUTER
-from prunekit.training.processes import current
-from prunekit.yaml_files import read_mapping
+from prunekit.runtime.digests import Digests
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.processes import current
+from prunekit.runtime.run_directory import DENSE, RECIPE, RESULT, ROUTER
+from prunekit.runtime.yaml_files import read_mapping
 
 INDEX = "model_index.json"  # of a pipeline
 

@@ -1,11 +1,10 @@
 """Taking a pruned UNet elsewhere: as a stock diffusers UNet, with its class in a file, or as a graph."""
 
 from prunekit.export.adapters import check_controlnet, check_t2i_adapter, copy_ip_adapter
-from prunekit.export.class_file import register_with_diffusers
-from prunekit.export.loading import load_unet
-from prunekit.export.lora import slice_lora
-from prunekit.export.parts import load_pipeline_directory
-from prunekit.export.tiers import save_unet
+from prunekit.export.lora_slicing import slice_lora
+from prunekit.export.model_folder import load_unet
+from prunekit.export.pipeline_parts import load_pipeline_directory
+from prunekit.export.tiers import register_with_diffusers, save_unet
 
 __all__ = [
     "check_controlnet",

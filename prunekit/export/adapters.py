@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from prunekit.denoisers.unet.attaching import cut_processors
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.denoisers.unet.removed import BYPASSED
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 Place = tuple[int, int]  # channels, and how many times smaller than the latent
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from prunekit.errors import UserError, first_line
-from prunekit.markdown import markdown_text
 from prunekit.models.names import KNOWN
-from prunekit.run_directory import DENSE
+from prunekit.runtime.errors import UserError, first_line, markdown_text
+from prunekit.runtime.run_directory import DENSE
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)

@@ -16,11 +16,11 @@ from diffusers import UNet2DConditionModel
 
 from prunekit.core.emptied import state_in_files
 from prunekit.core.registry import latent_size
-from prunekit.errors import MissingPackageError
 from prunekit.export.inputs import Called, example_inputs
 from prunekit.export.specification import FORMAT, KEY, weights_hash
 from prunekit.export.tiers import architecture_of
-from prunekit.training.checkpoint import write_json
+from prunekit.runtime.errors import MissingPackageError
+from prunekit.runtime.files import write_json
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 SPECIFICATION = "specification.json"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunekit.core.call import normal
 from prunekit.core.registry import denoiser_of
-from prunekit.randomness import generator
+from prunekit.runtime.randomness import generator
 
 MOST_TOKENS = 77
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunekit.data.fingerprint import Fingerprint
-from prunekit.errors import UserError
-from prunekit.training.checkpoint import read_json, save_tensors, write_json
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_json
+from prunekit.runtime.tensors import save_tensors
 
 FORMAT = 1
 KEY = "prunekit"  # of the header's entry

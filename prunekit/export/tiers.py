@@ -7,23 +7,60 @@ stock: `UNet2DConditionModel.from_pretrained` loads it. class: the folder holds 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, pipelines
 
+from prunekit import slicing
 from prunekit.core.discovery import discover
 from prunekit.core.slicing import slice_model
+from prunekit.denoisers.unet import pruned
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.denoisers.unet.stock import as_stock
-from prunekit.errors import UserError
-from prunekit.export.class_file import CLASS, MODULE, write_class_file
+from prunekit.export.bundle import bundle
 from prunekit.export.specification import CONFIG, stamp
-from prunekit.training.checkpoint import read_json, write_json
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_json
 
+MODULE = "modeling_pruned"  # an export's file with the class, and its entry in model_index.json
+CLASS = pruned.PrunedUNet2DConditionModel.__name__
+_CUTTING, _PLAIN = "prunekit.core.cutting", "prunekit.export.plain_cutting"
+_INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_groups")}
+_TITLE = """A Stable Diffusion UNet with parts cut out: {name}, for diffusers.
+
+Written by prunekit {version} from its own sources; do not edit. It needs torch and diffusers, and nothing else. The
+config's `pruning` says which units each layer keeps and which layers are gone; the constructor cuts a UNet to it.
+Licence: Apache-2.0.
+"""
 FOLDERS = ("stock", "class")  # tiers that diffusers loads
 GRAPHS = ("onnx", "torch")
 TIERS = ("auto", *FOLDERS, *GRAPHS)
+
+
+@cache
+def class_file_source() -> str:
+    """Return the text of the class file."""
+    title = _TITLE.format(name=CLASS, version=version("prunekit"))
+    return bundle(pruned.__name__, CLASS, _INSTEAD, title)
+
+
+def write_class_file(folder: Path) -> Path:
+    """Write the class file into a UNet's folder; return its path."""
+    path = folder / f"{MODULE}.py"
+    path.write_text(class_file_source(), encoding="utf-8")
+    return path
+
+
+def register_with_diffusers() -> None:
+    """Let `DiffusionPipeline.from_pretrained` open exports of the tier `class` by prunekit's class in this process.
+
+    Call it once where other code loads the pipelines; no code of their folders runs then, and none has to be trusted.
+    It adds an entry to `diffusers.pipelines`, in which diffusers looks up the names of a `model_index.json`.
+    """
+    setattr(pipelines, MODULE, slicing)
 
 
 def check_tier(tier: str, allowed: tuple[str, ...] = TIERS) -> None:

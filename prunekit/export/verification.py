@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunekit.core.registry import latent_size
-from prunekit.errors import UserError
 from prunekit.export import fresh
 from prunekit.export.inputs import Called, example_inputs, relative_error
-from prunekit.training.checkpoint import full_disk_named
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import full_disk_named
 
 TOLERANCE = {"onnx": 1e-3}  # relative L2 error; of all other forms:
 DEFAULT_TOLERANCE = 1e-5

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prunekit.methods.settings import PruneSettings
     from prunekit.methods.taylor_sp import TaylorSP
     from prunekit.methods.uniarch import UniArch
-    from prunekit.methods.work import Calibration, MethodWork, Search
+    from prunekit.methods.workload import Calibration, MethodWork, Search
 
 __all__ = [
     "APTP",

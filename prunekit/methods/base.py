@@ -13,15 +13,15 @@ from prunekit.core.space import Architecture, UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
-from prunekit.errors import UserError
-from prunekit.latency import LatencyModel
+from prunekit.measuring.latency_model import LatencyModel
 from prunekit.methods.budget import Scores, select, unaligned
 from prunekit.methods.latency_budget import latency_model
 from prunekit.methods.result import PruneResult, ResultInfo, describe_cost
 from prunekit.methods.settings import PruneSettings
-from prunekit.methods.work import MethodWork
-from prunekit.run_directory import SCORES
-from prunekit.training.sizes import SMOKE, capped, two_steps
+from prunekit.methods.workload import MethodWork
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.run_directory import SCORES
+from prunekit.training.memory import SMOKE, capped, two_steps
 from prunekit.training.trainer import Log, TrainerConfig
 
 SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are not read

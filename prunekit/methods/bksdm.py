@@ -19,11 +19,11 @@ from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.space import Architecture, UnitSpace, near
 from prunekit.denoisers.unet.bksdm import Levels
-from prunekit.errors import UserError
 from prunekit.methods.base import Dataset, Method, budget_cost, describe_result, space_of
 from prunekit.methods.registry import register
 from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
+from prunekit.runtime.errors import UserError
 from prunekit.training.trainer import Log
 
 NAMED = ("base", "small", "tiny")

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.space import Architecture, UnitGroup, UnitSpace
-from prunekit.errors import UserError
-from prunekit.methods.storage import read_tensors, write_tensors
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.tensors import read_tensors, write_tensors
 
 ALIGNMENTS = (8, 16, 32, 64)  # channels
 

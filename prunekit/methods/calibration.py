@@ -17,9 +17,9 @@ from prunekit.core.call import Call
 from prunekit.core.registry import denoiser_in, denoiser_of, is_denoiser, process_of
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.images import CaptionedImages
-from prunekit.errors import UserError
 from prunekit.models import resolution_of
-from prunekit.randomness import generator
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
 
 PROBE_SIDE = 32  # random latents are no larger than this, for their cost
 PROBE_TEXT_LENGTH = 77

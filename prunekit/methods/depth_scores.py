@@ -25,15 +25,15 @@ from prunekit.core.gates import Gates, gated
 from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitGroup, UnitSpace
 from prunekit.data.encoded import EncodedData
-from prunekit.errors import UserError
 from prunekit.methods.calibration import (
     CalibrationBatch,
     calibration_batches,
     evaluation_mode,
     num_probes,
 )
-from prunekit.methods.work import Calibration
-from prunekit.training.processes import current
+from prunekit.methods.workload import Calibration
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.processes import current
 
 
 def depth_calibrations(space: UnitSpace, groups: Sequence[UnitGroup], samples: int) -> tuple[Calibration, ...]:

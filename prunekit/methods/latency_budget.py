@@ -12,14 +12,16 @@ from prunekit.core.cost import CostModel
 from prunekit.core.slicing import slice_model
 from prunekit.core.space import Architecture
 from prunekit.data.fingerprint import Fingerprint
-from prunekit.errors import UserError
-from prunekit.latency import LatencyModel, LatencyTable, conditions_of, measure_table
-from prunekit.latency.table import DEFAULT_WIDTHS
+from prunekit.measuring.clock import timed_call, timed_inputs
+from prunekit.measuring.interleaved import WarmUp, measure
+from prunekit.measuring.latency_model import LatencyModel
+from prunekit.measuring.latency_table import DEFAULT_WIDTHS, LatencyTable, conditions_of
+from prunekit.measuring.layer_times import measure_table
 from prunekit.methods.budget import unit_step
-from prunekit.timing import WarmUp, measure, timed_call, timed_inputs
-from prunekit.training.checkpoint import read_json, write_json
-from prunekit.training.processes import current
-from prunekit.training.progress import Progress
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_json
+from prunekit.runtime.processes import current
+from prunekit.runtime.progress import Progress
 
 HERE = "here"
 ANYWHERE = ("model", "sample_size", "text_length")  # conditions that a table from elsewhere must have too

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitSpace
-from prunekit.errors import UserError
 from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import as_encoded
 from prunekit.methods.depth_scores import depth_calibrations, joint_scores, output_changes
 from prunekit.methods.registry import register
 from prunekit.methods.settings import PruneSettings
-from prunekit.methods.weights import sum_per_unit
-from prunekit.methods.work import MethodWork
+from prunekit.methods.unit_weights import sum_per_unit
+from prunekit.methods.workload import MethodWork
+from prunekit.runtime.errors import UserError
 
 SAMPLES = 16  # calibration samples, unless the settings say
 FEW_SAMPLES = 4  # of a check

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.registry import register
-from prunekit.randomness import generator
+from prunekit.runtime.randomness import generator
 
 
 @register("random")

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
-from prunekit.errors import UserError, nearest
+from prunekit.runtime.errors import UserError, nearest
 
 GROUP = "prunekit.methods"
 M = TypeVar("M", bound=type)

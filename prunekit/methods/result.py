@@ -10,10 +10,10 @@ from diffusers import ModelMixin
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import match
 from prunekit.core.space import Architecture, UnitSpace
-from prunekit.errors import UserError
 from prunekit.methods.router import Router
-from prunekit.run_directory import RESULT
-from prunekit.training.checkpoint import read_json, write_json
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_json
+from prunekit.runtime.run_directory import RESULT
 
 FORMAT = 1
 OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.core.space import UnitSpace
-from prunekit.errors import UserError
 from prunekit.methods.relaxation import Relaxation
-from prunekit.methods.storage import read_tensors, write_tensors
-from prunekit.run_directory import ROUTER
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.run_directory import ROUTER
+from prunekit.runtime.tensors import read_tensors, write_tensors
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
 ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers

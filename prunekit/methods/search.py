@@ -23,15 +23,15 @@ from prunekit.core.gates import Gates, gated
 from prunekit.core.registry import denoiser_in, denoiser_of, process_of
 from prunekit.core.space import UnitSpace
 from prunekit.data.encoded import EncodedData
-from prunekit.errors import UserError
 from prunekit.methods.base import Dataset, Method, budget_cost
 from prunekit.methods.budget import budget_limit
 from prunekit.methods.calibration import as_encoded
 from prunekit.methods.relaxation import DepthGates, Noise, Relaxation
 from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
-from prunekit.methods.work import MethodWork, Search
-from prunekit.randomness import generator
+from prunekit.methods.workload import MethodWork, Search
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
 from prunekit.training.checkpoint import Checkpoints
 from prunekit.training.diffusion import (
     SNR_FORM,

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prunekit.errors import UserError
 from prunekit.methods.latency_budget import LatencySettings
+from prunekit.runtime.errors import UserError
 
 
 class PruneSettings(BaseModel):

@@ -32,7 +32,6 @@ from prunekit.core.family import NoiseProcess
 from prunekit.core.registry import denoiser_in, process_of
 from prunekit.core.space import UnitSpace
 from prunekit.data.encoded import EncodedData
-from prunekit.errors import UserError
 from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import (
@@ -44,12 +43,13 @@ from prunekit.methods.calibration import (
 from prunekit.methods.depth_scores import depth_calibrations, joint_scores
 from prunekit.methods.registry import register
 from prunekit.methods.settings import PruneSettings
-from prunekit.methods.weights import owned_weights, sum_per_unit
-from prunekit.methods.work import Calibration, MethodWork
-from prunekit.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resolve_precision
+from prunekit.methods.unit_weights import owned_weights, sum_per_unit
+from prunekit.methods.workload import Calibration, MethodWork
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resolve_precision
+from prunekit.runtime.processes import current
+from prunekit.runtime.progress import Progress
 from prunekit.training.diffusion import attention_kernel, per_sample_mse
-from prunekit.training.processes import current
-from prunekit.training.progress import Progress
 
 Gradients = dict[nn.Parameter, Tensor]  # of a weight's shape, float32
 

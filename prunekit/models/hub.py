@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from prunekit.errors import UserError, first_line
 from prunekit.models.names import LOCAL, check_index, hub_id, read_object
 from prunekit.models.weights import WITHOUT, missing_parts, variant_of
+from prunekit.runtime.errors import UserError, first_line
 
 INDEX, UNET = "model_index.json", "unet/config.json"
 CONFIGS = ("*.json", "*.txt", "**/*.json", "**/*.txt")

@@ -11,13 +11,13 @@ from diffusers import DiffusionPipeline
 
 from prunekit.core.registry import denoiser_in, denoiser_of, family_of
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
-from prunekit.errors import UserError, first_line
 from prunekit.models.hub import INDEX, UNET, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
 from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, local_path, read_object
 from prunekit.models.shapes import check_sizes, unet_from_config
 from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
+from prunekit.runtime.errors import UserError, first_line
 
 SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)

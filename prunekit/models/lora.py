@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 
-from prunekit.errors import MissingPackageError, UserError, first_line
 from prunekit.models.hub import fetch_file
 from prunekit.models.names import PICKLES
+from prunekit.runtime.errors import MissingPackageError, UserError, first_line
 
 STANDARD_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "merged"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import UserError, first_line, nearest
+from prunekit.runtime.errors import UserError, first_line, nearest
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "emoji"

@@ -8,7 +8,6 @@ from diffusers import ModelMixin
 
 from prunekit.core.denoiser import Denoiser
 from prunekit.core.registry import denoiser_in, denoiser_named, latent_size, supported
-from prunekit.errors import UserError
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
     check_index,
@@ -19,6 +18,7 @@ from prunekit.models.names import (
     unknown,
 )
 from prunekit.models.single_file import check_size, config_name
+from prunekit.runtime.errors import UserError
 
 MOST = 2**20  # of a tokenizer's length
 MOST_LEVELS = 10  # of an autoencoder; Stable Diffusion has 4

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 
-from prunekit.errors import UserError, first_line
 from prunekit.models.hub import fetch_configs
 from prunekit.models.names import SUPPORTED, check_index, local_path, read_object
+from prunekit.runtime.errors import UserError, first_line
 
 FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' name of a file's kind: whose configs it has
 UNET_PREFIX, V_PREDICTION = "model.diffusion_model.", "v_pred"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WITHOUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that training and sampling do not use

@@ -9,8 +9,8 @@ from prunekit.core.axes import Place
 from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_of
 from prunekit.core.space import Architecture, UnitSpace
-from prunekit.report.figures import GRID, ink_on, inline_svg, style
 from prunekit.report.source import MissingError, Section, Source
+from prunekit.report.svg import GRID, ink_on, inline_svg, style
 
 MOST_DRAWINGS = 32
 KINDS = {"resnet": "ResBlock groups", "attention": "heads", "feedforward": "feed-forward groups"}

@@ -4,15 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunekit.compare.pareto import COSTS, PANELS, costs_of, pareto_panel
-from prunekit.compare.table import BY_KEY, PROTOCOLS, QUALITY, Row, rows_of, shown_rows
-from prunekit.compare.timing import TIMINGS
 from prunekit.evaluation.table import COLUMNS, EXPERT_COLUMNS, Column, shown
 from prunekit.evaluation.uncertainty import estimate
-from prunekit.report.figures import inline_svg, legend_below, new_figure, style
+from prunekit.report.comparison_table import BY_KEY, PROTOCOLS, QUALITY, TIMINGS, Row, rows_of, shown_rows
+from prunekit.report.pareto import COSTS, PANELS, costs_of, pareto_panel
 from prunekit.report.source import MissingError, Section, Source
-from prunekit.run_directory import DENSE
-from prunekit.training.checkpoint import read_json
+from prunekit.report.svg import inline_svg, legend_below, new_figure, style
+from prunekit.runtime.files import read_json
+from prunekit.runtime.run_directory import DENSE
 
 TITLE = "What was cut, and what it cost"
 RUN_NOTE = (

@@ -11,13 +11,13 @@ from markupsafe import Markup, escape
 
 from prunekit.report.architectures import architectures
 from prunekit.report.headline import headline
-from prunekit.report.routing import routing
+from prunekit.report.routing_map import routing
 from prunekit.report.sensitivity import sensitivity
 from prunekit.report.source import MissingError, Section, Source
-from prunekit.report.training import training
+from prunekit.report.training_curves import training
 from prunekit.report.trust import trust
 from prunekit.report.wall import wall
-from prunekit.training.checkpoint import write_text
+from prunekit.runtime.files import write_text
 
 REPORT = "report.html"
 MOST_BYTES = 8_000_000

@@ -8,12 +8,14 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from prunekit.errors import UserError
 from prunekit.methods.result import PruneResult
 from prunekit.models import load_unet_on_meta
-from prunekit.run_directory import METHODS, RECIPE, RESULT, RESULTS
-from prunekit.training.checkpoint import LOG, read_json
-from prunekit.yaml_files import read_mapping
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json
+from prunekit.runtime.run_directory import LOG, METHODS, RECIPE, RESULT, RESULTS
+from prunekit.runtime.yaml_files import read_mapping
+
+ENVIRONMENT = "environment.json"
 
 
 class MissingError(UserError):

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from prunekit.compare.table import warnings_of as cell_warnings
-from prunekit.recipe.smoke import SUFFIX
-from prunekit.report.recording import ENVIRONMENT
-from prunekit.report.source import MissingError, Section, Source
-from prunekit.run_directory import RECIPE
-from prunekit.serving.loading import recipe_hash
-from prunekit.training.checkpoint import read_json
+from prunekit.report.comparison_table import warnings_of as cell_warnings
+from prunekit.report.source import ENVIRONMENT, MissingError, Section, Source
+from prunekit.runtime.files import read_json
+from prunekit.runtime.run_directory import RECIPE, SMOKE_SUFFIX
+from prunekit.serving.routed_directory import recipe_hash
 
 TOLERANCE = 1e-5  # of law 1, in float32
 HEADER = ["model", "masked against cut", "", "predicted MACs", "counted MACs", ""]
@@ -46,7 +44,7 @@ def warnings_of(source: Source) -> list[str]:
     ran = source.results.get("evaluator")
     if rows and not ran:
         found.append("The evaluator's ceiling on known pictures was not measured.")
-    if str(source.recipe.get("name", "")).endswith(SUFFIX):
+    if str(source.recipe.get("name", "")).endswith(SMOKE_SUFFIX):
         found.append("scale=smoke: a try of the recipe, whose figures mean nothing.")
     missing = source.results.get("missing") or []
     if missing:

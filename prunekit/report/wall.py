@@ -8,14 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from prunekit.compare.cells import Cell
-from prunekit.compare.table import PROTOCOLS
 from prunekit.data.picture_files import open_picture
 from prunekit.evaluation.generate import REQUEST
-from prunekit.evaluation.pictures import expert_note
+from prunekit.evaluation.sheets import expert_note
+from prunekit.report.comparison_table import PROTOCOLS, Cell
 from prunekit.report.source import MissingError, Section, Source
-from prunekit.run_directory import DENSE
-from prunekit.training.checkpoint import read_json
+from prunekit.runtime.files import read_json
+from prunekit.runtime.run_directory import DENSE
 
 MOST_PROMPTS = 24
 FEW_MODELS = 5  # with more, half as many prompts

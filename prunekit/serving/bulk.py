@@ -6,8 +6,9 @@ are asked for, or on which process makes what; processes that are given the same
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,19 +16,47 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from prunekit.data.fingerprint import Fingerprint
-from prunekit.errors import UserError
-from prunekit.serving.pictures import FORMATS, write_picture
+from prunekit.data.picture_files import open_picture, write_image
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_json
+from prunekit.runtime.progress import Progress
+from prunekit.runtime.work import Piece, occupied, refuse_foreign, share
 from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
-from prunekit.training.checkpoint import read_json, write_json
-from prunekit.training.claims import Piece, occupied, refuse_foreign, share
-from prunekit.training.progress import Progress
 
+FORMATS = ("png", "webp")  # both without loss
+KEY = "prunekit"
+_DESCRIPTION = 0x010E  # EXIF's ImageDescription
 WORK = ".work"  # in the directory: what was asked for, and the locks
 REQUEST = "request.json"  # there
 BATCHES_PER_PIECE = 4  # what a process takes at a time
+
+
+def write_picture(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
+    """Write a picture, by its name's ending, atomically; `metadata`, JSON values, goes in."""
+    text = json.dumps(metadata, sort_keys=True)
+    if path.suffix == ".webp":
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = text
+        write_image(path, picture, lossless=True, exif=exif)
+    else:
+        info = PngInfo()
+        info.add_text(KEY, text)
+        write_image(path, picture, pnginfo=info)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what `write_picture` put into a picture; UserError, one line, where there is nothing."""
+    picture = open_picture(path)
+    try:
+        metadata = json.loads(picture.getexif()[_DESCRIPTION] if path.suffix == ".webp" else picture.info[KEY])
+    except Exception as error:  # Pillow's EXIF parser raises whatever it comes across
+        raise UserError(f"{path} does not say how it was made: it is no picture of `prunekit generate`") from error
+    return metadata
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from diffusers import ModelMixin
 
 from prunekit.data.prompt_encoder import PromptEncoder
-from prunekit.errors import UserError
 from prunekit.methods.router import Router
+from prunekit.runtime.errors import UserError
 
 DEFAULT_GUIDANCE = 7.5
 

@@ -12,21 +12,20 @@ from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.errors import UserError
 from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS
-from prunekit.export.loading import load_unet
-from prunekit.export.parts import INDEX, save_pipeline
-from prunekit.export.staging import staged
+from prunekit.export.model_folder import load_unet
+from prunekit.export.pipeline_parts import save_pipeline
 from prunekit.export.tiers import GRAPHS, check_tier, save_unet
 from prunekit.export.verification import Claim, Expected, claims_of, verify
-from prunekit.run_directory import RECIPE, RESULTS
-from prunekit.serving.loading import ROUTED
+from prunekit.models.hub import INDEX
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, staged
+from prunekit.runtime.run_directory import RECIPE, RESULTS
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import shipped_prompts
-from prunekit.serving.storage import write_shared
-from prunekit.training.checkpoint import read_json
+from prunekit.serving.routed_directory import ROUTED, write_shared
 
 GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
 

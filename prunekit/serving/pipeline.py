@@ -20,13 +20,12 @@ from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
 from prunekit.core.registry import family_of, latent_size
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
-from prunekit.errors import UserError
-from prunekit.export.parts import Parts
+from prunekit.export.pipeline_parts import Parts
 from prunekit.methods.router import Router
+from prunekit.runtime.errors import UserError
 from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
-from prunekit.serving.loading import load
 from prunekit.serving.requests import Image, check_options, images_of
-from prunekit.serving.storage import save
+from prunekit.serving.routed_directory import load, save
 
 DEFAULT_STEPS = 25
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")

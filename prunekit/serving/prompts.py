@@ -10,8 +10,8 @@ import torch
 
 from prunekit.core.space import near
 from prunekit.data.config import DataConfig, load_data
-from prunekit.errors import UserError
-from prunekit.run_directory import read_recipe
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.run_directory import read_recipe
 from prunekit.serving.pipeline import PromptRoutedPipeline
 
 LISTS = Path(__file__).parent.parent / "assets" / "prompts"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 MOST_SEED = 2**63 - 1
 PER_PROMPT = (  # arguments of the stock pipelines that would have to be cut to each expert's prompts

@@ -1,11 +1,6 @@
-"""Checkpoints of a training, and folders that appear whole or not at all."""
+"""Checkpoints of a training: numbered folders of tensors and JSON."""
 
-import errno
-import glob
-import json
-import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunekit.files import TEMPORARY, full_disk_named, replacing, share_with_others, temporary_for, write_text
-
-ASIDE = ".old"  # the ending of a folder that is about to be replaced
-
-
-def clear_killed(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left; the caller alone may write it now."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-LOG = "log.jsonl"  # of a run: a row a step, and what was said
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one row to a JSON Lines log; of a row that the disk has no room for nothing is left."""
-    with path.open("ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        line = (json.dumps(row) + "\n").encode()
-        try:
-            with full_disk_named(path):
-                if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            with suppress(OSError):
-                file.truncate(size)
-            raise
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
-    with replacing(path) as new:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new, metadata)
-
-
-def write_folder(folder: Path, write: Any) -> None:
-    """Call `write(temporary folder)`, then move it to `folder`; a kill leaves the old folder or the new one.
-
-    One process at a time may write a folder: what a killed one left half-written is removed.
-    """
-    restore_killed(folder)
-    clear_killed(folder)
-    temporary = temporary_for(folder)
-    aside = temporary.with_suffix(ASIDE)
-    try:
-        with full_disk_named(folder):
-            temporary.mkdir(parents=True)
-            write(temporary)
-            share_with_others(temporary)
-            if folder.exists():
-                folder.replace(aside)
-            temporary.replace(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception):
-            restore_killed(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def restore_killed(folder: Path) -> None:
-    """Put back what a process had moved aside when it was killed, before its new folder was in place."""
-    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*{ASIDE}")):
-        if folder.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.replace(folder)
+from prunekit.runtime.files import ASIDE, read_json, restore_killed, write_folder, write_json
 
 
 class Checkpoints:

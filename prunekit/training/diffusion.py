@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunekit.core.family import NoiseProcess
-from prunekit.randomness import epoch_indices, generator
+from prunekit.runtime.randomness import epoch_indices, generator
 
 SNRForm = Literal["velocity", "published"]
 SNR_GAMMA = "min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: all weights are 1"

@@ -16,12 +16,12 @@ from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from prunekit.errors import UserError
-from prunekit.precision import AUTO, Precision, autocast, resolve_precision
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.precision import AUTO, Precision, autocast, resolve_precision
+from prunekit.runtime.processes import current
+from prunekit.runtime.progress import Progress, console
+from prunekit.runtime.termination import deferred
 from prunekit.training.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer
-from prunekit.training.processes import current
-from prunekit.training.progress import Progress, console
-from prunekit.training.termination import deferred
 
 
 class TrainerConfig(BaseModel):

@@ -18,7 +18,7 @@ from torch import nn
 
 from prunekit.core.cutting import units_to_channels
 from prunekit.core.emptied import Emptied
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 from .removed import BYPASSED
 

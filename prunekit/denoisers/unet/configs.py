@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from prunekit.errors import UserError, first_line
+from prunekit.runtime.errors import UserError, first_line
 
 from .pruned import PrunedUNet2DConditionModel
 from .walk import check_supported

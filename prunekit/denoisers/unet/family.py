@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

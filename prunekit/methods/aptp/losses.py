@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekit.errors import UserError
 from prunekit.methods.router import cosine_scores
+from prunekit.runtime.errors import UserError
 
 
 def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Tensor:

@@ -10,9 +10,8 @@ from prunekit.core.cost import CostModel
 from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
-from prunekit.errors import UserError
+from prunekit.methods.aptp.expert_search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.presets import EARLIER_PAPER, PRESET_MARK
-from prunekit.methods.aptp.search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.transport import assign, expert_potentials
 from prunekit.methods.base import describe_result
 from prunekit.methods.budget import select_mixture
@@ -20,7 +19,8 @@ from prunekit.methods.registry import register
 from prunekit.methods.result import PruneResult
 from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.search import Codes, SearchMethod
-from prunekit.randomness import generator
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
 
 
 @register("aptp")

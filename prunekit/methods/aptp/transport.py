@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from prunekit.errors import UserError
+from prunekit.runtime.errors import UserError
 
 
 @torch.no_grad()

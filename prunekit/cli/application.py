@@ -1,0 +1,95 @@
+"""The application: arguments that several commands take, output, and errors as one line and a status."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from prunekit.runtime.errors import UserError, plain_line
+
+PACKAGE = __name__.partition(".")[0]
+INTERRUPTED = 130
+_BASES: tuple[Any, ...] = typer.BadParameter.__mro__
+UsageError, ClickException = _BASES[1:3]  # of click, which newer typers carry inside
+Recipe = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="a recipe's YAML file, or a name that `prunekit recipes` lists"),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as fine_tune.steps=100")
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help='"emoji", a diffusers directory, sd-1.4, sd-1.5, sd-2.1, sdxl, …')
+]
+
+
+class Commands(TyperGroup):
+    """The group that turns errors into one line and an exit status."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line; always leaves by SystemExit."""
+        given = extra.get("args")
+        arguments = list(sys.argv[1:] if given is None else given)
+        debug = "--debug" in arguments or os.environ.get("PRUNEKIT_DEBUG", "") not in ("", "0")
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except ClickException as error:
+            hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, UsageError) and error.ctx else ""
+            _fail(error.format_message() + hint, error.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            _interrupted()
+        except Exception as error:
+            if debug or not is_users(error):
+                raise
+            _fail(str(error) or type(error).__name__, 1)
+        if status == INTERRUPTED:
+            _interrupted()
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def is_users(error: Exception) -> bool:
+    """Return whether the message is for the user: an error class of ours, or an operating system's error on a file.
+
+    Any other error is a fault of prunekit or of a library, which the traceback helps to find.
+    """
+    return isinstance(error, UserError | OSError) or type(error).__module__.partition(".")[0] == PACKAGE
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"prunekit: {plain_line(message)}", err=True)
+    sys.exit(status)
+
+
+def _interrupted() -> NoReturn:
+    _fail("interrupted; what is finished stays: `prunekit resume RUN` goes on with a run", INTERRUPTED)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+) -> None:
+    """Prune text-to-image diffusion UNets, recover them, and route prompts to pruned experts."""
+    for library in ("transformers", "diffusers"):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+        if library in sys.modules:  # then it has read its variable already
+            importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
+
+
+def console() -> Any:
+    """Return a console on stdout that keeps tables whole where there is no terminal."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=160)
+
+
+def say(text: str) -> None:
+    """Print a line on stdout."""
+    typer.echo(text)

@@ -1,0 +1,141 @@
+"""The commands about recipes: run, resume, compare, plan, check."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from prunekit.cli.application import Overrides, Recipe, app, console, say
+from prunekit.jobs.shipped import find_recipe, shipped_recipes
+from prunekit.runtime.errors import UserError
+
+PlannedPrecision = Literal["float32", "bfloat16", "float16"]
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    directory: Annotated[Path | None, typer.Option(help="the run's directory; runs/NAME by default")] = None,
+) -> None:
+    """Run a recipe; where its directory holds the same run, go on with it."""
+    recipe = find_recipe(recipe)
+    from prunekit.jobs.process_count import process_count
+    from prunekit.jobs.recipe import load_recipe
+    from prunekit.jobs.run import start
+    from prunekit.runtime.companions import companions
+    from prunekit.runtime.termination import graceful
+
+    with graceful(), companions(process_count(load_recipe(recipe, overrides or ()))):
+        say(f"The run is in {start(recipe, overrides or (), directory)}")
+
+
+@app.command()
+def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
+    """Go on with a run that was stopped; a finished one is shown again."""
+    from prunekit.jobs.process_count import process_count
+    from prunekit.jobs.run import recorded, resume
+    from prunekit.runtime.companions import companions
+    from prunekit.runtime.termination import graceful
+
+    with graceful(), companions(process_count(recorded(directory))):
+        say(f"The run is in {resume(directory)}")
+
+
+@app.command()
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="comparison recipes or directories, and settings"),
+    ],
+    output: Annotated[Path | None, typer.Option(help="where cells and table go; runs/NAME by default")] = None,
+) -> None:
+    """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
+    paths = [Path(text) for text in recipes if "=" not in text]
+    if not paths:
+        raise UserError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
+    paths = [path if path.is_dir() else find_recipe(path) for path in paths]
+    overrides = [text for text in recipes if "=" in text]
+    from prunekit.jobs.compare.comparing import compare
+    from prunekit.jobs.process_count import process_count
+    from prunekit.jobs.recipe import load_recipe
+    from prunekit.runtime.companions import companions
+    from prunekit.runtime.termination import graceful
+
+    made = next((load_recipe(path, overrides) for path in paths if not path.is_dir()), None)
+    with graceful(), companions(process_count(made)):
+        folder = compare(paths, overrides, output)
+    say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
+
+
+@app.command()
+def plan(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes' YAML files, and settings")
+    ],
+    throughput: Annotated[
+        float | None, typer.Option(help="a device's TMAC/s; measured on this machine where it is not given", min=1e-6)
+    ] = None,
+    measure: Annotated[float, typer.Option(help="seconds of that measurement", min=0.1)] = 1.0,
+    devices: Annotated[int, typer.Option(help="how many devices share the work", min=1)] = 1,
+    precision: Annotated[
+        PlannedPrecision | None, typer.Option(help="what precision auto means on those devices; as here by default")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plans there")] = None,
+) -> None:
+    """Show what recipes will cut, cost and take, without weights or network."""
+    given, overrides = _recipes_and_overrides(recipes)
+    from prunekit.jobs.bench.bench_recipe import is_benchmark
+    from prunekit.jobs.plan import Devices, plan_all
+    from prunekit.jobs.plan.plan_table import show_plan, show_summary
+    from prunekit.jobs.recipe import load_recipe
+    from prunekit.runtime.files import write_json
+
+    paths = [path for path in given if not is_benchmark(path)]
+    for path in given:
+        if path not in paths:
+            say(f"{path} is a benchmark, which prunes nothing; try it with: prunekit bench {path} --reduced")
+    stated = None if throughput is None else throughput * 1e12
+    made_for = Devices(devices, stated, measure, precision)
+    plans = plan_all([load_recipe(path, overrides) for path in paths], made_for)
+    for content in plans:
+        show_plan(content, console())
+        console().print()
+    if len(plans) > 1:
+        show_summary(plans, console())
+    if json_file is not None:
+        write_json(json_file, plans)
+        say(f"The plans are in {json_file}")
+    if len(plans) == 1:
+        command = "compare" if plans[0]["job"] == "compare" else "run"
+        say(f"Nothing was run; start it with: prunekit {command} {' '.join([*map(str, paths), *overrides])}")
+
+
+def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Part a command's arguments into recipes, which are YAML files or names of shipped recipes, and settings."""
+    known = shipped_recipes()
+    recipes = [text for text in arguments if text in known or Path(text).suffix == ".yaml" or Path(text).is_file()]
+    if not recipes:
+        first = next((text for text in arguments if "=" not in text), None)
+        if first is not None:
+            find_recipe(first)  # says which names are near
+        raise UserError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
+    return [find_recipe(text) for text in recipes], [text for text in arguments if text not in recipes]
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(help="how many devices the recipe will run on; one is tried", min=1)] = 1,
+) -> None:
+    """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole."""
+    recipe = find_recipe(recipe)
+    from prunekit.jobs.check import check
+    from prunekit.jobs.plan.plan_table import show_check, show_checked
+    from prunekit.jobs.recipe import load_recipe
+
+    terminal = console()
+    content = check(load_recipe(recipe, overrides or ()), devices, lambda stage: show_checked(stage, terminal))
+    show_check(content, terminal)
+    say("Every stage works; nothing was kept")

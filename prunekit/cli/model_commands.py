@@ -1,0 +1,162 @@
+"""The commands about models, methods and shipped recipes: units, macs, methods, recipes."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunekit.cli.application import Model, app, console, say
+from prunekit.jobs.shipped import copy_recipe, shipped_recipes, summary
+from prunekit.runtime.errors import UserError
+
+recipes = typer.Typer(help="List the recipes that ship with prunekit, or copy one.", invoke_without_command=True)
+
+
+@app.command()
+def units(
+    model: Model,
+    depth: Annotated[str, typer.Option(help="which whole layers are units: aptp, all, blocks or none")] = "aptp",
+    include: Annotated[list[str] | None, typer.Option(help="glob over module paths: only these (repeatable)")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="glob over module paths: not these (repeatable)")] = None,
+) -> None:
+    """List what can be removed from a model."""
+    from rich.table import Table
+
+    from prunekit.core.discovery import discover
+    from prunekit.models import load_shape
+
+    unet = load_shape(model).denoiser
+    space = discover(unet, depth, include, exclude)
+    table = Table("kind", "path")
+    for column in ("units", "channels a unit"):
+        table.add_column(column, justify="right")
+    for group in space.groups:
+        table.add_row(group.kind, group.path, str(group.size), str(group.channels))
+    console().print(table)
+    sizes = f"{space.num_width:,} width + {space.num_depth:,} depth = {space.size:,} units"
+    say(f"{type(unet).__name__} of {model}, depth={depth}: {sizes} in {len(space.groups):,} groups")
+
+
+@app.command()
+def macs(
+    model: Model,
+    size: Annotated[str | None, typer.Option(help="latent side, or HxW; the model's own by default")] = None,
+    text_length: Annotated[int | None, typer.Option(help="text tokens; the tokenizer's by default", min=1)] = None,
+    convention: Annotated[str, typer.Option(help="exact, conv_linear or aptp")] = "exact",
+    check: Annotated[bool, typer.Option("--check", help="count with FlopCounterMode, thop and fvcore too")] = False,
+) -> None:
+    """Count a model's MACs and parameters, exactly."""
+    from prunekit.core.cost import CostModel
+    from prunekit.core.discovery import discover
+    from prunekit.models import load_shape
+
+    shape = load_shape(model)
+    length = text_length or shape.tokenizer.model_max_length
+    cost = CostModel(shape.denoiser, discover(shape.denoiser, "none"), _latent_size(size), length, convention)
+    height, width = cost.sample_size
+    say(f"{type(shape.denoiser).__name__} of {model}: {cost.dense_params:,} parameters")
+    say(f"{cost.dense_macs:,} MACs ({convention}, latent {height} x {width}, {length} text tokens, batch 1)")
+    if check:
+        _check(shape.denoiser, cost.sample_size, length)
+
+
+def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
+    from rich.table import Table
+
+    from prunekit.measuring.crosscheck import crosscheck
+
+    table = Table("counter")
+    for column in ("latent", "MACs", "exact MACs", "difference", "unexplained"):
+        table.add_column(column, justify="right")
+    table.add_column("what explains it")
+    rows = crosscheck(unet, size, text_length)
+    for row in rows:
+        numbers = (f"{number:,}" if number is not None else "–" for number in (row.macs, row.ours))
+        rest = (f"{number:,}" if number is not None else "–" for number in (row.difference, row.unexplained))
+        table.add_row(row.counter, "{} x {}".format(*row.sample_size), *numbers, *rest, row.explanation)
+    console().print(table)
+    if wrong := [row.counter for row in rows if row.unexplained]:
+        raise UserError(f"the counts of {', '.join(wrong)} differ by more than what is known; please report this")
+    say("Every difference is explained to the integer")
+
+
+@app.command()
+def methods(
+    chosen: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="methods whose settings to list")
+    ] = None,
+) -> None:
+    """List the pruning methods; with NAMEs, list the settings of these methods."""
+    from prunekit.methods.registry import describe, get, names
+
+    terminal = console()
+    if not chosen:
+        for name, summary in describe().items():
+            terminal.print(f"[bold]{name}[/bold]: {summary}")
+        say(f"List a method's settings with: prunekit methods {names()[0]}")
+        say("A method of another package registers in the entry-point group prunekit.methods")
+        return
+    kinds = {name: get(name) for name in chosen}
+    from prunekit.methods import PruneSettings
+
+    for name, method in kinds.items():
+        terminal.print(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}", style="bold", highlight=False)
+        _settings(terminal, method.Config, PruneSettings)
+    terminal.print("All methods share these, in the recipe's section `prune`:", style="bold")
+    _settings(terminal, PruneSettings, None)
+
+
+def _settings(terminal: Any, config: Any, without: Any) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "default", "what it is")
+    for key, field in config.model_fields.items():
+        if without is None or key not in without.model_fields:
+            default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+            table.add_row(key, default, field.description or "")
+    if table.row_count:
+        terminal.print(table)
+
+
+def _default(value: Any) -> str:
+    dump = getattr(value, "model_dump", None)
+    if dump is None:
+        return str(value)
+    return ", ".join(f"{key}={setting}" for key, setting in dump(exclude_unset=True).items())
+
+
+def _latent_size(size: str | None) -> int | tuple[int, int] | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size.strip().lower())
+    if match is None or "0" in (match[1], match[2]):
+        raise UserError(f"--size {size}: give the latent's side, such as 64, or HxW, such as 64x96")
+    height = int(match[1])
+    return (height, int(match[2])) if match[2] else height
+
+
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.callback()
+def show(context: typer.Context) -> None:
+    """List the recipes that ship with prunekit; `prunekit run NAME` and `prunekit compare NAME` run them."""
+    if context.invoked_subcommand is not None:
+        return
+    terminal = console()
+    for name, path in shipped_recipes().items():
+        terminal.print(f"[bold]{name}[/bold]: {summary(path)}")
+    say("Run one with: prunekit run NAME; copy one to change it with: prunekit recipes copy NAME [PATH]")
+
+
+@recipes.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a shipped recipe")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="a file or a directory; here by default")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe together with the files that it extends."""
+    for written in copy_recipe(name, path):
+        say(f"{written} was written")

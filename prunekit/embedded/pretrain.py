@@ -1,0 +1,206 @@
+"""Training the embedded model from nothing: autoencoder, its decoder on, the UNet with its text encoder, the evaluator.
+
+`prunekit run recipes/pretrain_emoji.yaml` leaves in its directory what `prunekit/assets/` holds: `emoji_model/` and
+`evaluator/`, float16, with `curve.json`, the quality over the samples seen.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from prunekit.core.registry import denoiser_of
+from prunekit.data.config import DataConfig, load_data
+from prunekit.data.images import CaptionedImages
+from prunekit.denoisers.unet import miniature
+from prunekit.embedded.autoencoder_training import AutoencoderObjective, calibrate_scale, latent_means
+from prunekit.embedded.evaluator_training import train_evaluator
+from prunekit.embedded.unet_training import CaptionTable, PretrainingObjective
+from prunekit.evaluation.ceiling import text_figures
+from prunekit.evaluation.evaluator import Evaluator
+from prunekit.evaluation.generate import generate
+from prunekit.models import emoji_model, quiet_libraries
+from prunekit.runtime.files import append_row, read_json, write_folder, write_json
+from prunekit.runtime.progress import console
+from prunekit.runtime.randomness import generator
+from prunekit.runtime.run_directory import LOG
+from prunekit.training.trainer import Log, Trainer, TrainerConfig
+
+
+class DrawingSettings(Protocol):
+    """How the pictures of the quality curve are drawn: how many, sampling steps, guidance, and pictures per call."""
+
+    num_images: int
+    steps: int
+    guidance: float
+    batch_size: int
+
+
+class PretrainSettings(Protocol):
+    """What the training reads of a recipe with `job: pretrain`."""
+
+    seed: int
+    data: DataConfig
+    shapes: emoji_model.EmojiModelConfig
+    autoencoder: TrainerConfig
+    decoder: TrainerConfig
+    diffusion: TrainerConfig
+    evaluator: TrainerConfig
+    caption_dropout: float
+    timestep_shift: float
+    milestones: list[int]
+
+    @property
+    def evaluation(self) -> DrawingSettings:
+        """How the pictures of the quality curve are drawn."""
+        ...
+
+
+def pretrain(recipe: PretrainSettings, directory: Path) -> Path:
+    """Run the stages that are not done; return the directory."""
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_data(recipe.data, recipe.seed)
+    images = data.pixels(range(data.num_images), recipe.shapes.image_size)
+
+    def log(row: dict[str, Any]) -> None:
+        append_row(directory / LOG, row)
+
+    train_autoencoder(recipe, images, directory, device, log)
+    autoencoder = train_decoder(recipe, images, directory, device, log)
+    train_diffusion(recipe, data, autoencoder, images, directory, device, log)
+    evaluator = directory / "evaluator" / "evaluator"
+    if not evaluator.is_dir():
+        train_evaluator(data, recipe.evaluator, directory / "evaluator", recipe.seed, log)
+    curve(recipe, data, directory, Evaluator.from_pretrained(evaluator), device)
+    export(directory)
+    return directory
+
+
+def train_autoencoder(
+    recipe: PretrainSettings, images: Tensor, directory: Path, device: torch.device, log: Log
+) -> AutoencoderKL:
+    """Train encoder and decoder together on uint8 `images` (n, 3, H, W), and set the latents' scale."""
+    folder = directory / "autoencoder"
+    if not (folder / "vae").is_dir():
+        torch.manual_seed(recipe.seed)
+        model = emoji_model.build_autoencoder(recipe.shapes).to(device)
+        objective = AutoencoderObjective(model, images, recipe.autoencoder.batch_size, recipe.seed, device)
+        trainer = Trainer(recipe.autoencoder, objective, folder / "checkpoints", "autoencoder", log)
+        trainer.fit()
+        calibrate_scale(model, images, device)
+        write_folder(folder / "vae", model.save_pretrained)
+        trainer.checkpoints.clear()
+    return AutoencoderKL.from_pretrained(folder / "vae").to(device)
+
+
+def train_decoder(
+    recipe: PretrainSettings, images: Tensor, directory: Path, device: torch.device, log: Log
+) -> AutoencoderKL:
+    """Go on training the decoder alone: pictures get sharper, latents stay."""
+    folder = directory / "decoder"
+    if not (folder / "vae").is_dir():
+        model = train_autoencoder(recipe, images, directory, device, log)
+        objective = AutoencoderObjective(model, images, recipe.decoder.batch_size, recipe.seed + 1, device, True)
+        trainer = Trainer(recipe.decoder, objective, folder / "checkpoints", "decoder", log)
+        trainer.fit()
+        write_folder(folder / "vae", model.save_pretrained)
+        trainer.checkpoints.clear()
+    return AutoencoderKL.from_pretrained(folder / "vae").to(device)
+
+
+def train_diffusion(
+    recipe: PretrainSettings,
+    data: CaptionedImages,
+    autoencoder: AutoencoderKL,
+    images: Tensor,
+    directory: Path,
+    device: torch.device,
+    log: Log,
+) -> None:
+    """Train UNet and text encoder on the encoder's latents; keep the averaged weights of every milestone."""
+    folder = directory / "diffusion"
+    if (folder / "final").is_dir():
+        return
+    torch.manual_seed(recipe.seed)
+    tokenizer = emoji_model.build_tokenizer(data.captions, recipe.shapes.vocabulary)
+    text_encoder = emoji_model.build_text_encoder(recipe.shapes, tokenizer).to(device)
+    unet = emoji_model.build_unet(recipe.shapes).to(device)
+    objective = PretrainingObjective(
+        model=unet,
+        text_encoder=text_encoder,
+        process=denoiser_of(unet).family.process(emoji_model.training_scheduler()),
+        latents=latent_means(autoencoder, images, device).float().cpu() * autoencoder.config.scaling_factor,
+        captions=CaptionTable(data, tokenizer),
+        batch_size=recipe.diffusion.batch_size,
+        seed=recipe.seed,
+        caption_dropout=recipe.caption_dropout,
+        timestep_shift=recipe.timestep_shift,
+        device=device,
+    )
+
+    def keep(name: str) -> None:
+        def write(temporary: Path) -> None:
+            for part, model in (("unet", unet), ("text_encoder", text_encoder)):
+                copy.deepcopy(model).half().save_pretrained(temporary / part)
+            tokenizer.save_pretrained(temporary / "tokenizer")
+
+        write_folder(folder / name, write)
+
+    milestones = {step: (lambda step=step: keep(f"step-{step}")) for step in recipe.milestones}
+    trainer = Trainer(recipe.diffusion, objective, folder / "checkpoints", "diffusion", log, milestones)
+    trainer.fit()
+    keep("final")
+    trainer.checkpoints.clear()
+
+
+def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDiffusionPipeline:
+    """Assemble the pipeline of one milestone ("step-1000") or of the end ("final")."""
+    from transformers import CLIPTokenizer
+
+    folder = directory / "diffusion" / weights
+    return emoji_model.assemble(
+        AutoencoderKL.from_pretrained(directory / "decoder" / "vae"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        miniature.read(folder / "unet"),
+    ).to(device)
+
+
+def curve(
+    recipe: PretrainSettings, data: CaptionedImages, directory: Path, evaluator: Evaluator, device: torch.device
+) -> list[dict[str, float]]:
+    """Measure names drawn from each milestone's pictures: write and return rows of samples seen, top-1, top-5, CLIP."""
+    path, settings = directory / "curve.json", recipe.evaluation
+    rows = read_json(path) if path.is_file() else []
+    done = {row["step"] for row in rows}
+    chosen = torch.randperm(data.num_images, generator=generator(recipe.seed, "names"))[: settings.num_images]
+    names = [data.names[i] for i in chosen]
+    for step in [*recipe.milestones, recipe.diffusion.steps]:
+        if step in done:
+            continue
+        weights = "final" if step == recipe.diffusion.steps else f"step-{step}"
+        pipeline, seeds = pipeline_of(directory, weights, device), list(range(len(names)))
+        options = (settings.steps, settings.guidance, settings.batch_size)
+        pictures = generate(pipeline, names, seeds, *options, title=f"images of {weights}")
+        figures = text_figures(evaluator, pictures, evaluator.embed_texts(data.names), chosen)
+        rows.append({"step": step, "samples": step * recipe.diffusion.batch_size, **figures})
+        write_json(path, rows)
+        console.print(f"{weights}: {figures}", highlight=False)
+    return rows
+
+
+def export(directory: Path) -> None:
+    """Write `emoji_model/`, the finished pipeline in float16."""
+
+    def write(temporary: Path) -> None:
+        pipeline_of(directory, "final", torch.device("cpu")).to(dtype=torch.float16).save_pretrained(temporary)
+        for path in temporary.rglob("config.json"):  # diffusers notes the folder that a part was read from
+            write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
+
+    write_folder(directory / "emoji_model", write)
+    console.print(f"the pipeline: {directory / 'emoji_model'}", highlight=False)

@@ -1,0 +1,1 @@
+"""Reading what others' code made: the APTP authors' released checkpoints."""

@@ -1,0 +1,189 @@
+"""Reading a release of APTP's published implementation, file by file; nothing in it is run.
+
+    hypernet/ quantizer/                  config.json and weights: the router, and the codes' gates (N, D)
+    quantizer_embeddings.pt               of a search's checkpoint: the same gates
+    arch0/checkpoint-30000/arch_vector.pt an expert's gates (1, D), and beside them
+    arch0/checkpoint-30000/unet/          its weights, cut and fine-tuned
+
+A folder with one `arch_vector.pt` is one expert. What is missing is left out.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
+
+from prunekit.models.names import read_object
+from prunekit.runtime.errors import UserError
+
+VECTOR, CODEBOOK = "arch_vector.pt", "quantizer_embeddings.pt"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_EXPERT = re.compile(r"arch_?(\d+)")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """e = W z + b, its rows in the order of the codes: weight (D, Z), bias (D,) or None; and the codes (N, D)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a release holds.
+
+    vectors: (N, D) gates in [0, 1] in the published order. weights: of each expert, its weight file, where it has one.
+    predictor: None without a router. structures: `structure` of each config, by file.
+    notes: what a user should know, a line each.
+    """
+
+    vectors: Tensor
+    weights: list[Path | None]
+    predictor: Predictor | None
+    structures: dict[Path, dict[str, Any]]
+    notes: list[str]
+
+
+def read_release(directory: Path) -> Release:
+    """Read a release's directory; ValueError, one line, for one that holds no vectors, or a faulty file."""
+    if not directory.is_dir():
+        raise UserError(f"no directory {str(directory)!r}; give a release's, with {VECTOR}, quantizer/ or {CODEBOOK}")
+    structures = {
+        path: read_object(path).get("structure")
+        for path in (directory / part / "config.json" for part in ("hypernet", "quantizer"))
+        if path.is_file()
+    }
+    quantizer = _part(directory / "quantizer")
+    codebook = _codebook(directory, quantizer)
+    folders, notes = _experts(directory), []
+    if codebook is None and not folders:
+        raise UserError(f"{directory} holds no architecture vectors: neither {VECTOR}, quantizer/ nor {CODEBOOK}")
+    vectors = {} if codebook is None else dict(enumerate(codebook))
+    for index, folder in folders.items():
+        own = _vectors(folder / VECTOR)
+        if own.shape[0] != 1:
+            raise UserError(f"{folder / VECTOR} holds {own.shape[0]} vectors; an expert has one")
+        if codebook is not None and index >= len(codebook):
+            raise UserError(f"{folder} is expert {index}, but the codes are {len(codebook)}")
+        if index in vectors and not torch.equal(own[0] >= 0.5, vectors[index] >= 0.5):
+            notes.append(f"expert {index}'s own vector differs from the quantizer's; its own is taken")
+        vectors[index] = own[0]
+    if sorted(vectors) != list(range(len(vectors))):
+        raise UserError(f"{directory} has experts {sorted(vectors)}: some are missing between them, and no quantizer")
+    if len({len(vector) for vector in vectors.values()}) > 1:
+        raise UserError(f"the vectors in {directory} differ in length: {[len(own) for own in vectors.values()]}")
+    weights = [_weights(folders[index] / "unet") if index in folders else None for index in range(len(vectors))]
+    stacked = torch.stack([vectors[index] for index in range(len(vectors))])
+    predictor = _predictor(directory / "hypernet", quantizer, len(stacked))
+    return Release(stacked, weights, predictor, {k: v for k, v in structures.items() if v is not None}, notes)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return a weight file's tensors; a pickle only where it holds tensors alone. ValueError, one line, otherwise."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no readable safetensors file ({error}); copy it again") from error
+    content = _unpickled(path)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
+    return content
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read as plain tensors (torch.load with weights_only=True refuses it); a pickle that "
+            "holds more can run code and is not loaded: save its tensors alone where you trust it"
+        ) from error
+
+
+def _vectors(path: Path) -> Tensor:
+    """Return a file's gates (n, D)."""
+    content = _unpickled(path)
+    if not isinstance(content, Tensor) or not content.is_floating_point() or content.dim() not in (1, 2):
+        raise UserError(f"{path} holds no architecture vectors, but {_said(content)}; expected: floats (n, D)")
+    return _checked(content, path)
+
+
+def _checked(values: Tensor, path: Path) -> Tensor:
+    """Return gates (n, D) in float32; the published code may leave up to 1.5 in a group that it held open."""
+    values = values.detach().float().reshape(-1, values.shape[-1])
+    if not bool(((values >= 0) & (values <= 1.5)).all()):
+        raise UserError(f"{path} holds values outside 0 to 1, which are no gates of an architecture")
+    return values
+
+
+def _said(content: Any) -> str:
+    return f"a {content.dtype} tensor {tuple(content.shape)}" if isinstance(content, Tensor) else type(content).__name__
+
+
+def _part(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the hypernet or the quantizer; empty where there are none."""
+    path = _weights(folder)
+    return {} if path is None else read_weights(path)
+
+
+def _weights(folder: Path) -> Path | None:
+    """Return a part's weight file; None where it has none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _codebook(directory: Path, quantizer: dict[str, Tensor]) -> Tensor | None:
+    if "embedding_gs" in quantizer:
+        return _checked(quantizer["embedding_gs"], directory / "quantizer")
+    return _vectors(directory / CODEBOOK) if (directory / CODEBOOK).is_file() else None
+
+
+def _experts(directory: Path) -> dict[int, Path]:
+    """Return the folders with a vector of each expert; of several checkpoints the one of most steps."""
+    if (directory / VECTOR).is_file():
+        return {0: directory}
+    found = {}
+    for folder in directory.iterdir():
+        match = _EXPERT.fullmatch(folder.name)
+        places = [path.parent for path in [*folder.glob(VECTOR), *folder.glob(f"checkpoint-*/{VECTOR}")]]
+        if match and places:
+            found[int(match[1])] = max(
+                places, key=lambda path: int(re.sub(r"\D", "", path.name.partition("-")[2]) or 0)
+            )
+    return found
+
+
+def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predictor | None:
+    """Return the hypernet's layers as one, and the codes; None without both, or of a single architecture."""
+    tensors, codes = _part(folder), quantizer.get("embedding.weight")
+    if not tensors or codes is None or count == 1:
+        return None
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"mh_fc\.(\d+)\.(.+)", name):
+            layers.setdefault(int(match[1]), {})[match[2]] = value
+    weights = [own["weight"] if "weight" in own else _normalised(own) for _, own in sorted(layers.items())]
+    biases = [own["bias"] for _, own in sorted(layers.items()) if "bias" in own]
+    if not weights or codes.shape[1] != sum(map(len, weights)):
+        raise UserError(f"{folder} predicts {sum(map(len, weights))} values, but a code has {codes.shape[1]}")
+    bias = None if len(biases) < len(weights) else torch.cat(biases)
+    return Predictor(torch.cat(weights), bias, codes)
+
+
+def _normalised(own: dict[str, Tensor]) -> Tensor:
+    """Return the weight of a layer that was saved as length and direction (`wn_flag`)."""
+    direction = own["parametrizations.weight.original1"]
+    layer = weight_norm(torch.nn.Linear(direction.shape[1], direction.shape[0], bias=False))
+    layer.load_state_dict({name: value for name, value in own.items() if name != "bias"})
+    return layer.weight.detach()

@@ -1,0 +1,90 @@
+"""Reading a UNet's folder, checked before a weight is used: every fault is a ValueError of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from prunekit.core.emptied import state_in_files
+from prunekit.core.slicing import backbone_of, slice_member
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.export.specification import (
+    CONFIG,
+    config_hash,
+    read_outline,
+    read_tensors,
+    weight_files,
+    weights_hash,
+)
+from prunekit.models.names import read_object
+from prunekit.models.shapes import unet_from_config
+from prunekit.runtime.errors import UserError
+
+
+def load_unet(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = False,
+) -> PrunedUNet2DConditionModel | UNet2DConditionModel:
+    """Load a UNet, stock or pruned, that prunekit or diffusers saved; in evaluation mode, its weights frozen.
+
+    dtype: of the weights; the files' own by default. verify: also hash the weights, which reads them once more.
+    Raises ValueError, one line: no config or weights, pickled weights, a file that is truncated, a config that was
+    changed or is of a newer format, weights of another UNet or architecture.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
+    if (backbone := backbone_of(folder)) is not None:
+        dense = load_unet(backbone, dtype, device, verify)
+        return slice_member(PrunedUNet2DConditionModel, dense, folder).eval().requires_grad_(False)
+    config = read_object(folder / CONFIG)
+    files = weight_files(folder)
+    unet = unet_from_config({key: value for key, value in config.items() if key != "auto_map"}, folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        specification, own = read_outline(path)
+        shapes |= own
+        if specification is not None:
+            _check_specification(folder, config, specification)
+    check_shapes(folder, unet, shapes)
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        specification = read_outline(path)[0] if verify else None
+        if specification is not None and weights_hash(load_file(path)) != specification["weights"]:
+            raise UserError(f"the weights in {path} are not those that were exported: their hash differs")
+        state |= read_tensors(path, dtype)
+    unet.load_state_dict(state, assign=True)
+    return unet.to(device).eval().requires_grad_(False)
+
+
+def _check_specification(folder: Path, config: Mapping[str, Any], specification: Mapping[str, Any]) -> None:
+    pruning = config.get("pruning")
+    if specification["tier"] != "stock" and pruning != specification["architecture"]:
+        raise UserError(
+            f"the architecture in {folder / CONFIG} is not the one that its weights were cut to; the file was changed, "
+            "or comes from another export: copy both again"
+        )
+    if config_hash(config) != specification["config"]:
+        raise UserError(f"{folder / CONFIG} was changed after its weights were written; copy both again")
+
+
+def check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError that names the first difference between a UNet's tensors and the files'."""
+    expected = {name: tuple(value.shape) for name, value in state_in_files(unet).items()}
+    faults = [f"they lack {name}" for name in expected if name not in shapes]
+    faults += [f"they have {name}, which the UNet has not" for name in shapes if name not in expected]
+    faults += [
+        f"{name} is {shapes[name]} there and {expected[name]} in the UNet"
+        for name in expected
+        if name in shapes and shapes[name] != expected[name]
+    ]
+    if faults:
+        rest = f" ({len(faults)} differences in all)" if len(faults) > 1 else ""
+        raise UserError(f"the weights in {folder} do not belong to its config's UNet: {faults[0]}{rest}")

@@ -1,0 +1,1 @@
+"""`prunekit bench`: time a model's pruned UNets beside the dense one."""

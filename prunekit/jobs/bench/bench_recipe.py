@@ -1,0 +1,151 @@
+"""The recipe of a benchmark (`job: bench`): which architectures of a model are timed, and how."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunekit.jobs.bench.modes import Mode
+from prunekit.runtime.errors import UserError, plain_name
+from prunekit.runtime.run_directory import DENSE
+from prunekit.runtime.yaml_files import FAULTS, load_overrides, load_settings, merged, read_mapping, resolved
+
+JOB = "bench"
+REDUCED = {"resolution": 256, "batch": 1, "guidance": 1.0, "steps": 2, "warmup_seconds": 10.0}
+REDUCED_REPEATS = 3
+
+
+class BenchRecipeError(UserError):
+    """A benchmark's recipe that cannot be used; the message is one line that says what to change."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ArchitectureConfig(_Section):
+    """One pruned UNet: chosen for a budget without data, or read from a folder."""
+
+    budget: float | None = Field(None, gt=0, lt=1, description="share of the dense exact MACs at `resolution`")
+    choose: Literal["random", "width", "depth"] = Field(
+        "random",
+        description="what goes, by random scores: random: parts, and the layers that are units under depth=aptp; "
+        "width: parts alone; depth: whole layers (depth=all), and of the parts only what must",
+    )
+    align: Literal[8, 16, 32, 64] | None = Field(
+        None, description="channels of which every cut width is a multiple; unset: any"
+    )
+    path: str | None = Field(None, description="instead of a budget: a folder that holds a pruned or stock UNet")
+    published_seconds: float | None = Field(None, gt=0, description="seconds an image, as published")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ArchitectureConfig":
+        if (self.budget is None) == (self.path is None):
+            raise UserError("an architecture has either a budget or a path")
+        if self.path is not None and self.align is not None:
+            raise UserError("align goes with a budget: the widths of a UNet at a path are what they are")
+        return self
+
+
+class CellConfig(_Section):
+    """One way to run the architectures; each makes one row of it."""
+
+    workload: Literal["unet", "sampling", "image"] = Field(
+        description="unet: one call; sampling: the pipeline's loop, all calls and the scheduler; image: the pipeline "
+        "as a user calls it, with text encoder and decoder"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mode: Mode = "eager"
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    repeats: int = Field(30, gt=0, description="samples of each arm that count")
+    architectures: list[str] | None = Field(None, description="names; unset: all")
+
+
+class BenchRecipe(_Section):
+    """Time a model and pruned forms of it, interleaved, on the device at hand."""
+
+    job: Literal["bench"]
+    name: Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))] = Field(
+        description="names the results' directory"
+    )
+    seed: int = Field(0, ge=0, description="of weights, scores, inputs and the arms' order")
+    model: str = Field("sd-2.1", description="sd-1.4, sd-1.5, sd-2.1, …, or a diffusers directory")
+    weights: Literal["random", "own"] = Field(
+        "random", description="random: from the model's configs alone, which is enough for times; own: loaded"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    resolution: int = Field(768, gt=0, le=2**14, description="pixels of a side")
+    batch: int = Field(1, gt=0, description="images of one pipeline call")
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance; above 1 the UNet's batch is doubled")
+    steps: int = Field(25, gt=0, description="scheduler steps; PNDM calls the UNet once more than it has steps")
+    warmup_seconds: float = Field(60.0, gt=0, description="where warming up ends, settled or not")
+    published: str | None = Field(None, description="what the architectures' published_seconds are, and where from")
+    published_dense_seconds: float | None = Field(None, gt=0, description="the dense model's, from the same source")
+    architectures: dict[str, ArchitectureConfig] = Field({}, description="by name; `dense` is always there")
+    cells: list[CellConfig] = Field(min_length=1, description="how they are run, one after another")
+
+    @field_validator("architectures")
+    @classmethod
+    def _not_dense(cls, architectures: dict[str, ArchitectureConfig]) -> dict[str, ArchitectureConfig]:
+        if DENSE in architectures:
+            raise UserError(f"architectures.{DENSE} is the model itself and always there; choose another name")
+        return architectures
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "BenchRecipe":
+        known = (DENSE, *self.architectures)
+        for cell in self.cells:
+            if unknown := [name for name in cell.architectures or () if name not in known]:
+                raise UserError(f"cells name the architecture {unknown[0]!r}; there are {', '.join(known)}")
+        return self
+
+    def names(self, cell: CellConfig) -> list[str]:
+        """Return the architectures of a cell, the dense one first where it is among them."""
+        return [
+            name for name in (DENSE, *self.architectures) if cell.architectures is None or name in cell.architectures
+        ]
+
+
+def reduced(recipe: BenchRecipe) -> BenchRecipe:
+    """Return the same benchmark small enough for a CPU: latents of 32 x 32, batch 1, two steps, eager, few repeats."""
+    cells: list[CellConfig] = []
+    for cell in recipe.cells:
+        small = cell.model_copy(update={"mode": "eager", "repeats": REDUCED_REPEATS})
+        if small not in cells:
+            cells.append(small)
+    return recipe.model_copy(update={**REDUCED, "cells": cells, "name": f"{recipe.name}_reduced"})
+
+
+def is_benchmark(path: str | Path) -> bool:
+    """Whether a YAML file says that it is a benchmark's recipe."""
+    try:
+        return read_mapping(Path(path)).get("job") == JOB
+    except UserError:
+        return False
+
+
+def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchRecipe:
+    """Read a benchmark's YAML recipe and put `key=value` overrides over it (dotted keys).
+
+    Raises BenchRecipeError, one line: no such file, bad YAML, an unknown key or a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BenchRecipeError(f"no recipe at {path}; the benchmark that ships with prunekit is recipes/bench_*.yaml")
+    try:
+        content = resolved(merged(load_settings(path), load_overrides(overrides)), path)
+    except UserError as error:
+        raise BenchRecipeError(str(error)) from error
+    except FAULTS as error:
+        raise BenchRecipeError(f"{path} cannot be read: {error}") from error
+    if content.get("job") != JOB:
+        raise BenchRecipeError(f"{path} is no benchmark: it lacks job: {JOB}")
+    try:
+        return BenchRecipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "recipe"
+        message = first["msg"].removeprefix("Value error, ")
+        allowed = f" (allowed: {', '.join(BenchRecipe.model_fields)})" if first["type"] == "extra_forbidden" else ""
+        raise BenchRecipeError(f"{path}: {where}: {message}{allowed}") from error

@@ -1,0 +1,94 @@
+"""How a denoiser is run while it is timed: eager, compiled by regions, or replayed as a CUDA graph."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from prunekit.core.call import Call, predict
+from prunekit.core.registry import denoiser_of
+from prunekit.runtime.errors import UserError
+
+Mode = Literal["eager", "compiled", "cuda_graph"]
+ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region looks through another's graphs
+LIMITS: dict[str, Any] = {
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 8192,
+}  # a pruned UNet has a shape per block
+
+
+@contextmanager
+def in_mode(model: ModelMixin, mode: Mode, call: Call, backend: str = "inductor") -> Iterator[None]:
+    """Run a model in a mode inside this context; it is as before on exit.
+
+    Args:
+        model: frozen, in evaluation mode.
+        mode: "eager": as it is. "compiled": every one of `Denoiser.regions` is compiled by itself, as one graph
+            for its shapes; that every block of a pruned model has shapes of its own costs compile time, never a silent
+            return to eager. "cuda_graph": one capture of the eager call, replayed.
+        call: of the only shapes that are then run.
+        backend: of torch.compile.
+
+    Raises:
+        ValueError: an unknown mode, or a CUDA graph elsewhere than on CUDA.
+
+    """
+    if mode == "eager":
+        yield
+    elif mode == "compiled":
+        with _compiled(model, backend):
+            yield
+    elif mode == "cuda_graph":
+        with _graphed(model, call):
+            yield
+    else:
+        raise UserError(f"mode={mode!r}: choose eager, compiled or cuda_graph")
+
+
+@contextmanager
+def _compiled(model: ModelMixin, backend: str) -> Iterator[None]:
+    import torch._dynamo
+
+    known = inspect.signature(torch.compile).parameters
+    extra = {ISOLATED: True} if ISOLATED in known else {}
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(**LIMITS))
+        for module in denoiser_of(model).regions(model):
+            stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+            module.compile(fullgraph=True, dynamic=False, backend=backend, **extra)
+        yield
+
+
+@contextmanager
+def _graphed(model: ModelMixin, call: Call) -> Iterator[None]:
+    if model.device.type != "cuda":
+        raise UserError(f"mode=cuda_graph needs a CUDA device; this model is on {model.device.type}")
+    static = call.map(Tensor.clone)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):  # what a first call sets up must not be captured
+        for _ in range(3):
+            predict(model, static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = predict(model, static)
+    signature = inspect.signature(model.forward)
+
+    def replay(*positional: Any, **named: Any) -> tuple[Tensor]:
+        given = signature.bind(*positional, **named).arguments
+        own = Call({name: given[name] for name in static})
+        for target, value in zip(static.tensors(), own.tensors(), strict=True):
+            target.copy_(value)
+        graph.replay()
+        return (output.clone(),)
+
+    model.forward = replay
+    try:
+        yield
+    finally:
+        del model.forward

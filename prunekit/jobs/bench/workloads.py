@@ -1,0 +1,52 @@
+"""The three things that are timed: one denoiser call, the whole sampling, and the whole image."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from prunekit.core.registry import denoiser_in, denoiser_of, family_of
+from prunekit.evaluation.generate import quiet
+from prunekit.jobs.bench.bench_models import PROMPT
+
+
+def pipeline_call(
+    pipeline: DiffusionPipeline,
+    workload: str,
+    resolution: int,
+    batch: int,
+    guidance: float,
+    steps: int,
+    stack: ExitStack,
+    seed: int = 0,
+) -> Callable[[], Tensor]:
+    """Return one call of the stock pipeline: its loop alone ("sampling"), or all of it ("image").
+
+    stack: the pipeline's bar and safety checker are off until it closes.
+    """
+    stack.enter_context(quiet(pipeline))
+    model, side = denoiser_in(pipeline), resolution // pipeline.vae_scale_factor
+    generator = torch.Generator().manual_seed(seed)
+    channels = denoiser_of(model).latent_channels(model)
+    latents = torch.randn(batch, channels, side, side, generator=generator).to(model.device, model.dtype)
+    prompts = [PROMPT] * batch
+    common = {
+        "height": resolution,
+        "width": resolution,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "latents": latents,
+    }
+    if workload == "image":
+        return lambda: pipeline(prompt=prompts, output_type="pt", **common).images
+    with torch.no_grad():
+        embeddings = family_of(pipeline).embeddings(pipeline, prompts, None, guidance > 1)
+    return lambda: pipeline(output_type="latent", **embeddings, **common).images
+
+
+def denoiser_calls(pipeline: DiffusionPipeline, steps: int) -> int:
+    """Return how often a pipeline's loop calls the denoiser."""
+    pipeline.scheduler.set_timesteps(steps)
+    return len(pipeline.scheduler.timesteps)

@@ -1,0 +1,197 @@
+"""One batch of every stage of a recipe, for real, in a throwaway directory.
+
+Batches, resolutions, precisions and models are the recipe's own, so that it tells whether they fit the device; only
+how often things are done is cut down. From the measured times follow the hours of the whole recipe.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from prunekit.data.encoded import encode
+from prunekit.jobs.check.shrinking import first_images, shrunk, write_shard
+from prunekit.jobs.plan.amounts import CHOICE, ENCODING, GENERATION, TUNING, Work, pruning_work, scheduled
+from prunekit.jobs.plan.data_size import DataSize, size_of
+from prunekit.jobs.plan.planned_models import Models, PlannedModel
+from prunekit.jobs.plan.planned_rows import PlannedRow, rows_of, tuning_devices
+from prunekit.jobs.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe, precision_lines, resolve_recipe
+from prunekit.jobs.recovering import Recovery, recover
+from prunekit.jobs.stages import RunLog, Stages
+from prunekit.methods.result import PruneResult
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.processes import current
+from prunekit.runtime.tracking import require_installed
+from prunekit.training.memory import STEPS
+
+PAIRS = 64  # that are read, or as many as a batch of pictures or the experts need
+Kind = tuple[str | None, str | None]  # of work that is measured together: a method's label, and a part of its work
+NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # what errors of torch say
+
+
+class CheckError(UserError):
+    """A stage that failed; the message is one line that names the stage and the setting."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A stage that went through."""
+
+    stage: str
+    seconds: float
+    peak_bytes: int  # of the device; on a CPU of the whole process until then
+
+
+class CheckLog(RunLog):
+    """Keeps the rows of the trainings, and says nothing."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.rows: list[dict[str, Any]] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Keep a row of a training, whose seconds tell the pace of a step."""
+        self.rows.append(row)
+
+    def say(self, text: str) -> None:
+        """Nothing: the stages are told as a whole."""
+
+    def steps_seconds(self, since: int) -> float:
+        """Return the seconds of all steps of the training logged after `since` rows, at its last one's pace."""
+        times = [row["seconds"] for row in self.rows[since:] if "step" in row]
+        return STEPS * (times[-1] - times[-2]) if len(times) > 1 else sum(times)
+
+
+def check(recipe: AnyRecipe, devices: int = 1, say: Callable[[Checked], Any] = lambda stage: None) -> dict[str, Any]:
+    """Run one batch of every stage; return the stages, and the estimate of the whole recipe as `scheduled` has it.
+
+    devices: how many the whole recipe will run on; one of them is tried here. say: told of every stage.
+    Raises CheckError at the first stage that fails; ValueError for a recipe that cannot be checked.
+    """
+    if isinstance(recipe, PretrainRecipe):
+        raise UserError(
+            f"{recipe.name} has job=pretrain, and check is for prune and compare; see it through with: "
+            "prunekit run RECIPE scale=smoke"
+        )
+    if current().count > 1:
+        raise UserError("check is for one process: start it without a launcher, and say --devices N")
+    with TemporaryDirectory(prefix="prunekit-check-") as directory:
+        return _Check(recipe, devices, Path(directory), say).run()
+
+
+class _Check:
+    """A check in its directory."""
+
+    def __init__(
+        self, recipe: PruneRecipe | CompareRecipe, devices: int, directory: Path, say: Callable[[Checked], Any]
+    ):
+        self.recipe = resolve_recipe(recipe, current().device)
+        self.devices, self.directory, self.say = devices, directory, say
+        self.log = CheckLog(directory)
+        self.done: list[Checked] = []
+        self.spent: dict[Kind, float] = {}  # seconds
+
+    def run(self) -> dict[str, Any]:
+        """Run the stages, in a run's order; the first that fails ends it."""
+        recipe = self.recipe
+        with self._stage("recipe", "model, prune, methods, tracking"):
+            require_installed(recipe.tracking)
+            model: PlannedModel = Models().get(recipe.model, recipe.single_file_config)
+            whole = rows_of(recipe, model)
+            pairs = self._pairs(whole)
+        with self._stage("data", "data"):
+            images = first_images(recipe.data, recipe.seed, pairs)
+            data = write_shard(images, pairs, self.directory / "data" / "0.tar")
+            small = shrunk(recipe, data, self.devices, tuning_devices(whole, self.devices))
+            rows = rows_of(small, model)
+        with self._stage("model and encoding", "model, prompt_encoder, resolution"):
+            stages = Stages(small, self.log, self.directory)
+        images = stages.data.images
+        with self._stage("encoding again", "resolution"):
+            encode(stages.pipeline, images, stages.encoder, stages.resolution)
+        self.spent[None, ENCODING] = self.done[-1].seconds
+        results = {name: self._choose(name, row, model, stages) for name, row in rows.items()}
+        with self._stage("prompts and evaluator", "evaluator"):
+            stages.prompts  # noqa: B018
+        for name, row in rows.items():
+            self._recover(name, row, results[name], stages)
+        tried = pruning_work(small, rows, model, DataSize(images.num_images, images.num_pairs, "tried"))
+        return self._estimate(pruning_work(recipe, whole, model, size_of(recipe.data)), tried)
+
+    def _pairs(self, rows: dict[str, PlannedRow]) -> int:
+        evaluation = self.recipe.evaluation
+        pictures = min(evaluation.batch_size, evaluation.num_images)
+        return max(PAIRS, pictures, *(2 * row.experts for row in rows.values()))
+
+    @contextmanager
+    def _stage(self, name: str, setting: str, batch: str = "") -> Iterator[None]:
+        """Time a stage, and put what fails in it into one line. batch: the setting that its memory depends on."""
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        try:
+            yield
+            if cuda:
+                torch.cuda.synchronize()
+        except Exception as error:
+            raise CheckError(explained(error, name, setting, batch)) from error
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.done.append(Checked(name, seconds, peak))
+        self.say(self.done[-1])
+
+    def _choose(self, name: str, row: PlannedRow, model: PlannedModel, stages: Stages) -> PruneResult:
+        label, since = row.label, len(self.log.rows)
+        setting = f"methods.{label}"
+        work = row.method.work(model.costs(row.method.config)[0])
+        searches = work.search is not None
+        batch = f"{setting}.{work.memory_setting}" if work.memory_setting else ""
+        with self._stage(f"{name}: {'search' if searches else 'choice'}", setting, batch):
+            result = stages.choose(row.method, self.directory / "methods" / label, name)
+        self.spent[label, CHOICE] = self.log.steps_seconds(since) if searches else self.done[-1].seconds
+        return result
+
+    def _recover(self, name: str, row: PlannedRow, result: PruneResult, stages: Stages) -> None:
+        """Fine-tune the first architecture, draw with it, and measure."""
+        label, since = row.label, len(self.log.rows)
+        folder = self.directory / "methods" / label
+        first = PruneResult([result.architectures[0]], info=result.info)
+        with self._stage(f"{name}: fine-tuning", "fine_tune", "fine_tune.micro_batch"):
+            recovery = Recovery(label, first, folder / "experts", row.tuning, self.recipe.seed)
+            candidate = recover(stages, [recovery])[-1]
+        self.spent[label, TUNING] = self.log.steps_seconds(since) * row.models
+        with self._stage(f"{name}: generation", "evaluation", "evaluation.batch_size"):
+            pictures, _ = stages.sample(candidate, folder / "samples")
+        self.spent[label, GENERATION] = self.done[-1].seconds
+        with self._stage(f"{name}: evaluation", "evaluation, evaluator", "evaluation.batch_size"):
+            stages.measure(candidate, stages.judge(pictures))
+
+    def _estimate(self, whole: list[Work], tried: list[Work]) -> dict[str, Any]:
+        """Scale each kind of work by its MACs; the dense model, which was not tried, draws as slowly as the slowest."""
+        macs: dict[Kind, float] = {}
+        for item in tried:
+            macs[item.label, item.part] = macs.get((item.label, item.part), 0.0) + (item.macs or 0.0)
+        pace = {kind: self.spent[kind] / macs[kind] for kind in self.spent if macs.get(kind)}
+        usual = [pace[kind] for kind in pace if kind[1] == GENERATION]
+        seconds = [(item.macs or 0.0) * pace.get((item.label, item.part), max(usual)) for item in whole]
+        stages, used = list(self.done), precision_lines(self.recipe, current().device)
+        return {"stages": stages, "precision": used, **scheduled(whole, seconds, self.devices)}
+
+
+def explained(error: Exception, stage: str, setting: str, batch: str = "") -> str:
+    """Return one line: what failed, why, and the setting to change."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = " ".join(lines[0].split())
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        lower = f"lower {batch}" if batch else "use a larger device"
+        lower += ", or set gradient_checkpointing=true beside it" if batch.endswith("micro_batch") else ""
+        return f"{stage} does not fit into memory: {lower} ({text})"
+    explains = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
+    return f"{stage} failed: {text if explains else f'{type(error).__name__}: {text}'} (settings: {setting})"

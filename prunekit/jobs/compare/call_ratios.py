@@ -1,0 +1,43 @@
+"""How long a pruned model's call takes against the dense one's: interleaved in one process, so that drift cancels."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunekit.core.call import Call, predict
+from prunekit.core.registry import denoiser_in, denoiser_name, family_of
+from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.jobs.stages import Stages
+from prunekit.measuring.interleaved import WarmUp, measure
+from prunekit.report.comparison_table import WORK, Result
+
+PAIRS = 15
+PICTURES = 8  # of a timed call
+WARM_UP = WarmUp(max_seconds=10.0)
+
+
+@torch.no_grad()
+def call_ratio(dense: nn.Module, pruned: nn.Module, call: Call) -> float:
+    """Return the median over pairs of (time of a pruned call) / (time of the dense call beside it)."""
+    calls = {"dense": lambda: predict(dense, call), "pruned": lambda: predict(pruned, call)}
+    return measure(calls, PAIRS, call.device, WARM_UP).ratio("pruned").value
+
+
+def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
+    """Return a cell's call ratio, the mean over its experts by their training prompts; None where models are gone."""
+    models = directory / WORK / cell["models_folder"]
+    folders = [models / str(index) / denoiser_name(stages.pipeline) for index in range(cell["models"])]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    samples, _ = stages.agreement
+    dense = denoiser_in(stages.pipeline)
+    count = family_of(dense).call_batch(min(PICTURES, samples.call.batch), guided=True)
+    call = samples.call.take(torch.arange(count) % samples.call.batch).to(dense)
+    shares = [expert["training_share"] for expert in cell["experts"]] or [1 / cell["models"]] * cell["models"]
+    total = 0.0
+    for folder, share in zip(folders, shares, strict=True):
+        if share:
+            expert = PrunedUNet2DConditionModel.from_pretrained(folder).to(dense.device).eval()
+            total += share * call_ratio(dense, expert, call)
+    return total

@@ -1,0 +1,212 @@
+"""The cells of a comparison: one method at one budget, seed and training protocol, each a JSON file of its own.
+
+A cell is cached by content: its key is a hash of all that its figures depend on, so a changed setting makes it anew and
+an unchanged one is never repeated, on whatever machine it was finished. What cells can share they share: the encoded
+data, a score method's calibration over all budgets, a mixture's search over both protocols, and a static method's one
+model, which has as many steps under either protocol.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+
+from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
+from prunekit.evaluation import comparison
+from prunekit.evaluation.comparison import Candidate
+from prunekit.evaluation.uncertainty import jackknife_errors
+from prunekit.jobs.recipe import CompareRecipe, RecipeError, without_added
+from prunekit.jobs.recovering import Recovery, recover
+from prunekit.jobs.stages import Stages
+from prunekit.methods.bksdm import BKSDM
+from prunekit.methods.budget import budget_of
+from prunekit.methods.result import PruneResult
+from prunekit.methods.settings import PruneSettings
+from prunekit.report.comparison_table import CELLS, STATIC, WORK, Cell
+from prunekit.runtime.files import read_json, replacing, write_json
+from prunekit.runtime.run_directory import DENSE, SCORES
+from prunekit.runtime.tracking import flat
+
+FORMAT = 1
+MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields that no calibration depends on
+
+
+def cells_of(recipe: CompareRecipe) -> list[Cell]:
+    """Return a comparison's cells, a whole seed before the next, so that a table that is cut off is still balanced."""
+    cells = []
+    most = max(len(entry.seeds) for entry in recipe.budgets)
+    for repetition in range(most):
+        for entry in recipe.budgets:
+            if repetition >= len(entry.seeds):
+                continue
+            seed = entry.seeds[repetition]
+            cells += [] if any(c.label == DENSE and c.seed == seed for c in cells) else [Cell(DENSE, "", seed)]
+            for label in entry.methods or recipe.methods:
+                count = recipe.method(label, 0.5, seed).num_models
+                trainings = 1 if recipe.fine_tuning(label, 1).shared_backbone else count
+                protocols = recipe.protocols if trainings > 1 else [STATIC]
+                cells += [Cell(label, entry.label, seed, protocol, count) for protocol in protocols]
+    return cells
+
+
+def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> float:
+    """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
+
+    cost: what counts the table's MACs; of its space nothing is used. The UNet may be on the meta device.
+    Raises RecipeError for a text of another form, ValueError for a member that the UNet has not.
+    """
+    if not isinstance(budget, str):
+        return budget
+    method, _, variant = budget.partition(":")
+    if method != BKSDM.name or not variant:
+        raise RecipeError(f"budget {budget!r}: give a share of the dense MACs, or {BKSDM.name}:VARIANT")
+    architecture = BKSDM(variant=variant).architecture(model)
+    member_cost = CostModel(model, architecture.space, cost.sample_size, cost.text_length)
+    return budget_of(member_cost.macs(architecture), member_cost.dense_macs)
+
+
+class CellRunner:
+    """Makes the cells of one comparison in its directory."""
+
+    def __init__(self, recipe: CompareRecipe, directory: Path, stages: Stages):
+        self.recipe, self.directory, self.stages = recipe, directory, stages
+        self.budgets = {
+            entry.label: budget_value(entry.budget, denoiser_in(stages.pipeline), stages.cost)
+            for entry in recipe.budgets
+        }
+
+    def path(self, cell: Cell) -> Path:
+        """Return where a cell's result is, beside an equally named cell of another recipe in the directory."""
+        path, name = self.directory / CELLS / f"{cell.name}.json", self.recipe.name
+        if path.is_file():
+            earlier = read_json(path)
+            if earlier.get("recipe", name) != name and earlier["key"] != key_of(self.fields(cell)):
+                return path.with_name(f"{cell.name}__{name}.json")
+        return path
+
+    def finished(self, cell: Cell) -> dict[str, Any] | None:
+        """Return a cell's result where it is there, for the same content."""
+        path = self.path(cell)
+        result = read_json(path) if path.is_file() else None
+        return result if result and result["key"] == key_of(self.fields(cell)) else None
+
+    def steps(self, cell: Cell) -> int:
+        """Return the fine-tuning steps of each of a cell's models."""
+        return 0 if cell.label == DENSE else self.recipe.steps(cell.protocol, cell.num_models)
+
+    def distillation(self, cell: Cell) -> str:
+        """Return how a cell's models are distilled: "shared", as the recipe says; "own", the method's way; "none"."""
+        if cell.label == DENSE:
+            return "–"
+        if self.recipe.method(cell.label, 0.5, cell.seed).fine_tuning():
+            return "own"
+        return "shared" if self.recipe.fine_tuning(cell.label, 1).distillation_weight else "none"
+
+    def fields(self, cell: Cell) -> dict[str, Any]:
+        """Return all that a cell's figures depend on, flat: what must not differ between rows of one table."""
+        recipe, stages = self.recipe, self.stages
+        fields: dict[str, Any] = {
+            "format": FORMAT,
+            "model": stages.model_digest,
+            "data": {
+                "holdout": recipe.data.holdout,
+                "seed": recipe.seed,
+                "content": stages.data_digest,
+                "prompt_encoder": recipe.prompt_encoder,
+            },
+            "resolution": stages.resolution,
+            "evaluation": {**recipe.evaluation.model_dump(mode="json"), "evaluator": recipe.evaluator},
+            "seed": cell.seed,
+        }
+        if cell.label != DENSE:
+            method = recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+            settings = method.config.model_dump(mode="json", exclude={"seed"})
+            fields |= {
+                "prune": {name: settings.pop(name) for name in list(settings) if name in PruneSettings.model_fields},
+                "method": {"name": method.name, **settings},
+                "fine_tune": recipe.fine_tuning(cell.label, self.steps(cell)).model_dump(mode="json"),
+            }
+        return flat(fields)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Make a cell, or go on with it, unless it is there; return its result."""
+        if result := self.finished(cell):
+            return result
+        stages, fields = self.stages, self.fields(cell)
+        candidate, chosen = self.candidate(cell)
+        samples = self.directory / WORK / f"{cell.name}-samples-{key_of(fields)[:8]}"
+        pictures, experts = stages.sample(candidate, samples, cell.seed)
+        judged = stages.judge(pictures)
+        figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
+        expert_rows = []
+        if candidate.router is not None:
+            expert_rows = comparison.expert_rows(
+                candidate, experts, data=stages.data, prompts=stages.prompts, dense=stages.dense
+            )
+        result = {
+            "format": FORMAT,
+            "recipe": self.recipe.name,
+            "key": key_of(fields),
+            "cell": {"method": cell.label, "budget": cell.budget, "seed": cell.seed, "protocol": cell.protocol},
+            "distillation": self.distillation(cell),
+            "models": cell.num_models,
+            "steps": self.steps(cell),
+            "warnings": chosen.warnings() if chosen else [],
+            "variant": chosen.info.variant if chosen else None,
+            "figures": figures,
+            "errors": errors,
+            "experts": expert_rows,
+            "models_folder": self.models_folder(cell).name,
+            "environment": stages.environment,
+            "fields": fields,
+        }
+        write_json(self.path(cell), result)
+        stages.say(f"{cell.title}: " + ", ".join(f"{name} {figures[name]:.4g}" for name in errors))
+        return result
+
+    def models_folder(self, cell: Cell) -> Path:
+        """Where a cell's fine-tuned models are; another evaluation finds them again."""
+        trained = {name: value for name, value in self.fields(cell).items() if not name.startswith("evaluation")}
+        return self.directory / WORK / f"{cell.name}-models-{key_of(trained)[:8]}"
+
+    def candidate(self, cell: Cell) -> tuple[Candidate, PruneResult | None]:
+        """Choose a cell's architectures and recover them, or read what an earlier start left."""
+        if cell.label == DENSE:
+            return self.stages.dense, None
+        searched = {
+            name: value for name, value in self.fields(cell).items() if not name.startswith(("fine_tune", "evaluation"))
+        }
+        chosen = self._chosen(cell, searched)
+        config = self.recipe.fine_tuning(cell.label, self.steps(cell))
+        recovery = Recovery(cell.title, chosen, self.models_folder(cell), config, cell.seed)
+        return recover(self.stages, [recovery])[-1], chosen
+
+    def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
+        """Return the architectures: one search for both protocols, one calibration for all budgets."""
+        work = self.directory / WORK
+        folder = work / f"{cell.label}-chosen-{key_of(fields)[:8]}"
+        key = key_of({name: value for name, value in fields.items() if not name.startswith(MEETING_THE_BUDGET)})
+        shared = work / "calibrations" / f"{cell.label}-{key[:8]}.safetensors"
+        if shared.is_file() and not folder.is_dir():
+            _copy(shared, folder / SCORES)
+        method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+        result = self.stages.choose(method, folder, f"{cell.label} {cell.budget} seed {cell.seed}")
+        if (folder / SCORES).is_file() and not shared.is_file():
+            _copy(folder / SCORES, shared)
+        return result
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copy a file into a folder that may not be there yet, atomically."""
+    with replacing(to) as new:
+        shutil.copyfile(file, new)
+
+
+def key_of(fields: dict[str, Any]) -> str:
+    """Return the hash of a cell's fields. A setting that was added later does not change it at its earlier value."""
+    content = json.dumps(without_added(fields), sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

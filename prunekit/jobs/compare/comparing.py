@@ -1,0 +1,212 @@
+"""`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prunekit.evaluation.table import Column, markdown_table, terminal_table, warning_lines
+from prunekit.jobs.compare.call_ratios import cell_ratio
+from prunekit.jobs.compare.cell_runner import CellRunner, cells_of
+from prunekit.jobs.compare.fairness import refuse_unfair
+from prunekit.jobs.recipe import (
+    CompareRecipe,
+    RecipeError,
+    dump_recipe,
+    load_recipe,
+    load_recorded,
+    precision_lines,
+    resolve_recipe,
+)
+from prunekit.jobs.reporting import finish
+from prunekit.jobs.stages import RunLog, Stages
+from prunekit.report.comparison_table import (
+    CELLS,
+    PROTOCOLS,
+    TIMINGS,
+    WORK,
+    Cell,
+    Result,
+    csv_text,
+    json_rows,
+    rows_of,
+    shown_rows,
+    warnings_of,
+)
+from prunekit.report.pareto import pareto_picture
+from prunekit.runtime.files import read_json, write_json, write_text
+from prunekit.runtime.processes import apart, current, is_companion
+from prunekit.runtime.run_directory import DENSE, RECIPE, RESULTS
+from prunekit.runtime.work import Piece, occupied, refuse_foreign, share
+
+TABLE_CSV = "table.csv"  # of a comparison's directory
+PLAIN_WIDTH = 160  # letters of a line where there is no terminal
+NOTE = (
+    "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
+    "jackknife errors over the pictures). **Bold**: the best pruned row. ≈: its interval overlaps the best row's, so "
+    "the two cannot be told apart."
+)
+
+
+def claim(directory: Path, recipe: CompareRecipe | None = None) -> CompareRecipe | None:
+    """Write a comparison's resolved recipe into its directory, or claim the directory for a table alone.
+
+    Returns the resolved recipe. Raises UserError where the directory holds something else, such as a run.
+    """
+    path = directory / RECIPE
+    recorded = load_recorded(path) if path.is_file() else None
+    is_ours = any((directory / name).exists() for name in (CELLS, WORK, TABLE_CSV))
+    if recorded is not None and not isinstance(recorded, CompareRecipe):
+        raise RecipeError(f"{directory} holds the run of a recipe with job={recorded.job}; choose another --output")
+    refuse_foreign(directory, is_ours or recorded is not None, "comparison")
+    if recorded is not None and recipe is not None and recorded.name != recipe.name:  # they share cells
+        path = directory / f"recipe-{recipe.name}.yaml"
+        recorded = load_recorded(path) if path.is_file() else None
+    if recipe is not None:
+        recipe = resolve_recipe(recipe, current().device, recorded)
+        write_text(path, dump_recipe(recipe))
+    return recipe
+
+
+class Comparison:
+    """One comparison recipe, resolved, in its directory."""
+
+    def __init__(self, recipe: CompareRecipe, directory: Path):
+        self.recipe, self.directory = recipe, directory
+        self.log = RunLog.of(recipe, directory)
+        for line in precision_lines(recipe, current().device):
+            self.log.say(line)
+        self.cells = cells_of(recipe)
+        self.stages = Stages(recipe, self.log, directory)
+        self.stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
+        self.runner = CellRunner(recipe, directory, self.stages)
+
+    def make(self) -> None:
+        """Make the cells that are missing, but for those that another launch on this directory is making."""
+
+        def make(number: int, cell: Cell) -> None:
+            self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
+            self.runner.run(cell)
+
+        pieces = [
+            Piece(cell.choice, partial(self._has, cell), partial(make, number, cell))
+            for number, cell in enumerate(self.cells, start=1)
+        ]
+        launched = current().count > 1
+        with apart():
+            share(pieces, self.directory / WORK / "locks", wait=launched)
+
+    def _has(self, cell: Cell) -> bool:
+        return self.runner.finished(cell) is not None
+
+    def results(self) -> tuple[list[Result], list[Cell]]:
+        """Return the finished cells' results, and the cells that are missing."""
+        results = [(cell, self.runner.finished(cell)) for cell in self.cells]
+        return [result for _, result in results if result], [cell for cell, result in results if not result]
+
+    def timings(self, cells: Sequence[Result]) -> dict[str, float]:
+        """Return every cell's time of a UNet call over the dense one's; measured once, in this process."""
+        path = self.directory / TIMINGS
+        timings = read_json(path) if path.is_file() else {}
+        for cell in cells:
+            if cell["models_folder"] not in timings and cell["cell"]["method"] != DENSE:
+                ratio = cell_ratio(cell, self.directory, self.stages)
+                if ratio is not None:
+                    timings[cell["models_folder"]] = ratio
+                    write_json(path, timings)
+        return timings
+
+
+def compare(
+    paths: Sequence[str | Path],
+    overrides: Iterable[str] = (),
+    output: str | Path | None = None,
+) -> Path:
+    """Run comparisons, or read finished ones, and write `results.json`, `table.csv`, `table.md` and `pareto.png`.
+
+    paths: comparison recipes, whose missing cells are made in `runs/NAME`, and directories with finished `cells/`.
+    output: where the table goes; the first comparison's directory by default.
+    Several processes may share a directory: each makes the cells that no other is making, and then shows what is there.
+    Returns the output directory. Raises RecipeError for what is no comparison, ValueError for cells that cannot share
+    a table, by the field that differs.
+    """
+    overrides, paths = list(overrides), [Path(path) for path in paths]
+    cells, timings, missing, published = [], {}, [], []
+    recipes = {path: _load(path, overrides) for path in paths if not path.is_dir()}
+    if empty := next((path for path in paths if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
+        raise RecipeError(f"{empty} holds no cells of a comparison")
+    folders = [Path(output or (path if path.is_dir() else Path("runs") / recipes[path].name)) for path in paths]
+    with ExitStack() as stack:
+
+        def enter(folder: Path, recipe: CompareRecipe | None = None) -> CompareRecipe | None:
+            return stack.enter_context(occupied(folder, lambda others: claim(folder, recipe)))
+
+        enter(folders[0])  # before anything is made
+        for path, folder in zip(paths, folders, strict=True):
+            if path.is_dir():
+                finished = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]
+                times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
+            else:
+                comparison = Comparison(enter(folder, recipes[path]), folder)
+                comparison.make()
+                finished, lacking = comparison.results()
+                missing += lacking
+                times = comparison.timings(finished) if not lacking else {}
+                published += comparison.recipe.published
+            cells += finished
+            timings |= times
+        if is_companion():
+            return folders[0]
+        refuse_unfair(cells)
+        return _write(folders[0], cells, timings, missing, published)
+
+
+def _load(path: Path, overrides: list[str]) -> CompareRecipe:
+    recipe = load_recipe(path, overrides)
+    if not isinstance(recipe, CompareRecipe):
+        raise RecipeError(f"{path} is a recipe of job={recipe.job}; compare takes job=compare")
+    return recipe
+
+
+def _write(
+    folder: Path, cells: list[Result], timings: dict[str, float], missing: list[Cell], published: list[dict[str, Any]]
+) -> Path:
+    """Write and print the tables of the finished cells."""
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    rows = rows_of(cells, timings)
+    content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
+    content["warnings"] = warnings_of(cells)
+    write_json(folder / RESULTS, {"environments": _environments(cells), **content})
+    write_text(folder / TABLE_CSV, csv_text(rows))
+    parts = [NOTE + "\n"]
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        for budget in dict.fromkeys(row.budget for row in rows):
+            section = [row for row in rows if row.protocol == protocol and row.budget == budget]
+            if section:
+                lines, columns = shown_rows(section)
+                heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
+                parts += [f"## {heading}\n", markdown_table(lines, columns)]
+                console.print(terminal_table(lines, columns, heading, console.width))
+    parts += warning_lines(content["warnings"])
+    for warning in content["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
+    if published:
+        columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]
+        parts += ["## As published\n", markdown_table(published, columns)]
+        console.print(terminal_table(published, columns, "As published", console.width))
+    if missing:
+        parts += [f"Missing cells ({len(missing)}): {', '.join(cell.name for cell in missing)}\n"]
+        console.print(f"{len(missing)} of {len(cells) + len(missing)} cells are still missing", markup=False)
+    write_text(folder / "table.md", "\n".join(parts))
+    if any(row.method != DENSE for row in rows):
+        pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
+    finish(folder, partial(console.print, highlight=False, markup=False))
+    return folder
+
+
+def _environments(cells: Sequence[Result]) -> list[dict[str, Any]]:
+    return [dict(items) for items in dict.fromkeys(tuple(sorted(cell["environment"].items())) for cell in cells)]

@@ -1,0 +1,61 @@
+"""A comparison is fair (law 7): what differs between two rows is a declared axis, or the table is refused."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from prunekit.jobs.recipe import with_added
+from prunekit.report.comparison_table import Result
+from prunekit.runtime.errors import UserError
+
+DISTILLATION = tuple(
+    f"fine_tune.{name}" for name in ("distillation_weight", "denoising_weight", "feature_blocks", "feature_scale")
+)
+WEIGHTS = ("fine_tune.snr_gamma", "fine_tune.snr_form")  # of the denoising error, of which a method may have its own
+AXES = {"seed"}
+
+
+def refuse_unfair(cells: Sequence[Result]) -> None:
+    """Raise ValueError, by the field's name, where two cells differ in what is no axis of the comparison.
+
+    Axes are the method with its own settings, the budget, the seed, distillation and the protocol. All else must be
+    equal: model, data, resolution, convention, fine-tuning and evaluation.
+    """
+    seen: dict[tuple[str, Hashable], tuple[Any, Result]] = {}
+    for cell in cells:
+        for field, value in with_added(cell["fields"]).items():
+            group = _group(field, cell)
+            if group is None:
+                continue
+            earlier, other = seen.setdefault((field, group), (value, cell))
+            if earlier != value:
+                raise UserError(
+                    f"{title(other)} and {title(cell)} cannot share a table: {field} is {earlier!r} there and "
+                    f"{value!r} here; run one of them again, or make it an axis"
+                )
+
+
+def title(cell: Result) -> str:
+    """Return what messages call a cell."""
+    return " ".join(str(part) for part in cell["cell"].values() if part != "")
+
+
+def _group(field: str, cell: Result) -> Hashable | None:
+    """Return the set of cells among which `field` must be equal; None where it may differ."""
+    axes = cell["cell"]
+    if field in AXES:
+        return None
+    if field.startswith("method."):
+        return axes["method"]
+    rules: dict[str, Callable[[], Hashable | None]] = {
+        "prune.budget": lambda: axes["budget"],
+        "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own space
+        "fine_tune.shared_backbone": lambda: axes["method"],
+        "fine_tune.steps": lambda: cell["models"] if axes["protocol"] == "equal_compute" else "",
+    }
+    if field in rules:
+        return rules[field]()
+    if field in DISTILLATION:
+        return None if cell["distillation"] == "own" else cell["distillation"]
+    if field in WEIGHTS:
+        return None if cell["distillation"] == "own" else ""
+    return ""

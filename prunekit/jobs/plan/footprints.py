@@ -1,0 +1,134 @@
+"""What a recipe's stages take of a device's memory, and what its files take on disk."""
+
+from dataclasses import asdict
+from typing import Any
+
+from prunekit.core.registry import denoiser_in, denoiser_of
+from prunekit.data.cache_config import cache_bytes
+from prunekit.data.encoders import BATCH, BATCH_SIDE
+from prunekit.jobs.plan.data_size import DataSize, prompt_width
+from prunekit.jobs.plan.planned_models import PlannedModel
+from prunekit.jobs.plan.planned_rows import PlannedRow, tuning_devices
+from prunekit.jobs.plan.rehearsal import FLOAT32, LOWERED, training_bytes
+from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
+from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.training.memory import samples_at_once
+from prunekit.training.trainer import TrainerConfig
+
+HOW = (
+    "the pipeline's weights in float32, what trains with its gradients and optimizer, and every tensor of a step (from "
+    "a rehearsal on tensors without content); not the prompt encoder, the evaluator, the allocator's gaps, and the "
+    "scratch space of kernels"
+)
+
+
+def memory(
+    recipe: PruneRecipe | CompareRecipe,
+    rows: dict[str, PlannedRow],
+    described: dict[str, dict[str, Any]],
+    model: PlannedModel,
+    devices: int,
+) -> dict[str, Any]:
+    """Return weights, and the peak of each stage on one of the devices, in bytes."""
+    largest = max(row["params_kept"] for row in described.values())
+    resident = FLOAT32 * (model.params + model.parts.params)
+    latent, stages = model.latent(recipe.resolution), {}
+    pixels = tuple(side * model.parts.scale for side in latent)
+    at_once = max(1, min(BATCH, BATCH * BATCH_SIDE**2 // (pixels[0] * pixels[1])))
+    stages["encoding"] = model.once(("encoding", pixels), lambda: model.rehearsal.encoding(pixels, at_once))
+    for name, row in rows.items():
+        work = row.work(model)
+        if work.search is not None:
+            stages[f"{name}: search"] = _search(row, work.search.training, model, latent, devices)
+        for calibration in work.calibrations:
+            if calibration.training_batch is not None:
+                gradients = 2 * FLOAT32 * model.params  # the sum so far, and a timestep's
+                step = _training(calibration.training_batch, None, model, latent)
+                stages[f"{name}: {calibration.title}"] = gradients + step
+    for config in (row.tuning for row in rows.values()):
+        samples = samples_at_once(config, tuning_devices(rows, devices))
+        teacher = LOWERED * model.params if config.precision != "float32" and config.distillation_weight else 0
+        size = training_bytes(largest, config) + teacher + _training(samples, config, model, latent)
+        stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
+    stages["generation"] = FLOAT32 * largest + _sampling(recipe, model)
+    return {
+        "dense_weights": {"float32": FLOAT32 * model.params, "float16": LOWERED * model.params},
+        "expert_weights": {"float32": FLOAT32 * largest, "float16": LOWERED * largest},
+        "peak": {stage: resident + size for stage, size in stages.items()},
+        "how": HOW,
+    }
+
+
+def _held(config: TrainerConfig | None) -> tuple[Any, ...]:
+    """What of a training's settings changes the memory of a step."""
+    return (False, False) if config is None else (config.precision != "float32", config.gradient_checkpointing)
+
+
+def _search(row: PlannedRow, config: TrainerConfig, model: PlannedModel, latent: tuple[int, int], devices: int) -> int:
+    space = model.costs(row.method.config)[0]
+    samples = samples_at_once(config, devices)
+    key = ("search", id(space), latent, samples, *_held(config))
+    return model.once(key, lambda: model.rehearsal.search(space, latent, model.tokens, samples, config))
+
+
+def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, latent: tuple[int, int]) -> int:
+    key = ("training", latent, samples, *_held(config))
+    return model.once(key, lambda: model.rehearsal.training(latent, model.tokens, samples, config))
+
+
+def _sampling(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> int:
+    settings = recipe.evaluation
+    samples = min(settings.batch_size, settings.num_images)
+    latent, guided, precision = model.latent(), settings.guidance > 1, settings.precision
+    key = ("sampling", latent, model.tokens, samples, guided, precision)
+    return model.once(key, lambda: model.rehearsal.sampling(latent, model.tokens, samples, guided, precision))
+
+
+def checkpoint_bytes(params: int, config: TrainerConfig) -> int:
+    """Bytes of one checkpoint: weight, two moments, and an average where kept."""
+    return params * FLOAT32 * (3 + (config.ema is not None))
+
+
+def disk(
+    recipe: PruneRecipe | CompareRecipe,
+    rows: dict[str, PlannedRow],
+    described: dict[str, dict[str, Any]],
+    model: PlannedModel,
+    data: DataSize | None,
+    devices: int,
+) -> dict[str, Any]:
+    """Return the bytes of what a run writes; None where they are not known before the data is read."""
+    experts = FLOAT32 * sum(rows[name].models * row["params_kept"] for name, row in described.items())
+    largest = max(row["params_kept"] for row in described.values())
+    steps = [step for step in recipe.evaluation.at_steps if step < recipe.fine_tune.steps]
+    height, width = model.shape.resolution
+    pictures = recipe.evaluation.num_images * (1 + sum(row.generations for row in rows.values()))
+    at_once = min(devices, sum(row.models for row in rows.values()))
+    tuning: FineTuneConfig = recipe.fine_tune
+    cache = None if data is None else _cache(recipe, model, data)
+    content = {
+        "experts": experts,
+        "snapshots": experts * len(steps),
+        "checkpoints": at_once * (tuning.keep_checkpoints + 1) * checkpoint_bytes(largest, tuning),
+        "samples": pictures * 3 * height * width,  # PNG compresses
+        "encoded": cache,
+    }
+    known = [value for value in content.values() if isinstance(value, int)]
+    return content | {
+        "total": sum(known) + sum((cache or {}).values()),
+        "data": None if data is None else asdict(data),
+    }
+
+
+def _cache(recipe: PruneRecipe | CompareRecipe, model: PlannedModel, data: DataSize) -> dict[str, int]:
+    dense = denoiser_in(model.shape)
+    denoiser = denoiser_of(dense)
+    return cache_bytes(
+        data.images,
+        data.captions,
+        (denoiser.latent_channels(dense), *model.latent(recipe.resolution)),
+        (model.tokens, denoiser.text_width(dense)),
+        prompt_width(recipe.prompt_encoder),
+        recipe.cache,
+        denoiser.pooled_width(dense),
+    )

@@ -1,0 +1,115 @@
+"""The models of the recipes that are planned: what is worked out of one, once for all recipes that share it."""
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from prunekit.core.cost import CostModel
+from prunekit.core.discovery import discover
+from prunekit.core.space import UnitSpace
+from prunekit.jobs.plan.planned_parts import Parts, load_parts
+from prunekit.jobs.plan.rehearsal import Rehearsal
+from prunekit.methods.base import space_and_cost
+from prunekit.methods.settings import PruneSettings
+from prunekit.models import PipelineShape, load_shape
+from prunekit.runtime.errors import UserError
+
+T = TypeVar("T")
+COUNTED = ("depth", "include", "exclude", "convention", "resolution", "text_length")  # settings that costs depend on
+
+
+class PlannedModel:
+    """One model's shapes and costs."""
+
+    def __init__(self, shape: PipelineShape, parts: Parts):
+        self.shape, self.parts = shape, parts
+        self.tokens = shape.tokenizer.model_max_length
+        self._known: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` gives, from its first call with this key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        """What says how much memory a step takes."""
+        return Rehearsal(self.shape.denoiser, self.parts.autoencoder)
+
+    @cached_property
+    def params(self) -> int:
+        """The dense UNet's parameters."""
+        return sum(p.numel() for p in self.shape.denoiser.parameters())
+
+    def costs(self, settings: PruneSettings) -> tuple[UnitSpace, CostModel]:
+        """Return the units and their cost under a method's settings."""
+        key = ("costs", *(str(getattr(settings, name)) for name in COUNTED))
+        return self.once(key, lambda: space_and_cost(self.shape, settings))
+
+    def dense_macs(self, latent: tuple[int, int] | None = None) -> int:
+        """Return the MACs of the dense UNet at a latent (h, w); None: its own."""
+
+        def count() -> int:
+            return CostModel(self.shape.denoiser, discover(self.shape.denoiser, "none"), latent, self.tokens).dense_macs
+
+        return self.once(("dense", latent), count)
+
+    def picture_macs(self, latent: tuple[int, int]) -> tuple[int, int]:
+        """Return the MACs of encoding and of decoding a picture of a latent (h, w)."""
+        return self.once(("picture", latent), lambda: self.parts.picture_macs(latent))
+
+    def latent(self, resolution: int | None = None) -> tuple[int, int]:
+        """Return the latent (h, w) of pictures of `resolution` pixels a side; None: the model's own.
+
+        Raises ValueError for a resolution that the autoencoder cannot have.
+        """
+        height, width = (resolution, resolution) if resolution else self.shape.resolution
+        scale = self.shape.vae_scale_factor
+        if height % scale:
+            raise UserError(f"resolution={resolution} must be a multiple of the VAE's scale {scale}")
+        return height // scale, width // scale
+
+    def params_at(self, settings: PruneSettings, target: int) -> int:
+        """Estimate the parameters left where every layer gives up the same share and the MACs are `target`."""
+        _, cost = self.costs(settings)
+
+        def estimate() -> int:
+            low, high = 0.0, 1.0
+            for _ in range(40):
+                middle = (low + high) / 2
+                gates = torch.full((cost.space.size,), middle, dtype=torch.float64)
+                low, high = (middle, high) if float(cost.macs(gates)) < target else (low, middle)
+            return int(cost.params(torch.full((cost.space.size,), low, dtype=torch.float64)))
+
+        return self.once(("params", id(cost), target), estimate)
+
+    def describe(self, resolution: int | None = None) -> dict[str, Any]:
+        """Return what the model is, and the resolutions in pixels at which it is used and trained (None: the same)."""
+        return {
+            "name": self.shape.name,
+            "unet": type(self.shape.denoiser).__name__,
+            "params": self.params,
+            "macs": self.dense_macs(),
+            "resolution": list(self.shape.resolution),
+            "training_resolution": [resolution, resolution] if resolution else list(self.shape.resolution),
+            "text_length": self.tokens,
+            "scheduler": type(self.parts.scheduler).__name__,
+        }
+
+
+class Models:
+    """The models that were asked for so far."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str | None], PlannedModel] = {}
+
+    def get(self, name: str, single_file_config: str | None = None) -> PlannedModel:
+        """Return a model; arguments and errors as in `load_shape`."""
+        key = (name, single_file_config)
+        if key not in self._known:
+            shape = load_shape(name, single_file_config)
+            self._known[key] = PlannedModel(shape, load_parts(name, shape.denoiser, single_file_config))
+        return self._known[key]

@@ -1,0 +1,118 @@
+"""The rows of a recipe's table, and how often the stages of each run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunekit.core.space import Architecture
+from prunekit.jobs.compare.cell_runner import budget_value, cells_of
+from prunekit.jobs.plan.planned_models import PlannedModel
+from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
+from prunekit.methods.base import Method
+from prunekit.methods.budget import budget_limit
+from prunekit.methods.workload import MethodWork
+from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.runtime.run_directory import DENSE
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One row of a recipe's table, and how often its stages run: a comparison repeats them over seeds and protocols."""
+
+    label: str  # of the method, in the recipe
+    method: Method
+    tuning: FineTuneConfig
+    choices: int  # searches, or calibrations
+    models: int  # fine-tuned ones that are kept: experts, or the backbones that they share
+    tuning_steps: int  # of all models together
+    generations: int  # sets of pictures
+
+    @property
+    def experts(self) -> int:
+        """Models of one result."""
+        return self.method.num_models
+
+    def work(self, model: PlannedModel) -> MethodWork:
+        """Return what the method computes before it can choose."""
+        return self.method.work(model.costs(self.method.config)[0])
+
+    @property
+    def shares(self) -> bool:
+        """Whether the models of one result share a backbone."""
+        return self.tuning.shared_backbone and self.experts > 1
+
+    @property
+    def budget(self) -> float:
+        """Cost to reach, as a share of the dense UNet's MACs."""
+        return self.method.config.budget
+
+
+def rows_of(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> dict[str, PlannedRow]:
+    """Return the pruned rows of a recipe by name."""
+    return _comparison_rows(recipe, model) if isinstance(recipe, CompareRecipe) else _run_rows(recipe)
+
+
+def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
+    rows = {}
+    for name in recipe.methods:
+        method, tuning = recipe.method(name), recipe.fine_tuning(name)
+        models = 1 if tuning.shared_backbone else method.num_models
+        sets = 1 + len(recipe.evaluation.at_steps)
+        rows[name] = PlannedRow(name, method, tuning, 1, models, models * tuning.steps, sets)
+    return rows
+
+
+def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, PlannedRow]:
+    cost = model.costs(recipe.prune)[1]
+    rows: dict[str, PlannedRow] = {}
+    scored: set[tuple[str, int]] = set()  # one calibration of a label and seed serves all budgets
+    cells = [cell for cell in cells_of(recipe) if cell.label != DENSE]
+    for entry in recipe.budgets:
+        budget = budget_value(entry.budget, model.shape.denoiser, cost)
+        for label in entry.methods or recipe.methods:
+            row_cells = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
+            tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)
+            trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in row_cells]
+            models = sum(count for _, count in trained)
+            steps = sum(count * recipe.steps(cell.protocol, cell.num_models) for cell, count in trained)
+            method = recipe.method(label, budget, entry.seeds[0])
+            choices = len(entry.seeds)
+            if method.work(model.costs(method.config)[0]).search is None:
+                choices = len({(label, seed) for seed in entry.seeds} - scored)
+                scored |= {(label, seed) for seed in entry.seeds}
+            rows[f"{label} @ {entry.label}"] = PlannedRow(
+                label, method, tuning, choices, models, tuning_steps=steps, generations=len(row_cells)
+            )
+    return rows
+
+
+def tuning_devices(rows: dict[str, PlannedRow], devices: int) -> int:
+    """Return how many devices share a batch of fine-tuning: one, where there are models for all devices."""
+    return 1 if sum(row.models for row in rows.values()) >= devices else devices
+
+
+def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
+    """Return a row's costs before and after; the parameters left are an estimate, since nothing is chosen yet.
+
+    Raises ValueError for a budget below the floor.
+    """
+    settings = row.method.config
+    space, cost = model.costs(settings)
+    target = budget_limit(cost, settings.budget)
+    floor = cost.macs(Architecture(space, torch.zeros(space.size, dtype=torch.bool)))
+    return {
+        "budget": settings.budget,
+        "budget_of": "MACs" if settings.latency is None else "time",  # whose MACs are then not known yet
+        "experts": row.experts,
+        "units": space.size,
+        "convention": cost.convention,
+        "sample_size": list(cost.sample_size),
+        "text_length": cost.text_length,
+        "dense_macs": cost.dense_macs,
+        "target_macs": target,
+        "floor": floor / cost.dense_macs,
+        "dense_params": cost.dense_params,
+        "params_estimate": model.params_at(settings, target),
+        "params_kept": cost.dense_params if row.shares else model.params_at(settings, target),  # of each model
+    }

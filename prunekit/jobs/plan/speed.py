@@ -1,0 +1,65 @@
+"""How fast a device computes: as stated, or measured here."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+
+from prunekit.core.call import predict
+from prunekit.jobs.plan.rehearsal import zero_call
+
+MOST_RUN_PARAMS = 50_000_000  # a UNet of fewer parameters is itself timed; for a larger one a matrix product is
+BATCH, SIDE = 8, 1024  # samples of a timed UNet call; rows and columns of a timed matrix product
+
+
+@dataclass(frozen=True)
+class Speed:
+    """MACs per second of a device, and where the figure comes from."""
+
+    macs_per_second: float
+    source: str
+
+
+def measure_speed(
+    model: ModelMixin,
+    macs: int,
+    latent: tuple[int, int],
+    text_length: int,
+    precision: str,
+    seconds: float = 1.0,
+) -> Speed:
+    """Time this machine for about `seconds`: the UNet itself where it is small, else a matrix product.
+
+    model: on the meta device; a small one is built with zeros for weights. macs: of one sample at `latent` (h, w).
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    dtype = getattr(torch, precision)
+    if sum(p.numel() for p in model.parameters()) <= MOST_RUN_PARAMS:
+        with torch.device(device):
+            own = type(model).from_config(model.config).eval()
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=precision != "float32"):
+            for tensor in (*own.parameters(), *own.buffers()):
+                tensor.zero_()
+            call = zero_call(own, latent, text_length, BATCH, device)
+            fastest = _time(lambda: predict(own, call), device, seconds)
+        what = f"this UNet's forward pass in {precision} with zeros for weights, batch {BATCH}"
+        return Speed(BATCH * macs / fastest, f"measured on {name} for {seconds:g} s: {what}")
+    a, b = (torch.ones(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    fastest = _time(lambda: a @ b, device, seconds)
+    what = f"a {SIDE} x {SIDE} matrix product in {precision}, which a UNet does not reach: take times as lower bounds"
+    return Speed(SIDE**3 / fastest, f"measured on {name} for {seconds:g} s: {what}")
+
+
+def _time(function: Callable[[], object], device: str, seconds: float) -> float:
+    """Return the median seconds of a call, over calls that fill `seconds`, the first one left out."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[len(times[1:]) // 2]

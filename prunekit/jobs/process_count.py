@@ -1,0 +1,66 @@
+"""How many processes a command starts for a recipe: on a CPU, one for each thread where the model is small."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from prunekit.jobs.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
+from prunekit.models.names import local_path
+from prunekit.runtime.companions import COUNT, LAUNCHED
+from prunekit.runtime.errors import UserError
+from prunekit.training.trainer import TrainerConfig
+
+MOST = 4  # processes by default; each holds the model and the data
+SMALL = 200 * 2**20  # bytes of a denoiser's weights; for larger models threads pay, and memory does not allow copies
+
+
+def process_count(recipe: AnyRecipe | None) -> int:
+    """Return how many processes work on a recipe: PRUNEKIT_PROCESSES, else one for each thread of a small model.
+
+    It is 1 on GPUs, under a launcher, without a recipe, for pre-training and for large models, and at most the smallest
+    batch.
+
+    Raises:
+        UserError: PRUNEKIT_PROCESSES is no positive number.
+
+    """
+    if recipe is None:
+        return 1
+    given = os.environ.get(COUNT, "").strip()
+    if given and not (given.isdecimal() and int(given)):
+        raise UserError(f"{COUNT}={given}: give a number of processes, 1 or more")
+    if any(name in os.environ for name in LAUNCHED) or isinstance(recipe, PretrainRecipe):
+        return 1
+    if given:
+        return min(int(given), _smallest_batch(recipe))
+    if torch.cuda.is_available() or not _is_small(recipe.model):
+        return 1
+    return min(torch.get_num_threads(), MOST, _smallest_batch(recipe))
+
+
+def _smallest_batch(recipe: PruneRecipe | CompareRecipe) -> int:
+    """Return the samples of the smallest step, of which each process needs one."""
+    settings = [recipe, *(recipe.method_of(label).config for label in recipe.methods)]
+    return min(batch for model in settings for batch in _batches(model))
+
+
+def _batches(model: BaseModel) -> Iterator[int]:
+    if isinstance(model, TrainerConfig):
+        yield model.batch_size
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _batches(value)
+
+
+def _is_small(model: str | Path) -> bool:
+    with suppress(UserError, OSError):  # what is wrong with the model is said where it is loaded
+        path = local_path(model)
+        if path is not None:
+            files = path.glob("unet/*.safetensors") if path.is_dir() else [path]
+            return sum(file.stat().st_size for file in files) <= SMALL
+    return False

@@ -1,0 +1,126 @@
+"""What `precision: auto` in a recipe becomes: found once, before a run starts, and written down with the run."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+
+from prunekit.jobs.recipe.earlier import as_recorded_now, to_record
+from prunekit.jobs.recipe.reading import load_recipe, parse_recipe
+from prunekit.jobs.recipe.schema import AnyRecipe, PretrainRecipe
+from prunekit.runtime.precision import SLOW, UnscaledPrecision, has_native_bfloat16, resolve_precision, slowdown, why
+
+R = TypeVar("R", bound=AnyRecipe)
+AUTO = "auto"
+SETTING = "precision"
+UNSCALED: Any = UnscaledPrecision  # as pydantic keeps a field's annotation
+BEFORE_AUTO = "float32"  # the default of runs and cells that were recorded before there was `auto`
+
+
+def precisions(recipe: AnyRecipe) -> dict[str, str]:
+    """Return every setting of a recipe that is the precision of forward passes, by its dotted name."""
+    return {".".join(place): value for place, _, value in _precisions_of(recipe)}
+
+
+def resolve_recipe(
+    recipe: R, device: str | torch.device, recorded: AnyRecipe | None = None, meaning: str | None = None
+) -> R:
+    """Return a recipe in which no precision is `auto`.
+
+    Args:
+        recipe: a recipe as it was written.
+        device: the device that the recipe will run on.
+        recorded: the recipe that an earlier start wrote, whose precisions `auto` then takes.
+        meaning: what `auto` means on a device that this machine does not have.
+
+    """
+    earlier = {} if recorded is None else precisions(recorded)
+
+    def choose(name: str, scaled: bool) -> str:
+        return earlier.get(name) or resolve_precision(AUTO, device, scaled, meaning)
+
+    resolved = to_record(_replaced(recipe, choose))
+    assert isinstance(resolved, type(recipe))
+    return resolved
+
+
+def load_recorded(path: str | Path) -> AnyRecipe:
+    """Read the recipe that a run wrote; what an older run did not write down has the default of its time."""
+    return _replaced(as_recorded_now(load_recipe(path)), lambda name, scaled: BEFORE_AUTO)
+
+
+def precision_lines(recipe: AnyRecipe, device: str | torch.device) -> list[str]:
+    """Return what the log says of a resolved recipe: its precisions, and a warning where one is slow on the device."""
+    values = precisions(recipe)
+    lines = [f"precision: {precision_text(values)} (auto means {resolve_precision(AUTO, device)} here: {why(device)})"]
+    kind = torch.device(device).type
+    if not has_native_bfloat16(kind):
+        for value, names in _by_value(values).items():
+            if (factor := slowdown(value, kind)) > SLOW:
+                lines.append(
+                    f"warning: {value} takes {factor:.0f} times as long as float32 on this processor (a convolution "
+                    f"with its backward pass, measured now); set {names[0]}.{SETTING} to auto or float32"
+                )
+    return lines
+
+
+def precision_text(values: dict[str, str]) -> str:
+    """Return precisions by name as text, "float32 in fine_tune, evaluation"."""
+    return "; ".join(f"{value} in {', '.join(names)}" for value, names in _by_value(values).items())
+
+
+def _by_value(values: dict[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(name.removesuffix(f".{SETTING}"))
+    return names
+
+
+def _precisions_of(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    """Yield each precision's place, whether its gradients are scaled, and its value."""
+    yield from _of_model(recipe, ())
+    for label, config in _methods(recipe):
+        yield from _of_model(config, ("methods", label))
+
+
+def _methods(recipe: AnyRecipe) -> Iterator[tuple[str, BaseModel]]:
+    """Yield each method's label and settings."""
+    if not isinstance(recipe, PretrainRecipe):
+        for label in recipe.methods:
+            yield label, recipe.method_of(label).config
+
+
+def _of_model(model: BaseModel, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _of_model(value, (*place, name))
+        elif name == SETTING and AUTO in getattr(field.annotation, "__args__", ()):
+            yield (*place, name), field.annotation != UNSCALED, value
+
+
+def _replaced(recipe: AnyRecipe, choose: Callable[[str, bool], str]) -> AnyRecipe:
+    """Return a recipe in which `choose`, of a precision's name and scaling, has replaced every `auto`."""
+    content = recipe.model_dump(mode="json")
+    _replace_in(content, recipe, (), choose)
+    for label, config in _methods(recipe):
+        content["methods"][label] = dict(content["methods"][label] or {})
+        _replace_in(content["methods"][label], config, ("methods", label), choose)
+    return parse_recipe(content)
+
+
+def _replace_in(
+    content: dict[str, Any], model: BaseModel, prefix: tuple[str, ...], choose: Callable[[str, bool], str]
+) -> None:
+    """Replace every `auto` of one model in its content; a section that the content lacks gets the model's values."""
+    for place, scaled, value in _of_model(model, ()):
+        if value != AUTO:
+            continue
+        section, defaults = content, model.model_dump(mode="json")
+        for part in place[:-1]:
+            defaults = defaults[part]
+            section[part] = section.get(part) or defaults
+            section = section[part]
+        section[place[-1]] = choose(".".join((*prefix, *place)), scaled)

@@ -1,0 +1,49 @@
+"""Settings that were added or changed since runs and comparison cells were first recorded, and what they meant then.
+
+`precision` is apart (`precision.py`): its earlier default is a value that is still allowed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prunekit.jobs.recipe.reading import parse_recipe
+from prunekit.jobs.recipe.schema import AnyRecipe, PretrainRecipe
+
+ADDED = {  # fields of a cell that were added later, with the value that every earlier cell had
+    "method.routing": "cosine",
+    "method.snr_form": "velocity",
+    "fine_tune.snr_form": "velocity",
+}
+
+
+def without_added(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a cell's fields without those that say what every earlier cell did; the key of an earlier cell stays."""
+    return {name: value for name, value in fields.items() if name not in ADDED or value != ADDED[name]}
+
+
+def with_added(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a cell's fields with those that it was recorded before; none in a section that the cell lacks."""
+    sections = {name.partition(".")[0] for name in fields}
+    return {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections} | dict(fields)
+
+
+def as_recorded_now(recipe: AnyRecipe) -> AnyRecipe:
+    """Return a recipe that an earlier version recorded, with its methods' settings as this version writes them."""
+    if isinstance(recipe, PretrainRecipe):
+        return recipe
+    content = recipe.model_dump(mode="json")
+    for label, settings in content["methods"].items():
+        if settings:
+            content["methods"][label] = type(recipe.method_of(label)).read_recorded(settings)
+    return parse_recipe(content)
+
+
+def to_record(recipe: AnyRecipe) -> AnyRecipe:
+    """Return a recipe as a run records it, so that every later version reads its methods' settings alike."""
+    if isinstance(recipe, PretrainRecipe):
+        return recipe
+    content = recipe.model_dump(mode="json")
+    for label, settings in content["methods"].items():
+        if settings:
+            content["methods"][label] = recipe.method_of(label).recorded(settings)
+    return parse_recipe(content)

@@ -1,0 +1,257 @@
+"""The schema of a recipe: every setting with its type, default and meaning; a section per part of a run."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from prunekit.data.cache_config import CacheConfig
+from prunekit.data.config import DataConfig
+from prunekit.jobs.recipe.faults import explain
+from prunekit.methods import registry
+from prunekit.methods.base import Method
+from prunekit.methods.settings import PruneSettings
+from prunekit.models import LoraWeights, as_lora
+from prunekit.models.emoji_model import EmojiModelConfig
+from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.runtime.errors import UserError, nearest, plain_name
+from prunekit.runtime.precision import AUTO, Precision
+from prunekit.runtime.tracking import TrackingConfig
+from prunekit.training.trainer import TrainerConfig
+
+Name = Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MEMBER = re.compile(r"[a-z_]\w*:[\w,]+")  # a budget that is a member's own, such as bksdm:2,1,1,1
+
+
+class Section(BaseModel):
+    """A part of a recipe, in which a setting that it does not know is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class EvaluationConfig(Section):
+    """What is generated and compared, the same for every row of the table."""
+
+    num_images: int = Field(500, gt=1, description="generated images of each row")
+    num_references: int = Field(
+        10_000, gt=1, description="real images at most that they are held against; each prompt's own is among them"
+    )
+    at_steps: list[int] = Field(
+        [], description="fine-tuning steps whose weights are kept and get rows of their own, beside the last one's"
+    )
+    steps: int = Field(25, gt=0, description="sampling steps, of the pipeline's own scheduler")
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
+    batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
+    precision: Precision = Field("auto", description=f"autocast while generating; {AUTO}")
+    num_predictions: int = Field(256, gt=0, description="(image, t, noise) triples of the agreement with dense")
+    num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
+
+
+class CommonRecipe(Section):
+    """What every recipe that prunes a model says."""
+
+    name: Name = Field(description="names the run directory")
+    seed: Seed = Field(0, description="what all randomness is keyed by")
+    model: str = Field("emoji", description="the embedded model, a directory, a .safetensors file, or a hub id")
+    single_file_config: str | None = Field(None, description="with a single file: the pipeline whose configs it has")
+    lora: Annotated[list[LoraWeights], BeforeValidator(as_lora)] = Field(
+        [], description="LoRA weights merged into the model first: a path, or a list of paths or {path, scale}"
+    )
+    prompt_encoder: str = Field("emoji", description="the embedded one, or a Sentence Transformer's id or path")
+    evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
+    data: DataConfig = DataConfig()
+    cache: CacheConfig = Field(CacheConfig(), description="what of the frozen parts' output is kept on disk, and how")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where figures go beside log.jsonl")
+    resolution: int | None = Field(
+        None, gt=0, le=2**14, description="pixels of a side while training; unset: the model's own"
+    )
+    prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
+    fine_tune: FineTuneConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class PruneRecipe(CommonRecipe):
+    """Prune one model by one or more methods, fine-tune, generate, and compare."""
+
+    job: Literal["prune"] = "prune"
+    prune: PruneSettings = Field(description="what may be removed, and the budget")
+    methods: dict[str, dict[str, Any]] = Field(description="methods by name, each with its own settings")
+
+    @model_validator(mode="after")
+    def _methods(self) -> "PruneRecipe":
+        if not self.methods:
+            raise UserError(f"methods is empty; available: {', '.join(registry.names())}")
+        if "seed" not in self.prune.model_fields_set:  # so that the written recipe says what a resumed run will use
+            self.prune = self.prune.model_copy(update={"seed": self.seed})
+        for name in self.methods:
+            self.method(name)
+        late = [step for step in self.evaluation.at_steps if not 0 < step < self.fine_tune.steps]
+        if late:
+            raise UserError(
+                f"evaluation.at_steps={self.evaluation.at_steps}: each must be above 0 and below "
+                f"fine_tune.steps={self.fine_tune.steps}, whose weights always have a row"
+            )
+        return self
+
+    def method(self, name: str) -> Method:
+        """Return the method `name` with the recipe's common settings and its own."""
+        return build_method(name, self.prune, self.methods[name] or {}, f"methods.{name}")
+
+    def method_of(self, label: str) -> Method:
+        """Return the method of a row, as a comparison's recipe does."""
+        return self.method(label)
+
+    def fine_tuning(self, name: str) -> FineTuneConfig:
+        """Return how the method's architectures are fine-tuned: the recipe's settings, under what the method asks."""
+        return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **self.method(name).fine_tuning()})
+
+
+class BudgetEntry(Section):
+    """One budget of a comparison."""
+
+    budget: float | str = Field(
+        description='share of the dense MACs, or "bksdm:base", "bksdm:2,1,1,1": that member\'s own'
+    )
+    seeds: list[Seed] = Field(
+        [0], min_length=1, description="repetitions: search, fine-tuning and noise are keyed by it"
+    )
+    methods: list[str] | None = Field(None, description="labels of the methods at this budget; unset: all")
+
+    @field_validator("budget")
+    @classmethod
+    def _names_a_member(cls, budget: float | str) -> float | str:
+        if isinstance(budget, str) and not MEMBER.fullmatch(budget):
+            raise UserError(f"budget={budget!r}: give a share of the dense MACs, or bksdm:VARIANT such as bksdm:base")
+        return budget
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return str(self.budget)
+
+
+PER_CELL = {"budget", "seed"}  # settings of `prune` that a comparison has in `budgets`
+
+
+class CompareRecipe(CommonRecipe):
+    """Methods x budgets x seeds x protocols in one fair table."""
+
+    job: Literal["compare"]
+    methods: dict[str, dict[str, Any]] = Field(
+        description="rows by label; `method` (the label by default), `distillation` (true), `shared_backbone` (as "
+        "fine_tune has it), and the method's settings"
+    )
+    budgets: list[BudgetEntry] = Field(min_length=1, description="budgets, each with its seeds")
+    protocols: list[Literal["equal_steps", "equal_compute"]] = Field(
+        ["equal_steps", "equal_compute"],
+        min_length=1,
+        description="equal_steps: every model trains for fine_tune.steps, as the papers do; "
+        "equal_compute: the N experts of a mixture share them, 1/N each",
+    )
+    published: list[dict[str, float | str]] = Field([], description="figures of a paper, printed beside ours")
+
+    @model_validator(mode="after")
+    def _rows(self) -> "CompareRecipe":
+        twice = PER_CELL & self.prune.model_fields_set
+        if twice:
+            raise UserError(
+                f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds (of the time: "
+                "add prune.latency={device: here})"
+            )
+        if self.prune.latency is not None and (named := [e.budget for e in self.budgets if isinstance(e.budget, str)]):
+            raise UserError(f"budget {named[0]!r} is a member's MACs; with prune.latency give shares of the time")
+        if self.evaluation.at_steps:
+            raise UserError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
+        for label in self.methods:
+            plain_name(label, "a row of methods")
+            self.method_of(label)
+        for entry in self.budgets:
+            for label in entry.methods or ():
+                if label not in self.methods:
+                    rows = f"(rows: {', '.join(self.methods)})"
+                    raise UserError(f"budgets name an unknown row {label!r}{nearest(label, self.methods)} {rows}")
+        return self
+
+    @field_serializer("prune", mode="wrap")
+    def _prune(self, prune: PruneSettings, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in settings(prune).items() if name not in PER_CELL}
+
+    def method(self, label: str, budget: float, seed: int) -> Method:
+        """Return the method of a row at a budget."""
+        settings = {**(self.methods[label] or {})}
+        if not isinstance(settings.get("method", label), str):
+            raise UserError(f"methods.{label}.method={settings['method']!r}: give a method's name")
+        name, distils = settings.pop("method", label), settings.pop("distillation", True)
+        for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
+            if not isinstance(value, bool):
+                raise UserError(f"methods.{label}.{key}={value!r}: true or false")
+        if not distils:
+            settings |= registry.get(name).undistilled
+        common = self.prune.model_copy(update={"budget": budget, "seed": seed})
+        return build_method(name, common, settings, f"methods.{label}")
+
+    def method_of(self, label: str) -> Method:
+        """Return the method of a row at an arbitrary budget and seed, on which its other settings do not depend."""
+        return self.method(label, 0.5, 0)
+
+    def steps(self, protocol: str, num_models: int) -> int:
+        """Return the fine-tuning steps of each of a row's models under a protocol."""
+        steps = self.fine_tune.steps
+        return max(1, steps // num_models) if protocol == "equal_compute" else steps
+
+    def fine_tuning(self, label: str, steps: int) -> FineTuneConfig:
+        """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full."""
+        changes: dict[str, Any] = {"steps": steps, **self.method_of(label).fine_tuning()}
+        row = self.methods[label] or {}
+        if not row.get("distillation", True):
+            changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
+        if "shared_backbone" in row:
+            changes["shared_backbone"] = row["shared_backbone"]
+        return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **changes})
+
+
+def build_method(name: str, common: PruneSettings, settings: dict[str, Any], where: str) -> Method:
+    """Return a method from the settings that all methods share and from further ones, which are found at `where`."""
+    kind = registry.get(name)
+    twice = sorted(set(settings) & set(PruneSettings.model_fields))
+    if twice:
+        raise UserError(f"{where}.{twice[0]} belongs to the section `prune`, which all methods share")
+    try:
+        return kind(**common.model_dump(exclude_unset=True), **settings)
+    except ValidationError as error:
+        raise UserError(explain(error, kind.Config, f"{where}.")) from error
+
+
+class PretrainRecipe(Section):
+    """Train the embedded model and its evaluator from nothing."""
+
+    job: Literal["pretrain"]
+    name: Name = Field(description="names the run directory")
+    seed: Seed = Field(0, description="what all randomness is keyed by")
+    data: DataConfig = DataConfig()
+    shapes: EmojiModelConfig = EmojiModelConfig()
+    autoencoder: TrainerConfig
+    decoder: TrainerConfig
+    diffusion: TrainerConfig
+    evaluator: TrainerConfig
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for guidance")
+    timestep_shift: float = Field(1.0, ge=1, description="above 1: more of the noisiest timesteps in `diffusion`")
+    milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+AnyRecipe = PruneRecipe | PretrainRecipe | CompareRecipe
+Recipe = Annotated[AnyRecipe, Field(discriminator="job")]
+KINDS: dict[str, type[AnyRecipe]] = {"prune": PruneRecipe, "pretrain": PretrainRecipe, "compare": CompareRecipe}

@@ -1,0 +1,186 @@
+"""Recovering what a method chose: architectures are sliced and fine-tuned, or train as slices of one backbone.
+
+experts/0/unet 1/unet …            each model, in its stock form where it has one; the folder is
+                                   called like the attribute of a pipeline that holds the model
+experts/backbone/unet              with `fine_tune.shared_backbone`: the weights; the experts' folders name it
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from diffusers import ModelMixin
+from torch import Tensor
+
+from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in, denoiser_name
+from prunekit.core.slicing import export_model, save_member, slice_model
+from prunekit.evaluation.comparison import Candidate, StoredModels
+from prunekit.jobs.stages import Stages
+from prunekit.methods.result import PruneResult
+from prunekit.recovery.backbone import BackboneObjective, Mixture
+from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
+from prunekit.recovery.in_memory import BACKBONE, over_all_pairs, routed_pairs
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json, write_folder, write_json
+from prunekit.runtime.processes import apart, current
+from prunekit.runtime.work import Piece, share
+from prunekit.training.checkpoint import Checkpoints
+
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A method's architectures that are to be fine-tuned in a folder."""
+
+    name: str
+    result: PruneResult
+    folder: Path
+    config: FineTuneConfig
+    seed: int
+
+    @property
+    def shares(self) -> bool:
+        """Whether its architectures share one set of weights."""
+        return self.config.shared_backbone and len(self.result.architectures) > 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One UNet to fine-tune, independent of all others: expert `index`, or the backbone of all (None)."""
+
+    recovery: Recovery
+    index: int | None
+    pairs: Tensor  # (P_i,) that it learns from
+    part: str  # name of the model's own folder: the attribute of a pipeline that holds it
+    experts: Tensor | None = None  # (pairs of the data set,) of a backbone
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        return self.recovery.folder / (BACKBONE if self.index is None else str(self.index))
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.recovery.name} {BACKBONE if self.index is None else self.index}"
+
+    @property
+    def lock(self) -> str:
+        """The name of its lock file."""
+        return re.sub(r"\W", "-", self.title)
+
+    def done(self) -> bool:
+        """Whether the model is there."""
+        return (self.folder / self.part).is_dir()
+
+
+def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Piece] = ()) -> list[Candidate]:
+    """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
+
+    The models are a queue of independent jobs, which the processes of this launch and of others on the directory
+    share; where a launch has more processes than there are models, it trains one after another with all of them.
+    others: further work, for the processes that find no model left while others still train.
+    """
+    jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
+    jobs = list(chain.from_iterable(jobs_of))
+    if len(jobs) >= current().count:
+        with apart():
+            trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
+            share([*trainings, *others], stages.locks)
+    else:
+        for job in jobs:
+            if not current().agree(job.done()):
+                _fine_tune(stages, job)
+    candidates = (_recovered(stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True))
+    return list(chain.from_iterable(candidates))
+
+
+def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
+    data, result, part = stages.data, recovery.result, denoiser_name(stages.pipeline)
+    pairs = data.training_pairs()
+    routed, pairs_of = routed_pairs(result, data, pairs)
+    if recovery.shares and routed is not None:
+        if denoiser_in(stages.pipeline).config.get("pruning"):
+            raise UserError(
+                "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
+            )
+        return [Job(recovery, None, pairs, part, over_all_pairs(data, pairs, routed))]
+    return [Job(recovery, index, served, part) for index, served in enumerate(pairs_of)]
+
+
+def _fine_tune(stages: Stages, job: Job) -> None:
+    """Make one model's folder; an expert without prompts stays as sliced."""
+    recovery, folder, processes = job.recovery, job.folder, current()
+    dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
+    objective: Callable[..., FineTuningObjective] = FineTuningObjective
+    if job.experts is not None:
+        objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
+    architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
+    student = slice_model(dense, architecture).to(stages.device)
+    figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
+    at_steps = stages.recipe.evaluation.at_steps
+
+    def keep(name: str) -> None:
+        if processes.is_main:
+            _keep(student, recovery, job, name)
+
+    if len(job.pairs):
+        milestones: dict[int, Callable[[], None]] = {
+            step: partial(keep, f"step-{step}/{job.part}") for step in at_steps
+        }
+        figures = fine_tune(
+            student,
+            dense,
+            stages.data,
+            recovery.config,
+            folder / "checkpoints",
+            scheduler=stages.pipeline.scheduler,
+            pairs=job.pairs,
+            seed=recovery.seed,
+            title=job.title,
+            log=stages.log,
+            milestones=milestones,
+            objective=objective,
+        )
+    else:
+        for step in at_steps:
+            keep(f"step-{step}/{job.part}")
+    if processes.is_main:
+        write_json(folder / FIGURES, figures)
+        keep(job.part)
+        Checkpoints(folder / "checkpoints").clear()
+    processes.wait()
+    stages.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
+
+
+def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
+    """Write a model's folder; of a backbone, the experts' folders first, so that what is there is complete."""
+    target = job.folder / name
+    if job.index is None:
+        for index, architecture in enumerate(recovery.result.architectures):
+            member = recovery.folder / str(index) / name
+            write_folder(member, partial(save_member, student, architecture, backbone=target))
+    write_folder(target, lambda temporary: export_model(student, temporary))
+
+
+def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
+    """Return the recovered models: a row for each step whose weights were kept, then one for the last step."""
+    result = recovery.result
+    folders = [recovery.folder / str(index) for index in range(len(result.architectures))]
+    cost = CostModel(denoiser_in(stages.pipeline), result.space, stages.cost.sample_size, stages.cost.text_length)
+    macs = [cost.macs(architecture) for architecture in result.architectures]
+    params = [cost.params(architecture) for architecture in result.architectures]
+    seconds = result.info.search_seconds
+    seconds += sum(float(read_json(job.folder / FIGURES)["seconds"]) for job in jobs)
+    at_steps = stages.recipe.evaluation.at_steps
+    own = denoiser_name(stages.pipeline)
+    rows = [(f"{recovery.name}@{step}", f"step-{step}/{own}", None) for step in at_steps]
+    return [
+        Candidate(name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent)
+        for name, part, spent in [*rows, (recovery.name, own, seconds)]
+    ]

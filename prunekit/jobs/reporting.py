@@ -1,0 +1,77 @@
+"""`prunekit report`, and what a run and a comparison do at their end: record, measure if asked to, write the page."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from prunekit.jobs import recording
+from prunekit.jobs.recipe import PretrainRecipe, load_recipe
+from prunekit.jobs.recording import record
+from prunekit.jobs.stages import Stages
+from prunekit.report import sensitivity
+from prunekit.report.page import write_report
+from prunekit.report.source import Source
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import no_room
+from prunekit.runtime.run_directory import RECIPE
+
+
+class Saying:
+    """A log that says its lines and keeps none: a report adds nothing to a run's log."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+
+def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Callable[[str], None]) -> list[Path]:
+    """Write the page of each run or comparison into its directory; return their paths.
+
+    with_sensitivity: first measure each layer's damage, and record what an older run did not; this loads the model
+        and the data. Raises ValueError, one line, for a directory that is no run, before any page is written.
+    """
+    sources = [Source(Path(directory)) for directory in directories]
+    if with_sensitivity:
+        for source in sources:
+            _measure(source, say)
+    return [write_report(source.directory) for source in sources]
+
+
+def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = None) -> None:
+    """Write the page at the end of a run or comparison. What goes wrong is said in one line and stops nothing.
+
+    say: shows a line before it writes it to the run's log, which a full disk may have no room for.
+    stages: of a run, to record what the page needs.
+    """
+    try:
+        if stages is not None:
+            record(directory, stages)
+        line = f"report: {write_report(directory)}"
+    except Exception as error:  # the figures are written: no fault of the page may lose a run
+        kind = "" if isinstance(error, UserError) or no_room(error) else f"{type(error).__name__}: "
+        text = " ".join(str(error).split())
+        line = f"no report ({kind}{text}); `prunekit report {directory}` tries again"
+    try:
+        say(line)
+    except OSError as error:
+        if not no_room(error):
+            raise
+
+
+def _measure(source: Source, say: Callable[[str], None]) -> None:
+    path = source.directory / RECIPE
+    if not path.is_file():
+        raise UserError(
+            f"{source.directory} holds no {RECIPE}: its model and data are unknown, nothing can be measured"
+        )
+    recipe = load_recipe(path)
+    if isinstance(recipe, PretrainRecipe):
+        raise UserError(f"{source.directory} is a pretraining: it has no pruned layers to measure")
+    stages = Stages(recipe, Saying(say), source.directory)
+    if not source.is_comparison:
+        record(source.directory, stages)
+    if not (source.directory / sensitivity.FILE).is_file():
+        recording.measure_sensitivity(stages, source.directory / sensitivity.FILE)
+        say(f"sensitivity: {source.directory / sensitivity.FILE}")

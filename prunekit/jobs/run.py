@@ -1,0 +1,320 @@
+"""A run: the stages of a recipe in order, in one directory, each skipped where its result is there already.
+
+A stage's result appears whole or not at all, and every draw is keyed by the recipe's seed; so a run that was killed
+anywhere goes on where it was and ends where it would have ended (law 5).
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from prunekit.core.registry import denoiser_in
+from prunekit.evaluation import comparison
+from prunekit.evaluation.ceiling import evaluator_ceiling
+from prunekit.evaluation.comparison import Candidate
+from prunekit.evaluation.routing import routing_lines, routing_report
+from prunekit.evaluation.sheets import PictureRow, expert_note, picture_sheet
+from prunekit.evaluation.table import (
+    CEILING_COLUMNS,
+    COLUMNS,
+    EXPERT_COLUMNS,
+    NAME,
+    Column,
+    json_table,
+    markdown_table,
+    terminal_table,
+    warning_lines,
+)
+from prunekit.evaluation.uncertainty import jackknife_errors
+from prunekit.jobs.recipe import (
+    CompareRecipe,
+    PretrainRecipe,
+    PruneRecipe,
+    RecipeError,
+    dump_recipe,
+    load_recipe,
+    load_recorded,
+    precision_lines,
+    precisions,
+    resolve_recipe,
+)
+from prunekit.jobs.recovering import Recovery, recover
+from prunekit.jobs.reporting import finish
+from prunekit.jobs.stages import RunLog, Stages
+from prunekit.measuring.latency_model import LatencyModel
+from prunekit.methods.base import budget_cost
+from prunekit.methods.latency_budget import predicted_and_measured
+from prunekit.methods.result import PruneResult
+from prunekit.runtime.files import clear_killed, read_json, write_json, write_text
+from prunekit.runtime.processes import apart, current, is_companion, threads_of
+from prunekit.runtime.run_directory import LOCKS, LOG, METHODS, RECIPE, RESULTS
+from prunekit.runtime.work import USERS, Piece, occupied, refuse_foreign, share
+
+R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
+LATENCY_COLUMNS = (
+    NAME,
+    Column("expert", "expert", ".0f"),
+    Column("macs_ratio", "MACs", ".1f", "", "% of dense", 100),
+    Column("predicted", "predicted time", ".1f", "", "% of dense", 100),
+    Column("measured", "measured time", ".1f", "↓", "% of dense", 100),
+    Column("error", "error of the prediction", "+.1f", "", "%", 100),
+    Column("noise", "noise floor", ".1f", "", "%", 100),
+)
+
+
+class Run:
+    """One recipe's directory, log and stages."""
+
+    def __init__(self, recipe: PruneRecipe, directory: Path):
+        self.recipe, self.directory, self.log = recipe, directory, RunLog.of(recipe, directory)
+        self.before = _stamp(directory / RESULTS)
+
+    def execute(self) -> Path:
+        """Run every stage that is not done; print the table; return the directory."""
+        recipe = self.recipe
+        self.log.say(f"{recipe.name}: {self.directory}")
+        for line in precision_lines(recipe, current().device):
+            self.log.say(line)
+        if (count := current().count) > 1:
+            self.log.say(f"{count} processes, {torch.get_num_threads()} thread(s) each")
+        stages = Stages(recipe, self.log, self.directory)
+        stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
+        recoveries = []
+        for name in recipe.methods:
+            folder = self.directory / METHODS / name
+            result = stages.choose(recipe.method(name), folder)
+            recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
+        candidates = [stages.dense, *recover(stages, recoveries, [self._dense(stages)])]
+        with apart():  # from here on processes share work by files alone, so that one may be lost
+            for candidate in candidates:
+                stages.sample(candidate, self.samples(candidate))
+            if is_companion():
+                return self.directory
+            # Never "done" outside the lock: whoever waits returns when the tables and the report are written
+            with threads_of(1):
+                share([Piece("table", lambda: False, lambda: self._compare_once(candidates, stages))], stages.locks)
+        return self.directory
+
+    def _compare_once(self, candidates: list[Candidate], stages: Stages) -> None:
+        """Write the tables, unless another process has written them since this one started."""
+        if _stamp(self.directory / RESULTS) in (None, self.before):
+            self.compare(candidates, stages)
+
+    def _dense(self, stages: Stages) -> Piece:
+        """Return what a process can do that finds no model to train: the dense row's pictures."""
+        pictures: list[Tensor] = []
+
+        def make() -> None:
+            pictures.append(stages.sample(stages.dense, self.samples(stages.dense))[0])
+
+        return Piece("dense", lambda: bool(pictures), make)
+
+    def samples(self, candidate: Candidate) -> Path:
+        """Where a row's pictures are."""
+        return self.directory / "samples" / candidate.name
+
+    def compare(self, candidates: list[Candidate], stages: Stages) -> None:
+        """Measure every row's pictures; write and print `results.json`, `table.md` and `comparison.png`."""
+        rows, sheets, experts_of, routing, prompts = [], [], {}, {}, stages.prompts
+        chosen = torch.arange(min(self.recipe.evaluation.num_pictures, prompts.num_names))
+        for candidate in candidates:
+            pictures, experts = stages.sample(candidate, self.samples(candidate))
+            row = self.figures(candidate, pictures, stages)
+            notes = [expert_note(int(experts[i]), candidate.macs[int(experts[i])]) for i in chosen]
+            sheets.append(PictureRow(candidate.name, pictures[chosen], notes if candidate.router else None))
+            row["seconds_per_image"] = self.timing(candidate, stages)
+            rows.append(row)
+            if candidate.router is not None:
+                experts_of[candidate.name] = comparison.expert_rows(
+                    candidate, experts, data=stages.data, prompts=prompts, dense=stages.dense
+                )
+                routing[candidate.name] = self.routing(candidate, stages)
+        ceiling = evaluator_ceiling(
+            stages.evaluator,
+            prompts.real_images,
+            shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
+            autoencoder=stages.pipeline.vae,
+            size=stages.resolution,
+            seed=self.recipe.seed,
+        )
+        captions = [prompts.prompts[i] for i in chosen]
+        title = f"{self.recipe.name}: same prompts and seeds"
+        picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
+        evaluator = [{"name": name, **figures} for name, figures in ceiling.items()]
+        self.write(rows, experts_of, evaluator, self.latency(stages), routing, stages.environment)
+        self.log.say(f"table: {self.directory / 'table.md'}")
+        self.log.say(f"picture: {picture}")
+        finish(self.directory, self.log.say, stages)
+
+    def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
+        """Return a row's figures, measured once."""
+        path = self.directory / "metrics" / f"{candidate.name}.json"
+        if not path.is_file():
+            judged = stages.judge(pictures)
+            write_json(path.with_name(f"{candidate.name}.errors.json"), jackknife_errors(judged, stages.prompts))
+            write_json(path, stages.measure(candidate, judged))
+        return read_json(path)
+
+    def routing(self, candidate: Candidate, stages: Stages) -> dict[str, Any]:
+        """Return what a mixture's router does beside its controls, measured once."""
+        path = self.directory / "metrics" / f"{candidate.name}.routing.json"
+        if not path.is_file():
+            samples, reference = stages.agreement
+            write_json(path, routing_report(candidate, stages.data, samples, reference, seed=self.recipe.seed))
+        return read_json(path)
+
+    def timing(self, candidate: Candidate, stages: Stages) -> float:
+        """Return a row's seconds per image, measured once (kept apart: it is the one figure that differs by run)."""
+        path = self.directory / "metrics" / f"{candidate.name}.timing.json"
+        if not path.is_file():
+            seconds = comparison.seconds_per_image(candidate, stages.pipeline, stages.prompts, stages.sampling)
+            write_json(path, {"seconds_per_image": seconds})
+        return float(read_json(path)["seconds_per_image"])
+
+    def latency(self, stages: Stages) -> list[dict]:
+        """Return the predicted and the measured time of every architecture of a budget in time, measured once."""
+        rows, settings = [], self.recipe.prune.latency
+        for name in self.recipe.methods if settings is not None else ():
+            path = self.directory / "metrics" / f"{name}.latency.json"
+            if not path.is_file():
+                model = denoiser_in(stages.pipeline)
+                cost = budget_cost(stages.pipeline, self.recipe.method(name).config)
+                chosen = PruneResult.load(self.directory / METHODS / name, model).architectures
+                assert isinstance(cost, LatencyModel) and settings is not None
+                write_json(path, predicted_and_measured(model, chosen, cost, settings))
+            rows += [{"name": name, **row} for row in read_json(path)]
+        return rows
+
+    def warnings(self, name: str) -> list[str]:
+        """Return what may be wrong with what a method chose."""
+        return PruneResult.load(self.directory / METHODS / name).warnings()
+
+    def write(
+        self,
+        rows: list[dict],
+        experts: dict[str, list[dict]],
+        ceiling: list[dict],
+        latency: list[dict],
+        routing: dict[str, dict],
+        environment: dict[str, Any],
+    ) -> None:
+        """Write the tables as JSON and Markdown, and print them."""
+        results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "precision": precisions(self.recipe)}
+        results |= {"environment": environment, "table": json_table(rows)}
+        results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
+        results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
+        results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
+        warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)]
+        screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
+        tables: list[tuple[str | None, list[dict], Sequence[Column]]] = [(None, rows, COLUMNS)]
+        tables += [(f"Experts of {name}", members, EXPERT_COLUMNS) for name, members in experts.items()]
+        tables += [("Latency as the budget", latency, LATENCY_COLUMNS)] if latency else []
+        tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
+        for title, content, columns in tables:
+            parts += [f"## {title}\n"] if title else []
+            parts += [markdown_table(content, columns), *([] if title else warning_lines(warnings))]
+            screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
+        for name, report in routing.items():
+            parts += routing_lines(name, report)
+        results |= {"routing": routing} if routing else {}
+        results["warnings"] = warnings
+        write_text(self.directory / "table.md", "\n".join(parts))
+        write_json(self.directory / RESULTS, results)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is replaced; None where there is no file."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
+    """Run a recipe from its file; return the run directory (`runs/NAME` by default).
+
+    A directory that holds the same recipe's run is resumed. Raises RecipeError where it holds another's.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    if isinstance(recipe, CompareRecipe):
+        raise RecipeError(f"{recipe_path} is a comparison; start it with: prunekit compare {recipe_path}")
+    folder = Path(directory or Path("runs") / recipe.name)
+    return _work_in(folder, lambda others: _claim(folder, recipe, others))
+
+
+def resume(directory: str | Path) -> Path:
+    """Go on with the run in `directory`; return it. Raises RecipeError where there is none."""
+    folder, recipe = Path(directory), recorded(directory)
+    return _work_in(folder, lambda others: recipe)
+
+
+def recorded(directory: str | Path) -> PruneRecipe | PretrainRecipe:
+    """Return the recipe of the run in `directory`. Raises RecipeError where there is none."""
+    folder = Path(directory)
+    if not (folder / RECIPE).is_file():
+        raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
+    recipe = load_recorded(folder / RECIPE)
+    if isinstance(recipe, CompareRecipe):
+        raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
+    return recipe
+
+
+def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]) -> Path:
+    """Run the recipe that `enter` gives, of whether others work in the directory, as one of the directory's users."""
+    with ExitStack() as stack:
+
+        def first() -> PruneRecipe | PretrainRecipe:
+            leave = partial(shutil.rmtree, folder / LOCKS, ignore_errors=True)
+            return stack.enter_context(occupied(folder, enter, leave))
+
+        recipe = current().first(first)
+        if isinstance(recipe, PretrainRecipe):
+            from prunekit.embedded.pretrain import pretrain
+
+            return pretrain(recipe, folder)
+        return Run(recipe, folder).execute()
+
+
+def _claim(folder: Path, recipe: R, others: bool) -> R:
+    """Write the resolved recipe, or check that the directory's is the same; return it.
+
+    A recipe that came to nothing is replaced, unless other processes work in the directory. `auto` is what the
+    directory's recipe says, else what it means here.
+    """
+    path = folder / RECIPE
+    left = [file.name for file in folder.iterdir() if file.name not in (RECIPE, LOG, USERS)] if folder.is_dir() else []
+    if path.is_file() and (left or others):
+        recorded = load_recorded(path)
+        recipe = resolve_recipe(recipe, current().device, recorded)
+        if difference := _difference(recipe.model_dump(mode="json"), recorded.model_dump(mode="json")):
+            raise RecipeError(
+                f"{folder} holds the run of another recipe: {difference}; choose another name=… or --directory, or "
+                "remove it"
+            )
+        return recipe
+    if path.is_file():
+        (folder / LOG).unlink(missing_ok=True)
+        path.unlink()
+    clear_killed(path)
+    refuse_foreign(folder, False, "run", "--directory")
+    recipe = resolve_recipe(recipe, current().device)
+    write_text(path, dump_recipe(recipe))
+    return recipe
+
+
+def _difference(ours: Any, theirs: Any, key: str = "") -> str | None:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in [*ours, *(n for n in theirs if n not in ours)]:
+            difference = _difference(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip("."))
+            if difference:
+                return difference
+        return None
+    return None if ours == theirs else f"{key} is {theirs!r} there and {ours!r} here"

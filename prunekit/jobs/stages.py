@@ -1,0 +1,246 @@
+"""The stages that a run and a comparison share: load and encode, choose, recover, sample, measure.
+
+A stage's result appears whole or not at all, and is not made again where it is there already.
+"""
+
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from prunekit.core.cost import CostModel
+from prunekit.core.registry import denoiser_in
+from prunekit.data.config import load_data
+from prunekit.data.encoded import EncodedData, encode
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.evaluation import comparison
+from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
+from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
+from prunekit.evaluation.features import load_evaluator
+from prunekit.evaluation.generate import read_pictures
+from prunekit.jobs.recipe import CommonRecipe
+from prunekit.measuring.environment import device_name
+from prunekit.methods.base import Method, space_and_cost
+from prunekit.methods.result import PruneResult
+from prunekit.models import load_pipeline, quiet_libraries, resolution_of
+from prunekit.runtime.digests import Digests
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import append_row
+from prunekit.runtime.precision import resolve_precision
+from prunekit.runtime.processes import current
+from prunekit.runtime.progress import console
+from prunekit.runtime.run_directory import DENSE, LOCKS, LOG, RESULT
+from prunekit.runtime.tracking import Trackers
+from prunekit.runtime.work import Piece, share
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def peak_memory() -> int:
+    """Return the bytes that this process has held at most so far: on its GPU where it uses one, else in all."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class RunLog:
+    """What a run says: lines for the person who watches, rows for `log.jsonl` and for trackers."""
+
+    def __init__(self, directory: Path, trackers: Trackers | None = None):
+        self.directory, self.trackers, self.started = directory, trackers, time.monotonic()
+
+    @classmethod
+    def of(cls, recipe: CommonRecipe, directory: Path) -> "RunLog":
+        """Return the log of a recipe's run, with the trackers that the recipe names."""
+        return cls(directory, Trackers(recipe.tracking, recipe.name, directory, recipe.model_dump(mode="json")))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to `log.jsonl`; trackers get its numbers. Where processes work together, the main one does."""
+        if not current().is_main:
+            return
+        row = {**row, "memory": peak_memory()} if "step" in row else row
+        append_row(self.directory / LOG, row)
+        if self.trackers is not None:
+            self.trackers.log(row)
+
+    def say(self, text: str) -> None:
+        """Print a line with the time since the start; where processes work together, the main one does."""
+        if not current().is_main:
+            return
+        seconds = time.monotonic() - self.started
+        console.print(f"[{int(seconds // 60):3d}:{int(seconds % 60):02d}] {text}", highlight=False, markup=False)
+        self.log({"event": text, "seconds": round(seconds, 1)})
+
+
+def _cache(recipe: CommonRecipe, directory: Path) -> Path:
+    """Return where a recipe's encoded data lies; ValueError, one line, where there can be no such directory."""
+    if not recipe.cache.directory:
+        return directory / "cache"
+    folder = Path(recipe.cache.directory).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache.directory={folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
+@contextmanager
+def errors_of_plug_ins(method: Method) -> Iterator[None]:
+    """Turn a ValueError that another package's method raises itself, not a library below it, into a user's error."""
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+        owner = type(method).__module__.partition(".")[0]
+        raised_in = frame.f_globals.get("__name__", "").partition(".")[0]
+        if isinstance(error, UserError) or owner == PACKAGE or raised_in != owner:
+            raise
+        raise UserError(f"{method.name}: {error}") from error
+
+
+class Log(Protocol):
+    """What stages tell: a `RunLog`, or what stands in for one."""
+
+    def log(self, row: dict[str, Any], /) -> None:
+        """Keep a row."""
+
+    def say(self, text: str, /) -> None:
+        """Show a line."""
+
+
+class Stages:
+    """The model and data of a recipe, loaded once, and what is done with them."""
+
+    def __init__(self, recipe: CommonRecipe, log: Log, directory: Path):
+        quiet_libraries()
+        self.recipe, self.log, self.say = recipe, log.log, log.say
+        self.locks = directory / LOCKS
+        self.device = current().device
+        self.cache = _cache(recipe, directory)
+        self.pipeline: DiffusionPipeline = load_pipeline(
+            recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
+        ).to(self.device)
+        images = load_data(recipe.data, recipe.seed, self.cache)
+        self.resolution = recipe.resolution or resolution_of(self.pipeline)
+        self.encoder = load_prompt_encoder(recipe.prompt_encoder)
+        self.data: EncodedData = encode(self.pipeline, images, self.encoder, self.resolution, self.cache, recipe.cache)
+        images = self.data.images  # without what could not be decoded
+        held_out = int(images.held_out.sum())
+        self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out:,} held out)")
+
+    @cached_property
+    def model_digest(self) -> str:
+        """Hash of the dense model's weights."""
+        return Fingerprint("unet").add_module(denoiser_in(self.pipeline)).key()
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Hash of the images, the captions, and the frozen encoders' weights; the same on every machine."""
+        images = self.data.images
+        fingerprint = Fingerprint(self.resolution).add_pictures(images.encoded, Digests(self.cache))
+        return fingerprint.add_texts(images.captions).add_encoders(self.pipeline).key()
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device and what precision `auto` means on it, for the record."""
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        return {**versions, "device": device_name(self.device), "precision": resolve_precision("auto", self.device)}
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """What counts the exact MACs of the table."""
+        return space_and_cost(self.pipeline, self.recipe.prune.model_copy(update={"convention": "exact"}))[1]
+
+    @cached_property
+    def evaluator(self) -> Any:
+        """The model that judges pictures."""
+        return load_evaluator(self.recipe.evaluator)
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How every row's pictures are made."""
+        settings = self.recipe.evaluation
+        return Sampling(settings.steps, settings.guidance, settings.batch_size, settings.precision)
+
+    @cached_property
+    def prompts(self) -> EvaluationSet:
+        """What every row is measured on."""
+        settings, seed = self.recipe.evaluation, self.recipe.seed
+        return EvaluationSet.build(
+            self.data.images,
+            count=settings.num_images,
+            seed=seed,
+            evaluator=self.evaluator,
+            prompt_encoder=self.encoder,
+            size=self.resolution,
+            num_references=settings.num_references,
+        )
+
+    @cached_property
+    def agreement(self) -> tuple[AgreementSamples, Tensor]:
+        """The fixed (image, t, noise) triples, and the dense model's predictions for them."""
+        count = self.recipe.evaluation.num_predictions
+        samples = data_samples(self.data, self.pipeline, seed=self.recipe.seed, count=count)
+        return samples, predictions(denoiser_in(self.pipeline), samples)
+
+    @cached_property
+    def dense(self) -> Candidate:
+        """The dense model as a row of the table."""
+        return Candidate(DENSE, [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
+
+    def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
+        """Return a method's architectures, or what an earlier start chose.
+
+        The processes of a launch choose together; of several launches on one directory one chooses, the others wait.
+        """
+        processes, name = current(), name or method.name
+
+        def done() -> bool:
+            return (folder / RESULT).is_file()
+
+        def log(row: dict[str, Any]) -> None:
+            stage = f"{name}{row['stage'].removeprefix(method.name)}"  # several rows may share a method
+            self.log({**row, "stage": stage})
+
+        def prune() -> None:
+            started = time.monotonic()
+            with errors_of_plug_ins(method):
+                result = method.prune(self.pipeline, self.data, folder, log=log)
+            ratio = result.info.mean_ratio
+            self.say(f"{name}: {len(result.architectures)} architecture(s) at {ratio:.4f} of the dense MACs")
+            for note in (*result.notes(), *result.warnings()):
+                self.say(f"{name}: {note}")
+            self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
+
+        if processes.count == 1:
+            share([Piece(f"{folder.name}-choice", done, prune)], self.locks)
+        elif not processes.agree(done()):
+            prune()
+            processes.wait()
+        return PruneResult.load(folder, denoiser_in(self.pipeline))
+
+    def sample(self, candidate: Candidate, folder: Path, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise."""
+        prompts = self.prompts.reseeded(seed)
+        files, experts = comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
+        return read_pictures(files), experts
+
+    def judge(self, pictures: Tensor) -> Judged:
+        """Return what the evaluator sees in a row's pictures."""
+        return comparison.judge(pictures, self.prompts, self.evaluator)
+
+    def measure(self, candidate: Candidate, judged: Judged) -> dict[str, Any]:
+        """Return a row's figures."""
+        samples, reference = self.agreement
+        return comparison.measure(candidate, judged, self.prompts, self.data, samples, reference, self.dense)

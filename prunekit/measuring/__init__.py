@@ -1,0 +1,1 @@
+"""Time and its noise: clock, interleaved measurements, tables of layers' latencies, a check of MAC counts."""

@@ -1,0 +1,117 @@
+"""One sample of a callable's time, by the clock that its device needs; and what memory it takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunekit.core.call import Call, normal, predict
+from prunekit.core.registry import denoiser_of
+from prunekit.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+TimeOf = Callable[[Callable[[], Any], int], float]  # (function, calls) -> seconds of one call
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def clock(device: str | torch.device) -> TimeOf:
+    """Return what times a callable on a device ("cpu" or "cuda"); ValueError for another."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _monotonic
+    if device.type == "cuda":
+        return _events(device)
+    raise UserError(f"timing on {device.type!r} is not supported; choose cpu or cuda")
+
+
+def _monotonic(function: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+
+def _events(device: torch.device) -> TimeOf:
+    """Time by CUDA events, each call after a write of twice the L2 cache, so that no call finds its data there."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(max(size, 1 << 20), dtype=torch.int8, device=device)
+
+    def time_of(function: Callable[[], Any], calls: int) -> float:
+        total = 0.0
+        for _ in range(calls):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda.synchronize(device)  # the function's own launches are part of its time
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize(device)
+            total += start.elapsed_time(end) * 1e-3
+        return total / calls
+
+    return time_of
+
+
+def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int | None:
+    """Return the bytes that one call takes beyond what was held before it; None where the system does not tell.
+
+    CUDA: by the allocator, exact. CPU: the process's peak resident size (Linux), to within what malloc kept.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    try:
+        _trim()
+        RESET.write_text("5")  # the peak starts anew from here
+        held = _resident("VmRSS")
+    except OSError:
+        return None
+    function()
+    return max(0, _resident("VmHWM") - held)
+
+
+def _resident(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"{STATUS} has no {field}")
+
+
+def _trim() -> None:
+    """Give back what malloc keeps, so that it does not hide a new allocation; only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def timed_inputs(model: ModelMixin, batch: int, latent: int | tuple[int, int], text_length: int, seed: int = 0) -> Call:
+    """Return a call of normal noise and text on a model's device, in its dtype, for `batch` samples.
+
+    The timestep is a scalar, as a pipeline's: which one it is does not change the time.
+    """
+    sides = (latent, latent) if isinstance(latent, int) else latent
+    fill = normal(torch.Generator().manual_seed(seed))
+    return denoiser_of(model).example(model, batch, sides, text_length, fill).to(model)
+
+
+def timed_call(model: ModelMixin, call: Call) -> Callable[[], Tensor]:
+    """Return what makes a call of the model."""
+    return lambda: predict(model, call)
+
+
+unet_inputs, unet_call = timed_inputs, timed_call  # as latency/measuring.py still calls them

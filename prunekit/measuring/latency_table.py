@@ -1,0 +1,121 @@
+"""The latency table of a UNet on a device, as plain data: what each layer takes by the number of units it keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from prunekit.measuring.environment import device_name
+from prunekit.runtime.errors import UserError
+
+FORMAT = 1
+DEFAULT_WIDTHS = 32  # numbers of kept units that are measured of each width group, besides none: all of most groups
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What one layer takes.
+
+    kind: "resnet", "attention", "feedforward"; "transformer" (without its blocks), "downsampler", "upsampler".
+    units: of its width group; 0 where it has none, and one time.
+    kept: the numbers of units at which it was measured, ascending. nanoseconds: at each of them; more units may take
+        less, since a kernel for an odd width can be half as fast.
+    """
+
+    kind: str
+    units: int
+    kept: tuple[int, ...]
+    nanoseconds: tuple[int, ...]
+
+    @classmethod
+    def fitted(cls, kind: str, units: int, samples: Mapping[int, Sequence[float]]) -> LayerTimes:
+        """The medians of samples: seconds, by the number of kept units."""
+        if not units:
+            every = [second for seconds in samples.values() for second in seconds]
+            return cls(kind, 0, (0,), (round(1e9 * statistics.median(every)),))
+        kept = sorted(samples)
+        times = tuple(round(1e9 * max(0.0, statistics.median(samples[count]))) for count in kept)
+        return cls(kind, units, tuple(kept), times)
+
+    @property
+    def full(self) -> int:
+        """With all units, in nanoseconds."""
+        return self.nanoseconds[-1]
+
+    def curve(self) -> list[int]:
+        """Nanoseconds with 0, 1, …, `units` units, on straight lines between what was measured."""
+        points, times = list(zip(self.kept, self.nanoseconds, strict=True)), [self.nanoseconds[0]]
+        for (low, before), (high, after) in itertools.pairwise(points):
+            span = high - low
+            times += [before + (after - before) * step // span for step in range(1, span + 1)]
+        return times
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """A UNet's layers by path, in the order of a forward pass, and the rest of a call, which no layer has.
+
+    conditions: what the times depend on: device, torch, dtype, batch, sample_size, text_length, and the model's shape.
+    """
+
+    conditions: dict[str, Any]
+    rest: int  # nanoseconds
+    layers: dict[str, LayerTimes]
+
+    @property
+    def dense(self) -> int:
+        """What a call of the whole UNet takes, in nanoseconds."""
+        return self.rest + sum(layer.full for layer in self.layers.values())
+
+    @property
+    def digest(self) -> str:
+        """Of all its content."""
+        return hashlib.blake2b(json.dumps(self.to_dict()).encode(), digest_size=8).hexdigest()
+
+    def refuse(self, conditions: Mapping[str, Any]) -> None:
+        """Raise ValueError, one line, where the table was made under other conditions than these."""
+        for name, wanted in conditions.items():
+            if self.conditions.get(name) != wanted:
+                what = "of another model" if name == "model" else f"for {name} {self.conditions.get(name)}"
+                wish = "" if name == "model" else f", and {wanted} is asked for"
+                raise UserError(f"the latency table is {what}{wish}; measure one there, or here with device: here")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON form, which `from_dict` reads."""
+        layers = {path: asdict(layer) for path, layer in self.layers.items()}
+        return {"format": FORMAT, "conditions": self.conditions, "rest": self.rest, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """The table that `to_dict` wrote; ValueError for another format."""
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise UserError(f"this is no latency table of format {FORMAT}; measure one anew")
+        layers = {
+            path: LayerTimes(layer["kind"], layer["units"], tuple(layer["kept"]), tuple(layer["nanoseconds"]))
+            for path, layer in data["layers"].items()
+        }
+        return cls(dict(data["conditions"]), data["rest"], layers)
+
+
+def conditions_of(
+    model: ModelMixin, sample_size: tuple[int, int], text_length: int, batch: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return what the times of a UNet's call depend on, as JSON."""
+    plain = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "sample_size"}
+    return {
+        "model": hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=8).hexdigest(),
+        "device": device_name(model.device),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "sample_size": list(sample_size),
+        "text_length": text_length,
+    }

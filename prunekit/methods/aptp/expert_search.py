@@ -1,0 +1,251 @@
+"""The search of APTP: train the architecture predictor and the codes under a budget, the UNet frozen (Eq. 15, 25).
+
+A step looks at its whole global batch once: predicted embeddings, transport, contrastive and resource terms. The UNet
+then runs micro-batches under per-sample gates with weights 1/(M B_i), where B_i counts an expert's samples in the
+global batch and M the experts that have any; so accumulation and processes change nothing. Eq. 15 and 25 divide by
+all N experts. An expert without samples has no mean to add, and dividing by N would lower the weight of the denoising
+and distillation terms against the resource and contrastive terms whenever an expert is empty.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import ModelMixin
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from prunekit.core.cost import CostModel
+from prunekit.core.family import NoiseProcess
+from prunekit.core.gates import Gates
+from prunekit.data.encoded import EncodedData
+from prunekit.methods.aptp.losses import (
+    batch_weighted_cost,
+    contrastive_loss,
+    counts_of,
+    maximum_loss,
+    spread_loss,
+)
+from prunekit.methods.aptp.presets import PRESET_SEARCH, PRESETS
+from prunekit.methods.aptp.transport import assign
+from prunekit.methods.router import ArchitecturePredictor, Hardening, cosine_scores
+from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
+from prunekit.training.trainer import TrainerConfig
+
+MOST_CLUSTERED = 16_384  # prompts whose embeddings the codes are placed among
+
+
+class APTPConfig(SearchSettings):
+    """Settings of APTP; defaults are the paper's where it names one and nothing else measured better (docs/aptp.md)."""
+
+    preset: Literal["default", "paper", "published_code"] = Field(
+        "default",
+        description="source of the settings that are not given. default: what measured best; paper: the paper, and its "
+        "published code where the paper is silent; published_code: the code, also where it differs from the paper",
+    )
+
+    experts: int = Field(8, gt=0, description="N, the number of experts")
+    epsilon: float = Field(0.05, gt=0, description="entropy weight of the transport (Eq. 5)")
+    sinkhorn_iterations: int = Field(3, gt=0, description="Sinkhorn iterations (Eq. 7)")
+    contrastive_temperature: float = Field(0.03, gt=0, description="tau of the contrastive loss (Eq. 12)")
+    contrastive_weight: float = Field(100.0, ge=0, description="lambda_cont of Eq. 25")
+    transport: bool = Field(
+        True,
+        description="assign a batch's prompts by optimal transport (Eq. 5-7, 20-21); off: each to its nearest code",
+    )
+    similarity: Literal["cosine", "hardened"] = Field(
+        "cosine",
+        description="similarity that assigns prompts to codes in training. cosine: of e and a (Eq. 5); hardened: of "
+        "their gates at 0 or 1, weighted by 1/sqrt(width), as in the published code",
+    )
+    routing: Literal["cosine", "hardened"] = Field(
+        "cosine",
+        description="similarity that routes prompts at inference. cosine: of e and a (Eq. 22); hardened: of "
+        "their gates at 0 or 1, as in the published code, without its noise. With similarity=hardened and "
+        "routing=cosine one expert may take every prompt (docs/aptp.md)",
+    )
+    codes: Literal["random", "kmeans"] = Field(
+        "random", description="where codes start: at random (orthogonal), or at the centres of the predicted embeddings"
+    )
+    spread_weight: float = Field(
+        0.0, ge=0, description="of the spread of the batch's costs, which is rewarded; published code: 0.1"
+    )
+    maximum_weight: float = Field(
+        0.0, ge=0, description="weight of the gap between the costliest sample and the dense cost; published code: 0.1"
+    )
+    balance: bool = Field(
+        True,
+        description="shift the experts' routing scores so that the training prompts spread as transport spreads them; "
+        "off: Eq. 22 as printed, under which one expert may take every prompt",
+    )
+    warmup: int = Field(500, ge=0, description="first steps, in which a prompt's own embedding is its architecture")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return data
+        search = data.get("search") or SEARCH
+        if isinstance(search, TrainerConfig):
+            search = search.model_dump(exclude_unset=True)
+        if isinstance(search, Mapping):
+            data = {**data, "search": {**PRESET_SEARCH, **search}}
+        return {**PRESETS[data["preset"]], **data}
+
+    @model_validator(mode="after")
+    def _codes_train(self) -> "APTPConfig":
+        if self.search.steps <= self.warmup:
+            raise UserError(
+                f"search.steps={self.search.steps} must exceed warmup={self.warmup}: the codes train after it"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class RoutedBatch(SearchBatch):
+    """A step's draws and what follows from the whole batch."""
+
+    embeddings: Tensor  # (B, D) e, with gradient
+    assignment: Tensor  # (B,) expert of each sample; during the warm-up its own position
+    weights: Tensor  # (B,) 1/(M B_i), M experts with samples; sum to 1
+
+
+class SearchObjective(GateSearchObjective):
+    """Everything that one step of the search needs: the shared terms, the predictor and the N codes."""
+
+    config: APTPConfig
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        gates: Gates,
+        predictor: ArchitecturePredictor,
+        codes: Codes,
+        cost: CostModel,
+        process: NoiseProcess,
+        data: EncodedData,
+        config: APTPConfig,
+        device: torch.device,
+    ):
+        super().__init__(model, gates, cost, process, data, config, device)
+        self.predictor, self.codes = predictor.to(device), codes.to(device)
+        self.hardening = Hardening.of(cost.space, device)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the predictor and the codes, by the names that checkpoints give them."""
+        return {"predictor": self.predictor, "codes": self.codes}
+
+    def batch(self, step: int) -> RoutedBatch:
+        """Draw a step; at the first step with codes, place them at the centres of the predicted embeddings."""
+        config, drawn = self.config, self.draw(step)
+        if step == config.warmup:
+            self._place_codes()
+        size, embeddings = len(drawn.pairs), self._embeddings(drawn)
+        if step < config.warmup:
+            assignment = torch.arange(size, device=self.device)
+            weights = torch.full((size,), 1 / size, device=self.device)
+        else:
+            with torch.no_grad():
+                scores = self._similarities(drawn, embeddings)
+                chosen = assign(scores, config.epsilon, config.sinkhorn_iterations) if config.transport else None
+                assignment = scores.argmax(dim=1) if chosen is None else chosen
+            counts = counts_of(assignment, config.experts)
+            weights = 1 / ((counts > 0).sum() * counts[assignment])
+        return RoutedBatch(step, drawn.plan, drawn.pairs, embeddings, assignment, weights)
+
+    def shared_loss(self, batch: RoutedBatch) -> dict[str, Tensor]:
+        """Return the contrastive term (Eq. 14) and the resource term (Eq. 26) of the whole batch."""
+        config = self.config
+        soft = self.gate(batch, batch.embeddings, "embeddings")
+        contrast = contrastive_loss(self._prompts(batch), soft, config.contrastive_temperature)
+        logits = batch.embeddings if batch.step < config.warmup else self.codes.values
+        costs = self.cost.total(self.gate(batch, logits))  # (N,), during the warm-up (B,)
+        terms = {"contrastive": config.contrastive_weight * contrast}
+        terms["resource"] = self.resource_term(batch_weighted_cost(costs, batch.assignment))
+        if config.spread_weight or config.maximum_weight:
+            ratios = costs[batch.assignment] / self.cost.dense_total  # (B,)
+            terms["spread"] = config.spread_weight * spread_loss(ratios)
+            terms["maximum"] = config.maximum_weight * maximum_loss(ratios)
+        return terms
+
+    def micro_loss(self, batch: RoutedBatch, positions: Tensor) -> dict[str, Tensor]:
+        """Return the denoising and distillation terms of `positions` under their experts' gates (Eq. 25).
+
+        During the warm-up embeddings are computed anew: the graph of the whole batch stays with the shared terms.
+        """
+        logits = self._embeddings(batch) if batch.step < self.config.warmup else self.codes.values
+        return self.sample_terms(batch, positions, logits, batch.assignment[positions], batch.weights[positions])
+
+    @torch.no_grad()
+    def _place_codes(self) -> None:
+        """Set the codes to where they start."""
+        config, codes = self.config, self.codes.values
+        if config.codes == "random":
+            draw = torch.randn(codes.shape, generator=generator(config.seed, "codes"))
+            codes.copy_(torch.linalg.qr(draw.T).Q.T[: len(codes)])
+            return
+        embedded = self.predictor(self.data.prompts[self._sampled_pairs()].to(self.device))
+        codes.copy_(spherical_kmeans(embedded, config.experts, config.seed))
+
+    def _similarities(self, batch: SearchBatch, embeddings: Tensor) -> Tensor:
+        """Return how well each prompt fits each code, (B, N)."""
+        if self.config.similarity == "cosine":
+            return cosine_scores(embeddings, self.codes.values)
+        prompt_gates, code_gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
+        return cosine_scores(self.hardening(prompt_gates), self.hardening(code_gates))
+
+    @torch.no_grad()
+    def similarities(self, prompts: Tensor) -> Tensor:
+        """Return how well prompts (B, Z) fit the codes, (B, N), by the training's similarity without its noise."""
+        embeddings, codes = self.predictor(prompts.to(self.device)), self.codes.values
+        if self.config.similarity == "cosine":
+            return cosine_scores(embeddings, codes)
+        prompt_gates, code_gates = (self.hardening.of_logits(logits, self.relaxation) for logits in (embeddings, codes))
+        return cosine_scores(prompt_gates, code_gates)
+
+    def _embeddings(self, batch: SearchBatch) -> Tensor:
+        """Return e (B, D) of the whole batch (Eq. 4)."""
+        return self.predictor(self._prompts(batch))
+
+    def _prompts(self, batch: SearchBatch) -> Tensor:
+        """Return z (B, Z) of the whole batch."""
+        return self.data.prompts[batch.pairs].to(self.device)
+
+    def _sampled_pairs(self) -> Tensor:
+        """Return the pairs whose embeddings the codes start from: all, or as many as are enough, in their order."""
+        if len(self.pairs) <= MOST_CLUSTERED:
+            return self.pairs
+        drawn = torch.randperm(len(self.pairs), generator=generator(self.config.seed, "clustered"))[:MOST_CLUSTERED]
+        return self.pairs[drawn.sort().values]
+
+
+def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
+    """Return `count` centres (N, D) of embeddings (P, D) by cosine similarity; deterministic.
+
+    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a centre keeps the mean length of its members, and
+    an empty one stays where it was.
+    """
+    unit = nn.functional.normalize(embeddings.double(), dim=1)
+    source = generator(seed, "kmeans")
+    chosen = [int(torch.randint(len(unit), (1,), generator=source))]
+    while len(chosen) < count:
+        distance = (1 - unit @ unit[chosen].T).amin(1).clamp(min=0).cpu()
+        if not bool(distance.sum() > 0):
+            distance = torch.ones_like(distance)
+        chosen.append(int(torch.multinomial(distance, 1, generator=source)))
+    centres = unit[chosen]
+    for _ in range(iterations):
+        nearest = (unit @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        counts = torch.bincount(nearest, minlength=count)[:, None]
+        centres = torch.where(counts > 0, nn.functional.normalize(sums, dim=1), centres)
+    nearest = (unit @ centres.T).argmax(1)
+    members = torch.bincount(nearest, minlength=count).clamp(min=1)
+    lengths = torch.zeros(count, dtype=unit.dtype, device=unit.device)
+    lengths.index_add_(0, nearest, embeddings.double().norm(dim=1))
+    return (centres * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)

@@ -1,5 +1,0 @@
-"""`prunekit plan`: what recipes will cut, cost and take, before anything runs; no weights, no network."""
-
-from prunekit.plan.plans import Devices, plan, plan_all
-
-__all__ = ["Devices", "plan", "plan_all"]

@@ -1,0 +1,118 @@
+"""Experts that share a backbone: each runs sliced, on weights that are cut from the backbone's within the graph.
+
+A masked UNet predicts what the sliced one does (law 1), so training the backbone under the experts' masks and training
+it through its slices have the same gradients; the slices cost an expert's MACs, not the dense UNet's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from prunekit.core.emptied import names_in_files
+from prunekit.core.slicing import blank_copy, slice_model
+from prunekit.core.space import Architecture
+from prunekit.recovery.fine_tuning import FineTuningObjective
+from prunekit.runtime.randomness import generator
+from prunekit.training.diffusion import NoisePlan
+
+Kept = tuple[Tensor | None, ...]  # what a slice keeps of a weight along its first axes; None: all
+
+
+@dataclass
+class Mixture:
+    """Architectures that share a UNet's weights, and which of them serves each pair."""
+
+    architectures: Sequence[Architecture]
+    experts: Tensor  # (pairs,) of the data set
+
+
+class Member:
+    """A backbone sliced to an Architecture, without weights of its own."""
+
+    def __init__(self, backbone: ModelMixin, architecture: Architecture):
+        self.backbone = backbone
+        self.kept = kept_entries(backbone, architecture)
+        self.model = slice_model(blank_copy(backbone), architecture)
+        self.dense_names = names_in_files(self.model)  # of the weights for which the backbone has another name
+
+    def take(self) -> ModelMixin:
+        """Return the UNet with the backbone's weights of now, through which gradients reach them."""
+        weights = dict(self.backbone.named_parameters())
+        for name, kept in self.kept.items():
+            weight = weights[self.dense_names.get(name, name)]
+            for axis, indices in enumerate(kept):
+                weight = weight if indices is None else weight.index_select(axis, indices)
+            path, _, own = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            module._parameters.pop(own, None)  # a plain attribute: recomputed activations find the same tensor
+            setattr(module, own, weight)
+        return self.model
+
+
+def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kept]:
+    """Return, by the name of each weight of the sliced model, which entries of the model's it keeps along each axis.
+
+    Found by slicing a UNet whose weights hold their own positions; no full-size weight is made.
+    """
+    marked, shapes = blank_copy(model), {name: own.shape for name, own in model.named_parameters()}
+    found: dict[str, list[Tensor | None]] = {}
+    for axis in (0, 1):
+        positions = {
+            name: torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - axis - 1)).expand(shape)
+            if axis < len(shape)
+            else torch.zeros(()).expand(shape)
+            for name, shape in shapes.items()
+        }
+        marked.load_state_dict(positions, assign=True)
+        sliced = slice_model(marked, architecture)
+        dense_names = names_in_files(sliced)
+        for name, own in sliced.named_parameters():
+            kept = own.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < own.ndim else None
+            whole = kept is None or len(kept) == shapes[dense_names.get(name, name)][axis]
+            found.setdefault(name, []).append(None if whole else kept.long().to(model.device))
+    return {name: tuple(kept) for name, kept in found.items()}
+
+
+@dataclass
+class BackboneObjective(FineTuningObjective):
+    """The same of all experts of a backbone, each sample through its own expert's slice."""
+
+    mixture: Mixture
+    members: list[Member] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.members = [Member(self.student, architecture) for architecture in self.mixture.architectures]
+        for member in self.members:
+            member.model.train()
+            if self.config.gradient_checkpointing:
+                member.model.enable_gradient_checkpointing()
+
+    def batch(self, step: int) -> NoisePlan:
+        """Draw a step, its samples in their experts' order: a micro-batch holds few experts."""
+        drawn = super().batch(step)
+        experts, count = self.mixture.experts[self.pairs], self.config.experts_per_step
+        if count is None:
+            order = experts[drawn.indices].argsort(stable=True)
+            return replace(drawn, **{name: own[order] for name, own in vars(drawn).items() if own is not None})
+        served = experts[drawn.indices[:count]].sort().values  # each drawn as often as it serves prompts
+        parts = drawn.indices.tensor_split(len(served))
+        indices = []
+        for number, (expert, part) in enumerate(zip(served.tolist(), parts, strict=True)):
+            own = (experts == expert).nonzero().flatten()
+            indices.append(
+                own[torch.randint(len(own), (len(part),), generator=generator(self.seed, "expert", step, number))]
+            )
+        return replace(drawn, indices=torch.cat(indices))
+
+    def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
+        experts = self.mixture.experts[self.pairs[batch.indices[positions]]]
+        terms: dict[str, Tensor] = {}
+        for index in experts.unique().tolist():
+            student = self.members[index].take()
+            for name, own in self.terms(student, batch, positions[experts == index]).items():
+                terms[name] = terms[name] + own if name in terms else own
+        return terms

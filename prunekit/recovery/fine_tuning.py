@@ -1,0 +1,156 @@
+"""Recovering a sliced denoiser's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit.core.call import predict
+from prunekit.core.family import NoiseProcess
+from prunekit.core.registry import denoiser_of
+from prunekit.data.encoded import EncodedData
+from prunekit.runtime.errors import UserError
+from prunekit.training.diffusion import (
+    SNR_FORM,
+    SNR_GAMMA,
+    NoisePlan,
+    SNRForm,
+    attention_kernel,
+    denoising_errors,
+)
+from prunekit.training.distillation import (
+    FEATURE_SCALE,
+    FeatureBlocks,
+    FeatureScale,
+    block_outputs,
+    distillation_error,
+)
+from prunekit.training.memory import held, preserved
+from prunekit.training.trainer import Log, Trainer, TrainerConfig
+
+
+class FineTuneConfig(TrainerConfig):
+    """How sliced models are fine-tuned."""
+
+    denoising_weight: float = Field(1e-4, ge=0, description="alpha_DDPM of Eq. 30")
+    distillation_weight: float = Field(1.0, ge=0, description="alpha_distill of Eq. 30; 0 trains without a teacher")
+    feature_blocks: FeatureBlocks = Field(
+        "all",
+        description="blocks whose outputs are distilled: all (Eq. 29); down_up leaves out the mid block, which with "
+        "denoising_weight=1 is BK-SDM's own distillation (Kim et al., 2023); none distils the output alone",
+    )
+    feature_scale: FeatureScale = Field("sum", description=FEATURE_SCALE)
+    shared_backbone: bool = Field(
+        False,
+        description="experts of a mixture share one set of weights, trained under all their masks, and are sliced from "
+        "it; off: each trains its own",
+    )
+    experts_per_step: int | None = Field(
+        None,
+        gt=0,
+        description="with shared_backbone: how many experts a step trains, drawn by their shares of the prompts; 1 "
+        "runs a step's whole batch through one of them, unset: every prompt through its own",
+    )
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
+    snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
+    snr_form: SNRForm = Field("velocity", description=SNR_FORM)
+
+
+@dataclass
+class FineTuningObjective:
+    """Denoising and distillation of one student on the pairs that it will serve."""
+
+    student: ModelMixin
+    teacher: ModelMixin
+    process: NoiseProcess
+    data: EncodedData
+    pairs: Tensor  # (P_i,) indices of pairs
+    config: FineTuneConfig
+    seed: int
+    device: torch.device
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the student, by the name that checkpoints give it."""
+        return {"student": self.student}
+
+    def batch(self, step: int) -> NoisePlan:
+        """Draw a step's pairs, timesteps and noise."""
+        sizes = (self.config.batch_size, len(self.pairs), tuple(self.data.latents.shape[1:]), self.process)
+        return NoisePlan.draw(step, self.seed, *sizes, sampled=self.data.deviations is not None)
+
+    def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
+        """Nothing needs the whole batch."""
+        return {}
+
+    def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
+        return self.terms(self.student, batch, positions)
+
+    def terms(self, student: ModelMixin, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the terms of one model."""
+        pairs = self.pairs[batch.indices[positions]]
+        latents = self.data.draw_latents(pairs, batch.posterior_at(positions)).to(self.device)
+        dropped = batch.drop[positions] < self.config.caption_dropout
+        conditions = self.data.conditions(pairs, self.device, dropped)
+        noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)
+        noisy = self.process.noised(latents, noise, timesteps)
+        call = denoiser_of(student).call(noisy, timesteps, conditions)
+        weight, size = self.config.distillation_weight, self.config.batch_size
+        which: FeatureBlocks = self.config.feature_blocks if weight else "none"
+        kernel = attention_kernel(student, noisy, self.config.gradient_checkpointing)
+        with kernel, block_outputs(student, which) as blocks:
+            prediction = predict(student, call)
+        drawn = (latents, noise, timesteps)
+        denoising = denoising_errors(prediction, self.process, *drawn, self.config.snr_gamma, self.config.snr_form)
+        terms = {"denoising": self.config.denoising_weight * denoising.sum() / size}
+        if weight:
+            kernel = attention_kernel(self.teacher, noisy)
+            with kernel, torch.no_grad(), block_outputs(self.teacher, which) as teacher_blocks:
+                teacher = predict(self.teacher, call)
+            error = distillation_error(prediction, teacher, blocks, teacher_blocks, self.config.feature_scale)
+            terms["distillation"] = weight * error.sum() / size
+        return terms
+
+
+def fine_tune(
+    student: ModelMixin,
+    teacher: ModelMixin,
+    data: EncodedData,
+    config: FineTuneConfig,
+    directory: Path,
+    *,
+    scheduler: Any,
+    pairs: Tensor | None = None,
+    seed: int = 0,
+    title: str = "fine-tune",
+    log: Log | None = None,
+    milestones: Mapping[int, Callable[[], None]] | None = None,
+    objective: Callable[..., FineTuningObjective] = FineTuningObjective,
+) -> dict[str, float]:
+    """Train a sliced denoiser in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
+
+    student: usually from `slice_unet`, float32. teacher: the dense model, left as it is. scheduler: the pipeline's.
+    pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
+    objective: made from what FineTuningObjective is made from, which is the default; for a backbone of several experts,
+    partial(BackboneObjective, mixture=...), and the student is a dense model to be sliced to each of them afterwards.
+    milestones: called after these steps, with the (averaged) weights of then in the student.
+    Returns the trainer's figures: steps, seconds, loss and its terms.
+    """
+    pairs = data.training_pairs() if pairs is None else pairs
+    if not len(pairs):
+        raise UserError(f"{title}: no training pair to learn from")
+    device = student.device
+    student.train().requires_grad_(True)
+    process = denoiser_of(student).family.process(scheduler)
+    inputs = (student, teacher, process, data, pairs, config, seed, device)
+    with preserved(teacher), held(config, student, teacher.eval().requires_grad_(False)):
+        own = objective(*inputs)
+        figures = Trainer(config, own, directory, title, log, milestones).fit()
+    student.eval().requires_grad_(False)
+    return figures

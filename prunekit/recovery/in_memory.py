@@ -1,0 +1,67 @@
+"""Recovery in memory: architectures are sliced and fine-tuned on the prompts routed to each."""
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor
+
+from prunekit.core.registry import denoiser_in
+from prunekit.core.slicing import slice_model
+from prunekit.data.encoded import EncodedData
+from prunekit.methods.result import PruneResult
+from prunekit.recovery.backbone import BackboneObjective, Mixture
+from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
+
+BACKBONE = "backbone"
+
+
+def recover_experts(
+    result: PruneResult,
+    pipeline: DiffusionPipeline,
+    data: EncodedData,
+    config: FineTuneConfig,
+    directory: str | Path | None = None,
+    seed: int = 0,
+) -> list[ModelMixin]:
+    """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
+
+    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's UNet, which stays as it is.
+    directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
+    Raises ValueError as `fine_tune`, and for a directory with the training of another result.
+    """
+    if directory is None:
+        with TemporaryDirectory() as temporary:
+            return recover_experts(result, pipeline, data, config, temporary, seed)
+    dense, pairs, directory = denoiser_in(pipeline), data.training_pairs(), Path(directory)
+    routed, pairs_of = routed_pairs(result, data, pairs)
+    train = partial(fine_tune, teacher=dense, data=data, config=config, scheduler=pipeline.scheduler, seed=seed)
+    if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
+        mixture = Mixture(result.architectures, over_all_pairs(data, pairs, routed))
+        objective = partial(BackboneObjective, mixture=mixture)
+        backbone = slice_model(dense, result.space.full())
+        train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=objective)
+        return [slice_model(backbone, architecture) for architecture in result.architectures]
+    experts = []
+    for index, (architecture, served) in enumerate(zip(result.architectures, pairs_of, strict=True)):
+        experts.append(slice_model(dense, architecture).eval().requires_grad_(False))
+        if len(served):
+            train(experts[index], directory=directory / str(index), pairs=served, title=f"expert {index}")
+    return experts
+
+
+def routed_pairs(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the expert of each of `pairs` (P,), and the pairs that each architecture learns from.
+
+    Without a router there are no experts, and every architecture learns from all pairs.
+    """
+    if result.router is None:
+        return None, [pairs for _ in result.architectures]
+    routed = result.router.route_rows(data.prompts, pairs)
+    return routed, [pairs[routed == index] for index in range(len(result.architectures))]
+
+
+def over_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:
+    """Return the expert of every pair of the data set, (pairs of the data set,), from those of `pairs` (P,)."""
+    return routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)

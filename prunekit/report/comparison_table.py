@@ -1,0 +1,198 @@
+"""The table of a comparison, from its cells on disk: means and 95 % intervals, and which rows cannot be told apart."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from prunekit.evaluation.table import COLUMNS, Column
+from prunekit.evaluation.uncertainty import Estimate, estimate
+from prunekit.methods.result import share_warnings
+from prunekit.runtime.run_directory import DENSE
+
+CELLS, WORK = "cells", "work"  # folders of a comparison
+STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
+Result = dict[str, Any]  # a cell's JSON
+COSTS = ("params", "macs", "macs_ratio")
+TIMES = (
+    Column("call_ratio", "UNet call", ".2f", "↓", "× dense"),
+    Column("training_seconds", "training", ".1f", "↓", "min", 1 / 60),
+)
+QUALITY = ("cmmd", "kid", "clip_score", "top1", "top5", "frechet", "agreement")
+BY_KEY = {column.key: column for column in (*COLUMNS, *TIMES)}
+PROTOCOLS = {
+    "equal_steps": "equal steps per model (the papers' protocol)",
+    "equal_compute": "equal total training compute (each of N experts has 1/N of the steps)",
+}
+TIMINGS = "timings.json"  # of a comparison
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget, seed and protocol; the dense model has no budget."""
+
+    label: str
+    budget: str  # as the recipe writes it
+    seed: int
+    protocol: str = STATIC  # "equal_steps", "equal_compute", or "static"
+    num_models: int = 1
+
+    @property
+    def name(self) -> str:
+        """The stem of the cell's files."""
+        parts = (self.label, self.budget, f"seed{self.seed}", self.protocol)
+        return "__".join(part.replace(":", "-").replace(",", "") for part in parts if part)
+
+    @property
+    def choice(self) -> str:
+        """What names the cells that share one choice of architectures: one process makes them."""
+        return Cell(self.label, self.budget, self.seed, "").name
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return " ".join(part for part in (self.label, self.budget, f"seed {self.seed}", self.protocol) if part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget under one protocol, over its seeds."""
+
+    protocol: str
+    budget: str
+    method: str
+    distillation: str
+    seeds: tuple[int, ...]
+    models: int
+    steps: int
+    estimates: Mapping[str, Estimate]
+    costs: Mapping[str, float]  # means over the seeds
+
+
+def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None) -> list[Row]:
+    """Return the rows of all tables, by protocol, budget and method; a static cell stands under every protocol.
+
+    timings: time of a UNet call over the dense one's, by a cell's `models_folder`.
+    """
+    protocols = [p for p in PROTOCOLS if any(cell["cell"]["protocol"] == p for cell in cells)] or ["equal_steps"]
+    budgets = list(dict.fromkeys(cell["cell"]["budget"] for cell in cells if cell["cell"]["budget"]))
+    methods = list(dict.fromkeys([DENSE, *(cell["cell"]["method"] for cell in cells)]))
+    rows = []
+    for protocol in protocols:
+        for budget in budgets:
+            for method in methods:
+                repeated = [c for c in cells if _belongs(c, protocol, budget, method)]
+                if method == DENSE:  # the seeds that the budget's rows have
+                    seeds = {c["cell"]["seed"] for c in cells if c["cell"]["budget"] == budget}
+                    repeated = [cell for cell in repeated if cell["cell"]["seed"] in seeds]
+                if repeated:
+                    rows.append(_row(repeated, protocol, budget, method, timings or {}))
+    return rows
+
+
+def _belongs(cell: Result, protocol: str, budget: str, method: str) -> bool:
+    axes = cell["cell"]
+    return axes["method"] == method and axes["budget"] in ("", budget) and axes["protocol"] in (STATIC, protocol)
+
+
+def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: Mapping[str, float]) -> Row:
+    cells = sorted(cells, key=lambda cell: cell["cell"]["seed"])
+    estimates = {}
+    for name in QUALITY:
+        errors = [cell["errors"].get(name, 0.0) for cell in cells]
+        estimates[name] = estimate([cell["figures"][name] for cell in cells], errors)
+    costs = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
+    costs["params"] = _mean(_params(cell) for cell in cells)
+    timed = [timings[cell["models_folder"]] for cell in cells if cell["models_folder"] in timings]
+    costs["call_ratio"] = _mean(timed) if timed else None
+    trained = [cell["figures"]["training_seconds"] for cell in cells]
+    costs["training_seconds"] = None if None in trained else _mean(trained)
+    first = cells[0]
+    seeds = tuple(cell["cell"]["seed"] for cell in cells)
+    return Row(
+        protocol, budget, method, first["distillation"], seeds, first["models"], first["steps"], estimates, costs
+    )
+
+
+def _params(cell: Result) -> int:
+    """Return the parameters of a cell's experts with training prompts; an earlier cell's figure counts all of them."""
+    used = [expert["params"] for expert in cell["experts"] if expert["training_share"]]
+    return sum(used) if used else cell["figures"]["params"]
+
+
+def warnings_of(cells: Sequence[Result]) -> list[str]:
+    """Return what may be wrong with the cells' choices, a line each; a choice that several protocols share, once.
+
+    An earlier cell recorded no warnings; those about how its experts share the prompts follow from its figures.
+    """
+    warnings = []
+    for cell in cells:
+        axes = cell["cell"]
+        lines = cell.get("warnings")
+        if lines is None:
+            lines = share_warnings([expert["training_share"] for expert in cell["experts"]])
+        warnings += [f"{axes['method']} {axes['budget']} seed {axes['seed']}: {line}" for line in lines]
+    return list(dict.fromkeys(warnings))
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def best(rows: Sequence[Row], name: str) -> Row:
+    """Return the best pruned row of a figure."""
+    pruned = [row for row in rows if row.method != DENSE] or list(rows)
+    sign = -1 if BY_KEY[name].direction == "↑" else 1
+    return min(pruned, key=lambda row: sign * row.estimates[name].mean)
+
+
+def shown_rows(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[Column]]:
+    """Return one table's rows and columns as text: "mean ± half of the 95 % interval".
+
+    Of each figure the best pruned row is bold, and "≈" stands where a row's interval overlaps the best one's.
+    """
+    columns = [Column("name", "method"), Column("distillation", "distillation"), Column("seeds", "seeds")]
+    columns += [replace(BY_KEY[key], format="", scale=1.0) for key in (*COSTS, *QUALITY)]
+    columns += [replace(column, format="", scale=1.0) for column in TIMES]
+    lines = []
+    for row in rows:
+        line = {"name": row.method, "distillation": row.distillation, "seeds": str(len(row.seeds))}
+        line |= {key: BY_KEY[key].show({key: value}) for key, value in row.costs.items()}
+        line |= {key: _shown(row, rows, key) for key in QUALITY}
+        lines.append(line)
+    return lines, columns
+
+
+def _shown(row: Row, rows: Sequence[Row], key: str) -> str:
+    figure, column, top = row.estimates[key], BY_KEY[key], best(rows, key)
+    text = column.show({key: figure.mean})
+    if figure.high > figure.low:
+        text += f" ± {column.show({key: (figure.high - figure.low) / 2})}"
+    if row.method == DENSE:
+        return text
+    if row is top:
+        return f"**{text}**"
+    return text + (" ≈" if figure.high > figure.low and figure.overlaps(top.estimates[key]) else "")
+
+
+def json_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows for JSON, in base units."""
+    return [asdict(row) for row in rows]
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Return the rows as CSV: of each figure the mean, standard deviation over seeds, and ends of the interval."""
+    output = io.StringIO()
+    parts = ("mean", "deviation", "low", "high")
+    figures = [f"{key}_{part}" for key in QUALITY for part in parts]
+    axes = ("protocol", "budget", "method", "distillation", "models", "steps")
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow([*axes, "seeds", *COSTS, *(column.key for column in TIMES), *figures])
+    for row in rows:
+        values: list[Any] = [getattr(row, axis) for axis in axes] + [" ".join(map(str, row.seeds))]
+        values += [row.costs[key] for key in (*COSTS, *(column.key for column in TIMES))]
+        values += [getattr(row.estimates[key], part) for key in QUALITY for part in parts]
+        writer.writerow(values)
+    return output.getvalue()

@@ -1,0 +1,1 @@
+"""What every room uses: errors, files, processes, shared work, progress, logs, precision and randomness."""

@@ -1,0 +1,134 @@
+"""Content digests of files, remembered by path, size and time of change: what is unchanged is not read again."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from prunekit.runtime.files import append_row
+from prunekit.runtime.work import Piece, share_and_tidy
+
+GROUP_FILES = 1024  # neighbouring small files share an entry, so that millions of pictures need thousands
+GROUP_BYTES = 64 * 2**20
+READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Neighbouring files of a list, and what tells whether they have changed."""
+
+    files: tuple[str, ...]
+    stamp: str  # digest of every file's absolute path, size and time of change
+
+    def digest(self) -> str:
+        """Read the files; of one its own digest, of several the digest of theirs."""
+        own = [file_digest(file) for file in self.files]
+        return own[0] if len(own) == 1 else hashlib.blake2b("".join(own).encode(), digest_size=16).hexdigest()
+
+
+class Digests:
+    """Digests of files' contents, remembered in `digests.jsonl` of a directory; without a directory, made anew.
+
+    Several processes may use one directory: they share the reading, and what one has found the others take over.
+    """
+
+    def __init__(self, directory: Path | None = None):
+        self.directory = directory
+        self._known: dict[str, str] = {}  # stamp: digest
+        self._read = 0  # bytes of the file that are known
+
+    def of(self, files: Sequence[str]) -> list[str]:
+        """Return digests of files' contents, one a group of neighbours; the same wherever the files lie.
+
+        A file that is missing counts as empty.
+        """
+        groups = file_groups(files)
+        if self.directory is None:
+            return [group.digest() for group in groups]
+
+        def known(group: FileGroup) -> bool:
+            return self._find(group) is not None
+
+        def learn(group: FileGroup) -> None:
+            self._remember(group, group.digest())
+
+        pieces = [Piece(f"digest-{group.stamp}", partial(known, group), partial(learn, group)) for group in groups]
+        share_and_tidy(pieces, self.directory / "locks")
+        return [self._find(group) or group.digest() for group in groups]
+
+    def of_file(self, path: Path, verify: bool = False) -> str:
+        """Return the digest of one file's content; `verify` reads it in any case. Not shared: every caller looks."""
+        (group,) = file_groups([str(path)])
+        known = None if verify else self._find(group)
+        return known or self.learn(path, group.digest())
+
+    def learn(self, path: Path, digest: str) -> str:
+        """Remember the digest of a file that was written or read just now; return it."""
+        if self.directory is not None:
+            self._remember(file_groups([str(path)])[0], digest)
+        return digest
+
+    def _find(self, group: FileGroup) -> str | None:
+        self._refresh()
+        return self._known.get(group.stamp)
+
+    def _refresh(self) -> None:
+        """Read what processes have found since; a line that is damaged is passed over."""
+        if self.directory is None:
+            return
+        path = self.directory / "digests.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if size < self._read:
+            self._known, self._read = {}, 0
+        if size == self._read:
+            return
+        with path.open("rb") as file:
+            file.seek(self._read)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(end)
+        for line in whole.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self._known[str(row["stamp"])] = str(row["digest"])
+
+    def _remember(self, group: FileGroup, digest: str) -> None:
+        assert self.directory is not None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        row = {"first": group.files[0], "files": len(group.files), "stamp": group.stamp, "digest": digest}
+        append_row(self.directory / "digests.jsonl", row)
+
+
+def file_groups(files: Sequence[str]) -> list[FileGroup]:
+    """Return neighbouring files in groups of at most 1,024 that end once they have 64 MiB: by sizes alone."""
+    groups: list[FileGroup] = []
+    own: list[str] = []
+    stats: list[tuple[str, int, int]] = []
+    total = 0
+    for number, file in enumerate(files, 1):
+        try:
+            stat = Path(file).stat()
+            size, changed = stat.st_size, stat.st_mtime_ns
+        except OSError:
+            size, changed = 0, 0
+        own.append(file)
+        stats.append((str(Path(file).absolute()), size, changed))
+        total += size
+        if total >= GROUP_BYTES or len(own) == GROUP_FILES or number == len(files):
+            groups.append(FileGroup(tuple(own), hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()))
+            own, stats, total = [], [], 0
+    return groups
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the digest of a file's content, 32 hexadecimal digits; one that is missing counts as empty."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
+        pass
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from prunekit.runtime.errors import UserError
+
+FREE_SPACE = "free some space and start again"
+NO_ROOM = {  # errors of a write for which there is no room, and what helps
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
+}
+IN_WORDS = re.compile(r"(?:os error |code: )(\d+)")  # how safetensors says an error of the operating system
+TEMPORARY = ".tmp"  # the ending of a file or folder that is being written
+ASIDE = ".old"  # the ending of a folder that is about to be replaced
+
+
+def temporary_for(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process uses, here or on another machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write, which then becomes `path` in one step; a kill leaves the old file or the new one.
+
+    It is alone in a hidden folder, so that what a library writes beside it (safetensors does) is as easy to find.
+    """
+    folder = temporary_for(path)
+    try:
+        with full_disk_named(path):
+            folder.mkdir(parents=True)
+            yield folder / "new"
+            share_with_others(folder / "new")
+            (folder / "new").replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Raise one error for a full disk, whichever library finds it: the operating system's, which names a file.
+
+    The file is the one that the error names, the second one of a copy or a move, or `path`: Python's own error of a
+    write names none, or a temporary one, and safetensors raises an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = no_room(error)
+        if number is None:
+            raise
+        file = str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path)
+        is_temporary = any(part.endswith(TEMPORARY) for part in Path(file).parts)
+        name = str(path) if is_temporary else file
+        raise OSError(number, f"{os.strerror(number)}: {NO_ROOM[number]}", name) from error
+
+
+def no_room(error: BaseException) -> int | None:
+    """Return the system's number of an error that says that the disk has no room for a file; None for any other."""
+    from safetensors import SafetensorError
+
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (said := IN_WORDS.search(str(error))):
+        number = int(said[1])
+    return number if number in NO_ROOM else None
+
+
+def share_with_others(path: Path) -> None:
+    """Give a file, or all files in a folder, the rights of any new file: safetensors makes files private."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        file.chmod(0o666 & ~_umask())
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a text atomically, in UTF-8."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8", errors=errors)
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `directory` at the end; an error or an interrupt removes it.
+
+    Its files get the rights of any new file. Raises ValueError, one line, for a directory that holds something already,
+    and OSError, which names it, where the disk is full.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} holds something already; give a directory that is new or empty")
+    temporary = temporary_for(directory.absolute())
+    try:
+        with full_disk_named(directory):
+            temporary.mkdir(parents=True)
+            yield temporary
+            share_with_others(temporary)
+            if directory.exists():
+                directory.rmdir()
+            temporary.replace(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def clear_killed(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left; the caller alone may write it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to a JSON Lines log; of a row that the disk has no room for nothing is left."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            with full_disk_named(path):
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def write_folder(folder: Path, write: Any) -> None:
+    """Call `write(temporary folder)`, then move it to `folder`; a kill leaves the old folder or the new one.
+
+    One process at a time may write a folder: what a killed one left half-written is removed.
+    """
+    restore_killed(folder)
+    clear_killed(folder)
+    temporary = temporary_for(folder)
+    aside = temporary.with_suffix(ASIDE)
+    try:
+        with full_disk_named(folder):
+            temporary.mkdir(parents=True)
+            write(temporary)
+            share_with_others(temporary)
+            if folder.exists():
+                folder.replace(aside)
+            temporary.replace(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception):
+            restore_killed(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_killed(folder: Path) -> None:
+    """Put back what a process had moved aside when it was killed, before its new folder was in place."""
+    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*{ASIDE}")):
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.replace(folder)

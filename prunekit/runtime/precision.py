@@ -1,0 +1,109 @@
+"""Precision of forward passes: what `auto` means on a device, and the autocast context that follows from it.
+
+A processor without bfloat16 instructions computes bfloat16 and float16 about 20 times slower than float32. So `auto`
+asks the hardware: bfloat16 where it is native, float16 on older GPUs (training scales the loss), float32 elsewhere.
+"""
+
+import os
+import platform
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from prunekit.runtime.errors import UserError
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+UnscaledPrecision = Literal["auto", "float32", "bfloat16"]  # of gradients without loss scaling, which float16 needs
+LOWER = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+VARIABLE = "PRUNEKIT_PRECISION"  # of the environment: what `auto` becomes, whatever the hardware
+AUTO = "auto: bfloat16 where the device has it, float16 on older GPUs, float32 elsewhere"
+UNSCALED_AUTO = "auto: bfloat16 where the device has it, float32 elsewhere"
+CPU_INFO = Path("/proc/cpuinfo")
+NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of /proc/cpuinfo: x86 has the first two, Arm the last
+SLOW = 1.5  # times float32's seconds, above which a lower precision that was asked for is worth a warning
+SIDE, CHANNELS = 16, 64  # of the convolution that tells how slow a precision is
+
+
+def resolve_precision(
+    precision: str, device: str | torch.device, scaled: bool = True, meaning: str | None = None
+) -> str:
+    """Return "float32", "bfloat16" or "float16": the given precision, or what `auto` means on a device.
+
+    The environment variable PRUNEKIT_PRECISION, where it is set, decides what `auto` means.
+
+    Args:
+        precision: a `Precision`.
+        device: the device that forward passes run on.
+        scaled: whether gradients are scaled; without scaling float16 underflows, and `auto` means float32 instead.
+        meaning: what `auto` means on another device than those of this machine; unset: as the hardware says.
+
+    Raises:
+        ValueError: PRUNEKIT_PRECISION is none of the three.
+
+    """
+    if precision != "auto":
+        return precision
+    forced = meaning or os.environ.get(VARIABLE)
+    if forced and forced not in ("float32", *LOWER):
+        raise UserError(f"{VARIABLE}={forced!r}: set it to float32, bfloat16 or float16, or unset it")
+    found = forced or _native(torch.device(device).type)
+    return found if scaled or found != "float16" else "float32"
+
+
+def autocast(precision: str, device: str | torch.device) -> torch.autocast:
+    """Return the context in which forward passes run in a precision; float32 is a context that does nothing."""
+    dtype = LOWER.get(resolve_precision(precision, device))
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+
+
+def has_native_bfloat16(device_type: str = "cpu") -> bool:
+    """Return whether a kind of device ("cpu", "cuda") has instructions for bfloat16 products."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    if CPU_INFO.is_file():
+        lines = CPU_INFO.read_text(errors="replace").splitlines()
+        flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+        return bool(NATIVE_BFLOAT16 & set(flags.split()))
+    capabilities: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # Windows; nothing is known of macOS's bfloat16
+    return platform.system() == "Windows" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@lru_cache(maxsize=4)
+def slowdown(precision: str, device_type: str = "cpu") -> float:
+    """Return the seconds of a small convolution with its backward pass in a precision over those in float32.
+
+    Measured once a process, in about a second; a GPU counts as 1.
+    """
+    if device_type != "cpu" or precision not in LOWER:
+        return 1.0
+    layer, image = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.ones(8, CHANNELS, SIDE, SIDE)
+    seconds = dict.fromkeys(("float32", precision), float("inf"))
+    for _ in range(3):
+        for tried in seconds:
+            started = time.perf_counter()
+            with autocast(tried, device_type):
+                output = layer(image)
+            output.float().square().mean().backward()
+            seconds[tried] = min(seconds[tried], time.perf_counter() - started)
+    return seconds[precision] / seconds["float32"]
+
+
+def why(device: str | torch.device) -> str:
+    """Return why `auto` means what it means on a device, in a few words."""
+    kind = torch.device(device).type
+    if os.environ.get(VARIABLE):
+        return f"{VARIABLE} says so"
+    return f"this {'GPU' if kind == 'cuda' else 'CPU'} has {'' if has_native_bfloat16(kind) else 'no '}bfloat16 units"
+
+
+def _native(device_type: str) -> str:
+    if has_native_bfloat16(device_type):
+        return "bfloat16"
+    return "float16" if device_type == "cuda" else "float32"

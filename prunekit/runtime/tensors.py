@@ -1,0 +1,45 @@
+"""Tensors in safetensors files, with JSON beside them: no pickle, and complete or absent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import replacing
+
+FORMAT = 1
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    with replacing(path) as new:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new, metadata)
+
+
+def write_tensors(path: str | Path, what: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
+    """Write tensors and JSON `metadata` as a file of kind `what`, creating its directory; returns the path."""
+    path = Path(path)
+    header = {"what": what, "format": str(FORMAT), "metadata": json.dumps(metadata, sort_keys=True)}
+    save_tensors(path, tensors, header)
+    return path
+
+
+def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file that `write_tensors` wrote.
+
+    Raises:
+        ValueError: a file of another kind, or of a format that this version does not know.
+        FileNotFoundError: no such file.
+
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file of {what} at {path}")
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+        if header.get("what") != what or header.get("format") != str(FORMAT):
+            raise UserError(f"{path} is not a file of {what} in format {FORMAT}; its header says {header}")
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["metadata"])  # noqa: SIM118

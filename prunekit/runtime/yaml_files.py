@@ -1,0 +1,89 @@
+"""YAML that others wrote: any fault of it is one line, and a reference in it reads nothing but other settings."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prunekit.runtime.errors import UserError
+
+FAULTS = (  # of readers of YAML and of what resolves its references
+    *(OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError),
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+)
+REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # to another setting
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file as it stands, without references; UserError where it holds none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FAULTS as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping of settings")
+    return content
+
+
+def load_settings(path: Path) -> DictConfig:
+    """Return the mapping in a YAML file with its references; UserError where it holds none."""
+    try:
+        content = OmegaConf.load(path)
+    except FAULTS as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} holds no mapping of settings")
+    return content
+
+
+def load_overrides(overrides: Iterable[str]) -> DictConfig:
+    """Return `key=value` settings with dotted keys; UserError where they are none."""
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except FAULTS as error:
+        raise UserError(f"settings {' '.join(overrides)} cannot be read: {error}") from error
+
+
+def resolved(config: DictConfig, where: Any) -> dict[str, Any]:
+    """Return settings with their references followed; `where` they are from, for the message.
+
+    Raises:
+        UserError: a reference to something else than a setting, such as ${oc.env:NAME}, by which a stranger's file
+            could read this process's environment; or one that leads nowhere.
+
+    """
+    try:
+        _refuse_resolvers(OmegaConf.to_container(config, resolve=False))
+        content: Any = OmegaConf.to_container(config, resolve=True)
+    except UserError:
+        raise
+    except FAULTS as error:
+        raise UserError(f"{where} cannot be read: {error}") from error
+    return content
+
+
+def merged(*configs: DictConfig) -> DictConfig:
+    """Return settings over settings: later ones win."""
+    whole = OmegaConf.merge(*configs)
+    assert isinstance(whole, DictConfig)
+    return whole
+
+
+def _refuse_resolvers(node: Any) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_resolvers(key)
+            _refuse_resolvers(value)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_resolvers(value)
+    elif isinstance(node, str) and "${" in node:
+        rest = node
+        while (shorter := REFERENCE.sub("", rest)) != rest:  # again for references within references
+            rest = shorter
+        if "${" in rest:
+            raise UserError(f"{node!r}: only references to other settings, ${{section.setting}}, are allowed")

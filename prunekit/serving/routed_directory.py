@@ -1,0 +1,173 @@
+"""A PromptRoutedPipeline as one directory, and what it is made of: read from a run, from such a directory, or from any
+diffusers directory.
+
+    model_index.json  vae/ text_encoder/ tokenizer/ scheduler/ …   a diffusers pipeline without its UNet
+    experts/0/ 1/ …                                               UNets, each in its own tier
+    router.safetensors  prompt_encoder/                           which expert a prompt goes to
+    routed.json                                                   what belongs together
+
+Without prunekit, diffusers opens it with one expert: `DiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.export.model_folder import load_unet
+from prunekit.export.pipeline_parts import Parts
+from prunekit.export.specification import read_outline, weight_files
+from prunekit.export.tiers import save_unet
+from prunekit.methods.result import PruneResult
+from prunekit.methods.router import Router
+from prunekit.models import load_pipeline_of
+from prunekit.models.hub import INDEX
+from prunekit.models.names import read_object
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import staged, write_json
+from prunekit.runtime.run_directory import RECIPE, ROUTER, method_directory, read_recipe
+from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
+
+ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
+FORMAT = 1
+PROMPT_ENCODER = "prompt_encoder"
+
+
+def load(
+    directory: Path,
+    method: str | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    max_resident: int | None,
+    max_bytes: int | None,
+) -> tuple[Parts, Mixture]:
+    """Read a pipeline's parts and its experts; arguments and errors as `PromptRoutedPipeline.from_pretrained`."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bounds = {"max_resident": max_resident, "max_bytes": max_bytes}
+    if (directory / RECIPE).is_file():
+        parts, mixture = _from_run(directory, method, place, dtype, bounds)
+    elif (directory / ROUTED).is_file():
+        parts, mixture = _from_routed(directory, place, dtype, bounds)
+    elif (directory / INDEX).is_file():
+        experts = _experts(lambda index: directory / "unet", 1, place, dtype, bounds)
+        parts, mixture = Parts.load(directory, dtype), Mixture(experts)
+    else:
+        raise FileNotFoundError(
+            f"{directory} is no run directory and no pipeline: it holds none of {RECIPE}, {ROUTED} and {INDEX}"
+        )
+    for part in parts.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(place)
+    return parts, mixture
+
+
+def recipe_hash(directory: Path) -> str:
+    """Return the hash of a run's recipe, which names it in what is made from it."""
+    return Fingerprint((directory / RECIPE).read_text(encoding="utf-8")).key()
+
+
+def _from_run(
+    directory: Path, method: str | None, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
+) -> tuple[Parts, Mixture]:
+    settings, folder = read_recipe(directory), method_directory(directory, method)
+    method = folder.name
+    result = PruneResult.load(folder)
+    parts = Parts.of(load_pipeline_of(settings, dtype))
+
+    def place_of(index: int) -> Path:
+        unet = folder / "experts" / str(index) / "unet"
+        if not unet.is_dir():
+            raise FileNotFoundError(f"expert {index} of {method} is not there yet ({unet}); resume the run")
+        return unet
+
+    experts = _experts(place_of, len(result.architectures), device, dtype, bounds)
+    encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
+    info = {
+        "recipe": recipe_hash(directory),
+        "method": method,
+        "model": settings["model"],
+        "result": result.info.to_dict(),
+    }
+    return parts, Mixture(experts, result.router, encoder, settings["evaluation"]["guidance"], info)
+
+
+def _from_routed(
+    directory: Path, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
+) -> tuple[Parts, Mixture]:
+    content = read_object(directory / ROUTED)
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{directory / ROUTED} has format {content.get('format')!r}; this version of prunekit reads format "
+            f"{FORMAT}: use the version that wrote it, or a newer one"
+        )
+    count = content.get("num_experts")
+    if not isinstance(count, int) or not all((directory / "experts" / str(index)).is_dir() for index in range(count)):
+        raise UserError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
+    experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
+    router = encoder = None
+    if content.get("has_router"):
+        router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
+        if (router.num_experts, router.embedding_size) != (count, encoder.size):
+            raise UserError(
+                f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
+                f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
+            )
+    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
+    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+
+
+def _experts(
+    place_of: Callable[[int], Path],
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    bounds: Mapping[str, int | None],
+) -> Experts:
+    def read(index: int, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+        return load_unet(place_of(index), dtype, device)
+
+    def num_weights(index: int) -> int:
+        shapes = [read_outline(path)[1] for path in weight_files(place_of(index))]
+        return sum(math.prod(shape) for own in shapes for shape in own.values())
+
+    return Experts(read, num_weights, count, device, dtype, **bounds)
+
+
+def save(parts: Parts, mixture: Mixture, directory: Path, tier: str = "auto") -> None:
+    """Write a mixture and its pipeline's parts to a directory that is new or empty; it appears whole or not at all."""
+    with staged(directory) as folder:
+        write(parts, mixture, folder, tier)
+
+
+def write(parts: Parts, mixture: Mixture, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
+    """Write a mixture and its pipeline's parts into an existing folder; return the experts' specifications."""
+    specifications = []
+    for index in range(mixture.experts.num_experts):
+        with mixture.experts.use(index) as unet:
+            specifications.append(save_unet(unet, folder / "experts" / str(index), tier))
+        del unet  # or it would stay in memory while the next one is loaded
+    write_shared(parts, mixture, folder)
+    return specifications
+
+
+def write_shared(parts: Parts, mixture: Mixture, folder: Path) -> None:
+    """Write all but the experts."""
+    parts.save(folder)
+    if mixture.router is not None and mixture.encoder is not None:
+        mixture.router.save(folder / ROUTER)
+        mixture.encoder.model.save(str(folder / PROMPT_ENCODER), create_model_card=False, safe_serialization=True)
+    content = {
+        "format": FORMAT,
+        "num_experts": mixture.experts.num_experts,
+        "has_router": mixture.router is not None,
+        "guidance": mixture.guidance,
+        "info": mixture.info,
+    }
+    write_json(folder / ROUTED, content)

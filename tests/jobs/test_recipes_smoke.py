@@ -1,0 +1,82 @@
+"""Every recipe that ships, with scale=smoke, through every stage to its table: small models, data in its own layout."""
+
+from pathlib import Path
+
+import pytest
+import small_sdxl
+from data_layouts import LAYOUTS, emoji, samples
+from pages import PAGES, commands
+from small_model import write_pipeline
+from small_run import check_table
+
+from prunekit.jobs.compare.comparing import compare
+from prunekit.jobs.recipe import CompareRecipe, PretrainRecipe, load_recipe
+from prunekit.jobs.run import start
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("bench_"))
+SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs them
+    word.removeprefix("recipes/").removesuffix(".yaml")
+    for page in PAGES
+    for words in commands(page)
+    for word in words
+    if words[1:2] in (["run"], ["compare"]) and word.startswith("recipes/")
+}
+OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl"}  # the rest prune Stable Diffusion 2's topology,
+THIN = ("norm", "taylor_sp", "uniarch", "aptp")  # but for time these have one layer a block, which BK-SDM cannot cut
+FEWER = [f"evaluation.{key}={few}" for key, few in (("num_images", 2), ("num_predictions", 2), ("steps", 1))]
+LESS = {  # rows of the comparisons, which have them in common, for time
+    "compare_cc3m": [
+        "budgets=[{budget: 0.85, methods: [norm-undistilled, bksdm, aptp-base]}]",
+        "protocols=[equal_steps]",
+    ],
+    "compare_coco": ["budgets=[{budget: 0.78, methods: [norm]}, {budget: 0.64, methods: [taylor_sp]}]"],
+    "compare_emoji": ["budgets=[{budget: 'bksdm:base', methods: [bksdm, aptp]}]"],
+    "ablation_emoji": ["budgets=[{budget: 0.8, methods: [aptp-contrastive, aptp-shared]}]"],
+    "codes_emoji": ["budgets=[{budget: 0.8, methods: [kmeans_codes]}]"],
+    "settings_emoji": ["budgets=[{budget: 0.8, methods: [paper, hard_concrete]}]"],
+}
+QUICK = {"norm_cc3m", "uniarch_coco", "pretrain_emoji"}  # beside what test_commands.py runs of the README
+PAIRS = 24
+WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed((*LAYOUTS, emoji))}
+
+
+def write_data(folder: Path, kind: str, count: int = PAIRS) -> str:
+    """Write a data set in the published layout of a kind; return `data.path`."""
+    options = {"webdataset": {"per_shard": 12}, "coco": {"captions_each": 5, "year": "train2014"}}
+    return WRITERS[kind](folder, samples(count), **options.get(kind, {}))["path"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "sd2": write_pipeline(folder / "sd2"),
+        "thin": write_pipeline(folder / "thin", layers=1),
+        **{family: small_sdxl.write(folder / family, family) for family in ("sd1", "sdxl")},
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.long)
+        for path in RECIPES
+        if path.stem not in SHOWN
+    ],
+)
+def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # recipes name caches and reports from where they are started
+    recipe = load_recipe(path)
+    overrides = ["scale=smoke", f"data.path={write_data(tmp_path / 'data', recipe.data.kind)}"]
+    if not isinstance(recipe, PretrainRecipe):
+        own = "thin" if path.stem.startswith(THIN) else "sd2"
+        overrides += [f"model={models[OTHER_MODELS.get(path.stem, own)]}", *FEWER]
+    overrides += LESS.get(path.stem, [])
+    run = compare if isinstance(recipe, CompareRecipe) else start
+    directory = run([path] if run is compare else path, overrides)
+    assert directory == Path("runs") / f"{recipe.name}_smoke"
+    if isinstance(recipe, PretrainRecipe):
+        assert list(directory.rglob("model_index.json"))
+        return
+    check_table(directory)
