@@ -16,8 +16,13 @@ denoisers.register()
 
 if TYPE_CHECKING:
     from prunekit import methods
+    from prunekit.data.config import DataConfig, load_data
+    from prunekit.data.encoded import encode
+    from prunekit.data.prompt_encoder import load_prompt_encoder
     from prunekit.evaluation.evaluate import evaluate
-    from prunekit.recovery.fine_tuning import fine_tune
+    from prunekit.measuring.interleaved import measure
+    from prunekit.models import load_pipeline, load_shape
+    from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
     from prunekit.recovery.in_memory import recover_experts
 
     from .core.cost import CostModel
@@ -33,17 +38,25 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "CostModel",
+    "DataConfig",
+    "FineTuneConfig",
     "PromptRoutedPipeline",
     "PrunedUNet2DConditionModel",
     "UnitGroup",
     "UnitSpace",
     "as_stock",
     "discover",
+    "encode",
     "evaluate",
     "export_model",
     "export_unet",
     "fine_tune",
     "gated",
+    "load_data",
+    "load_pipeline",
+    "load_prompt_encoder",
+    "load_shape",
+    "measure",
     "methods",
     "pipeline_rows",
     "recover_experts",
@@ -60,9 +73,14 @@ _MODULES = {
     "core.slicing": ["export_model", "slice_model"],
     "core.space": ["Architecture", "UnitGroup", "UnitSpace"],
     "denoisers.unet.stock": ["as_stock"],
+    "data.config": ["DataConfig", "load_data"],
+    "data.encoded": ["encode"],
+    "data.prompt_encoder": ["load_prompt_encoder"],
     "evaluation.evaluate": ["evaluate"],
+    "measuring.interleaved": ["measure"],
     "methods": ["methods"],
-    "recovery.fine_tuning": ["fine_tune"],
+    "models": ["load_pipeline", "load_shape"],
+    "recovery.fine_tuning": ["FineTuneConfig", "fine_tune"],
     "recovery.in_memory": ["recover_experts"],
     "serving": ["PromptRoutedPipeline"],
     "slicing": ["PrunedUNet2DConditionModel", "export_unet", "slice_unet"],
