@@ -21,7 +21,7 @@ import auditing
 import pytest
 import yaml
 from fuzzing import forked
-from small_model import RECIPE, write_world
+from small_model import RECIPE, write_pipeline, write_world
 from small_release import write_release
 
 import prunekit
@@ -188,7 +188,7 @@ def write_recipes(work: Path) -> None:
     pretrain |= dict.fromkeys(("autoencoder", "decoder", "diffusion", "evaluator"), training)
     for name, content in {"small": world, "compare": compare, "bench": bench, "pretrain": pretrain}.items():
         (work / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    write_release(work / "release", load_pipeline(work / "model").unet)
+    write_release(work / "release", load_pipeline(write_pipeline(work / "stock")).unet)  # of a whole Stable Diffusion
 
 
 LINES = {  # each with what the ones before it have made
@@ -207,7 +207,7 @@ LINES = {  # each with what the ones before it have made
     "export onnx": ["export", "runs/small", "graphs", "--method", "norm", "--tier", "onnx"],
     "compare": ["compare", "compare.yaml"],
     "bench": ["bench", "bench.yaml"],
-    "import": ["import", "aptp", "release", "--model", "model", "--prompt-encoder", "emoji"],
+    "import": ["import", "aptp", "release", "--model", "stock", "--prompt-encoder", "emoji"],
     "demo": ["demo", "runs/small", "--device", "cpu"],
 }
 

@@ -27,7 +27,9 @@ def _place(path: object, directory: object = None) -> str:
     text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else f"<descriptor {path!r}>"
     start = Path(f"/proc/self/fd/{directory}").readlink() if isinstance(directory, int) and directory >= 0 else Path()
     given = start / text
-    return str(given.parent.resolve() / given.name)
+    place = str(given.parent.resolve() / given.name)
+    own = f"/proc/{os.getpid()}/"  # as which /proc/self is resolved
+    return f"/proc/self/{place.removeprefix(own)}" if place.startswith(own) else place
 
 
 def _changed(event: str, arguments: tuple) -> list[str]:
