@@ -24,6 +24,7 @@ STYLE = """
 
 
 def packages() -> list[str]:
+    """Return the names of the packages."""
     return sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
@@ -49,6 +50,7 @@ def rows() -> list[list[str]]:
 
 
 def picture() -> str:
+    """Return the picture as SVG."""
     levels = rows()[::-1]
     total = COLUMNS * WIDTH + (COLUMNS + 1) * GAP
     tall = len(levels) * (HEIGHT + GAP) + GAP
