@@ -75,11 +75,12 @@ class Call(Mapping[str, Any]):
 
         device: or a tensor or a model, whose device and dtype are taken. dtype: None leaves it as it is.
         """
-        if isinstance(device, nn.Module):
-            device = next(device.parameters())
-        if isinstance(device, Tensor):
-            device, dtype = device.device, dtype or device.dtype
-        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+        like = next(device.parameters()) if isinstance(device, nn.Module) else device
+        if isinstance(like, Tensor):
+            place, kind = like.device, dtype or like.dtype
+        else:
+            place, kind = torch.device(like), dtype
+        return self.map(lambda tensor: tensor.to(place, kind if tensor.is_floating_point() else None))
 
     def repeat(self, times: int) -> Call:
         """Return the call of all samples `times` times over: 0, 1, …, B - 1, 0, 1, …"""

@@ -134,7 +134,8 @@ class Description:
 
     def pruned_class(self) -> type[PrunedModel]:
         """The class of the pruned models, made once."""
-        return pruned_class(self.dense, self)
+        dense: Any = self.dense
+        return pruned_class(dense, self)
 
     def stock(self, model: Any) -> Any:
         """The model itself if it is dense; of a pruned one there is no stock form."""

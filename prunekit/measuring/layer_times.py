@@ -20,6 +20,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from prunekit.core.axes import Layer
+from prunekit.core.call import Call
 from prunekit.core.discovery import discover
 from prunekit.core.registry import denoiser_of
 from prunekit.core.slicing import slice_model
@@ -111,7 +112,7 @@ def _shape(model: nn.Module, layer: Layer) -> Hashable:
 
 
 def _level(
-    dense: ModelMixin, space: UnitSpace, kept: Mapping[str, int], inputs: Mapping[str, Any], rounds: int
+    dense: ModelMixin, space: UnitSpace, kept: Mapping[str, int], inputs: Call, rounds: int
 ) -> tuple[float, dict[str, list[float]]]:
     """Return (the dense call's time beside, every layer's samples with `kept` units of each group, by path)."""
     is_full = all(kept[group.path] == group.size for group in space.width_groups)

@@ -32,7 +32,7 @@ def architectures(source: Source) -> Section:
     places = denoiser.outline(source.shape)
     for name, result in source.chosen.items():
         info = result.info
-        cost = CostModel(source.shape, result.space, info.sample_size, info.text_length)
+        cost = CostModel(source.shape, result.space, info.sample_size, info.text_length or 77)
         members = [f"{name} · expert {i}" if len(result.architectures) > 1 else name for i in range(len(info.macs))]
         rows = [[str(index), *_counts(cost, own)] for index, own in enumerate(result.architectures)]
         tables.append({"title": name, "header": HEADER, "rows": rows})

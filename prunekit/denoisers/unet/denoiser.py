@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from prunekit.core.axes import Place
 from prunekit.core.counting import Counter
+from prunekit.core.family import Family
 
 from .attaching import blank_copy
 from .bksdm import Levels
@@ -26,7 +27,7 @@ from .walk import walk
 class UNet(UNetStructure, UNetCalls):
     """UNet2DConditionModel as the library sees it."""
 
-    family: ClassVar = StableDiffusion()
+    family: ClassVar[Family] = StableDiffusion()
     conventions: ClassVar[Mapping[str, type[Counter]]] = {"aptp": Aptp}
     latent: ClassVar[str] = "sample"
     legend: ClassVar[str] = "R: ResBlock, A: attention layer"

@@ -73,8 +73,8 @@ def random_pipeline(model: ModelMixin, seed: int) -> DiffusionPipeline:
             sample_size=768,
             **AUTOENCODER,
         )
-    parts = [_filled(part, model.device, model.dtype, seed) for part in (autoencoder, text_encoder)]
-    return assemble(*parts, tokenizer, model)
+    autoencoder, text_encoder = (_filled(part, model.device, model.dtype, seed) for part in (autoencoder, text_encoder))
+    return assemble(autoencoder, text_encoder, tokenizer, model)
 
 
 def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
