@@ -76,10 +76,8 @@ class Call(Mapping[str, Any]):
         device: or a tensor or a model, whose device and dtype are taken. dtype: None leaves it as it is.
         """
         like = next(device.parameters()) if isinstance(device, nn.Module) else device
-        if isinstance(like, Tensor):
-            place, kind = like.device, dtype or like.dtype
-        else:
-            place, kind = torch.device(like), dtype
+        place = like.device if isinstance(like, Tensor) else torch.device(like)
+        kind = like.dtype if isinstance(like, Tensor) and dtype is None else dtype
         return self.map(lambda tensor: tensor.to(place, kind if tensor.is_floating_point() else None))
 
     def repeat(self, times: int) -> Call:
