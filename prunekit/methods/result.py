@@ -113,12 +113,16 @@ class PruneResult:
     """What a method chose.
 
     architectures: one, or N of a mixture. router: sends a prompt to one of the N; None where there is one.
-    info: the method, its settings and what was reached.
+    info: the method, its settings and what was reached; a mapping is read by `ResultInfo.from_dict`.
     """
 
     architectures: list[Architecture]
     router: Router | None = None
     info: ResultInfo = field(default_factory=ResultInfo)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.info, Mapping):
+            self.info = ResultInfo.from_dict(self.info)
 
     def notes(self) -> list[str]:
         """What a person should know beside the MACs, a line each: the predicted time."""

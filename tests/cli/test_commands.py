@@ -112,7 +112,7 @@ def place(supplies, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds a width
-    monkeypatch.setattr("prunekit.measuring.latency_table.DEFAULT_WIDTHS", 2)
+    monkeypatch.setattr("prunekit.methods.latency_budget.DEFAULT_WIDTHS", 2)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     return folder

@@ -11,6 +11,7 @@ ALLOWED = (
     "denoisers/unet/",
     "export/",  # the UNet's own formats: stock form, LoRA, adapters, class file, graphs
     "export/importing/",  # foreign UNet checkpoints
+    "jobs/import_aptp.py",  # the command that imports them
 )
 OF_AUTOENCODERS = re.compile("Encoder|Decoder")
 BLOCKS = sorted(

@@ -65,10 +65,11 @@ class Tiny:
 @contextmanager
 def registered():
     """Register the description while the context is open."""
+    attributes = list(registry._ATTRIBUTES)
     registry.register_denoiser([TinyTransformer], Tiny(), "transformer")
     try:
         yield
     finally:
         registry._LOADERS.pop("TinyTransformer")
         registry._LOADED.pop("TinyTransformer", None)
-        registry._ATTRIBUTES.remove("transformer")
+        registry._ATTRIBUTES[:] = attributes

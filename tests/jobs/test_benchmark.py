@@ -230,7 +230,7 @@ def test_random_weights_give_a_whole_pipeline_of_sd1s_sizes():
 
 
 def test_random_weights_keep_activations_in_range(monkeypatch):
-    monkeypatch.setattr("prunekit.models.load_unet_on_meta", lambda model: unets.build("sd2", "meta"))
+    monkeypatch.setattr("prunekit.jobs.bench.bench_models.load_unet_on_meta", lambda model: unets.build("sd2", "meta"))
     unet, again = (random_unet("small", CPU, torch.float32, 0) for _ in range(2))
     with torch.no_grad():
         output = unet(**timed_inputs(unet, 1, 16, 7)).sample

@@ -150,7 +150,7 @@ def test_every_method_takes_a_budget_in_time(name, unet, model, file):
 
 def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
     monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds a width
-    monkeypatch.setattr("prunekit.measuring.latency_table.DEFAULT_WIDTHS", 2)
+    monkeypatch.setattr("prunekit.methods.latency_budget.DEFAULT_WIDTHS", 2)
     training = {**TRAINING, "steps": 1}
     evaluation = {"num_images": 4, "steps": 1, "num_predictions": 4, "num_pictures": 2}
     prune = {"budget": {"latency": 0.9, "tables": str(tmp_path / "tables")}, "align": 64}

@@ -225,8 +225,8 @@ def losses_and_gradients(pipeline, micro_batch, step, **settings):
 def test_accumulation_changes_neither_losses_nor_gradients(pipeline, step):
     whole, gradient, batch = losses_and_gradients(pipeline, SEARCH["batch_size"], step)
     parts, other, _ = losses_and_gradients(pipeline, 3, step)
-    assert whole == pytest.approx(parts, rel=1e-5)
     # rounding in float32: up to 1.2e-5 on processors whose kernels sum a batch of 3 and of 6 in other orders
+    assert whole == pytest.approx(parts, rel=3e-5)
     assert (gradient - other).norm() <= 3e-5 * gradient.norm() and gradient.norm() > 0
     assert float(batch.weights.sum()) == pytest.approx(1.0)
 

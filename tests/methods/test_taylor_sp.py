@@ -95,7 +95,7 @@ def test_the_sum_ends_where_the_loss_has_fallen(unet, monkeypatch):
     pipeline, data = stub(unet, "epsilon"), encoded_for(unet)
     settings = {**SMALL, "num_timesteps": 4, "batch_size": 4, "include": "mid_block.*"}
     monkeypatch.setattr("prunekit.methods.taylor_sp._check", lambda *args: None)
-    monkeypatch.setattr("prunekit.training.diffusion.per_sample_mse", loss_of)
+    monkeypatch.setattr("prunekit.methods.taylor_sp.per_sample_mse", loss_of)
     for threshold, used in ((0.05, [0, 250]), (0.5, [0]), (0.0, [0, 250, 500, 750])):
         values = iter(falling.values())
         scores = TaylorSP(**settings, threshold=threshold).score(pipeline, data)

@@ -47,7 +47,7 @@ def run(recipe, directory, page=False):
     with pytest.MonkeyPatch.context() as patches:
         patches.setenv("PRUNEKIT_PROCESSES", "1")
         if not page:  # it takes longest, and has no figures
-            patches.setattr("prunekit.jobs.reporting.finish", lambda *given: None)
+            patches.setattr("prunekit.jobs.run.finish", lambda *given: None)
         return CliRunner().invoke(app, ["run", str(recipe), "--directory", str(directory)])
 
 

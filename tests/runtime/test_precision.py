@@ -107,7 +107,8 @@ def test_what_an_old_run_did_not_write_has_its_old_default(tmp_path):
 
 def test_a_slow_precision_is_said_with_its_factor(hardware, monkeypatch):
     hardware()
-    monkeypatch.setattr("prunekit.runtime.precision.slowdown", lambda value, kind: 1.0 if value == "float32" else 20.4)
+    slow = "prunekit.jobs.recipe.auto_precision.slowdown"
+    monkeypatch.setattr(slow, lambda value, kind: 1.0 if value == "float32" else 20.4)
     recipe = parse_recipe({**RECIPE, "evaluation": {"precision": "bfloat16"}})
     lines = precision_lines(resolve_recipe(recipe, CPU), CPU)
     assert lines[0].startswith("precision: float32 in fine_tune; bfloat16 in evaluation (auto means float32 here")
