@@ -11,6 +11,7 @@ from prunekit.data import coco
 from prunekit.data.bad_samples import BadSample, DataError, Tolerance
 from prunekit.data.emoji import EMOJI_DIRECTORY, load_emoji
 from prunekit.data.folder import folder_samples
+from prunekit.data.holdout import HoldoutBy
 from prunekit.data.images import CaptionedImages
 from prunekit.data.parquet import columns_of, num_rows, parquet_samples
 from prunekit.data.pictures import FilePictures, ParquetPictures
@@ -62,7 +63,14 @@ class DataConfig(BaseModel):
     text_column: str | None = Field(
         None, description="column or shard member of the caption; unset: txt, text or caption"
     )
-    holdout: float = Field(0.1, ge=0, lt=1, description="share of the captions that no training sees")
+    holdout: float = Field(
+        0.1, ge=0, lt=1, description="Share of the pictures, or of the captions, that no training sees."
+    )
+    holdout_by: HoldoutBy = Field(
+        "captions",
+        description="What is held out. captions: one caption of a picture, which itself stays in training; pictures: "
+        "whole pictures with all their captions, their near-duplicates and the pictures that share a caption.",
+    )
     verify: bool = Field(
         False, description="decode every picture once while reading; false: bad ones are found when they are encoded"
     )
@@ -104,12 +112,12 @@ def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> Capti
     if path is not None and not path.exists():
         raise DataError(f"data.path={config.path} does not exist; give {PATHS.get(config.kind, 'a folder of shards')}")
     if config.kind == "emoji":
-        return load_emoji(path, config.holdout, seed)
+        return load_emoji(path, config.holdout, seed, config.holdout_by)
     if path is None:
         raise DataError(f"data.kind={config.kind} needs data.path, {PATHS[config.kind]}")
     remembered = {"indexes": cache / "indexes"} if cache is not None and config.kind == "webdataset" else {}
     found, pictures = READERS[config.kind](config, path, **remembered)
-    return collect(found, pictures, config.tolerance, str(path), config.verify, config.holdout, seed)
+    return collect(found, pictures, config.tolerance, str(path), config.verify, config.holdout, seed, config.holdout_by)
 
 
 def data_size(config: DataConfig) -> tuple[int, int] | None:
@@ -127,7 +135,7 @@ def data_size(config: DataConfig) -> tuple[int, int] | None:
         if _bytes_to_read(config, path) > MOST_COUNTED_BYTES:
             return None
         if config.kind == "emoji":
-            data = load_emoji(path, config.holdout)
+            data = load_emoji(path, 0.0)
             return data.num_images, data.num_pairs
         samples = (s for s in READERS[config.kind](config, path)[0] if isinstance(s, Sample))
         counts = [sum(caption_fault(caption) is None for caption in sample.captions) for sample in samples]

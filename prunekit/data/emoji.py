@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from prunekit.data.bad_samples import DataError
-from prunekit.data.images import CaptionedImages, hold_out
+from prunekit.data.holdout import HoldoutBy, hold_out
+from prunekit.data.images import CaptionedImages
 from prunekit.data.samples import caption_fault
 from prunekit.data.webdataset import read_webdataset
 
@@ -19,7 +20,9 @@ def emoji_captions(name: str, keywords: list[str]) -> list[str]:
     return [name] if len(keywords) < 2 else [name, listed, f"{name}: {listed}"]
 
 
-def load_emoji(path: Path | None = None, holdout: float = 0.1, seed: int = 0) -> CaptionedImages:
+def load_emoji(
+    path: Path | None = None, holdout: float = 0.1, seed: int = 0, holdout_by: HoldoutBy = "captions"
+) -> CaptionedImages:
     """Read Emoji-64 (or a folder of shards with the same json: name, keywords) through the WebDataset reader."""
     folder = path or EMOJI_DIRECTORY
     samples = read_webdataset(sorted(folder.glob("*.tar")))
@@ -40,11 +43,14 @@ def load_emoji(path: Path | None = None, holdout: float = 0.1, seed: int = 0) ->
         texts = emoji_captions(name.strip(), keywords)
         captions += texts
         image_index += [index] * len(texts)
-    indices = torch.tensor(image_index)
+    indices, encoded = torch.tensor(image_index), [sample["image"] for sample in samples]
+    held = hold_out(holdout_by, encoded, captions, indices, holdout, seed)
     return CaptionedImages(
-        encoded=[sample["image"] for sample in samples],
+        encoded=encoded,
         names=[sample["text"] for sample in samples],
         captions=captions,
         image_index=indices,
-        held_out=hold_out(captions, indices, holdout, seed),
+        held_out=held.pairs,
+        holdout_by=holdout_by,
+        held_by_closure=held.by_closure,
     )

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from prunekit.data.bad_samples import BadSample, DataError, Tolerance, write_report
+from prunekit.data.holdout import HoldoutBy
 from prunekit.data.picture_files import decode, fault
 from prunekit.data.pictures import Pictures
-from prunekit.runtime.randomness import generator
 
-__all__ = ["BadSample", "CaptionedImages", "DataError", "Tolerance", "hold_out"]
+__all__ = ["BadSample", "CaptionedImages", "DataError", "Tolerance"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class CaptionedImages:
 
     `encoded[i]` is the i-th picture's compressed bytes (a list, or Pictures that are read when asked for), `names[i]`
     its short name (what "the nearest name" means in the evaluation); pair p is the image `image_index[p]` with the
-    text `captions[p]`, and `held_out[p]` says that no training may see that text. `skipped` are the samples that were
-    left out, `tolerance` how many may be; neither is part of the data's identity.
+    text `captions[p]`, and `held_out[p]` says that no training may see that pair (`data.holdout`), and where pictures
+    are held out, its picture. `skipped` are the samples that were left out, `tolerance` how many may be; neither is
+    part of the data's identity.
     """
 
     encoded: Sequence[bytes]
@@ -32,6 +33,8 @@ class CaptionedImages:
     held_out: Tensor  # (P,) bool
     skipped: list[BadSample] = field(default_factory=list, compare=False)
     tolerance: Tolerance = field(default=Tolerance(), compare=False)
+    holdout_by: HoldoutBy = "captions"
+    held_by_closure: int = field(default=0, compare=False)  # held-out pictures that only resemble one that was drawn
 
     @property
     def num_images(self) -> int:
@@ -46,6 +49,12 @@ class CaptionedImages:
     def training_pairs(self) -> Tensor:
         """Return the indices of the pairs that training may use, (P_train,)."""
         return torch.nonzero(~self.held_out).flatten()
+
+    def held_out_pictures(self) -> Tensor:
+        """Return the indices of the pictures that no training sees: all their pairs are held out; (n,)."""
+        training = torch.zeros(self.num_images, dtype=torch.bool)
+        training[self.image_index[~self.held_out]] = True
+        return torch.nonzero(~training).flatten()
 
     def pixels(self, indices: Iterable[int], size: int) -> Tensor:
         """Decode pictures to uint8 (n, 3, size, size): shorter side resized, centre cropped.
@@ -136,24 +145,3 @@ class CaptionedImages:
 
     def _file(self, index: int) -> str:
         return self.encoded.file_of(index) if isinstance(self.encoded, Pictures) else ""
-
-
-def hold_out(captions: list[str], image_index: Tensor, share: float, seed: int) -> Tensor:
-    """Choose the pairs whose *text* training never sees, (P,) bool: at most one caption of an image.
-
-    Only images with several captions give one up, so that every picture stays in training; where no image has
-    several (one caption a picture), the held-out pairs' pictures are unseen too. The same text elsewhere goes with it.
-    """
-    counts = torch.bincount(image_index)
-    several = counts[image_index] > 1 if bool((counts > 1).any()) else torch.ones(len(captions), dtype=torch.bool)
-    may_go, image_of = several.tolist(), image_index.tolist()
-    texts: set[str] = set()
-    images: set[int] = set()
-    for pair in torch.randperm(len(captions), generator=generator(seed, "hold_out")).tolist():
-        if len(images) >= round(share * len(captions)):
-            break
-        image = image_of[pair]
-        if may_go[pair] and image not in images:
-            images.add(image)
-            texts.add(captions[pair])
-    return torch.tensor([may and text in texts for may, text in zip(may_go, captions, strict=True)])

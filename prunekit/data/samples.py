@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from prunekit.data.bad_samples import BadSample, DataError, Tolerance, file_size
-from prunekit.data.images import CaptionedImages, hold_out
+from prunekit.data.holdout import HoldoutBy, hold_out
+from prunekit.data.images import CaptionedImages
 from prunekit.data.pictures import Pictures
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -60,6 +61,7 @@ def collect(
     verify: bool = False,
     holdout: float = 0.0,
     seed: int = 0,
+    holdout_by: HoldoutBy = "captions",
 ) -> CaptionedImages:
     """Make captioned images of a reader's samples, in the reader's order.
 
@@ -101,4 +103,5 @@ def collect(
         images = images.without(bad)
     else:
         tolerance.check(skipped, len(captions))
-    return replace(images, held_out=hold_out(images.captions, images.image_index, holdout, seed))
+    held = hold_out(holdout_by, images.encoded, images.captions, images.image_index, holdout, seed)
+    return replace(images, held_out=held.pairs, holdout_by=holdout_by, held_by_closure=held.by_closure)

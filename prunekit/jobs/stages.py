@@ -136,8 +136,11 @@ class Stages:
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
         self.data: EncodedData = encode(self.pipeline, images, self.encoder, self.resolution, self.cache, recipe.cache)
         images = self.data.images  # without what could not be decoded
-        held_out = int(images.held_out.sum())
-        self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out:,} held out)")
+        held_out = f"{int(images.held_out.sum()):,} held out"
+        if images.holdout_by == "pictures":
+            held_out += f", with {len(images.held_out_pictures()):,} pictures"
+            held_out += f", {images.held_by_closure:,} of them as duplicates of others" * bool(images.held_by_closure)
+        self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out})")
 
     @cached_property
     def model_digest(self) -> str:

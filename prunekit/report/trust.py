@@ -112,6 +112,7 @@ def _of_comparison(source: Source) -> list[tuple[str, str]]:
 
 def _data(recipe: dict[str, Any]) -> str:
     data = recipe.get("data", {})
-    held = f", {100 * data['holdout']:.0f} % of the captions held out" if data.get("holdout") else ""
+    by = data.get("holdout_by", "captions")
+    held = f", {100 * data['holdout']:.0f} % of the {by} held out" if data.get("holdout") else ""
     place = f" at {data['path']}" if data.get("path") else ""
     return f"{data.get('kind', '–')}{place}{held}"

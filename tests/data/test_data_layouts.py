@@ -117,7 +117,7 @@ def test_several_rows_of_a_picture_are_several_captions(tmp_path):
 
 def test_coco_trains_on_all_captions(tmp_path):
     settings = data_layouts.coco(tmp_path, SAMPLES, captions_each=5, year="train2014")
-    data = load(settings, holdout=0.1)
+    data = load(settings, holdout=0.1, holdout_by="captions")
     texts = [(c, text if copy == 0 else f"{text}, seen {copy}") for c, text in PAIRS for copy in range(5)]
     assert pairs(data) == texts and data.num_images == 8 and data.names == [text for _, text in PAIRS]
     assert data.image_index[data.held_out].unique().numel() == int(data.held_out.sum()) == 4

@@ -114,6 +114,7 @@ class CellRunner:
             "model": stages.model_digest,
             "data": {
                 "holdout": recipe.data.holdout,
+                "holdout_by": recipe.data.holdout_by,
                 "seed": recipe.seed,
                 "content": stages.data_digest,
                 "prompt_encoder": recipe.prompt_encoder,

@@ -10,6 +10,7 @@ from prunekit.jobs.recipe.reading import parse_recipe
 from prunekit.jobs.recipe.schema import AnyRecipe, PretrainRecipe
 
 ADDED = {  # fields of a cell that were added later, with the value that every earlier cell had
+    "data.holdout_by": "captions",
     "method.routing": "cosine",
     "method.snr_form": "velocity",
     "fine_tune.snr_form": "velocity",

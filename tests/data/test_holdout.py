@@ -1,0 +1,135 @@
+"""What no training sees: held-out pictures with all their captions, duplicates, and pictures that share a caption."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from data_layouts import LAYOUTS, emoji
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from small_data import encoded_for, stub
+from unets import build
+
+from prunekit.data.config import DataConfig, load_data
+from prunekit.data.encoded import EncodedData
+from prunekit.data.holdout import NEAR, duplicate_groups, hold_out, near_pairs
+from prunekit.methods import APTP, Norm, TaylorSP, UniArch
+from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
+
+SEARCH = {"steps": 2, "batch_size": 4, "learning_rate": 0.1}
+
+
+def noise(seed, shift=0):
+    """A picture of 8 x 8 random blocks as PNG, and shifted a little in brightness: other bytes, nearly the same."""
+    import io
+
+    blocks = np.random.default_rng(seed).integers(0, 200, (8, 8, 3)) + shift
+    buffer = io.BytesIO()
+    Image.fromarray(blocks.astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def samples():
+    """Forty pictures: 30 different ones, 4 with the bytes of another, 3 near another, 3 with the caption of another."""
+    made = [(noise(index), f"picture {index}") for index in range(30)]
+    made += [(noise(index), f"the same as {index}") for index in range(4)]
+    made += [(noise(index, shift=3), f"nearly {index}") for index in range(4, 7)]
+    return made + [(noise(100 + index), f"picture {index}") for index in range(7, 10)]
+
+
+TWINS = (
+    {30 + index: index for index in range(4)} | {34 + i: 4 + i for i in range(3)} | {37 + i: 7 + i for i in range(3)}
+)
+
+
+@pytest.mark.parametrize("write", [*LAYOUTS, emoji], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_that_is_held_out_is_in_training_in_any_layout(write, seed, tmp_path):
+    config = {**write(tmp_path, samples()), "holdout": 0.3, "holdout_by": "pictures"}
+    if write is emoji:  # every picture there has the keyword "picture", which two share with all others
+        config["path"] = str(tmp_path)
+    data = load_data(DataConfig(**config), seed)
+    held = data.held_out_pictures().tolist()
+    training = sorted(set(range(data.num_images)) - set(held))
+    if write is not emoji:
+        assert len(held) == 12
+        assert all((twin in held) == (index in held) for index, twin in TWINS.items())
+    assert not {data.encoded[i] for i in held} & {data.encoded[i] for i in training}
+    seen = {data.captions[pair] for pair in data.training_pairs().tolist()}
+    assert not seen & {data.captions[pair] for pair in torch.nonzero(data.held_out).flatten().tolist()}
+    thumbnails = data.pixels(range(data.num_images), 16).flatten(1).double() / 255
+    distances = torch.cdist(thumbnails[held], thumbnails[training]) / thumbnails.shape[1] ** 0.5
+    assert not distances.numel() or distances.min() > NEAR
+
+
+def test_groups_join_through_others():
+    encoded = [noise(0), noise(1), noise(0), noise(2), noise(1, shift=2)]
+    groups = duplicate_groups(encoded, ["a", "b", "B ", "c", "d"], torch.arange(5)).tolist()
+    assert groups[0] == groups[2] == groups[1] == groups[4] != groups[3]
+    assert near_pairs([*encoded, b"no picture"]) == [(0, 2), (1, 4)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    captions=st.lists(st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=3), min_size=4, max_size=30),
+    share=st.floats(0, 0.9),
+    seed=st.integers(0, 100),
+)
+def test_the_share_is_never_exceeded_and_texts_are_apart(captions, share, seed):
+    texts = [text for own in captions for text in own]
+    index = torch.tensor([picture for picture, own in enumerate(captions) for _ in own])
+    held = hold_out("pictures", [bytes([i]) for i in range(len(captions))], texts, index, share, seed)
+    assert held.pictures <= round(share * len(captions)) and 0 <= held.by_closure <= held.pictures
+    mask = held.pairs.tolist()
+    assert not {t for t, m in zip(texts, mask, strict=True) if m} & {
+        t for t, m in zip(texts, mask, strict=True) if not m
+    }
+    assert len({i for i, m in zip(index.tolist(), mask, strict=True) if m}) == held.pictures
+
+
+class Watched(EncodedData):
+    """Encoded data that remembers which pairs were asked for."""
+
+    def conditions(self, pairs, *arguments, **options):
+        WATCHED.update(pairs.tolist())
+        return super().conditions(pairs, *arguments, **options)
+
+
+WATCHED = set()
+
+
+def watched(unet):
+    data = encoded_for(unet, num=12)
+    held = torch.zeros(12, dtype=torch.bool)
+    held[[1, 4, 9]] = True
+    content = {name: getattr(data, name) for name in data.__dataclass_fields__}
+    return Watched(**{**content, "images": replace(data.images, held_out=held)})
+
+
+METHODS = {
+    "norm": Norm(budget=0.6),
+    "taylor_sp": TaylorSP(budget=0.6, samples=9, batch_size=3, num_timesteps=2),
+    "uniarch": UniArch(budget=0.6, search=SEARCH),
+    "aptp": APTP(budget=0.6, experts=2, warmup=1, search=SEARCH),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_calibration_and_search_see_training_pairs_only(name):
+    unet = build("sd2")
+    data = watched(unet)
+    WATCHED.clear()
+    METHODS[name].prune(stub(unet), data)
+    assert not WATCHED & {1, 4, 9}
+    assert name == "norm" or WATCHED
+
+
+def test_fine_tuning_sees_training_pairs_only(tmp_path):
+    unet = build("sd2")
+    data = watched(unet)
+    WATCHED.clear()
+    config = FineTuneConfig(steps=6, batch_size=6, learning_rate=1e-4)
+    fine_tune(build("sd2"), unet, data, config, tmp_path, scheduler=stub(unet).scheduler)
+    assert set(range(12)) - {1, 4, 9} == WATCHED
