@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 Fill = Callable[
     [str, tuple[int, ...]], Tensor
 ]  # from what an argument is, such as "text", and its shape, to its values
+
+TIMESTEP = 500  # of an example
 
 
 class Call(Mapping[str, Any]):
@@ -102,6 +104,76 @@ class Call(Mapping[str, Any]):
         A tensor without axes must be equal in all of them.
         """
         return Call(_joined(calls))
+
+
+class NamedCalls:
+    """The part of a `Denoiser` that is about inputs, where the config gives the shapes. Methods are `Denoiser`'s.
+
+    arguments: the names of the forward pass's arguments, by role: "noisy", "timestep", and the conditions.
+    """
+
+    arguments: ClassVar[Mapping[str, str]]
+
+    @property
+    def latent(self) -> str:
+        """Name of the argument that holds the noisy latent."""
+        return self.arguments["noisy"]
+
+    def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
+        """Return the call that predicts for noisy latents."""
+        given = {"noisy": noisy, "timestep": timesteps, **conditions}
+        return Call({self.arguments[role]: value for role, value in given.items()})
+
+    def example(
+        self,
+        model: Any,
+        batch: int,
+        latent: tuple[int, int],
+        text_length: int,
+        fill: Fill,
+        timesteps: Tensor | None = None,
+    ) -> Call:
+        """Return a call of the right shapes."""
+        noisy = fill("noisy", (batch, self.latent_channels(model), *latent))
+        conditions = self.example_conditions(model, batch, text_length, fill)
+        timesteps = torch.tensor(TIMESTEP, device=noisy.device) if timesteps is None else timesteps
+        return self.call(noisy, timesteps, conditions)
+
+    def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:
+        """Return the conditions of an example call, by role."""
+        conditions = {"text": fill("text", (batch, text_length, self.text_width(model)))}
+        if pooled := self.pooled_width(model):
+            conditions["pooled"] = fill("pooled", (batch, pooled))
+        return conditions
+
+    def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
+        """Return the call under the same conditions for other noisy latents at other timesteps."""
+        return call.replace(**{self.arguments["noisy"]: noisy, self.arguments["timestep"]: timesteps})
+
+    def noisy(self, call: Call) -> Tensor:
+        """Return the noisy latents of a call."""
+        return call[self.arguments["noisy"]]
+
+    def text_length(self, call: Call) -> int:
+        """Return the tokens of a call's text."""
+        return int(call[self.arguments["text"]].shape[1])
+
+    def latent_channels(self, model: Any) -> int:
+        """Return the channels of the latents."""
+        return int(model.config.in_channels)
+
+    def latent_size(self, model: Any) -> tuple[int, int] | None:
+        """Return the latent's (h, w) that a model was made for; None where its config does not say."""
+        size = model.config.sample_size
+        return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+    def text_width(self, model: Any) -> int:
+        """Return the width of the text states."""
+        return int(model.config.cross_attention_dim)
+
+    def pooled_width(self, model: Any) -> int:
+        """Return the width of the pooled text embedding; 0 where the model takes none."""
+        return 0
 
 
 def predict(model: nn.Module, call: Call) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -316,8 +315,7 @@ def _latent_size(denoiser: Denoiser, model: nn.Module, sample_size: int | tuple[
     return sides
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """A module of a layer, and to whom its cost belongs.
 
     owner: "unit": `share`, a fraction (of, in all), of what its weight costs belongs to the layer's units together, and

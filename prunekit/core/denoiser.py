@@ -44,9 +44,6 @@ class Structure(Protocol):
     def lengths(self, model: nn.Module, latent: tuple[int, int], text_length: int) -> dict[str, int]:
         """The number of positions of every stream, for a latent (h, w) and a number of text tokens."""
 
-    def latent_size(self, model: nn.Module) -> tuple[int, int] | None:
-        """(h, w) of the latent that the model was made for; None where its config does not say."""
-
     def after_cut(self, model: nn.Module, layer: Layer, kept: Sequence[int]) -> None:
         """Update what a layer's modules remember of their widths, once its weights are cut to some units."""
 
@@ -62,14 +59,17 @@ class Denoiser(Structure, Protocol):
 
     family: what pipelines do around such a model.
     conventions: ways to count MACs, by name, beside those of every model (`counting.CONVENTIONS`).
-    latent: name of the forward pass's argument that holds the noisy latent.
     legend: what the letters of `outline` stand for, in words.
     """
 
     family: ClassVar[Family]
     conventions: ClassVar[Mapping[str, type[Counter]]]
-    latent: ClassVar[str]
     legend: ClassVar[str]
+
+    @property
+    def latent(self) -> str:
+        """Name of the forward pass's argument that holds the noisy latent."""
+        ...
 
     def pruned_class(self) -> type[nn.Module]:
         """The class of the pruned models."""
@@ -158,6 +158,9 @@ class Denoiser(Structure, Protocol):
     def latent_channels(self, model: nn.Module) -> int:
         """Return C, the channels of the latents."""
         ...
+
+    def latent_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """(h, w) of the latent that the model was made for; None where its config does not say."""
 
     def text_width(self, model: nn.Module) -> int:
         """Return E, the width of the text states."""

@@ -6,18 +6,15 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .axes import Layer, Passage, Place
-from .call import Call, Fill
+from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
-from .slicing import PrunedModel, pruned_class
+from .slicing import PrunedModel, blank_of, pruned_class
 from .space import UnitGroup
-
-TIMESTEP = 500  # of an example
 
 
 class Bypassed(nn.Module):
@@ -35,13 +32,12 @@ class Bypassed(nn.Module):
         return passing[0] if len(passing) == 1 else passing
 
 
-class Description:
+class Description(NamedCalls):
     """A `Denoiser` of a model whose blocks stand in lists; a subclass says what is in a block and how long streams are.
 
     dense: the model class.
     lists: the paths of the lists of blocks, in the order of the forward pass.
     inputs: the arguments of a block that pass on if it goes, in the order of its outputs.
-    arguments: the names of the forward pass's arguments, by role; see `Denoiser.call`.
     outputs: by kind of layer, the path inside it of the layer whose output bias is left when it is empty.
     """
 
@@ -75,11 +71,6 @@ class Description:
 
     def check(self, model: nn.Module) -> None:
         """UserError for a model on which the laws have not been verified; here none."""
-
-    @property
-    def latent(self) -> str:
-        """Name of the argument that holds the noisy latent."""
-        return self.arguments["noisy"]
 
     # structure
 
@@ -143,59 +134,4 @@ class Description:
 
     def blank(self, model: Any) -> Any:
         """A dense model of the same config, on the meta device."""
-        config = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "pruning"}
-        with torch.device("meta"):
-            return self.dense(**config)
-
-    # calls
-
-    def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """The call that predicts for noisy latents."""
-        given = {"noisy": noisy, "timestep": timesteps, **conditions}
-        return Call({self.arguments[role]: value for role, value in given.items()})
-
-    def example(
-        self,
-        model: Any,
-        batch: int,
-        latent: tuple[int, int],
-        text_length: int,
-        fill: Fill,
-        timesteps: Tensor | None = None,
-    ) -> Call:
-        """A call of the right shapes."""
-        noisy = fill("noisy", (batch, self.latent_channels(model), *latent))
-        conditions = {"text": fill("text", (batch, text_length, self.text_width(model)))}
-        if pooled := self.pooled_width(model):
-            conditions["pooled"] = fill("pooled", (batch, pooled))
-        timesteps = torch.tensor(TIMESTEP, device=noisy.device) if timesteps is None else timesteps
-        return self.call(noisy, timesteps, conditions)
-
-    def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
-        """The call under the same conditions for other noisy latents at other timesteps."""
-        return call.replace(**{self.arguments["noisy"]: noisy, self.arguments["timestep"]: timesteps})
-
-    def noisy(self, call: Call) -> Tensor:
-        """The noisy latents of a call."""
-        return call[self.arguments["noisy"]]
-
-    def text_length(self, call: Call) -> int:
-        """The tokens of a call's text."""
-        return call[self.arguments["text"]].shape[1]
-
-    def latent_channels(self, model: Any) -> int:
-        """Channels of the latents."""
-        return int(model.config.in_channels)
-
-    def latent_size(self, model: Any) -> tuple[int, int] | None:
-        """(h, w) of the latent that the model was made for."""
-        size = model.config.sample_size
-        return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
-
-    def text_width(self, model: Any) -> int:
-        """Width of the text states."""
-        return int(model.config.cross_attention_dim)
-
-    def pooled_width(self, model: Any) -> int:
-        """Width of the pooled text embedding; 0: the model takes none."""
-        return 0
+        return blank_of(self.dense, model)

@@ -55,14 +55,6 @@ def denoiser_of(model: nn.Module | type) -> Denoiser:
     raise UserError(f"{cls.__name__} is not supported. Supported models: {', '.join(supported())}")
 
 
-def pruned_class_named(name: str) -> type | None:
-    """Return the class of pruned models of that name, such as "PrunedUNet2DConditionModel"; None if there is none."""
-    dense = name.removeprefix("Pruned")
-    if dense == name or dense not in _LOADERS:
-        return None
-    return _loaded(dense).pruned_class()
-
-
 def denoiser_named(name: str | None) -> Denoiser:
     """Return what describes a model class by the name that its config states, "_class_name".
 

@@ -246,6 +246,13 @@ def blank_copy(model: nn.Module) -> nn.Module:
     return denoiser_of(model).blank(model)
 
 
+def blank_of(dense: Any, model: Any) -> Any:
+    """A model of a dense class with a model's config, without weights: on the meta device."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "pruning"}
+    with torch.device("meta"):
+        return dense(**config)
+
+
 def slice_member(pruned_class: type[PrunedModel], model: nn.Module, folder: str | Path) -> Any:
     """A backbone sliced to the Architecture of a member's folder."""
     pruning = pruned_class.load_config(folder)["pruning"]

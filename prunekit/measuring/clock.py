@@ -112,6 +112,3 @@ def timed_inputs(model: ModelMixin, batch: int, latent: int | tuple[int, int], t
 def timed_call(model: ModelMixin, call: Call) -> Callable[[], Tensor]:
     """Return what makes a call of the model."""
     return lambda: predict(model, call)
-
-
-unet_inputs, unet_call = timed_inputs, timed_call  # as latency/measuring.py still calls them

@@ -25,7 +25,7 @@ from prunekit.core.discovery import discover
 from prunekit.core.registry import denoiser_of
 from prunekit.core.slicing import slice_model
 from prunekit.core.space import Architecture, UnitSpace
-from prunekit.measuring.clock import unet_call, unet_inputs
+from prunekit.measuring.clock import timed_call, timed_inputs
 from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.measuring.latency_table import DEFAULT_WIDTHS, LatencyTable, LayerTimes, conditions_of
 from prunekit.runtime.errors import UserError
@@ -69,13 +69,13 @@ def measure_table(
         raise UserError("a latency table is measured, and this UNet is on the meta device; load it with its weights")
     conditions = conditions_of(unet, sample_size, text_length, batch, dtype)
     dense = nn.Module.to(slice_model(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
-    inputs = unet_inputs(dense, batch, sample_size, text_length)
+    inputs = timed_inputs(dense, batch, sample_size, text_length)
     layers = _timed(dense)
     shapes: dict[str, Hashable] = {layer.path: _shape(dense, layer) for layer in layers}
     samples: dict[Hashable, dict[int, list[float]]] = {}  # by shape, then by the number of kept units
     with torch.no_grad():
         warm_up = WarmUp(max_seconds=10 * seconds)
-        call = measure({"dense": unet_call(dense, inputs)}, FEWEST, device, warm_up).arms["dense"].p50
+        call = measure({"dense": timed_call(dense, inputs)}, FEWEST, device, warm_up).arms["dense"].p50
         rounds = round(min(MOST, max(FEWEST, seconds / (2 * call))))
         reference = None
         for level in range(widths, -1, -1):
@@ -120,9 +120,9 @@ def _level(
     pruned = dense if is_full else slice_model(dense, Architecture(space, torch.tensor(values, dtype=torch.bool)))
     samples: dict[str, list[float]] = {}
     beside: list[float] = []
-    whole = unet_call(dense, inputs)
+    whole = timed_call(dense, inputs)
     with in_place(pruned) as marks:
-        call = unet_call(pruned, inputs)
+        call = timed_call(pruned, inputs)
         call()
         for _ in range(rounds):
             beside.append(_seconds_of(whole, dense.device))

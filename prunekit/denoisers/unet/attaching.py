@@ -18,6 +18,7 @@ from torch import nn
 
 from prunekit.core.cutting import units_to_channels
 from prunekit.core.emptied import Emptied
+from prunekit.core.slicing import blank_of
 from prunekit.runtime.errors import UserError
 
 from .removed import BYPASSED
@@ -105,9 +106,7 @@ def removed_layer(unet: nn.Module, name: str) -> str | None:
 
 def blank_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A UNet of the dense config, without weights: on the meta device."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
-    with torch.device("meta"):
-        return UNet2DConditionModel(**config)
+    return blank_of(UNet2DConditionModel, unet)
 
 
 def cut_processors(processors: Mapping[str, Any], unet: UNet2DConditionModel) -> dict[str, Any]:

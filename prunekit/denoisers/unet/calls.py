@@ -3,67 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
-from prunekit.core.call import Call, Fill
+from prunekit.core.call import Call, Fill, NamedCalls
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from torch import Tensor, nn
 
 REGIONS = (ResnetBlock2D, BasicTransformerBlock)
-TIMESTEP = 500  # of an example
 SIZES = 6  # original height and width, crop, target height and width (SDXL)
 
 
-class UNetCalls:
+class UNetCalls(NamedCalls):
     """What a UNet's calls look like: the part of its description that is about inputs. Methods are `Denoiser`'s."""
 
+    arguments: ClassVar[Mapping[str, str]] = {
+        "noisy": "sample",
+        "timestep": "timestep",
+        "text": "encoder_hidden_states",
+    }
+
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents."""
-        arguments = {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions["text"]}
+        """Return the call that predicts for noisy latents; XL's further conditions are one nested argument."""
+        call = super().call(noisy, timesteps, {"text": conditions["text"]})
+        if "pooled" not in conditions:
+            return call
+        added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
+        return Call({**call, "added_cond_kwargs": added})
+
+    def example_conditions(
+        self, model: UNet2DConditionModel, batch: int, text_length: int, fill: Fill
+    ) -> dict[str, Tensor]:
+        """Return the conditions of an example call, by role; XL's sizes go with the pooled text."""
+        conditions = super().example_conditions(model, batch, text_length, fill)
         if "pooled" in conditions:
-            added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
-            return Call({**arguments, "added_cond_kwargs": added})
-        return Call(arguments)
-
-    def example(
-        self,
-        model: UNet2DConditionModel,
-        batch: int,
-        latent: tuple[int, int],
-        text_length: int,
-        fill: Fill,
-        timesteps: Tensor | None = None,
-    ) -> Call:
-        """Return a call of the right shapes."""
-        noisy = fill("noisy", (batch, self.latent_channels(model), *latent))
-        conditions = {"text": fill("text", (batch, text_length, self.text_width(model)))}
-        if pooled := self.pooled_width(model):
-            conditions["pooled"] = fill("pooled", (batch, pooled))
             conditions["sizes"] = fill("sizes", (batch, SIZES))
-        timesteps = torch.tensor(TIMESTEP, device=noisy.device) if timesteps is None else timesteps
-        return self.call(noisy, timesteps, conditions)
-
-    def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
-        """Return the call under the same conditions for other noisy latents at other timesteps."""
-        return call.replace(sample=noisy, timestep=timesteps)
-
-    def noisy(self, call: Call) -> Tensor:
-        """Return the noisy latents of a call."""
-        return call["sample"]
-
-    def text_length(self, call: Call) -> int:
-        """Return the tokens of a call's text."""
-        return call["encoder_hidden_states"].shape[1]
-
-    def latent_channels(self, model: UNet2DConditionModel) -> int:
-        """Return the channels of the latents."""
-        return model.config.in_channels
+        return conditions
 
     def text_width(self, model: UNet2DConditionModel) -> int:
         """Return the width of the text states; a config may state it level by level."""

@@ -29,7 +29,6 @@ class UNet(UNetStructure, UNetCalls):
 
     family: ClassVar[Family] = StableDiffusion()
     conventions: ClassVar[Mapping[str, type[Counter]]] = {"aptp": Aptp}
-    latent: ClassVar[str] = "sample"
     legend: ClassVar[str] = "R: ResBlock, A: attention layer"
 
     def pruned_class(self) -> type[PrunedUNet2DConditionModel]:

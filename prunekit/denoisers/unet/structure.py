@@ -18,6 +18,17 @@ from .walk import Site, check_supported, resolutions, walk
 
 MOST_GROUPS = 32  # of a feed-forward's channels, or the largest divisor of its width below that
 _NORM_OF = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # the LayerNorm that only feeds this layer
+_RESNET_AXES = {  # by the runs of channels that the time step's projection has: 2 for scale and shift
+    shifts: (
+        Axis("conv1", "out"),
+        Axis("time_emb_proj", "out", copies=shifts),
+        Axis("norm2", "each"),
+        Axis("conv2", "in"),
+    )
+    for shifts in (1, 2)
+}
+_ATTENTION_AXES = (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in"))
+_FEEDFORWARD_AXES = (Axis("net.0.proj", "out", copies=2), Axis("net.2", "in"))  # GEGLU: values, gates
 _EMPTIED = {"resnet": EmptiedResnet, "attention": EmptiedAttention, "feedforward": EmptiedFeedForward}
 
 
@@ -60,11 +71,6 @@ class UNetStructure:
         sizes = resolutions(model, latent)
         levels = {str(level): height * width for level, (height, width) in enumerate(sizes)}
         return {**levels, "text": text_length, "one": 1}
-
-    def latent_size(self, model: UNet2DConditionModel) -> tuple[int, int] | None:
-        """(h, w) of the latent that the UNet was made for; None where its config does not say."""
-        size = model.config.sample_size
-        return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
 
     def after_cut(self, model: nn.Module, layer: Layer, kept: Sequence[int]) -> None:
         """Update an attention's number of heads and its widths."""
@@ -113,7 +119,7 @@ def _resnet(unet: UNet2DConditionModel, site: Site) -> Layer:
         stream,
         {"time_emb_proj": "one"},
         UnitGroup("resnet", site.path, groups, width // groups),
-        (Axis("conv1", "out"), Axis("time_emb_proj", "out", copies=shifts), Axis("norm2", "each"), Axis("conv2", "in")),
+        _RESNET_AXES[shifts],
         feeds=(f"{site.path}.norm1",),
         activations=tuple(activations),
     )
@@ -131,7 +137,7 @@ def _attention(unet: UNet2DConditionModel, site: Site) -> Layer:
         stream,
         {"to_k": keys, "to_v": keys},
         UnitGroup("attention", site.path, module.heads, module.inner_dim // module.heads),
-        (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in")),
+        _ATTENTION_AXES,
         products=(stream, keys),
         feeds=_feeds(site),
     )
@@ -151,7 +157,7 @@ def _feedforward(unet: UNet2DConditionModel, site: Site) -> Layer:
         site.path,
         stream,
         group=UnitGroup("feedforward", site.path, groups, inner // groups),
-        axes=(Axis("net.0.proj", "out", copies=2), Axis("net.2", "in")),  # GEGLU: values, gates
+        axes=_FEEDFORWARD_AXES,
         feeds=_feeds(site),
     )
 
