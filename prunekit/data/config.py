@@ -1,7 +1,9 @@
 """Which captioned images a recipe uses: the settings, and the reader of each layout."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from prunekit.runtime.errors import UserError
 CC3M_FOLDERS = {"Train_GCC-training.tsv": "training", "Validation_GCC-1.1.0-Validation.tsv": "validation"}
 LAYOUT_SETTINGS = {  # which settings of a layout mean something for which kind
     "split": ("webdataset", "parquet", "coco"),
+    "holdout_split": ("webdataset", "parquet", "coco", "cc3m_tsv", "csv"),
     "annotations": ("coco",),
     "images": ("coco", "cc3m_tsv", "csv"),
     "image_column": ("webdataset", "parquet", "csv", "folder"),
@@ -36,6 +39,7 @@ PATHS = {  # what data.path names
     "parquet": "a folder of *.parquet files",
     "csv": "a CSV file",
 }
+DATA_BEFORE = {"holdout_by": "captions"}  # settings of runs that were recorded without them
 MOST_COUNTED_BYTES = 256 * 2**20  # of shards, or of a table, that are read to count captions
 
 
@@ -67,9 +71,14 @@ class DataConfig(BaseModel):
         0.1, ge=0, lt=1, description="Share of the pictures, or of the captions, that no training sees."
     )
     holdout_by: HoldoutBy = Field(
-        "captions",
-        description="What is held out. captions: one caption of a picture, which itself stays in training; pictures: "
-        "whole pictures with all their captions, their near-duplicates and the pictures that share a caption.",
+        "pictures",
+        description="What is held out. pictures: whole pictures with all their captions, their near-duplicates and "
+        "the pictures that share a caption; captions: one caption of a picture, which itself stays in training.",
+    )
+    holdout_split: str | None = Field(
+        None,
+        description="webdataset, parquet, coco: the split that is held out in place of a share; cc3m_tsv, csv: the "
+        "other file, from the folder of `path`",
     )
     verify: bool = Field(
         False, description="decode every picture once while reading; false: bad ones are found when they are encoded"
@@ -88,11 +97,32 @@ class DataConfig(BaseModel):
             allowed = ", ".join(coco.SPLITS)
             if self.split is None and self.annotations is None:
                 raise UserError(f"data.kind='coco' needs data.split ({allowed}) or data.annotations with data.images")
-            if self.split is not None and self.split not in coco.SPLITS:
-                raise UserError(f"data.split={self.split!r} of data.kind='coco': choose one of {allowed}")
+            for setting in ("split", "holdout_split"):
+                if getattr(self, setting) is not None and getattr(self, setting) not in coco.SPLITS:
+                    raise UserError(
+                        f"data.{setting}={getattr(self, setting)!r} of data.kind='coco': choose one of {allowed}"
+                    )
             if self.split is None and self.images is None:
                 raise UserError("data.annotations without data.split needs data.images, the folder of the pictures")
+        if self.holdout_split is not None and self.holdout_by != "pictures":
+            raise UserError("data.holdout_split holds out pictures: leave data.holdout_by=pictures")
         return self
+
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether pictures are held out, so that the evaluation uses them."""
+        return self.holdout_by == "pictures" and (self.holdout > 0 or self.holdout_split is not None)
+
+    @property
+    def held_out_split(self) -> "DataConfig | None":
+        """The data that is held out where it is a split of its own; None where a share is held out."""
+        if self.holdout_split is None:
+            return None
+        changes: dict[str, Any] = {"split": self.holdout_split, "annotations": None, "images": None}
+        if self.kind in ("cc3m_tsv", "csv"):  # a split is a file
+            other = None if self.path is None else str(Path(self.path).parent / self.holdout_split)
+            changes = {"path": other, "images": self.images if self.kind == "csv" else None}
+        return self.model_copy(update={**changes, "holdout_split": None})
 
     @property
     def tolerance(self) -> Tolerance:
@@ -100,10 +130,16 @@ class DataConfig(BaseModel):
         return Tolerance(self.max_bad_share, Path(self.report).expanduser() if self.report else None)
 
 
+def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
+    """Return the section `data` that a run recorded; before there was `holdout_by`, captions were held out."""
+    return DataConfig.model_validate({**DATA_BEFORE, **settings})
+
+
 def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> CaptionedImages:
     """Read the images and captions that a recipe names; pictures stay on disk until they are asked for.
 
-    cache: a directory in which what tar shards hold is remembered, so that a second start does not open them.
+    cache: a directory in which it is remembered what tar shards hold and which pictures resemble each other, so that a
+    second start does not open them.
 
     Bad samples are left out with their captions: `skipped` of the result has them, and `data.report` lists them.
     Raises DataError for a path that is missing or empty, and for more bad samples than `data.max_bad_share` allows.
@@ -112,19 +148,38 @@ def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> Capti
     if path is not None and not path.exists():
         raise DataError(f"data.path={config.path} does not exist; give {PATHS.get(config.kind, 'a folder of shards')}")
     if config.kind == "emoji":
-        return load_emoji(path, config.holdout, seed, config.holdout_by)
+        return load_emoji(path, config.holdout, seed, config.holdout_by, cache)
     if path is None:
         raise DataError(f"data.kind={config.kind} needs data.path, {PATHS[config.kind]}")
     remembered = {"indexes": cache / "indexes"} if cache is not None and config.kind == "webdataset" else {}
     found, pictures = READERS[config.kind](config, path, **remembered)
-    return collect(found, pictures, config.tolerance, str(path), config.verify, config.holdout, seed, config.holdout_by)
+    if (other := config.held_out_split) is not None:
+        assert other.path is not None
+        if not (place := Path(other.path).expanduser()).exists():
+            raise DataError(f"data.holdout_split={config.holdout_split}: there is no {place}")
+        found = chain(found, _held_out(READERS[config.kind](other, place, **remembered)[0]))
+    held = (config.holdout, seed, config.holdout_by, cache)
+    return collect(found, pictures, config.tolerance, str(path), config.verify, *held)
+
+
+def _held_out(found: Iterable[Sample | BadSample]) -> Iterator[Sample | BadSample]:
+    for sample in found:
+        yield replace(sample, is_held_out=True) if isinstance(sample, Sample) else sample
 
 
 def data_size(config: DataConfig) -> tuple[int, int] | None:
     """Return (images, captions) of a data set that is here and quickly counted, without decoding; else None.
 
-    Samples that are bad as far as the reader tells are not counted.
+    Samples that are bad as far as the reader tells are not counted. A split that is held out is part of the data.
     """
+    sizes = [_size_of(part) for part in (config, config.held_out_split) if part is not None]
+    counted = [size for size in sizes if size is not None]
+    if len(counted) < len(sizes):
+        return None
+    return sum(images for images, _ in counted), sum(captions for _, captions in counted)
+
+
+def _size_of(config: DataConfig) -> tuple[int, int] | None:
     path = Path(config.path).expanduser() if config.path else EMOJI_DIRECTORY if config.kind == "emoji" else None
     try:
         if path is None or not path.exists():

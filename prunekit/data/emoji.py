@@ -21,7 +21,11 @@ def emoji_captions(name: str, keywords: list[str]) -> list[str]:
 
 
 def load_emoji(
-    path: Path | None = None, holdout: float = 0.1, seed: int = 0, holdout_by: HoldoutBy = "captions"
+    path: Path | None = None,
+    holdout: float = 0.1,
+    seed: int = 0,
+    holdout_by: HoldoutBy = "captions",
+    cache: Path | None = None,
 ) -> CaptionedImages:
     """Read Emoji-64 (or a folder of shards with the same json: name, keywords) through the WebDataset reader."""
     folder = path or EMOJI_DIRECTORY
@@ -44,7 +48,7 @@ def load_emoji(
         captions += texts
         image_index += [index] * len(texts)
     indices, encoded = torch.tensor(image_index), [sample["image"] for sample in samples]
-    held = hold_out(holdout_by, encoded, captions, indices, holdout, seed)
+    held = hold_out(holdout_by, encoded, captions, indices, holdout, seed, cache=cache)
     return CaptionedImages(
         encoded=encoded,
         names=[sample["text"] for sample in samples],

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from prunekit.data.bad_samples import DataError
+from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.picture_files import decode
+from prunekit.runtime.digests import Digests
 from prunekit.runtime.randomness import generator
+from prunekit.runtime.tensors import save_tensors
 
 HoldoutBy = Literal["pictures", "captions"]
 THUMBNAIL = 16  # pixels of a side
@@ -44,6 +49,8 @@ def hold_out(
     image_index: Tensor,
     share: float,
     seed: int,
+    split: Tensor | None = None,
+    cache: Path | None = None,
 ) -> HeldOut:
     """Choose what no training sees.
 
@@ -54,13 +61,19 @@ def hold_out(
         image_index: the picture of each pair, (P,).
         share: of the pictures, or of the captions.
         seed: the choice is keyed by it.
+        split: pictures (n,) bool of a split that is held out in place of a share, with their duplicates elsewhere.
+        cache: a directory in which it is remembered which pictures resemble each other.
 
     """
+    if split is not None:
+        groups = duplicate_groups(encoded, captions, image_index, cache)
+        held = torch.isin(groups, groups[split].unique())
+        return HeldOut(held[image_index], int(held.sum()), int(held.sum()) - int(split.sum()))
     if not share:
         return HeldOut(torch.zeros(len(captions), dtype=torch.bool))
     if by == "captions":
         return HeldOut(held_out_captions(captions, image_index, share, seed))
-    return _held_out_pictures(duplicate_groups(encoded, captions, image_index), image_index, share, seed)
+    return _held_out_pictures(duplicate_groups(encoded, captions, image_index, cache), image_index, share, seed)
 
 
 def held_out_captions(captions: list[str], image_index: Tensor, share: float, seed: int) -> Tensor:
@@ -101,7 +114,9 @@ def _held_out_pictures(groups: Tensor, image_index: Tensor, share: float, seed: 
     return HeldOut(held[image_index], count, count - len(drawn))
 
 
-def duplicate_groups(encoded: Sequence[bytes], captions: list[str], image_index: Tensor) -> Tensor:
+def duplicate_groups(
+    encoded: Sequence[bytes], captions: list[str], image_index: Tensor, cache: Path | None = None
+) -> Tensor:
     """Return the group of each picture, (n,) int64: pictures that must not be divided between training and evaluation.
 
     Two pictures are in one group if they have the same bytes, if they share a caption, or if the root mean square
@@ -113,12 +128,26 @@ def duplicate_groups(encoded: Sequence[bytes], captions: list[str], image_index:
     for caption, picture in zip(captions, image_index.tolist(), strict=True):
         edges.append((first.setdefault(caption.strip().casefold(), picture), picture))
     if len(encoded) <= MOST_COMPARED:
-        content: dict[bytes, int] = {}
-        edges += [(content.setdefault(bytes(encoded[index]), index), index) for index in range(len(encoded))]
-        edges += near_pairs(encoded)
+        edges += _resembling(encoded, cache)
     rows, columns = np.array(edges, dtype=np.int64).reshape(-1, 2).T
     graph = coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(encoded), len(encoded)))
     return torch.from_numpy(connected_components(graph, directed=False)[1].astype(np.int64))
+
+
+def _resembling(encoded: Sequence[bytes], cache: Path | None) -> list[tuple[int, int]]:
+    """Return the pairs of pictures with equal bytes or near thumbnails; with a cache, of pictures seen before, read."""
+    path = None
+    if cache is not None:
+        key = Fingerprint("resembling", THUMBNAIL, NEAR).add_pictures(encoded, Digests(cache)).key()
+        path = cache / "resembling" / f"{key}.safetensors"
+        if path.is_file():
+            return [(first, second) for first, second in load_file(path)["pairs"].tolist()]
+    content: dict[bytes, int] = {}
+    pairs = [(content.setdefault(bytes(encoded[index]), index), index) for index in range(len(encoded))]
+    pairs = [pair for pair in pairs if pair[0] != pair[1]] + near_pairs(encoded)
+    if path is not None:
+        save_tensors(path, {"pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)})
+    return pairs
 
 
 def near_pairs(encoded: Sequence[bytes]) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from prunekit.data.holdout import HoldoutBy
 from prunekit.data.picture_files import decode, fault
 from prunekit.data.pictures import Pictures
 
-__all__ = ["BadSample", "CaptionedImages", "DataError", "Tolerance"]
+Split = Literal["held out", "training"]  # of data of which pictures are held out
+HELD_OUT: Split = "held out"
+TRAINING: Split = "training"
+__all__ = ["HELD_OUT", "TRAINING", "BadSample", "CaptionedImages", "DataError", "Split", "Tolerance"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,28 @@ class CaptionedImages:
     def training_pairs(self) -> Tensor:
         """Return the indices of the pairs that training may use, (P_train,)."""
         return torch.nonzero(~self.held_out).flatten()
+
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether whole pictures are held out, so that the data has a split that no training has seen."""
+        return self.holdout_by == "pictures" and bool(self.held_out.any())
+
+    def pairs_of(self, split: Split | None) -> Tensor:
+        """Return the indices of a split's pairs, or of all, (n,)."""
+        kept = torch.ones_like(self.held_out) if split is None else self.held_out == (split == HELD_OUT)
+        return torch.nonzero(kept).flatten()
+
+    def of_split(self, split: Split | None) -> "CaptionedImages":
+        """Return the pictures of a split and their captions; None: all. For data of which pictures are held out."""
+        if split is None:
+            return self
+        return self.take(self.image_index[self.pairs_of(split)].unique().tolist())
+
+    def pairs_beside_names(self) -> Tensor:
+        """Return the indices of the pairs whose caption is not their picture's name, or the only one; (n,)."""
+        counts = torch.bincount(self.image_index, minlength=self.num_images)[self.image_index]
+        named = [caption == self.names[i] for caption, i in zip(self.captions, self.image_index.tolist(), strict=True)]
+        return torch.nonzero(~torch.tensor(named) | (counts == 1)).flatten()
 
     def held_out_pictures(self) -> Tensor:
         """Return the indices of the pictures that no training sees: all their pairs are held out; (n,)."""

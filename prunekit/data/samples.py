@@ -25,6 +25,7 @@ class Sample:
     file: str  # the file that holds the picture
     place: tuple[int, int]  # where in the file, as the layout's Pictures define
     captions: list[Any]  # as they are in the data: `caption_fault` says which are good
+    is_held_out: bool = False  # of a split that no training sees
 
 
 def file_sample(key: str, path: Path, captions: list[Any]) -> Sample | BadSample:
@@ -62,18 +63,20 @@ def collect(
     holdout: float = 0.0,
     seed: int = 0,
     holdout_by: HoldoutBy = "captions",
+    cache: Path | None = None,
 ) -> CaptionedImages:
     """Make captioned images of a reader's samples, in the reader's order.
 
     A caption that `caption_fault` finds bad is left out; a picture that has no other goes with it. verify: decode every
     picture once, here, and leave out those that cannot be; without it they are found, and left out, when they are
-    encoded.
+    encoded. cache: as in `hold_out`.
     Raises DataError where nothing is found, and where more is bad than `tolerance` allows.
     """
     files: list[str] = []
     places, image_index = array("q"), array("q")
     names: list[str] = []
     captions: list[str] = []
+    split: list[bool] = []  # of each picture: whether it is of the split that is held out
     skipped: list[BadSample] = []
     for sample in found:
         if isinstance(sample, BadSample):
@@ -89,6 +92,7 @@ def collect(
         places.extend((len(files) - 1, *sample.place))
         image_index.extend([len(names)] * len(texts))
         names.append(texts[0])
+        split.append(sample.is_held_out)
         captions += texts
     if not names and not skipped:
         raise DataError(f"no sample in {where}: the data set is empty")
@@ -103,5 +107,7 @@ def collect(
         images = images.without(bad)
     else:
         tolerance.check(skipped, len(captions))
-    held = hold_out(holdout_by, images.encoded, images.captions, images.image_index, holdout, seed)
+    of_split = torch.tensor([held for picture, held in enumerate(split) if picture not in bad])
+    parts = (images.encoded, images.captions, images.image_index)
+    held = hold_out(holdout_by, *parts, holdout, seed, of_split if of_split.any() else None, cache)
     return replace(images, held_out=held.pairs, holdout_by=holdout_by, held_by_closure=held.by_closure)

@@ -52,9 +52,15 @@ def agreement_samples(
     return _noised(indices, latents[indices], drawn, pipeline, seed)
 
 
-def data_samples(data: EncodedData, pipeline: Any, seed: int = 0, count: int = SAMPLES) -> AgreementSamples:
-    """Draw the samples of `agreement_samples` among a data set's pairs, and read no other row of it."""
-    indices = epoch_indices(data.images.num_pairs, count, seed, 0)
+def data_samples(
+    data: EncodedData, pipeline: Any, seed: int = 0, count: int = SAMPLES, pairs: Tensor | None = None
+) -> AgreementSamples:
+    """Draw the samples of `agreement_samples` among a data set's pairs, and read no other row of it.
+
+    pairs: (n,) among which they are drawn; all without it.
+    """
+    pairs = torch.arange(data.images.num_pairs) if pairs is None else pairs
+    indices = pairs[epoch_indices(len(pairs), count, seed, 0)]
     return _noised(indices, data.latents[data.image_index[indices]], data.conditions(indices), pipeline, seed)
 
 

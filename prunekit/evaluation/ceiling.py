@@ -1,5 +1,6 @@
 """What an evaluator says of pictures whose worth is known: the bounds that a generator's figures are read against."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,11 @@ from torch.nn import functional as F
 
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.metrics import clip_score, retrieval
+from prunekit.evaluation.table import SEEN
 from prunekit.runtime.randomness import generator
+
+REAL, REAL_TRAINING = "real", "real, of training"  # rows
+TEXT_FIGURES = ("clip_score", "top1", "top5")
 
 
 def text_figures(evaluator: Any, images: Tensor, texts: Tensor, targets: Tensor) -> dict[str, float]:
@@ -42,11 +47,41 @@ def evaluator_ceiling(
     """
     targets = torch.arange(data.num_images) if shown is None else shown
     real, texts = data.pixels(targets.tolist(), size), evaluator.embed_texts(data.names)
-    pictures = {"real": real, "half resolution": to_bytes(soften(real.float() / 255, 2))}
+    pictures = {REAL: real, "half resolution": to_bytes(soften(real.float() / 255, 2))}
     if autoencoder is not None:
         pictures["reconstructed"] = reconstruct(autoencoder, real)
     pictures["noise"] = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator(seed, "ceiling"))
     return {row: text_figures(evaluator, images, texts, targets) for row, images in pictures.items()}
+
+
+def real_figures(evaluator: Any, data: CaptionedImages, shown: Tensor, size: int) -> dict[str, float]:
+    """Return {"clip_score", "top1", "top5"} of real pictures (n,) of the data, `size` pixels of a side."""
+    return text_figures(evaluator, data.pixels(shown.tolist(), size), evaluator.embed_texts(data.names), shown)
+
+
+def unfit(known: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the figures that the evaluator does not judge on held-out pictures.
+
+    Of those it gives real held-out pictures less than half of what it gives real training pictures.
+    """
+    if REAL_TRAINING not in known:
+        return []
+    return [name for name in TEXT_FIGURES if known[REAL][name] < known[REAL_TRAINING][name] / 2]
+
+
+def fit(row: dict[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+    """Return a table's row without the figures that the evaluator cannot judge."""
+    keys = {name for figure in left_out for name in (figure, f"{SEEN}{figure}")}
+    return {name: value for name, value in row.items() if name not in keys}
+
+
+def unfit_line(name: str, known: Mapping[str, Mapping[str, float]]) -> str:
+    """Return why a figure is left out."""
+    held, training = known[REAL][name], known[REAL_TRAINING][name]
+    return (
+        f"{name} is left out: the evaluator gives real held-out pictures {held:.3g} and real training pictures "
+        f"{training:.3g}, so it cannot judge held-out ones by it"
+    )
 
 
 @torch.no_grad()

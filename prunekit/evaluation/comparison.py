@@ -14,16 +14,17 @@ from torch import Tensor
 
 from prunekit.core.registry import with_denoiser
 from prunekit.data.encoded import EncodedData
-from prunekit.data.images import CaptionedImages
+from prunekit.data.images import TRAINING, CaptionedImages, Split
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
-from prunekit.evaluation.metrics import clip_score, cmmd, frechet_distance, kid, retrieval
+from prunekit.evaluation.metrics import clip_score, cmmd, frechet_of_enough, kid, retrieval
 from prunekit.methods.router import Router
 from prunekit.runtime.precision import autocast
 from prunekit.runtime.randomness import generator
 
 TIMED_IMAGES = 8
+FLOOR_SETS, MOST_FLOOR_PICTURES = 4, 2000
 FREQUENT_WORDS = 6
 STOP_WORDS = {"with", "and", "the", "of", "in", "on", "for", "flag"}
 
@@ -38,6 +39,7 @@ class Candidate:
     params: Sequence[int]
     router: Router | None = None
     training_seconds: float | None = None
+    training_passes: float | None = None  # of the dense model for one sample each: what pruning and recovery computed
 
     def used_params(self, shares: Tensor | None = None) -> int:
         """Return the parameters of the experts that prompts are sent to; a dead expert is no part of the model.
@@ -112,16 +114,24 @@ class Prompts:
         seed: int,
         prompt_encoder: Any | None = None,
         num_references: int | None = None,
+        split: Split | None = None,
     ) -> "Prompts":
-        """Choose half of `count` prompts among the names and half among the held-out captions, as far as there are.
+        """Choose half of `count` prompts among the names and half among the captions, as far as there are.
 
         prompt_encoder: with `encode`; None: embeddings are zeros (n, 1).
         num_references: real pictures at most, the prompts' own first; None: all.
+        split: prompts and pictures are of this split, for data of which pictures are held out; None: names and pictures
+            are of all the data, the captions those that are held out.
         """
+        images = images.of_split(split)
         order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
-        held = torch.nonzero(images.held_out).flatten()
-        held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))][: count // 2]
-        names = order[: count - len(held)]
+        held = torch.nonzero(images.held_out).flatten() if split is None else images.pairs_beside_names()
+        held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))]
+        names = order[: count - min(count // 2, len(held))]
+        if split is not None:  # pictures first that no name asks for
+            asked = torch.isin(images.image_index[held], names)
+            held = torch.cat([held[~asked], held[asked]])
+        held = held[: count // 2]
         prompts = [images.names[i] for i in names] + [images.captions[i] for i in held]
         targets = torch.cat([names, images.image_index[held]])
         embeddings = torch.zeros(len(prompts), 1)
@@ -137,6 +147,7 @@ class EvaluationSet(Prompts):
 
     real_features: Tensor = field(repr=False)  # (num_images, F)
     real_embeddings: Tensor = field(repr=False)  # (num_images, E)
+    floors: dict[str, float] = field(default_factory=dict)  # {"cmmd", "kid"} of real pictures of training, as many
 
     @classmethod
     def build(
@@ -148,15 +159,44 @@ class EvaluationSet(Prompts):
         prompt_encoder: Any,
         size: int,
         num_references: int | None = None,
+        split: Split | None = None,
     ) -> "EvaluationSet":
         """Choose prompts as `Prompts.choose` does, and look at the real pictures, `size` pixels of a side."""
-        chosen = Prompts.choose(images, count, seed, prompt_encoder, num_references)
+        chosen = Prompts.choose(images, count, seed, prompt_encoder, num_references, split)
         real = chosen.real_images.pixels(range(chosen.real_images.num_images), size)
-        return cls(**vars(chosen), real_features=evaluator.features(real), real_embeddings=evaluator.embed_images(real))
+        seen = cls(**vars(chosen), real_features=evaluator.features(real), real_embeddings=evaluator.embed_images(real))
+        return seen if split is None else replace(seen, floors=_floors(seen, images, evaluator, size, seed))
 
     def reseeded(self, seed: int | None) -> "EvaluationSet":
         """Return the same prompts with another seed of their noise; None changes nothing."""
         return self if seed is None else replace(self, seeds=noise_seeds(seed, len(self.prompts)))
+
+
+def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, size: int, seed: int) -> dict[str, float]:
+    """Return CMMD and KID of real pictures of the training split in place of drawn ones: what no generator can beat.
+
+    The pictures are as many as there are prompts, none of them a reference, and the figure is the mean over up to 4
+    such sets; nothing where there are too few.
+    """
+    training, used = images.of_split(TRAINING), {bytes(picture) for picture in prompts.real_images.encoded}
+    order = torch.randperm(training.num_images, generator=generator(seed, "floor")).tolist()
+    count = len(prompts.prompts)
+    sets = max(1, min(FLOOR_SETS, MOST_FLOOR_PICTURES // count))
+    rows: list[int] = []
+    for picture in order:
+        if len(rows) == sets * count:
+            break
+        if bytes(training.encoded[picture]) not in used:
+            rows.append(picture)
+    sets = len(rows) // count
+    if not sets:
+        return {}
+    found: dict[str, float] = {"cmmd": 0.0, "kid": 0.0}
+    for index in range(sets):
+        real = training.pixels(rows[index * count : (index + 1) * count], size)
+        found["cmmd"] += cmmd(prompts.real_embeddings, evaluator.embed_images(real)) / sets
+        found["kid"] += kid(prompts.real_features, evaluator.features(real)) / sets
+    return found
 
 
 def referred(
@@ -264,23 +304,40 @@ def measure(
     """Return the row's figures (keys of `table.COLUMNS`), costs being means over the training prompts."""
     shares = training_shares(candidate, data)
     macs = float((shares * torch.tensor(candidate.macs, dtype=torch.float64)).sum())
-    features, embedded, texts, names = judged.features, judged.embedded, judged.texts, judged.names
-    asked = prompts.targets[: prompts.num_names]
-    pair_experts = candidate.experts_of(data.prompts, samples.indices)
     return {
         "name": candidate.name,
         "params": candidate.used_params(shares),
         "macs": round(macs),
         "macs_ratio": macs / dense.macs[0],
+        **quality(candidate, judged, prompts, data, samples, dense_predictions),
+        "training_seconds": candidate.training_seconds,
+        "training_passes": candidate.training_passes,
+    }
+
+
+def quality(
+    candidate: Candidate,
+    judged: Judged,
+    prompts: EvaluationSet,
+    data: EncodedData,
+    samples: AgreementSamples,
+    dense_predictions: Tensor,
+) -> dict[str, float | None]:
+    """Return how good a row's pictures and predictions are; None for a figure that so few pictures do not give."""
+    features, embedded, texts, names = judged.features, judged.embedded, judged.texts, judged.names
+    asked = prompts.targets[: prompts.num_names]
+    pair_experts = candidate.experts_of(data.prompts, samples.indices)
+    figures: dict[str, float | None] = {
         "cmmd": cmmd(prompts.real_embeddings, embedded),
         "kid": kid(prompts.real_features, features),
-        "frechet": frechet_distance(prompts.real_features, features),
+        "frechet": frechet_of_enough(prompts.real_features, features),
         "clip_score": clip_score(embedded[prompts.num_names :], texts[prompts.num_names :]),
         "top1": retrieval(embedded[: prompts.num_names], names, asked, k=1),
         "top5": retrieval(embedded[: prompts.num_names], names, asked, k=5),
         "agreement": agreement(dense_predictions, candidate.models, samples, pair_experts),
-        "training_seconds": candidate.training_seconds,
     }
+    above = {f"{key}_above": float(figures[key] or 0.0) - floor for key, floor in prompts.floors.items()}
+    return figures | above
 
 
 def expert_rows(

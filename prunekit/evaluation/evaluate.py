@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from prunekit.data.config import DataConfig, load_data
+from prunekit.data.config import DataConfig, load_data, recorded_data
 from prunekit.data.fingerprint import Fingerprint
-from prunekit.data.images import CaptionedImages
+from prunekit.data.images import HELD_OUT, CaptionedImages
 from prunekit.evaluation.comparison import Prompts, Sampling, noise_seeds, referred, sample
 from prunekit.evaluation.features import Features
 from prunekit.evaluation.figures import Seen, figures, refuse
@@ -190,14 +190,16 @@ def _prompts(
     config = _own_data(protocol, recipes) if data is None else load_data_config(data)
     images = load_data(config, seed, cache)
     content = config.model_dump(mode="json", exclude_defaults=True) or {"kind": config.kind}
+    of_runs = data is None and bool(recipes)
+    split = HELD_OUT if of_runs and images.holds_pictures else None
     if protocol.ask == "names":
-        return Prompts.choose(images, protocol.num_images, seed, None, protocol.num_references), content
-    return _captions(protocol, images, seed, held_only=data is None and bool(recipes)), content
+        return Prompts.choose(images, protocol.num_images, seed, None, protocol.num_references, split), content
+    return _captions(protocol, images.of_split(split), seed, held_only=of_runs), content
 
 
 def _own_data(protocol: Protocol, recipes: Sequence[dict[str, Any]]) -> DataConfig:
     """Return the data of the runs, or the embedded data under protocol emoji."""
-    configs = [load_data_config(recipe.get("data") or {}) for recipe in recipes]
+    configs = [recorded_data(recipe.get("data") or {}) for recipe in recipes]
     if any(config != configs[0] for config in configs):
         raise ProtocolError("the runs have different data: give --data, the same for all")
     if configs:
@@ -207,7 +209,7 @@ def _own_data(protocol: Protocol, recipes: Sequence[dict[str, Any]]) -> DataConf
             f"protocol {protocol.name} needs captioned pictures: give --data, such as "
             '"{kind: coco, path: coco, split: val30k}", or prompts=FILE'
         )
-    return DataConfig()
+    return DataConfig(holdout_by="captions")  # the model is no run's: all of the data is asked for
 
 
 def _captions(protocol: Protocol, images: CaptionedImages, seed: int, held_only: bool) -> Prompts:

@@ -21,6 +21,10 @@ from prunekit.runtime.files import read_json, write_folder, write_json
 from prunekit.runtime.tensors import save_tensors
 
 EVALUATOR_DIRECTORY = Path(__file__).parent.parent / "assets" / "evaluator"
+EMBEDDED_EVALUATORS = {
+    "emoji": EVALUATOR_DIRECTORY,
+    "emoji-held-out": EVALUATOR_DIRECTORY.parent / "evaluator_held_out",
+}
 INCEPTION = "inception"
 BATCH = 64  # every forward pass has this many pictures, so that a picture's numbers do not depend on its company
 INITIAL_SCALE = 14.0  # of the logits, as in CLIP

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
-from prunekit.evaluation.evaluator import BATCH, EVALUATOR_DIRECTORY, INCEPTION, Evaluator
+from prunekit.evaluation.evaluator import BATCH, EMBEDDED_EVALUATORS, INCEPTION, Evaluator
 from prunekit.evaluation.generate import read_pictures
 from prunekit.runtime.digests import Digests
 from prunekit.runtime.progress import Progress
@@ -92,8 +92,10 @@ def identity(evaluator: Any) -> str:
 
 
 def load_evaluator(name: str | Path) -> Any:
-    """Load an evaluator: "emoji" is the embedded one, a folder may hold one of ours or a CLIP model of transformers.
+    """Load an evaluator: an embedded one, or of a folder with one of ours or a CLIP model of transformers.
 
+    "emoji" has learned all of Emoji-64. "emoji-held-out" has not seen the pictures that `holdout_by: pictures` holds
+    out, up to 20 %, at seed 0.
     "inception" is FID's network, which has `features` alone; anything else is a CLIP model's name on the hub. What
     comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError where there is no such model.
     """
@@ -101,8 +103,8 @@ def load_evaluator(name: str | Path) -> Any:
         from prunekit.evaluation.inception import InceptionFeatures
 
         return InceptionFeatures.load()
-    if name == "emoji":
-        return Evaluator.from_pretrained(EVALUATOR_DIRECTORY)
+    if name in EMBEDDED_EVALUATORS:
+        return Evaluator.from_pretrained(EMBEDDED_EVALUATORS[str(name)])
     if (Path(name) / "vocabulary.json").is_file():
         return Evaluator.from_pretrained(name)
     from prunekit.evaluation.clip import CLIPEvaluator

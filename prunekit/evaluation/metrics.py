@@ -30,6 +30,12 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return gaussian_distance(real.mean(dim=0), covariances[0], generated.mean(dim=0), covariances[1])
 
 
+def frechet_of_enough(real: Tensor, generated: Tensor) -> float | None:
+    """Return the `frechet_distance`, or None where `refuse_few` would refuse it."""
+    enough = min(len(real), len(generated)) >= FRECHET_SAMPLES * generated.shape[1]
+    return frechet_distance(real, generated) if enough else None
+
+
 def refuse_few(count: int, width: int, what: str = "generated pictures") -> None:
     """Raise ValueError where `count` pictures are too few for a Fréchet distance of features of width `width`.
 

@@ -12,6 +12,11 @@ from prunekit.runtime.errors import UserError, markdown_cell, nearest
 
 Row = Mapping[str, Any]
 MISSING = "–"
+SEEN = "seen_"  # before the key of a figure: the same of training pictures
+SEEN_NOTE = (
+    "Measured on held-out pictures and their prompts; in parentheses: on training pictures. Above the floor: what is "
+    "left when real pictures' own figure is taken off."
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,12 @@ class Column:
         return f"{self.title}{unit}{' ' + self.direction if self.direction else ''}"
 
     def show(self, row: Row) -> str:
-        """Return the row's value as text; a dash where there is none."""
-        value = row.get(self.key)
+        """Return the row's value as text, and in parentheses that of training pictures; a dash where there is none."""
+        text, seen = self.shown(row.get(self.key)), row.get(SEEN + self.key)
+        return text if seen is None else f"{text} ({self.shown(seen)})"
+
+    def shown(self, value: Any) -> str:
+        """Return a value as text; a dash for none."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return MISSING
         return format(value * self.scale, self.format) if self.format else str(value)
@@ -50,7 +59,9 @@ COST = (
 )
 DISTANCES = (
     Column("cmmd", "CMMD", ".3f", "↓"),
+    Column("cmmd_above", "CMMD above the floor", ".3f", "↓"),
     Column("kid", "KID", ".2f", "↓", "×1000", 1000),
+    Column("kid_above", "KID above the floor", ".2f", "↓", "×1000", 1000),
     Column("frechet", "Fréchet", ".2f", "↓"),
 )
 TEXT = (
@@ -68,6 +79,7 @@ COLUMNS = (
     Column("agreement", "agreement MSE", ".4f", "↓"),
     Column("seconds_per_image", "seconds per image", ".3f", "↓", "s"),
     Column("training_seconds", "training time", ".1f", "↓", "min", 1 / 60),
+    Column("training_passes", "training compute", ",.1f", "↓", "1000 dense passes", 1e-3),
 )
 EXPERT_COLUMNS = (
     Column("expert", "expert", ".0f"),
@@ -78,7 +90,7 @@ EXPERT_COLUMNS = (
     Column("agreement", "agreement MSE", ".4f", "↓"),
     Column("examples", "its prompts, for example"),
 )
-CEILING_COLUMNS = (Column("name", "pictures"), *TEXT)
+CEILING_COLUMNS = (Column("name", "pictures"), *(c for c in DISTANCES if c.key in ("cmmd", "kid")), *TEXT)
 
 
 def axis(key: str) -> Column:
@@ -94,7 +106,7 @@ def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Colu
     keys = [column.key for column in columns]
     for row in rows:
         for key in row:
-            if key not in keys:
+            if key.removeprefix(SEEN) not in keys:
                 hint = nearest(key, keys) or f"; the columns are {', '.join(keys)}"
                 raise UserError(f"no column shows {key!r} of row {row.get('name')!r}{hint}")
     return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
@@ -144,5 +156,9 @@ def json_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> dict
 
     return {
         "columns": [asdict(column) for column in columns],
-        "rows": [{c.key: plain(row[c.key]) for c in columns if c.key in row} for row in rows],
+        "rows": [{key: plain(row[key]) for key in _keys(columns) if key in row} for row in rows],
     }
+
+
+def _keys(columns: Sequence[Column]) -> list[str]:
+    return [key for column in columns for key in (column.key, SEEN + column.key)]

@@ -6,12 +6,15 @@ experts/backbone/unet              with `fine_tune.shared_backbone`: the weights
 """
 
 import re
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
@@ -27,7 +30,7 @@ from prunekit.recovery.in_memory import BACKBONE, over_all_pairs, routed_pairs
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
 from prunekit.runtime.processes import apart, current
-from prunekit.runtime.work import Piece, share
+from prunekit.runtime.work import POLL_SECONDS, Piece, claimed, share
 from prunekit.training.checkpoint import Checkpoints
 
 FIGURES = "figures.json"
@@ -42,6 +45,8 @@ class Recovery:
     folder: Path
     config: FineTuneConfig
     seed: int
+    dense_passes: int = 0  # what the method computed before, in forward passes of the dense model for a sample
+    shares_steps: bool = False  # experts without prompts leave their steps to the others
 
     @property
     def shares(self) -> bool:
@@ -57,6 +62,7 @@ class Job:
     index: int | None
     pairs: Tensor  # (P_i,) that it learns from
     part: str  # name of the model's own folder: the attribute of a pipeline that holds it
+    config: FineTuneConfig
     experts: Tensor | None = None  # (pairs of the data set,) of a backbone
 
     @property
@@ -83,19 +89,19 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
     """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
 
     The models are a queue of independent jobs, which the processes of this launch and of others on the directory
-    share; where a launch has more processes than there are models, it trains one after another with all of them.
+    share. Those that are left when every process has had as many, a launch trains one after another with all its
+    processes.
     others: further work, for the processes that find no model left while others still train.
     """
     jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
     jobs = list(chain.from_iterable(jobs_of))
-    if len(jobs) >= current().count:
-        with apart():
-            trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
-            share([*trainings, *others], stages.locks)
-    else:
-        for job in jobs:
-            if not current().agree(job.done()):
-                _fine_tune(stages, job)
+    apiece = len(jobs) - len(jobs) % current().count
+    left = jobs[apiece:]
+    with apart():
+        trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs[:apiece]]
+        share([*trainings, *([] if left else others)], stages.locks)
+    for job in left:
+        _fine_tune_together(stages, job)
     candidates = (_recovered(stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True))
     return list(chain.from_iterable(candidates))
 
@@ -109,8 +115,25 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
-        return [Job(recovery, None, pairs, part, over_all_pairs(data, pairs, routed))]
-    return [Job(recovery, index, served, part) for index, served in enumerate(pairs_of)]
+        return [Job(recovery, None, pairs, part, recovery.config, over_all_pairs(data, pairs, routed))]
+    config = recovery.config
+    if recovery.shares_steps and (trained := sum(map(bool, map(len, pairs_of)))):
+        factor = len(pairs_of) / trained
+        steps, warmup = int(config.steps * factor), round(config.warmup_steps * factor)
+        config = config.model_copy(update={"steps": steps, "warmup_steps": warmup})
+    return [Job(recovery, index, served, part, config) for index, served in enumerate(pairs_of)]
+
+
+def _fine_tune_together(stages: Stages, job: Job) -> None:
+    """Make one model's folder with all processes of the launch, unless another launch on the directory makes it."""
+    processes = current()
+    while not processes.agree(job.done()):
+        with ExitStack() as stack:
+            is_mine = processes.is_main and stack.enter_context(claimed(stages.locks / f"{job.lock}.lock"))
+            if not processes.agree(is_mine):
+                time.sleep(POLL_SECONDS)
+            elif not processes.agree(job.done()):
+                _fine_tune(stages, job)
 
 
 def _fine_tune(stages: Stages, job: Job) -> None:
@@ -137,7 +160,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
             student,
             dense,
             stages.data,
-            recovery.config,
+            job.config,
             folder / "checkpoints",
             scheduler=stages.pipeline.scheduler,
             pairs=job.pairs,
@@ -175,12 +198,28 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     cost = CostModel(denoiser_in(stages.pipeline), result.space, stages.cost.sample_size, stages.cost.text_length)
     macs = [cost.macs(architecture) for architecture in result.architectures]
     params = [cost.params(architecture) for architecture in result.architectures]
-    seconds = result.info.search_seconds
-    seconds += sum(float(read_json(job.folder / FIGURES)["seconds"]) for job in jobs)
+    figures = [read_json(job.folder / FIGURES) for job in jobs]
+    seconds = result.info.search_seconds + sum(float(own["seconds"]) for own in figures)
+    passes = float(recovery.dense_passes)
+    for job, trained in zip(jobs, figures, strict=True):
+        ratio = _mean_ratio(job, macs) / stages.cost.dense_macs
+        passes += trained["steps"] * job.config.batch_size * job.config.dense_passes(ratio)
     at_steps = stages.recipe.evaluation.at_steps
     own = denoiser_name(stages.pipeline)
-    rows = [(f"{recovery.name}@{step}", f"step-{step}/{own}", None) for step in at_steps]
-    return [
-        Candidate(name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent)
-        for name, part, spent in [*rows, (recovery.name, own, seconds)]
+    rows: list[tuple[str, str, float | None, float | None]] = [
+        (f"{recovery.name}@{step}", f"step-{step}/{own}", None, None) for step in at_steps
     ]
+    return [
+        Candidate(
+            name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent, computed
+        )
+        for name, part, spent, computed in [*rows, (recovery.name, own, seconds, passes)]
+    ]
+
+
+def _mean_ratio(job: Job, macs: Sequence[int]) -> float:
+    """Return the MACs of a job's model; of a backbone the mean over the pairs that it learns from."""
+    if job.index is not None:
+        return float(macs[job.index])
+    assert job.experts is not None
+    return float(torch.tensor(macs, dtype=torch.float64)[job.experts[job.pairs]].mean())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.jobs import recording
-from prunekit.jobs.recipe import PretrainRecipe, load_recipe
+from prunekit.jobs.recipe import PretrainRecipe, load_recorded
 from prunekit.jobs.recording import record
 from prunekit.jobs.stages import Stages
 from prunekit.report import sensitivity
@@ -66,7 +66,7 @@ def _measure(source: Source, say: Callable[[str], None]) -> None:
         raise UserError(
             f"{source.directory} holds no {RECIPE}: its model and data are unknown, nothing can be measured"
         )
-    recipe = load_recipe(path)
+    recipe = load_recorded(path)
     if isinstance(recipe, PretrainRecipe):
         raise UserError(f"{source.directory} is a pretraining: it has no pruned layers to measure")
     stages = Stages(recipe, Saying(say), source.directory)

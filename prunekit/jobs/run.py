@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunekit.core.registry import denoiser_in
 from prunekit.evaluation import comparison
-from prunekit.evaluation.ceiling import evaluator_ceiling
+from prunekit.evaluation.ceiling import fit, unfit, unfit_line
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.routing import routing_lines, routing_report
 from prunekit.evaluation.sheets import PictureRow, expert_note, picture_sheet
@@ -26,6 +26,8 @@ from prunekit.evaluation.table import (
     COLUMNS,
     EXPERT_COLUMNS,
     NAME,
+    SEEN,
+    SEEN_NOTE,
     Column,
     json_table,
     markdown_table,
@@ -58,6 +60,7 @@ from prunekit.runtime.run_directory import LOCKS, LOG, METHODS, RECIPE, RESULTS
 from prunekit.runtime.work import USERS, Piece, occupied, refuse_foreign, share
 
 R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
+SAMPLES, SEEN_SAMPLES = "samples", "samples-training"  # folders of pictures
 LATENCY_COLUMNS = (
     NAME,
     Column("expert", "expert", ".0f"),
@@ -90,11 +93,13 @@ class Run:
         for name in recipe.methods:
             folder = self.directory / METHODS / name
             result = stages.choose(recipe.method(name), folder)
-            recoveries.append(Recovery(name, result, folder / "experts", recipe.fine_tuning(name), recipe.seed))
+            config, passes = recipe.fine_tuning(name), recipe.method(name).work(result.space).dense_passes
+            recoveries.append(Recovery(name, result, folder / "experts", config, recipe.seed, dense_passes=passes))
         candidates = [stages.dense, *recover(stages, recoveries, [self._dense(stages)])]
         with apart():  # from here on processes share work by files alone, so that one may be lost
             for candidate in candidates:
                 stages.sample(candidate, self.samples(candidate))
+                stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
             if is_companion():
                 return self.directory
             # Never "done" outside the lock: whoever waits returns when the tables and the report are written
@@ -113,12 +118,13 @@ class Run:
 
         def make() -> None:
             pictures.append(stages.sample(stages.dense, self.samples(stages.dense))[0])
+            stages.sample_seen(stages.dense, self.samples(stages.dense, SEEN_SAMPLES))
 
         return Piece("dense", lambda: bool(pictures), make)
 
-    def samples(self, candidate: Candidate) -> Path:
+    def samples(self, candidate: Candidate, folder: str = SAMPLES) -> Path:
         """Where a row's pictures are."""
-        return self.directory / "samples" / candidate.name
+        return self.directory / folder / candidate.name
 
     def compare(self, candidates: list[Candidate], stages: Stages) -> None:
         """Measure every row's pictures; write and print `results.json`, `table.md` and `comparison.png`."""
@@ -126,7 +132,7 @@ class Run:
         chosen = torch.arange(min(self.recipe.evaluation.num_pictures, prompts.num_names))
         for candidate in candidates:
             pictures, experts = stages.sample(candidate, self.samples(candidate))
-            row = self.figures(candidate, pictures, stages)
+            row = fit(self.figures(candidate, pictures, stages), unfit(stages.known))
             notes = [expert_note(int(experts[i]), candidate.macs[int(experts[i])]) for i in chosen]
             sheets.append(PictureRow(candidate.name, pictures[chosen], notes if candidate.router else None))
             row["seconds_per_image"] = self.timing(candidate, stages)
@@ -136,19 +142,12 @@ class Run:
                     candidate, experts, data=stages.data, prompts=prompts, dense=stages.dense
                 )
                 routing[candidate.name] = self.routing(candidate, stages)
-        ceiling = evaluator_ceiling(
-            stages.evaluator,
-            prompts.real_images,
-            shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
-            autoencoder=stages.pipeline.vae,
-            size=stages.resolution,
-            seed=self.recipe.seed,
-        )
         captions = [prompts.prompts[i] for i in chosen]
         title = f"{self.recipe.name}: same prompts and seeds"
         picture = picture_sheet(self.directory / "comparison.png", sheets, captions, title)
-        evaluator = [{"name": name, **figures} for name, figures in ceiling.items()]
-        self.write(rows, experts_of, evaluator, self.latency(stages), routing, stages.environment)
+        evaluator = [{"name": name, **figures} for name, figures in stages.known.items()]
+        left_out = [unfit_line(name, stages.known) for name in unfit(stages.known)]
+        self.write(rows, experts_of, evaluator, self.latency(stages), routing, stages.environment, left_out)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
         finish(self.directory, self.log.say, stages)
@@ -158,8 +157,9 @@ class Run:
         path = self.directory / "metrics" / f"{candidate.name}.json"
         if not path.is_file():
             judged = stages.judge(pictures)
+            seen = stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
             write_json(path.with_name(f"{candidate.name}.errors.json"), jackknife_errors(judged, stages.prompts))
-            write_json(path, stages.measure(candidate, judged))
+            write_json(path, stages.measure(candidate, judged, seen))
         return read_json(path)
 
     def routing(self, candidate: Candidate, stages: Stages) -> dict[str, Any]:
@@ -204,14 +204,16 @@ class Run:
         latency: list[dict],
         routing: dict[str, dict],
         environment: dict[str, Any],
+        left_out: list[str],
     ) -> None:
-        """Write the tables as JSON and Markdown, and print them."""
+        """Write the tables as JSON and Markdown, and print them; left_out: why figures are missing, a line each."""
         results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "precision": precisions(self.recipe)}
         results |= {"environment": environment, "table": json_table(rows)}
+        has_seen = any(key.startswith(SEEN) for row in rows for key in row)
         results |= {"experts": {name: json_table(e, EXPERT_COLUMNS) for name, e in experts.items()}}
         results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
-        warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)]
+        warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)] + left_out
         screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
         tables: list[tuple[str | None, list[dict], Sequence[Column]]] = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", members, EXPERT_COLUMNS) for name, members in experts.items()]
@@ -219,7 +221,8 @@ class Run:
         tables += [("What the evaluator says of known pictures", ceiling, CEILING_COLUMNS)]
         for title, content, columns in tables:
             parts += [f"## {title}\n"] if title else []
-            parts += [markdown_table(content, columns), *([] if title else warning_lines(warnings))]
+            parts += [markdown_table(content, columns)]
+            parts += [] if title else [*([f"{SEEN_NOTE}\n"] if has_seen else []), *warning_lines(warnings)]
             screen.print(terminal_table(content, columns, title or self.recipe.name, screen.width))
         for name, report in routing.items():
             parts += routing_lines(name, report)

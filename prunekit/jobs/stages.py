@@ -23,12 +23,15 @@ from prunekit.core.registry import denoiser_in
 from prunekit.data.config import load_data
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.fingerprint import Fingerprint
+from prunekit.data.images import HELD_OUT, TRAINING, Split
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation import comparison
 from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
+from prunekit.evaluation.ceiling import REAL, REAL_TRAINING, evaluator_ceiling, real_figures
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
 from prunekit.evaluation.features import load_evaluator
 from prunekit.evaluation.generate import read_pictures
+from prunekit.evaluation.table import SEEN
 from prunekit.jobs.recipe import CommonRecipe
 from prunekit.measuring.environment import device_name
 from prunekit.methods.base import Method, space_and_cost
@@ -176,26 +179,72 @@ class Stages:
         settings = self.recipe.evaluation
         return Sampling(settings.steps, settings.guidance, settings.batch_size, settings.precision)
 
+    @property
+    def split(self) -> Split | None:
+        """What the rows are measured on: held-out pictures; None where the data has none, and all of it is used."""
+        return HELD_OUT if self.data.images.holds_pictures else None
+
+    @property
+    def num_seen_images(self) -> int:
+        """How many pictures of a row are drawn for prompts of training pictures."""
+        return self.recipe.evaluation.seen_images(self.split is not None)
+
     @cached_property
     def prompts(self) -> EvaluationSet:
         """What every row is measured on."""
-        settings, seed = self.recipe.evaluation, self.recipe.seed
+        return self._prompts(self.split, self.recipe.evaluation.num_images, self.recipe.evaluation.num_references)
+
+    @cached_property
+    def seen_prompts(self) -> EvaluationSet | None:
+        """What every row is measured on beside: training pictures, as many references as `prompts` has."""
+        if not self.num_seen_images:
+            return None
+        return self._prompts(TRAINING, self.num_seen_images, self.prompts.real_images.num_images)
+
+    def _prompts(self, split: Split | None, count: int, num_references: int) -> EvaluationSet:
         return EvaluationSet.build(
             self.data.images,
-            count=settings.num_images,
-            seed=seed,
+            count=count,
+            seed=self.recipe.seed,
             evaluator=self.evaluator,
             prompt_encoder=self.encoder,
             size=self.resolution,
-            num_references=settings.num_references,
+            num_references=num_references,
+            split=split,
         )
 
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:
         """The fixed (image, t, noise) triples, and the dense model's predictions for them."""
-        count = self.recipe.evaluation.num_predictions
-        samples = data_samples(self.data, self.pipeline, seed=self.recipe.seed, count=count)
+        return self._agreement(self.split)
+
+    @cached_property
+    def seen_agreement(self) -> tuple[AgreementSamples, Tensor]:
+        """As `agreement`, of training pictures."""
+        return self._agreement(TRAINING)
+
+    def _agreement(self, split: Split | None) -> tuple[AgreementSamples, Tensor]:
+        count, pairs = self.recipe.evaluation.num_predictions, self.data.images.pairs_of(split)
+        samples = data_samples(self.data, self.pipeline, self.recipe.seed, count, pairs)
         return samples, predictions(denoiser_in(self.pipeline), samples)
+
+    @cached_property
+    def known(self) -> dict[str, dict[str, float]]:
+        """What the evaluator says of known pictures, by row; see `evaluator_ceiling`."""
+        prompts, seen = self.prompts, self.seen_prompts
+        rows = evaluator_ceiling(
+            self.evaluator,
+            prompts.real_images,
+            shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
+            autoencoder=self.pipeline.vae,
+            size=self.resolution,
+            seed=self.recipe.seed,
+        )
+        rows[REAL] |= prompts.floors
+        if seen is not None:
+            shown = seen.targets.unique()
+            rows[REAL_TRAINING] = real_figures(self.evaluator, seen.real_images, shown, self.resolution) | seen.floors
+        return rows
 
     @cached_property
     def dense(self) -> Candidate:
@@ -233,17 +282,33 @@ class Stages:
             processes.wait()
         return PruneResult.load(folder, denoiser_in(self.pipeline))
 
-    def sample(self, candidate: Candidate, folder: Path, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise."""
-        prompts = self.prompts.reseeded(seed)
+    def sample(
+        self, candidate: Candidate, folder: Path, seed: int | None = None, prompts: EvaluationSet | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise.
+
+        prompts: `seen_prompts` in place of `prompts`.
+        """
+        prompts = (prompts or self.prompts).reseeded(seed)
         files, experts = comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
         return read_pictures(files), experts
+
+    def sample_seen(self, candidate: Candidate, folder: Path, seed: int | None = None) -> Tensor | None:
+        """Return the picture of every prompt of a training picture; None where none are asked for."""
+        return None if self.seen_prompts is None else self.sample(candidate, folder, seed, self.seen_prompts)[0]
 
     def judge(self, pictures: Tensor) -> Judged:
         """Return what the evaluator sees in a row's pictures."""
         return comparison.judge(pictures, self.prompts, self.evaluator)
 
-    def measure(self, candidate: Candidate, judged: Judged) -> dict[str, Any]:
-        """Return a row's figures."""
+    def measure(self, candidate: Candidate, judged: Judged, seen: Tensor | None = None) -> dict[str, Any]:
+        """Return a row's figures; with `seen`, pictures of training pictures' prompts, also theirs (`SEEN`)."""
         samples, reference = self.agreement
-        return comparison.measure(candidate, judged, self.prompts, self.data, samples, reference, self.dense)
+        figures = comparison.measure(candidate, judged, self.prompts, self.data, samples, reference, self.dense)
+        if seen is None:
+            return figures
+        prompts = self.seen_prompts
+        assert prompts is not None, "there are pictures, so there are prompts"
+        judged = comparison.judge(seen, prompts, self.evaluator)
+        found = comparison.quality(candidate, judged, prompts, self.data, *self.seen_agreement)
+        return figures | {f"{SEEN}{name}": value for name, value in found.items()}

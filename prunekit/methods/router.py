@@ -4,6 +4,7 @@ The predictor starts with the default weights of torch's linear layer; the publi
 The paper says nothing, and which start is better is not measured.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from prunekit.runtime.run_directory import ROUTER
 from prunekit.runtime.tensors import read_tensors, write_tensors
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
+GRID = 64  # steps of a component between 0 and 1, to which a `RandomRouter` rounds
 ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
 
 
@@ -187,7 +189,8 @@ class Router:
     def load(path: str | Path) -> "Router":
         """Read what `save` wrote; a ValueError for a file that is something else."""
         tensors, metadata = read_tensors(_file(path), "router")
-        return (HardenedRouter if "codes" in tensors else Router)(**tensors, **metadata)
+        kind = HardenedRouter if "codes" in tensors else RandomRouter if "shares" in tensors else Router
+        return kind(**tensors, **metadata)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "bias": self.bias}
@@ -292,6 +295,47 @@ class HardenedRouter(Router):
 
     def _form(self) -> dict[str, Any]:
         return {"relaxation": asdict(self.relaxation)}
+
+
+class RandomRouter(Router):
+    """Sends each prompt to an expert at random, with given shares: a control for routers that look at the prompt.
+
+    The draw is a hash of the prompt's embedding and the seed, so a prompt goes to the same expert everywhere.
+
+    Args:
+        shares: (N,) of the prompts, summing to 1; an expert whose share is 0 gets none.
+        embedding_size: Z.
+        seed: of the partition.
+        fallback, info, unused: as in `Router`.
+
+    """
+
+    def __init__(
+        self,
+        shares: Tensor,
+        embedding_size: int,
+        seed: int = 0,
+        fallback: int = 0,
+        info: dict | None = None,
+        unused: Sequence[int] = (),
+    ):
+        self.shares, self.seed = shares.detach().to("cpu", torch.float64), seed
+        weight = self.shares.new_zeros(len(shares), embedding_size)
+        super().__init__(weight, self.shares.new_zeros(len(shares)), fallback, info, unused)
+
+    def _similarities(self, z: Tensor) -> Tensor:
+        rows = (z * GRID).round().int().contiguous().numpy()  # so that the last bits of an embedding do not matter
+        digests = (hashlib.blake2b(row.tobytes(), digest_size=8, key=str(self.seed).encode()) for row in rows)
+        draws = [int.from_bytes(digest.digest(), "big") / 2**64 for digest in digests]
+        bounds = self.shares.cumsum(0)
+        experts = torch.searchsorted(bounds, bounds.new_tensor(draws), right=True).clamp_max(self.num_experts - 1)
+        return F.one_hot(experts, self.num_experts).double()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"shares": self.shares}
+
+    def _form(self) -> dict[str, Any]:
+        return {"embedding_size": self.embedding_size, "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ class Calibration:
     passes: str
     training_batch: int | None = None
 
+    @property
+    def dense_passes(self) -> int:
+        """Passes of the dense model for one sample each."""
+        return self.samples * self.forward_passes
+
 
 @dataclass(frozen=True)
 class Search:
@@ -37,6 +42,16 @@ class Search:
 
     training: TrainerConfig
     has_teacher: bool
+
+    @property
+    def passes_per_sample(self) -> int:
+        """Passes of the dense model for one sample: forward, backward to the gates, and what the settings add."""
+        return 2 + self.training.gradient_checkpointing + self.has_teacher
+
+    @property
+    def dense_passes(self) -> int:
+        """Passes of the dense model for one sample each."""
+        return self.training.steps * self.training.batch_size * self.passes_per_sample
 
 
 @dataclass(frozen=True)
@@ -54,3 +69,9 @@ class MethodWork:
     calibrations: tuple[Calibration, ...] = ()
     search: Search | None = None
     memory_setting: str | None = None
+
+    @property
+    def dense_passes(self) -> int:
+        """Passes of the dense model for one sample each, of all that it computes."""
+        searched = 0 if self.search is None else self.search.dense_passes
+        return sum(calibration.dense_passes for calibration in self.calibrations) + searched

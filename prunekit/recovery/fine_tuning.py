@@ -60,6 +60,13 @@ class FineTuneConfig(TrainerConfig):
     snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
     snr_form: SNRForm = Field("velocity", description=SNR_FORM)
 
+    def dense_passes(self, ratio: float) -> float:
+        """Return what training on one sample costs, in forward passes of the dense model.
+
+        A backward pass counts as two, the teacher as one. ratio: the student's MACs as a share of the dense model's.
+        """
+        return (3 + self.gradient_checkpointing) * ratio + (self.distillation_weight > 0)
+
 
 @dataclass
 class FineTuningObjective:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from prunekit.evaluation.table import COLUMNS, Column
+from prunekit.evaluation.ceiling import REAL, REAL_TRAINING, TEXT_FIGURES, unfit, unfit_line
+from prunekit.evaluation.table import COLUMNS, MISSING, SEEN, SEEN_NOTE, Column
 from prunekit.evaluation.uncertainty import Estimate, estimate
 from prunekit.methods.result import share_warnings
 from prunekit.runtime.run_directory import DENSE
@@ -18,12 +19,15 @@ COSTS = ("params", "macs", "macs_ratio")
 TIMES = (
     Column("call_ratio", "UNet call", ".2f", "↓", "× dense"),
     Column("training_seconds", "training", ".1f", "↓", "min", 1 / 60),
+    Column("training_passes", "compute", ",.1f", "↓", "1000 dense passes", 1e-3),
 )
-QUALITY = ("cmmd", "kid", "clip_score", "top1", "top5", "frechet", "agreement")
+QUALITY = ("cmmd", "cmmd_above", "kid", "kid_above", "clip_score", "top1", "top5", "frechet", "agreement")
 BY_KEY = {column.key: column for column in (*COLUMNS, *TIMES)}
+EQUAL_TOTAL = "equal_total"
 PROTOCOLS = {
     "equal_steps": "equal steps per model (the papers' protocol)",
-    "equal_compute": "equal total training compute (each of N experts has 1/N of the steps)",
+    EQUAL_TOTAL: "equal total compute (calibration, search and fine-tuning of all models; cheaper rows train longer)",
+    "equal_compute": "equal fine-tuning in total (each of N experts has 1/N of the steps; searches are not charged)",
 }
 TIMINGS = "timings.json"  # of a comparison
 
@@ -35,7 +39,7 @@ class Cell:
     label: str
     budget: str  # as the recipe writes it
     seed: int
-    protocol: str = STATIC  # "equal_steps", "equal_compute", or "static"
+    protocol: str = STATIC  # a key of PROTOCOLS, or "static"
     num_models: int = 1
 
     @property
@@ -68,6 +72,7 @@ class Row:
     steps: int
     estimates: Mapping[str, Estimate]
     costs: Mapping[str, float]  # means over the seeds
+    differs: bool = False  # whether it trains differently under other protocols
 
 
 def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None) -> list[Row]:
@@ -98,21 +103,24 @@ def _belongs(cell: Result, protocol: str, budget: str, method: str) -> bool:
 
 def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: Mapping[str, float]) -> Row:
     cells = sorted(cells, key=lambda cell: cell["cell"]["seed"])
-    estimates = {}
-    for name in QUALITY:
-        errors = [cell["errors"].get(name, 0.0) for cell in cells]
-        estimates[name] = estimate([cell["figures"][name] for cell in cells], errors)
+    estimates, left_out = {}, {name for cell in cells for name in unfit(cell.get("known", {}))}
+    for name in (*QUALITY, *(SEEN + name for name in QUALITY)):
+        values = [cell["figures"].get(name) for cell in cells]
+        if None not in values and name.removeprefix(SEEN) not in left_out:
+            errors = [cell["errors"].get(name.removesuffix("_above"), 0.0) for cell in cells]
+            estimates[name] = estimate(values, errors)
     costs = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
     costs["params"] = _mean(_params(cell) for cell in cells)
     timed = [timings[cell["models_folder"]] for cell in cells if cell["models_folder"] in timings]
     costs["call_ratio"] = _mean(timed) if timed else None
     trained = [cell["figures"]["training_seconds"] for cell in cells]
     costs["training_seconds"] = None if None in trained else _mean(trained)
+    computed = [cell["figures"].get("training_passes") for cell in cells]
+    costs["training_passes"] = None if None in computed else _mean(computed)
     first = cells[0]
     seeds = tuple(cell["cell"]["seed"] for cell in cells)
-    return Row(
-        protocol, budget, method, first["distillation"], seeds, first["models"], first["steps"], estimates, costs
-    )
+    row = Row(protocol, budget, method, first["distillation"], seeds, first["models"], first["steps"], estimates, costs)
+    return replace(row, differs=first["cell"]["protocol"] != STATIC)
 
 
 def _params(cell: Result) -> int:
@@ -136,6 +144,21 @@ def warnings_of(cells: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(warnings))
 
 
+def known_lines(cells: Sequence[Result]) -> list[str]:
+    """Return what stands above the tables: what the figures were measured on, and the floor of each."""
+    known = next((cell["known"] for cell in cells if REAL_TRAINING in cell.get("known", {})), None)
+    if known is None:
+        held = {cell["fields"].get("data.holdout_by", "captions") for cell in cells}
+        on_training = "Measured on pictures that fine-tuning has seen; only some of their captions were held out."
+        return [on_training] if held == {"captions"} else []
+    held, training = known[REAL], known[REAL_TRAINING]
+    columns = [BY_KEY[key] for key in ("cmmd", "kid", *TEXT_FIGURES)]
+    floors = [f"{own.title} {own.shown(held.get(own.key))} ({own.shown(training.get(own.key))})" for own in columns]
+    return [f"{SEEN_NOTE} Real pictures in place of drawn ones: {', '.join(floors)}."] + [
+        f"{unfit_line(name, known)}." for name in unfit(known)
+    ]
+
+
 def _mean(values: Any) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -143,7 +166,8 @@ def _mean(values: Any) -> float:
 
 def best(rows: Sequence[Row], name: str) -> Row:
     """Return the best pruned row of a figure."""
-    pruned = [row for row in rows if row.method != DENSE] or list(rows)
+    rows = [row for row in rows if name in row.estimates]
+    pruned = [row for row in rows if row.method != DENSE] or rows
     sign = -1 if BY_KEY[name].direction == "↑" else 1
     return min(pruned, key=lambda row: sign * row.estimates[name].mean)
 
@@ -154,22 +178,27 @@ def shown_rows(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[Column]]
     Of each figure the best pruned row is bold, and "≈" stands where a row's interval overlaps the best one's.
     """
     columns = [Column("name", "method"), Column("distillation", "distillation"), Column("seeds", "seeds")]
-    columns += [replace(BY_KEY[key], format="", scale=1.0) for key in (*COSTS, *QUALITY)]
+    figures = [key for key in QUALITY if any(key in row.estimates for row in rows)]
+    columns += [replace(BY_KEY[key], format="", scale=1.0) for key in (*COSTS, *figures)]
     columns += [replace(column, format="", scale=1.0) for column in TIMES]
     lines = []
     for row in rows:
         line = {"name": row.method, "distillation": row.distillation, "seeds": str(len(row.seeds))}
         line |= {key: BY_KEY[key].show({key: value}) for key, value in row.costs.items()}
-        line |= {key: _shown(row, rows, key) for key in QUALITY}
+        line |= {key: _shown(row, rows, key) for key in figures}
         lines.append(line)
     return lines, columns
 
 
 def _shown(row: Row, rows: Sequence[Row], key: str) -> str:
+    if key not in row.estimates:
+        return MISSING
     figure, column, top = row.estimates[key], BY_KEY[key], best(rows, key)
-    text = column.show({key: figure.mean})
+    text = column.shown(figure.mean)
     if figure.high > figure.low:
-        text += f" ± {column.show({key: (figure.high - figure.low) / 2})}"
+        text += f" ± {column.shown((figure.high - figure.low) / 2)}"
+    if (seen := row.estimates.get(SEEN + key)) is not None:
+        text += f" ({column.shown(seen.mean)})"
     if row.method == DENSE:
         return text
     if row is top:
@@ -186,13 +215,14 @@ def csv_text(rows: Sequence[Row]) -> str:
     """Return the rows as CSV: of each figure the mean, standard deviation over seeds, and ends of the interval."""
     output = io.StringIO()
     parts = ("mean", "deviation", "low", "high")
-    figures = [f"{key}_{part}" for key in QUALITY for part in parts]
+    keys = [key for key in (*QUALITY, *(SEEN + key for key in QUALITY)) if any(key in row.estimates for row in rows)]
+    figures = [f"{key}_{part}" for key in keys for part in parts]
     axes = ("protocol", "budget", "method", "distillation", "models", "steps")
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow([*axes, "seeds", *COSTS, *(column.key for column in TIMES), *figures])
     for row in rows:
         values: list[Any] = [getattr(row, axis) for axis in axes] + [" ".join(map(str, row.seeds))]
         values += [row.costs[key] for key in (*COSTS, *(column.key for column in TIMES))]
-        values += [getattr(row.estimates[key], part) for key in QUALITY for part in parts]
+        values += [getattr(row.estimates.get(key), part, None) for key in keys for part in parts]
         writer.writerow(values)
     return output.getvalue()

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunekit.evaluation.table import COLUMNS, EXPERT_COLUMNS, Column, shown
+from prunekit.evaluation.table import COLUMNS, EXPERT_COLUMNS, SEEN, SEEN_NOTE, Column, shown
 from prunekit.evaluation.uncertainty import estimate
-from prunekit.report.comparison_table import BY_KEY, PROTOCOLS, QUALITY, TIMINGS, Row, rows_of, shown_rows
-from prunekit.report.pareto import COSTS, PANELS, costs_of, pareto_panel
+from prunekit.report.comparison_table import BY_KEY, PROTOCOLS, QUALITY, TIMINGS, Row, known_lines, rows_of, shown_rows
+from prunekit.report.pareto import COSTS, costs_of, panels_of, pareto_panel
 from prunekit.report.source import MissingError, Section, Source
 from prunekit.report.svg import inline_svg, legend_below, new_figure, style
 from prunekit.runtime.files import read_json
@@ -66,7 +66,8 @@ def _of_run(source: Source) -> tuple[list[Table], list[Row], str]:
             columns = [Column(**column) for column in source.results[key]["columns"]]
             tables += [html_table(source.results[key]["rows"], columns, title)]
     points = [_point(row, errors[row["name"]]) for row in rows]
-    return tables, points, RUN_NOTE if any(errors.values()) else PLAIN_NOTE
+    note = RUN_NOTE if any(errors.values()) else PLAIN_NOTE
+    return tables, points, f"{note} {SEEN_NOTE}" if any(key.startswith(SEEN) for row in rows for key in row) else note
 
 
 def _as_text(column: Column) -> Column:
@@ -79,11 +80,13 @@ def _with_intervals(row: Mapping[str, Any], errors: Mapping[str, float]) -> dict
     for column in COLUMNS:
         if row.get(column.key) is None:
             continue
-        line[column.key] = column.show(row)
+        line[column.key] = column.shown(row[column.key])
         error = errors.get(column.key)
         if error is not None and math.isfinite(error):
             value = estimate([row[column.key]], [error])
-            line[column.key] += f" ± {column.show({column.key: (value.high - value.low) / 2})}"
+            line[column.key] += f" ± {column.shown((value.high - value.low) / 2)}"
+        if (seen := row.get(SEEN + column.key)) is not None:
+            line[column.key] += f" ({column.shown(seen)})"
     return line
 
 
@@ -112,7 +115,8 @@ def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
         columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]
         tables += [html_table(published, columns, "As published")]
     missing = source.results.get("missing")
-    note = f"{COMPARE_NOTE} Still missing: {', '.join(missing)}." if missing else COMPARE_NOTE
+    note = " ".join([COMPARE_NOTE, *known_lines(source.cells)])
+    note = f"{note} Still missing: {', '.join(missing)}." if missing else note
     return tables, rows, note
 
 
@@ -121,15 +125,16 @@ def _pareto(rows: Sequence[Row], whole: bool) -> list[str]:
 
     whole: show every interval to its ends, however wide.
     """
-    drawn = [row for row in rows if set(PANELS) <= set(row.estimates)]
-    drawn = [row for row in drawn if all(math.isfinite(row.estimates[name].mean) for name in PANELS)]
-    if not any(row.method != DENSE for row in drawn):
+    drawn = [row for row in rows if row.estimates]
+    panels = panels_of(drawn)
+    drawn = [row for row in drawn if all(math.isfinite(row.estimates[name].mean) for name in panels)]
+    if not panels or not any(row.method != DENSE for row in drawn):
         return []
     from matplotlib.ticker import LogLocator
 
     pictures = []
     with style():
-        for name, cost in ((name, cost) for cost in costs_of(drawn) for name in PANELS):
+        for name, cost in ((name, cost) for cost in costs_of(drawn) for name in panels):
             figure, panel = new_figure(4.6, 3.4)
             pareto_panel(panel, drawn, name, cost)
             if whole:

@@ -8,7 +8,7 @@ from prunekit.evaluation.sheets import save_figure
 from prunekit.report.comparison_table import BY_KEY, Row
 from prunekit.runtime.run_directory import DENSE
 
-PANELS = ("cmmd", "clip_score")
+PANELS = ("cmmd", "clip_score", "agreement")  # the first two that every row has
 COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a UNet call (% of dense)"}
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
 MARKERS = "*osD^vP<>X"
@@ -18,16 +18,16 @@ SHIFT = 0.35  # percentage points between the rows of one budget, so that their 
 def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
     """Write a PNG of the rows' means and 95 % intervals, and return its path.
 
-    A mixture has a filled marker for equal steps and an open one for equal compute; rows of one model have one.
+    A row has a filled marker for equal steps and an open one for equal compute, where that makes a difference.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    costs = costs_of(rows)
-    figure = Figure(figsize=(5.2 * len(costs) + 2.2, 3.9 * len(PANELS)), dpi=130, facecolor="white")
+    costs, panels = costs_of(rows), panels_of(rows)
+    figure = Figure(figsize=(5.2 * len(costs) + 2.2, 3.9 * len(panels)), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(PANELS), len(costs), squeeze=False)
-    for line, figure_name in zip(axes, PANELS, strict=True):
+    axes = figure.subplots(len(panels), len(costs), squeeze=False)
+    for line, figure_name in zip(axes, panels, strict=True):
         for panel, cost in zip(line, costs, strict=True):
             pareto_panel(panel, rows, figure_name, cost)
             panel.grid(color="#dddddd", linewidth=0.6)
@@ -44,6 +44,11 @@ def costs_of(rows: Sequence[Row]) -> list[str]:
     return [key for key in COSTS if any(row.costs.get(key) is not None and row.method != DENSE for row in rows)]
 
 
+def panels_of(rows: Sequence[Row]) -> list[str]:
+    """Return the figures that are drawn."""
+    return [name for name in PANELS if all(name in row.estimates for row in rows)][:2]
+
+
 def pareto_panel(panel: Any, rows: Sequence[Row], name: str, cost: str) -> None:
     """Draw the rows' figure `name` against `cost` on a matplotlib panel, with labels for a legend."""
     methods, points = list(dict.fromkeys(row.method for row in rows)), _distinct(rows)
@@ -58,7 +63,7 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     """Leave out the second copy of a row that both protocols share."""
     seen, distinct = set(), []
     for row in rows:
-        key = (row.method, row.budget if row.method != DENSE else "", row.protocol if row.models > 1 else "")
+        key = (row.method, row.budget if row.method != DENSE else "", row.steps)
         if key not in seen:
             seen.add(key)
             distinct.append(row)
@@ -70,9 +75,9 @@ def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> Non
     if value is None:
         return
     column, estimate = BY_KEY[name], row.estimates[name]
-    open_marker = row.models > 1 and row.protocol == "equal_compute"
+    open_marker = row.differs and row.protocol != "equal_steps"
     colour = COLOURS[index % len(COLOURS)]
-    protocol = f", {row.protocol.replace('_', ' ')}" if row.models > 1 else ""
+    protocol = f", {row.protocol.replace('_', ' ')}" if row.differs else ""
     shift = 0.0 if row.method == DENSE else SHIFT * (index - count / 2 + 0.5 * open_marker)
     panel.errorbar(
         100 * value + (shift if cost == "macs_ratio" else 0),

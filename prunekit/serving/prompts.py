@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prunekit.core.space import near
-from prunekit.data.config import DataConfig, load_data
+from prunekit.data.config import load_data, recorded_data
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.run_directory import read_recipe
 from prunekit.serving.pipeline import PromptRoutedPipeline
@@ -72,7 +72,7 @@ def validation_prompts(settings: dict[str, Any], count: int | None = None) -> li
 
     settings: the run's recipe. Raises ValueError, one line, where its data holds back fewer.
     """
-    images = load_data(DataConfig(**settings["data"]), settings["seed"])
+    images = load_data(recorded_data(settings["data"]), settings["seed"])
     held = torch.nonzero(images.held_out).flatten().tolist()
     if (count is not None and count > len(held)) or not held:
         raise UserError(

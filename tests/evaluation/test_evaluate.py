@@ -78,7 +78,9 @@ def test_a_run_gets_the_figures_of_its_own_table(world, evaluated):
     table = json.loads((world / "run" / "results.json").read_text())["table"]["rows"]
     for own in table:
         found = rows[f"run {own['name']}"]
-        assert {key: found["figures"][key]["value"] for key in FIGURES} == {key: own[key] for key in FIGURES}
+        keys = [key for key in FIGURES if key in own]  # without those that the evaluator cannot judge
+        assert {"cmmd", "kid"} <= set(keys)
+        assert {key: found["figures"][key]["value"] for key in keys} == {key: own[key] for key in keys}
         assert found["params"] == own["params"] and found["images"] == 6
         assert found["figures"]["cmmd"]["count"] == 6 and found["figures"]["top1"]["count"] == 3
         if own["name"] != "aptp":  # whose mean is over other prompts

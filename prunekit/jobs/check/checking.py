@@ -169,9 +169,10 @@ class _Check:
         self.spent[label, TUNING] = self.log.steps_seconds(since) * row.models
         with self._stage(f"{name}: generation", "evaluation", "evaluation.batch_size"):
             pictures, _ = stages.sample(candidate, folder / "samples")
+            seen = stages.sample_seen(candidate, folder / "samples-training")
         self.spent[label, GENERATION] = self.done[-1].seconds
         with self._stage(f"{name}: evaluation", "evaluation, evaluator", "evaluation.batch_size"):
-            stages.measure(candidate, stages.judge(pictures))
+            stages.measure(candidate, stages.judge(pictures), seen)
 
     def _estimate(self, whole: list[Work], tried: list[Work]) -> dict[str, Any]:
         """Scale each kind of work by its MACs; the dense model, which was not tried, draws as slowly as the slowest."""

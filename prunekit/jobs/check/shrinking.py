@@ -29,7 +29,15 @@ def first_images(config: DataConfig, seed: int, pairs: int) -> CaptionedImages:
     path = Path(config.path).expanduser()
     pairs_read, pictures = READERS[config.kind](config, path)
     tolerance = config.model_copy(update={"max_bad_share": 1.0, "report": None}).tolerance
-    return collect(itertools.islice(pairs_read, pairs), pictures, tolerance, str(path), verify=True, seed=seed)
+    return collect(
+        itertools.islice(pairs_read, pairs),
+        pictures,
+        tolerance,
+        str(path),
+        verify=True,
+        seed=seed,
+        holdout_by=config.holdout_by,
+    )
 
 
 def write_shard(images: CaptionedImages, pairs: int, path: Path) -> DataConfig:
@@ -41,7 +49,8 @@ def write_shard(images: CaptionedImages, pairs: int, path: Path) -> DataConfig:
                 entry = tarfile.TarInfo(f"{pair:06d}.{suffix}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
-    return DataConfig(kind="webdataset", path=str(path.parent), holdout=HELD_OUT, max_bad_share=1.0)
+    path_and_share: Any = {"path": str(path.parent), "holdout": HELD_OUT, "holdout_by": images.holdout_by}
+    return DataConfig(kind="webdataset", max_bad_share=1.0, **path_and_share)
 
 
 def shrunk(

@@ -9,6 +9,7 @@ model, which has as many steps under either protocol.
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_in
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
+from prunekit.evaluation.routing import routing_report
 from prunekit.evaluation.uncertainty import jackknife_errors
+from prunekit.jobs.compare.training_steps import TrainingSteps
 from prunekit.jobs.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.jobs.recovering import Recovery, recover
 from prunekit.jobs.stages import Stages
+from prunekit.methods.base import Method, space_and_cost
 from prunekit.methods.bksdm import BKSDM
 from prunekit.methods.budget import budget_of
 from prunekit.methods.result import PruneResult
+from prunekit.methods.router import RandomRouter
 from prunekit.methods.settings import PruneSettings
-from prunekit.report.comparison_table import CELLS, STATIC, WORK, Cell
+from prunekit.methods.workload import MethodWork
+from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.report.comparison_table import CELLS, EQUAL_TOTAL, WORK, Cell
 from prunekit.runtime.files import read_json, replacing, write_json
 from prunekit.runtime.run_directory import DENSE, SCORES
 from prunekit.runtime.tracking import flat
@@ -35,7 +42,7 @@ FORMAT = 1
 MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields that no calibration depends on
 
 
-def cells_of(recipe: CompareRecipe) -> list[Cell]:
+def cells_of(recipe: CompareRecipe, steps: TrainingSteps) -> list[Cell]:
     """Return a comparison's cells, a whole seed before the next, so that a table that is cut off is still balanced."""
     cells = []
     most = max(len(entry.seeds) for entry in recipe.budgets)
@@ -46,9 +53,7 @@ def cells_of(recipe: CompareRecipe) -> list[Cell]:
             seed = entry.seeds[repetition]
             cells += [] if any(c.label == DENSE and c.seed == seed for c in cells) else [Cell(DENSE, "", seed)]
             for label in entry.methods or recipe.methods:
-                count = recipe.method(label, 0.5, seed).num_models
-                trainings = 1 if recipe.fine_tuning(label, 1).shared_backbone else count
-                protocols = recipe.protocols if trainings > 1 else [STATIC]
+                count, protocols = recipe.method(label, 0.5, seed).num_models, steps.protocols(label, entry.label)
                 cells += [Cell(label, entry.label, seed, protocol, count) for protocol in protocols]
     return cells
 
@@ -79,6 +84,12 @@ class CellRunner:
             for entry in recipe.budgets
         }
 
+        def work_of(method: Method) -> MethodWork:
+            return method.work(space_and_cost(stages.pipeline, method.config)[0])
+
+        self.training_steps = TrainingSteps(recipe, work_of, self.budgets)
+        self.cells = cells_of(recipe, self.training_steps)
+
     def path(self, cell: Cell) -> Path:
         """Return where a cell's result is, beside an equally named cell of another recipe in the directory."""
         path, name = self.directory / CELLS / f"{cell.name}.json", self.recipe.name
@@ -96,7 +107,13 @@ class CellRunner:
 
     def steps(self, cell: Cell) -> int:
         """Return the fine-tuning steps of each of a cell's models."""
-        return 0 if cell.label == DENSE else self.recipe.steps(cell.protocol, cell.num_models)
+        if cell.label == DENSE:
+            return 0
+        return self.training_steps.of(cell.label, cell.budget, cell.protocol)
+
+    def tuning(self, cell: Cell) -> FineTuneConfig:
+        """Return how a cell's models are fine-tuned."""
+        return self.recipe.fine_tuning(cell.label, self.steps(cell), scale_warmup=cell.protocol == EQUAL_TOTAL)
 
     def distillation(self, cell: Cell) -> str:
         """Return how a cell's models are distilled: "shared", as the recipe says; "own", the method's way; "none"."""
@@ -115,12 +132,17 @@ class CellRunner:
             "data": {
                 "holdout": recipe.data.holdout,
                 "holdout_by": recipe.data.holdout_by,
+                "holdout_split": recipe.data.holdout_split,
                 "seed": recipe.seed,
                 "content": stages.data_digest,
                 "prompt_encoder": recipe.prompt_encoder,
             },
             "resolution": stages.resolution,
-            "evaluation": {**recipe.evaluation.model_dump(mode="json"), "evaluator": recipe.evaluator},
+            "evaluation": {
+                **recipe.evaluation.model_dump(mode="json"),
+                "num_seen_images": stages.num_seen_images,
+                "evaluator": recipe.evaluator,
+            },
             "seed": cell.seed,
         }
         if cell.label != DENSE:
@@ -129,8 +151,10 @@ class CellRunner:
             fields |= {
                 "prune": {name: settings.pop(name) for name in list(settings) if name in PruneSettings.model_fields},
                 "method": {"name": method.name, **settings},
-                "fine_tune": recipe.fine_tuning(cell.label, self.steps(cell)).model_dump(mode="json"),
+                "fine_tune": self.tuning(cell).model_dump(mode="json"),
             }
+            if recipe.is_random_partition(cell.label):
+                fields["partition"] = "random"
         return flat(fields)
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -142,9 +166,11 @@ class CellRunner:
         samples = self.directory / WORK / f"{cell.name}-samples-{key_of(fields)[:8]}"
         pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
-        figures, errors = stages.measure(candidate, judged), jackknife_errors(judged, stages.prompts)
-        expert_rows = []
+        seen = stages.sample_seen(candidate, samples.with_name(f"{samples.name}-training"), cell.seed)
+        figures, errors = stages.measure(candidate, judged, seen), jackknife_errors(judged, stages.prompts)
+        expert_rows, routing = [], None
         if candidate.router is not None:
+            routing = routing_report(candidate, stages.data, *stages.agreement, seed=cell.seed)
             expert_rows = comparison.expert_rows(
                 candidate, experts, data=stages.data, prompts=stages.prompts, dense=stages.dense
             )
@@ -160,7 +186,9 @@ class CellRunner:
             "variant": chosen.info.variant if chosen else None,
             "figures": figures,
             "errors": errors,
+            "known": stages.known,
             "experts": expert_rows,
+            "routing": routing,
             "models_folder": self.models_folder(cell).name,
             "environment": stages.environment,
             "fields": fields,
@@ -179,22 +207,43 @@ class CellRunner:
         if cell.label == DENSE:
             return self.stages.dense, None
         searched = {
-            name: value for name, value in self.fields(cell).items() if not name.startswith(("fine_tune", "evaluation"))
+            name: value
+            for name, value in self.fields(cell).items()
+            if not name.startswith(("fine_tune", "evaluation", "partition"))
         }
         chosen = self._chosen(cell, searched)
-        config = self.recipe.fine_tuning(cell.label, self.steps(cell))
-        recovery = Recovery(cell.title, chosen, self.models_folder(cell), config, cell.seed)
+        if self.recipe.is_random_partition(cell.label):
+            chosen = self._at_random(chosen, cell.seed)
+        config, method = self.tuning(cell), self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+        recovery = Recovery(
+            cell.title,
+            chosen,
+            self.models_folder(cell),
+            config,
+            cell.seed,
+            dense_passes=method.work(chosen.space).dense_passes,
+            shares_steps=cell.protocol == EQUAL_TOTAL,
+        )
         return recover(self.stages, [recovery])[-1], chosen
+
+    def _at_random(self, chosen: PruneResult, seed: int) -> PruneResult:
+        """Return a mixture whose prompts go to its experts at random, with the shares that its router gives them."""
+        data, router = self.stages.data, chosen.router
+        if router is None:
+            raise RecipeError("partition=random is for mixtures: this row's method has no router")
+        shares = comparison.shares_of(router.route_rows(data.prompts, data.training_pairs()), router.num_experts)
+        unused, fallback = router.unused, int(shares.argmax())
+        return replace(chosen, router=RandomRouter(shares, router.embedding_size, seed, fallback, unused=unused))
 
     def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
         """Return the architectures: one search for both protocols, one calibration for all budgets."""
         work = self.directory / WORK
-        folder = work / f"{cell.label}-chosen-{key_of(fields)[:8]}"
+        method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+        folder = work / f"{method.name}-chosen-{key_of(fields)[:8]}"  # rows of one method share it
         key = key_of({name: value for name, value in fields.items() if not name.startswith(MEETING_THE_BUDGET)})
-        shared = work / "calibrations" / f"{cell.label}-{key[:8]}.safetensors"
+        shared = work / "calibrations" / f"{method.name}-{key[:8]}.safetensors"
         if shared.is_file() and not folder.is_dir():
             _copy(shared, folder / SCORES)
-        method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
         result = self.stages.choose(method, folder, f"{cell.label} {cell.budget} seed {cell.seed}")
         if (folder / SCORES).is_file() and not shared.is_file():
             _copy(folder / SCORES, shared)

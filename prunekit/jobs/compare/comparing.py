@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prunekit.evaluation.table import Column, markdown_table, terminal_table, warning_lines
 from prunekit.jobs.compare.call_ratios import cell_ratio
-from prunekit.jobs.compare.cell_runner import CellRunner, cells_of
+from prunekit.jobs.compare.cell_runner import CellRunner
 from prunekit.jobs.compare.fairness import refuse_unfair
 from prunekit.jobs.recipe import (
     CompareRecipe,
@@ -32,6 +32,7 @@ from prunekit.report.comparison_table import (
     Result,
     csv_text,
     json_rows,
+    known_lines,
     rows_of,
     shown_rows,
     warnings_of,
@@ -79,10 +80,10 @@ class Comparison:
         self.log = RunLog.of(recipe, directory)
         for line in precision_lines(recipe, current().device):
             self.log.say(line)
-        self.cells = cells_of(recipe)
         self.stages = Stages(recipe, self.log, directory)
         self.stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         self.runner = CellRunner(recipe, directory, self.stages)
+        self.cells = self.runner.cells
 
     def make(self) -> None:
         """Make the cells that are missing, but for those that another launch on this directory is making."""
@@ -182,7 +183,7 @@ def _write(
     content["warnings"] = warnings_of(cells)
     write_json(folder / RESULTS, {"environments": _environments(cells), **content})
     write_text(folder / TABLE_CSV, csv_text(rows))
-    parts = [NOTE + "\n"]
+    parts = ["\n\n".join([NOTE, *known_lines(cells)]) + "\n"]
     for protocol in dict.fromkeys(row.protocol for row in rows):
         for budget in dict.fromkeys(row.budget for row in rows):
             section = [row for row in rows if row.protocol == protocol and row.budget == budget]

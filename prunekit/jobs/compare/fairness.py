@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from prunekit.jobs.recipe import with_added
-from prunekit.report.comparison_table import Result
+from prunekit.report.comparison_table import EQUAL_TOTAL, Result
 from prunekit.runtime.errors import UserError
 
 DISTILLATION = tuple(
@@ -50,7 +50,8 @@ def _group(field: str, cell: Result) -> Hashable | None:
         "prune.budget": lambda: axes["budget"],
         "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own space
         "fine_tune.shared_backbone": lambda: axes["method"],
-        "fine_tune.steps": lambda: cell["models"] if axes["protocol"] == "equal_compute" else "",
+        "fine_tune.steps": lambda: {"equal_compute": cell["models"], EQUAL_TOTAL: None}.get(axes["protocol"], ""),
+        "fine_tune.warmup_steps": lambda: None if axes["protocol"] == EQUAL_TOTAL else "",
     }
     if field in rules:
         return rules[field]()

@@ -53,8 +53,8 @@ def pruning_work(
     for name, row in rows.items():
         work += _search(name, row, model, dense, live)
     for name, row in rows.items():
-        teacher, forward = row.tuning.distillation_weight > 0, 1 + row.tuning.gradient_checkpointing
-        macs = ((forward + 2) * row.budget + teacher) * dense + live
+        teacher = row.tuning.distillation_weight > 0
+        macs = row.tuning.dense_passes(row.budget) * dense + live
         passes = f"{row.models} x ({_passes('backward', row.tuning, teacher)})"
         samples = row.tuning_steps * row.tuning.batch_size
         work.append(Work(f"{name}: {TUNING}", samples, macs, passes, row.models, row.label, TUNING))
@@ -102,7 +102,7 @@ def _search(name: str, row: PlannedRow, model: PlannedModel, dense: int, live: i
         return []
     training, teacher = search.training, search.has_teacher
     samples = row.choices * training.steps * training.batch_size
-    macs = (1 + training.gradient_checkpointing + 1 + teacher) * dense + live
+    macs = search.passes_per_sample * dense + live
     passes = _passes("backward to the gates", training, teacher)
     return [Work(f"{name}: search", samples, macs, passes, label=row.label, part=CHOICE)]
 
@@ -117,7 +117,7 @@ def _generation(recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow]
     return [
         Work(
             f"{name}: {GENERATION}",
-            count * evaluation.num_images,
+            count * recipe.drawn_images,
             calls * ratio * dense + decoder,
             passes,
             label=label,

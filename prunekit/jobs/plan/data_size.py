@@ -32,8 +32,12 @@ def size_of(config: DataConfig) -> DataSize | None:
     counted = data_size(config)
     if counted is not None:
         return DataSize(*counted, "counted")
-    name = _published(config)
-    return DataSize(*PUBLISHED[name], f"as published ({name}); the data is not counted here") if name else None
+    parts = [_published(part) for part in (config, config.held_out_split) if part is not None]
+    names = [name for name in parts if name is not None]
+    if len(names) < len(parts):
+        return None
+    images, captions = (sum(PUBLISHED[name][index] for name in names) for index in (0, 1))
+    return DataSize(images, captions, f"as published ({' and '.join(names)}); the data is not counted here")
 
 
 def _published(config: DataConfig) -> str | None:

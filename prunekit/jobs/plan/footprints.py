@@ -102,7 +102,7 @@ def disk(
     largest = max(row["params_kept"] for row in described.values())
     steps = [step for step in recipe.evaluation.at_steps if step < recipe.fine_tune.steps]
     height, width = model.shape.resolution
-    pictures = recipe.evaluation.num_images * (1 + sum(row.generations for row in rows.values()))
+    pictures = recipe.drawn_images * (1 + sum(row.generations for row in rows.values()))
     at_once = min(devices, sum(row.models for row in rows.values()))
     tuning: FineTuneConfig = recipe.fine_tune
     cache = None if data is None else _cache(recipe, model, data)

@@ -7,6 +7,7 @@ import torch
 
 from prunekit.core.space import Architecture
 from prunekit.jobs.compare.cell_runner import budget_value, cells_of
+from prunekit.jobs.compare.training_steps import TrainingSteps
 from prunekit.jobs.plan.planned_models import PlannedModel
 from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
 from prunekit.methods.base import Method
@@ -67,15 +68,17 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
     cost = model.costs(recipe.prune)[1]
     rows: dict[str, PlannedRow] = {}
     scored: set[tuple[str, int]] = set()  # one calibration of a label and seed serves all budgets
-    cells = [cell for cell in cells_of(recipe) if cell.label != DENSE]
+    budgets = {entry.label: budget_value(entry.budget, model.shape.denoiser, cost) for entry in recipe.budgets}
+    steps_of = TrainingSteps(recipe, lambda method: method.work(model.costs(method.config)[0]), budgets)
+    cells = [cell for cell in cells_of(recipe, steps_of) if cell.label != DENSE]
     for entry in recipe.budgets:
-        budget = budget_value(entry.budget, model.shape.denoiser, cost)
+        budget = budgets[entry.label]
         for label in entry.methods or recipe.methods:
             row_cells = [cell for cell in cells if (cell.label, cell.budget) == (label, entry.label)]
             tuning = recipe.fine_tuning(label, recipe.fine_tune.steps)
             trained = [(cell, 1 if tuning.shared_backbone else cell.num_models) for cell in row_cells]
             models = sum(count for _, count in trained)
-            steps = sum(count * recipe.steps(cell.protocol, cell.num_models) for cell, count in trained)
+            steps = sum(count * steps_of.of(label, entry.label, cell.protocol) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
             choices = len(entry.seeds)
             if method.work(model.costs(method.config)[0]).search is None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel
 
-from prunekit.jobs.recipe.earlier import as_recorded_now, to_record
+from prunekit.jobs.recipe.earlier import as_recorded_now, missing_settings, to_record
 from prunekit.jobs.recipe.reading import load_recipe, parse_recipe
 from prunekit.jobs.recipe.schema import AnyRecipe, PretrainRecipe
 from prunekit.runtime.precision import SLOW, UnscaledPrecision, has_native_bfloat16, resolve_precision, slowdown, why
@@ -48,7 +48,9 @@ def resolve_recipe(
 
 def load_recorded(path: str | Path) -> AnyRecipe:
     """Read the recipe that a run wrote; what an older run did not write down has the default of its time."""
-    return _replaced(as_recorded_now(load_recipe(path)), lambda name, scaled: BEFORE_AUTO)
+    path = Path(path)
+    recipe = load_recipe(path, missing_settings(path) if path.is_file() else ())
+    return _replaced(as_recorded_now(recipe), lambda name, scaled: BEFORE_AUTO)
 
 
 def precision_lines(recipe: AnyRecipe, device: str | torch.device) -> list[str]:

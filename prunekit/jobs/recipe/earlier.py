@@ -3,14 +3,20 @@
 `precision` is apart (`precision.py`): its earlier default is a value that is still allowed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from prunekit.data.config import DATA_BEFORE
 from prunekit.jobs.recipe.reading import parse_recipe
 from prunekit.jobs.recipe.schema import AnyRecipe, PretrainRecipe
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.yaml_files import read_mapping
 
 ADDED = {  # fields of a cell that were added later, with the value that every earlier cell had
-    "data.holdout_by": "captions",
+    **{f"data.{name}": value for name, value in DATA_BEFORE.items()},
+    "data.holdout_split": None,
+    "evaluation.num_seen_images": 0,
     "method.routing": "cosine",
     "method.snr_form": "velocity",
     "fine_tune.snr_form": "velocity",
@@ -26,6 +32,16 @@ def with_added(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a cell's fields with those that it was recorded before; none in a section that the cell lacks."""
     sections = {name.partition(".")[0] for name in fields}
     return {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections} | dict(fields)
+
+
+def missing_settings(path: Path) -> Iterator[str]:
+    """Yield, as overrides, what the settings of a recorded recipe meant that it lacks because they were added later."""
+    try:
+        data = read_mapping(path).get("data")
+    except UserError:  # reading the recipe says so
+        return
+    if isinstance(data, dict):
+        yield from (f"data.{name}={value}" for name, value in DATA_BEFORE.items() if name not in data)
 
 
 def as_recorded_now(recipe: AnyRecipe) -> AnyRecipe:

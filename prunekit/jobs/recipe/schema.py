@@ -48,6 +48,12 @@ class EvaluationConfig(Section):
     num_references: int = Field(
         10_000, gt=1, description="real images at most that they are held against; each prompt's own is among them"
     )
+    num_seen_images: int | None = Field(
+        None,
+        ge=0,
+        description="generated images of each row whose prompts are of training pictures, for the figures in "
+        "parentheses; unset: as many as num_images. Only where data.holdout_by=pictures",
+    )
     at_steps: list[int] = Field(
         [], description="fine-tuning steps whose weights are kept and get rows of their own, beside the last one's"
     )
@@ -57,6 +63,12 @@ class EvaluationConfig(Section):
     precision: Precision = Field("auto", description=f"autocast while generating; {AUTO}")
     num_predictions: int = Field(256, gt=0, description="(image, t, noise) triples of the agreement with dense")
     num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
+
+    def seen_images(self, holds_pictures: bool) -> int:
+        """Return how many of a row's pictures are of training pictures' prompts; none where no picture is held out."""
+        if not holds_pictures:
+            return 0
+        return self.num_images if self.num_seen_images is None else self.num_seen_images
 
 
 class CommonRecipe(Section):
@@ -80,6 +92,11 @@ class CommonRecipe(Section):
     prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def drawn_images(self) -> int:
+        """How many pictures a row draws, of held-out and of training pictures' prompts."""
+        return self.evaluation.num_images + self.evaluation.seen_images(self.data.holds_pictures)
 
 
 class PruneRecipe(CommonRecipe):
@@ -142,6 +159,7 @@ class BudgetEntry(Section):
         return str(self.budget)
 
 
+PARTITIONS = ("router", "random")  # of the prompts among the experts of a comparison's row
 PER_CELL = {"budget", "seed"}  # settings of `prune` that a comparison has in `budgets`
 
 
@@ -151,14 +169,16 @@ class CompareRecipe(CommonRecipe):
     job: Literal["compare"]
     methods: dict[str, dict[str, Any]] = Field(
         description="rows by label; `method` (the label by default), `distillation` (true), `shared_backbone` (as "
-        "fine_tune has it), and the method's settings"
+        "fine_tune has it), `partition` (router; random: a control whose experts train on and serve prompts at random, "
+        "with the router's shares), and the method's settings"
     )
     budgets: list[BudgetEntry] = Field(min_length=1, description="budgets, each with its seeds")
-    protocols: list[Literal["equal_steps", "equal_compute"]] = Field(
-        ["equal_steps", "equal_compute"],
+    protocols: list[Literal["equal_steps", "equal_total", "equal_compute"]] = Field(
+        ["equal_steps", "equal_total"],
         min_length=1,
-        description="equal_steps: every model trains for fine_tune.steps, as the papers do; "
-        "equal_compute: the N experts of a mixture share them, 1/N each",
+        description="equal_steps: every model trains for fine_tune.steps, as the papers do; equal_total: every row "
+        "computes as much as the costliest one does so, calibration and search included, by training longer; "
+        "equal_compute: the N experts of a mixture share fine_tune.steps, 1/N each, and searches are not charged",
     )
     published: list[dict[str, float | str]] = Field([], description="figures of a paper, printed beside ours")
 
@@ -194,6 +214,8 @@ class CompareRecipe(CommonRecipe):
         if not isinstance(settings.get("method", label), str):
             raise UserError(f"methods.{label}.method={settings['method']!r}: give a method's name")
         name, distils = settings.pop("method", label), settings.pop("distillation", True)
+        if (partition := settings.pop("partition", "router")) not in PARTITIONS:
+            raise UserError(f"methods.{label}.partition={partition!r}: choose one of {', '.join(PARTITIONS)}")
         for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
             if not isinstance(value, bool):
                 raise UserError(f"methods.{label}.{key}={value!r}: true or false")
@@ -201,6 +223,10 @@ class CompareRecipe(CommonRecipe):
             settings |= registry.get(name).undistilled
         common = self.prune.model_copy(update={"budget": budget, "seed": seed})
         return build_method(name, common, settings, f"methods.{label}")
+
+    def is_random_partition(self, label: str) -> bool:
+        """Whether a row's experts serve prompts at random, with the shares that the router gives them."""
+        return (self.methods[label] or {}).get("partition", "router") == "random"
 
     def method_of(self, label: str) -> Method:
         """Return the method of a row at an arbitrary budget and seed, on which its other settings do not depend."""
@@ -211,9 +237,14 @@ class CompareRecipe(CommonRecipe):
         steps = self.fine_tune.steps
         return max(1, steps // num_models) if protocol == "equal_compute" else steps
 
-    def fine_tuning(self, label: str, steps: int) -> FineTuneConfig:
-        """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full."""
+    def fine_tuning(self, label: str, steps: int, scale_warmup: bool = False) -> FineTuneConfig:
+        """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full.
+
+        scale_warmup: the warm-up has the share of the steps that the recipe gives it, however many there are.
+        """
         changes: dict[str, Any] = {"steps": steps, **self.method_of(label).fine_tuning()}
+        if scale_warmup:
+            changes["warmup_steps"] = round(self.fine_tune.warmup_steps * steps / self.fine_tune.steps)
         row = self.methods[label] or {}
         if not row.get("distillation", True):
             changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
@@ -240,7 +271,7 @@ class PretrainRecipe(Section):
     job: Literal["pretrain"]
     name: Name = Field(description="names the run directory")
     seed: Seed = Field(0, description="what all randomness is keyed by")
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig(holdout_by="captions")
     shapes: EmojiModelConfig = EmojiModelConfig()
     autoencoder: TrainerConfig
     decoder: TrainerConfig
@@ -250,6 +281,15 @@ class PretrainRecipe(Section):
     timestep_shift: float = Field(1.0, ge=1, description="above 1: more of the noisiest timesteps in `diffusion`")
     milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("data")
+    @classmethod
+    def _every_picture(cls, data: DataConfig) -> DataConfig:
+        if "holdout_by" not in data.model_fields_set:
+            return data.model_copy(update={"holdout_by": "captions"})
+        if data.holdout_by == "pictures":
+            raise UserError("pretraining learns from every picture: leave data.holdout_by=captions")
+        return data
 
 
 AnyRecipe = PruneRecipe | PretrainRecipe | CompareRecipe

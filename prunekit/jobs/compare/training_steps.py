@@ -1,0 +1,64 @@
+"""How many steps each model of a comparison's row trains for, under each protocol.
+
+Training is counted in passes of the dense model, for one sample each: a forward pass is 1, a backward pass 2, or 1
+where the weights are frozen; a pruned model's passes count by its share of the MACs.
+"""
+
+from collections.abc import Callable
+
+from prunekit.jobs.recipe import CompareRecipe
+from prunekit.methods.base import Method
+from prunekit.methods.workload import MethodWork
+from prunekit.report.comparison_table import EQUAL_TOTAL, STATIC
+
+
+class TrainingSteps:
+    """The steps of every row of one comparison.
+
+    Args:
+        recipe: the comparison.
+        work_of: what a method computes before it can choose.
+        budgets: the value of each budget, as a share of the dense MACs, by its label.
+
+    """
+
+    def __init__(self, recipe: CompareRecipe, work_of: Callable[[Method], MethodWork], budgets: dict[str, float]):
+        self.recipe, self.work_of, self.budgets = recipe, work_of, budgets
+        self._choices: dict[tuple[str, str], float] = {}
+
+    def of(self, label: str, budget: str, protocol: str) -> int:
+        """Return the steps of each of a row's models; they are what a mixture's experts have on average."""
+        recipe = self.recipe
+        if protocol != EQUAL_TOTAL:
+            return recipe.steps(protocol, recipe.method_of(label).num_models)
+        most = max(self._passes(other, budget, recipe.fine_tune.steps) for other in self._rows(budget))
+        left = most - self._choice(label, budget)
+        return max(1, int(left / self._step(label, budget) / self.trainings(label) + 1e-9))
+
+    def protocols(self, label: str, budget: str) -> list[str]:
+        """Return the protocols under which a row trains differently: one cell each, or one that serves all."""
+        steps = {protocol: self.of(label, budget, protocol) for protocol in self.recipe.protocols}
+        return [STATIC] if len(set(steps.values())) == 1 else list(steps)
+
+    def trainings(self, label: str) -> int:
+        """Return how many models of a row are trained."""
+        return 1 if self.recipe.fine_tuning(label, 1).shared_backbone else self.recipe.method_of(label).num_models
+
+    def _rows(self, budget: str) -> set[str]:
+        """Return the labels of all rows at a budget, which several entries may have for different seeds."""
+        entries = [entry for entry in self.recipe.budgets if entry.label == budget]
+        return {label for entry in entries for label in entry.methods or self.recipe.methods}
+
+    def _passes(self, label: str, budget: str, steps: int) -> float:
+        """Passes of the dense model that a row takes, where each of its models trains for `steps`."""
+        return self._choice(label, budget) + steps * self.trainings(label) * self._step(label, budget)
+
+    def _choice(self, label: str, budget: str) -> float:
+        if (label, budget) not in self._choices:
+            method = self.recipe.method(label, self.budgets[budget], 0)
+            self._choices[label, budget] = self.work_of(method).dense_passes
+        return self._choices[label, budget]
+
+    def _step(self, label: str, budget: str) -> float:
+        config = self.recipe.fine_tuning(label, self.recipe.fine_tune.steps)
+        return config.batch_size * config.dense_passes(self.budgets[budget])
