@@ -1,6 +1,7 @@
 """Train the evaluator that has not seen Emoji-64's held-out pictures: 20 % of them at seed 0.
 
-They contain those of 10 %. About half an hour on a CPU core with bfloat16 units; a call that was cut off goes on where it was.
+They contain those of 10 %. About half an hour on a CPU core with bfloat16 units; a call that was cut off goes on where
+it was.
 
 Run: python benchmarks/held_out_evaluator.py runs/held_out_evaluator
 Then copy runs/held_out_evaluator/evaluator to prunekit/assets/evaluator_held_out.

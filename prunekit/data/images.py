@@ -71,10 +71,12 @@ class CaptionedImages:
         return self.take(self.image_index[self.pairs_of(split)].unique().tolist())
 
     def pairs_beside_names(self) -> Tensor:
-        """Return the indices of the pairs whose caption is not their picture's name, or the only one; (n,)."""
-        counts = torch.bincount(self.image_index, minlength=self.num_images)[self.image_index]
-        named = [caption == self.names[i] for caption, i in zip(self.captions, self.image_index.tolist(), strict=True)]
-        return torch.nonzero(~torch.tensor(named) | (counts == 1)).flatten()
+        """Return the indices of the pairs whose caption is not their picture's name; a picture without such has all."""
+        pictures = self.image_index.tolist()
+        beside = torch.tensor([text != self.names[i] for text, i in zip(self.captions, pictures, strict=True)])
+        has_other = torch.zeros(self.num_images, dtype=torch.bool)
+        has_other[self.image_index[beside]] = True
+        return torch.nonzero(beside | ~has_other[self.image_index]).flatten()
 
     def held_out_pictures(self) -> Tensor:
         """Return the indices of the pictures that no training sees: all their pairs are held out; (n,)."""

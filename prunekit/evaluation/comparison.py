@@ -125,7 +125,9 @@ class Prompts:
         """
         images = images.of_split(split)
         order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
-        held = torch.nonzero(images.held_out).flatten() if split is None else images.pairs_beside_names()
+        held = torch.nonzero(images.held_out).flatten()
+        if split is not None or not len(held):
+            held = images.pairs_beside_names()
         held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))]
         names = order[: count - min(count // 2, len(held))]
         if split is not None:  # pictures first that no name asks for

@@ -12,6 +12,7 @@ from PIL import Image
 from small_data import encoded_for, stub
 from unets import build
 
+from prunekit.data.bad_samples import DataError
 from prunekit.data.config import DataConfig, load_data
 from prunekit.data.encoded import EncodedData
 from prunekit.data.holdout import NEAR, duplicate_groups, hold_out, near_pairs
@@ -47,21 +48,52 @@ TWINS = (
 @pytest.mark.parametrize("write", [*LAYOUTS, emoji], ids=lambda write: write.__name__)
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_that_is_held_out_is_in_training_in_any_layout(write, seed, tmp_path):
-    config = {**write(tmp_path, samples()), "holdout": 0.3, "holdout_by": "pictures"}
-    if write is emoji:  # every picture there has the keyword "picture", which two share with all others
-        config["path"] = str(tmp_path)
+    hyphen = "-" if write is emoji else " "  # the first word is a keyword there: each has its own
+    written = [(image, caption.replace(" ", hyphen)) for image, caption in samples()]
+    config = {**write(tmp_path, written), "holdout": 0.3, "holdout_by": "pictures"}
     data = load_data(DataConfig(**config), seed)
     held = data.held_out_pictures().tolist()
     training = sorted(set(range(data.num_images)) - set(held))
-    if write is not emoji:
-        assert len(held) == 12
-        assert all((twin in held) == (index in held) for index, twin in TWINS.items())
+    assert len(held) == 12
+    assert all((twin in held) == (index in held) for index, twin in TWINS.items())
     assert not {data.encoded[i] for i in held} & {data.encoded[i] for i in training}
     seen = {data.captions[pair] for pair in data.training_pairs().tolist()}
     assert not seen & {data.captions[pair] for pair in torch.nonzero(data.held_out).flatten().tolist()}
     thumbnails = data.pixels(range(data.num_images), 16).flatten(1).double() / 255
     distances = torch.cdist(thumbnails[held], thumbnails[training]) / thumbnails.shape[1] ** 0.5
-    assert not distances.numel() or distances.min() > NEAR
+    assert distances.min() > NEAR
+
+
+def test_where_all_pictures_hang_together_none_can_be_held_out(tmp_path):
+    config = emoji(tmp_path, samples())  # all have the keywords "picture, picture"
+    with pytest.raises(DataError, match=r"no picture can be held out.*holdout_by=captions"):
+        load_data(DataConfig(**config, holdout=0.3), 0)
+
+
+SPLIT_LAYOUTS = {
+    "webdataset": ({"split": "train"}, {"split": "validation"}, "validation"),
+    "parquet": ({}, {"split": "validation"}, "validation"),
+    "coco": ({"year": "train2014"}, {"year": "val2014"}, "val"),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT_LAYOUTS)
+def test_a_split_of_its_own_is_held_out_with_what_resembles_it(kind, tmp_path):
+    first, second, name = SPLIT_LAYOUTS[kind]
+    write = next(layout for layout in LAYOUTS if layout.__name__.startswith(kind))
+    config = write(tmp_path, [(image, f"training {caption}") for image, caption in samples()[:30]], **first)
+    write(tmp_path, [(noise(3), "three again"), (noise(200), "training picture 5"), (noise(201), "new")], **second)
+    config |= {"split": config.get("split") or "train", "holdout_split": name}
+    data = load_data(DataConfig(**config), 0, tmp_path / "cache")
+    assert data.num_images == 33 and data.holds_pictures
+    assert data.held_out_pictures().tolist() == sorted({*range(30, 33), *_of(data, 3, 5)}) and data.held_by_closure == 2
+
+
+def _of(data, *numbers):
+    """The training pictures of these numbers, in whatever order the layout reads."""
+    captions = {f"training picture {number}" for number in numbers}
+    pairs = [p for p, caption in enumerate(data.captions) if caption in captions and data.image_index[p] < 30]
+    return {int(data.image_index[pair]) for pair in pairs}
 
 
 def test_groups_join_through_others():
@@ -77,11 +109,18 @@ def test_groups_join_through_others():
     share=st.floats(0, 0.9),
     seed=st.integers(0, 100),
 )
-def test_the_share_is_never_exceeded_and_texts_are_apart(captions, share, seed):
+def test_the_share_is_exceeded_by_one_group_at_most_and_texts_are_apart(captions, share, seed):
     texts = [text for own in captions for text in own]
     index = torch.tensor([picture for picture, own in enumerate(captions) for _ in own])
-    held = hold_out("pictures", [bytes([i]) for i in range(len(captions))], texts, index, share, seed)
-    assert held.pictures <= round(share * len(captions)) and 0 <= held.by_closure <= held.pictures
+    encoded = [bytes([i]) for i in range(len(captions))]
+    sizes = torch.bincount(duplicate_groups(encoded, texts, index))
+    if share and len(sizes) == 1 and round(share * len(captions)) < len(captions):
+        with pytest.raises(DataError):
+            hold_out("pictures", encoded, texts, index, share, seed)
+        return
+    held = hold_out("pictures", encoded, texts, index, share, seed)
+    assert held.pictures <= max(round(share * len(captions)), int(sizes.min())) * bool(share)
+    assert 0 <= held.by_closure <= held.pictures
     mask = held.pairs.tolist()
     assert not {t for t, m in zip(texts, mask, strict=True) if m} & {
         t for t, m in zip(texts, mask, strict=True) if not m

@@ -60,12 +60,12 @@ def members(key: str, image: bytes, caption: str, suffix: str = "jpg") -> list[t
     return [(f"{key}.{suffix}", image), (f"{key}.json", b'{"status": "success"}'), (f"{key}.txt", caption.encode())]
 
 
-def webdataset(folder: Path, samples: list[tuple[bytes, str]], per_shard: int = 3) -> dict:
+def webdataset(folder: Path, samples: list[tuple[bytes, str]], per_shard: int = 3, split: str = "train") -> dict:
     for shard, first in enumerate(range(0, len(samples), per_shard)):
         content = []
         for index, (image, caption) in enumerate(samples[first : first + per_shard], first):
             content += members(f"{index:09d}", image, caption)
-        write_tar(folder / f"cc3m-train-{shard:04d}.tar", content)
+        write_tar(folder / f"cc3m-{split}-{shard:04d}.tar", content)
     return {"kind": "webdataset", "path": str(folder)}
 
 
@@ -93,7 +93,7 @@ def cc3m_tsv(folder: Path, samples: list[tuple[bytes, str]]) -> dict:
 
 
 def coco(folder: Path, samples: list[tuple[bytes, str]], captions_each: int = 1, year: str = "val2014") -> dict:
-    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / year).mkdir()
     images, annotations = [], []
     for index, (image, caption) in enumerate(samples):
@@ -131,14 +131,14 @@ def folder_csv(folder: Path, samples: list[tuple[bytes, str]]) -> dict:
     return write_csv(folder / "metadata.csv", samples, "file_name", "text") | {"kind": "folder", "path": str(folder)}
 
 
-def parquet(folder: Path, samples: list[tuple[bytes, str]], per_file: int = 3) -> dict:
-    (folder / "data").mkdir(parents=True)
+def parquet(folder: Path, samples: list[tuple[bytes, str]], per_file: int = 3, split: str = "train") -> dict:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     total = -(-len(samples) // per_file)
     for file, first in enumerate(range(0, len(samples), per_file)):
         part = samples[first : first + per_file]
         images = [{"bytes": image, "path": f"{first + i}.jpg"} for i, (image, _) in enumerate(part)]
         table = pa.table({"image": images, "text": [caption for _, caption in part]})
-        pq.write_table(table, folder / "data" / f"train-{file:05d}-of-{total:05d}.parquet", row_group_size=2)
+        pq.write_table(table, folder / "data" / f"{split}-{file:05d}-of-{total:05d}.parquet", row_group_size=2)
     return {"kind": "parquet", "path": str(folder)}
 
 

@@ -94,9 +94,12 @@ def test_rows_of_both_protocols(finished):
     assert table["equal_steps", BASE, "norm"].estimates == table["equal_total", BASE, "norm"].estimates
     computed = {row.method: row.costs["training_passes"] for row in rows if (row.protocol, row.budget) == COMPARED}
     step = 4 * 4 * TRAINING["batch_size"]  # passes of four models at most: forward, backward, teacher
-    assert all(computed["norm"] - step < passes < computed["norm"] + step for name, passes in computed.items() if passes)
+    assert all(
+        computed["norm"] - step < passes < computed["norm"] + step for name, passes in computed.items() if passes
+    )
     assert table["equal_steps", BASE, "plain"].distillation == "none"
-    assert table["equal_steps", BASE, "norm"].distillation == "shared" and table["equal_steps", BASE, "norm"].seeds == (
+    assert table["equal_steps", BASE, "norm"].distillation == "shared"
+    assert table["equal_steps", BASE, "norm"].seeds == (
         0,
         1,
     )

@@ -75,6 +75,7 @@ def path(tmp_path_factory):
         "budgets": [{"budget": 0.7}],
         "methods": {LABEL: {"method": NAME}, "plain": {"method": NAME, "branches": 1, "distillation": False}},
         "fine_tune": {"steps": 6, **TRAINING},
+        "protocols": ["equal_steps", "equal_compute"],
         "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
     }
     path = folder / "foreign.yaml"
@@ -105,10 +106,10 @@ def test_it_gets_its_rows_under_both_protocols(path, tmp_path):
     assert rows[LABEL, "equal_steps"]["models"] == rows[LABEL, "equal_compute"]["models"] == 3
     assert rows[LABEL, "equal_steps"]["steps"] == 6 and rows[LABEL, "equal_compute"]["steps"] == 2
     assert all(row["costs"]["call_ratio"] > 0 for row in rows.values() if row["method"] != "dense")
-    chosen = {file.parent.name.partition("-")[0]: file for file in tmp_path.glob("work/*-chosen-*/result.json")}
-    info = json.loads(chosen[LABEL].read_text())["info"]
-    assert info["preset"] == "wide" and PruneResult.load(chosen[LABEL].parent).info.extra == {"preset": "wide"}
-    assert json.loads(chosen["plain"].read_text())["info"]["settings"]["preset"] == "narrow"
+    chosen = [PruneResult.load(file.parent) for file in tmp_path.glob(f"work/{NAME}-chosen-*/result.json")]
+    (mixture,) = [result for result in chosen if len(result.architectures) > 1]
+    assert mixture.info.extra == {"preset": "wide"} and mixture.info.to_dict()["preset"] == "wide"
+    assert [r.info.settings["preset"] for r in chosen if len(r.architectures) == 1] == ["narrow"]
 
 
 def test_a_smoke_run_shrinks_it(path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import small_sdxl
 from data_layouts import LAYOUTS, emoji, samples
+from data_layouts import picture as colour_picture
 from pages import PAGES, commands
 from small_model import write_pipeline
 from small_run import check_table
@@ -38,12 +39,17 @@ LESS = {  # rows of the comparisons, which have them in common, for time
 }
 QUICK = {"norm_cc3m", "uniarch_coco", "pretrain_emoji"}  # beside what test_commands.py runs of the README
 PAIRS = 24
+OTHER_COLOURS = ("#123456", "#fedcba", "#456723")
 WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed((*LAYOUTS, emoji))}
 
 
 def write_data(folder: Path, kind: str, count: int = PAIRS) -> str:
     """Write a data set in the published layout of a kind; return `data.path`."""
     options = {"webdataset": {"per_shard": 12}, "coco": {"captions_each": 5, "year": "train2014"}}
+    splits = {"webdataset": {"split": "validation"}, "coco": {"year": "val2014"}}
+    if kind in splits:
+        others = [(colour_picture(colour, "jpeg"), f"a split of its own {colour}") for colour in OTHER_COLOURS]
+        WRITERS[kind](folder, others, **splits[kind])
     return WRITERS[kind](folder, samples(count), **options.get(kind, {}))["path"]
 
 

@@ -271,7 +271,7 @@ class PretrainRecipe(Section):
     job: Literal["pretrain"]
     name: Name = Field(description="names the run directory")
     seed: Seed = Field(0, description="what all randomness is keyed by")
-    data: DataConfig = DataConfig(holdout_by="captions")
+    data: DataConfig = Field(DataConfig(holdout_by="captions"), description="what it learns from: every picture")
     shapes: EmojiModelConfig = EmojiModelConfig()
     autoencoder: TrainerConfig
     decoder: TrainerConfig

@@ -9,7 +9,14 @@ from prunekit.methods import registry
 from prunekit.runtime.run_directory import SMOKE_SUFFIX
 from prunekit.training.memory import SMOKE, capped, is_number
 
-EVALUATION = {"num_images": 4, "steps": 2, "batch_size": 4, "num_predictions": 4, "num_pictures": 2}
+EVALUATION = {
+    "num_images": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "num_predictions": 4,
+    "num_pictures": 2,
+    "num_seen_images": 4,
+}
 LEAST_HOLDOUT = 0.1  # of a few dozen captions a published data set's share would hold out none
 AT_STEP = 1  # the one step at which a recipe with evaluation.at_steps is looked at
 BUDGETS = 2  # of a comparison
