@@ -28,7 +28,8 @@ def main() -> None:
     training, held = data.of_split(TRAINING), data.of_split(HELD_OUT)
     evaluator = train_evaluator(training, evaluator_training(), directory, SEED)
     size = evaluator.config.size
-    training = training.take(sorted(range(0, training.num_images, training.num_images // held.num_images)))
+    step = training.num_images // held.num_images
+    training = training.take(list(range(0, training.num_images, step))[: held.num_images])
     for name, images in (("held out", held), ("training", training)):
         shown = images.image_index.unique()
         print(json.dumps({"pictures": name, "count": len(shown), **real_figures(evaluator, images, shown, size)}))

@@ -94,6 +94,20 @@ def agreement(
 ) -> float:
     """Return the mean squared difference of the student's and the dense model's predictions; lower is better.
 
+    Arguments and errors as in `agreement_errors`.
+    """
+    return float(agreement_errors(dense, student, samples, expert, batch_size).mean())
+
+
+def agreement_errors(
+    dense: nn.Module | Tensor,
+    student: nn.Module | Sequence[nn.Module],
+    samples: AgreementSamples,
+    expert: Tensor | None = None,
+    batch_size: int = 32,
+) -> Tensor:
+    """Return each sample's mean squared difference of the student's and the dense model's predictions, (n,) float64.
+
     `dense` is the model or its `predictions`, which several students may share. For routed experts, `student` is their
     list and `expert` (n,) says which one a sample's prompt is sent to.
     Raises ValueError where `expert` does not name one expert a sample.
@@ -104,9 +118,9 @@ def agreement(
         expert = torch.zeros(len(target), dtype=torch.long)
     if expert is None or len(expert) != len(target) or not 0 <= int(expert.min()) <= int(expert.max()) < len(experts):
         raise UserError(f"agreement of {len(experts)} experts needs each of the {len(target)} samples' expert index")
-    total = 0.0
+    errors = torch.zeros(len(target), dtype=torch.float64)
     for index in expert.unique().tolist():
         rows = torch.nonzero(expert == index).flatten()
-        errors = predictions(experts[index], samples, rows, batch_size) - target[rows]
-        total += float(errors.double().square().sum())
-    return total / target.numel()
+        own = predictions(experts[index], samples, rows, batch_size) - target[rows]
+        errors[rows] = own.double().square().flatten(1).mean(1)
+    return errors

@@ -34,7 +34,6 @@ from prunekit.evaluation.table import (
     terminal_table,
     warning_lines,
 )
-from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.jobs.recipe import (
     CompareRecipe,
     PretrainRecipe,
@@ -158,7 +157,7 @@ class Run:
         if not path.is_file():
             judged = stages.judge(pictures)
             seen = stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
-            write_json(path.with_name(f"{candidate.name}.errors.json"), jackknife_errors(judged, stages.prompts))
+            write_json(path.with_name(f"{candidate.name}.errors.json"), stages.errors(candidate, judged))
             write_json(path, stages.measure(candidate, judged, seen))
         return read_json(path)
 

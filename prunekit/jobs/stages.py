@@ -26,12 +26,13 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import HELD_OUT, TRAINING, Split
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation import comparison
-from prunekit.evaluation.agreement import AgreementSamples, data_samples, predictions
+from prunekit.evaluation.agreement import AgreementSamples, agreement_errors, data_samples, predictions
 from prunekit.evaluation.ceiling import REAL, REAL_TRAINING, evaluator_ceiling, real_figures
 from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
 from prunekit.evaluation.features import load_evaluator
 from prunekit.evaluation.generate import read_pictures
 from prunekit.evaluation.table import SEEN
+from prunekit.evaluation.uncertainty import error_of_mean, jackknife_errors
 from prunekit.jobs.recipe import CommonRecipe
 from prunekit.measuring.environment import device_name
 from prunekit.methods.base import Method, space_and_cost
@@ -300,6 +301,13 @@ class Stages:
     def judge(self, pictures: Tensor) -> Judged:
         """Return what the evaluator sees in a row's pictures."""
         return comparison.judge(pictures, self.prompts, self.evaluator)
+
+    def errors(self, candidate: Candidate, judged: Judged) -> dict[str, float]:
+        """Return the standard errors of a row's figures, over its pictures and agreement samples."""
+        samples, reference = self.agreement
+        experts = candidate.experts_of(self.data.prompts, samples.indices)
+        agreement = error_of_mean(agreement_errors(reference, candidate.models, samples, experts))
+        return {**jackknife_errors(judged, self.prompts), "agreement": agreement}
 
     def measure(self, candidate: Candidate, judged: Judged, seen: Tensor | None = None) -> dict[str, Any]:
         """Return a row's figures; with `seen`, pictures of training pictures' prompts, also theirs (`SEEN`)."""

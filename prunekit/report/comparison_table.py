@@ -3,13 +3,14 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prunekit.evaluation.ceiling import REAL, REAL_TRAINING, TEXT_FIGURES, unfit, unfit_line
 from prunekit.evaluation.table import COLUMNS, MISSING, SEEN, SEEN_NOTE, Column
-from prunekit.evaluation.uncertainty import Estimate, estimate
+from prunekit.evaluation.uncertainty import NORMAL_975, Estimate, estimate
 from prunekit.methods.result import share_warnings
+from prunekit.report.paired import LEVEL, TESTED, Difference, difference, holm
 from prunekit.runtime.run_directory import DENSE
 
 CELLS, WORK = "cells", "work"  # folders of a comparison
@@ -73,6 +74,8 @@ class Row:
     estimates: Mapping[str, Estimate]
     costs: Mapping[str, float]  # means over the seeds
     differs: bool = False  # whether it trains differently under other protocols
+    values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # of each figure, by seed
+    errors: Mapping[str, float] = field(default_factory=dict)  # over the pictures, the mean over the seeds
 
 
 def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None) -> list[Row]:
@@ -103,12 +106,16 @@ def _belongs(cell: Result, protocol: str, budget: str, method: str) -> bool:
 
 def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: Mapping[str, float]) -> Row:
     cells = sorted(cells, key=lambda cell: cell["cell"]["seed"])
+    pictures: dict[str, float] = {}
+    by_seed: dict[str, dict[int, float]] = {}
     estimates, left_out = {}, {name for cell in cells for name in unfit(cell.get("known", {}))}
     for name in (*QUALITY, *(SEEN + name for name in QUALITY)):
         values = [cell["figures"].get(name) for cell in cells]
         if None not in values and name.removeprefix(SEEN) not in left_out:
             errors = [cell["errors"].get(name.removesuffix("_above"), 0.0) for cell in cells]
             estimates[name] = estimate(values, errors)
+            pictures[name] = _mean(errors)
+            by_seed[name] = {cell["cell"]["seed"]: value for cell, value in zip(cells, values, strict=True)}
     costs = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
     costs["params"] = _mean(_params(cell) for cell in cells)
     timed = [timings[cell["models_folder"]] for cell in cells if cell["models_folder"] in timings]
@@ -120,7 +127,7 @@ def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: 
     first = cells[0]
     seeds = tuple(cell["cell"]["seed"] for cell in cells)
     row = Row(protocol, budget, method, first["distillation"], seeds, first["models"], first["steps"], estimates, costs)
-    return replace(row, differs=first["cell"]["protocol"] != STATIC)
+    return replace(row, differs=first["cell"]["protocol"] != STATIC, values=by_seed, errors=pictures)
 
 
 def _params(cell: Result) -> int:
@@ -173,9 +180,9 @@ def best(rows: Sequence[Row], name: str) -> Row:
 
 
 def shown_rows(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[Column]]:
-    """Return one table's rows and columns as text: "mean ± half of the 95 % interval".
+    """Return one table's rows and columns as text: the mean, and half of its 95 % intervals over seeds and pictures.
 
-    Of each figure the best pruned row is bold, and "≈" stands where a row's interval overlaps the best one's.
+    Of each figure the best pruned row is bold, and "≈" stands where a row cannot be told from the best one.
     """
     columns = [Column("name", "method"), Column("distillation", "distillation"), Column("seeds", "seeds")]
     figures = [key for key in QUALITY if any(key in row.estimates for row in rows)]
@@ -195,15 +202,86 @@ def _shown(row: Row, rows: Sequence[Row], key: str) -> str:
         return MISSING
     figure, column, top = row.estimates[key], BY_KEY[key], best(rows, key)
     text = column.shown(figure.mean)
-    if figure.high > figure.low:
-        text += f" ± {column.shown((figure.high - figure.low) / 2)}"
+    if any(halves := _halves(row, key)):
+        text += f" ± {' / '.join(column.shown(half) for half in halves)}"
     if (seen := row.estimates.get(SEEN + key)) is not None:
         text += f" ({column.shown(seen.mean)})"
     if row.method == DENSE:
         return text
     if row is top:
         return f"**{text}**"
-    return text + (" ≈" if figure.high > figure.low and figure.overlaps(top.estimates[key]) else "")
+    return text + (" ≈" if key in inseparable(row, rows) else "")
+
+
+def _halves(row: Row, key: str) -> tuple[float | None, float]:
+    """Return half of the 95 % interval of a figure over the seeds (None for one seed), and over the pictures."""
+    figure, pictures = row.estimates[key], NORMAL_975 * row.errors.get(key, 0.0)
+    return (None if figure.count == 1 else (figure.high - figure.low) / 2), pictures
+
+
+def inseparable(row: Row, rows: Sequence[Row]) -> set[str]:
+    """Return the figures in which a pruned row cannot be told from the best one.
+
+    By the paired differences over their seeds, with Holm's correction over the rows of the table; where two rows have
+    fewer than two seeds in common, by whether their intervals overlap.
+    """
+    found = set()
+    for key in row.estimates.keys() & set(QUALITY):
+        top = best(rows, key)
+        others = [other for other in rows if other.method != DENSE and other is not top and key in other.estimates]
+        against = [difference(other.values.get(key, {}), top.values.get(key, {})) for other in others]
+        tested = [(other, own) for other, own in zip(others, against, strict=True) if own is not None]
+        adjusted = dict(zip((id(o) for o, _ in tested), holm([own.p for _, own in tested]), strict=True))
+        if row is top:
+            continue
+        if adjusted.get(id(row), LEVEL if row.estimates[key].overlaps(top.estimates[key]) else 0.0) >= LEVEL:
+            found.add(key)
+    return found
+
+
+def paired_rows(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Return the differences of the pairs of rows that a recipe names, under every protocol and budget.
+
+    Holm's correction is over all of them together. A pair with fewer than two seeds in common is left out.
+    """
+    found: list[tuple[dict[str, Any], Difference]] = []
+    places = dict.fromkeys((row.protocol, row.budget) for row in rows)
+    for protocol, budget in places:
+        table = {row.method: row for row in rows if (row.protocol, row.budget) == (protocol, budget)}
+        for first, second in pairs:
+            for key in TESTED:
+                if first in table and second in table:
+                    own = difference(table[first].values.get(key, {}), table[second].values.get(key, {}))
+                    place = {"protocol": protocol, "budget": budget, "first": first, "second": second, "figure": key}
+                    found += [(place, own)] if own is not None else []
+    adjusted = holm([own.p for _, own in found])
+    return [{**place, **asdict(own), "adjusted": p} for (place, own), p in zip(found, adjusted, strict=True)]
+
+
+PAIR_COLUMNS = [Column(key, key) for key in ("protocol", "budget", "rows", "figure", "difference", "seeds", "p", "")]
+
+
+def paired_lines(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the differences as text, a line each, for PAIR_COLUMNS."""
+    lines = []
+    for own in differences:
+        column = BY_KEY[own["figure"]]
+        mean, low, high = (f"{own[name] * column.scale:+.3g}" for name in ("mean", "low", "high"))
+        better = (own["mean"] < 0) == (column.direction == "↓")
+        verdict = f"{own['first']} is {'better' if better else 'worse'}" if own["adjusted"] < LEVEL else "inseparable"
+        lines.append(
+            {
+                "protocol": own["protocol"].replace("_", " "),
+                "budget": own["budget"],
+                "rows": f"{own['first']} − {own['second']}",
+                "figure": column.title,
+                "difference": f"{mean} [{low}, {high}]",
+                "seeds": str(own["count"]),
+                "p": f"{own['adjusted']:.2g}",
+                "": verdict,
+            }
+        )
+    return lines
 
 
 def json_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:

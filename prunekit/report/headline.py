@@ -6,7 +6,18 @@ from typing import Any
 
 from prunekit.evaluation.table import COLUMNS, EXPERT_COLUMNS, SEEN, SEEN_NOTE, Column, shown
 from prunekit.evaluation.uncertainty import estimate
-from prunekit.report.comparison_table import BY_KEY, PROTOCOLS, QUALITY, TIMINGS, Row, known_lines, rows_of, shown_rows
+from prunekit.report.comparison_table import (
+    BY_KEY,
+    PAIR_COLUMNS,
+    PROTOCOLS,
+    QUALITY,
+    TIMINGS,
+    Row,
+    known_lines,
+    paired_lines,
+    rows_of,
+    shown_rows,
+)
 from prunekit.report.pareto import COSTS, costs_of, panels_of, pareto_panel
 from prunekit.report.source import MissingError, Section, Source
 from prunekit.report.svg import inline_svg, legend_below, new_figure, style
@@ -20,10 +31,12 @@ RUN_NOTE = (
 )
 PLAIN_NOTE = "This run recorded no intervals; a run of this version does. Arrows: which way is better."
 COMPARE_NOTE = (
-    "Mean ± half of the 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 jackknife errors over "
-    "the pictures). Bold: the best pruned row. ≈: its interval overlaps the best row's: the two cannot be told apart. "
-    "In the pictures a bar that leaves the frame is longer than shown."
+    "Mean ± seeds / pictures, half of the 95 % intervals over the seeds (Student's t; – for one seed) and over the "
+    "pictures of one seed (1.96 jackknife errors). Bold: the best pruned row. ≈: it cannot be told from the best row "
+    "(paired by seed, Holm's correction over the rows; with one seed: the intervals overlap). In the pictures a bar "
+    "that leaves the frame is longer than shown."
 )
+PAIRS_TITLE = "Pairs, paired by seed: mean and 95 % interval, p with Holm's correction over all of them"
 MINOR_TICKS = (1.5, 2, 3, 4, 5, 7)  # between the powers of ten of a logarithmic axis
 NEAR_ZERO = 5  # a logarithmic axis begins no lower than at the least mean over this
 Table = dict[str, Any]
@@ -110,6 +123,8 @@ def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
             own = [row for row in rows if row.protocol == protocol and row.budget == budget]
             if own:
                 tables += [html_table(*shown_rows(own), f"Budget {budget}, {PROTOCOLS[protocol]}")]
+    if differences := source.results.get("pairs"):
+        tables += [html_table(paired_lines(differences), PAIR_COLUMNS, PAIRS_TITLE)]
     published = source.results.get("published") or source.recipe.get("published") or []
     if published:
         columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]

@@ -20,7 +20,6 @@ from prunekit.core.registry import denoiser_in
 from prunekit.evaluation import comparison
 from prunekit.evaluation.comparison import Candidate
 from prunekit.evaluation.routing import routing_report
-from prunekit.evaluation.uncertainty import jackknife_errors
 from prunekit.jobs.compare.training_steps import TrainingSteps
 from prunekit.jobs.recipe import CompareRecipe, RecipeError, without_added
 from prunekit.jobs.recovering import Recovery, recover
@@ -167,7 +166,7 @@ class CellRunner:
         pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
         seen = stages.sample_seen(candidate, samples.with_name(f"{samples.name}-training"), cell.seed)
-        figures, errors = stages.measure(candidate, judged, seen), jackknife_errors(judged, stages.prompts)
+        figures, errors = stages.measure(candidate, judged, seen), stages.errors(candidate, judged)
         expert_rows, routing = [], None
         if candidate.router is not None:
             routing = routing_report(candidate, stages.data, *stages.agreement, seed=cell.seed)

@@ -25,6 +25,7 @@ from prunekit.jobs.reporting import finish
 from prunekit.jobs.stages import RunLog, Stages
 from prunekit.report.comparison_table import (
     CELLS,
+    PAIR_COLUMNS,
     PROTOCOLS,
     TIMINGS,
     WORK,
@@ -33,6 +34,8 @@ from prunekit.report.comparison_table import (
     csv_text,
     json_rows,
     known_lines,
+    paired_lines,
+    paired_rows,
     rows_of,
     shown_rows,
     warnings_of,
@@ -46,9 +49,13 @@ from prunekit.runtime.work import Piece, occupied, refuse_foreign, share
 TABLE_CSV = "table.csv"  # of a comparison's directory
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
-    "Each figure: mean ± half of its 95 % interval (several seeds: Student's t over the seeds; one seed: 1.96 "
-    "jackknife errors over the pictures). **Bold**: the best pruned row. ≈: its interval overlaps the best row's, so "
-    "the two cannot be told apart."
+    "Each figure: mean ± seeds / pictures, half of its 95 % intervals over the seeds (Student's t; – for one seed) and "
+    "over the pictures of one seed (1.96 jackknife errors). **Bold**: the best pruned row. ≈: it cannot be told from "
+    "the best row (paired by seed, Holm's correction over the rows; with one seed: the intervals overlap)."
+)
+PAIRS_NOTE = (
+    "Differences of the pairs that the recipe names, paired by seed: mean and 95 % interval (Student's t), and p with "
+    "Holm's correction over all of them."
 )
 
 
@@ -136,6 +143,7 @@ def compare(
     """
     overrides, paths = list(overrides), [Path(path) for path in paths]
     cells, timings, missing, published = [], {}, [], []
+    pairs: list[list[str]] = []
     recipes = {path: _load(path, overrides) for path in paths if not path.is_dir()}
     if empty := next((path for path in paths if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
         raise RecipeError(f"{empty} holds no cells of a comparison")
@@ -157,12 +165,13 @@ def compare(
                 missing += lacking
                 times = comparison.timings(finished) if not lacking else {}
                 published += comparison.recipe.published
+                pairs += comparison.recipe.pairs
             cells += finished
             timings |= times
         if is_companion():
             return folders[0]
         refuse_unfair(cells)
-        return _write(folders[0], cells, timings, missing, published)
+        return _write(folders[0], cells, timings, missing, published, pairs)
 
 
 def _load(path: Path, overrides: list[str]) -> CompareRecipe:
@@ -173,7 +182,12 @@ def _load(path: Path, overrides: list[str]) -> CompareRecipe:
 
 
 def _write(
-    folder: Path, cells: list[Result], timings: dict[str, float], missing: list[Cell], published: list[dict[str, Any]]
+    folder: Path,
+    cells: list[Result],
+    timings: dict[str, float],
+    missing: list[Cell],
+    published: list[dict[str, Any]],
+    pairs: list[list[str]],
 ) -> Path:
     """Write and print the tables of the finished cells."""
     console = Console(highlight=False)
@@ -181,6 +195,7 @@ def _write(
     rows = rows_of(cells, timings)
     content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
     content["warnings"] = warnings_of(cells)
+    content["pairs"] = paired_rows(rows, pairs)
     write_json(folder / RESULTS, {"environments": _environments(cells), **content})
     write_text(folder / TABLE_CSV, csv_text(rows))
     parts = ["\n\n".join([NOTE, *known_lines(cells)]) + "\n"]
@@ -192,6 +207,10 @@ def _write(
                 heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
                 parts += [f"## {heading}\n", markdown_table(lines, columns)]
                 console.print(terminal_table(lines, columns, heading, console.width))
+    if content["pairs"]:
+        lines = paired_lines(content["pairs"])
+        parts += ["## Pairs\n", f"{PAIRS_NOTE}\n", markdown_table(lines, PAIR_COLUMNS)]
+        console.print(terminal_table(lines, PAIR_COLUMNS, "Pairs", console.width))
     parts += warning_lines(content["warnings"])
     for warning in content["warnings"]:
         console.print(f"warning: {warning}", markup=False)

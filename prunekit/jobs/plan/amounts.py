@@ -51,7 +51,7 @@ def pruning_work(
     for name, row in rows.items():
         work += _calibration(name, row, model, dense) if row.choices else []
     for name, row in rows.items():
-        work += _search(name, row, model, dense, live)
+        work += _search(name, row, model, dense, live) if row.choices else []
     for name, row in rows.items():
         teacher = row.tuning.distillation_weight > 0
         macs = row.tuning.dense_passes(row.budget) * dense + live

@@ -67,7 +67,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
 def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, PlannedRow]:
     cost = model.costs(recipe.prune)[1]
     rows: dict[str, PlannedRow] = {}
-    scored: set[tuple[str, int]] = set()  # one calibration of a label and seed serves all budgets
+    made: set[tuple[str, str]] = set()  # choices that several rows share, by the method and what it depends on
     budgets = {entry.label: budget_value(entry.budget, model.shape.denoiser, cost) for entry in recipe.budgets}
     steps_of = TrainingSteps(recipe, lambda method: method.work(model.costs(method.config)[0]), budgets)
     cells = [cell for cell in cells_of(recipe, steps_of) if cell.label != DENSE]
@@ -80,14 +80,19 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
             models = sum(count for _, count in trained)
             steps = sum(count * steps_of.of(label, entry.label, cell.protocol) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
-            choices = len(entry.seeds)
-            if method.work(model.costs(method.config)[0]).search is None:
-                choices = len({(label, seed) for seed in entry.seeds} - scored)
-                scored |= {(label, seed) for seed in entry.seeds}
+            searches = method.work(model.costs(method.config)[0]).search is not None
+            own = {_choice(recipe.method(label, budget, seed), searches) for seed in entry.seeds}
+            choices = len(own - made)
+            made |= own
             rows[f"{label} @ {entry.label}"] = PlannedRow(
                 label, method, tuning, choices, models, tuning_steps=steps, generations=len(row_cells)
             )
     return rows
+
+
+def _choice(method: Method, searches: bool) -> tuple[str, str]:
+    """Return what a choice depends on; one calibration serves all budgets."""
+    return method.name, method.config.model_dump_json(exclude=None if searches else {"budget"})
 
 
 def tuning_devices(rows: dict[str, PlannedRow], devices: int) -> int:

@@ -180,6 +180,9 @@ class CompareRecipe(CommonRecipe):
         "computes as much as the costliest one does so, calibration and search included, by training longer; "
         "equal_compute: the N experts of a mixture share fine_tune.steps, 1/N each, and searches are not charged",
     )
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        [], description="pairs of rows whose agreement and KID are tested, paired by seed, with Holm's correction"
+    )
     published: list[dict[str, float | str]] = Field([], description="figures of a paper, printed beside ours")
 
     @model_validator(mode="after")
@@ -194,6 +197,8 @@ class CompareRecipe(CommonRecipe):
             raise UserError(f"budget {named[0]!r} is a member's MACs; with prune.latency give shares of the time")
         if self.evaluation.at_steps:
             raise UserError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
+        if unknown := next((label for pair in self.pairs for label in pair if label not in self.methods), None):
+            raise UserError(f"pairs name an unknown row {unknown!r}{nearest(unknown, self.methods)}")
         for label in self.methods:
             plain_name(label, "a row of methods")
             self.method_of(label)

@@ -1,0 +1,112 @@
+"""The compute column of a comparison is what its cells computed: each call of denoisers and encoders is counted."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from small_model import TRAINING, write_world
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunekit.core.call import predict
+from prunekit.core.registry import denoiser_in, is_denoiser
+from prunekit.jobs.compare.comparing import Comparison, claim
+from prunekit.jobs.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("charged")
+    search = {"steps": 3, **TRAINING}
+    content = {
+        "job": "compare",
+        **write_world(folder),
+        "budgets": [{"budget": 0.7}],
+        "methods": {
+            "norm": {"samples": 4},
+            "taylor_sp": {"samples": 4, "batch_size": 2, "num_timesteps": 3},
+            "random": {},
+            "uniarch": {"search": search},
+            "aptp": {"experts": 2, "warmup": 1, "search": search},
+            "aptp-random": {"method": "aptp", "experts": 2, "warmup": 1, "search": search, "partition": "random"},
+            "undistilled": {"method": "norm", "samples": 4, "distillation": False},
+        },
+        "fine_tune": {"steps": 5, **TRAINING},
+        "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
+    }
+    path = folder / "charged.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    recipe = claim(folder / "run", load_recipe(path))
+    return Comparison(recipe, folder / "run")
+
+
+class Counted:
+    """Passes of denoisers for a sample each, in forward passes of the dense one; and calls of encoders."""
+
+    def __init__(self, stages):
+        self.stages, self.passes, self.encoder_calls, self.known = stages, 0.0, 0, {}
+        self.watching = True
+        dense = denoiser_in(stages.pipeline)
+        self.dense_macs = self.macs(dense)
+        assert self.dense_macs == stages.cost.dense_macs
+
+    def macs(self, model) -> int:
+        """Count a model's MACs on one sample by running it."""
+        if id(model) not in self.known:
+            samples, _ = self.stages.agreement
+            call = samples.call.take(slice(1)).to("meta")
+            self.watching = False
+            with FlopCounterMode(display=False) as counter, torch.no_grad():  # on the CPU it misses fused attention
+                predict(copy.deepcopy(model).to("meta"), call)
+            self.watching = True
+            self.known[id(model)] = (counter.get_total_flops() // 2, model)  # the model is kept, so that its id is
+        return self.known[id(model)][0]
+
+    def __call__(self, module, arguments, output) -> None:
+        if module in (self.stages.pipeline.vae, self.stages.pipeline.text_encoder):
+            self.encoder_calls += self.watching
+        if not self.watching or not is_denoiser(module):
+            return
+        result = output[0] if isinstance(output, tuple) else output.sample
+        if result.device.type == "meta":
+            return
+        backward = 0
+        if result.requires_grad:
+            backward = 2 if any(p.requires_grad for p in module.parameters()) else 1
+        self.passes += len(result) * (1 + backward) * self.ratio(module)
+
+    def ratio(self, module) -> float:
+        """MACs of a model over the dense one's; under gates a model is the dense one."""
+        return self.macs(module) / self.dense_macs if module.config.get("pruning") else 1.0
+
+
+@contextmanager
+def counting(stages):
+    counted = Counted(stages)
+    handle = register_module_forward_hook(counted)
+    try:
+        yield counted
+    finally:
+        handle.remove()
+
+
+def test_every_pass_is_charged_and_no_other(comparison):
+    runner, recipe, totals, searched = comparison.runner, comparison.recipe, {}, set()
+    for cell in comparison.cells:
+        if cell.label == "dense":
+            continue
+        with counting(comparison.stages) as counted:
+            candidate, chosen = runner.candidate(cell)
+        assert counted.encoder_calls == 0, "the encoders' work is every row's, and done before"
+        method = recipe.method(cell.label, 0.7, cell.seed)
+        charged = method.work(chosen.space).dense_passes
+        before = charged if method.name in searched else 0  # rows of a method share its choice; each is charged for it
+        searched.add(method.name)
+        assert counted.passes == pytest.approx(candidate.training_passes - before, rel=1e-6), cell.title
+        totals[cell.label, cell.protocol] = candidate.training_passes
+    most = max(passes for (_, protocol), passes in totals.items() if protocol != "equal_steps")
+    for (label, protocol), passes in totals.items():
+        if protocol == "equal_total":
+            assert 0.85 * most < passes, (label, passes, most)
