@@ -100,7 +100,7 @@ def held_out_captions(captions: list[str], image_index: Tensor, share: float, se
 def _held_out_pictures(groups: Tensor, image_index: Tensor, share: float, seed: int) -> HeldOut:
     """Draw whole groups of pictures (n,) until the share is reached; a group that would go beyond it is left.
 
-    Where every group would, the smallest is drawn.
+    Where every group would, the smallest is drawn; where there is but one group, none.
     """
     wanted, order = round(share * len(groups)), torch.randperm(len(groups), generator=generator(seed, "hold_out"))
     sizes = torch.bincount(groups).tolist()
@@ -113,12 +113,7 @@ def _held_out_pictures(groups: Tensor, image_index: Tensor, share: float, seed: 
             count += sizes[group]
         if count == wanted:
             break
-    if not drawn:
-        if len(sizes) == 1:
-            raise DataError(
-                "no picture can be held out: each resembles another, or shares a caption with it, and so on to all of "
-                "them; set data.holdout_by=captions, or data.holdout=0"
-            )
+    if not drawn and len(sizes) > 1:
         smallest = min(groups[order].tolist(), key=sizes.__getitem__)
         drawn, count = {smallest}, sizes[smallest]
     held = torch.isin(groups, torch.tensor(sorted(drawn), dtype=groups.dtype))

@@ -145,6 +145,11 @@ class Stages:
             held_out += f", with {len(images.held_out_pictures()):,} pictures"
             held_out += f", {images.held_by_closure:,} of them as duplicates of others" * bool(images.held_by_closure)
         self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out})")
+        if recipe.data.holds_pictures and not images.holds_pictures:
+            self.say(
+                "warning: no picture can be held out, since each resembles another or shares a caption with it, and so "
+                "on to all of them; the figures are of training pictures"
+            )
 
     @cached_property
     def model_digest(self) -> str:

@@ -5,7 +5,7 @@ import torch
 import yaml
 from small_model import RECIPE, write_pipeline, write_world
 
-from prunekit.jobs.compare.cell_runner import CellRunner, cells_of, key_of
+from prunekit.jobs.compare.cell_runner import CellRunner, key_of
 from prunekit.jobs.compare.comparing import Comparison, claim
 from prunekit.jobs.plan import Devices, plan
 from prunekit.jobs.recipe import (
@@ -168,7 +168,7 @@ def test_a_cells_key_holds_the_resolved_precision(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(exist_ok=True)
         comparison = Comparison(claim(tmp_path / folder, recipe), tmp_path / folder)
         runner = CellRunner(comparison.recipe, comparison.directory, comparison.stages)
-        return [key_of(runner.fields(cell)) for cell in cells_of(comparison.recipe)]
+        return [key_of(runner.fields(cell)) for cell in runner.cells]
 
     monkeypatch.setenv(precision.VARIABLE, "float32")
     whole = keys("auto")
