@@ -88,6 +88,11 @@ def search_losses(directory):
     return losses
 
 
+def known(row):
+    """A row's figures, without those that there are not."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
 def assert_alike(rows, others):
     """Rows of a table that agree to rounding, which the small model's few wild fine-tuning steps amplify."""
     assert [row.keys() for row in rows] == [row.keys() for row in others]
@@ -95,7 +100,7 @@ def assert_alike(rows, others):
         for name in ("name", "params", "macs", "macs_ratio"):
             assert row.pop(name) == other.pop(name)
         assert row.pop("agreement") == pytest.approx(other.pop("agreement"), rel=1e-2)
-        assert row == pytest.approx(other, rel=1e-2, abs=0.05)
+        assert known(row) == pytest.approx(known(other), rel=1e-2, abs=0.05)
 
 
 def test_one_process_for_each_thread_of_a_small_model(quickstart, monkeypatch):
