@@ -112,6 +112,34 @@ def report(
 
 
 @app.command()
+def figure(
+    kind: Annotated[str, typer.Argument(help="experts, extremes, runs, assignment, losses or num-experts")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="directories of runs; for losses a comparison too")
+    ],
+    output: Annotated[Path, typer.Option(help="the picture, a PNG")] = Path("figure.png"),
+    count: Annotated[int, typer.Option(help="prompts: of each expert, of each extreme, or of all runs", min=1)] = 6,
+    prompt_list: Annotated[
+        str | None, typer.Option("--list", help="a shipped list of prompts; the run's held-out captions by default")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's by default", min=0)] = None,
+    seed: Annotated[int, typer.Option(help="of every prompt's noise, and of the batch that is assigned", min=0)] = 0,
+    row: Annotated[
+        list[str] | None, typer.Option(help="losses: what titles of searches begin with (repeatable)")
+    ] = None,
+    term: Annotated[
+        list[str] | None, typer.Option(help="losses: a term (repeatable); resource and contrastive")
+    ] = None,
+) -> None:
+    """Draw a figure of the APTP paper for runs: pictures by expert, by budget, by run; a batch's assignment; losses."""
+    from prunekit.jobs.figures import Drawing, draw_figure
+
+    drawing = Drawing(count, steps, guidance, seed, prompt_list)
+    say(f"The figure is {draw_figure(kind, runs, drawing, output, row or (), term or ())}")
+
+
+@app.command()
 def demo(
     directory: Annotated[
         Path, typer.Argument(metavar="RUN", help="a run's directory, an export, or any diffusers pipeline")

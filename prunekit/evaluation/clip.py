@@ -63,6 +63,11 @@ class CLIPEvaluator:
         """Embed uint8 pictures (n, 3, H, W) as unit vectors (n, E), float32, on the CPU."""
         return F.normalize(self.features(images), dim=-1)
 
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `features` and `embed_images` of pictures, of one pass."""
+        features = self.features(images)
+        return features, F.normalize(features, dim=-1)
+
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Embed texts as unit vectors (n, E), float32, on the CPU; longer ones are cut at the model's length."""

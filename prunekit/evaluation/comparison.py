@@ -1,13 +1,13 @@
 """One row of the table per model: generate, measure, and say what each expert does. The same inputs for every row."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
@@ -24,9 +24,8 @@ from prunekit.runtime.precision import autocast
 from prunekit.runtime.randomness import generator
 
 TIMED_IMAGES = 8
-FLOOR_SETS, MOST_FLOOR_PICTURES = 4, 2000
+FLOOR_SETS, MOST_FLOOR_PICTURES = 2, 2000
 FREQUENT_WORDS = 6
-STOP_WORDS = {"with", "and", "the", "of", "in", "on", "for", "flag"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,8 @@ class EvaluationSet(Prompts):
         """Choose prompts as `Prompts.choose` does, and look at the real pictures, `size` pixels of a side."""
         chosen = Prompts.choose(images, count, seed, prompt_encoder, num_references, split)
         real = chosen.real_images.pixels(range(chosen.real_images.num_images), size)
-        seen = cls(**vars(chosen), real_features=evaluator.features(real), real_embeddings=evaluator.embed_images(real))
+        features, embeddings = evaluator.look(real)
+        seen = cls(**vars(chosen), real_features=features, real_embeddings=embeddings)
         return seen if split is None else replace(seen, floors=_floors(seen, images, evaluator, size, seed))
 
     def reseeded(self, seed: int | None) -> "EvaluationSet":
@@ -177,7 +177,7 @@ class EvaluationSet(Prompts):
 def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, size: int, seed: int) -> dict[str, float]:
     """Return CMMD and KID of real pictures of the training split in place of drawn ones: what no generator can beat.
 
-    The pictures are as many as there are prompts, none of them a reference, and the figure is the mean over up to 4
+    The pictures are as many as there are prompts, none of them a reference, and the figure is the mean over up to 2
     such sets; nothing where there are too few.
     """
     training, used = images.of_split(TRAINING), {bytes(picture) for picture in prompts.real_images.encoded}
@@ -196,8 +196,9 @@ def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, siz
     found: dict[str, float] = {"cmmd": 0.0, "kid": 0.0}
     for index in range(sets):
         real = training.pixels(rows[index * count : (index + 1) * count], size)
-        found["cmmd"] += cmmd(prompts.real_embeddings, evaluator.embed_images(real)) / sets
-        found["kid"] += kid(prompts.real_features, evaluator.features(real)) / sets
+        features, embeddings = evaluator.look(real)
+        found["cmmd"] += cmmd(prompts.real_embeddings, embeddings) / sets
+        found["kid"] += kid(prompts.real_features, features) / sets
     return found
 
 
@@ -286,9 +287,10 @@ class Judged:
 
 def judge(pictures: Tensor, prompts: EvaluationSet, evaluator: Any) -> Judged:
     """Run the evaluator over a row's pictures, uint8 (n, 3, H, W), and the texts."""
+    features, embedded = evaluator.look(pictures)
     return Judged(
-        features=evaluator.features(pictures),
-        embedded=evaluator.embed_images(pictures),
+        features=features,
+        embedded=embedded,
         texts=evaluator.embed_texts(prompts.prompts),
         names=evaluator.embed_texts(prompts.real_images.names),
     )
@@ -352,9 +354,9 @@ def expert_rows(
     """Return one row per expert: its cost, its share of the training and evaluated prompts, its frequent words."""
     shares, pairs = training_shares(candidate, data), data.training_pairs()
     routed = candidate.experts_of(data.prompts, pairs)
-    rows = []
+    captions_of = [[data.images.captions[i] for i in pairs[routed == e].tolist()] for e in range(len(candidate.models))]
+    words, rows = frequent_words(captions_of), []
     for expert in range(len(candidate.models)):
-        captions = [data.images.captions[i] for i in pairs[routed == expert].tolist()]
         rows.append(
             {
                 "expert": expert,
@@ -363,7 +365,7 @@ def expert_rows(
                 "macs_ratio": candidate.macs[expert] / dense.macs[0],
                 "training_share": float(shares[expert]),
                 "prompts": int((experts == expert).sum()),
-                "examples": ", ".join(frequent_words(captions)),
+                "examples": ", ".join(words[expert]),
             }
         )
     return rows
@@ -380,15 +382,25 @@ def shares_of(experts: Tensor, count: int) -> Tensor:
     return torch.bincount(experts, minlength=count).double() / len(experts)
 
 
-def frequent_words(captions: list[str]) -> list[str]:
-    """Return the words that most captions have, without articles and the like."""
-    words = Counter(
-        word
-        for caption in captions
-        for word in set(caption.lower().replace(",", " ").replace(":", " ").split())
-        if len(word) > 2 and word not in STOP_WORDS
-    )
-    return [word for word, _ in words.most_common(FREQUENT_WORDS)]
+def frequent_words(captions_of: Sequence[Sequence[str]], count: int = FREQUENT_WORDS) -> list[list[str]]:
+    """Return the words that tell each expert's captions from the others', by the mean TF-IDF over its captions.
+
+    captions_of: of each expert. English stop words are left out; an expert without captions has no words.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d]{3,}\b")
+    try:
+        weights = vectorizer.fit_transform([caption for captions in captions_of for caption in captions])
+    except ValueError:  # no word is left
+        return [[] for _ in captions_of]
+    words, found, start = vectorizer.get_feature_names_out(), [], 0
+    for captions in captions_of:
+        sums = weights[start : start + len(captions)].sum(axis=0).A1 if len(captions) else np.zeros(len(words))
+        order = np.argsort(-sums, kind="stable")[:count]
+        found.append([str(words[index]) for index in order if sums[index] > 0])
+        start += len(captions)
+    return found
 
 
 def seconds_per_image(

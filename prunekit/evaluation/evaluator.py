@@ -103,13 +103,16 @@ class Evaluator(nn.Module):
 
         The last stage alone hardly sees softness, which it was trained to forgive; the earlier ones do.
         """
+        return _normalised(self._pooled(pixels))
+
+    def _pooled(self, pixels: Tensor) -> list[Tensor]:
+        """Return the pooled output of each stage, (n, width) each; the last is `image_features`."""
         hidden, stages = 2 * pixels - 1, []
         for layer in self.image_tower:
             hidden = layer(hidden)
             if isinstance(layer, ResidualBlock):
                 stages.append(F.relu(hidden))
-        pooled = [stage.float().mean(dim=(2, 3)) for stage in (*stages[:-1], hidden)]
-        return torch.cat([F.layer_norm(stage, stage.shape[1:]) for stage in pooled], dim=1)
+        return [stage.float().mean(dim=(2, 3)) for stage in (*stages[:-1], hidden)]
 
     def text_embeddings(self, texts: list[str]) -> Tensor:
         """Return unit vectors (n, E) of texts; pieces that the vocabulary lacks are left out; with gradients."""
@@ -128,6 +131,18 @@ class Evaluator(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return features (n, F) of uint8 pictures (n, 3, H, W), for distances between sets of pictures."""
         return in_batches(lambda part: self.stage_features(self._pixels(part)), images)
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `features` and `embed_images` of pictures, of one pass."""
+
+        def both(part: Tensor) -> Tensor:
+            pooled = self._pooled(self._pixels(part))
+            embedded = F.normalize(self.image_projection(pooled[-1]).float(), dim=-1)
+            return torch.cat([_normalised(pooled), embedded], dim=1)
+
+        rows = in_batches(both, images)
+        return rows[:, : -self.config.embedding], rows[:, -self.config.embedding :]
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
@@ -163,6 +178,10 @@ class Evaluator(nn.Module):
         tensors = load_file(folder / "model.safetensors")
         evaluator.load_state_dict({name: value.float() for name, value in tensors.items()})
         return evaluator.requires_grad_(False).eval()
+
+
+def _normalised(pooled: list[Tensor]) -> Tensor:
+    return torch.cat([F.layer_norm(stage, stage.shape[1:]) for stage in pooled], dim=1)
 
 
 def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class Protocol(BaseModel):
     )
     steps: int = Field(25, gt=0, description="scheduler steps")
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale")
+    at_steps: list[int] = Field(
+        [], description="of runs: fine-tuning steps whose kept weights get rows too (evaluation.at_steps of the recipe)"
+    )
     scheduler: Literal["own", "pndm"] = Field("pndm", description="own: the pipeline's")
     resolution: int | None = Field(
         None, gt=0, le=2**14, description="pixels of a side that are drawn; unset: the model's own"

@@ -57,7 +57,7 @@ def routing_report(
         "controls": _controls(errors, routed, shares, candidate.macs, seed),
         "difficulty": _difficulty(errors, routed, candidate.macs),
         "paraphrases": _paraphrases(data.image_index[pairs], trained, shares),
-        "words": [frequent_words([captions[i] for i in pairs[trained == index].tolist()]) for index in range(count)],
+        "words": frequent_words([[captions[i] for i in pairs[trained == e].tolist()] for e in range(count)], WORDS),
         "samples": len(errors),
     }
 
@@ -138,4 +138,4 @@ def routing_lines(name: str, report: dict[str, Any]) -> list[str]:
             f"{alike['pairs']:,} pairs; by chance {100 * alike['chance']:.0f} %."
         ]
     words = [f"| {index} | {', '.join(own[:WORDS])} |" for index, own in enumerate(report["words"])]
-    return [*lines, "", "| Expert | Words that most of its training captions have |", "|---:|---|", *words, ""]
+    return [*lines, "", "| Expert | Words that tell its training captions from the others' |", "|---:|---|", *words, ""]

@@ -19,13 +19,16 @@ from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_pipeline_of
 from prunekit.models.names import local_path
+from prunekit.recovery.in_memory import BACKBONE
 from prunekit.runtime.digests import Digests
 from prunekit.runtime.errors import UserError
+from prunekit.runtime.files import read_json
 from prunekit.runtime.processes import current
-from prunekit.runtime.run_directory import DENSE, RECIPE, RESULT, ROUTER
+from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULT, ROUTER, WORK
 from prunekit.runtime.yaml_files import read_mapping
 
 INDEX = "model_index.json"  # of a pipeline
+FILES = ("*.safetensors", "config.json")  # that a model's output depends on
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ class Target:
                 raise UserError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
             return cls(str(place), path.stem if local is not None and local.is_file() else path.name)
         recipe = read_mapping(path / RECIPE)
-        if "model" not in recipe or not list(path.glob(f"methods/*/{RESULT}")):
+        if "model" not in recipe or not (list(path.glob(f"methods/*/{RESULT}")) or list(path.glob(f"{CELLS}/*.json"))):
             raise UserError(
-                f"{place} holds no finished method of a run (methods/*/{RESULT}): give the directory of `prunekit run`,"
-                " or go on with it by `prunekit resume`"
+                f"{place} holds no finished method of a run (methods/*/{RESULT}) and no finished cell of a comparison "
+                f"({CELLS}/*.json): give the directory of `prunekit run` or `prunekit compare`, or go on with it by "
+                "`prunekit resume`"
             )
         return cls(str(place), path.resolve().name, recipe)
 
@@ -89,33 +93,68 @@ class Target:
         yield Subject(dense, pipeline, key, None, None if recipe is None else cost.dense_macs)
         if recipe is None:
             return
-        for folder in sorted(path.parent for path in Path(self.place).glob(f"methods/*/{RESULT}")):
-            yield _pruned(folder, recipe, pipeline, cost, key, digests)
+        place = Path(self.place)
+        found = [Stored(path.parent.name, path.parent, path.parent / "experts") for path in _results(place)]
+        for name, models in _cells(place):
+            if (models / RESULT).is_file():
+                found.append(Stored(name, models, models))
+        for stored in found:
+            for step in (None, *protocol.at_steps):
+                yield _pruned(stored, step, recipe, pipeline, cost, key, digests)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A method's models on disk: the folder of its result, and that of its numbered experts."""
+
+    name: str
+    result: Path
+    experts: Path
+
+
+def _results(place: Path) -> list[Path]:
+    return sorted(place.glob(f"methods/*/{RESULT}"))
+
+
+def _cells(place: Path) -> Iterator[tuple[str, Path]]:
+    """Yield name and models' folder of every finished cell of a comparison that has models of its own."""
+    for path in sorted((place / CELLS).glob("*.json")):
+        cell = read_json(path)
+        if cell["cell"]["method"] != DENSE:
+            yield path.stem, place / WORK / cell["models_folder"]
 
 
 def _pruned(
-    folder: Path, recipe: dict[str, Any], pipeline: DiffusionPipeline, cost: CostModel, key: str, digests: Digests
+    stored: Stored,
+    step: int | None,
+    recipe: dict[str, Any],
+    pipeline: DiffusionPipeline,
+    cost: CostModel,
+    key: str,
+    digests: Digests,
 ) -> Subject:
-    """Return a run's method: its experts, read when they draw, behind its router."""
-    result = PruneResult.load(folder, denoiser_in(pipeline))
-    part = denoiser_name(pipeline)
-    folders = [folder / "experts" / str(index) / part for index in range(len(result.architectures))]
+    """Return a method's experts, read when they draw, behind their router; with the weights of a kept step."""
+    result = PruneResult.load(stored.result, denoiser_in(pipeline))
+    part = denoiser_name(pipeline) if step is None else f"step-{step}/{denoiser_name(pipeline)}"
+    folders = [stored.experts / str(index) / part for index in range(len(result.architectures))]
     for index, place in enumerate(folders):
         if not place.is_dir():
-            raise FileNotFoundError(f"expert {index} of {folder.name} is not there yet ({place}); resume the run")
+            hint = "resume the run" if step is None else "name steps of the recipe's evaluation.at_steps"
+            raise FileNotFoundError(f"expert {index} of {stored.name} is not there ({place}); {hint}")
     own = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
     candidate = Candidate(
-        folder.name,
+        stored.name if step is None else f"{stored.name}@{step}",
         StoredModels(folders, current().device),
         [own.macs(architecture) for architecture in result.architectures],
         [own.params(architecture) for architecture in result.architectures],
         result.router,
     )
-    files = [path for pattern in ("*.safetensors", "config.json") for path in (folder / "experts").rglob(pattern)]
+    files = [path for folder in folders for pattern in FILES for path in folder.rglob(pattern)]
+    files += [path for pattern in FILES for path in (stored.experts / BACKBONE).rglob(pattern)]
     digest = Fingerprint(key, *digests.of([str(path) for path in sorted(files)]))
     encoder = None
     if result.router is not None:
-        digest.add(recipe["prompt_encoder"], *digests.of([str(folder / ROUTER)]))
+        digest.add(recipe["prompt_encoder"], *digests.of([str(stored.result / ROUTER)]))
         encoder = load_prompt_encoder(recipe["prompt_encoder"])
     return Subject(candidate, pipeline, digest.key(), encoder, cost.dense_macs)
 

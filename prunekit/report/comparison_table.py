@@ -13,7 +13,6 @@ from prunekit.methods.result import share_warnings
 from prunekit.report.paired import LEVEL, TESTED, Difference, difference, holm
 from prunekit.runtime.run_directory import DENSE
 
-CELLS, WORK = "cells", "work"  # folders of a comparison
 STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
 Result = dict[str, Any]  # a cell's JSON
 COSTS = ("params", "macs", "macs_ratio")

@@ -8,6 +8,7 @@ from prunekit.runtime.yaml_files import read_mapping
 
 RECIPE = "recipe.yaml"  # the resolved recipe
 RESULTS = "results.json"  # the tables of a run, a comparison or an evaluation; the last file that a run writes
+CELLS, WORK = "cells", "work"  # folders of a comparison: finished cells, and what they are made of
 METHODS = "methods"  # folder with one folder per method
 RESULT = "result.json"  # what a method chose, in the method's folder
 ROUTER = "router.safetensors"  # which expert a prompt goes to, in the folder of a method that routes

@@ -10,7 +10,8 @@ from prunekit.core.registry import denoiser_in, denoiser_name, family_of
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.jobs.stages import Stages
 from prunekit.measuring.interleaved import WarmUp, measure
-from prunekit.report.comparison_table import WORK, Result
+from prunekit.report.comparison_table import Result
+from prunekit.runtime.run_directory import WORK
 
 PAIRS = 15
 PICTURES = 8  # of a timed call

@@ -32,9 +32,9 @@ from prunekit.methods.router import RandomRouter
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.workload import MethodWork
 from prunekit.recovery.fine_tuning import FineTuneConfig
-from prunekit.report.comparison_table import CELLS, EQUAL_TOTAL, WORK, Cell
+from prunekit.report.comparison_table import EQUAL_TOTAL, Cell
 from prunekit.runtime.files import read_json, replacing, write_json
-from prunekit.runtime.run_directory import DENSE, SCORES
+from prunekit.runtime.run_directory import CELLS, DENSE, SCORES, WORK
 from prunekit.runtime.tracking import flat
 
 FORMAT = 1
@@ -223,7 +223,9 @@ class CellRunner:
             dense_passes=method.work(chosen.space).dense_passes,
             shares_steps=cell.protocol == EQUAL_TOTAL,
         )
-        return recover(self.stages, [recovery])[-1], chosen
+        candidate = recover(self.stages, [recovery])[-1]
+        chosen.save(recovery.folder)  # so that its models can be used without the comparison
+        return candidate, chosen
 
     def _at_random(self, chosen: PruneResult, seed: int) -> PruneResult:
         """Return a mixture whose prompts go to its experts at random, with the shares that its router gives them."""

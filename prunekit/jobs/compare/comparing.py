@@ -24,11 +24,9 @@ from prunekit.jobs.recipe import (
 from prunekit.jobs.reporting import finish
 from prunekit.jobs.stages import RunLog, Stages
 from prunekit.report.comparison_table import (
-    CELLS,
     PAIR_COLUMNS,
     PROTOCOLS,
     TIMINGS,
-    WORK,
     Cell,
     Result,
     csv_text,
@@ -43,7 +41,7 @@ from prunekit.report.comparison_table import (
 from prunekit.report.pareto import pareto_picture
 from prunekit.runtime.files import read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion
-from prunekit.runtime.run_directory import DENSE, RECIPE, RESULTS
+from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULTS, WORK
 from prunekit.runtime.work import Piece, occupied, refuse_foreign, share
 
 TABLE_CSV = "table.csv"  # of a comparison's directory

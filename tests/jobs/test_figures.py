@@ -1,0 +1,56 @@
+"""The paper's figures of a small run: each kind is drawn, and mistakes are one line."""
+
+import pytest
+from command_line import ok, refused
+from PIL import Image
+from small_run import write_small_recipe
+
+from prunekit.evaluation.comparison import frequent_words
+from prunekit.jobs.run import start
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    start(write_small_recipe(folder), ["data.holdout=0.5"], folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("extremes", ["--count", 1]),
+        ("experts", ["--count", 2]),
+        ("runs", ["--count", 2]),
+        ("assignment", ["--count", 1]),
+        ("losses", ["--row", "aptp"]),
+    ],
+)
+def test_every_figure_is_drawn(kind, more, run, tmp_path):
+    path = tmp_path / f"{kind}.png"
+    given = [kind, run, *([run] if kind in ("runs", "assignment") else []), "--output", path, *more]
+    if kind in ("extremes", "experts"):
+        given += ["--list", "aptp-parti"]
+    if kind not in ("assignment", "losses"):
+        given += ["--steps", 1]
+    assert str(path) in ok("figure", *given).replace("\n", "")
+    with Image.open(path) as picture:
+        assert picture.width > 200 and len(set(picture.convert("L").getdata())) > 10
+
+
+def test_mistakes_are_one_line(run, tmp_path):
+    for given, message in (
+        (["expert", run], "did you mean 'experts'"),
+        (["experts", run, run], "of one run"),
+        (["losses", run, "--row", "nothing"], "has no search"),
+        (["num-experts", run], "no finished cells"),
+        (["experts", tmp_path], "holds"),
+    ):
+        assert message in refused("figure", *given, "--output", tmp_path / "x.png")
+
+
+def test_words_are_those_that_tell_experts_apart():
+    captions = [["a red apple on the table", "red apple pie"], ["a blue car on the table", "the blue car"], []]
+    first, second, none = frequent_words(captions, 2)
+    assert set(first) == {"red", "apple"} and set(second) == {"blue", "car"} and none == []
+    assert frequent_words([["the", "a"], []]) == [[], []]
