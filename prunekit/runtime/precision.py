@@ -1,7 +1,9 @@
 """Precision of forward passes: what `auto` means on a device, and the autocast context that follows from it.
 
-A processor without bfloat16 instructions computes bfloat16 and float16 about 20 times slower than float32. So `auto`
-asks the hardware: bfloat16 where it is native, float16 on older GPUs (training scales the loss), float32 elsewhere.
+A processor without bfloat16 instructions computes bfloat16 and float16 about 20 times slower than float32, and some that
+have them are slower with them too where layers are small (an Intel Xeon with AMX: 1.4 times). So `auto` asks the
+hardware: bfloat16 where it is native and, on a CPU, measured to be no slower; float16 on older GPUs (training scales
+the loss); float32 elsewhere.
 """
 
 import os
@@ -19,10 +21,11 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 UnscaledPrecision = Literal["auto", "float32", "bfloat16"]  # of gradients without loss scaling, which float16 needs
 LOWER = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 VARIABLE = "PRUNEKIT_PRECISION"  # of the environment: what `auto` becomes, whatever the hardware
-AUTO = "auto: bfloat16 where the device has it, float16 on older GPUs, float32 elsewhere"
-UNSCALED_AUTO = "auto: bfloat16 where the device has it, float32 elsewhere"
+AUTO = "auto: bfloat16 where the device has it and is no slower with it, float16 on older GPUs, float32 elsewhere"
+UNSCALED_AUTO = "auto: bfloat16 where the device has it and is no slower with it, float32 elsewhere"
 CPU_INFO = Path("/proc/cpuinfo")
 NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of /proc/cpuinfo: x86 has the first two, Arm the last
+NO_SLOWER = 1.1  # times float32's seconds, up to which `auto` takes a CPU's bfloat16
 SLOW = 1.5  # times float32's seconds, above which a lower precision that was asked for is worth a warning
 SIDE, CHANNELS = 16, 64  # of the convolution that tells how slow a precision is
 
@@ -79,19 +82,24 @@ def has_native_bfloat16(device_type: str = "cpu") -> bool:
 def slowdown(precision: str, device_type: str = "cpu") -> float:
     """Return the seconds of a small convolution with its backward pass in a precision over those in float32.
 
-    Measured once a process, in about a second; a GPU counts as 1.
+    Measured once a process, with one thread, the least of five turns each, so that other work on the machine counts
+    little; it takes less than a second. A GPU counts as 1.
     """
     if device_type != "cpu" or precision not in LOWER:
         return 1.0
     layer, image = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.ones(8, CHANNELS, SIDE, SIDE)
-    seconds = dict.fromkeys(("float32", precision), float("inf"))
-    for _ in range(3):
-        for tried in seconds:
-            started = time.perf_counter()
-            with autocast(tried, device_type):
-                output = layer(image)
-            output.float().square().mean().backward()
-            seconds[tried] = min(seconds[tried], time.perf_counter() - started)
+    seconds, threads = dict.fromkeys(("float32", precision), float("inf")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            for tried in seconds:
+                started = time.perf_counter()
+                with autocast(tried, device_type):
+                    output = layer(image)
+                output.float().square().mean().backward()
+                seconds[tried] = min(seconds[tried], time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
     return seconds[precision] / seconds["float32"]
 
 
@@ -100,10 +108,14 @@ def why(device: str | torch.device) -> str:
     kind = torch.device(device).type
     if os.environ.get(VARIABLE):
         return f"{VARIABLE} says so"
-    return f"this {'GPU' if kind == 'cuda' else 'CPU'} has {'' if has_native_bfloat16(kind) else 'no '}bfloat16 units"
+    if not has_native_bfloat16(kind):
+        return f"this {'GPU' if kind == 'cuda' else 'CPU'} has no bfloat16 units"
+    if kind == "cpu" and (factor := slowdown("bfloat16")) > NO_SLOWER:
+        return f"this CPU has bfloat16 units, and takes {factor:.1f} times as long with them"
+    return f"this {'GPU' if kind == 'cuda' else 'CPU'} has bfloat16 units"
 
 
 def _native(device_type: str) -> str:
-    if has_native_bfloat16(device_type):
+    if has_native_bfloat16(device_type) and (device_type != "cpu" or slowdown("bfloat16") <= NO_SLOWER):
         return "bfloat16"
     return "float16" if device_type == "cuda" else "float32"

@@ -42,7 +42,8 @@ NAMES = {
 def hardware(monkeypatch, tmp_path):
     """Choose what this machine seems to be: a processor's flags, and whether a GPU has bfloat16."""
 
-    def choose(flags="", cuda=None):
+    def choose(flags="", cuda=None, slowdown=1.0):
+        monkeypatch.setattr(precision, "slowdown", lambda *given: slowdown)
         monkeypatch.delenv(precision.VARIABLE, raising=False)
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
         monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
@@ -50,6 +51,13 @@ def hardware(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bool(cuda))
 
     return choose
+
+
+def test_a_processor_that_is_slower_with_its_bfloat16_units(hardware):
+    hardware("flags : fpu amx_bf16", slowdown=1.4)
+    assert precision.resolve_precision("auto", "cpu") == "float32"
+    assert precision.resolve_precision("bfloat16", "cpu") == "bfloat16"
+    assert precision.why("cpu") == "this CPU has bfloat16 units, and takes 1.4 times as long with them"
 
 
 @pytest.mark.parametrize(
