@@ -52,7 +52,8 @@ def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str]
     title = title and plain(title)
     top = 0.15 * max(caption.count("\n") + 1 for caption in captions) + 0.1 + (0.3 if title else 0)
     left = 0.35 + 0.085 * max(len(line) for row in rows for line in row.label.split("\n"))
-    heights = [CELL + MARGIN + (0.17 if row.notes else 0) for row in rows]
+    lines = [max(note.count("\n") + 1 for note in row.notes) if row.notes else 0 for row in rows]
+    heights = [CELL + MARGIN + (0.05 + 0.12 * count if count else 0) for count in lines]
     width, height = left + len(prompts) * (CELL + MARGIN) + MARGIN, top + sum(heights) + MARGIN
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)

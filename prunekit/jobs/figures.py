@@ -103,21 +103,31 @@ def runs_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
 def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
     """Show to which expert each prompt of a training batch goes, by the nearest code and by transport (Figure 7).
 
-    drawing.count: lines of 16 prompts each. For a training with transport and one without give both runs.
+    A prompt's scores are scaled so that the largest is 1, as the training's cosines are at most. The batch is the same
+    for all runs. drawing.count: lines of 16 prompts each. For a training with transport and one without give both runs.
     """
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     columns = [(f"{run.resolve().name}\n{how}", own) for run in runs for how, own in _assigned(run, drawing).items()]
     with style():
-        figure = Figure(figsize=(2.4 * len(columns), 3.2), facecolor="white", layout="constrained")
+        figure = Figure(
+            figsize=(2.6 * len(columns), 0.9 + 0.16 * drawing.count), facecolor="white", layout="constrained"
+        )
         for position, (title, experts) in enumerate(columns, start=1):
             panel = figure.add_subplot(1, len(columns), position)
-            for index, expert in enumerate(experts.tolist()):
-                x, y = index % SQUARES, -(index // SQUARES)
-                panel.fill([x, x + 0.9, x + 0.9, x], [y, y, y + 0.9, y + 0.9], color=colour(expert))
+            colours = ListedColormap([colour(expert) for expert in range(int(experts.max()) + 1)])
+            panel.pcolormesh(
+                experts.view(-1, min(SQUARES, len(experts))).flip(0).numpy(),
+                cmap=colours,
+                edgecolors="white",
+                linewidth=1.5,
+            )
             counts = torch.bincount(experts).tolist()
             panel.set(title=title, xlabel=f"prompts by expert: {', '.join(map(str, counts))}", xticks=[], yticks=[])
             panel.set_aspect("equal")
+            for spine in panel.spines.values():
+                spine.set_visible(False)
         return save_figure(figure, output)
 
 
@@ -240,8 +250,11 @@ def _assigned(run: Path, drawing: Drawing) -> dict[str, Tensor]:
     images = load_data(recorded_data(recipe["data"]), recipe["seed"])
     pairs = images.training_pairs()
     order = torch.randperm(len(pairs), generator=generator(drawing.seed, "assignment"))[: SQUARES * drawing.count]
+    order = order[: len(order) // SQUARES * SQUARES or len(order)]
     router, encoder = pipeline.mixture.router, pipeline.mixture.encoder
     if router is None or encoder is None:
         raise UserError(f"{run} routes no prompts: there is nothing to assign")
     embeddings = torch.as_tensor(encoder.encode([images.captions[pair] for pair in pairs[order].tolist()]))
-    return {"nearest": router.route(embeddings), "transport": assign(router.scores(embeddings))}
+    scores = router.scores(embeddings)  # cosines times a length that the router does not keep
+    cosines = scores / scores.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
+    return {"nearest": router.route(embeddings), "transport": assign(cosines)}

@@ -1,7 +1,7 @@
 """Precision of forward passes: what `auto` means on a device, and the autocast context that follows from it.
 
-A processor without bfloat16 instructions computes bfloat16 and float16 about 20 times slower than float32, and some that
-have them are slower with them too where layers are small (an Intel Xeon with AMX: 1.4 times). So `auto` asks the
+A processor without bfloat16 instructions computes bfloat16 and float16 about 20 times slower than float32. Some that
+have them are slower with them too, where layers are small (an Intel Xeon with AMX: 1.4 times). So `auto` asks the
 hardware: bfloat16 where it is native and, on a CPU, measured to be no slower; float16 on older GPUs (training scales
 the loss); float32 elsewhere.
 """
