@@ -86,8 +86,8 @@ def console() -> Any:
     """Return a console on stdout that keeps tables whole where there is no terminal."""
     from rich.console import Console
 
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=160)
+    rich_console = Console(highlight=False)
+    return rich_console if rich_console.is_terminal else Console(highlight=False, width=160)
 
 
 def say(text: str) -> None:

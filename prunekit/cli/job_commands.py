@@ -62,8 +62,8 @@ def compare(
     from prunekit.runtime.companions import companions
     from prunekit.runtime.termination import graceful
 
-    made = next((load_recipe(path, overrides) for path in paths if not path.is_dir()), None)
-    with graceful(), companions(process_count(made)):
+    recipe = next((load_recipe(path, overrides) for path in paths if not path.is_dir()), None)
+    with graceful(), companions(process_count(recipe)):
         folder = compare(paths, overrides, output)
     say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
 

@@ -56,9 +56,9 @@ def generate(
     request = Request(prompts, [seed] * len(prompts), *drawn_by)
     weights = weights_digest(pipeline)
     folder = output or free_directory(directory / "generated" / method, pipeline, request, weights)
-    made = generate_to(folder, pipeline, request, weights)
+    pictures = generate_to(folder, pipeline, request, weights)
     table = Table("picture", "expert", "prompt")
-    for text, (path, expert) in list(zip(prompts, made, strict=True))[:MOST_ROWS]:
+    for text, (path, expert) in list(zip(prompts, pictures, strict=True))[:MOST_ROWS]:
         table.add_row(path.name, str(expert), text[:100])
     console().print(table)
     of = f"by {method} ({pipeline.num_experts} experts), seed {seed}"

@@ -30,7 +30,7 @@ from .cutting import keep_channels
 from .denoiser import Structure
 from .discovery import match_with, whole_space
 from .emptied import names_in_files, renamed
-from .registry import denoiser_of
+from .registry import denoiser_named, denoiser_of
 from .space import Architecture, UnitGroup, UnitSpace, near
 
 FORMAT = 1
@@ -155,6 +155,16 @@ def slice_model(model: nn.Module, architecture: Architecture) -> Any:
     pruned_class = denoiser_of(model).pruned_class()
     assert issubclass(pruned_class, PrunedModel)
     return _sliced(pruned_class, model, architecture)
+
+
+def load_model(folder: str | Path, **options: Any) -> Any:
+    """Read a denoiser that was saved, stock or pruned, by the pruned form of its class.
+
+    options: of `from_pretrained`. UserError for a class that no `Denoiser` describes.
+    """
+    name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    pruned_class: Any = denoiser_named(name).pruned_class()
+    return pruned_class.from_pretrained(folder, **options)
 
 
 def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Architecture) -> Any:

@@ -260,17 +260,17 @@ class Architecture:
     def from_dict(cls, data: Mapping[str, Any], space: UnitSpace | None = None) -> Architecture:
         """The Architecture that `to_dict` wrote; over `space`, where one is given, which must be the same."""
         check_format(data, "an Architecture")
-        own = UnitSpace.from_dict(data["space"])
+        stored_space = UnitSpace.from_dict(data["space"])
         if "kept" in data:
-            values = torch.zeros(own.size, dtype=torch.bool, device="cpu")
+            values = torch.zeros(stored_space.size, dtype=torch.bool, device="cpu")
             for name, kept in data["kept"].items():
-                values[own.slice(name)][kept] = True
+                values[stored_space.slice(name)][kept] = True
         else:
-            values = torch.zeros(own.size, dtype=torch.float64, device="cpu")
+            values = torch.zeros(stored_space.size, dtype=torch.float64, device="cpu")
             for name, part in data["values"].items():
-                values[own.slice(name)] = torch.tensor(part, dtype=torch.float64, device="cpu")
+                values[stored_space.slice(name)] = torch.tensor(part, dtype=torch.float64, device="cpu")
             values = values.float()
-        architecture = cls(own, values)
+        architecture = cls(stored_space, values)
         return architecture if space is None else architecture.on(space)
 
     def save(self, path: str | Path) -> None:

@@ -23,7 +23,7 @@ class DataError(UserError):
 
 def printable(text: str) -> str:
     """Return a text with its control characters, line ends and lone surrogates escaped, so that it is one line."""
-    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+    return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ def file_size(path: Path) -> int:
     for more than MOST_BYTES; for a name that no file can have.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise DataError(f"is missing ({error.strerror})") from error
     except ValueError as error:  # the name holds NUL, or what the file system's encoding does not have
         raise DataError(f"has a name that no file can have ({error})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise DataError("is no file")
-    if found.st_size > MOST_BYTES:
-        raise DataError(f"has {too_large(found.st_size)}")
-    return found.st_size
+    if status.st_size > MOST_BYTES:
+        raise DataError(f"has {too_large(status.st_size)}")
+    return status.st_size
 
 
 def read_file(path: Path) -> bytes:

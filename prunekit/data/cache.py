@@ -188,16 +188,16 @@ class StoredPart:
     def _make(self, name: str, progress: Callable[[int], None]) -> None:
         path, sources = self.folder / name, self.part.ranges[name]
         clear_killed(path)
-        made = collect(self.part.make(sources), len(sources), self.part.precision, progress)
-        record: dict[str, Any] = {"rows": len(sources) - len(made.bad), "bytes": None, "blake2b": None}
-        if made.tensors:
+        batch = collect(self.part.make(sources), len(sources), self.part.precision, progress)
+        record: dict[str, Any] = {"rows": len(sources) - len(batch.bad), "bytes": None, "blake2b": None}
+        if batch.tensors:
             with replacing(path) as new:
-                save_file(made.tensors, new)
+                save_file(batch.tensors, new)
                 record |= {"bytes": new.stat().st_size, "blake2b": file_digest(new)}
                 with new.open("rb") as file:
                     os.fsync(file.fileno())
             self.digests.learn(path, record["blake2b"])
-        record["bad"] = {str(source): list(why) for source, why in sorted(made.bad.items())}
+        record["bad"] = {str(source): list(why) for source, why in sorted(batch.bad.items())}
         self.manifest.add(name, record)
 
 

@@ -77,5 +77,5 @@ def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iter
             continue
         seen.add(entry["id"])
         texts.setdefault(entry["image_id"], []).append(entry["caption"])
-    for number, own in texts.items():
-        yield file_sample(f"image {number}", images / names[number], own)
+    for number, image_captions in texts.items():
+        yield file_sample(f"image {number}", images / names[number], image_captions)

@@ -152,18 +152,18 @@ def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> Capti
     if path is None:
         raise DataError(f"data.kind={config.kind} needs data.path, {PATHS[config.kind]}")
     remembered = {"indexes": cache / "indexes"} if cache is not None and config.kind == "webdataset" else {}
-    found, pictures = READERS[config.kind](config, path, **remembered)
+    samples, pictures = READERS[config.kind](config, path, **remembered)
     if (other := config.held_out_split) is not None:
         assert other.path is not None
         if not (place := Path(other.path).expanduser()).exists():
             raise DataError(f"data.holdout_split={config.holdout_split}: there is no {place}")
-        found = chain(found, _held_out(READERS[config.kind](other, place, **remembered)[0]))
+        samples = chain(samples, _held_out(READERS[config.kind](other, place, **remembered)[0]))
     held = (config.holdout, seed, config.holdout_by, cache)
-    return collect(found, pictures, config.tolerance, str(path), config.verify, *held)
+    return collect(samples, pictures, config.tolerance, str(path), config.verify, *held)
 
 
-def _held_out(found: Iterable[Sample | BadSample]) -> Iterator[Sample | BadSample]:
-    for sample in found:
+def _held_out(samples: Iterable[Sample | BadSample]) -> Iterator[Sample | BadSample]:
+    for sample in samples:
         yield replace(sample, is_held_out=True) if isinstance(sample, Sample) else sample
 
 

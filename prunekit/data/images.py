@@ -110,7 +110,7 @@ class CaptionedImages:
         """Decode every picture and return why each bad one cannot be used, by index."""
         from prunekit.runtime.progress import Progress
 
-        found: dict[int, str] = {}
+        reasons: dict[int, str] = {}
         with Progress("verify", self.num_images) as progress:
             for index in range(self.num_images):
                 try:
@@ -118,9 +118,9 @@ class CaptionedImages:
                 except DataError as error:
                     reason = str(error)
                 if reason:
-                    found[index] = reason
+                    reasons[index] = reason
                 progress.update(index + 1)
-        return found
+        return reasons
 
     def without(self, bad: Mapping[int, str], names: Mapping[int, str] | None = None) -> "CaptionedImages":
         """Return the images without some, and their captions; reasons by image, which `skipped` and the report get.

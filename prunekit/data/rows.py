@@ -64,15 +64,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         if length > size - 8:
             raise UserError(f"{path} has no whole header")
         header = json.loads(file.read(length))
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if stop - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + stop > size:
             raise UserError(f"{path} does not hold the {shape} of {name} that its header names")
-        found[name] = StoredTensor(dtype, shape, 8 + length + start)
-    return found
+        tensors[name] = StoredTensor(dtype, shape, 8 + length + start)
+    return tensors
 
 
 class MappedRows(Rows):

@@ -55,7 +55,7 @@ def caption_fault(caption: Any) -> str | None:
 
 
 def collect(
-    found: Iterable[Sample | BadSample],
+    samples: Iterable[Sample | BadSample],
     pictures: Callable[[list[str], np.ndarray], Pictures],
     tolerance: Tolerance,
     where: str,
@@ -78,7 +78,7 @@ def collect(
     captions: list[str] = []
     split: list[bool] = []  # of each picture: whether it is of the split that is held out
     skipped: list[BadSample] = []
-    for sample in found:
+    for sample in samples:
         if isinstance(sample, BadSample):
             skipped.append(sample)
             continue

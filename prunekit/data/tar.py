@@ -46,7 +46,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
     size = file.seek(0, 2)
     position = 0
     common: dict[str, str] = {}  # PAX fields of all files that follow
-    own: dict[str, str] = {}  # of the next file
+    next_fields: dict[str, str] = {}  # of the next file
     while True:
         file.seek(position)
         block = file.read(BLOCK)
@@ -60,16 +60,16 @@ def members(file: BinaryIO) -> Iterator[Member]:
         if header.type == tarfile.GNUTYPE_SPARSE:
             start = _after_sparse_map(file, block)
         extends = header.type in EXTENDED or header.type in LONG_NAMES
-        fields = {} if extends else common | own
+        fields = {} if extends else common | next_fields
         name = fields.get("path", header.name).rstrip("/")
         count = 0 if header.type in WITHOUT_CONTENT else _size(fields.get("size", header.size), name)
         if start + count > size:
             raise tarfile.ReadError(f"the file ends within {name}")
         if extends:
-            found = _extension(file, header.type, count)
-            (common if header.type == tarfile.XGLTYPE else own).update(found)
+            extension_fields = _extension(file, header.type, count)
+            (common if header.type == tarfile.XGLTYPE else next_fields).update(extension_fields)
         else:
-            own = {}
+            next_fields = {}
             if header.type in CONTENT and SPARSE not in fields:
                 yield Member(name, start, count)
         position = start + -(-count // BLOCK) * BLOCK

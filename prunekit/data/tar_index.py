@@ -85,12 +85,12 @@ def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None
             stale.unlink()
         write_text(file, json.dumps(_packed(shard)))
 
-    def made(path: Path, file: Path) -> bool:
+    def is_indexed(path: Path, file: Path) -> bool:
         return path in faulty or file.is_file()
 
     files = {path: indexes / _file_name(path, read) for path in shards}
     pieces = [
-        Piece(f"index-{file.stem}", partial(made, path, file), partial(make, path, file))
+        Piece(f"index-{file.stem}", partial(is_indexed, path, file), partial(make, path, file))
         for path, file in files.items()
     ]
     share_and_tidy(pieces, indexes.parent / "locks")
@@ -115,8 +115,8 @@ def _unpacked(path: Path, file: Path) -> Shard | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         parts = {
-            key: {suffix: (place[0], place[1]) for suffix, place in own.items()}
-            for key, own in content["parts"].items()
+            key: {suffix: (place[0], place[1]) for suffix, place in places.items()}
+            for key, places in content["parts"].items()
         }
         contents = {(key, suffix): text.encode("utf-8", "surrogateescape") for key, suffix, text in content["contents"]}
         return Shard(path, parts, [(key, suffix) for key, suffix in content["repeated"]], contents)

@@ -21,11 +21,11 @@ def shards_of(path: Path, suffix: str, split: str | None) -> list[Path]:
     split: the series' name before the number ("cc3m-train"), or one of its words ("train"). Raises DataError for none,
     for an unknown split, and for shards of several splits when none is asked for.
     """
-    found = [path] if path.is_file() else sorted(path.glob(f"*.{suffix}")) or sorted(path.rglob(f"*.{suffix}"))
-    found = [file for file in found if not file.name.startswith(".")]
-    if not found:
+    shards = [path] if path.is_file() else sorted(path.glob(f"*.{suffix}")) or sorted(path.rglob(f"*.{suffix}"))
+    shards = [file for file in shards if not file.name.startswith(".")]
+    if not shards:
         raise DataError(f"no shard to read in {path}: give a folder that holds *.{suffix} files, or one such file")
-    series = {file: _series(file) for file in found}
+    series = {file: _series(file) for file in shards}
     names = sorted(set(series.values()))
     if split is None:
         several = sorted({word for name in names for word in _words(name)} & SPLITS)
@@ -33,7 +33,7 @@ def shards_of(path: Path, suffix: str, split: str | None) -> list[Path]:
             raise DataError(
                 f"{path} holds shards of several splits ({', '.join(names)}): set data.split to one of them"
             )
-        return found
+        return shards
     chosen = [file for file, name in series.items() if split == name or split in _words(name)]
     if not chosen:
         raise DataError(f"no shard of the split {split!r} in {path}: it holds {', '.join(names)}")

@@ -26,13 +26,13 @@ def explanation(demo: Demo, answer: Answer) -> str:
     """Return what explains an answer: the saving, why this expert, and what it is."""
     parts = [f"<p class='saving'>{escape(saving(demo, answer))}</p>"]
     figures = [scores(answer)] if len(answer.scores) > 1 else []
-    own = demo.architectures[answer.expert]
-    if own is not None:
+    chosen = demo.architectures[answer.expert]
+    if chosen is not None:
         title = f"Expert {answer.expert}" if demo.pipeline.num_experts > 1 else "The pruned UNet"
-        figures.append(drawing(title, shares_of(own), own.cost.ratio(own.architecture), own.places))
+        figures.append(drawing(title, shares_of(chosen), chosen.cost.ratio(chosen.architecture), chosen.places))
     drawn = "".join(f"<figure>{svg}</figure>" for svg in figures)
     notes = [SCORES] if len(answer.scores) > 1 else []
-    notes += [NOTE.format(legend=own.legend)] if own is not None else []
+    notes += [NOTE.format(legend=chosen.legend)] if chosen is not None else []
     note = "".join(f"<p class='small'>{escape(text)}</p>" for text in notes)
     return f"<div class='explanation'>{''.join(parts)}<div class='figures'>{drawn}</div>{note}</div>"
 

@@ -80,7 +80,7 @@ class Chosen:
 def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[Chosen | None]:
     """Return each expert's architecture; None for one that does not say what was cut."""
     info = pipeline.mixture.info
-    found: list[Chosen | None] = []
+    architectures: list[Chosen | None] = []
     result = None
     if (directory / RECIPE).is_file():
         result = PruneResult.load(method_directory(directory, info["method"]))
@@ -93,12 +93,12 @@ def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[Ch
         elif record is not None:
             architecture = read_pruning(record, discover(shape, "blocks"))
         else:
-            found.append(None)
+            architectures.append(None)
             continue
         denoiser = denoiser_of(shape)
         cost = CostModel(shape, architecture.space, size, pipeline.tokenizer.model_max_length)
-        found.append(Chosen(cost, architecture, denoiser.outline(shape), denoiser.legend))
-    return found
+        architectures.append(Chosen(cost, architecture, denoiser.outline(shape), denoiser.legend))
+    return architectures
 
 
 def shares_of(chosen: Chosen) -> Mapping[str, float | None]:
@@ -123,11 +123,13 @@ def example_prompts(directory: Path, pipeline: PromptRoutedPipeline) -> list[str
 
 def of_every_expert(prompts: list[str], pipeline: PromptRoutedPipeline) -> list[str]:
     """Return at most MOST_EXAMPLES of the prompts: the first of each expert, then the second of each, and so on."""
-    own: dict[int, list[str]] = {}
+    by_expert: dict[int, list[str]] = {}
     for prompt, expert in zip(prompts, pipeline.route(prompts).tolist(), strict=True):
-        own.setdefault(expert, []).append(prompt)
-    turns = torch.tensor([[turn, expert] for expert in sorted(own) for turn in range(len(own[expert]))]).tolist()
-    return [own[expert][turn] for turn, expert in sorted(turns)[:MOST_EXAMPLES]]
+        by_expert.setdefault(expert, []).append(prompt)
+    turns = torch.tensor(
+        [[turn, expert] for expert in sorted(by_expert) for turn in range(len(by_expert[expert]))]
+    ).tolist()
+    return [by_expert[expert][turn] for turn, expert in sorted(turns)[:MOST_EXAMPLES]]
 
 
 def title_of(directory: Path, info: Mapping[str, Any]) -> str:

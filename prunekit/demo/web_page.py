@@ -69,11 +69,11 @@ def build(demo: Demo) -> Any:
 
         def answer(prompt: str, seed: int, steps: int, guidance: float) -> list[Any]:
             try:
-                found = demo.answer(prompt, seed, steps, guidance)
-                name = f"expert {found.expert}" if count > 1 else "pruned"
-                dense = "" if found.dense is None else caption(found.dense, "dense")
-                shown = [found.dense and found.dense.image, dense, found.pruned.image, caption(found.pruned, name)]
-                return [gradio.HTML(visible=False), *shown, explanation(demo, found)]
+                reply = demo.answer(prompt, seed, steps, guidance)
+                name = f"expert {reply.expert}" if count > 1 else "pruned"
+                dense = "" if reply.dense is None else caption(reply.dense, "dense")
+                shown = [reply.dense and reply.dense.image, dense, reply.pruned.image, caption(reply.pruned, name)]
+                return [gradio.HTML(visible=False), *shown, explanation(demo, reply)]
             except (ValueError, OSError, RuntimeError) as error:
                 print(f"prunekit: {_line(error)}", file=sys.stderr)
                 text = f"<p class='message' role='alert'>{escape(_line(error))}</p>"

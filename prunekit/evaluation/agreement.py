@@ -121,6 +121,6 @@ def agreement_errors(
     errors = torch.zeros(len(target), dtype=torch.float64)
     for index in expert.unique().tolist():
         rows = torch.nonzero(expert == index).flatten()
-        own = predictions(experts[index], samples, rows, batch_size) - target[rows]
-        errors[rows] = own.double().square().flatten(1).mean(1)
+        differences = predictions(experts[index], samples, rows, batch_size) - target[rows]
+        errors[rows] = differences.double().square().flatten(1).mean(1)
     return errors

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.registry import with_denoiser
+from prunekit.core.slicing import load_model
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import TRAINING, CaptionedImages, Split
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_of_enough, kid, retrieval
@@ -79,7 +79,7 @@ class StoredModels(Sequence[ModelMixin]):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
             self._last = None  # before the next is read
-            model = PrunedUNet2DConditionModel.from_pretrained(self.folders[index]).to(self.device)
+            model = load_model(self.folders[index]).to(self.device)
             self._last = (index, model.eval().requires_grad_(False))
         return self._last[1]
 
@@ -193,13 +193,13 @@ def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, siz
     sets = len(rows) // count
     if not sets:
         return {}
-    found: dict[str, float] = {"cmmd": 0.0, "kid": 0.0}
+    floors: dict[str, float] = {"cmmd": 0.0, "kid": 0.0}
     for index in range(sets):
         real = training.pixels(rows[index * count : (index + 1) * count], size)
         features, embeddings = evaluator.look(real)
-        found["cmmd"] += cmmd(prompts.real_embeddings, embeddings) / sets
-        found["kid"] += kid(prompts.real_features, features) / sets
-    return found
+        floors["cmmd"] += cmmd(prompts.real_embeddings, embeddings) / sets
+        floors["kid"] += kid(prompts.real_features, features) / sets
+    return floors
 
 
 def referred(
@@ -394,13 +394,13 @@ def frequent_words(captions_of: Sequence[Sequence[str]], count: int = FREQUENT_W
         weights = vectorizer.fit_transform([caption for captions in captions_of for caption in captions])
     except ValueError:  # no word is left
         return [[] for _ in captions_of]
-    words, found, start = vectorizer.get_feature_names_out(), [], 0
+    words, expert_words, start = vectorizer.get_feature_names_out(), [], 0
     for captions in captions_of:
         sums = weights[start : start + len(captions)].sum(axis=0).A1 if len(captions) else np.zeros(len(words))
         order = np.argsort(-sums, kind="stable")[:count]
-        found.append([str(words[index]) for index in order if sums[index] > 0])
+        expert_words.append([str(words[index]) for index in order if sums[index] > 0])
         start += len(captions)
-    return found
+    return expert_words
 
 
 def seconds_per_image(

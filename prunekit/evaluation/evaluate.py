@@ -130,8 +130,8 @@ def _evaluate(
                 if len(places) > 1 and place.recipe is not None:
                     name = f"{place.name} {name}"
                 rows[-1] |= {"name": f"{place.place} {name}" if name in taken else name, "target": place.place}
-                found = ", ".join(f"{key} {_text(key, own)}" for key, own in rows[-1]["figures"].items())
-                say(f"{rows[-1]['name']}: {found}")
+                summary = ", ".join(f"{key} {_text(key, figure)}" for key, figure in rows[-1]["figures"].items())
+                say(f"{rows[-1]['name']}: {summary}")
     done = Evaluation(folder, settings, rows)
     real = 0 if prompts.images is None else prompts.images.num_images
     write_json(
@@ -238,10 +238,10 @@ def read_prompts(path: Path) -> list[str]:
     lines: Iterable[str] = text.splitlines()
     if path.suffix == ".tsv":
         lines = (row.get("Prompt") or "" for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    found = [line.strip() for line in lines if line.strip()]
-    if len(found) < 2:
-        raise UserError(f"prompts={path} holds {len(found)} prompts: give a prompt a line, two at least")
-    return found
+    prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) < 2:
+        raise UserError(f"prompts={path} holds {len(prompts)} prompts: give a prompt a line, two at least")
+    return prompts
 
 
 def _text(key: str, figure: Mapping[str, float]) -> str:

@@ -62,8 +62,8 @@ def figures(seen: Seen) -> dict[str, Figure]:
 
 
 def _figure(value: float, error: float, count: int) -> Figure:
-    own = uncertainty.estimate([value], [error])
-    return {"value": value, "error": error, "low": own.low, "high": own.high, "count": count}
+    interval = uncertainty.estimate([value], [error])
+    return {"value": value, "error": error, "low": interval.low, "high": interval.high, "count": count}
 
 
 def _mean(values: Tensor) -> Figure:
@@ -89,8 +89,8 @@ def _frechet(seen: Seen) -> Figure:
         real, drawn = (rows.double() for rows in seen.pair(name, "features"))
         mean, covariance = real.mean(dim=0), torch.atleast_2d(real.T.cov())
         write_statistics(seen.features.folder.parent / REAL_STATISTICS, mean, covariance)
-    own = (drawn.mean(dim=0), torch.atleast_2d(drawn.T.cov()))
-    value = metrics.gaussian_distance(mean, covariance, *own)
+    drawn_moments = (drawn.mean(dim=0), torch.atleast_2d(drawn.T.cov()))
+    value = metrics.gaussian_distance(mean, covariance, *drawn_moments)
     return _figure(value, uncertainty.frechet_error(mean, covariance, drawn), len(drawn))
 
 

@@ -159,8 +159,8 @@ def ranks(images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
     if len(images) != len(targets) or not len(images):
         raise UserError(f"retrieval needs one target a picture, got {len(images)} pictures and {len(targets)} targets")
     scores = images.double() @ texts.double().T  # (n, m)
-    own = scores.gather(1, targets.to(scores.device)[:, None])
-    return (scores >= own).sum(dim=1) - 1
+    target_scores = scores.gather(1, targets.to(scores.device)[:, None])
+    return (scores >= target_scores).sum(dim=1) - 1
 
 
 def _checked(real: Tensor, generated: Tensor, least: int) -> tuple[Tensor, Tensor]:

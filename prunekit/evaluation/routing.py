@@ -64,26 +64,26 @@ def routing_report(
 
 def _entropy(shares: Tensor) -> float:
     """Return the entropy of the shares over that of equal ones: 1 is even, 0 is one expert for all."""
-    own = shares[shares > 0]
-    return float(-(own * own.log()).sum() / math.log(len(shares))) if len(shares) > 1 else 0.0
+    positive_shares = shares[shares > 0]
+    return float(-(positive_shares * positive_shares.log()).sum() / math.log(len(shares))) if len(shares) > 1 else 0.0
 
 
 def _controls(errors: Tensor, routed: Tensor, shares: Tensor, macs: Sequence[int], seed: int) -> dict[str, Any]:
     means = errors.mean(0)  # (N,)
     best = int(means.argmin())
-    own, drawn = errors.gather(1, routed[:, None])[:, 0], errors @ shares  # (n,)
+    routed_errors, drawn = errors.gather(1, routed[:, None])[:, 0], errors @ shares  # (n,)
     rows = torch.randint(len(errors), (RESAMPLES, len(errors)), generator=generator(seed, "routing controls"))
-    gains = 1 - own[rows].mean(1) / drawn[rows].mean(1)
+    gains = 1 - routed_errors[rows].mean(1) / drawn[rows].mean(1)
     low, high = gains.quantile(torch.tensor([0.025, 0.975], dtype=gains.dtype)).tolist()
     mean_macs = float(shares @ torch.tensor(macs, dtype=torch.float64))
     return {
-        "routed": float(own.mean()),
+        "routed": float(routed_errors.mean()),
         "random": float(drawn.mean()),
         "best_single": float(means[best]),
         "best_single_expert": best,
         "best_single_macs_over_mean": macs[best] / mean_macs,
         "oracle": float(errors.amin(1).mean()),
-        "gain": float(1 - own.mean() / drawn.mean()),
+        "gain": float(1 - routed_errors.mean() / drawn.mean()),
         "gain_interval": [low, high],
     }
 
@@ -94,8 +94,8 @@ def _difficulty(errors: Tensor, routed: Tensor, macs: Sequence[int]) -> dict[str
     costs = torch.tensor(macs, dtype=torch.float64)[routed]
     if len(costs.unique()) < 2:
         return {"correlation": None, "p": None}
-    found = spearmanr(errors.mean(1).numpy(), costs.numpy())
-    return {"correlation": float(found.statistic), "p": float(found.pvalue)}
+    correlation = spearmanr(errors.mean(1).numpy(), costs.numpy())
+    return {"correlation": float(correlation.statistic), "p": float(correlation.pvalue)}
 
 
 def _paraphrases(images: Tensor, experts: Tensor, shares: Tensor) -> dict[str, float | int | None]:
@@ -137,5 +137,5 @@ def routing_lines(name: str, report: dict[str, Any]) -> list[str]:
             f"- Two captions of one picture go to the same expert in {100 * alike['agree']:.0f} % of "
             f"{alike['pairs']:,} pairs; by chance {100 * alike['chance']:.0f} %."
         ]
-    words = [f"| {index} | {', '.join(own[:WORDS])} |" for index, own in enumerate(report["words"])]
+    words = [f"| {index} | {', '.join(expert_words[:WORDS])} |" for index, expert_words in enumerate(report["words"])]
     return [*lines, "", "| Expert | Words that tell its training captions from the others' |", "|---:|---|", *words, ""]

@@ -94,11 +94,11 @@ class Target:
         if recipe is None:
             return
         place = Path(self.place)
-        found = [Stored(path.parent.name, path.parent, path.parent / "experts") for path in _results(place)]
+        stored_methods = [Stored(path.parent.name, path.parent, path.parent / "experts") for path in _results(place)]
         for name, models in _cells(place):
             if (models / RESULT).is_file():
-                found.append(Stored(name, models, models))
-        for stored in found:
+                stored_methods.append(Stored(name, models, models))
+        for stored in stored_methods:
             for step in (None, *protocol.at_steps):
                 yield _pruned(stored, step, recipe, pipeline, cost, key, digests)
 
@@ -141,12 +141,12 @@ def _pruned(
         if not place.is_dir():
             hint = "resume the run" if step is None else "name steps of the recipe's evaluation.at_steps"
             raise FileNotFoundError(f"expert {index} of {stored.name} is not there ({place}); {hint}")
-    own = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
+    result_cost = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
     candidate = Candidate(
         stored.name if step is None else f"{stored.name}@{step}",
         StoredModels(folders, current().device),
-        [own.macs(architecture) for architecture in result.architectures],
-        [own.params(architecture) for architecture in result.architectures],
+        [result_cost.macs(architecture) for architecture in result.architectures],
+        [result_cost.params(architecture) for architecture in result.architectures],
         result.router,
     )
     files = [path for folder in folders for pattern in FILES for path in folder.rglob(pattern)]

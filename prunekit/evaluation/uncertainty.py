@@ -75,9 +75,9 @@ def _distance_without_one(kernel: Kernel, real: Tensor, generated: Tensor, unbia
     count, rows, diagonal = len(generated), row_sums(kernel, generated, generated), diagonal_of(kernel, generated)
     rest = rows.sum() - 2 * rows + diagonal  # of the kernel without row and column i
     pairs = (count - 1) * (count - 2) if unbiased else (count - 1) ** 2
-    own = (rest - (diagonal.sum() - diagonal) * unbiased) / pairs
+    generated_term = (rest - (diagonal.sum() - diagonal) * unbiased) / pairs
     columns = row_sums(kernel, generated, real) / len(real)
-    return own - 2 * (columns.sum() - columns) / (count - 1)
+    return generated_term - 2 * (columns.sum() - columns) / (count - 1)
 
 
 def _jackknife(without_one: Tensor) -> float:

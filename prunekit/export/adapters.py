@@ -83,10 +83,10 @@ def _difference(places: list[Place], given: list[Place], what: str) -> str | Non
             f"it gives {len(given)} residuals, and this UNet has {len(places)} {what}s, since whole layers or stages "
             "were taken out; of a cut without removed stages use tier class, where the places stay"
         )
-    for index, (place, own) in enumerate(zip(places, given, strict=True)):
-        if place != own:
+    for index, (place, residual) in enumerate(zip(places, given, strict=True)):
+        if place != residual:
             return (
-                f"residual {index} has {own[0]} channels at 1/{own[1]} of the latent, {what} {index} has {place[0]} "
-                f"at 1/{place[1]}: a stage was removed, or it was made for another model"
+                f"residual {index} has {residual[0]} channels at 1/{residual[1]} of the latent, {what} {index} has "
+                f"{place[0]} at 1/{place[1]}: a stage was removed, or it was made for another model"
             )
     return None

@@ -99,8 +99,8 @@ class _Bundle:
         self.reached[key] = set()
         owner = self.module(module)
         for statement in [owner.definitions[name], *owner.attached.get(name, ())]:
-            for found in _references(statement, owner):
-                self._follow(owner, *found)
+            for reference in _references(statement, owner):
+                self._follow(owner, *reference)
         if module not in self.order:
             self.order.append(module)
 
@@ -206,14 +206,14 @@ class _Scoped(ast.NodeTransformer):
     """Walks a statement and knows which names are a function's own."""
 
     def __init__(self) -> None:
-        self.own: set[str] = set()
+        self.bound: set[str] = set()
 
     def visit(self, node: ast.AST) -> ast.AST:
-        before = self.own
+        before = self.bound
         if isinstance(node, _SCOPES):
-            self.own = self.own | _bound(node)
+            self.bound = self.bound | _bound(node)
         node = super().visit(node)
-        self.own = before
+        self.bound = before
         return node
 
 
@@ -221,17 +221,17 @@ class _Find(_Scoped):
     def __init__(self, module: _Module):
         super().__init__()
         self.module = module
-        self.found: list[tuple[str, str | None]] = []
+        self.references: list[tuple[str, str | None]] = []
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if isinstance(node.value, ast.Name) and node.value.id not in self.own:
-            self.found.append((node.value.id, node.attr))
+        if isinstance(node.value, ast.Name) and node.value.id not in self.bound:
+            self.references.append((node.value.id, node.attr))
             return node
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        if node.id not in self.own:
-            self.found.append((node.id, None))
+        if node.id not in self.bound:
+            self.references.append((node.id, None))
         return node
 
 
@@ -239,7 +239,7 @@ def _references(statement: ast.stmt, module: _Module) -> list[tuple[str, str | N
     """(name, attribute read from it or None) of all that a statement reads from its module."""
     finder = _Find(module)
     finder.visit(statement)
-    return finder.found
+    return finder.references
 
 
 class _Rename(_Scoped):
@@ -253,16 +253,16 @@ class _Rename(_Scoped):
         return renamed
 
     def _named(self, name: str) -> str | None:
-        target = self.bundle.resolve((self.module.name, name)) if name not in self.own else None
+        target = self.bundle.resolve((self.module.name, name)) if name not in self.bound else None
         return self.bundle.names.get(target) if isinstance(target, tuple) else None
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if isinstance(node.value, ast.Name) and node.value.id not in self.own:
+        if isinstance(node.value, ast.Name) and node.value.id not in self.bound:
             target = self.bundle.resolve((self.module.name, node.value.id))
             if isinstance(target, tuple) and not target[1]:
-                found = self.bundle.resolve((target[0], node.attr))
-                assert isinstance(found, tuple)
-                return ast.Name(self.bundle.names[found], node.ctx)
+                key = self.bundle.resolve((target[0], node.attr))
+                assert isinstance(key, tuple)
+                return ast.Name(self.bundle.names[key], node.ctx)
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:

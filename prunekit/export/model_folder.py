@@ -49,8 +49,8 @@ def load_unet(
     unet = unet_from_config({key: value for key, value in config.items() if key != "auto_map"}, folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
-        specification, own = read_outline(path)
-        shapes |= own
+        specification, file_shapes = read_outline(path)
+        shapes |= file_shapes
         if specification is not None:
             _check_specification(folder, config, specification)
     check_shapes(folder, unet, shapes)

@@ -32,8 +32,8 @@ _FREE = ("auto_map",)  # config entries that say how a model is loaded, not what
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return the hash of a UNet's config, as its file holds it, without private entries."""
-    own = {key: value for key, value in config.items() if not key.startswith("_") and key not in _FREE}
-    return Fingerprint(json.dumps(own, sort_keys=True)).key()
+    entries = {key: value for key, value in config.items() if not key.startswith("_") and key not in _FREE}
+    return Fingerprint(json.dumps(entries, sort_keys=True)).key()
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -60,8 +60,8 @@ def stamp(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> di
     for path in weight_files(folder):
         tensors = load_file(path)
         hashes[path.name] = weights_hash(tensors)
-        own = json.dumps({**common, "weights": hashes[path.name]}, sort_keys=True)
-        save_tensors(path, tensors, {"format": "pt", KEY: own})
+        specification_json = json.dumps({**common, "weights": hashes[path.name]}, sort_keys=True)
+        save_tensors(path, tensors, {"format": "pt", KEY: specification_json})
     return {**common, "weights": hashes}
 
 

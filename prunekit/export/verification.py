@@ -95,8 +95,8 @@ def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
                 stem = scratch / f"{index}-{batch}"
                 save_file(inputs, f"{stem}.in.safetensors")
                 files.append([f"{stem}.in.safetensors", f"{stem}.out.safetensors"])
-            own = {"form": claim.form, "folder": str(claim.folder), "prunekit": claim.with_prunekit}
-            jobs.append({**own, "files": files})
+            target = {"form": claim.form, "folder": str(claim.folder), "prunekit": claim.with_prunekit}
+            jobs.append({**target, "files": files})
         (scratch / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
         _run(scratch / "jobs.json", scratch)
         return [
@@ -114,8 +114,8 @@ def _checked(claim: Claim, outputs: Sequence[str]) -> dict[str, Any]:
             f"the export's {claim.what}, opened by {SAID[claim.form]}, differs from the model in memory by "
             f"{error:.1e} (allowed: {tolerance:.0e}); nothing was written. Please report this"
         )
-    own = {"what": claim.what, "opened_by": SAID[claim.form]}
-    return {**own, "relative_error": error, "tolerance": tolerance}
+    subject = {"what": claim.what, "opened_by": SAID[claim.form]}
+    return {**subject, "relative_error": error, "tolerance": tolerance}
 
 
 def _run(jobs: Path, scratch: Path) -> None:

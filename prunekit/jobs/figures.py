@@ -64,11 +64,11 @@ def experts_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
     if len(used) < 2:
         raise UserError(f"{run}: one expert gets all {len(prompts)} prompts; there are no experts to compare")
     for expert in used:
-        own = [prompt for prompt, serving in zip(prompts, experts, strict=True) if serving == expert][: drawing.count]
-        pictures = _drawn(pipeline, own, drawing, run)
-        blank = drawing.count - len(own)
+        served = [prompt for prompt, other in zip(prompts, experts, strict=True) if other == expert][: drawing.count]
+        pictures = _drawn(pipeline, served, drawing, run)
+        blank = drawing.count - len(served)
         pictures = torch.cat([pictures, torch.full((blank, *pictures.shape[1:]), 255, dtype=torch.uint8)])
-        notes = [shortened(prompt) for prompt in own] + [""] * blank
+        notes = [shortened(prompt) for prompt in served] + [""] * blank
         rows.append(PictureRow(expert_note(expert, macs[expert]).replace(" · ", "\n"), pictures, notes))
     return picture_sheet(output, rows, [""] * drawing.count, f"{run.name}: prompts of each expert, by its MACs")
 
@@ -109,7 +109,9 @@ def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> 
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-    columns = [(f"{run.resolve().name}\n{how}", own) for run in runs for how, own in _assigned(run, drawing).items()]
+    columns = [
+        (f"{run.resolve().name}\n{how}", assigned) for run in runs for how, assigned in _assigned(run, drawing).items()
+    ]
     with style():
         figure = Figure(
             figsize=(2.6 * len(columns), 0.9 + 0.16 * drawing.count), facecolor="white", layout="constrained"
@@ -142,8 +144,8 @@ def loss_curves(
 
     (run,) = _one(runs)
     trainings = by_training(Source(run).log)
-    searches = {title: own for title, own in trainings.items() if all(term in own[0] for term in terms)}
-    chosen = {title: own for title, own in searches.items() if not rows or title.startswith(tuple(rows))}
+    searches = {title: steps for title, steps in trainings.items() if all(term in steps[0] for term in terms)}
+    chosen = {title: steps for title, steps in searches.items() if not rows or title.startswith(tuple(rows))}
     if not chosen:
         known = ", ".join(searches) or "none"
         raise UserError(f"{run} has no search with the terms {', '.join(terms)} of these rows; its searches: {known}")
@@ -151,17 +153,17 @@ def loss_curves(
         figure = Figure(figsize=(4.2 * len(terms), 3.4), facecolor="white", layout="constrained")
         for position, term in enumerate(terms, start=1):
             panel = figure.add_subplot(1, len(terms), position)
-            for index, (title, own) in enumerate(chosen.items()):
-                values = _smoothed([row[term] for row in own])
-                panel.plot([row["step"] for row in own], values, LINES[index % 4], color=colour(index), label=title)
+            for index, (title, steps) in enumerate(chosen.items()):
+                values = _smoothed([row[term] for row in steps])
+                panel.plot([row["step"] for row in steps], values, LINES[index % 4], color=colour(index), label=title)
             panel.set(xlabel="step of the search", ylabel=f"{term} loss, with its weight", title=f"{term} loss")
             panel.legend()
         return save_figure(figure, output)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    near_by = [values[max(0, at - SMOOTH) : at + SMOOTH + 1] for at in range(len(values))]
-    return [sum(own) / len(own) for own in near_by]
+    windows = [values[max(0, at - SMOOTH) : at + SMOOTH + 1] for at in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
@@ -182,10 +184,10 @@ def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) ->
         for position, name in enumerate(names, start=1):
             panel, column = figure.add_subplot(1, len(names), position), BY_KEY[name]
             for index, budget in enumerate(dict.fromkeys(row.budget for row in rows)):
-                own = sorted((row for row in rows if row.budget == budget), key=lambda row: row.models)
-                means = [row.estimates[name].mean * column.scale for row in own]
-                halves = [(row.estimates[name].high - row.estimates[name].low) / 2 * column.scale for row in own]
-                counts = [row.models for row in own]
+                mixtures = sorted((row for row in rows if row.budget == budget), key=lambda row: row.models)
+                means = [row.estimates[name].mean * column.scale for row in mixtures]
+                halves = [(row.estimates[name].high - row.estimates[name].low) / 2 * column.scale for row in mixtures]
+                counts = [row.models for row in mixtures]
                 panel.errorbar(counts, means, halves, marker="o", capsize=3, color=colour(index), label=budget)
             panel.set(xlabel="experts", ylabel=column.header, xticks=sorted({row.models for row in rows}))
             panel.legend(title="budget")

@@ -73,20 +73,20 @@ def import_aptp(
             are not those of their vector.
 
     """
-    found, shape = read_release(Path(release)), load_shape(model)
+    published, shape = read_release(Path(release)), load_shape(model)
     space = discover(shape.denoiser, "aptp")
-    _check_fits(found, space, model)
-    architectures = architectures_of(found.vectors, space)
+    _check_fits(published, space, model)
+    architectures = architectures_of(published.vectors, space)
     cost = CostModel(shape.denoiser, space, text_length=shape.tokenizer.model_max_length)
-    result = PruneResult(architectures, _router(found, prompt_encoder), _info(found, architectures, cost))
+    result = PruneResult(architectures, _router(published, prompt_encoder), _info(published, architectures, cost))
     with staged(Path(directory)) as folder:
         method = folder / "methods" / "aptp"
         result.save(method)
         weights = []
-        dense, notes = _dense(found, model)
+        dense, notes = _dense(published, model)
         for index, architecture in enumerate(architectures):
             place = method / "experts" / str(index) / "unet"
-            weights.append(_write_expert(architecture, found.weights[index], shape.denoiser, dense, place))
+            weights.append(_write_expert(architecture, published.weights[index], shape.denoiser, dense, place))
             write_json(method / "architectures" / f"{index}.json", architecture.to_dict())
         settings = {"name": Path(directory).name, "model": model, "prompt_encoder": prompt_encoder, **PAPER}
         methods = {"aptp": {"experts": len(architectures)} if len(architectures) > 1 else {}}
@@ -94,17 +94,17 @@ def import_aptp(
         prune = {"depth": "aptp", "budget": min(round(mean, 4), 0.9999)}
         recipe = parse_recipe({**settings, "prune": prune, "methods": methods})
         (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-    return Imported(Path(directory), result, weights, [*found.notes, *notes])
+    return Imported(Path(directory), result, weights, [*published.notes, *notes])
 
 
-def _check_fits(found: Release, space: UnitSpace, model: str) -> None:
+def _check_fits(published: Release, space: UnitSpace, model: str) -> None:
     """ValueError, one line, for vectors of another UNet."""
-    if found.vectors.shape[1] != space.size:
+    if published.vectors.shape[1] != space.size:
         raise UserError(
-            f"the vectors have {found.vectors.shape[1]} values, but the UNet of {model} has {space.size} units "
+            f"the vectors have {published.vectors.shape[1]} values, but the UNet of {model} has {space.size} units "
             f"({space.num_width} width, {space.num_depth} depth); give the model that was pruned (--model)"
         )
-    for path, structure in found.structures.items():
+    for path, structure in published.structures.items():
         if (stated := stated_structure(structure)) != (ours := published_structure(space)):
             pairs = enumerate(zip(stated[0], ours[0], strict=False))
             what = next((f"group {i} has {a} units there, {b} here" for i, (a, b) in pairs if a != b), None)
@@ -112,29 +112,29 @@ def _check_fits(found: Release, space: UnitSpace, model: str) -> None:
             raise UserError(f"{path} describes another UNet than that of {model}: {what}; give it by --model")
 
 
-def _router(found: Release, prompt_encoder: str) -> Router | None:
-    if found.predictor is None:
+def _router(published: Release, prompt_encoder: str) -> Router | None:
+    if published.predictor is None:
         return None
-    predictor = found.predictor
+    predictor = published.predictor
     layer = torch.nn.Linear(predictor.weight.shape[1], len(predictor.weight), bias=predictor.bias is not None)
     layer.load_state_dict({"weight": predictor.weight} | ({} if predictor.bias is None else {"bias": predictor.bias}))
     return Router.from_codes(layer, predictor.codes, info={"prompt_encoder": prompt_encoder, "routing": ROUTING})
 
 
-def _info(found: Release, architectures: list[Architecture], cost: CostModel) -> ResultInfo:
+def _info(published: Release, architectures: list[Architecture], cost: CostModel) -> ResultInfo:
     """Return what is known of a release; the settings of its search are not."""
     info = describe_cost(architectures, cost)
     info.method = "aptp"
-    info.imported = {"experts": len(architectures), "has_router": found.predictor is not None}
+    info.imported = {"experts": len(architectures), "has_router": published.predictor is not None}
     return info
 
 
-def _dense(found: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:
+def _dense(published: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:
     """Return the dense UNet that experts without weights of their own are cut from; None where it is not at hand."""
-    missing = [index for index, path in enumerate(found.weights) if path is None]
+    missing = [index for index, path in enumerate(published.weights) if path is None]
     if not missing:
         return None, []
-    who = "no expert has" if len(missing) == len(found.weights) else f"experts {missing} have no"
+    who = "no expert has" if len(missing) == len(published.weights) else f"experts {missing} have no"
     try:
         dense = load_pipeline(model).unet
     except ValueError as error:

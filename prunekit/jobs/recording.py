@@ -37,8 +37,8 @@ def record(directory: Path, stages: Stages) -> None:
     """Write what is missing of a finished run: its environment, and each method's certificate and map of prompts."""
     metrics, dense = directory / "metrics", denoiser_in(stages.pipeline)
     if not (directory / ENVIRONMENT).is_file():
-        own = {"prunekit": _version(), **stages.environment, "dtype": str(dense.dtype)}
-        write_json(directory / ENVIRONMENT, {**own, "weights": stages.model_digest, "data": stages.data.key})
+        environment = {"prunekit": _version(), **stages.environment, "dtype": str(dense.dtype)}
+        write_json(directory / ENVIRONMENT, {**environment, "weights": stages.model_digest, "data": stages.data.key})
     assert isinstance(stages.recipe, PruneRecipe | CompareRecipe)
     for name in stages.recipe.methods:
         folder = directory / METHODS / name
@@ -70,16 +70,22 @@ def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[
     cost = CostModel(model, result.space, size, length)
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     hollow = denoiser.from_config(config, "the run")
-    found: dict[str, Any] = {"errors": [], "predicted": [], "counted": [], "sample_size": size, "text_length": length}
+    certificate: dict[str, Any] = {
+        "errors": [],
+        "predicted": [],
+        "counted": [],
+        "sample_size": size,
+        "text_length": length,
+    }
     for architecture in result.architectures:
         with gated(model, result.space) as gates:
             gates.set(architecture)
             masked = predictions(model, samples)
         difference = (predictions(slice_model(model, architecture).eval(), samples) - masked).abs().max()
-        found["errors"].append(float(difference / masked.abs().max().clamp_min(1e-12)))
-        found["predicted"].append(cost.macs(architecture))
-        found["counted"].append(_counted(slice_model(hollow, architecture), samples))
-    return found
+        certificate["errors"].append(float(difference / masked.abs().max().clamp_min(1e-12)))
+        certificate["predicted"].append(cost.macs(architecture))
+        certificate["counted"].append(_counted(slice_model(hollow, architecture), samples))
+    return certificate
 
 
 def _counted(model: Any, samples: AgreementSamples) -> int:

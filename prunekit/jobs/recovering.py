@@ -199,21 +199,21 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     macs = [cost.macs(architecture) for architecture in result.architectures]
     params = [cost.params(architecture) for architecture in result.architectures]
     figures = [read_json(job.folder / FIGURES) for job in jobs]
-    seconds = result.info.search_seconds + sum(float(own["seconds"]) for own in figures)
+    seconds = result.info.search_seconds + sum(float(trained["seconds"]) for trained in figures)
     passes = float(recovery.dense_passes)
     for job, trained in zip(jobs, figures, strict=True):
         ratio = _mean_ratio(job, macs) / stages.cost.dense_macs
         passes += trained["steps"] * job.config.batch_size * job.config.dense_passes(ratio)
     at_steps = stages.recipe.evaluation.at_steps
-    own = denoiser_name(stages.pipeline)
+    part_name = denoiser_name(stages.pipeline)
     rows: list[tuple[str, str, float | None, float | None]] = [
-        (f"{recovery.name}@{step}", f"step-{step}/{own}", None, None) for step in at_steps
+        (f"{recovery.name}@{step}", f"step-{step}/{part_name}", None, None) for step in at_steps
     ]
     return [
         Candidate(
             name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent, computed
         )
-        for name, part, spent, computed in [*rows, (recovery.name, own, seconds, passes)]
+        for name, part, spent, computed in [*rows, (recovery.name, part_name, seconds, passes)]
     ]
 
 

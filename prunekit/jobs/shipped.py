@@ -81,7 +81,7 @@ def _extended(path: Path) -> list[Path]:
     import yaml
 
     given = yaml.safe_load(path.read_text(encoding="utf-8")).get(EXTENDS) or []
-    found: list[Path] = []
+    extended: list[Path] = []
     for base in [given] if isinstance(given, str) else given:
-        found += [path.parent / base, *_extended(path.parent / base)]
-    return list(dict.fromkeys(found))
+        extended += [path.parent / base, *_extended(path.parent / base)]
+    return list(dict.fromkeys(extended))

@@ -323,5 +323,5 @@ class Stages:
         prompts = self.seen_prompts
         assert prompts is not None, "there are pictures, so there are prompts"
         judged = comparison.judge(seen, prompts, self.evaluator)
-        found = comparison.quality(candidate, judged, prompts, self.data, *self.seen_agreement)
-        return figures | {f"{SEEN}{name}": value for name, value in found.items()}
+        seen_figures = comparison.quality(candidate, judged, prompts, self.data, *self.seen_agreement)
+        return figures | {f"{SEEN}{name}": value for name, value in seen_figures.items()}

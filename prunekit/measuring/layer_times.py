@@ -82,8 +82,8 @@ def measure_table(
             kept = {group.path: round(group.size * level / widths) for group in space.width_groups}
             beside, times = _level(dense, space, kept, inputs, rounds)
             reference = reference or beside
-            for path, own in times.items():
-                scaled = [second * reference / beside for second in own]
+            for path, layer_seconds in times.items():
+                scaled = [second * reference / beside for second in layer_seconds]
                 samples.setdefault(shapes.get(path, REST), {}).setdefault(kept.get(path, 0), []).extend(scaled)
             progress(widths + 1 - level)
     times_of = {

@@ -47,12 +47,12 @@ def merge_lora(
     fit the model.
     """
     for item in lora:
-        own = item if isinstance(item, LoraWeights) else LoraWeights(**item)
+        weights = item if isinstance(item, LoraWeights) else LoraWeights(**item)
         if find_spec("peft") is None:
             raise MissingPackageError(
                 "merging LoRA weights needs peft; it comes with the extra `lora`: pip install 'prunekit[lora]'"
             )
-        file = _file(own.path)
+        file = _file(weights.path)
         try:
             with _silent(), safe_open(file, "pt") as tensors:
                 named = sum(_UP.fullmatch(name) is not None for name in tensors.keys())  # noqa: SIM118
@@ -60,12 +60,12 @@ def merge_lora(
                 merged = _adapted_layers(pipeline)
                 if not merged:
                     raise UserError("it has no weight for this model's UNet or text encoders")
-                pipeline.fuse_lora(lora_scale=own.scale)
+                pipeline.fuse_lora(lora_scale=weights.scale)
                 pipeline.unload_lora_weights()
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"LoRA {own.path} cannot be merged into this model: {_reason(error)}") from error
+            raise UserError(f"LoRA {weights.path} cannot be merged into this model: {_reason(error)}") from error
         rest = f"; it has {named}, the others fit no layer of this model" if merged < named else ""
-        say(f"LoRA {own.path} is merged into {merged} layer(s) at scale {own.scale:g}{rest}")
+        say(f"LoRA {weights.path} is merged into {merged} layer(s) at scale {weights.scale:g}{rest}")
 
 
 def _file(path: str) -> Path:
@@ -76,7 +76,7 @@ def _file(path: str) -> Path:
     if local.is_file():
         return local
     if local.is_dir():
-        names = sorted(found.name for found in local.glob("*.safetensors"))
+        names = sorted(entry.name for entry in local.glob("*.safetensors"))
         if STANDARD_NAME in names or len(names) == 1:
             return local / (STANDARD_NAME if STANDARD_NAME in names else names[0])
         raise UserError(f"LoRA {path}: the directory holds {len(names)} .safetensors files; name the one to merge")

@@ -76,12 +76,12 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
 
 def check_size(path: Path, model: torch.nn.Module, source: str | Path) -> None:
     """ValueError, one line, where a file's UNet has another number of weights than the one of its configs."""
-    own = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
+    num_weights = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
     expected = sum(parameter.numel() for parameter in model.parameters())
-    if own != expected:
+    if num_weights != expected:
         raise UserError(
-            f"{path} does not fit the configs of {source}: its UNet has {own:,} weights, not {expected:,}; name the "
-            "pipeline that it is one of by single_file_config"
+            f"{path} does not fit the configs of {source}: its UNet has {num_weights:,} weights, not {expected:,}; "
+            "name the pipeline that it is one of by single_file_config"
         )
 
 

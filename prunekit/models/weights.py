@@ -21,7 +21,7 @@ def variant_of(names: Iterable[str]) -> str | None:
     None where every part has weights without a variant, or none at all. Raises ValueError, one line, where a part has
     pickled weights alone.
     """
-    found: dict[str, set[str | None]] = {}
+    variants_by_part: dict[str, set[str | None]] = {}
     pickled = set()
     for name in names:
         match = _WEIGHTS.fullmatch(name)
@@ -30,13 +30,13 @@ def variant_of(names: Iterable[str]) -> str | None:
         if name.endswith(".bin"):
             pickled.add(match["part"])
         else:
-            found.setdefault(match["part"], set()).add(match["variant"] or match["late"])
-    if missing := sorted(pickled - set(found)):
+            variants_by_part.setdefault(match["part"], set()).add(match["variant"] or match["late"])
+    if missing := sorted(pickled - set(variants_by_part)):
         raise UserError(
             f"{', '.join(missing)}: only pickled weights (.bin), which can run code and are not loaded; convert them "
             "where you trust them, by DiffusionPipeline.from_pretrained(IT).save_pretrained(DIRECTORY)"
         )
-    needed = [variants for variants in found.values() if None not in variants]
+    needed = [variants for variants in variants_by_part.values() if None not in variants]
     common = set.intersection(*needed) if needed else set()
     return min(filter(None, common), default=None)
 
@@ -48,6 +48,6 @@ def weight_names(directory: Path) -> list[str]:
 
 def missing_parts(directory: Path, index: dict[str, Any]) -> list[str]:
     """Return which parts that a model_index.json names have no directory, or no weights where they need them."""
-    found = {match["part"] for match in map(_WEIGHTS.fullmatch, weight_names(directory)) if match}
+    with_weights = {match["part"] for match in map(_WEIGHTS.fullmatch, weight_names(directory)) if match}
     needed = [part for part, kind in index.items() if isinstance(kind, list) and any(kind) and part not in WITHOUT]
-    return [part for part in needed if not (directory / part).is_dir() or (part in PARTS and part not in found)]
+    return [part for part in needed if not (directory / part).is_dir() or (part in PARTS and part not in with_weights)]

@@ -45,10 +45,10 @@ class Member:
             weight = weights[self.dense_names.get(name, name)]
             for axis, indices in enumerate(kept):
                 weight = weight if indices is None else weight.index_select(axis, indices)
-            path, _, own = name.rpartition(".")
+            path, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(path)
-            module._parameters.pop(own, None)  # a plain attribute: recomputed activations find the same tensor
-            setattr(module, own, weight)
+            module._parameters.pop(attribute, None)  # a plain attribute: recomputed activations find the same tensor
+            setattr(module, attribute, weight)
         return self.model
 
 
@@ -57,8 +57,8 @@ def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kep
 
     Found by slicing a UNet whose weights hold their own positions; no full-size weight is made.
     """
-    marked, shapes = blank_copy(model), {name: own.shape for name, own in model.named_parameters()}
-    found: dict[str, list[Tensor | None]] = {}
+    marked, shapes = blank_copy(model), {name: parameter.shape for name, parameter in model.named_parameters()}
+    entries: dict[str, list[Tensor | None]] = {}
     for axis in (0, 1):
         positions = {
             name: torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - axis - 1)).expand(shape)
@@ -69,11 +69,11 @@ def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kep
         marked.load_state_dict(positions, assign=True)
         sliced = slice_model(marked, architecture)
         dense_names = names_in_files(sliced)
-        for name, own in sliced.named_parameters():
-            kept = own.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < own.ndim else None
+        for name, weight in sliced.named_parameters():
+            kept = weight.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < weight.ndim else None
             whole = kept is None or len(kept) == shapes[dense_names.get(name, name)][axis]
-            found.setdefault(name, []).append(None if whole else kept.long().to(model.device))
-    return {name: tuple(kept) for name, kept in found.items()}
+            entries.setdefault(name, []).append(None if whole else kept.long().to(model.device))
+    return {name: tuple(kept) for name, kept in entries.items()}
 
 
 @dataclass
@@ -96,15 +96,14 @@ class BackboneObjective(FineTuningObjective):
         experts, count = self.mixture.experts[self.pairs], self.config.experts_per_step
         if count is None:
             order = experts[drawn.indices].argsort(stable=True)
-            return replace(drawn, **{name: own[order] for name, own in vars(drawn).items() if own is not None})
+            return replace(drawn, **{name: values[order] for name, values in vars(drawn).items() if values is not None})
         served = experts[drawn.indices[:count]].sort().values  # each drawn as often as it serves prompts
         parts = drawn.indices.tensor_split(len(served))
         indices = []
         for number, (expert, part) in enumerate(zip(served.tolist(), parts, strict=True)):
-            own = (experts == expert).nonzero().flatten()
-            indices.append(
-                own[torch.randint(len(own), (len(part),), generator=generator(self.seed, "expert", step, number))]
-            )
+            pair_indices = (experts == expert).nonzero().flatten()
+            rng = generator(self.seed, "expert", step, number)
+            indices.append(pair_indices[torch.randint(len(pair_indices), (len(part),), generator=rng)])
         return replace(drawn, indices=torch.cat(indices))
 
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
@@ -113,6 +112,6 @@ class BackboneObjective(FineTuningObjective):
         terms: dict[str, Tensor] = {}
         for index in experts.unique().tolist():
             student = self.members[index].take()
-            for name, own in self.terms(student, batch, positions[experts == index]).items():
-                terms[name] = terms[name] + own if name in terms else own
+            for name, term in self.terms(student, batch, positions[experts == index]).items():
+                terms[name] = terms[name] + term if name in terms else term
         return terms

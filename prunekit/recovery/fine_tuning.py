@@ -157,7 +157,7 @@ def fine_tune(
     process = denoiser_of(student).family.process(scheduler)
     inputs = (student, teacher, process, data, pairs, config, seed, device)
     with preserved(teacher), held(config, student, teacher.eval().requires_grad_(False)):
-        own = objective(*inputs)
-        figures = Trainer(config, own, directory, title, log, milestones).fit()
+        student_objective = objective(*inputs)
+        figures = Trainer(config, student_objective, directory, title, log, milestones).fit()
     student.eval().requires_grad_(False)
     return figures

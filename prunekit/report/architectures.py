@@ -34,11 +34,11 @@ def architectures(source: Source) -> Section:
         info = result.info
         cost = CostModel(source.shape, result.space, info.sample_size, info.text_length or 77)
         members = [f"{name} · expert {i}" if len(result.architectures) > 1 else name for i in range(len(info.macs))]
-        rows = [[str(index), *_counts(cost, own)] for index, own in enumerate(result.architectures)]
+        rows = [[str(index), *_counts(cost, architecture)] for index, architecture in enumerate(result.architectures)]
         tables.append({"title": name, "header": HEADER, "rows": rows})
-        for title, own in zip(members, result.architectures, strict=True):
+        for title, architecture in zip(members, result.architectures, strict=True):
             if len(drawings) < MOST_DRAWINGS:
-                drawings.append(drawing(title, retained(cost, own, places), cost.ratio(own), places))
+                drawings.append(drawing(title, retained(cost, architecture, places), cost.ratio(architecture), places))
     content = {"drawings": drawings, "tables": tables, "note": NOTE.format(legend=denoiser.legend)}
     return Section("architectures", "What stays of the denoiser", content)
 
@@ -64,11 +64,11 @@ def retained(cost: CostModel, architecture: Architecture, places: Mapping[str, P
     space = cost.space
     shares: dict[str, float | None] = {}
     full, values = space.full().values, architecture.canonical
-    dense, own = cost.macs(space.full()), cost.macs(architecture)
+    dense, pruned = cost.macs(space.full()), cost.macs(architecture)
     gone = architecture.removed()
     for layer, mask in layers_of(space, places).items():
         removable = dense - cost.macs(Architecture(space, full & ~mask))
-        stays = own - cost.macs(Architecture(space, values & ~mask))
+        stays = pruned - cost.macs(Architecture(space, values & ~mask))
         shares[layer] = None if any(group.removes(layer) for group in gone) else stays / removable
     return shares
 
@@ -115,8 +115,8 @@ def _counts(cost: CostModel, architecture: Architecture) -> list[str]:
     cells = [f"{100 * cost.ratio(architecture):.1f} %", f"{cost.params(architecture) / 1e6:,.2f} M"]
     cells.append(f"{sum(bool(row['kept']) for row in layers)} of {len(layers)}")
     for kind in KINDS:
-        own = [row for row in rows if row["kind"] == kind]
-        cells.append(f"{sum(int(row['kept']) for row in own):,} of {sum(row['total'] for row in own):,}")
+        units = [row for row in rows if row["kind"] == kind]
+        cells.append(f"{sum(int(row['kept']) for row in units):,} of {sum(row['total'] for row in units):,}")
     return [*cells, _few(gone)]
 
 

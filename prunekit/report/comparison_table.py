@@ -159,7 +159,10 @@ def known_lines(cells: Sequence[Result]) -> list[str]:
         return [on_training] if held == {"captions"} else []
     held, training = known[REAL], known[REAL_TRAINING]
     columns = [BY_KEY[key] for key in ("cmmd", "kid", *TEXT_FIGURES)]
-    floors = [f"{own.title} {own.shown(held.get(own.key))} ({own.shown(training.get(own.key))})" for own in columns]
+    floors = [
+        f"{column.title} {column.shown(held.get(column.key))} ({column.shown(training.get(column.key))})"
+        for column in columns
+    ]
     return [f"{SEEN_NOTE} Real pictures in place of drawn ones: {', '.join(floors)}."] + [
         f"{unfit_line(name, known)}." for name in unfit(known)
     ]
@@ -224,18 +227,18 @@ def inseparable(row: Row, rows: Sequence[Row]) -> set[str]:
     By the paired differences over their seeds, with Holm's correction over the rows of the table; where two rows have
     fewer than two seeds in common, by whether their intervals overlap.
     """
-    found = set()
+    tied_figures = set()
     for key in row.estimates.keys() & set(QUALITY):
         top = best(rows, key)
         others = [other for other in rows if other.method != DENSE and other is not top and key in other.estimates]
         against = [difference(other.values.get(key, {}), top.values.get(key, {})) for other in others]
-        tested = [(other, own) for other, own in zip(others, against, strict=True) if own is not None]
-        adjusted = dict(zip((id(o) for o, _ in tested), holm([own.p for _, own in tested]), strict=True))
+        tested = [(other, gap) for other, gap in zip(others, against, strict=True) if gap is not None]
+        adjusted = dict(zip((id(o) for o, _ in tested), holm([gap.p for _, gap in tested]), strict=True))
         if row is top:
             continue
         if adjusted.get(id(row), LEVEL if row.estimates[key].overlaps(top.estimates[key]) else 0.0) >= LEVEL:
-            found.add(key)
-    return found
+            tied_figures.add(key)
+    return tied_figures
 
 
 def paired_rows(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -243,18 +246,18 @@ def paired_rows(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[dic
 
     Holm's correction is over all of them together. A pair with fewer than two seeds in common is left out.
     """
-    found: list[tuple[dict[str, Any], Difference]] = []
+    comparisons: list[tuple[dict[str, Any], Difference]] = []
     places = dict.fromkeys((row.protocol, row.budget) for row in rows)
     for protocol, budget in places:
         table = {row.method: row for row in rows if (row.protocol, row.budget) == (protocol, budget)}
         for first, second in pairs:
             for key in TESTED:
                 if first in table and second in table:
-                    own = difference(table[first].values.get(key, {}), table[second].values.get(key, {}))
+                    gap = difference(table[first].values.get(key, {}), table[second].values.get(key, {}))
                     place = {"protocol": protocol, "budget": budget, "first": first, "second": second, "figure": key}
-                    found += [(place, own)] if own is not None else []
-    adjusted = holm([own.p for _, own in found])
-    return [{**place, **asdict(own), "adjusted": p} for (place, own), p in zip(found, adjusted, strict=True)]
+                    comparisons += [(place, gap)] if gap is not None else []
+    adjusted = holm([gap.p for _, gap in comparisons])
+    return [{**place, **asdict(gap), "adjusted": p} for (place, gap), p in zip(comparisons, adjusted, strict=True)]
 
 
 PAIR_COLUMNS = [Column(key, key) for key in ("protocol", "budget", "rows", "figure", "difference", "seeds", "p", "")]
@@ -263,20 +266,20 @@ PAIR_COLUMNS = [Column(key, key) for key in ("protocol", "budget", "rows", "figu
 def paired_lines(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the differences as text, a line each, for PAIR_COLUMNS."""
     lines = []
-    for own in differences:
-        column = BY_KEY[own["figure"]]
-        mean, low, high = (f"{own[name] * column.scale:+.3g}" for name in ("mean", "low", "high"))
-        better = (own["mean"] < 0) == (column.direction == "↓")
-        verdict = f"{own['first']} is {'better' if better else 'worse'}" if own["adjusted"] < LEVEL else "inseparable"
+    for pair in differences:
+        column = BY_KEY[pair["figure"]]
+        mean, low, high = (f"{pair[name] * column.scale:+.3g}" for name in ("mean", "low", "high"))
+        better = (pair["mean"] < 0) == (column.direction == "↓")
+        verdict = f"{pair['first']} is {'better' if better else 'worse'}" if pair["adjusted"] < LEVEL else "inseparable"
         lines.append(
             {
-                "protocol": own["protocol"].replace("_", " "),
-                "budget": own["budget"],
-                "rows": f"{own['first']} − {own['second']}",
+                "protocol": pair["protocol"].replace("_", " "),
+                "budget": pair["budget"],
+                "rows": f"{pair['first']} − {pair['second']}",
                 "figure": column.title,
                 "difference": f"{mean} [{low}, {high}]",
-                "seeds": str(own["count"]),
-                "p": f"{own['adjusted']:.2g}",
+                "seeds": str(pair["count"]),
+                "p": f"{pair['adjusted']:.2g}",
                 "": verdict,
             }
         )

@@ -120,9 +120,9 @@ def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
     rows, tables = rows_of(source.cells, read_json(path) if path.is_file() else {}), []
     for protocol in dict.fromkeys(row.protocol for row in rows):
         for budget in dict.fromkeys(row.budget for row in rows):
-            own = [row for row in rows if row.protocol == protocol and row.budget == budget]
-            if own:
-                tables += [html_table(*shown_rows(own), f"Budget {budget}, {PROTOCOLS[protocol]}")]
+            table_rows = [row for row in rows if row.protocol == protocol and row.budget == budget]
+            if table_rows:
+                tables += [html_table(*shown_rows(table_rows), f"Budget {budget}, {PROTOCOLS[protocol]}")]
     if differences := source.results.get("pairs"):
         tables += [html_table(paired_lines(differences), PAIR_COLUMNS, PAIRS_TITLE)]
     published = source.results.get("published") or source.recipe.get("published") or []

@@ -89,7 +89,9 @@ def _mixture(
         "shares": _shares(name, rows),
         "assignment": _assignment(name, rows, assignment) if assignment else None,
         "no_assignment": NO_ASSIGNMENT,
-        "words": [{"expert": index, "words": ", ".join(own[:WORDS])} for index, own in enumerate(words)],
+        "words": [
+            {"expert": index, "words": ", ".join(expert_words[:WORDS])} for index, expert_words in enumerate(words)
+        ],
         "controls": _controls(report) if report else None,
         "map": _map(recorded) if recorded else None,
         "no_map": NO_MAP,
@@ -103,12 +105,12 @@ def _shares(name: str, rows: Sequence[dict[str, Any]]) -> str:
     places = np.arange(len(rows))
     with style():
         figure, panel = new_figure(max(4.6, 0.6 * len(rows) + 1.6), 3.1)
-        for offset, key, label, own in (
+        for offset, key, label, bar_colour in (
             (-0.2, "training_share", "training prompts", colour(5)),
             (0.2, "macs_ratio", "MACs, % of dense", colour(1)),
         ):
             values = [100 * row[key] for row in rows]
-            bars = panel.bar(places + offset, values, 0.38, color=own, label=label)
+            bars = panel.bar(places + offset, values, 0.38, color=bar_colour, label=label)
             panel.bar_label(bars, fmt="%.0f", fontsize=8)
         panel.set_xticks(places, [str(row["expert"]) for row in rows])
         panel.set_xlabel("expert")
@@ -133,8 +135,8 @@ def _assignment(name: str, rows: Sequence[dict[str, Any]], counts: dict[str, lis
         figure, panel = new_figure(max(4.6, 0.6 * len(rows) + 1.6), 3.1)
         for index, (label, values) in enumerate(series):
             shares = 100 * np.array(values, dtype=float) / max(sum(values), 1e-12)
-            own = colour((6, 0, 4)[index])
-            panel.bar(places + 0.27 * (index - 1), shares, 0.25, color=own, label=label)
+            bar_colour = colour((6, 0, 4)[index])
+            panel.bar(places + 0.27 * (index - 1), shares, 0.25, color=bar_colour, label=label)
         panel.axhline(100 / len(rows), color="#000000", linewidth=1.2, linestyle=":")
         panel.set_xticks(places, [str(row["expert"]) for row in rows])
         panel.set_xlabel("expert (dotted: an even share)")

@@ -95,13 +95,13 @@ class Source:
         """What each method chose, by a name that a person reads."""
         if self.is_comparison:
             folders = sorted((self.directory / "work").glob(f"*-chosen-*/{RESULT}"))
-            found = {}
+            results = {}
             for path in folders:
                 result = PruneResult.load(path.parent)
                 label = path.parent.name.partition("-chosen-")[0]
                 share, seed = result.info.mean_ratio, result.info.settings["seed"]
-                found[f"{label}, {100 * share:.1f} % of the MACs, seed {seed}"] = result
-            return found
+                results[f"{label}, {100 * share:.1f} % of the MACs, seed {seed}"] = result
+            return results
         folders = [self.directory / METHODS / name for name in self.recipe.get("methods", ())]
         return {folder.name: PruneResult.load(folder) for folder in folders if (folder / RESULT).is_file()}
 

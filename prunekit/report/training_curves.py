@@ -42,21 +42,21 @@ def training(source: Source) -> Section:
 
 def by_training(log: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the steps of each training in order; of a step that was made again after a kill, the last row."""
-    found: dict[str, dict[int, Row]] = {}
+    stages: dict[str, dict[int, Row]] = {}
     for row in log:
         if "step" in row and "loss" in row:
-            found.setdefault(row["stage"], {})[row["step"]] = row
-    return {title: [rows[step] for step in sorted(rows)] for title, rows in found.items()}
+            stages.setdefault(row["stage"], {})[row["step"]] = row
+    return {title: [rows[step] for step in sorted(rows)] for title, rows in stages.items()}
 
 
 def step_times(rows: Sequence[Row]) -> list[Row]:
     """Return the mean time of a step, in seconds, since the row before (the first: since the start)."""
-    found, step, seconds = [], 0, 0.0
+    times, step, seconds = [], 0, 0.0
     for row in rows:
         if row["seconds"] >= seconds and row["step"] > step:
-            found.append({"step": row["step"], "time": (row["seconds"] - seconds) / (row["step"] - step)})
+            times.append({"step": row["step"], "time": (row["seconds"] - seconds) / (row["step"] - step)})
         step, seconds = row["step"], row["seconds"]
-    return found
+    return times
 
 
 def _table(trainings: dict[str, list[Row]]) -> list[list[str]]:
@@ -80,8 +80,8 @@ def _losses(title: str, rows: Sequence[Row]) -> str:
         figure, panel = new_figure(4.6, 2.9)
         for index, name in enumerate(["loss", *terms]):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            own = "#000000" if name == "loss" else colour(index - 1)
-            look = {"color": own, "linestyle": LINES[index % len(LINES)], "linewidth": 1.4}
+            line_colour = "#000000" if name == "loss" else colour(index - 1)
+            look = {"color": line_colour, "linestyle": LINES[index % len(LINES)], "linewidth": 1.4}
             panel.plot(*zip(*points, strict=True), label="sum" if name == "loss" else name, **look, **_dot(points))
         values = [row[name] for row in rows for name in ("loss", *terms) if name in row]
         if min(values) > 0:

@@ -34,23 +34,23 @@ def trust(source: Source) -> Section:
 
 def warnings_of(source: Source) -> list[str]:
     """Return what a person should know before relying on the figures, a sentence each."""
-    found = [f"{warning}." for warning in _of_choices(source)]
+    warnings = [f"{warning}." for warning in _of_choices(source)]
     rows = source.results.get("table", {}).get("rows") or []
     spread = [row["name"] for row in rows if (source.metrics(row["name"], "errors") or {})]
     if rows and len(spread) < len(rows):
-        found.append("Some figures have no interval: the run is of an older version.")
+        warnings.append("Some figures have no interval: the run is of an older version.")
     if rows:
-        found.append("One seed: intervals are over pictures, not over trainings.")
+        warnings.append("One seed: intervals are over pictures, not over trainings.")
     ran = source.results.get("evaluator")
     if rows and not ran:
-        found.append("The evaluator's ceiling on known pictures was not measured.")
+        warnings.append("The evaluator's ceiling on known pictures was not measured.")
     if str(source.recipe.get("name", "")).endswith(SMOKE_SUFFIX):
-        found.append("scale=smoke: a try of the recipe, whose figures mean nothing.")
+        warnings.append("scale=smoke: a try of the recipe, whose figures mean nothing.")
     missing = source.results.get("missing") or []
     if missing:
-        found.append(f"{len(missing)} cells of the comparison are missing.")
-    found += [str(row["event"]) for row in source.log if str(row.get("event", "")).lower().startswith("warning")]
-    return found
+        warnings.append(f"{len(missing)} cells of the comparison are missing.")
+    warnings += [str(row["event"]) for row in source.log if str(row.get("event", "")).lower().startswith("warning")]
+    return warnings
 
 
 def _of_choices(source: Source) -> list[str]:
@@ -63,12 +63,12 @@ def _of_choices(source: Source) -> list[str]:
 def _certificates(source: Source) -> list[dict[str, Any]]:
     rows = []
     for name in source.chosen:
-        found = None if source.is_comparison else source.metrics(name, "certificate")
-        if not found:
+        certificate = None if source.is_comparison else source.metrics(name, "certificate")
+        if not certificate:
             continue
-        for index, error in enumerate(found["errors"]):
-            title = f"{name}, expert {index}" if len(found["errors"]) > 1 else name
-            predicted, counted = found["predicted"][index], found["counted"][index]
+        for index, error in enumerate(certificate["errors"]):
+            title = f"{name}, expert {index}" if len(certificate["errors"]) > 1 else name
+            predicted, counted = certificate["predicted"][index], certificate["counted"][index]
             cells = [title, f"{error:.1e}", _verdict(error <= TOLERANCE), f"{predicted:,}", f"{counted:,}"]
             rows.append({"cells": [*cells, _verdict(predicted == counted, "equal", "differs")]})
     return rows

@@ -61,16 +61,16 @@ def chosen(keys: list[tuple[str, int]], count: int = MOST_PROMPTS) -> list[tuple
 
 def pictures_of(folder: Path) -> Drawn:
     """Return the pictures that `evaluation.comparison.sample` left in a folder: its own, or an expert's each."""
-    found: Drawn = {}
+    pictures: Drawn = {}
     experts = sorted(folder.glob("expert-*"), key=lambda path: int(path.name.partition("-")[2]))
-    for own, expert in [(folder, 0), *((path, int(path.name.partition("-")[2])) for path in experts)]:
-        if not (own / REQUEST).is_file():
+    for directory, expert in [(folder, 0), *((path, int(path.name.partition("-")[2])) for path in experts)]:
+        if not (directory / REQUEST).is_file():
             continue
-        request = read_json(own / REQUEST)
+        request = read_json(directory / REQUEST)
         for index, key in enumerate(zip(request["prompts"], request["seeds"], strict=True)):
-            if (own / f"{index:05d}.png").is_file():
-                found[key] = own / f"{index:05d}.png", expert
-    return found
+            if (directory / f"{index:05d}.png").is_file():
+                pictures[key] = directory / f"{index:05d}.png", expert
+    return pictures
 
 
 def data_uri(path: Path) -> str:
@@ -91,10 +91,10 @@ def _of_run(source: Source) -> tuple[list[Painter], str]:
     experts = source.results.get("experts", {})
     painters = []
     for row in rows:
-        own = experts.get(row["name"])
-        macs = [expert["macs"] for expert in own["rows"]] if own else [row["macs"]]
+        expert_table = experts.get(row["name"])
+        macs = [expert["macs"] for expert in expert_table["rows"]] if expert_table else [row["macs"]]
         drawn = pictures_of(source.directory / "samples" / row["name"])
-        painters.append(Painter(row["name"], drawn, macs, bool(own)))
+        painters.append(Painter(row["name"], drawn, macs, bool(expert_table)))
     return painters, "Each prompt with the same noise for every model."
 
 
@@ -113,8 +113,8 @@ def _of_comparison(source: Source) -> tuple[list[Painter], str]:
 
     def place(cell: dict[str, Any]) -> tuple[int, int]:
         name = cell["cell"]["method"]
-        own = -1 if name == DENSE else order.index(name) if name in order else len(order)
-        return own, protocols.index(cell["cell"]["protocol"])
+        rank = -1 if name == DENSE else order.index(name) if name in order else len(order)
+        return rank, protocols.index(cell["cell"]["protocol"])
 
     for cell in sorted(wanted, key=place):
         name = cell["cell"]["method"]

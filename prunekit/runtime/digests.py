@@ -25,8 +25,10 @@ class FileGroup:
 
     def digest(self) -> str:
         """Read the files; of one its own digest, of several the digest of theirs."""
-        own = [file_digest(file) for file in self.files]
-        return own[0] if len(own) == 1 else hashlib.blake2b("".join(own).encode(), digest_size=16).hexdigest()
+        digests = [file_digest(file) for file in self.files]
+        return (
+            digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+        )
 
 
 class Digests:
@@ -104,7 +106,7 @@ class Digests:
 def file_groups(files: Sequence[str]) -> list[FileGroup]:
     """Return neighbouring files in groups of at most 1,024 that end once they have 64 MiB: by sizes alone."""
     groups: list[FileGroup] = []
-    own: list[str] = []
+    group_files: list[str] = []
     stats: list[tuple[str, int, int]] = []
     total = 0
     for number, file in enumerate(files, 1):
@@ -113,12 +115,14 @@ def file_groups(files: Sequence[str]) -> list[FileGroup]:
             size, changed = stat.st_size, stat.st_mtime_ns
         except OSError:
             size, changed = 0, 0
-        own.append(file)
+        group_files.append(file)
         stats.append((str(Path(file).absolute()), size, changed))
         total += size
-        if total >= GROUP_BYTES or len(own) == GROUP_FILES or number == len(files):
-            groups.append(FileGroup(tuple(own), hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()))
-            own, stats, total = [], [], 0
+        if total >= GROUP_BYTES or len(group_files) == GROUP_FILES or number == len(files):
+            groups.append(
+                FileGroup(tuple(group_files), hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest())
+            )
+            group_files, stats, total = [], [], 0
     return groups
 
 

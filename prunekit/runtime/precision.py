@@ -52,8 +52,8 @@ def resolve_precision(
     forced = meaning or os.environ.get(VARIABLE)
     if forced and forced not in ("float32", *LOWER):
         raise UserError(f"{VARIABLE}={forced!r}: set it to float32, bfloat16 or float16, or unset it")
-    found = forced or _native(torch.device(device).type)
-    return found if scaled or found != "float16" else "float32"
+    auto_precision = forced or _native(torch.device(device).type)
+    return auto_precision if scaled or auto_precision != "float16" else "float32"
 
 
 def autocast(precision: str, device: str | torch.device) -> torch.autocast:

@@ -135,9 +135,9 @@ def _quiet_threads() -> None:
     """Let a tracker's thread that finds the disk full end without a traceback: the next call raises its error."""
     before = threading.excepthook
 
-    def hook(found: threading.ExceptHookArgs) -> None:
-        if found.exc_value is None or no_room(found.exc_value) is None:
-            before(found)
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is None or no_room(failure.exc_value) is None:
+            before(failure)
 
     threading.excepthook = hook
 

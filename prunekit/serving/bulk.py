@@ -115,9 +115,9 @@ def _generate(directory: Path, pipeline: PromptRoutedPipeline, request: Request)
             progress.update(sum(path.exists() for path in paths))
 
         pieces = []
-        for expert, own in batches.items():
-            for start in range(0, len(own), BATCHES_PER_PIECE):
-                part = own[start : start + BATCHES_PER_PIECE]
+        for expert, expert_batches in batches.items():
+            for start in range(0, len(expert_batches), BATCHES_PER_PIECE):
+                part = expert_batches[start : start + BATCHES_PER_PIECE]
                 rows = [row for batch in part for row in batch]
                 pieces.append(Piece(f"{expert}-{start}-{size}", partial(done, rows), partial(make, part)))
         share(pieces, directory / WORK)
@@ -188,7 +188,7 @@ def _batches(experts: list[int], request: Request) -> dict[int, list[list[int]]]
     """Cut the rows of each expert, in the order of their prompts and seeds, into batches."""
     batches = {}
     for expert in sorted(set(experts)):
-        rows = [row for row, own in enumerate(experts) if own == expert]
+        rows = [row for row, assigned in enumerate(experts) if assigned == expert]
         rows.sort(key=lambda row: (request.prompts[row], request.seeds[row], row))
         batches[expert] = [rows[i : i + request.batch_size] for i in range(0, len(rows), request.batch_size)]
     return batches
@@ -217,5 +217,5 @@ def _draw(pipeline: PromptRoutedPipeline, request: Request, rows: Sequence[int],
         "software": f"prunekit {version('prunekit')}",
     }
     for row, image, expert, macs in zip(rows, output.images, output.experts, output.macs, strict=True):
-        own = {"prompt": request.prompts[row], "seed": request.seeds[row], "expert": expert, "macs": macs}
-        write_picture(paths[row], image, {**common, **own})
+        details = {"prompt": request.prompts[row], "seed": request.seeds[row], "expert": expert, "macs": macs}
+        write_picture(paths[row], image, {**common, **details})

@@ -221,7 +221,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         drawn: dict[int, tuple[Any, int]] = {}
         with self.progress_bar(total=len(images)) as bar:
             for expert in sorted(set(experts)):
-                rows = [row for row, own in enumerate(experts) if own == expert]
+                rows = [row for row, assigned in enumerate(experts) if assigned == expert]
                 rows.sort(key=lambda row: (images[row].prompt, images[row].negative_prompt or "", images[row].seed))
                 with self.mixture.experts.use(expert) as model:
                     for start in range(0, len(rows), batch_size):
@@ -244,8 +244,8 @@ class PromptRoutedPipeline(DiffusionPipeline):
         base = self._base(model)
         base.image_indices = list(rows)
         guided = options["guidance_scale"] > 1
-        scale, own = base.vae_scale_factor, latent_size(model)
-        height, width = options["height"] or own[0] * scale, options["width"] or own[1] * scale
+        scale, sides = base.vae_scale_factor, latent_size(model)
+        height, width = options["height"] or sides[0] * scale, options["width"] or sides[1] * scale
         with self._texts:
             given = _encoded(base, images, guided, options.get("clip_skip"))
         options = {**options, "height": height, "width": width}

@@ -34,16 +34,16 @@ def collect(
     for text in prompts:
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"prompt {text!r} is not UTF-8 text")
-    found = [*prompts, *(read_prompts(file) if file else ()), *(shipped_prompts(shipped) if shipped else ())]
+    texts = [*prompts, *(read_prompts(file) if file else ()), *(shipped_prompts(shipped) if shipped else ())]
     if validation is not None or extremes is not None:
         held = validation_prompts(read_recipe(directory), validation)
-        found += held if extremes is None else extreme_prompts(pipeline, held, extremes)
-    if not found:
+        texts += held if extremes is None else extreme_prompts(pipeline, held, extremes)
+    if not texts:
         raise UserError(
             "nothing to draw: give --prompt TEXT, --prompts-file FILE with a prompt a line, --list NAME of "
             f"{', '.join(prompt_lists())}, or --validation N"
         )
-    return found
+    return texts
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -91,5 +91,7 @@ def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], coun
     if not macs or len(set(experts)) < 2:
         raise UserError("the cheapest and the dearest expert: the prompts go to one expert, or costs are unknown")
     used = sorted(set(experts), key=lambda expert: macs[expert])
-    rows = [[row for row, own in enumerate(experts) if own == expert][:count] for expert in (used[0], used[-1])]
-    return [prompts[row] for own in rows for row in own]
+    rows = [
+        [row for row, assigned in enumerate(experts) if assigned == expert][:count] for expert in (used[0], used[-1])
+    ]
+    return [prompts[row] for expert_rows in rows for row in expert_rows]

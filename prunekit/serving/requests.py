@@ -78,9 +78,9 @@ def images_of(
         given = [generator] if isinstance(generator, torch.Generator) else list(generator)
         if len(given) != total:
             raise UserError(f"generator has {len(given)} entries for {total} images: one, or one each")
-        generators, numbers = [*given], [own.initial_seed() for own in given]
+        generators, numbers = [*given], [rng.initial_seed() for rng in given]
     rows = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(count)]
-    return [Image(*row, seed, own) for row, seed, own in zip(rows, numbers, generators, strict=True)]
+    return [Image(*row, seed, rng) for row, seed, rng in zip(rows, numbers, generators, strict=True)]
 
 
 def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:

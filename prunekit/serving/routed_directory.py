@@ -135,7 +135,7 @@ def _experts(
 
     def num_weights(index: int) -> int:
         shapes = [read_outline(path)[1] for path in weight_files(place_of(index))]
-        return sum(math.prod(shape) for own in shapes for shape in own.values())
+        return sum(math.prod(shape) for file_shapes in shapes for shape in file_shapes.values())
 
     return Experts(read, num_weights, count, device, dtype, **bounds)
 

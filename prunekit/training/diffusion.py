@@ -63,16 +63,16 @@ def attention_kernel(model: nn.Module, latents: Tensor, recomputed: bool = False
     if not few or latents.device.type != "cpu" or recomputed:
         yield
         return
-    own = [m for m in model.modules() if isinstance(m, Attention) and type(m.processor) is AttnProcessor2_0]
-    before = [module.processor for module in own]
+    attentions = [m for m in model.modules() if isinstance(m, Attention) and type(m.processor) is AttnProcessor2_0]
+    before = [module.processor for module in attentions]
     plain = AttnProcessor()
-    for module in own:
+    for module in attentions:
         module.processor = plain
     try:
         with sdpa_kernel(SDPBackend.MATH):  # of other networks
             yield
     finally:
-        for module, processor in zip(own, before, strict=True):
+        for module, processor in zip(attentions, before, strict=True):
             module.processor = processor
 
 

@@ -53,7 +53,7 @@ def distillation_error(
     error, compared = per_sample_mse(prediction, teacher), []
     for path, reference in teacher_blocks.items():
         if path in blocks and blocks[path].shape == reference.shape:
-            own = per_sample_mse(blocks[path], reference)
-            compared.append(own / reference.float().square().mean() if scale == "normalised" else own)
+            block_error = per_sample_mse(blocks[path], reference)
+            compared.append(block_error / reference.float().square().mean() if scale == "normalised" else block_error)
     share = 1.0 if scale == "sum" else 1 / max(1, len(compared))
-    return sum((share * own for own in compared), start=error)
+    return sum((share * term for term in compared), start=error)

@@ -244,12 +244,12 @@ class Trainer:
 
     def _restore(self) -> tuple[int, float, dict[str, float]]:
         """Take up the newest checkpoint; return its step, seconds and terms."""
-        found = self.checkpoints.latest()
-        if found is None:
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
             return 0, 0.0, {}
-        tensors, state = found
+        tensors, state = checkpoint
         kept = [tensors.get(f"parameter.{index}") for index in range(len(self.parameters))]
-        if any(own is None or own.shape != p.shape for own, p in zip(kept, self.parameters, strict=True)):
+        if any(tensor is None or tensor.shape != p.shape for tensor, p in zip(kept, self.parameters, strict=True)):
             raise UserError(
                 f"{self.title}: the checkpoint in {self.checkpoints.folder} is of another model; choose another "
                 "directory, or remove it"

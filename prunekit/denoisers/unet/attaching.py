@@ -80,9 +80,11 @@ class AttachableUNet(UNet2DConditionModel):
         """As the stock method; an IP-Adapter of the dense UNet is cut as this UNet was."""
         dense = blank_copy(self)
         forms = [{**state, "ip_adapter": _dense_form(state["ip_adapter"], self, dense)} for state in state_dicts]
-        made = UNet2DConditionModel._convert_ip_adapter_attn_to_diffusers(dense, forms, **options)
-        own = self.attn_processors  # self-attentions keep theirs
-        return cut_processors({**own, **{name: new for name, new in made.items() if isinstance(new, _IP)}}, self)
+        dense_processors = UNet2DConditionModel._convert_ip_adapter_attn_to_diffusers(dense, forms, **options)
+        processors = self.attn_processors  # self-attentions keep theirs
+        return cut_processors(
+            {**processors, **{name: new for name, new in dense_processors.items() if isinstance(new, _IP)}}, self
+        )
 
     def _load_ip_adapter_loras(self, state_dicts: list[dict[str, Any]]) -> dict[int, dict[str, torch.Tensor]]:
         """As the stock method; the LoRA that some IP-Adapters hold is numbered by the dense UNet's attentions."""
@@ -113,18 +115,18 @@ def cut_processors(processors: Mapping[str, Any], unet: UNet2DConditionModel) ->
     """Return processors of the dense UNet for a pruned UNet: those of its layers, IP-Adapters with its heads."""
     cut = {}
     for name in unet.attn_processors:
-        own = processors[name]
-        if isinstance(own, _IP):
+        processor = processors[name]
+        if isinstance(processor, _IP):
             path = name.removesuffix(".processor")
             dense = unet.get_submodule(path).query_dim  # in these UNets the heads are together as wide as the input
-            if own.hidden_size != dense:
+            if processor.hidden_size != dense:
                 raise UserError(
-                    f"this IP-Adapter has {own.hidden_size} channels for {path}, which has {dense} in the dense UNet: "
-                    "it was made for another model"
+                    f"this IP-Adapter has {processor.hidden_size} channels for {path}, which has {dense} in the dense "
+                    "UNet: it was made for another model"
                 )
-            cut[name] = _cut(own, _channels(unet, name))
+            cut[name] = _cut(processor, _channels(unet, name))
         else:
-            cut[name] = type(own)()
+            cut[name] = type(processor)()
     return cut
 
 
@@ -165,18 +167,20 @@ def _dense_form(
     for position, name in enumerate(of_dense):
         total = dense.get_submodule(name.removesuffix(".processor")).inner_dim
         for kind in ("to_k_ip", "to_v_ip"):
-            own = weights[f"{number_of[name]}.{kind}.weight"] if name in number_of else None
-            if own is None:  # a removed layer, for which an adapter of this UNet has no weights
-                own = torch.zeros(total, next(iter(weights.values())).shape[1])
-            elif own.shape[0] != total:
+            weight = weights[f"{number_of[name]}.{kind}.weight"] if name in number_of else None
+            if weight is None:  # a removed layer, for which an adapter of this UNet has no weights
+                weight = torch.zeros(total, next(iter(weights.values())).shape[1])
+            elif weight.shape[0] != total:
                 channels = _channels(unet, name) if name in of_unet else ()
-                if own.shape[0] != len(channels):
+                if weight.shape[0] != len(channels):
                     raise UserError(
-                        f"this IP-Adapter has {own.shape[0]} channels for {name.removesuffix('.processor')}, which "
+                        f"this IP-Adapter has {weight.shape[0]} channels for {name.removesuffix('.processor')}, which "
                         f"has {total} in the dense UNet and {len(channels)} in this one: it was made for another model"
                     )
-                own = own.new_zeros(total, own.shape[1]).index_copy(0, torch.tensor(channels, device=own.device), own)
-            form[f"{2 * position + 1}.{kind}.weight"] = own
+                weight = weight.new_zeros(total, weight.shape[1]).index_copy(
+                    0, torch.tensor(channels, device=weight.device), weight
+                )
+            form[f"{2 * position + 1}.{kind}.weight"] = weight
     return form
 
 

@@ -229,6 +229,6 @@ def _carry_over(module: nn.Module, source: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.clone()
         parameter.requires_grad_(originals[name].requires_grad)
-    for own, original in zip(module.modules(), source.modules(), strict=True):
-        if isinstance(own, Attention):
-            own.set_processor(original.processor)
+    for submodule, original in zip(module.modules(), source.modules(), strict=True):
+        if isinstance(submodule, Attention):
+            submodule.set_processor(original.processor)

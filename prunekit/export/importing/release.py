@@ -71,18 +71,18 @@ def read_release(directory: Path) -> Release:
         raise UserError(f"{directory} holds no architecture vectors: neither {VECTOR}, quantizer/ nor {CODEBOOK}")
     vectors = {} if codebook is None else dict(enumerate(codebook))
     for index, folder in folders.items():
-        own = _vectors(folder / VECTOR)
-        if own.shape[0] != 1:
-            raise UserError(f"{folder / VECTOR} holds {own.shape[0]} vectors; an expert has one")
+        expert_vectors = _vectors(folder / VECTOR)
+        if expert_vectors.shape[0] != 1:
+            raise UserError(f"{folder / VECTOR} holds {expert_vectors.shape[0]} vectors; an expert has one")
         if codebook is not None and index >= len(codebook):
             raise UserError(f"{folder} is expert {index}, but the codes are {len(codebook)}")
-        if index in vectors and not torch.equal(own[0] >= 0.5, vectors[index] >= 0.5):
+        if index in vectors and not torch.equal(expert_vectors[0] >= 0.5, vectors[index] >= 0.5):
             notes.append(f"expert {index}'s own vector differs from the quantizer's; its own is taken")
-        vectors[index] = own[0]
+        vectors[index] = expert_vectors[0]
     if sorted(vectors) != list(range(len(vectors))):
         raise UserError(f"{directory} has experts {sorted(vectors)}: some are missing between them, and no quantizer")
     if len({len(vector) for vector in vectors.values()}) > 1:
-        raise UserError(f"the vectors in {directory} differ in length: {[len(own) for own in vectors.values()]}")
+        raise UserError(f"the vectors in {directory} differ in length: {[len(vector) for vector in vectors.values()]}")
     weights = [_weights(folders[index] / "unet") if index in folders else None for index in range(len(vectors))]
     stacked = torch.stack([vectors[index] for index in range(len(vectors))])
     predictor = _predictor(directory / "hypernet", quantizer, len(stacked))
@@ -153,15 +153,15 @@ def _experts(directory: Path) -> dict[int, Path]:
     """Return the folders with a vector of each expert; of several checkpoints the one of most steps."""
     if (directory / VECTOR).is_file():
         return {0: directory}
-    found = {}
+    folders = {}
     for folder in directory.iterdir():
         match = _EXPERT.fullmatch(folder.name)
         places = [path.parent for path in [*folder.glob(VECTOR), *folder.glob(f"checkpoint-*/{VECTOR}")]]
         if match and places:
-            found[int(match[1])] = max(
+            folders[int(match[1])] = max(
                 places, key=lambda path: int(re.sub(r"\D", "", path.name.partition("-")[2]) or 0)
             )
-    return found
+    return folders
 
 
 def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predictor | None:
@@ -173,17 +173,17 @@ def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predic
     for name, value in tensors.items():
         if match := re.fullmatch(r"mh_fc\.(\d+)\.(.+)", name):
             layers.setdefault(int(match[1]), {})[match[2]] = value
-    weights = [own["weight"] if "weight" in own else _normalised(own) for _, own in sorted(layers.items())]
-    biases = [own["bias"] for _, own in sorted(layers.items()) if "bias" in own]
+    weights = [layer["weight"] if "weight" in layer else _normalised(layer) for _, layer in sorted(layers.items())]
+    biases = [layer["bias"] for _, layer in sorted(layers.items()) if "bias" in layer]
     if not weights or codes.shape[1] != sum(map(len, weights)):
         raise UserError(f"{folder} predicts {sum(map(len, weights))} values, but a code has {codes.shape[1]}")
     bias = None if len(biases) < len(weights) else torch.cat(biases)
     return Predictor(torch.cat(weights), bias, codes)
 
 
-def _normalised(own: dict[str, Tensor]) -> Tensor:
+def _normalised(tensors: dict[str, Tensor]) -> Tensor:
     """Return the weight of a layer that was saved as length and direction (`wn_flag`)."""
-    direction = own["parametrizations.weight.original1"]
+    direction = tensors["parametrizations.weight.original1"]
     layer = weight_norm(torch.nn.Linear(direction.shape[1], direction.shape[0], bias=False))
-    layer.load_state_dict({name: value for name, value in own.items() if name != "bias"})
+    layer.load_state_dict({name: value for name, value in tensors.items() if name != "bias"})
     return layer.weight.detach()

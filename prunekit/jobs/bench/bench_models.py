@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
 from prunekit.core.registry import denoiser_of
+from prunekit.core.slicing import load_model
 from prunekit.core.space import Architecture
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.jobs.bench.bench_recipe import ArchitectureConfig
 from prunekit.methods import Random, select
 from prunekit.models import load_pipeline, load_unet_on_meta
@@ -104,7 +104,7 @@ def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> ModelMixin
     """Return a UNet from its folder, frozen; ValueError, one line, where there is none."""
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} holds no UNet: give a folder that save_pretrained wrote (it has a config.json)")
-    unet = PrunedUNet2DConditionModel.from_pretrained(path, torch_dtype=dtype).to(device)
+    unet = load_model(path, torch_dtype=dtype).to(device)
     return unet.eval().requires_grad_(False)
 
 

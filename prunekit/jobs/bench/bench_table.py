@@ -83,9 +83,9 @@ def markdown(rows: Sequence[Row], recipe: BenchRecipe) -> str:
     """Return the whole table's page, a section a device."""
     parts = [f"# {recipe.name}\n\n{settings_line(recipe)}\n"]
     for device in dict.fromkeys(row["environment"]["device"] for row in rows):
-        own = [row for row in rows if row["environment"]["device"] == device]
-        header, lines = shown(own, recipe)
-        parts.append(f"\n## {device}\n\n{environment_line(own[0])}\n\n")
+        device_rows = [row for row in rows if row["environment"]["device"] == device]
+        header, lines = shown(device_rows, recipe)
+        parts.append(f"\n## {device}\n\n{environment_line(device_rows[0])}\n\n")
         rule = ["---" if index < 3 or name == "note" else "---:" for index, name in enumerate(header)]
         parts += [f"| {' | '.join(line)} |\n" for line in (header, rule, *lines)]
     if recipe.published:

@@ -81,8 +81,8 @@ def _graphed(model: ModelMixin, call: Call) -> Iterator[None]:
 
     def replay(*positional: Any, **named: Any) -> tuple[Tensor]:
         given = signature.bind(*positional, **named).arguments
-        own = Call({name: given[name] for name in static})
-        for target, value in zip(static.tensors(), own.tensors(), strict=True):
+        new_call = Call({name: given[name] for name in static})
+        for target, value in zip(static.tensors(), new_call.tensors(), strict=True):
             target.copy_(value)
         graph.replay()
         return (output.clone(),)

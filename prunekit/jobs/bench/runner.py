@@ -76,8 +76,8 @@ class Bench:
     def rows(self) -> list[Row]:
         """Return all finished rows, of every device in the directory, in the recipe's order."""
         folders = sorted(path for path in self.directory.glob("*") if path.is_dir())
-        found = [piece.read(folder) for folder in folders for piece in self.pieces]
-        return [row for row in found if row is not None]
+        rows = [piece.read(folder) for folder in folders for piece in self.pieces]
+        return [row for row in rows if row is not None]
 
     def run(self, minutes: float | None = None) -> bool:
         """Make missing rows; return whether all are made.

@@ -7,7 +7,7 @@ from torch import nn
 
 from prunekit.core.call import Call, predict
 from prunekit.core.registry import denoiser_in, denoiser_name, family_of
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
+from prunekit.core.slicing import load_model
 from prunekit.jobs.stages import Stages
 from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.report.comparison_table import Result
@@ -39,6 +39,6 @@ def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     total = 0.0
     for folder, share in zip(folders, shares, strict=True):
         if share:
-            expert = PrunedUNet2DConditionModel.from_pretrained(folder).to(dense.device).eval()
+            expert = load_model(folder).to(dense.device).eval()
             total += share * call_ratio(dense, expert, call)
     return total

@@ -67,7 +67,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
 def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, PlannedRow]:
     cost = model.costs(recipe.prune)[1]
     rows: dict[str, PlannedRow] = {}
-    made: set[tuple[str, str]] = set()  # choices that several rows share, by the method and what it depends on
+    known_choices: set[tuple[str, str]] = set()  # choices that several rows share, by the method and what it depends on
     budgets = {entry.label: budget_value(entry.budget, model.shape.denoiser, cost) for entry in recipe.budgets}
     steps_of = TrainingSteps(recipe, lambda method: method.work(model.costs(method.config)[0]), budgets)
     cells = [cell for cell in cells_of(recipe, steps_of) if cell.label != DENSE]
@@ -81,9 +81,9 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
             steps = sum(count * steps_of.of(label, entry.label, cell.protocol) for cell, count in trained)
             method = recipe.method(label, budget, entry.seeds[0])
             searches = method.work(model.costs(method.config)[0]).search is not None
-            own = {_choice(recipe.method(label, budget, seed), searches) for seed in entry.seeds}
-            choices = len(own - made)
-            made |= own
+            row_choices = {_choice(recipe.method(label, budget, seed), searches) for seed in entry.seeds}
+            choices = len(row_choices - known_choices)
+            known_choices |= row_choices
             rows[f"{label} @ {entry.label}"] = PlannedRow(
                 label, method, tuning, choices, models, tuning_steps=steps, generations=len(row_cells)
             )

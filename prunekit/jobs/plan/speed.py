@@ -39,12 +39,12 @@ def measure_speed(
     dtype = getattr(torch, precision)
     if sum(p.numel() for p in model.parameters()) <= MOST_RUN_PARAMS:
         with torch.device(device):
-            own = type(model).from_config(model.config).eval()
+            timed_model = type(model).from_config(model.config).eval()
         with torch.no_grad(), torch.autocast(device, dtype, enabled=precision != "float32"):
-            for tensor in (*own.parameters(), *own.buffers()):
+            for tensor in (*timed_model.parameters(), *timed_model.buffers()):
                 tensor.zero_()
-            call = zero_call(own, latent, text_length, BATCH, device)
-            fastest = _time(lambda: predict(own, call), device, seconds)
+            call = zero_call(timed_model, latent, text_length, BATCH, device)
+            fastest = _time(lambda: predict(timed_model, call), device, seconds)
         what = f"this UNet's forward pass in {precision} with zeros for weights, batch {BATCH}"
         return Speed(BATCH * macs / fastest, f"measured on {name} for {seconds:g} s: {what}")
     a, b = (torch.ones(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
