@@ -20,7 +20,7 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation.agreement import AgreementSamples, predictions
 from prunekit.export import load_unet
 from prunekit.methods import PruneResult
-from prunekit.methods.aptp.transport import expert_potentials
+from prunekit.methods.transport import expert_potentials
 from prunekit.models import load_pipeline
 
 TIMESTEPS = (150, 400, 650, 900)

@@ -20,7 +20,7 @@ from prunekit.data.encoded import encode
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation.comparison import shares_of
 from prunekit.methods import APTP
-from prunekit.methods.aptp.transport import expert_potentials
+from prunekit.methods.transport import expert_potentials
 from prunekit.models import load_pipeline
 
 ROWS = ["paper", "published_code", "paper,feature_blocks=none"]

@@ -133,7 +133,7 @@ def figure(
     ] = None,
 ) -> None:
     """Draw a figure of the APTP paper for runs: pictures by expert, by budget, by run; a batch's assignment; losses."""
-    from prunekit.jobs.figures import Drawing, draw_figure
+    from prunekit.jobs.paper_figures import Drawing, draw_figure
 
     drawing = Drawing(count, steps, guidance, seed, prompt_list)
     say(f"The figure is {draw_figure(kind, runs, drawing, output, row or (), term or ())}")

@@ -16,7 +16,6 @@ from prunekit.core.registry import with_denoiser
 from prunekit.core.slicing import load_model
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import TRAINING, CaptionedImages, Split
-from prunekit.evaluation.agreement import AgreementSamples, agreement
 from prunekit.evaluation.generate import generate, generate_to
 from prunekit.evaluation.metrics import clip_score, cmmd, frechet_of_enough, kid, retrieval
 from prunekit.methods.router import Router
@@ -141,6 +140,10 @@ class Prompts:
         images, targets = referred(images, targets, order, num_references)
         return cls(images, prompts, targets, len(names), noise_seeds(seed, len(prompts)), embeddings)
 
+    def reseeded(self, seed: int | None) -> "Prompts":
+        """Return the same prompts with another seed of their noise; None changes nothing."""
+        return self if seed is None else replace(self, seeds=noise_seeds(seed, len(self.prompts)))
+
 
 @dataclass
 class EvaluationSet(Prompts):
@@ -151,27 +154,18 @@ class EvaluationSet(Prompts):
     floors: dict[str, float] = field(default_factory=dict)  # {"cmmd", "kid"} of real pictures of training, as many
 
     @classmethod
-    def build(
-        cls,
-        images: CaptionedImages,
-        count: int,
-        seed: int,
-        evaluator: Any,
-        prompt_encoder: Any,
-        size: int,
-        num_references: int | None = None,
-        split: Split | None = None,
+    def of(
+        cls, prompts: Prompts, evaluator: Any, size: int, images: CaptionedImages | None = None, seed: int = 0
     ) -> "EvaluationSet":
-        """Choose prompts as `Prompts.choose` does, and look at the real pictures, `size` pixels of a side."""
-        chosen = Prompts.choose(images, count, seed, prompt_encoder, num_references, split)
-        real = chosen.real_images.pixels(range(chosen.real_images.num_images), size)
-        features, embeddings = evaluator.look(real)
-        seen = cls(**vars(chosen), real_features=features, real_embeddings=embeddings)
-        return seen if split is None else replace(seen, floors=_floors(seen, images, evaluator, size, seed))
+        """Look at the real pictures behind prompts, `size` pixels of a side.
 
-    def reseeded(self, seed: int | None) -> "EvaluationSet":
-        """Return the same prompts with another seed of their noise; None changes nothing."""
-        return self if seed is None else replace(self, seeds=noise_seeds(seed, len(self.prompts)))
+        images: all the data, of which pictures are held out, for the floors; seed: of the pictures for these.
+        """
+        real = prompts.real_images.pixels(range(prompts.real_images.num_images), size)
+        features, embeddings = evaluator.look(real)
+        looked_at = cls(**vars(prompts), real_features=features, real_embeddings=embeddings)
+        floors = {} if images is None else _floors(looked_at, images, evaluator, size, seed)
+        return replace(looked_at, floors=floors)
 
 
 def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, size: int, seed: int) -> dict[str, float]:
@@ -297,13 +291,7 @@ def judge(pictures: Tensor, prompts: EvaluationSet, evaluator: Any) -> Judged:
 
 
 def measure(
-    candidate: Candidate,
-    judged: Judged,
-    prompts: EvaluationSet,
-    data: EncodedData,
-    samples: AgreementSamples,
-    dense_predictions: Tensor,
-    dense: Candidate,
+    candidate: Candidate, judged: Judged, prompts: EvaluationSet, data: EncodedData, dense: Candidate, agreement: float
 ) -> dict[str, Any]:
     """Return the row's figures (keys of `table.COLUMNS`), costs being means over the training prompts."""
     shares = training_shares(candidate, data)
@@ -313,24 +301,16 @@ def measure(
         "params": candidate.used_params(shares),
         "macs": round(macs),
         "macs_ratio": macs / dense.macs[0],
-        **quality(candidate, judged, prompts, data, samples, dense_predictions),
+        **quality(judged, prompts, agreement),
         "training_seconds": candidate.training_seconds,
         "training_passes": candidate.training_passes,
     }
 
 
-def quality(
-    candidate: Candidate,
-    judged: Judged,
-    prompts: EvaluationSet,
-    data: EncodedData,
-    samples: AgreementSamples,
-    dense_predictions: Tensor,
-) -> dict[str, float | None]:
+def quality(judged: Judged, prompts: EvaluationSet, agreement: float) -> dict[str, float | None]:
     """Return how good a row's pictures and predictions are; None for a figure that so few pictures do not give."""
     features, embedded, texts, names = judged.features, judged.embedded, judged.texts, judged.names
     asked = prompts.targets[: prompts.num_names]
-    pair_experts = candidate.experts_of(data.prompts, samples.indices)
     figures: dict[str, float | None] = {
         "cmmd": cmmd(prompts.real_embeddings, embedded),
         "kid": kid(prompts.real_features, features),
@@ -338,7 +318,7 @@ def quality(
         "clip_score": clip_score(embedded[prompts.num_names :], texts[prompts.num_names :]),
         "top1": retrieval(embedded[: prompts.num_names], names, asked, k=1),
         "top5": retrieval(embedded[: prompts.num_names], names, asked, k=5),
-        "agreement": agreement(dense_predictions, candidate.models, samples, pair_experts),
+        "agreement": agreement,
     }
     above = {f"{key}_above": float(figures[key] or 0.0) - floor for key, floor in prompts.floors.items()}
     return figures | above

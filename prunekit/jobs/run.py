@@ -157,8 +157,9 @@ class Run:
         if not path.is_file():
             judged = stages.judge(pictures)
             seen = stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
-            write_json(path.with_name(f"{candidate.name}.errors.json"), stages.errors(candidate, judged))
-            write_json(path, stages.measure(candidate, judged, seen))
+            figures, errors = stages.measure(candidate, judged, seen)
+            write_json(path.with_name(f"{candidate.name}.errors.json"), errors)
+            write_json(path, figures)
         return read_json(path)
 
     def routing(self, candidate: Candidate, stages: Stages) -> dict[str, Any]:

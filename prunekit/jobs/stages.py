@@ -28,7 +28,7 @@ from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation import comparison
 from prunekit.evaluation.agreement import AgreementSamples, agreement_errors, data_samples, predictions
 from prunekit.evaluation.ceiling import REAL, REAL_TRAINING, evaluator_ceiling, real_figures
-from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Sampling
+from prunekit.evaluation.comparison import Candidate, EvaluationSet, Judged, Prompts, Sampling
 from prunekit.evaluation.features import load_evaluator
 from prunekit.evaluation.generate import read_pictures
 from prunekit.evaluation.table import SEEN
@@ -196,28 +196,34 @@ class Stages:
         return self.recipe.evaluation.seen_images(self.split is not None)
 
     @cached_property
+    def drawn_prompts(self) -> Prompts:
+        """What every row draws, and the real pictures that it is held against."""
+        settings = self.recipe.evaluation
+        return self._prompts(settings.num_images, settings.num_references, self.split)
+
+    @cached_property
+    def drawn_seen_prompts(self) -> Prompts | None:
+        """What every row draws beside: prompts of training pictures, as many references as `drawn_prompts` has."""
+        if not self.num_seen_images:
+            return None
+        return self._prompts(self.num_seen_images, self.drawn_prompts.real_images.num_images, TRAINING)
+
+    def _prompts(self, count: int, num_references: int, split: Split | None) -> Prompts:
+        return Prompts.choose(self.data.images, count, self.recipe.seed, self.encoder, num_references, split)
+
+    @cached_property
     def prompts(self) -> EvaluationSet:
         """What every row is measured on."""
-        return self._prompts(self.split, self.recipe.evaluation.num_images, self.recipe.evaluation.num_references)
+        return self._looked_at(self.drawn_prompts)
 
     @cached_property
     def seen_prompts(self) -> EvaluationSet | None:
-        """What every row is measured on beside: training pictures, as many references as `prompts` has."""
-        if not self.num_seen_images:
-            return None
-        return self._prompts(TRAINING, self.num_seen_images, self.prompts.real_images.num_images)
+        """What every row is measured on beside."""
+        return None if self.drawn_seen_prompts is None else self._looked_at(self.drawn_seen_prompts)
 
-    def _prompts(self, split: Split | None, count: int, num_references: int) -> EvaluationSet:
-        return EvaluationSet.build(
-            self.data.images,
-            count=count,
-            seed=self.recipe.seed,
-            evaluator=self.evaluator,
-            prompt_encoder=self.encoder,
-            size=self.resolution,
-            num_references=num_references,
-            split=split,
-        )
+    def _looked_at(self, prompts: Prompts) -> EvaluationSet:
+        images = None if self.split is None else self.data.images
+        return EvaluationSet.of(prompts, self.evaluator, self.resolution, images, self.recipe.seed)
 
     @cached_property
     def agreement(self) -> tuple[AgreementSamples, Tensor]:
@@ -289,39 +295,46 @@ class Stages:
         return PruneResult.load(folder, denoiser_in(self.pipeline))
 
     def sample(
-        self, candidate: Candidate, folder: Path, seed: int | None = None, prompts: EvaluationSet | None = None
+        self, candidate: Candidate, folder: Path, seed: int | None = None, prompts: Prompts | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise.
 
-        prompts: `seen_prompts` in place of `prompts`.
+        prompts: `drawn_seen_prompts` in place of `drawn_prompts`.
         """
-        prompts = (prompts or self.prompts).reseeded(seed)
+        prompts = (prompts or self.drawn_prompts).reseeded(seed)
         files, experts = comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
         return read_pictures(files), experts
 
     def sample_seen(self, candidate: Candidate, folder: Path, seed: int | None = None) -> Tensor | None:
         """Return the picture of every prompt of a training picture; None where none are asked for."""
-        return None if self.seen_prompts is None else self.sample(candidate, folder, seed, self.seen_prompts)[0]
+        seen = self.drawn_seen_prompts
+        return None if seen is None else self.sample(candidate, folder, seed, seen)[0]
 
     def judge(self, pictures: Tensor) -> Judged:
         """Return what the evaluator sees in a row's pictures."""
         return comparison.judge(pictures, self.prompts, self.evaluator)
 
-    def errors(self, candidate: Candidate, judged: Judged) -> dict[str, float]:
-        """Return the standard errors of a row's figures, over its pictures and agreement samples."""
-        samples, reference = self.agreement
-        experts = candidate.experts_of(self.data.prompts, samples.indices)
-        agreement = error_of_mean(agreement_errors(reference, candidate.models, samples, experts))
-        return {**jackknife_errors(judged, self.prompts), "agreement": agreement}
+    def measure(
+        self, candidate: Candidate, judged: Judged, seen: Tensor | None = None
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return a row's figures, and their standard errors over its pictures and agreement samples.
 
-    def measure(self, candidate: Candidate, judged: Judged, seen: Tensor | None = None) -> dict[str, Any]:
-        """Return a row's figures; with `seen`, pictures of training pictures' prompts, also theirs (`SEEN`)."""
-        samples, reference = self.agreement
-        figures = comparison.measure(candidate, judged, self.prompts, self.data, samples, reference, self.dense)
+        seen: pictures of training pictures' prompts, whose figures stand beside (`SEEN`).
+        """
+        errors = self._agreement_errors(candidate, self.agreement)
+        figures = comparison.measure(
+            candidate, judged, self.prompts, self.data, self.dense, agreement=float(errors.mean())
+        )
+        spread = {**jackknife_errors(judged, self.prompts), "agreement": error_of_mean(errors)}
         if seen is None:
-            return figures
+            return figures, spread
         prompts = self.seen_prompts
         assert prompts is not None, "there are pictures, so there are prompts"
-        judged = comparison.judge(seen, prompts, self.evaluator)
-        seen_figures = comparison.quality(candidate, judged, prompts, self.data, *self.seen_agreement)
-        return figures | {f"{SEEN}{name}": value for name, value in seen_figures.items()}
+        agreement = float(self._agreement_errors(candidate, self.seen_agreement).mean())
+        seen_figures = comparison.quality(comparison.judge(seen, prompts, self.evaluator), prompts, agreement)
+        return figures | {f"{SEEN}{name}": value for name, value in seen_figures.items()}, spread
+
+    def _agreement_errors(self, candidate: Candidate, agreement: tuple[AgreementSamples, Tensor]) -> Tensor:
+        samples, reference = agreement
+        experts = candidate.experts_of(self.data.prompts, samples.indices)
+        return agreement_errors(reference, candidate.models, samples, experts)

@@ -1,4 +1,4 @@
-"""What stands behind a held-out figure is held out: prompts, reference pictures and agreement samples; and the floors."""
+"""What stands behind a held-out figure is held out: prompts, reference pictures, agreement samples; and the floors."""
 
 import io
 

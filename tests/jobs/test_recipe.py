@@ -34,6 +34,7 @@ EMBEDDED = (
     "settings_emoji",
     "codes_emoji",
     "ablation_emoji",
+    "experts_emoji",
 )  # go through on one machine without a GPU
 STATED = 50e12  # MACs per second, by which the recipes state their hours
 

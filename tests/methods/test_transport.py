@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit.methods.aptp.transport import assign, expert_potentials, sinkhorn
+from prunekit.methods.transport import assign, expert_potentials, sinkhorn
 
 
 def paper_sinkhorn(scores, epsilon, iterations):

@@ -166,7 +166,7 @@ class CellRunner:
         pictures, experts = stages.sample(candidate, samples, cell.seed)
         judged = stages.judge(pictures)
         seen = stages.sample_seen(candidate, samples.with_name(f"{samples.name}-training"), cell.seed)
-        figures, errors = stages.measure(candidate, judged, seen), stages.errors(candidate, judged)
+        figures, errors = stages.measure(candidate, judged, seen)
         expert_rows, routing = [], None
         if candidate.router is not None:
             routing = routing_report(candidate, stages.data, *stages.agreement, seed=cell.seed)

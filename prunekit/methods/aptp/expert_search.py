@@ -28,7 +28,7 @@ from prunekit.methods.aptp.losses import (
     spread_loss,
 )
 from prunekit.methods.aptp.presets import PRESET_SEARCH, PRESETS
-from prunekit.methods.aptp.transport import assign
+from prunekit.methods.transport import assign
 from prunekit.methods.router import ArchitecturePredictor, Hardening, cosine_scores
 from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.runtime.errors import UserError

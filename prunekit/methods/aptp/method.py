@@ -12,7 +12,7 @@ from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
 from prunekit.methods.aptp.expert_search import MOST_CLUSTERED, APTPConfig, SearchObjective
 from prunekit.methods.aptp.presets import EARLIER_PAPER, PRESET_MARK
-from prunekit.methods.aptp.transport import assign, expert_potentials
+from prunekit.methods.transport import assign, expert_potentials
 from prunekit.methods.base import describe_result
 from prunekit.methods.budget import select_mixture
 from prunekit.methods.registry import register

@@ -12,7 +12,7 @@ from prunekit.core.space import near
 from prunekit.data.config import load_data, recorded_data
 from prunekit.evaluation.generate import generate
 from prunekit.evaluation.sheets import PictureRow, expert_note, picture_sheet, save_figure, shortened
-from prunekit.methods.aptp.transport import assign
+from prunekit.methods.transport import assign
 from prunekit.models import load_pipeline_of
 from prunekit.report.comparison_table import BY_KEY, rows_of
 from prunekit.report.pareto import panels_of
