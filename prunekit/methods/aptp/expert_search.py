@@ -28,9 +28,9 @@ from prunekit.methods.aptp.losses import (
     spread_loss,
 )
 from prunekit.methods.aptp.presets import PRESET_SEARCH, PRESETS
-from prunekit.methods.transport import assign
 from prunekit.methods.router import ArchitecturePredictor, Hardening, cosine_scores
 from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
+from prunekit.methods.transport import assign
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
 from prunekit.training.trainer import TrainerConfig
