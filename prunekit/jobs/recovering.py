@@ -29,7 +29,7 @@ from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective, f
 from prunekit.recovery.in_memory import BACKBONE, over_all_pairs, routed_pairs
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
-from prunekit.runtime.processes import apart, current
+from prunekit.runtime.processes import apart, current, ends_together
 from prunekit.runtime.work import POLL_SECONDS, Piece, claimed, share
 from prunekit.training.checkpoint import Checkpoints
 
@@ -89,13 +89,15 @@ def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Pie
     """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
 
     The models are a queue of independent jobs, which the processes of this launch and of others on the directory
-    share. Those that are left when every process has had as many, a launch trains one after another with all its
-    processes.
+    share; where a launch has more processes than there are models, it trains one after another with all of them. So
+    does a command that started its processes itself with those that are left when every process has had as many; of
+    other launches a process may be lost, and the rest goes on.
     others: further work, for the processes that find no model left while others still train.
     """
     jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
     jobs = list(chain.from_iterable(jobs_of))
-    apiece = len(jobs) - len(jobs) % current().count
+    whole = len(jobs) < current().count or ends_together()
+    apiece = len(jobs) - (len(jobs) % current().count if whole else 0)
     left = jobs[apiece:]
     with apart():
         trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs[:apiece]]

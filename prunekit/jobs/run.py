@@ -99,6 +99,7 @@ class Run:
             for candidate in candidates:
                 stages.sample(candidate, self.samples(candidate))
                 stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
+            share([self._measuring(candidate, stages) for candidate in candidates], stages.locks)
             if is_companion():
                 return self.directory
             # Never "done" outside the lock: whoever waits returns when the tables and the report are written
@@ -120,6 +121,18 @@ class Run:
             stages.sample_seen(stages.dense, self.samples(stages.dense, SEEN_SAMPLES))
 
         return Piece("dense", lambda: bool(pictures), make)
+
+    def _measuring(self, candidate: Candidate, stages: Stages) -> Piece:
+        """Return the measuring of a row's pictures."""
+
+        def make() -> None:
+            self.figures(candidate, stages.sample(candidate, self.samples(candidate))[0], stages)
+
+        return Piece(f"figures-{candidate.name}", self._metrics(candidate).is_file, make)
+
+    def _metrics(self, candidate: Candidate) -> Path:
+        """Where a row's figures are."""
+        return self.directory / "metrics" / f"{candidate.name}.json"
 
     def samples(self, candidate: Candidate, folder: str = SAMPLES) -> Path:
         """Where a row's pictures are."""
@@ -153,7 +166,7 @@ class Run:
 
     def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
         """Return a row's figures, measured once."""
-        path = self.directory / "metrics" / f"{candidate.name}.json"
+        path = self._metrics(candidate)
         if not path.is_file():
             judged = stages.judge(pictures)
             seen = stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))

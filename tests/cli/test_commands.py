@@ -96,7 +96,7 @@ def finished(supplies, tmp_path_factory):
     more = ["methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}", "methods.aptp.experts=4"]
     with pytest.MonkeyPatch.context() as patches:
         patches.chdir(folder)  # in which recipes name caches and reports
-        own = [*fixed, *more, model, f"data.path={supplies / 'photos'}"]
+        own = [*fixed, *more, model, f"data.path={supplies / 'photos'}", "data.holdout=0.6"]  # many prompts to route
         ok("run", recipes / "aptp_own_data.yaml", *own, "--directory", folder / "run")
         own = [*fixed, f"model={supplies / 'two-layers'}", f"data.path={supplies / 'data' / 'coco'}"]
         ok("run", recipes / "bksdm_coco.yaml", *own, "--directory", folder / "bksdm")

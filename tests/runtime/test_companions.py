@@ -205,4 +205,4 @@ def test_a_comparison_is_whole_when_its_command_ends(tmp_path, two):
     path.write_text(yaml.safe_dump(content))
     (said,) = finish(launch(["-m", "prunekit", "compare", str(path), "--output", str(tmp_path / "out")]))
     assert "still missing" not in said and said.count("The table is in") == 1
-    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 6 and gone(tmp_path / "out")
+    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 8 and gone(tmp_path / "out")

@@ -34,7 +34,7 @@ from prunekit.methods.workload import MethodWork
 from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.report.comparison_table import EQUAL_TOTAL, Cell
 from prunekit.runtime.files import read_json, replacing, write_json
-from prunekit.runtime.run_directory import CELLS, DENSE, SCORES, WORK
+from prunekit.runtime.run_directory import CELLS, DENSE, RESULT, SCORES, WORK
 from prunekit.runtime.tracking import flat
 
 FORMAT = 1
@@ -224,7 +224,8 @@ class CellRunner:
             shares_steps=cell.protocol == EQUAL_TOTAL,
         )
         candidate = recover(self.stages, [recovery])[-1]
-        chosen.save(recovery.folder)  # so that its models can be used without the comparison
+        if not (recovery.folder / RESULT).is_file():
+            chosen.save(recovery.folder)  # so that its models can be used without the comparison
         return candidate, chosen
 
     def _at_random(self, chosen: PruneResult, seed: int) -> PruneResult:
