@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from prunekit.evaluation.evaluate import evaluate
     from prunekit.measuring.interleaved import measure
     from prunekit.models import load_pipeline, load_shape
+    from prunekit.recovery.closed_form import ClosedFormConfig, refit
     from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
     from prunekit.recovery.in_memory import recover_experts
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Architecture",
+    "ClosedFormConfig",
     "CostModel",
     "DataConfig",
     "FineTuneConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "methods",
     "pipeline_rows",
     "recover_experts",
+    "refit",
     "register_denoiser",
     "slice_model",
     "slice_unet",
@@ -80,6 +83,7 @@ _MODULES = {
     "measuring.interleaved": ["measure"],
     "methods": ["methods"],
     "models": ["load_pipeline", "load_shape"],
+    "recovery.closed_form": ["ClosedFormConfig", "refit"],
     "recovery.fine_tuning": ["FineTuneConfig", "fine_tune"],
     "recovery.in_memory": ["recover_experts"],
     "serving": ["PromptRoutedPipeline"],

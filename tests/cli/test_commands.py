@@ -145,6 +145,8 @@ def in_small(words: list[str]) -> list[str]:
         return [*words, *BENCHED, *cells]
     if command == "generate":
         return [*words, "--steps", "1", *(["--validation", "2"] if "--validation" in words else [])]
+    if command == "figure":
+        return [*words, "--steps", "1", "--count", "2"]
     if command == "import":
         return [*words, "--model", "two-layers", "--prompt-encoder", "emoji"]
     return words
@@ -166,7 +168,7 @@ def run_in_small(words: list[str]) -> list[str]:
 
 def supply_runs(words: list[str], finished: Path) -> None:
     """Copy a finished run to wherever a command looks for one that the page did not make."""
-    if words[0] in ("generate", "evaluate", "report", "demo", "export", "bench", "resume", "compare"):
+    if words[0] in ("generate", "evaluate", "figure", "report", "demo", "export", "bench", "resume", "compare"):
         output = words[words.index("--output") + 1] if "--output" in words else None
         for folder in words:
             if re.fullmatch(r"runs/[\w.-]+", folder) and folder != output and not Path(folder).exists():
