@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from prunekit import methods
 from prunekit.jobs.bench.bench_recipe import BenchRecipe
-from prunekit.jobs.recipe.schema import KINDS
+from prunekit.jobs.recipe.schema import KINDS, Row
 
 PAGE = Path(__file__).parent / "recipe_reference.md"
 HEAD = """# Recipe reference
@@ -45,6 +45,7 @@ def page() -> str:
         method = methods.get(name)
         own = table(method.Config, sections, without=common)
         parts.append(f"### {name}\n\n{(method.__doc__ or '').strip().splitlines()[0]}\n\n{own}")
+    sections.setdefault("Row", Row)
     parts.append("## Sections\n")
     shown: set[str] = set()
     while left := [model for name, model in sections.items() if name not in shown]:

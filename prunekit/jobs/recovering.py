@@ -1,15 +1,18 @@
-"""Recovering what a method chose: architectures are sliced and fine-tuned, or train as slices of one backbone.
+"""Recovering what a method chose: each architecture sliced, refitted, fine-tuned, or all as slices of one backbone.
 
 experts/0/unet 1/unet …            each model, in its stock form where it has one; the folder is
                                    called like the attribute of a pipeline that holds the model
+experts/0/refitted/unet            the model as the closed-form refit left it, until it is fine-tuned
+experts/0/refit.json               what the refit did to each layer
 experts/backbone/unet              with `fine_tune.shared_backbone`: the weights; the experts' folders name it
 """
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,20 +23,22 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.registry import denoiser_in, denoiser_name
-from prunekit.core.slicing import export_model, save_member, slice_model
+from prunekit.core.slicing import export_model, load_model, save_member, slice_model
 from prunekit.evaluation.comparison import Candidate, StoredModels
 from prunekit.jobs.stages import Stages
 from prunekit.methods.result import PruneResult
 from prunekit.recovery.backbone import BackboneObjective, Mixture
+from prunekit.recovery.closed_form import ClosedFormConfig, refit
 from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
 from prunekit.recovery.in_memory import BACKBONE, over_all_pairs, routed_pairs
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
-from prunekit.runtime.processes import apart, current, ends_together
+from prunekit.runtime.processes import apart, current
 from prunekit.runtime.work import POLL_SECONDS, Piece, claimed, share
 from prunekit.training.checkpoint import Checkpoints
 
-FIGURES = "figures.json"
+FIGURES, REFIT = "figures.json", "refit.json"
+REFITTED = "refitted"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Recovery:
     folder: Path
     config: FineTuneConfig
     seed: int
+    closed_form: ClosedFormConfig | None = None  # layers are refitted first
+    fine_tunes: bool = True
     dense_passes: int = 0  # what the method computed before, in forward passes of the dense model for a sample
     shares_steps: bool = False  # experts without prompts leave their steps to the others
 
@@ -56,7 +63,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Job:
-    """One UNet to fine-tune, independent of all others: expert `index`, or the backbone of all (None)."""
+    """One UNet to recover, independent of all others: expert `index`, or the backbone of all (None)."""
 
     recovery: Recovery
     index: int | None
@@ -85,27 +92,58 @@ class Job:
         return (self.folder / self.part).is_dir()
 
 
-def recover(stages: Stages, recoveries: Sequence[Recovery], others: Sequence[Piece] = ()) -> list[Candidate]:
-    """Slice and fine-tune architectures, each on the prompts routed to it; one candidate for each kept step.
+def recover(
+    stages: Stages,
+    recoveries: Sequence[Recovery],
+    meanwhile: Callable[[Candidate], None] | None = None,
+) -> list[Candidate]:
+    """Slice architectures, refit and fine-tune each on the prompts routed to it; one candidate for each kept step.
 
     The models are a queue of independent jobs, which the processes of this launch and of others on the directory
-    share; where a launch has more processes than there are models, it trains one after another with all of them. So
-    does a command that started its processes itself with those that are left when every process has had as many; of
-    other launches a process may be lost, and the rest goes on.
-    others: further work, for the processes that find no model left while others still train.
+    share; where a launch has more processes than there are models, it trains one after another with all of them.
+    meanwhile: what a process does with the dense model, and with each candidate whose models are there, while it finds
+    no model left and others still train; called again for the same candidate, it must do nothing.
     """
     jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
     jobs = list(chain.from_iterable(jobs_of))
-    whole = len(jobs) < current().count or ends_together()
-    apiece = len(jobs) - (len(jobs) % current().count if whole else 0)
-    left = jobs[apiece:]
-    with apart():
-        trainings = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs[:apiece]]
-        share([*trainings, *([] if left else others)], stages.locks)
-    for job in left:
-        _fine_tune_together(stages, job)
-    candidates = (_recovered(stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True))
-    return list(chain.from_iterable(candidates))
+    candidates_of = [
+        partial(_recovered, stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True)
+    ]
+    if len(jobs) < current().count:
+        for job in jobs:
+            _fine_tune_together(stages, job)
+    else:
+        with apart():
+            pieces = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
+            if meanwhile is not None:
+                pieces.append(_follow(lambda: [stages.dense], [], jobs, meanwhile))
+                for make, needed in zip(candidates_of, jobs_of, strict=True):
+                    pieces.append(_follow(make, needed, jobs, meanwhile))
+            share(pieces, stages.locks)
+    return list(chain.from_iterable(make() for make in candidates_of))
+
+
+def _follow(
+    candidates: Callable[[], list[Candidate]],
+    needed: Sequence[Job],
+    jobs: Sequence[Job],
+    meanwhile: Callable[[Candidate], None],
+) -> Piece:
+    """Return what is done with candidates once the models that they need are there; nothing once all models are."""
+    finished: list[Candidate] = []
+
+    def follow() -> None:
+        for candidate in candidates():
+            meanwhile(candidate)
+            finished.append(candidate)
+
+    name = f"after-{needed[0].lock}" if needed else "after-dense"
+    return Piece(
+        name,
+        done=lambda: bool(finished) or all(job.done() for job in jobs),
+        do=follow,
+        ready=lambda: all(job.done() for job in needed),
+    )
 
 
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
@@ -146,19 +184,18 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     if job.experts is not None:
         objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
-    student = slice_model(dense, architecture).to(stages.device)
-    figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
+    student, figures = _refitted(stages, job, slice_model(dense, architecture).to(stages.device))
     at_steps = stages.recipe.evaluation.at_steps
 
     def keep(name: str) -> None:
         if processes.is_main:
             _keep(student, recovery, job, name)
 
-    if len(job.pairs):
+    if len(job.pairs) and recovery.fine_tunes:
         milestones: dict[int, Callable[[], None]] = {
             step: partial(keep, f"step-{step}/{job.part}") for step in at_steps
         }
-        figures = fine_tune(
+        figures |= fine_tune(
             student,
             dense,
             stages.data,
@@ -179,8 +216,32 @@ def _fine_tune(stages: Stages, job: Job) -> None:
         write_json(folder / FIGURES, figures)
         keep(job.part)
         Checkpoints(folder / "checkpoints").clear()
+        shutil.rmtree(folder / REFITTED, ignore_errors=True)
     processes.wait()
-    stages.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
+    if recovery.fine_tunes:
+        stages.say(f"{job.title}: fine-tuned on {len(job.pairs):,} captions")
+
+
+def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin, dict[str, float]]:
+    """Return the student after the closed-form refit, if the recovery has one, or as an earlier start refitted it."""
+    figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
+    config, processes, folder = job.recovery.closed_form, current(), job.folder / REFITTED
+    if config is None:
+        return student, figures
+    if processes.agree((folder / job.part).is_dir()):
+        student = load_model(folder / job.part).to(stages.device)
+    else:
+        started = time.monotonic()
+        title = f"{job.title}: refit"
+        fits = refit(student, stages.pipeline, stages.data, config, job.recovery.seed, title=title)
+        content = {"seconds": time.monotonic() - started, "layers": [asdict(fit) for fit in fits]}
+        if processes.is_main:
+            write_json(job.folder / REFIT, content)
+            write_folder(folder / job.part, lambda temporary: export_model(student, temporary))
+        processes.wait()
+        stages.say(f"{job.title}: {len(fits)} layers refitted on {config.samples:,} samples")
+    content = read_json(job.folder / REFIT)
+    return student, figures | {"refit_seconds": content["seconds"], "refit_layers": len(content["layers"])}
 
 
 def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
@@ -201,11 +262,14 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     macs = [cost.macs(architecture) for architecture in result.architectures]
     params = [cost.params(architecture) for architecture in result.architectures]
     figures = [read_json(job.folder / FIGURES) for job in jobs]
-    seconds = result.info.search_seconds + sum(float(trained["seconds"]) for trained in figures)
+    times = (float(trained["seconds"]) + trained.get("refit_seconds", 0.0) for trained in figures)
+    seconds = result.info.search_seconds + sum(times)
     passes = float(recovery.dense_passes)
     for job, trained in zip(jobs, figures, strict=True):
         ratio = _mean_ratio(job, macs) / stages.cost.dense_macs
         passes += trained["steps"] * job.config.batch_size * job.config.dense_passes(ratio)
+        if recovery.closed_form is not None:
+            passes += recovery.closed_form.dense_passes(int(trained["refit_layers"]), ratio)
     at_steps = stages.recipe.evaluation.at_steps
     part_name = denoiser_name(stages.pipeline)
     rows: list[tuple[str, str, float | None, float | None]] = [

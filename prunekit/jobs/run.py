@@ -93,8 +93,19 @@ class Run:
             folder = self.directory / METHODS / name
             result = stages.choose(recipe.method(name), folder)
             config, passes = recipe.fine_tuning(name), recipe.method(name).work(result.space).dense_passes
-            recoveries.append(Recovery(name, result, folder / "experts", config, recipe.seed, dense_passes=passes))
-        candidates = [stages.dense, *recover(stages, recoveries, [self._dense(stages)])]
+            recoveries.append(
+                Recovery(
+                    name,
+                    result,
+                    folder / "experts",
+                    config,
+                    recipe.seed,
+                    closed_form=recipe.recover.closed_form,
+                    fine_tunes=recipe.recover.fine_tune,
+                    dense_passes=passes,
+                )
+            )
+        candidates = [stages.dense, *recover(stages, recoveries, partial(self._draw_and_measure, stages))]
         with apart():  # from here on processes share work by files alone, so that one may be lost
             for candidate in candidates:
                 stages.sample(candidate, self.samples(candidate))
@@ -112,15 +123,11 @@ class Run:
         if _stamp(self.directory / RESULTS) in (None, self.before):
             self.compare(candidates, stages)
 
-    def _dense(self, stages: Stages) -> Piece:
-        """Return what a process can do that finds no model to train: the dense row's pictures."""
-        pictures: list[Tensor] = []
-
-        def make() -> None:
-            pictures.append(stages.sample(stages.dense, self.samples(stages.dense))[0])
-            stages.sample_seen(stages.dense, self.samples(stages.dense, SEEN_SAMPLES))
-
-        return Piece("dense", lambda: bool(pictures), make)
+    def _draw_and_measure(self, stages: Stages, candidate: Candidate) -> None:
+        """Draw a row's pictures and measure them, unless they are there."""
+        stages.sample(candidate, self.samples(candidate))
+        stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
+        share([self._measuring(candidate, stages)], stages.locks)
 
     def _measuring(self, candidate: Candidate, stages: Stages) -> Piece:
         """Return the measuring of a row's pictures."""

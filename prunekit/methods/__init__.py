@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prunekit.methods.bksdm import BKSDM
     from prunekit.methods.budget import Scores, select, select_mixture
     from prunekit.methods.norm import Norm
+    from prunekit.methods.obs import OBS
     from prunekit.methods.random import Random
     from prunekit.methods.result import PruneResult, ResultInfo
     from prunekit.methods.router import Router
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "APTP",
     "BKSDM",
+    "OBS",
     "Calibration",
     "Method",
     "MethodWork",
@@ -58,6 +60,7 @@ _MODULES = {
     "methods.bksdm": ["BKSDM"],
     "methods.budget": ["Scores", "select", "select_mixture"],
     "methods.norm": ["Norm"],
+    "methods.obs": ["OBS"],
     "methods.random": ["Random"],
     "methods.result": ["PruneResult", "ResultInfo"],
     "methods.router": ["Router"],

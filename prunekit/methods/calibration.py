@@ -4,16 +4,17 @@ What sample i is depends on the seed and i alone: its picture, its caption, its 
 its timestep. A batch is a run of neighbouring samples; processes take batches in turn.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunekit.core.call import Call
+from prunekit.core.call import Call, predict
 from prunekit.core.registry import denoiser_in, denoiser_of, is_denoiser, process_of
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.images import CaptionedImages
@@ -24,6 +25,12 @@ from prunekit.runtime.randomness import generator
 PROBE_SIDE = 32  # random latents are no larger than this, for their cost
 PROBE_TEXT_LENGTH = 77
 PIXELS = 8  # a latent position's, on random inputs
+TimestepWeights = Literal["uniform", "noise", "logarithmic"]
+TIMESTEP_WEIGHTS = (
+    "weight of a sample by its timestep: uniform; noise, 1 - alpha_bar; logarithmic, from 0.8 without noise up to 1.2 "
+    "(OBS-Diff)"
+)
+LOG_STEPS = 25  # sampling steps over which OBS-Diff's weights rise
 ROW_TOKENS = 8192  # latent positions that run through the denoiser at once while it is measured without gradients
 
 
@@ -126,6 +133,39 @@ def evaluation_mode(model: ModelMixin) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def sample_weights(kind: TimestepWeights, pipeline: DiffusionPipeline | ModelMixin, timesteps: Tensor) -> Tensor:
+    """Return the weight of each sample by its timestep (n,), float32; see `TIMESTEP_WEIGHTS`."""
+    process, ones = process_of(pipeline), torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
+    if kind == "uniform":
+        return ones.flatten()
+    if kind == "noise":
+        return process.noised(torch.zeros_like(ones), ones, timesteps).square().flatten()
+    place = timesteps.float() / process.num_timesteps * LOG_STEPS  # of LOG_STEPS, the noisiest last
+    return 0.8 + 0.4 * (1 + place).log() / math.log(LOG_STEPS)
+
+
+def layer_values(model: nn.Module, paths: Sequence[str], call: Call) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a model up to the last of some layers; return the input and the output of each."""
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        for path in paths:
+
+            def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor, path: str = path) -> None:
+                values[path] = (arguments[0], output)
+                if len(values) == len(paths):
+                    raise _ReachedError
+
+            handle = model.get_submodule(path).register_forward_hook(hook)
+            stack.callback(handle.remove)
+        with suppress(_ReachedError):
+            predict(model, call)
+    return values
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the layer that is looked at."""
 
 
 def _draw_pairs(data: EncodedData, count: int, seed: int) -> Tensor:

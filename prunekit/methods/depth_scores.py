@@ -137,3 +137,14 @@ def _changes(model: ModelMixin, gates: Gates, batch: CalibrationBatch, chunks: S
         output = predict(model, batch.call.repeat(num)).float()
         errors = (output.view(num, *dense.shape) - dense).square()  # (P, B, C, h, w)
         yield errors.flatten(2).mean(2, dtype=torch.float64).sum(1)
+
+
+def ranks(values: Tensor, space: UnitSpace) -> Tensor:
+    """Rank of every unit in its width group, or among all depth units, as a share above 0 and at most 1."""
+    pools = [space.slice(group) for group in space.width_groups]
+    pools += [slice(space.num_width, space.size)] if space.num_depth else []
+    ranks = torch.empty_like(values)
+    for pool in pools:
+        order = values[pool].argsort(stable=True).argsort()
+        ranks[pool] = (order + 1).double() / len(order)
+    return ranks

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field
-from torch import Tensor
 
 from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitSpace
 from prunekit.methods.base import Dataset, ScoreMethod, space_of
 from prunekit.methods.budget import Scores
 from prunekit.methods.calibration import as_encoded
-from prunekit.methods.depth_scores import depth_calibrations, joint_scores, output_changes
+from prunekit.methods.depth_scores import depth_calibrations, joint_scores, output_changes, ranks
 from prunekit.methods.registry import register
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.unit_weights import sum_per_unit
@@ -95,16 +94,5 @@ class Norm(ScoreMethod):
             values = joint_scores(widths, pipeline, space, data, samples, config.seed)
         else:
             depths = output_changes(pipeline, space, space.depth_groups, data, samples, config.seed)
-            values = _ranks(torch.cat([widths, depths]), space)
+            values = ranks(torch.cat([widths, depths]), space)
         return Scores(space, values, self.score_info())
-
-
-def _ranks(values: Tensor, space: UnitSpace) -> Tensor:
-    """Rank of every unit in its width group, or among all depth units, as a share above 0 and at most 1."""
-    pools = [space.slice(group) for group in space.width_groups]
-    pools += [slice(space.num_width, space.size)] if space.num_depth else []
-    ranks = torch.empty_like(values)
-    for pool in pools:
-        order = values[pool].argsort(stable=True).argsort()
-        ranks[pool] = (order + 1).double() / len(order)
-    return ranks

@@ -18,6 +18,7 @@ BUILT_IN = {  # our methods: module below this package, and class
     "aptp": ("aptp.method", "APTP"),
     "bksdm": ("bksdm", "BKSDM"),
     "norm": ("norm", "Norm"),
+    "obs": ("obs", "OBS"),
     "random": ("random", "Random"),
     "taylor_sp": ("taylor_sp", "TaylorSP"),
     "uniarch": ("uniarch", "UniArch"),

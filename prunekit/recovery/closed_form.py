@@ -3,33 +3,43 @@
 Layer by layer, in the order of the forward pass, a weight and bias are fitted by ridge regression, so that on
 calibration samples the layer gives what the dense model's layer gives, on the inputs that the pruned model now provides
 (as OBS-Diff, arXiv 2510.06751, after OBC, arXiv 2208.11580; here the ridge pulls to the weights that the cut left).
-Only forward passes run. In memory are the dense model, the pruned one, and one layer's sums.
+Only forward passes run. In memory are the dense model, the pruned one, and the sums of one layer, or of a few that are
+fitted from the same passes (OBS-Diff's module packages).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from prunekit.core.call import Call, predict
+from prunekit.core.axes import weight_of
+from prunekit.core.call import Call
 from prunekit.core.discovery import whole_space
-from prunekit.core.registry import denoiser_in, denoiser_of, process_of
+from prunekit.core.registry import denoiser_in, denoiser_of
 from prunekit.core.slicing import read_pruning
 from prunekit.data.encoded import EncodedData
-from prunekit.methods.calibration import calibration_batches, evaluation_mode
+from prunekit.methods.calibration import (
+    TIMESTEP_WEIGHTS,
+    TimestepWeights,
+    calibration_batches,
+    evaluation_mode,
+    layer_values,
+    sample_weights,
+)
+from prunekit.methods.least_squares import Sums, packed, unpack
 from prunekit.recovery.backbone import kept_entries
-from prunekit.recovery.least_squares import Sums, packed, unpack
-from prunekit.runtime.precision import Precision, autocast
+from prunekit.runtime.precision import autocast
 from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
+SUM_BYTES, SOLVING = 8, 3  # of a number; copies of a layer's sums while its system is solved
 LEFT_OUT = 4  # one batch of so many chooses the ridge
 
 
@@ -50,12 +60,32 @@ class ClosedFormConfig(BaseModel):
         "pruned",
         description="what a layer is fitted on: what the pruned model gives it now, or what the dense one does",
     )
-    timestep_weights: Literal["uniform", "noise"] = Field(
-        "uniform", description="weight of a sample: uniform, or its share of noise, 1 - alpha_bar of its timestep"
+    timestep_weights: TimestepWeights = Field("uniform", description=TIMESTEP_WEIGHTS)
+    layers_at_once: int = Field(
+        1,
+        gt=0,
+        description="layers that are fitted from the same passes over the samples: more take less time and more "
+        "memory, and see the layers before them of the same passes as they were cut",
     )
-    precision: Precision = Field(
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="autocast of the forward passes; sums and solutions are float64"
     )
+
+    def dense_passes(self, layers: int, ratio: float) -> float:
+        """Return what refitting so many layers costs, in forward passes of the dense model for a sample.
+
+        A pass that ends at the layer counts as whole. ratio: the pruned model's MACs as a share of the dense model's.
+        """
+        return math.ceil(layers / self.layers_at_once) * self.samples * (1 + (self.inputs == "pruned") * ratio)
+
+    def sums_bytes(self, dense: ModelMixin, share: float) -> int:
+        """Return the bytes of the sums and of solving the largest system; the model may be on the meta device.
+
+        share: of its inputs that every layer keeps.
+        """
+        weights = (weight_of(dense.get_submodule(path)) for path in _readers(dense))
+        sizes = sorted(SUM_BYTES * _sums(round(weight[0].numel() * share), len(weight)) for weight in weights)
+        return 2 * sum(sizes[-self.layers_at_once :]) + SOLVING * sizes[-1] if sizes else 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +96,6 @@ class LayerFit:
     before: float
     after: float
     ridge: float | None  # None: the cut weights stay
-
-
-class _Reached(Exception):  # noqa: N818 - ends a forward pass at the layer that is looked at
-    pass
 
 
 @torch.no_grad()
@@ -85,7 +111,8 @@ def refit(
 
     Args:
         student: sliced from the pipeline's denoiser, on its device.
-        pipeline: whose denoiser is the dense model, which stays as it is, and whose scheduler noises.
+        pipeline: whose denoiser is the dense model, which stays as it is and may be held in a lower precision than the
+            student (with `precision` set to it), and whose scheduler noises.
         data: the calibration samples' source; None: Gaussian latents and texts.
         config: how; the defaults without it.
         seed: of the calibration samples.
@@ -97,23 +124,39 @@ def refit(
     """
     config, dense, processes = config or ClosedFormConfig(), denoiser_in(pipeline), current()
     fits: list[LayerFit] = []
-    layers = consumers(student, dense)
-    with evaluation_mode(student), evaluation_mode(dense), Progress(title, len(layers)) as progress:
-        for number, consumer in enumerate(layers, start=1):
-            layer = student.get_submodule(consumer.path)
-            fitted, left_out = (Sums.of(layer) for _ in range(2))
-            share = (processes.index, processes.count)
+    layers, share = consumers(student, dense), (processes.index, processes.count)
+    packages = [layers[start : start + config.layers_at_once] for start in range(0, len(layers), config.layers_at_once)]
+    with evaluation_mode(student), evaluation_mode(dense), Progress(title, len(packages)) as progress:
+        for number, package in enumerate(packages, start=1):
+            sums = {layer.path: _PairOfSums(student.get_submodule(layer.path)) for layer in package}
             for batch in calibration_batches(pipeline, data, config.samples, config.batch_size, seed, share=share):
                 with autocast(config.precision, student.device):
-                    inputs, targets = _seen(student, dense, consumer, batch.call, config.inputs)
-                weights = _weights(config, pipeline, batch.timesteps)
-                sums = left_out if batch.index % LEFT_OUT == LEFT_OUT - 1 else fitted
-                sums.add(layer, inputs, targets, weights)
-            for sums in (fitted, left_out):
-                processes.sum(sums.tensors())
-            fits.append(_fit(consumer.path, layer, fitted, left_out, config.ridges))
+                    seen = _seen(student, dense, package, batch.call, config.inputs)
+                weights = sample_weights(config.timestep_weights, pipeline, batch.timesteps)
+                for path, (inputs, targets) in seen.items():
+                    sums[path].at(batch.index).add(student.get_submodule(path), inputs, targets, weights)
+            for path, pair in sums.items():
+                for part in (pair.fitted, pair.left_out):
+                    processes.sum(part.tensors())
+                fits.append(_fit(path, student.get_submodule(path), pair, config.ridges))
             progress.update(number)
     return fits
+
+
+def _sums(inputs: int, outputs: int) -> int:
+    """Return the numbers in a layer's sums."""
+    return (inputs + 1) * (inputs + 1 + outputs)
+
+
+class _PairOfSums:
+    """A layer's sums of the samples that it is fitted on, and of those that choose the ridge."""
+
+    def __init__(self, layer: nn.Module):
+        self.fitted, self.left_out = Sums.of(layer), Sums.of(layer)
+
+    def at(self, batch: int) -> Sums:
+        """Return the sums to which a batch belongs."""
+        return self.left_out if batch % LEFT_OUT == LEFT_OUT - 1 else self.fitted
 
 
 @dataclass(frozen=True)
@@ -130,18 +173,25 @@ def consumers(student: ModelMixin, dense: ModelMixin) -> list[Consumer]:
         return []  # it keeps everything
     space = whole_space(denoiser_of(dense), dense)
     kept = kept_entries(dense, read_pruning(pruning, space))
-    layers: dict[str, Consumer] = {}
-    for layer in denoiser_of(student).layers(student):
-        for axis in layer.axes:
-            path = f"{layer.path}.{axis.layer}"
-            columns = kept.get(f"{path}.weight", (None, None))[1]
-            if axis.side == "in" and columns is not None:
-                layers.setdefault(path, Consumer(path, columns))
-    return list(layers.values())
+    columns = {path: kept.get(f"{path}.weight", (None, None))[1] for path in _readers(student)}
+    return [Consumer(path, left) for path, left in columns.items() if left is not None]
 
 
-def _fit(path: str, layer: nn.Module, fitted: Sums, left_out: Sums, ridges: Sequence[float]) -> LayerFit:
+def most_consumers(dense: ModelMixin) -> int:
+    """Return how many layers can lose inputs: as many are refitted at most."""
+    return len(_readers(dense))
+
+
+def _readers(model: ModelMixin) -> list[str]:
+    """Return the layers that read what units make, in the order of the forward pass."""
+    layers = denoiser_of(model).layers(model)
+    paths = (f"{layer.path}.{axis.layer}" for layer in layers for axis in layer.axes if axis.side == "in")
+    return list(dict.fromkeys(paths))
+
+
+def _fit(path: str, layer: nn.Module, pair: _PairOfSums, ridges: Sequence[float]) -> LayerFit:
     """Choose the ridge on what is left out of the fit, then fit on all samples."""
+    fitted, left_out = pair.fitted, pair.left_out
     start = packed(layer)
     best, ridge = left_out.error(start), None
     for tried in ridges if float(left_out.weight) else ridges[:1]:
@@ -158,35 +208,15 @@ def _fit(path: str, layer: nn.Module, fitted: Sums, left_out: Sums, ridges: Sequ
     return LayerFit(path, before, whole.error(solution), ridge)
 
 
-def _weights(config: ClosedFormConfig, pipeline: Any, timesteps: Tensor) -> Tensor:
-    """Return the weight of each sample, (n,)."""
-    ones = torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
-    if config.timestep_weights == "uniform":
-        return ones.flatten()
-    return process_of(pipeline).noised(torch.zeros_like(ones), ones, timesteps).square().flatten()  # 1 - alpha_bar
-
-
-def _seen(student: nn.Module, dense: nn.Module, consumer: Consumer, call: Call, inputs: str) -> tuple[Tensor, Tensor]:
-    """Return the inputs that a layer is fitted on, and what the dense one gives, for a batch."""
-    dense_inputs, targets = _io(dense, consumer.path, call)
+def _seen(
+    student: nn.Module, dense: nn.Module, package: Sequence[Consumer], call: Call, inputs: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, for each layer, the inputs that it is fitted on and what the dense one gives, for a batch."""
+    paths = [layer.path for layer in package]
+    seen = layer_values(dense, paths, call)
     if inputs == "pruned":
-        return _io(student, consumer.path, call)[0], targets
-    axis = 1 if dense_inputs.ndim == 4 else -1
-    return dense_inputs.index_select(axis, consumer.kept.to(dense_inputs.device)), targets
-
-
-def _io(model: nn.Module, path: str, call: Call) -> tuple[Tensor, Tensor]:
-    """Run a model up to a layer; return the layer's input and output."""
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        seen.extend((arguments[0], output))
-        raise _Reached
-
-    handle = model.get_submodule(path).register_forward_hook(hook)
-    try:
-        with suppress(_Reached):
-            predict(model, call)
-    finally:
-        handle.remove()
-    return seen[0], seen[1]
+        student_seen = layer_values(student, paths, call.to(student))
+        return {path: (student_seen[path][0], seen[path][1]) for path in paths}
+    kept = {layer.path: layer.kept.to(call.device) for layer in package}
+    axes = {path: 1 if seen[path][0].ndim == 4 else -1 for path in paths}
+    return {path: (seen[path][0].index_select(axes[path], kept[path]), seen[path][1]) for path in paths}

@@ -1,19 +1,23 @@
 """Recovering a sliced denoiser's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prunekit.core.call import predict
 from prunekit.core.family import NoiseProcess
 from prunekit.core.registry import denoiser_of
 from prunekit.data.encoded import EncodedData
+from prunekit.recovery.low_rank import LoraConfig, attach, merge, merged
 from prunekit.runtime.errors import UserError
 from prunekit.training.diffusion import (
     SNR_FORM,
@@ -59,13 +63,25 @@ class FineTuneConfig(TrainerConfig):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
     snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
     snr_form: SNRForm = Field("velocity", description=SNR_FORM)
+    lora: LoraConfig | None = Field(
+        None, description="train low-rank changes of the layers alone, and merge them afterwards; unset: all weights"
+    )
+
+    @model_validator(mode="after")
+    def _excludes(self) -> FineTuneConfig:
+        if self.lora is not None and self.shared_backbone:
+            raise UserError("fine_tune.lora and fine_tune.shared_backbone exclude each other: leave one of them out")
+        return self
 
     def dense_passes(self, ratio: float) -> float:
         """Return what training on one sample costs, in forward passes of the dense model.
 
-        A backward pass counts as two, the teacher as one. ratio: the student's MACs as a share of the dense model's.
+        A backward pass counts as two, or as one where the weights are frozen, the teacher as one; the changes of
+        `lora`, a few per cent of a layer's MACs, are not counted. ratio: the student's MACs as a share of the dense
+        model's.
         """
-        return (3 + self.gradient_checkpointing) * ratio + (self.distillation_weight > 0)
+        passes = (2 if self.lora is not None else 3) + self.gradient_checkpointing
+        return passes * ratio + (self.distillation_weight > 0)
 
 
 @dataclass
@@ -154,10 +170,26 @@ def fine_tune(
         raise UserError(f"{title}: no training pair to learn from")
     device = student.device
     student.train().requires_grad_(True)
+    if config.lora is not None:
+        attach(student, config.lora, seed)
+        milestones = {step: partial(_merged, student, call) for step, call in (milestones or {}).items()}
     process = denoiser_of(student).family.process(scheduler)
     inputs = (student, teacher, process, data, pairs, config, seed, device)
     with preserved(teacher), held(config, student, teacher.eval().requires_grad_(False)):
         student_objective = objective(*inputs)
-        figures = Trainer(config, student_objective, directory, title, log, milestones).fit()
+        figures = Trainer(_trained(config), student_objective, directory, title, log, milestones).fit()
+    if config.lora is not None:
+        merge(student)
     student.eval().requires_grad_(False)
     return figures
+
+
+def _trained(config: FineTuneConfig) -> FineTuneConfig:
+    """Return the settings with the learning rate that low-rank changes have, where they are what trains."""
+    rate = None if config.lora is None else config.lora.learning_rate
+    return config if rate is None else config.model_copy(update={"learning_rate": rate})
+
+
+def _merged(student: ModelMixin, call: Callable[[], None]) -> None:
+    with merged(student):
+        call()

@@ -21,7 +21,7 @@ from typing import NoReturn
 import torch
 
 from prunekit.runtime.errors import UserError
-from prunekit.runtime.processes import COMPANION, TOGETHER, current, is_companion
+from prunekit.runtime.processes import COMPANION, current, is_companion
 from prunekit.runtime.progress import console
 
 COUNT = "PRUNEKIT_PROCESSES"  # the variable by which a user says how many processes there are
@@ -158,7 +158,7 @@ def _launch_variables(count: int) -> dict[str, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    return {**{name: str(value) for name, value in values.items()}, "MASTER_ADDR": "127.0.0.1", TOGETHER: "1"}
+    return {**{name: str(value) for name, value in values.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
 @contextmanager

@@ -22,7 +22,6 @@ T = TypeVar("T")
 BUCKET = 2**24  # numbers that are summed over the processes at once
 START = "torchrun --nproc-per-node N -m prunekit run RECIPE"
 COMPANION = "PRUNEKIT_COMPANION"  # set in the processes that a command starts beside its own
-TOGETHER = "PRUNEKIT_TOGETHER"  # set in all processes of a command that has started others, which end with it
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
@@ -88,11 +87,6 @@ def current() -> Processes:
 def is_companion() -> bool:
     """Whether another process of the same command shows what this one makes."""
     return bool(os.environ.get(COMPANION))
-
-
-def ends_together() -> bool:
-    """Whether the processes of this launch are one command's, so that none is of use without the others."""
-    return bool(os.environ.get(TOGETHER))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class Piece:
     name: str  # of its lock file
     done: Callable[[], bool]
     do: Callable[[], None]
+    ready: Callable[[], bool] = lambda: True  # whether what it needs is there
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def _remove_if_unused(users: Path) -> None:
 
 
 def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
-    """Do the pieces that are not done and that no other process is doing; with `wait`, return when all are done.
+    """Do the pieces that are ready, not done, and not another process's; with `wait`, return when all are done.
 
     locks: the folder of the lock files, the same for all processes. While it waits, a process takes over what the
     others leave when they die. An error in a piece is raised here; the pieces of other processes go on.
@@ -136,6 +137,9 @@ def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
         taken = False
         for piece in pieces:
             if piece.done():
+                continue
+            if not piece.ready():
+                taken = True
                 continue
             with claimed(locks / f"{piece.name}.lock") as mine:
                 if not mine:

@@ -4,6 +4,7 @@ SEARCH = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "log_every": 1}
 SMALL: dict[str, dict] = {
     "aptp": {"experts": 2, "warmup": 1, "search": SEARCH},
     "norm": {"samples": 1},
+    "obs": {"samples": 2, "batch_size": 2},
     "taylor_sp": {"samples": 2, "batch_size": 2, "num_timesteps": 2},
     "uniarch": {"search": SEARCH},
 }

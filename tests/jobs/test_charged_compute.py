@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,15 +12,20 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.core.call import predict
-from prunekit.core.registry import denoiser_in, is_denoiser
+from prunekit.core.registry import denoiser_in, denoiser_of, is_denoiser
 from prunekit.jobs.compare.comparing import Comparison, claim
 from prunekit.jobs.recipe import load_recipe
+from prunekit.methods import obs
+from prunekit.methods.calibration import layer_values
+from prunekit.recovery import closed_form
+from prunekit.recovery.low_rank import merge
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("charged")
     search = {"steps": 3, **TRAINING}
+    refit, cut = {"samples": 4, "batch_size": 2, "layers_at_once": 5}, {"fine_tune": False}
     content = {
         "job": "compare",
         **write_world(folder),
@@ -32,6 +38,11 @@ def comparison(tmp_path_factory):
             "aptp": {"experts": 2, "warmup": 1, "search": search},
             "aptp-random": {"method": "aptp", "experts": 2, "warmup": 1, "search": search, "partition": "random"},
             "undistilled": {"method": "norm", "samples": 4, "distillation": False},
+            "obs": {"samples": 4, "batch_size": 2, "layers_at_once": 3},
+            "refitted": {"method": "norm", "samples": 4, "closed_form": refit},
+            "refitted-alone": {"method": "norm", "samples": 4, "closed_form": {**refit, "inputs": "dense"}, **cut},
+            "cut": {"method": "norm", "samples": 4, **cut},
+            "low-rank": {"method": "norm", "samples": 4, "lora": {"rank": 2}},
         },
         "fine_tune": {"steps": 5, **TRAINING},
         "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
@@ -58,8 +69,10 @@ class Counted:
             samples, _ = self.stages.agreement
             call = samples.call.take(slice(1)).to("meta")
             self.watching = False
+            plain = copy.deepcopy(model).to("meta")
+            merge(plain)  # low-rank changes are not counted
             with FlopCounterMode(display=False) as counter, torch.no_grad():  # on the CPU it misses fused attention
-                predict(copy.deepcopy(model).to("meta"), call)
+                predict(plain, call)
             self.watching = True
             self.known[id(model)] = (counter.get_total_flops() // 2, model)  # the model is kept, so that its id is
         return self.known[id(model)][0]
@@ -74,8 +87,17 @@ class Counted:
             return
         backward = 0
         if result.requires_grad:
-            backward = 2 if any(p.requires_grad for p in module.parameters()) else 1
+            trained = {name for name, p in module.named_parameters() if p.requires_grad}
+            backward = 2 if trained and not all("lora_" in name for name in trained) else 1
         self.passes += len(result) * (1 + backward) * self.ratio(module)
+
+    def values(self, model, paths, call):
+        """Count a pass that ends at a layer as a whole one."""
+        self.passes += len(denoiser_of(model).noisy(call)) * self.ratio(model)
+        self.watching = False
+        found = layer_values(model, paths, call)
+        self.watching = True
+        return found
 
     def ratio(self, module) -> float:
         """MACs of a model over the dense one's; under gates a model is the dense one."""
@@ -86,10 +108,11 @@ class Counted:
 def counting(stages):
     counted = Counted(stages)
     handle = register_module_forward_hook(counted)
-    try:
-        yield counted
-    finally:
-        handle.remove()
+    with patch.object(closed_form, "layer_values", counted.values), patch.object(obs, "layer_values", counted.values):
+        try:
+            yield counted
+        finally:
+            handle.remove()
 
 
 def test_every_pass_is_charged_and_no_other(comparison):

@@ -31,6 +31,7 @@ from prunekit.methods.result import PruneResult
 from prunekit.methods.router import RandomRouter
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.workload import MethodWork
+from prunekit.recovery.closed_form import most_consumers
 from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.report.comparison_table import EQUAL_TOTAL, Cell
 from prunekit.runtime.files import read_json, replacing, write_json
@@ -38,6 +39,7 @@ from prunekit.runtime.run_directory import CELLS, DENSE, RESULT, SCORES, WORK
 from prunekit.runtime.tracking import flat
 
 FORMAT = 1
+RANDOM = "random"  # a row's partition of the prompts among its experts
 MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields that no calibration depends on
 
 
@@ -86,7 +88,8 @@ class CellRunner:
         def work_of(method: Method) -> MethodWork:
             return method.work(space_and_cost(stages.pipeline, method.config)[0])
 
-        self.training_steps = TrainingSteps(recipe, work_of, self.budgets)
+        layers = most_consumers(denoiser_in(stages.pipeline))
+        self.training_steps = TrainingSteps(recipe, work_of, self.budgets, layers)
         self.cells = cells_of(recipe, self.training_steps)
 
     def path(self, cell: Cell) -> Path:
@@ -111,8 +114,8 @@ class CellRunner:
         return self.training_steps.of(cell.label, cell.budget, cell.protocol)
 
     def tuning(self, cell: Cell) -> FineTuneConfig:
-        """Return how a cell's models are fine-tuned."""
-        return self.recipe.fine_tuning(cell.label, self.steps(cell), scale_warmup=cell.protocol == EQUAL_TOTAL)
+        """Return how a cell's models are fine-tuned, if they are."""
+        return self.recipe.fine_tuning(cell.label, max(1, self.steps(cell)), scale_warmup=cell.protocol == EQUAL_TOTAL)
 
     def distillation(self, cell: Cell) -> str:
         """Return how a cell's models are distilled: "shared", as the recipe says; "own", the method's way; "none"."""
@@ -147,13 +150,16 @@ class CellRunner:
         if cell.label != DENSE:
             method = recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
             settings = method.config.model_dump(mode="json", exclude={"seed"})
+            recovering = recipe.recovering(cell.label)
             fields |= {
                 "prune": {name: settings.pop(name) for name in list(settings) if name in PruneSettings.model_fields},
                 "method": {"name": method.name, **settings},
-                "fine_tune": self.tuning(cell).model_dump(mode="json"),
+                "recover": recovering.model_dump(mode="json"),
             }
-            if recipe.is_random_partition(cell.label):
-                fields["partition"] = "random"
+            if recovering.fine_tune:
+                fields["fine_tune"] = self.tuning(cell).model_dump(mode="json")
+            if recipe.row(cell.label).partition == RANDOM:
+                fields["partition"] = RANDOM
         return flat(fields)
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -208,18 +214,21 @@ class CellRunner:
         searched = {
             name: value
             for name, value in self.fields(cell).items()
-            if not name.startswith(("fine_tune", "evaluation", "partition"))
+            if not name.startswith(("recover", "fine_tune", "evaluation", "partition"))
         }
         chosen = self._chosen(cell, searched)
-        if self.recipe.is_random_partition(cell.label):
+        if self.recipe.row(cell.label).partition == RANDOM:
             chosen = self._at_random(chosen, cell.seed)
-        config, method = self.tuning(cell), self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+        method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
+        recovering = self.recipe.recovering(cell.label)
         recovery = Recovery(
             cell.title,
             chosen,
             self.models_folder(cell),
-            config,
+            self.tuning(cell),
             cell.seed,
+            closed_form=recovering.closed_form,
+            fine_tunes=recovering.fine_tune,
             dense_passes=method.work(chosen.space).dense_passes,
             shares_steps=cell.protocol == EQUAL_TOTAL,
         )

@@ -44,7 +44,7 @@ def _group(field: str, cell: Result) -> Hashable | None:
     axes = cell["cell"]
     if field in AXES:
         return None
-    if field.startswith("method."):
+    if field.startswith(("method.", "recover.", "fine_tune.lora")):
         return axes["method"]
     rules: dict[str, Callable[[], Hashable | None]] = {
         "prune.budget": lambda: axes["budget"],

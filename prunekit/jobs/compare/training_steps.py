@@ -19,20 +19,29 @@ class TrainingSteps:
         recipe: the comparison.
         work_of: what a method computes before it can choose.
         budgets: the value of each budget, as a share of the dense MACs, by its label.
+        layers: how many layers of a model a closed-form refit fits at most.
 
     """
 
-    def __init__(self, recipe: CompareRecipe, work_of: Callable[[Method], MethodWork], budgets: dict[str, float]):
-        self.recipe, self.work_of, self.budgets = recipe, work_of, budgets
+    def __init__(
+        self,
+        recipe: CompareRecipe,
+        work_of: Callable[[Method], MethodWork],
+        budgets: dict[str, float],
+        layers: int,
+    ):
+        self.recipe, self.work_of, self.budgets, self.layers = recipe, work_of, budgets, layers
         self._choices: dict[tuple[str, str], float] = {}
 
     def of(self, label: str, budget: str, protocol: str) -> int:
         """Return the steps of each of a row's models; they are what a mixture's experts have on average."""
         recipe = self.recipe
+        if not recipe.recovering(label).fine_tune:
+            return 0
         if protocol != EQUAL_TOTAL:
             return recipe.steps(protocol, recipe.method_of(label).num_models)
         most = max(self._passes(other, budget, recipe.fine_tune.steps) for other in self._rows(budget))
-        left = most - self._choice(label, budget)
+        left = most - self._before(label, budget)
         return max(1, int(left / self._step(label, budget) / self.trainings(label) + 1e-9))
 
     def protocols(self, label: str, budget: str) -> list[str]:
@@ -51,7 +60,14 @@ class TrainingSteps:
 
     def _passes(self, label: str, budget: str, steps: int) -> float:
         """Passes of the dense model that a row takes, where each of its models trains for `steps`."""
-        return self._choice(label, budget) + steps * self.trainings(label) * self._step(label, budget)
+        steps = steps if self.recipe.recovering(label).fine_tune else 0
+        return self._before(label, budget) + steps * self.trainings(label) * self._step(label, budget)
+
+    def _before(self, label: str, budget: str) -> float:
+        """Passes of the dense model that a row takes before its models are fine-tuned."""
+        closed_form, models = self.recipe.recovering(label).closed_form, self.trainings(label)
+        refits = models * closed_form.dense_passes(self.layers, self.budgets[budget]) if closed_form else 0.0
+        return self._choice(label, budget) + refits
 
     def _choice(self, label: str, budget: str) -> float:
         if (label, budget) not in self._choices:

@@ -11,10 +11,12 @@ from prunekit.jobs.plan.planned_models import PlannedModel
 from prunekit.jobs.plan.planned_rows import PlannedRow
 from prunekit.jobs.plan.speed import Speed
 from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
+from prunekit.recovery.closed_form import most_consumers
 from prunekit.runtime.run_directory import DENSE
 from prunekit.training.trainer import TrainerConfig
 
 ENCODING, CHOICE, TUNING, GENERATION = "encoding", "choice", "fine-tuning", "generation"  # parts of a recipe's work
+REFIT, REFIT_PASSES = "closed-form refit", "forward, teacher, for each layer or package of layers"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ def pruning_work(
     for name, row in rows.items():
         work += _search(name, row, model, dense, live) if row.choices else []
     for name, row in rows.items():
+        if row.closed_form is not None:
+            computed = row.closed_form.dense_passes(most_consumers(model.shape.denoiser), row.budget)
+            samples, macs = row.models * row.closed_form.samples, computed / row.closed_form.samples * dense
+            work.append(Work(f"{name}: {REFIT}", samples, macs, REFIT_PASSES, row.models, row.label, REFIT))
+        if not row.tuning_steps:
+            continue
         teacher = row.tuning.distillation_weight > 0
         macs = row.tuning.dense_passes(row.budget) * dense + live
         passes = f"{row.models} x ({_passes('backward', row.tuning, teacher)})"

@@ -11,7 +11,9 @@ from prunekit.jobs.plan.planned_models import PlannedModel
 from prunekit.jobs.plan.planned_rows import PlannedRow, tuning_devices
 from prunekit.jobs.plan.rehearsal import FLOAT32, LOWERED, training_bytes
 from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
+from prunekit.recovery.closed_form import ClosedFormConfig
 from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.recovery.low_rank import num_changes
 from prunekit.training.memory import samples_at_once
 from prunekit.training.trainer import TrainerConfig
 
@@ -45,10 +47,17 @@ def memory(
                 gradients = 2 * FLOAT32 * model.params  # the sum so far, and a timestep's
                 step = _training(calibration.training_batch, None, model, latent)
                 stages[f"{name}: {calibration.title}"] = gradients + step
-    for config in (row.tuning for row in rows.values()):
+    for row in rows.values():
+        if row.closed_form is not None:
+            size = FLOAT32 * largest + _refit(row, row.closed_form, model, latent)
+            stages["closed-form refit"] = max(stages.get("closed-form refit", 0), size)
+    for config in (row.tuning for row in rows.values() if row.tuning_steps):
         samples = samples_at_once(config, tuning_devices(rows, devices))
         teacher = LOWERED * model.params if config.precision != "float32" and config.distillation_weight else 0
-        size = training_bytes(largest, config) + teacher + _training(samples, config, model, latent)
+        weights = training_bytes(largest, config)
+        if config.lora is not None:  # the weights stay as they are
+            weights = FLOAT32 * largest + training_bytes(num_changes(model.shape.denoiser, config.lora), config)
+        size = weights + teacher + _training(samples, config, model, latent)
         stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
     stages["generation"] = FLOAT32 * largest + _sampling(recipe, model)
     return {
@@ -69,6 +78,13 @@ def _search(row: PlannedRow, config: TrainerConfig, model: PlannedModel, latent:
     samples = samples_at_once(config, devices)
     key = ("search", id(space), latent, samples, *_held(config))
     return model.once(key, lambda: model.rehearsal.search(space, latent, model.tokens, samples, config))
+
+
+def _refit(row: PlannedRow, config: ClosedFormConfig, model: PlannedModel, latent: tuple[int, int]) -> int:
+    samples, precision = config.batch_size, config.precision
+    key = ("refit", latent, samples, precision)
+    passes = model.once(key, lambda: model.rehearsal.forward(latent, model.tokens, samples, precision))
+    return passes + config.sums_bytes(model.shape.denoiser, row.budget)
 
 
 def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, latent: tuple[int, int]) -> int:

@@ -13,6 +13,7 @@ from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
 from prunekit.methods.base import Method
 from prunekit.methods.budget import budget_limit
 from prunekit.methods.workload import MethodWork
+from prunekit.recovery.closed_form import ClosedFormConfig, most_consumers
 from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.runtime.run_directory import DENSE
 
@@ -26,8 +27,9 @@ class PlannedRow:
     tuning: FineTuneConfig
     choices: int  # searches, or calibrations
     models: int  # fine-tuned ones that are kept: experts, or the backbones that they share
-    tuning_steps: int  # of all models together
+    tuning_steps: int  # of all models together; 0: they are not fine-tuned
     generations: int  # sets of pictures
+    closed_form: ClosedFormConfig | None = None  # how layers are refitted first
 
     @property
     def experts(self) -> int:
@@ -60,7 +62,8 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
         method, tuning = recipe.method(name), recipe.fine_tuning(name)
         models = 1 if tuning.shared_backbone else method.num_models
         sets = 1 + len(recipe.evaluation.at_steps)
-        rows[name] = PlannedRow(name, method, tuning, 1, models, models * tuning.steps, sets)
+        steps = models * tuning.steps * recipe.recover.fine_tune
+        rows[name] = PlannedRow(name, method, tuning, 1, models, steps, sets, recipe.recover.closed_form)
     return rows
 
 
@@ -69,7 +72,8 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
     rows: dict[str, PlannedRow] = {}
     known_choices: set[tuple[str, str]] = set()  # choices that several rows share, by the method and what it depends on
     budgets = {entry.label: budget_value(entry.budget, model.shape.denoiser, cost) for entry in recipe.budgets}
-    steps_of = TrainingSteps(recipe, lambda method: method.work(model.costs(method.config)[0]), budgets)
+    layers = most_consumers(model.shape.denoiser)
+    steps_of = TrainingSteps(recipe, lambda method: method.work(model.costs(method.config)[0]), budgets, layers)
     cells = [cell for cell in cells_of(recipe, steps_of) if cell.label != DENSE]
     for entry in recipe.budgets:
         budget = budgets[entry.label]
@@ -85,7 +89,14 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
             choices = len(row_choices - known_choices)
             known_choices |= row_choices
             rows[f"{label} @ {entry.label}"] = PlannedRow(
-                label, method, tuning, choices, models, tuning_steps=steps, generations=len(row_cells)
+                label,
+                method,
+                tuning,
+                choices,
+                models,
+                tuning_steps=steps,
+                generations=len(row_cells),
+                closed_form=recipe.recovering(label).closed_form,
             )
     return rows
 

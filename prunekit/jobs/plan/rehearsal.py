@@ -110,12 +110,16 @@ class Rehearsal:
         """A pipeline's call: the denoiser on all samples, twice under guidance, and the decoder on all samples."""
         channels = self.autoencoder.config.latent_channels
         rows = family_of(self.model).call_batch(samples, guided)
-        with self.mode:
-            with LiveMemory(self.model.parameters()) as memory, autocast(precision):
-                predict(self.model, zero_call(self.model, latent, tokens, rows))
-            with LiveMemory(self.autoencoder.parameters()) as decoding, autocast(precision):
-                self.autoencoder.decode(torch.zeros(samples, channels, *latent))
-        return max(memory.peak, decoding.peak)
+        with self.mode, LiveMemory(self.autoencoder.parameters()) as decoding, autocast(precision):
+            self.autoencoder.decode(torch.zeros(samples, channels, *latent))
+        return max(self.forward(latent, tokens, rows, precision), decoding.peak)
+
+    @torch.no_grad()
+    def forward(self, latent: tuple[int, int], tokens: int, samples: int, precision: str) -> int:
+        """The denoiser's pass without gradients."""
+        with self.mode, LiveMemory(self.model.parameters()) as memory, autocast(precision):
+            predict(self.model, zero_call(self.model, latent, tokens, samples))
+        return memory.peak
 
     @torch.no_grad()
     def encoding(self, pixels: tuple[int, int], samples: int) -> int:

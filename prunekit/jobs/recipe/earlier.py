@@ -20,6 +20,9 @@ ADDED = {  # fields of a cell that were added later, with the value that every e
     "method.routing": "cosine",
     "method.snr_form": "velocity",
     "fine_tune.snr_form": "velocity",
+    "fine_tune.lora": None,
+    "recover.closed_form": None,
+    "recover.fine_tune": True,
 }
 
 

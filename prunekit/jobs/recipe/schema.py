@@ -1,6 +1,7 @@
 """The schema of a recipe: every setting with its type, default and meaning; a section per part of a run."""
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,7 +25,9 @@ from prunekit.methods.base import Method
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import LoraWeights, as_lora
 from prunekit.models.emoji_model import EmojiModelConfig
+from prunekit.recovery.closed_form import ClosedFormConfig
 from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.recovery.low_rank import LoraConfig
 from prunekit.runtime.errors import UserError, nearest, plain_name
 from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.tracking import TrackingConfig
@@ -71,6 +74,17 @@ class EvaluationConfig(Section):
         return self.num_images if self.num_seen_images is None else self.num_seen_images
 
 
+class RecoverConfig(Section):
+    """What follows the cut."""
+
+    closed_form: ClosedFormConfig | None = Field(
+        None,
+        description="refit the layers that lost inputs, by ridge regression, without back-propagation; {} takes the "
+        "defaults, unset: no refit",
+    )
+    fine_tune: bool = Field(True, description="fine-tune, as the section fine_tune says")
+
+
 class CommonRecipe(Section):
     """What every recipe that prunes a model says."""
 
@@ -90,6 +104,7 @@ class CommonRecipe(Section):
         None, gt=0, le=2**14, description="pixels of a side while training; unset: the model's own"
     )
     prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
+    recover: RecoverConfig = Field(RecoverConfig(), description="what follows the cut")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -159,7 +174,23 @@ class BudgetEntry(Section):
         return str(self.budget)
 
 
-PARTITIONS = ("router", "random")  # of the prompts among the experts of a comparison's row
+class Row(Section):
+    """What a row of a comparison says beside its method's own settings."""
+
+    method: str | None = Field(None, description="the method's name; unset: the row's label")
+    distillation: bool = Field(True, description="false: the denoising error alone counts, in full")
+    shared_backbone: bool | None = Field(None, description="as fine_tune has it")
+    lora: LoraConfig | None = Field(None, description="as fine_tune has it")
+    closed_form: bool | ClosedFormConfig | None = Field(
+        None, description="as recover has it; true takes the settings there, or the defaults"
+    )
+    fine_tune: bool | None = Field(None, description="as recover has it")
+    partition: Literal["router", "random"] = Field(
+        "router",
+        description="random: a control whose experts train on and serve prompts at random, with the router's shares",
+    )
+
+
 PER_CELL = {"budget", "seed"}  # settings of `prune` that a comparison has in `budgets`
 
 
@@ -168,9 +199,7 @@ class CompareRecipe(CommonRecipe):
 
     job: Literal["compare"]
     methods: dict[str, dict[str, Any]] = Field(
-        description="rows by label; `method` (the label by default), `distillation` (true), `shared_backbone` (as "
-        "fine_tune has it), `partition` (router; random: a control whose experts train on and serve prompts at random, "
-        "with the router's shares), and the method's settings"
+        description="rows by label: the method's settings, and those of the section Row"
     )
     budgets: list[BudgetEntry] = Field(min_length=1, description="budgets, each with its seeds")
     protocols: list[Literal["equal_steps", "equal_total", "equal_compute"]] = Field(
@@ -215,23 +244,32 @@ class CompareRecipe(CommonRecipe):
 
     def method(self, label: str, budget: float, seed: int) -> Method:
         """Return the method of a row at a budget."""
-        settings = {**(self.methods[label] or {})}
-        if not isinstance(settings.get("method", label), str):
-            raise UserError(f"methods.{label}.method={settings['method']!r}: give a method's name")
-        name, distils = settings.pop("method", label), settings.pop("distillation", True)
-        if (partition := settings.pop("partition", "router")) not in PARTITIONS:
-            raise UserError(f"methods.{label}.partition={partition!r}: choose one of {', '.join(PARTITIONS)}")
-        for key, value in (("distillation", distils), ("shared_backbone", settings.pop("shared_backbone", False))):
-            if not isinstance(value, bool):
-                raise UserError(f"methods.{label}.{key}={value!r}: true or false")
-        if not distils:
+        row = self.row(label)
+        name = row.method or label
+        settings = {key: value for key, value in (self.methods[label] or {}).items() if key not in Row.model_fields}
+        if not row.distillation:
             settings |= registry.get(name).undistilled
         common = self.prune.model_copy(update={"budget": budget, "seed": seed})
-        return build_method(name, common, settings, f"methods.{label}")
+        return build_method(name, common, settings, f"methods.{label}", more=Row.model_fields)
 
-    def is_random_partition(self, label: str) -> bool:
-        """Whether a row's experts serve prompts at random, with the shares that the router gives them."""
-        return (self.methods[label] or {}).get("partition", "router") == "random"
+    def row(self, label: str) -> Row:
+        """Return what a row says beside its method's settings."""
+        settings = self.methods[label] or {}
+        try:
+            return Row(**{key: value for key, value in settings.items() if key in Row.model_fields})
+        except ValidationError as error:
+            raise UserError(explain(error, Row, f"methods.{label}.")) from error
+
+    def recovering(self, label: str) -> RecoverConfig:
+        """Return how a row's models are recovered: the recipe's way, but for what the row says."""
+        row, changes = self.row(label), dict[str, Any]()
+        if row.closed_form is True:
+            changes["closed_form"] = self.recover.closed_form or ClosedFormConfig()
+        elif row.closed_form is not None:
+            changes["closed_form"] = row.closed_form or None
+        if row.fine_tune is not None:
+            changes["fine_tune"] = row.fine_tune
+        return self.recover.model_copy(update=changes)
 
     def method_of(self, label: str) -> Method:
         """Return the method of a row at an arbitrary budget and seed, on which its other settings do not depend."""
@@ -250,16 +288,23 @@ class CompareRecipe(CommonRecipe):
         changes: dict[str, Any] = {"steps": steps, **self.method_of(label).fine_tuning()}
         if scale_warmup:
             changes["warmup_steps"] = round(self.fine_tune.warmup_steps * steps / self.fine_tune.steps)
-        row = self.methods[label] or {}
-        if not row.get("distillation", True):
+        row = self.row(label)
+        if not row.distillation:
             changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
-        if "shared_backbone" in row:
-            changes["shared_backbone"] = row["shared_backbone"]
+        if row.shared_backbone is not None:
+            changes["shared_backbone"] = row.shared_backbone
+        if row.lora is not None:
+            changes["lora"] = row.lora.model_dump()
         return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **changes})
 
 
-def build_method(name: str, common: PruneSettings, settings: dict[str, Any], where: str) -> Method:
-    """Return a method from the settings that all methods share and from further ones, which are found at `where`."""
+def build_method(
+    name: str, common: PruneSettings, settings: dict[str, Any], where: str, more: Iterable[str] = ()
+) -> Method:
+    """Return a method from the settings that all methods share and from further ones, which are found at `where`.
+
+    more: other settings that are allowed there.
+    """
     kind = registry.get(name)
     twice = sorted(set(settings) & set(PruneSettings.model_fields))
     if twice:
@@ -267,7 +312,7 @@ def build_method(name: str, common: PruneSettings, settings: dict[str, Any], whe
     try:
         return kind(**common.model_dump(exclude_unset=True), **settings)
     except ValidationError as error:
-        raise UserError(explain(error, kind.Config, f"{where}.")) from error
+        raise UserError(explain(error, kind.Config, f"{where}.", more=more)) from error
 
 
 class PretrainRecipe(Section):

@@ -18,6 +18,7 @@ EVALUATION = {
     "num_seen_images": 4,
 }
 LEAST_HOLDOUT = 0.1  # of a few dozen captions a published data set's share would hold out none
+CLOSED_FORM = {"samples": 4, "batch_size": 4}  # of a refit, at most
 AT_STEP = 1  # the one step at which a recipe with evaluation.at_steps is looked at
 BUDGETS = 2  # of a comparison
 
@@ -40,6 +41,8 @@ def smoke(content: dict[str, Any]) -> dict[str, Any]:
         content["methods"] = _methods(content.get("methods"))
     if isinstance(content.get("prune"), dict):
         content["prune"] = {**content["prune"], "resolution": None}
+    if isinstance(recover := content.get("recover"), dict):
+        content["recover"] = _refitting(recover)
     if isinstance(content.get("budgets"), list):
         content["budgets"] = [_one_seed(entry) for entry in content["budgets"][:BUDGETS]]
     if isinstance(data := content.get("data"), dict) and is_number(data.get("holdout")):
@@ -70,7 +73,17 @@ def _methods(methods: Any) -> Any:
 def _method(label: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Shrink a row's settings by what its method says, also those that it leaves at their defaults."""
     name = settings.get("method", label)
+    settings = _refitting(settings)
     return registry.get(name).smoke_settings(settings) if name in registry.names() else settings
+
+
+def _refitting(settings: dict[str, Any]) -> dict[str, Any]:
+    """Shrink the refit among settings, if they have one."""
+    given = settings.get("closed_form")
+    if given is True or isinstance(given, dict):
+        refitting = {**CLOSED_FORM, **(given if isinstance(given, dict) else {})}
+        return {**settings, "closed_form": capped(refitting, CLOSED_FORM)}
+    return settings
 
 
 def _one_seed(entry: Any) -> Any:

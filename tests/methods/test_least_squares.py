@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.recovery.least_squares import Sums, packed, unpack
+from prunekit.methods.least_squares import Sums, packed, unpack
 
 LAYERS = {
     "linear": lambda: nn.Linear(5, 4),

@@ -1,0 +1,235 @@
+"""OBS: the parts go whose removal the layer that reads them can make up for best.
+
+Optimal Brain Surgeon for groups of columns, after OBC (Frantar, Alistarh, arXiv 2208.11580) and OBS-Diff (arXiv
+2510.06751). A layer reads inputs x and has weights W; with H = Σ x xᵀ over calibration samples, removing the columns g
+and changing all others so that the layer's outputs stay as near as they can costs tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) / 2. Units
+go one by one, the cheapest first, each time with the change of the others taken into W and H⁻¹; so a unit's score is
+what its removal costs when those before it are gone. Heads and groups of channels are alike; a head that two streams
+share costs what both layers lose.
+
+The change of the weights itself is the ridge regression of `recover.closed_form` with the inputs of the dense model:
+for the damped H both are the minimum of tr((W - W') H (W - W')ᵀ) over weights W' without the columns. So the method
+chooses, and recovery fits, on the inputs that the pruned model then provides.
+
+Deviations from OBS-Diff: every layer's inputs are those of the dense model, where the paper prunes four packages of
+blocks one after another; for heads of two streams costs are added, where the paper fuses two rankings; the last block
+is not left out; and a budget in MACs is met over all layers together, where the paper takes the same share of each,
+which is `scope: layer`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from prunekit.core.discovery import width_layers
+from prunekit.core.registry import denoiser_in
+from prunekit.core.space import UnitGroup, UnitSpace
+from prunekit.data.encoded import EncodedData
+from prunekit.methods.base import Dataset, ScoreMethod, space_of
+from prunekit.methods.budget import Scores
+from prunekit.methods.calibration import (
+    TIMESTEP_WEIGHTS,
+    TimestepWeights,
+    as_encoded,
+    calibration_batches,
+    evaluation_mode,
+    layer_values,
+    sample_weights,
+)
+from prunekit.methods.depth_scores import depth_calibrations, joint_scores, output_changes, ranks
+from prunekit.methods.least_squares import Sums, packed
+from prunekit.methods.registry import register
+from prunekit.methods.settings import PruneSettings
+from prunekit.methods.workload import Calibration, MethodWork
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.precision import UNSCALED_AUTO, UnscaledPrecision, autocast, resolve_precision
+from prunekit.runtime.processes import current
+from prunekit.runtime.progress import Progress
+
+PAPER = {"samples": 100, "batch_size": 4, "timestep_weights": "logarithmic", "damping": 0.01, "scope": "layer"}
+
+
+class OBSSettings(PruneSettings):
+    """Settings of OBS."""
+
+    preset: Literal["default", "paper"] = Field(
+        "default", description="paper: what OBS-Diff says, for every setting below that is not given"
+    )
+    samples: int = Field(256, gt=0, description="Calibration samples: captioned pictures, each at one timestep.")
+    batch_size: int = Field(32, gt=0, description="Samples of one forward pass.")
+    timestep_weights: TimestepWeights = Field("uniform", description=TIMESTEP_WEIGHTS)
+    damping: float = Field(
+        0.01, gt=0, description="What is added to the diagonal of H, in units of the mean of its diagonal."
+    )
+    scope: Literal["global", "layer"] = Field(
+        "global", description="Rank all units together, or remove the same share of every layer."
+    )
+    layers_at_once: int = Field(
+        16, gt=0, description="Layers whose H is summed in one pass over the samples; fewer take less memory."
+    )
+    precision: UnscaledPrecision = Field("auto", description=f"Autocast of forward passes; {UNSCALED_AUTO}.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, settings: Any) -> Any:
+        if isinstance(settings, Mapping) and settings.get("preset") == "paper":
+            return {**PAPER, **settings}
+        return settings
+
+
+@register("obs")
+class OBS(ScoreMethod):
+    """Remove the units whose loss the other weights make up for best: Optimal Brain Surgeon (OBS-Diff, 2025)."""
+
+    Config = OBSSettings
+    config: OBSSettings
+    smoke: ClassVar[Mapping[str, int | None]] = {"samples": 4, "batch_size": 4}
+
+    def work(self, space: UnitSpace) -> MethodWork:
+        """Return the forward passes that sum every layer's inputs, and those that measure whole groups."""
+        config = self.config
+        passes = -(-len(space.width_groups) // config.layers_at_once)
+        words = f"{passes} forward passes, for {config.layers_at_once} layers each"
+        summing = Calibration("calibration", config.samples, passes, words)
+        measured = depth_calibrations(space, self._measured(space), config.samples)
+        return MethodWork((summing, *measured), memory_setting="layers_at_once")
+
+    def short_settings(self, devices: int) -> dict[str, Any]:
+        """Return one batch."""
+        return {"samples": min(self.config.samples, self.config.batch_size)}
+
+    def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
+        """Return what removing each unit costs, in the order in which a group's units would go.
+
+        A width unit scores the layer's squared error as a share of its squared outputs; a depth unit scores how much
+        its removal changes the denoiser's output, and the widths are multiplied by one factor so that both rank
+        together (see `depth_scores`). Scope "layer" replaces the scores by ranks.
+
+        Args:
+            pipeline: a pipeline or its denoiser, with weights.
+            dataset: EncodedData, or CaptionedImages, which are then encoded; training pairs are drawn from it.
+
+        Raises:
+            UserError: no data, or fewer training pairs than samples; a model on the meta device; inputs that are not
+                finite.
+
+        """
+        config, model, space = self.config, denoiser_in(pipeline), space_of(pipeline, self.config)
+        if dataset is None:
+            raise UserError("obs needs data: pass EncodedData or CaptionedImages (norm and random need none)")
+        if model.device.type == "meta":
+            raise UserError("obs reads the weights, and this UNet is on the meta device; load it with its weights")
+        data, groups = as_encoded(pipeline, dataset), space.width_groups
+        widths = torch.zeros(space.num_width, dtype=torch.float64)
+        with Progress(f"{self.name} calibration", len(groups), enabled=current().is_main) as progress:
+            for start in range(0, len(groups), config.layers_at_once):
+                package = groups[start : start + config.layers_at_once]
+                for group, readers in self._readers(pipeline, package, data).items():
+                    widths[space.slice(group)] = removal_costs(readers, group.size)
+                progress.update(start + len(package))
+        if not widths.isfinite().all():
+            raise UserError("the inputs of a layer are not finite on the calibration samples; use precision=float32")
+        if config.scope == "global":
+            values = joint_scores(widths, pipeline, space, data, config.samples, config.seed)
+        else:
+            depths = output_changes(pipeline, space, space.depth_groups, data, config.samples, config.seed)
+            values = ranks(torch.cat([widths, depths]), space)
+        return Scores(space, values, self.score_info())
+
+    def _measured(self, space: UnitSpace) -> Sequence[UnitGroup]:
+        return space.groups if self.config.scope == "global" else space.depth_groups
+
+    @torch.no_grad()
+    def _readers(
+        self, pipeline: DiffusionPipeline | ModelMixin, groups: Sequence[UnitGroup], data: EncodedData
+    ) -> dict[UnitGroup, list["Reader"]]:
+        """Return the layers that read each group's channels, with what they read summed over all samples."""
+        config, model, processes = self.config, denoiser_in(pipeline), current()
+        layers = width_layers(model)
+        axes = {group: [axis for axis in layers[group.name].axes if axis.side == "in"] for group in groups}
+        paths = {group: [f"{layers[group.name].path}.{axis.layer}" for axis in axes[group]] for group in groups}
+        sums = {path: Sums.of(model.get_submodule(path)) for read in paths.values() for path in read}
+        share = (processes.index, processes.count)
+        precision = resolve_precision(config.precision, model.device, scaled=False)
+        batches = calibration_batches(pipeline, data, config.samples, config.batch_size, config.seed, share=share)
+        with evaluation_mode(model):
+            for batch in batches:
+                weights = sample_weights(config.timestep_weights, pipeline, batch.timesteps)
+                with autocast(precision, model.device):
+                    values = layer_values(model, list(sums), batch.call)
+                for path, (inputs, outputs) in values.items():
+                    sums[path].add(model.get_submodule(path), inputs, outputs, weights)
+        readers: dict[UnitGroup, list[Reader]] = {}
+        for group in groups:
+            for path in paths[group]:
+                processes.sum(sums[path].tensors())
+            readers[group] = [
+                Reader.of(model, path, [axis.channels([unit], group) for unit in range(group.size)], sums[path], config)
+                for path, axis in zip(paths[group], axes[group], strict=True)
+            ]
+        return readers
+
+
+class Reader:
+    """A layer whose columns go, unit by unit, while the others make up for them.
+
+    weight: W (d + 1, o), the bias last. inverse: H⁻¹ (d + 1, d + 1), damped; of a layer without bias the last row and
+    column are zero. columns: of each unit, (units, m). energy: Σ w·|y|², in whose shares a removal is counted.
+    """
+
+    def __init__(self, weight: Tensor, inverse: Tensor, columns: Tensor, energy: float):
+        self.weight, self.inverse, self.columns, self.energy = weight, inverse, columns, energy
+
+    @classmethod
+    def of(cls, model: ModelMixin, path: str, channels: list[list[int]], sums: Sums, config: OBSSettings) -> "Reader":
+        """Return a layer's reader; channels: those of each unit along the weight's input."""
+        layer = model.get_submodule(path)
+        weight = packed(layer)
+        inputs = layer.weight.shape[1]  # every kernel position has them all
+        kernel = (len(weight) - 1) // inputs
+        columns = torch.tensor([[k * inputs + c for k in range(kernel) for c in unit] for unit in channels])
+        inverse = torch.zeros_like(sums.gram)
+        size = len(inverse) if sums.has_bias else len(inverse) - 1
+        gram = sums.gram[:size, :size].clone()
+        diagonal = gram.diagonal()[: len(weight) - 1]  # the constant of the bias is not damped
+        diagonal += config.damping * diagonal.mean().clamp(min=1e-12)
+        inverse[:size, :size] = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        return cls(weight, inverse, columns.to(weight.device), float(sums.square) or 1.0)
+
+    def costs(self, units: Sequence[int]) -> Tensor:
+        """Return tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) / 2 of each of some units, (n,), as shares of the energy."""
+        columns = self.columns[list(units)]  # (n, m)
+        blocks, weight = self.inverse[columns[:, :, None], columns[:, None, :]], self.weight[columns]
+        return (weight * torch.linalg.solve(blocks, weight)).sum((1, 2)) / 2 / self.energy
+
+    def remove(self, unit: int) -> None:
+        """Remove a unit's columns, with the change of all others."""
+        columns = self.columns[unit]
+        left = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns]).T  # (d + 1, m)
+        self.weight = self.weight - left @ self.weight[columns]
+        self.inverse = self.inverse - left @ self.inverse[columns]
+        self.weight[columns] = 0.0
+        self.inverse[columns] = 0.0
+        self.inverse[:, columns] = 0.0
+
+
+def removal_costs(readers: Sequence[Reader], units: int) -> Tensor:
+    """Return what removing each of a group's units costs, (units,) float64, where the cheapest goes first each time.
+
+    A later removal never costs less than one before it, so that the lowest scores are the units that go first.
+    """
+    scores, left, most = torch.zeros(units, dtype=torch.float64), list(range(units)), 0.0
+    while left:
+        costs = torch.stack([reader.costs(left).cpu() for reader in readers]).sum(0)
+        cheapest = int(costs.argmin())
+        most = max(most, float(costs[cheapest]))
+        unit = left.pop(cheapest)
+        scores[unit] = most
+        if left:
+            for reader in readers:
+                reader.remove(unit)
+    return scores

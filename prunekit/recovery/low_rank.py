@@ -1,0 +1,100 @@
+"""Low-rank fine-tuning (LoRA, arXiv 2106.09685): frozen layers with trained changes, merged into them afterwards.
+
+peft makes the changes of every linear layer and convolution; a merged model is plain again, and is saved, sliced and
+compared like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from prunekit.runtime.errors import MissingPackageError
+from prunekit.runtime.randomness import generator
+
+ADAPTER = "recovery"
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+class LoraConfig(BaseModel):
+    """Low-rank changes of a model's layers."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(16, gt=0, le=4096, description="of each layer's change; its scale alpha / rank is 1")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of the changes; unset: fine_tune.learning_rate"
+    )
+
+
+def require_peft() -> None:
+    """Raise MissingPackageError where peft is missing."""
+    if find_spec("peft") is None:
+        raise MissingPackageError(
+            "fine_tune.lora needs peft; it comes with the extra `lora`: pip install 'prunekit[lora]'"
+        )
+
+
+def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Freeze a model and give each linear layer and convolution a low-rank change that starts at zero.
+
+    seed: keys the first of a change's two factors.
+    """
+    require_peft()
+    import peft
+
+    targets = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(seed, ADAPTER).initial_seed())
+        peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def num_changes(model: nn.Module, config: LoraConfig) -> int:
+    """Return the parameters of a model's low-rank changes; it may be on the meta device."""
+    layers = (module.weight for module in model.modules() if isinstance(module, LAYERS))
+    return sum(config.rank * (weight[0].numel() + len(weight)) for weight in layers)
+
+
+def merge(model: nn.Module) -> None:
+    """Add a model's changes to its layers, which are plain afterwards."""
+    for parent, name, layer in list(_adapted(model)):
+        layer.merge()
+        setattr(parent, name, layer.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is as `merge` would leave it; afterwards it is as before, to the bit."""
+    adapted = list(_adapted(model))
+    weights = [layer.get_base_layer().weight.detach().clone() for _, _, layer in adapted]
+    for parent, name, layer in adapted:
+        layer.merge()
+        setattr(parent, name, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        for (parent, name, layer), weight in zip(adapted, weights, strict=True):
+            layer.merged_adapters.clear()
+            layer.get_base_layer().weight.data.copy_(weight)
+            setattr(parent, name, layer)
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield each layer that has a change, with its parent and its name there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            if isinstance(layer, BaseTunerLayer):
+                yield parent, name, layer
