@@ -36,7 +36,7 @@ COMPARE = {**RECIPE, "job": "compare", "prune": {}, "budgets": [{"budget": 0.7}]
         ({**RECIPE, "name": "a\nb"}, "plain name"),
         ({**COMPARE, "methods": {"../../../elsewhere": {"method": "norm"}}}, "plain name"),
         ({**COMPARE, "budgets": [{"budget": "bksdm:../../x"}]}, "bksdm:VARIANT"),
-        ({**COMPARE, "methods": {"row": {"method": {"a": 1}}}}, "give a method's name"),
+        ({**COMPARE, "methods": {"row": {"method": {"a": 1}}}}, "should be a valid string"),
         ({**COMPARE, "budgets": [{"budget": 0.5, "seed": 3}]}, "unknown setting"),
         ({**RECIPE, "job": {"a": 1}}, "allowed: prune"),
         ({**RECIPE, "scale": ["smoke"]}, "allowed: full, smoke"),

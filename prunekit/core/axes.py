@@ -104,6 +104,13 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight
 
 
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """The bias of a module that holds a weight; None where it has none."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, torch.Tensor), f"the bias of a {type(module).__name__} is no tensor"
+    return bias
+
+
 @dataclass(frozen=True)
 class Passage:
     """Where the hidden states enter a whole layer and where its output leaves it.

@@ -48,7 +48,7 @@ def denoiser_of(model: nn.Module | type) -> Denoiser:
         UserError: a class that no `Denoiser` describes; the message names those that are.
 
     """
-    cls = model if isinstance(model, type) else type(model)
+    cls = model if isinstance(model, type) else type(_described(model))
     for base in cls.__mro__:
         if base.__name__ in _LOADERS:
             return _loaded(base.__name__)
@@ -73,7 +73,12 @@ def denoiser_named(name: str | None) -> Denoiser:
 
 def is_denoiser(model: Any) -> bool:
     """Return whether a `Denoiser` describes this object's class."""
-    return any(base.__name__ in _LOADERS for base in type(model).__mro__)
+    return any(base.__name__ in _LOADERS for base in type(_described(model)).__mro__)
+
+
+def _described(model: Any) -> Any:
+    """Return what is described in place of a model: one of those that it is made of, or itself."""
+    return model.described if isinstance(getattr(type(model), "described", None), property) else model
 
 
 def denoiser_name(pipeline: Any) -> str:

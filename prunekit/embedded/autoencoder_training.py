@@ -50,7 +50,7 @@ class AutoencoderObjective:
         noise = torch.randn(len(indices), *posterior.mean.shape[1:], generator=generator(self.seed, "latent", step))
         latents = posterior.mean + posterior.std * noise[positions].to(self.device)
         output = self.autoencoder.decode(latents).sample.float()
-        edges = sum(F.l1_loss(output.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
+        edges = torch.stack([F.l1_loss(output.diff(dim=d), target.diff(dim=d)) for d in (2, 3)]).sum()
         terms = {"l1": share * F.l1_loss(output, target), "edges": share * EDGE_WEIGHT * edges}
         if not self.decoder_only:
             terms["kl"] = share * KL_WEIGHT * posterior.kl().float().mean() / posterior.mean[0].numel()

@@ -61,6 +61,7 @@ class ContrastiveObjective:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules that are trained, by the names that checkpoints give them."""
+        assert isinstance(self.model, nn.Module)
         return {"model": self.model}
 
     def batch(self, step: int) -> tuple[Tensor, list[str], int]:

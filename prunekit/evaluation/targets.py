@@ -136,17 +136,19 @@ def _pruned(
     """Return a method's experts, read when they draw, behind their router; with the weights of a kept step."""
     result = PruneResult.load(stored.result, denoiser_in(pipeline))
     part = denoiser_name(pipeline) if step is None else f"step-{step}/{denoiser_name(pipeline)}"
-    folders = [stored.experts / str(index) / part for index in range(len(result.architectures))]
+    experts = range(result.num_experts)
+    folders = [stored.experts / str(index) / part for index in experts]
     for index, place in enumerate(folders):
         if not place.is_dir():
             hint = "resume the run" if step is None else "name steps of the recipe's evaluation.at_steps"
             raise FileNotFoundError(f"expert {index} of {stored.name} is not there ({place}); {hint}")
     result_cost = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
+    steps = int(recipe["evaluation"]["steps"])
     candidate = Candidate(
         stored.name if step is None else f"{stored.name}@{step}",
         StoredModels(folders, current().device),
-        [result_cost.macs(architecture) for architecture in result.architectures],
-        [result_cost.params(architecture) for architecture in result.architectures],
+        [result.expert_macs(result_cost, index, pipeline.scheduler, steps) for index in experts],
+        [result.expert_params(result_cost, index) for index in experts],
         result.router,
     )
     files = [path for folder in folders for pattern in FILES for path in folder.rglob(pattern)]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from prunekit.core.emptied import state_in_files
 from prunekit.core.slicing import backbone_of, slice_member
+from prunekit.core.timesteps import TimestepModel, read_bins, slice_folder
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.export.specification import (
     CONFIG,
@@ -31,8 +32,10 @@ def load_unet(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = False,
-) -> PrunedUNet2DConditionModel | UNet2DConditionModel:
+) -> PrunedUNet2DConditionModel | UNet2DConditionModel | TimestepModel:
     """Load a UNet, stock or pruned, that prunekit or diffusers saved; in evaluation mode, its weights frozen.
+
+    A folder of slices for bins of timesteps gives a `TimestepModel`.
 
     dtype: of the weights; the files' own by default. verify: also hash the weights, which reads them once more.
     Raises ValueError, one line: no config or weights, pickled weights, a file that is truncated, a config that was
@@ -41,6 +44,9 @@ def load_unet(
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
+    if (bins := read_bins(folder)) is not None:
+        slices = [load_unet(slice_folder(folder, index), dtype, device, verify) for index in range(len(bins))]
+        return TimestepModel(slices, bins).eval().requires_grad_(False)
     if (backbone := backbone_of(folder)) is not None:
         dense = load_unet(backbone, dtype, device, verify)
         return slice_member(PrunedUNet2DConditionModel, dense, folder).eval().requires_grad_(False)

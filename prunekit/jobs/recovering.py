@@ -22,15 +22,17 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
-from prunekit.core.registry import denoiser_in, denoiser_name
+from prunekit.core.family import NoiseProcess
+from prunekit.core.registry import denoiser_in, denoiser_name, process_of
 from prunekit.core.slicing import export_model, load_model, save_member, slice_model
-from prunekit.evaluation.comparison import Candidate, StoredModels
+from prunekit.core.timesteps import slice_folder, write_bins
+from prunekit.evaluation.comparison import Candidate, StoredModels, shares_of
 from prunekit.jobs.stages import Stages
 from prunekit.methods.result import PruneResult
 from prunekit.recovery.backbone import BackboneObjective, Mixture
 from prunekit.recovery.closed_form import ClosedFormConfig, refit
 from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
-from prunekit.recovery.in_memory import BACKBONE, over_all_pairs, routed_pairs
+from prunekit.recovery.in_memory import BACKBONE, mixture_of, routed_pairs, shares_backbone
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
 from prunekit.runtime.processes import apart, current
@@ -58,7 +60,7 @@ class Recovery:
     @property
     def shares(self) -> bool:
         """Whether its architectures share one set of weights."""
-        return self.config.shared_backbone and len(self.result.architectures) > 1
+        return shares_backbone(self.result, self.config)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Job:
     pairs: Tensor  # (P_i,) that it learns from
     part: str  # name of the model's own folder: the attribute of a pipeline that holds it
     config: FineTuneConfig
-    experts: Tensor | None = None  # (pairs of the data set,) of a backbone
+    mixture: Mixture | None = None  # of a backbone
 
     @property
     def folder(self) -> Path:
@@ -149,14 +151,15 @@ def _follow(
 def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     data, result, part = stages.data, recovery.result, denoiser_name(stages.pipeline)
     pairs = data.training_pairs()
-    routed, pairs_of = routed_pairs(result, data, pairs)
-    if recovery.shares and routed is not None:
+    if recovery.shares:
         if denoiser_in(stages.pipeline).config.get("pruning"):
             raise UserError(
                 "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
             )
-        return [Job(recovery, None, pairs, part, recovery.config, over_all_pairs(data, pairs, routed))]
-    config = recovery.config
+        return [Job(recovery, None, pairs, part, recovery.config, mixture_of(result, data, pairs))]
+    if result.bins is not None:
+        raise UserError("architectures that depend on the timestep share their weights: set shared_backbone: true")
+    config, (_, pairs_of) = recovery.config, routed_pairs(result, data, pairs)
     if recovery.shares_steps and (trained := sum(map(bool, map(len, pairs_of)))):
         factor = len(pairs_of) / trained
         steps, warmup = int(config.steps * factor), round(config.warmup_steps * factor)
@@ -181,8 +184,8 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     recovery, folder, processes = job.recovery, job.folder, current()
     dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
     objective: Callable[..., FineTuningObjective] = FineTuningObjective
-    if job.experts is not None:
-        objective = partial(BackboneObjective, mixture=Mixture(architectures, job.experts))
+    if job.mixture is not None:
+        objective = partial(BackboneObjective, mixture=job.mixture)
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
     student, figures = _refitted(stages, job, slice_model(dense, architecture).to(stages.device))
     at_steps = stages.recipe.evaluation.at_steps
@@ -248,25 +251,37 @@ def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
     """Write a model's folder; of a backbone, the experts' folders first, so that what is there is complete."""
     target = job.folder / name
     if job.index is None:
-        for index, architecture in enumerate(recovery.result.architectures):
-            member = recovery.folder / str(index) / name
-            write_folder(member, partial(save_member, student, architecture, backbone=target))
+        for expert in range(recovery.result.num_experts):
+            folder = recovery.folder / str(expert) / name
+            write_folder(folder, partial(_save_members, student, recovery.result, expert, target))
     write_folder(target, lambda temporary: export_model(student, temporary))
+
+
+def _save_members(backbone: ModelMixin, result: PruneResult, expert: int, weights: Path, folder: Path) -> None:
+    """Write an expert's folder, which takes its weights from the backbone's."""
+    if result.bins is None:
+        save_member(backbone, result.members(expert)[0], folder, backbone=weights)
+        return
+    write_bins(folder, result.bins)
+    for index, architecture in enumerate(result.members(expert)):
+        save_member(backbone, architecture, slice_folder(folder, index), backbone=weights)
 
 
 def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
     """Return the recovered models: a row for each step whose weights were kept, then one for the last step."""
     result = recovery.result
-    folders = [recovery.folder / str(index) for index in range(len(result.architectures))]
+    folders = [recovery.folder / str(index) for index in range(result.num_experts)]
     cost = CostModel(denoiser_in(stages.pipeline), result.space, stages.cost.sample_size, stages.cost.text_length)
-    macs = [cost.macs(architecture) for architecture in result.architectures]
-    params = [cost.params(architecture) for architecture in result.architectures]
+    steps = stages.recipe.evaluation.steps
+    macs = [result.expert_macs(cost, expert, stages.pipeline.scheduler, steps) for expert in range(result.num_experts)]
+    params = [result.expert_params(cost, expert) for expert in range(result.num_experts)]
+    member_macs = [cost.macs(architecture) for architecture in result.architectures]
     figures = [read_json(job.folder / FIGURES) for job in jobs]
     times = (float(trained["seconds"]) + trained.get("refit_seconds", 0.0) for trained in figures)
     seconds = result.info.search_seconds + sum(times)
     passes = float(recovery.dense_passes)
     for job, trained in zip(jobs, figures, strict=True):
-        ratio = _mean_ratio(job, macs) / stages.cost.dense_macs
+        ratio = _mean_macs(job, member_macs, process_of(stages.pipeline)) / stages.cost.dense_macs
         passes += trained["steps"] * job.config.batch_size * job.config.dense_passes(ratio)
         if recovery.closed_form is not None:
             passes += recovery.closed_form.dense_passes(int(trained["refit_layers"]), ratio)
@@ -283,9 +298,14 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     ]
 
 
-def _mean_ratio(job: Job, macs: Sequence[int]) -> float:
-    """Return the MACs of a job's model; of a backbone the mean over the pairs that it learns from."""
-    if job.index is not None:
+def _mean_macs(job: Job, macs: Sequence[int], process: NoiseProcess) -> float:
+    """Return the MACs of a job's model; of a backbone the mean over what it learns from."""
+    if job.mixture is None:
+        assert job.index is not None
         return float(macs[job.index])
-    assert job.experts is not None
-    return float(torch.tensor(macs, dtype=torch.float64)[job.experts[job.pairs]].mean())
+    bins, experts = job.mixture.bins, job.mixture.experts[job.pairs]
+    shares = shares_of(experts, job.recovery.result.num_experts)
+    if bins is not None:
+        timesteps = shares_of(bins.of(torch.arange(process.num_timesteps)), len(bins))
+        shares = torch.outer(shares, timesteps).flatten()
+    return float(shares @ torch.tensor(macs, dtype=torch.float64))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prunekit.methods.router import Router
     from prunekit.methods.settings import PruneSettings
     from prunekit.methods.taylor_sp import TaylorSP
+    from prunekit.methods.timestep_experts import TimestepExperts
     from prunekit.methods.uniarch import UniArch
     from prunekit.methods.workload import Calibration, MethodWork, Search
     from prunekit.runtime.randomness import generator
@@ -41,6 +42,7 @@ __all__ = [
     "Scores",
     "Search",
     "TaylorSP",
+    "TimestepExperts",
     "UniArch",
     "budget_cost",
     "describe",
@@ -66,6 +68,7 @@ _MODULES = {
     "methods.router": ["Router"],
     "methods.settings": ["PruneSettings"],
     "methods.taylor_sp": ["TaylorSP"],
+    "methods.timestep_experts": ["TimestepExperts"],
     "methods.uniarch": ["UniArch"],
     "methods.workload": ["Calibration", "MethodWork", "Search"],
     "runtime.randomness": ["generator"],

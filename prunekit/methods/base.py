@@ -169,10 +169,7 @@ class ScoreMethod(Method):
         weights with the same data and settings reads them, whatever its budget.
         """
         cost = budget_cost(pipeline, self.config)
-        if directory is None:
-            scores = self.score(pipeline, dataset)
-        else:
-            scores = self._cached(directory / SCORES, pipeline, dataset)
+        scores = self.kept_scores(pipeline, dataset, directory)
         architecture = select(scores, cost, self.config.budget, self.config.align)
         return PruneResult([architecture], info=describe_result(self, [architecture], cost))
 
@@ -181,8 +178,13 @@ class ScoreMethod(Method):
         settings = self.config.model_dump(mode="json", exclude={"budget", "latency", "align"})
         return {"method": self.name, "settings": settings}
 
-    def _cached(self, path: Path, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None) -> Scores:
-        key = self._key(pipeline, dataset)
+    def kept_scores(
+        self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None, directory: Path | None
+    ) -> Scores:
+        """Return the scores, which are kept in a directory and read again for the same weights, data and settings."""
+        if directory is None:
+            return self.score(pipeline, dataset)
+        path, key = directory / SCORES, self._key(pipeline, dataset)
         if path.is_file():
             try:
                 scores = Scores.load(path)
@@ -223,7 +225,7 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
     """
     model, space = denoiser_in(pipeline), space_of(pipeline, settings)
     tokenizer = getattr(pipeline, "tokenizer", None)
-    text_length = settings.text_length or getattr(tokenizer, "model_max_length", 77)
+    text_length = settings.text_length or int(getattr(tokenizer, "model_max_length", 77))
     return space, CostModel(model, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
 
 

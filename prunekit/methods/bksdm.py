@@ -154,9 +154,8 @@ class BKSDM(Method):
         ones = (1,) * len(_levels(model).layers)
         name = "base" if variant == _written(ones, False) else "small" if variant == _written(ones, True) else variant
         if name not in members:
-            raise UserError(
-                f"variant={variant!r} is not possible on this UNet.{near(name, members)}. It has: {'; '.join(members)}"
-            )
+            hint = near(str(name), members)
+            raise UserError(f"variant={variant!r} is not possible on this UNet.{hint}. It has: {'; '.join(members)}")
         return name, members[name]
 
     def _check_budget(self, name: str, member: Architecture, cost: CostModel) -> None:

@@ -74,6 +74,7 @@ def calibration_batches(
     seed: int,
     timestep: int | None = None,
     share: tuple[int, int] = (0, 1),
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[CalibrationBatch]:
     """Yield `count` calibration samples in batches of `batch_size` (the last may be smaller).
 
@@ -84,8 +85,9 @@ def calibration_batches(
         count: samples of all batches together.
         batch_size: samples of one batch.
         seed: what the draws are keyed by.
-        timestep: of all samples; None: sample i has the middle of the i-th of `count` equal parts of the schedule.
+        timestep: of all samples; None: sample i has the middle of the i-th of `count` equal parts of the span.
         share: (process, processes): only batches process, process + processes, … are made.
+        span: part of the schedule whose timesteps are taken, as shares of it: from, to.
 
     Raises:
         ValueError: more samples than there are training pairs, before the first batch.
@@ -99,10 +101,11 @@ def calibration_batches(
     def batch(start: int) -> CalibrationBatch:
         samples = range(start, min(start + batch_size, count))
         if timestep is None:
-            timesteps = torch.tensor([(2 * i + 1) * process.num_timesteps // (2 * count) for i in samples])
+            low, high = (math.floor(part * process.num_timesteps) for part in span)
+            timesteps = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * count) for i in samples])
         else:
             timesteps = torch.full((len(samples),), timestep)
-        if data is None:
+        if data is None or pairs is None:
             call = _random_call(model, seed, samples)
             latents = denoiser.noisy(call)
         else:

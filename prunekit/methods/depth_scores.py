@@ -97,11 +97,12 @@ def output_changes(
     data: EncodedData | None,
     samples: int,
     seed: int,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Mean squared change of the dense UNet's output when one group alone goes with all its units, (groups,) float64.
 
-    The mean is over samples and output elements. Batches are fixed by index and added in their order, so the number of
-    processes changes no bit.
+    The mean is over samples, at timesteps in a part of the schedule (`span`), and output elements. Batches are fixed by
+    index and added in their order, so the number of processes changes no bit.
 
     Raises:
         ValueError: an output that is not finite, or more samples than training pairs.
@@ -112,7 +113,8 @@ def output_changes(
     model, rows = denoiser_in(pipeline), num_probes(pipeline, data)
     processes = current()
     batch_size = min(samples, rows)
-    batches = calibration_batches(pipeline, data, samples, batch_size, seed, share=(processes.index, processes.count))
+    share = (processes.index, processes.count)
+    batches = calibration_batches(pipeline, data, samples, batch_size, seed, share=share, span=span)
     table = torch.zeros(-(-samples // batch_size), len(groups), dtype=torch.float64)  # sums over a batch's samples
     probes = torch.ones(len(groups), space.size)
     for row, group in zip(probes, groups, strict=True):

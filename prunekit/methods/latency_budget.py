@@ -1,5 +1,6 @@
 """A budget in time instead of MACs: the latency table of the UNet on a device, measured once and kept as JSON."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ def latency_model(
     path, conditions = Path(settings.device).expanduser(), _conditions(model, cost, settings)
     if settings.device == HERE:
         path = Path(settings.tables).expanduser() / f"{Fingerprint(*sorted(conditions.items())).key()[:16]}.json"
-        current().first(lambda: path.is_file() or write_json(path, _measured(model, cost, settings).to_dict()))
+        current().first(partial(_measure_into, path, model, cost, settings))
     elif not path.is_file():
         raise UserError(f"latency device {settings.device!r}: give {HERE!r}, or the file of a latency table")
     table = LatencyTable.from_dict(read_json(path))
@@ -96,6 +97,11 @@ def _against(
 def _conditions(model: ModelMixin, cost: CostModel, settings: LatencySettings) -> dict[str, Any]:
     dtype = getattr(torch, settings.dtype)
     return conditions_of(model, cost.sample_size, cost.text_length, settings.batch, dtype)
+
+
+def _measure_into(path: Path, model: ModelMixin, cost: CostModel, settings: LatencySettings) -> None:
+    if not path.is_file():
+        write_json(path, _measured(model, cost, settings).to_dict())
 
 
 def _measured(model: ModelMixin, cost: CostModel, settings: LatencySettings) -> LatencyTable:

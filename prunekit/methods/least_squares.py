@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.core.axes import weight_of
+from prunekit.core.axes import bias_of, weight_of
 
 FREE = 1e-6  # of the ridge on weights, what the bias has
 
@@ -37,7 +38,7 @@ class Sums:
         size, outputs = weight[0].numel() + 1, len(weight)
         zeros = torch.zeros(size, size + outputs, dtype=torch.float64, device=weight.device)
         parts = (zeros[:, :size].clone(), zeros[:, size:].clone(), zeros.new_zeros(()), zeros.new_zeros(()))
-        return cls(*parts, has_bias=layer.bias is not None)
+        return cls(*parts, has_bias=bias_of(layer) is not None)
 
     def add(self, layer: nn.Module, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add a batch.
@@ -77,6 +78,11 @@ class Sums:
         """Return what several processes sum."""
         return [self.gram, self.cross, self.square, self.weight]
 
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over the samples of both."""
+        gram, cross, square, weight = (a + b for a, b in zip(self.tensors(), other.tensors(), strict=True))
+        return Sums(gram, cross, square, weight, self.has_bias)
+
     def error(self, solution: Tensor) -> float:
         """Return Σ w·|Wᵀx − y|² / Σ w of W (d + 1, o)."""
         fitted = (solution * (self.gram @ solution)).sum() - 2 * (solution * self.cross).sum() + self.square
@@ -100,7 +106,7 @@ def packed(layer: nn.Module) -> Tensor:
     weight = weight_of(layer).detach().double()
     if weight.ndim == 4:
         weight = weight.permute(0, 2, 3, 1)  # (o, kh, kw, c): kernel positions come one after another
-    bias = layer.bias
+    bias = bias_of(layer)
     constant = weight.new_zeros(1, len(weight)) if bias is None else bias.detach().double()[None]
     return torch.cat([weight.reshape(len(weight), -1).T, constant])
 
@@ -114,8 +120,8 @@ def unpack(layer: nn.Module, solution: Tensor) -> None:
         outputs, channels, height, width = weight.shape
         values = values.reshape(outputs, height, width, channels).permute(0, 3, 1, 2)
     weight.copy_(values.reshape(weight.shape))
-    if layer.bias is not None:
-        layer.bias.copy_(solution[-1].to(weight))
+    if (bias := bias_of(layer)) is not None:
+        bias.copy_(solution[-1].to(weight))
 
 
 def _positions(layer: nn.Module, outputs: Tensor) -> Tensor:
@@ -140,4 +146,4 @@ def _inputs(layer: nn.Module, inputs: Tensor) -> Sequence[Callable[[], Tensor]]:
         part = padded[:, :, i * dilated :: down, j * across :: right][:, :, :rows, :columns]
         return part.movedim(1, -1).reshape(-1, part.shape[1]).float()
 
-    return [lambda i=i, j=j: under(i, j) for i in range(height) for j in range(width)]
+    return [partial(under, i, j) for i in range(height) for j in range(width)]

@@ -8,12 +8,15 @@ import importlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunekit.runtime.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from prunekit.methods.base import Method
+
 GROUP = "prunekit.methods"
-M = TypeVar("M", bound=type)
+M = TypeVar("M", bound=type[Any])
 BUILT_IN = {  # our methods: module below this package, and class
     "aptp": ("aptp.method", "APTP"),
     "bksdm": ("bksdm", "BKSDM"),
@@ -21,10 +24,11 @@ BUILT_IN = {  # our methods: module below this package, and class
     "obs": ("obs", "OBS"),
     "random": ("random", "Random"),
     "taylor_sp": ("taylor_sp", "TaylorSP"),
+    "timestep_experts": ("timestep_experts", "TimestepExperts"),
     "uniarch": ("uniarch", "UniArch"),
 }
 
-_methods: dict[str, type] = {}
+_methods: dict[str, Any] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -45,13 +49,13 @@ def register(name: str) -> Callable[[M], M]:
                 f"choose another name for {method.__module__}.{method.__qualname__}"
             )
         _methods[name] = method
-        method.name = name
+        setattr(method, "name", name)  # noqa: B010 - a type variable is not known to have it
         return method
 
     return add
 
 
-def get(name: str) -> type:
+def get(name: str) -> type["Method"]:
     """Method class registered as `name`.
 
     Raises:
@@ -107,7 +111,7 @@ def _entry_points() -> dict[str, EntryPoint]:
     return points
 
 
-def _load(point: EntryPoint) -> type:
+def _load(point: EntryPoint) -> type["Method"]:
     try:
         method = point.load()
     except Exception as error:

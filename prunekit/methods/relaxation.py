@@ -58,7 +58,8 @@ class Relaxation:
 
     def gates(self, logits: Tensor, source: torch.Generator | None = None) -> Tensor:
         """Return soft gates of logits (N, D), shifted by the offset; `source` draws their noise, None: without any."""
-        scores, noise = self.scores(logits), 0.0
+        scores = self.scores(logits)
+        noise: Tensor | float = 0.0
         if source is not None:
             draw = gumbel if self.noise == "gumbel" else logistic
             noise = draw(tuple(logits.shape), source).to(logits)

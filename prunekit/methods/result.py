@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import match
 from prunekit.core.space import Architecture, UnitSpace
+from prunekit.core.timesteps import TimestepBins, sampled_timesteps
 from prunekit.methods.router import Router
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
@@ -44,7 +46,9 @@ class ResultInfo:
         variant: of a method with a fixed family of architectures: the name of the chosen member.
         prompts_per_expert: of a mixture: the training prompts that inference routing sends to each expert.
         assignment: of a mixture: training prompts of each expert before balance, by the way of assigning them.
-        mixture_ratio: of a mixture: the mean MACs over the training prompts, as a share of the dense MACs.
+        mixture_ratio: of a mixture: the mean MACs over the training prompts and a sampler's timesteps, as a share of
+            the dense MACs.
+        timestep_shares: where architectures depend on the timestep: the share of a sampler's timesteps in each bin.
         search: figures of the method's training: steps, seconds, loss and its terms.
         gates_ratio: cost of each architecture's soft gates at the end of the search, as a share of the dense cost.
         extra: further JSON values of a method, by keys that are no fields.
@@ -69,6 +73,7 @@ class ResultInfo:
     prompts_per_expert: list[int] = field(default_factory=list)
     assignment: dict[str, list[int]] = field(default_factory=dict)
     mixture_ratio: float | None = None
+    timestep_shares: list[float] = field(default_factory=list)
     search: dict[str, float] = field(default_factory=dict)
     gates_ratio: list[float] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -114,11 +119,14 @@ class PruneResult:
 
     architectures: one, or N of a mixture. router: sends a prompt to one of the N; None where there is one.
     info: the method, its settings and what was reached; a mapping is read by `ResultInfo.from_dict`.
+    bins: where an expert is another architecture at other timesteps: expert i has those from i·K to (i + 1)·K - 1, one
+    for each of the K bins; None: an expert is one architecture.
     """
 
     architectures: list[Architecture]
     router: Router | None = None
     info: ResultInfo = field(default_factory=ResultInfo)
+    bins: TimestepBins | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.info, Mapping):
@@ -160,14 +168,40 @@ class PruneResult:
         return [group for group in groups if len(group) > 1]
 
     def _mean(self, values: Sequence[float]) -> float:
-        """Return the mean of a value per architecture over the training prompts, where they are known."""
-        counts = self.info.prompts_per_expert or [1] * len(values)
-        return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
+        """Return the mean of a value per architecture over training prompts and timesteps, where they are known."""
+        shares = self.info.timestep_shares or [1.0]
+        counts = self.info.prompts_per_expert or [1] * (len(values) // len(shares))
+        weights = [count * share for count in counts for share in shares]
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
     @property
     def space(self) -> UnitSpace:
         """The space of all its architectures."""
         return self.architectures[0].space
+
+    @property
+    def num_experts(self) -> int:
+        """How many models prompts are sent to."""
+        return len(self.architectures) // (len(self.bins) if self.bins else 1)
+
+    def expert_macs(self, cost: CostModel, expert: int, scheduler: Any, steps: int) -> int:
+        """Return an expert's exact MACs: where they depend on the timestep, the mean over a sampler's, rounded."""
+        macs = [cost.macs(architecture) for architecture in self.members(expert)]
+        if self.bins is None:
+            return macs[0]
+        shares = self.bins.shares(sampled_timesteps(scheduler, steps))
+        return round(sum(share * count for share, count in zip(shares, macs, strict=True)))
+
+    def expert_params(self, cost: CostModel, expert: int) -> int:
+        """Return an expert's parameters: of slices of one set of weights, those that any of them keeps."""
+        members = self.members(expert)
+        kept = torch.stack([architecture.values for architecture in members]).any(0)
+        return cost.params(Architecture(self.space, kept))
+
+    def members(self, expert: int) -> list[Architecture]:
+        """Return the architectures of an expert: one, or one for each bin of timesteps."""
+        count = len(self.bins) if self.bins else 1
+        return self.architectures[expert * count : (expert + 1) * count]
 
     def save(self, directory: str | Path) -> Path:
         """Write `result.json` and, where there is a router, `router.safetensors`; returns the directory."""
@@ -182,6 +216,7 @@ class PruneResult:
             "has_router": self.router is not None,
             "space": self.space.to_dict(),
             "architectures": architectures,
+            **({"bounds": list(self.bins.bounds)} if self.bins else {}),
         }
         write_json(directory / RESULT, content)
         return directory
@@ -206,19 +241,21 @@ class PruneResult:
         if content.get("format") != FORMAT:
             raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
         space = of if isinstance(of, UnitSpace) else UnitSpace.from_dict(content["space"])
-        if of is not None and of is not space:
+        if of is not None and not isinstance(of, UnitSpace):
             match(of, space)
         architectures = [
             Architecture.from_dict({**architecture, "space": content["space"]}, space)
             for architecture in content["architectures"]
         ]
         router = Router.load(directory) if content["has_router"] else None
-        return cls(architectures, router, ResultInfo.from_dict(content["info"]))
+        bins = TimestepBins(tuple(content["bounds"])) if "bounds" in content else None
+        return cls(architectures, router, ResultInfo.from_dict(content["info"]), bins)
 
 
 def share_warnings(shares: Sequence[float]) -> list[str]:
     """Return what is wrong with how a mixture's N experts share the training prompts, a line each; none for N = 1."""
-    count, lines = len(shares), []
+    count = len(shares)
+    lines: list[str] = []
     if count < 2:
         return lines
     if empty := [expert for expert, share in enumerate(shares) if not share]:

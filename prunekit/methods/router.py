@@ -189,8 +189,9 @@ class Router:
     def load(path: str | Path) -> "Router":
         """Read what `save` wrote; a ValueError for a file that is something else."""
         tensors, metadata = read_tensors(_file(path), "router")
-        kind = HardenedRouter if "codes" in tensors else RandomRouter if "shares" in tensors else Router
-        return kind(**tensors, **metadata)
+        kind: Any = HardenedRouter if "codes" in tensors else RandomRouter if "shares" in tensors else Router
+        router: Router = kind(**tensors, **metadata)
+        return router
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "bias": self.bias}

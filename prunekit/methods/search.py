@@ -49,7 +49,7 @@ from prunekit.training.distillation import (
     distillation_error,
 )
 from prunekit.training.memory import held, preserved
-from prunekit.training.trainer import Log, Trainer, TrainerConfig
+from prunekit.training.trainer import Log, Objective, Trainer, TrainerConfig
 
 SEARCH = {"steps": 3000, "batch_size": 1024, "learning_rate": 6.4e-3, "warmup_steps": 100}  # of APTP's published code
 RATIO_DRAWS = 16  # of the gates' noise, when their cost is told
@@ -160,7 +160,9 @@ class GateSearchObjective:
     def gates_ratio(self, logits: Tensor) -> list[float]:
         """Return what the soft gates of logits (N, D) cost, each over the dense cost: means over their noise."""
         draws = (self.relaxation.gates(logits, generator(self.config.seed, "ratio", i)) for i in range(RATIO_DRAWS))
-        return (torch.stack([self.cost.total(gates) for gates in draws]).mean(0) / self.cost.dense_total).tolist()
+        return (
+            torch.stack([self.cost.expected_total(gates) for gates in draws]).mean(0) / self.cost.dense_total
+        ).tolist()
 
     def resource_term(self, mean_cost: Tensor) -> Tensor:
         """Weighted distance of a mean cost, in what `cost.total` counts, to the budget (Eq. 26): a scalar."""
@@ -263,6 +265,8 @@ class SearchMethod(Method, Generic[ObjectiveT]):
         """
         if getattr(pipeline, "scheduler", None) is None:
             raise UserError(f"{self.name} needs the whole pipeline: its scheduler says what the UNet predicts")
+        if dataset is None:
+            raise UserError(f"{self.name} needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         data = as_encoded(pipeline, dataset)
         cost = budget_cost(pipeline, self.config)
         budget_limit(cost, self.config.budget)  # refuses a budget below the floor before the search
@@ -273,7 +277,8 @@ class SearchMethod(Method, Generic[ObjectiveT]):
             stack.enter_context(held(self.config.search, model.eval().requires_grad_(False)))
             gates = stack.enter_context(gated(model, cost.space))
             objective = self._objective(model, gates, cost, process_of(pipeline), data)
-            trainer = Trainer(self.config.search, objective, folder / CHECKPOINTS, f"{self.name} search", log)
+            training: Objective = objective
+            trainer = Trainer(self.config.search, training, folder / CHECKPOINTS, f"{self.name} search", log)
             figures = trainer.fit()
         result = self._decide(objective)
         result.info.search, result.info.gates_ratio = figures, objective.gates_ratio(objective.codes.values)

@@ -132,7 +132,7 @@ class TaylorSP(ScoreMethod):
         config, model, process = self.config, denoiser_in(pipeline), process_of(pipeline)
         processes = current()
         share = (processes.index, processes.count)
-        weights = [owned.layer.weight for group in space.width_groups for owned in owned_weights(model, group)]
+        weights = [owned.weight for group in space.width_groups for owned in owned_weights(model, group)]
         total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
         losses: dict[str, float] = {}
         used: list[int] = []

@@ -51,7 +51,7 @@ class UniArchObjective(GateSearchObjective):
 
     def shared_loss(self, batch: SearchBatch) -> dict[str, Tensor]:
         """Return the resource term of the code's gates (Eq. 26)."""
-        return {"resource": self.resource_term(self.cost.total(self.gate(batch, self.codes.values))[0])}
+        return {"resource": self.resource_term(self.cost.expected_total(self.gate(batch, self.codes.values))[0])}
 
     def micro_loss(self, batch: SearchBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions`; every sample runs under the one code."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunekit.core.axes import Axis
+from prunekit.core.axes import Axis, weight_of
 from prunekit.core.discovery import width_layers
 from prunekit.core.space import UnitGroup
 
@@ -21,6 +21,13 @@ class OwnedWeight:
 
     layer: nn.Module
     axis: Axis
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The layer's weight."""
+        weight = weight_of(self.layer)
+        assert isinstance(weight, nn.Parameter), "what is scored can be trained"
+        return weight
 
 
 def owned_weights(model: nn.Module, group: UnitGroup) -> list[OwnedWeight]:
@@ -47,7 +54,7 @@ def sum_per_unit(
     total = torch.zeros(group.size, dtype=torch.float64)
     width = group.size * group.channels
     for owned in owned_weights(model, group):
-        axis, per_channel = owned.axis, of_sum(sum_per_channel(owned, value(owned.layer.weight)))
+        axis, per_channel = owned.axis, of_sum(sum_per_channel(owned, value(owned.weight)))
         copies = per_channel[axis.start : axis.start + axis.copies * width].view(axis.copies, width).sum(0)
         total += copies.double().cpu().view(group.size, group.channels).sum(1)
     return total

@@ -14,6 +14,7 @@ from torch import Tensor
 from prunekit.core.emptied import names_in_files
 from prunekit.core.slicing import blank_copy, slice_model
 from prunekit.core.space import Architecture
+from prunekit.core.timesteps import TimestepBins
 from prunekit.recovery.fine_tuning import FineTuningObjective
 from prunekit.runtime.randomness import generator
 from prunekit.training.diffusion import NoisePlan
@@ -23,10 +24,19 @@ Kept = tuple[Tensor | None, ...]  # what a slice keeps of a weight along its fir
 
 @dataclass
 class Mixture:
-    """Architectures that share a UNet's weights, and which of them serves each pair."""
+    """Architectures that share a UNet's weights, and which of them serves each pair, at each timestep if that matters.
+
+    bins: of timesteps; expert i then has the architectures from i·K on, one for each of the K bins.
+    """
 
     architectures: Sequence[Architecture]
     experts: Tensor  # (pairs,) of the data set
+    bins: TimestepBins | None = None
+
+    def of(self, pairs: Tensor, timesteps: Tensor) -> Tensor:
+        """Return which architecture serves each pair (n,) at its timestep (n,), (n,)."""
+        experts = self.experts[pairs]
+        return experts if self.bins is None else experts * len(self.bins) + self.bins.of(timesteps)
 
 
 class Member:
@@ -71,8 +81,9 @@ def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kep
         dense_names = names_in_files(sliced)
         for name, weight in sliced.named_parameters():
             kept = weight.detach()[..., None].movedim(axis, 0).flatten(1)[:, 0] if axis < weight.ndim else None
-            whole = kept is None or len(kept) == shapes[dense_names.get(name, name)][axis]
-            entries.setdefault(name, []).append(None if whole else kept.long().to(model.device))
+            if kept is not None and len(kept) == shapes[dense_names.get(name, name)][axis]:
+                kept = None
+            entries.setdefault(name, []).append(None if kept is None else kept.long().to(model.device))
     return {name: tuple(kept) for name, kept in entries.items()}
 
 
@@ -94,8 +105,8 @@ class BackboneObjective(FineTuningObjective):
         """Draw a step, its samples in their experts' order: a micro-batch holds few experts."""
         drawn = super().batch(step)
         experts, count = self.mixture.experts[self.pairs], self.config.experts_per_step
-        if count is None:
-            order = experts[drawn.indices].argsort(stable=True)
+        if count is None or self.mixture.bins is not None:
+            order = self.mixture.of(self.pairs[drawn.indices], drawn.timesteps).argsort(stable=True)
             return replace(drawn, **{name: values[order] for name, values in vars(drawn).items() if values is not None})
         served = experts[drawn.indices[:count]].sort().values  # each drawn as often as it serves prompts
         parts = drawn.indices.tensor_split(len(served))
@@ -108,7 +119,7 @@ class BackboneObjective(FineTuningObjective):
 
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
         """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
-        experts = self.mixture.experts[self.pairs[batch.indices[positions]]]
+        experts = self.mixture.of(self.pairs[batch.indices[positions]], batch.timesteps[positions])
         terms: dict[str, Tensor] = {}
         for index in experts.unique().tolist():
             student = self.members[index].take()

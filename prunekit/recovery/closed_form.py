@@ -54,7 +54,7 @@ class ClosedFormConfig(BaseModel):
         [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
         min_length=1,
         description="ridges that are tried, in units of the mean square of a layer's inputs; the best on a quarter of "
-        "the samples is taken, or none where no fit is better than the cut weights",
+        "the batches is taken, or none where the cut weights are better there; of fewer than 4 batches the first",
     )
     inputs: Literal["pruned", "dense"] = Field(
         "pruned",
@@ -193,13 +193,14 @@ def _fit(path: str, layer: nn.Module, pair: _PairOfSums, ridges: Sequence[float]
     """Choose the ridge on what is left out of the fit, then fit on all samples."""
     fitted, left_out = pair.fitted, pair.left_out
     start = packed(layer)
-    best, ridge = left_out.error(start), None
-    for tried in ridges if float(left_out.weight) else ridges[:1]:
-        error = left_out.error(fitted.solve(start, tried)) if float(left_out.weight) else -1.0
-        if error < best:
-            best, ridge = error, tried
-    parts = (a + b for a, b in zip(fitted.tensors(), left_out.tensors(), strict=True))
-    whole = Sums(*parts, has_bias=fitted.has_bias)
+    ridge: float | None = ridges[0]
+    if float(left_out.weight):
+        best, ridge = left_out.error(start), None
+        for tried in ridges:
+            error = left_out.error(fitted.solve(start, tried))
+            if error < best:
+                best, ridge = error, tried
+    whole = fitted.plus(left_out)
     before = whole.error(start)
     if ridge is None:
         return LayerFit(path, before, before, None)

@@ -4,15 +4,18 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.registry import denoiser_in
 from prunekit.core.slicing import slice_model
+from prunekit.core.timesteps import TimestepModel
 from prunekit.data.encoded import EncodedData
 from prunekit.methods.result import PruneResult
 from prunekit.recovery.backbone import BackboneObjective, Mixture
 from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
+from prunekit.runtime.errors import UserError
 
 BACKBONE = "backbone"
 
@@ -27,7 +30,7 @@ def recover_experts(
 ) -> list[ModelMixin]:
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
-    What a run does, in memory: returns the UNets, frozen, on the device of the pipeline's UNet, which stays as it is.
+    What a run does, in memory: returns the models, frozen, on the device of the pipeline's UNet, which stays as it is.
     directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
     Raises ValueError as `fine_tune`, and for a directory with the training of another result.
     """
@@ -35,15 +38,15 @@ def recover_experts(
         with TemporaryDirectory() as temporary:
             return recover_experts(result, pipeline, data, config, temporary, seed)
     dense, pairs, directory = denoiser_in(pipeline), data.training_pairs(), Path(directory)
-    routed, pairs_of = routed_pairs(result, data, pairs)
     train = partial(fine_tune, teacher=dense, data=data, config=config, scheduler=pipeline.scheduler, seed=seed)
-    if config.shared_backbone and len(result.architectures) > 1 and routed is not None:
-        mixture = Mixture(result.architectures, over_all_pairs(data, pairs, routed))
-        objective = partial(BackboneObjective, mixture=mixture)
+    if shares_backbone(result, config):
+        objective = partial(BackboneObjective, mixture=mixture_of(result, data, pairs))
         backbone = slice_model(dense, result.space.full())
         train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=objective)
-        return [slice_model(backbone, architecture) for architecture in result.architectures]
-    experts = []
+        return [_sliced(backbone, result, expert) for expert in range(result.num_experts)]
+    if result.bins is not None:
+        raise UserError("architectures that depend on the timestep share their weights: set shared_backbone=true")
+    experts, (_, pairs_of) = [], routed_pairs(result, data, pairs)
     for index, (architecture, served) in enumerate(zip(result.architectures, pairs_of, strict=True)):
         experts.append(slice_model(dense, architecture).eval().requires_grad_(False))
         if len(served):
@@ -60,6 +63,27 @@ def routed_pairs(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple
         return None, [pairs for _ in result.architectures]
     routed = result.router.route_rows(data.prompts, pairs)
     return routed, [pairs[routed == index] for index in range(len(result.architectures))]
+
+
+def shares_backbone(result: PruneResult, config: FineTuneConfig) -> bool:
+    """Whether several architectures are trained as slices of one set of weights."""
+    several = len(result.architectures) > 1 and (result.router is not None or result.bins is not None)
+    return config.shared_backbone and several
+
+
+def mixture_of(result: PruneResult, data: EncodedData, pairs: Tensor) -> Mixture:
+    """Return which architecture learns from each of `pairs` (P,)."""
+    routed, _ = routed_pairs(result, data, pairs)
+    experts = torch.zeros(data.images.num_pairs, dtype=torch.long)
+    return Mixture(
+        result.architectures, experts if routed is None else over_all_pairs(data, pairs, routed), result.bins
+    )
+
+
+def _sliced(backbone: ModelMixin, result: PruneResult, expert: int) -> ModelMixin:
+    """Return an expert of a backbone."""
+    slices = [slice_model(backbone, architecture) for architecture in result.members(expert)]
+    return slices[0] if result.bins is None else TimestepModel(slices, result.bins)
 
 
 def over_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:

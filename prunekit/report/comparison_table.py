@@ -71,7 +71,7 @@ class Row:
     models: int
     steps: int
     estimates: Mapping[str, Estimate]
-    costs: Mapping[str, float]  # means over the seeds
+    costs: Mapping[str, float | None]  # means over the seeds
     differs: bool = False  # whether it trains differently under other protocols
     values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # of each figure, by seed
     errors: Mapping[str, float] = field(default_factory=dict)  # over the pictures, the mean over the seeds
@@ -115,7 +115,7 @@ def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: 
             estimates[name] = estimate(values, errors)
             pictures[name] = _mean(errors)
             by_seed[name] = {cell["cell"]["seed"]: value for cell, value in zip(cells, values, strict=True)}
-    costs = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
+    costs: dict[str, float | None] = {name: _mean(cell["figures"][name] for cell in cells) for name in COSTS}
     costs["params"] = _mean(_params(cell) for cell in cells)
     timed = [timings[cell["models_folder"]] for cell in cells if cell["models_folder"] in timings]
     costs["call_ratio"] = _mean(timed) if timed else None

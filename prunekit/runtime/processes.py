@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -61,16 +61,16 @@ class Processes:
         """Let the main process do something while the others wait; its result, or its error, is everyone's."""
         if self.count == 1:
             return do()
-        result, error = None, None
+        outcome: tuple[T | None, Exception | None] = (None, None)
         if self.is_main:
             try:
-                result = do()
+                outcome = (do(), None)
             except Exception as raised:
-                error = raised
-        result, error = self.agree((result, error))
+                outcome = (None, raised)
+        result, error = self.agree(outcome)
         if error is not None:
             raise error
-        return result
+        return cast("T", result)
 
     def wait(self) -> None:
         """Return when every process has come here."""

@@ -6,6 +6,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class Trackers:
             _try(name, directory, tracker.start)
             self._started[name] = tracker
             if settings and not (name == TENSORBOARD and known):
-                _try(name, directory, lambda tracker=tracker: tracker.store_init_configuration(_plain(settings)))
+                _try(name, directory, partial(tracker.store_init_configuration, _plain(settings)))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Track the numbers of a row of a run's log as "stage/term", at the row's step (0 where it has none).

@@ -19,6 +19,7 @@ from torch import Tensor
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
 from prunekit.core.registry import family_of, latent_size
+from prunekit.core.timesteps import TimestepModel
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.export.pipeline_parts import Parts
 from prunekit.methods.router import Router
@@ -79,7 +80,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         self.parts, self.mixture = parts, mixture
         self._texts = threading.Lock()  # tokenizers are not made for threads
         self._upcasting = threading.Lock()
-        self._macs: dict[tuple[int, tuple[int, int]], int] = {}
+        self._macs: dict[tuple[tuple[int, int], tuple[int, int]], int] = {}
 
     @classmethod
     def of(cls, parts: Parts, mixture: Mixture) -> PromptRoutedPipeline:
@@ -251,7 +252,13 @@ class PromptRoutedPipeline(DiffusionPipeline):
         options = {**options, "height": height, "width": width}
         with self._decoding():
             drawn = base(**given, **options, generator=[image.noise() for image in images]).images
-        macs = self._call_macs(expert, model, (height // scale, width // scale)) * base.num_timesteps * (1 + guided)
+        size = (height // scale, width // scale)
+        if isinstance(model, TimestepModel):
+            bins = model.bins.of(torch.as_tensor(base.scheduler.timesteps)).tolist()
+            calls = sum(self._call_macs((expert, index), model.slices[index], size) for index in bins)
+        else:
+            calls = self._call_macs((expert, 0), model, size) * base.num_timesteps
+        macs = calls * (1 + guided)
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 
     def _base(self, model: ModelMixin) -> DiffusionPipeline:
@@ -269,12 +276,12 @@ class PromptRoutedPipeline(DiffusionPipeline):
         with self._upcasting if upcasts else nullcontext():
             yield
 
-    def _call_macs(self, expert: int, model: ModelMixin, size: tuple[int, int]) -> int:
-        """Exact MACs of one UNet call for one image at a latent of (h, w)."""
-        if (expert, size) not in self._macs:
+    def _call_macs(self, slot: tuple[int, int], model: ModelMixin, size: tuple[int, int]) -> int:
+        """Exact MACs of one UNet call for one image at a latent of (h, w); slot: expert, and bin of timesteps."""
+        if (slot, size) not in self._macs:
             length = self.tokenizer.model_max_length
-            self._macs[expert, size] = CostModel(model, discover(model, "none"), size, length).dense_macs
-        return self._macs[expert, size]
+            self._macs[slot, size] = CostModel(model, discover(model, "none"), size, length).dense_macs
+        return self._macs[slot, size]
 
 
 def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_skip: int | None) -> dict[str, Any]:

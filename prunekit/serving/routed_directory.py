@@ -87,7 +87,7 @@ def _from_run(
             raise FileNotFoundError(f"expert {index} of {method} is not there yet ({unet}); resume the run")
         return unet
 
-    experts = _experts(place_of, len(result.architectures), device, dtype, bounds)
+    experts = _experts(place_of, result.num_experts, device, dtype, bounds)
     encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
     info = {
         "recipe": recipe_hash(directory),

@@ -63,7 +63,10 @@ class NonFiniteLossError(RuntimeError):
 class Objective(Protocol):
     """What a training optimises. Only `modules`' parameters that require gradients are trained."""
 
-    modules: dict[str, nn.Module]
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that are trained, by the names that checkpoints give them."""
+        ...
 
     def batch(self, step: int) -> Any:
         """Return the global batch of a step; the same on every process."""
@@ -220,10 +223,12 @@ class Trainer:
         if self.processes.count == 1:
             return stop
         used = [float(parameter.grad is not None) for parameter in self.parameters]
+        gradients = []
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.processes.sum([parameter.grad for parameter in self.parameters])
+            gradients.append(parameter.grad)
+        self.processes.sum(gradients)
         flags = torch.tensor([float(stop), *used], device=self.processes.device)
         packed = torch.cat([*(value.float().view(1) for value in sums.values()), flags])
         self.processes.sum([packed])

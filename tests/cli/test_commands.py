@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,19 +91,27 @@ def supplies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(supplies, tmp_path_factory):
-    """A run of a mixture of four experts and other methods, one of BK-SDM, and a comparison: what pages name."""
+    """What makes and returns, once each: a run of four experts and other methods, one of BK-SDM, or a comparison."""
     folder, recipes = tmp_path_factory.mktemp("finished"), ROOT / "recipes"
-    model, fixed = f"model={supplies / 'my-model'}", ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
-    more = ["methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}", "methods.aptp.experts=4"]
-    with pytest.MonkeyPatch.context() as patches:
-        patches.chdir(folder)  # in which recipes name caches and reports
-        own = [*fixed, *more, model, f"data.path={supplies / 'photos'}", "data.holdout=0.6"]  # many prompts to route
-        ok("run", recipes / "aptp_own_data.yaml", *own, "--directory", folder / "run")
-        own = [*fixed, f"model={supplies / 'two-layers'}", f"data.path={supplies / 'data' / 'coco'}"]
-        ok("run", recipes / "bksdm_coco.yaml", *own, "--directory", folder / "bksdm")
-        own = [*fixed, model, f"data.path={supplies / 'emoji'}", "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"]
-        ok("compare", recipes / "compare_emoji.yaml", *own, "--output", folder / "compare")
-    return folder
+    fixed = ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
+    model, two_layers, emoji = (supplies / name for name in ("my-model", "two-layers", "emoji"))
+    methods = "methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}"
+    data = [f"data.path={supplies / 'photos'}", "data.holdout=0.6"]  # many prompts to route
+    budget = "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"
+    made = {
+        "run": ["run", recipes / "aptp_own_data.yaml", methods, "methods.aptp.experts=4", f"model={model}", *data],
+        "bksdm": ["run", recipes / "bksdm_coco.yaml", f"model={two_layers}", f"data.path={supplies / 'data' / 'coco'}"],
+        "compare": ["compare", recipes / "compare_emoji.yaml", f"model={model}", f"data.path={emoji}", budget],
+    }
+
+    def one(kind: str) -> Path:
+        if not (folder / kind).is_dir():
+            with pytest.MonkeyPatch.context() as patches:
+                patches.chdir(folder)  # in which recipes name caches and reports
+                ok(*made[kind], *fixed, "--output" if kind == "compare" else "--directory", folder / kind)
+        return folder / kind
+
+    return one
 
 
 @pytest.fixture
@@ -166,14 +175,14 @@ def run_in_small(words: list[str]) -> list[str]:
     return [*more, *FEWER]
 
 
-def supply_runs(words: list[str], finished: Path) -> None:
+def supply_runs(words: list[str], finished: Callable[[str], Path]) -> None:
     """Copy a finished run to wherever a command looks for one that the page did not make."""
     if words[0] in ("generate", "evaluate", "figure", "report", "demo", "export", "bench", "resume", "compare"):
         output = words[words.index("--output") + 1] if "--output" in words else None
         for folder in words:
             if re.fullmatch(r"runs/[\w.-]+", folder) and folder != output and not Path(folder).exists():
                 kinds = [name for name in ("bksdm", "compare") if name in f"{words[0]} {folder}"]
-                shutil.copytree(finished / (kinds[0] if kinds else "run"), folder)
+                shutil.copytree(finished(kinds[0] if kinds else "run"), folder)
 
 
 PROGRAMS = [page for page in PAGES if prunekit_commands(page)]

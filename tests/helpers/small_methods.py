@@ -6,5 +6,6 @@ SMALL: dict[str, dict] = {
     "norm": {"samples": 1},
     "obs": {"samples": 2, "batch_size": 2},
     "taylor_sp": {"samples": 2, "batch_size": 2, "num_timesteps": 2},
+    "timestep_experts": {"bins": 2, "samples": 2, "score": {"samples": 2, "batch_size": 2}},
     "uniarch": {"search": SEARCH},
 }

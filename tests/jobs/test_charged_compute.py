@@ -20,9 +20,11 @@ from prunekit.methods.calibration import layer_values
 from prunekit.recovery import closed_form
 from prunekit.recovery.low_rank import merge
 
+FEW = ("norm", "aptp", "refitted", "low-rank")
 
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
+
+@pytest.fixture(scope="module", params=[FEW, pytest.param(None, marks=pytest.mark.long)], ids=["few", "all"])
+def comparison(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("charged")
     search = {"steps": 3, **TRAINING}
     refit, cut = {"samples": 4, "batch_size": 2, "layers_at_once": 5}, {"fine_tune": False}
@@ -47,6 +49,7 @@ def comparison(tmp_path_factory):
         "fine_tune": {"steps": 5, **TRAINING},
         "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
     }
+    content["methods"] = {name: row for name, row in content["methods"].items() if not request.param or name in FEW}
     path = folder / "charged.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     recipe = claim(folder / "run", load_recipe(path))

@@ -35,8 +35,8 @@ def recipe(tmp_path_factory):
             {"budget": 0.8, "methods": ["norm", "plain"]},
         ],
         "methods": {
-            "norm": {},
-            "plain": {"method": "norm", "distillation": False},
+            "norm": {"samples": 4},
+            "plain": {"method": "norm", "samples": 4, "distillation": False},
             "bksdm": {},
             "aptp": {"experts": 2, "warmup": 1, "search": {"steps": 3, **TRAINING}},
         },

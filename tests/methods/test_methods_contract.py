@@ -60,8 +60,8 @@ def pruned(prune):
 
 
 def weights_of(result):
-    """Share of the training prompts of each architecture."""
-    counts = result.info.prompts_per_expert or [1] * len(result.architectures)
+    """Share of the training prompts, or of a sampler's timesteps, of each architecture."""
+    counts = result.info.prompts_per_expert or result.info.timestep_shares or [1] * len(result.architectures)
     return torch.tensor(counts, dtype=torch.float64) / sum(counts)
 
 

@@ -13,7 +13,7 @@ from prunekit.evaluation.agreement import agreement, data_samples
 from prunekit.methods import Norm, Random
 from prunekit.recovery.closed_form import ClosedFormConfig, consumers, refit
 
-CONFIG = ClosedFormConfig(samples=8, batch_size=2)
+CONFIG = ClosedFormConfig(samples=8, batch_size=2, layers_at_once=4)
 
 
 @pytest.fixture(scope="module")

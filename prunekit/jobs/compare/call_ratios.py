@@ -7,7 +7,7 @@ from torch import nn
 
 from prunekit.core.call import Call, predict
 from prunekit.core.registry import denoiser_in, denoiser_name, family_of
-from prunekit.core.slicing import load_model
+from prunekit.core.timesteps import TimestepModel, load_denoiser, sampled_timesteps
 from prunekit.jobs.stages import Stages
 from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.report.comparison_table import Result
@@ -28,17 +28,21 @@ def call_ratio(dense: nn.Module, pruned: nn.Module, call: Call) -> float:
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     """Return a cell's call ratio, the mean over its experts by their training prompts; None where models are gone."""
     models = directory / WORK / cell["models_folder"]
-    folders = [models / str(index) / denoiser_name(stages.pipeline) for index in range(cell["models"])]
+    shares = [expert["training_share"] for expert in cell["experts"]] or [1.0]
+    folders = [models / str(index) / denoiser_name(stages.pipeline) for index in range(len(shares))]
     if not all(folder.is_dir() for folder in folders):
         return None
     samples, _ = stages.agreement
     dense = denoiser_in(stages.pipeline)
     count = family_of(dense).call_batch(min(PICTURES, samples.call.batch), guided=True)
     call = samples.call.take(torch.arange(count) % samples.call.batch).to(dense)
-    shares = [expert["training_share"] for expert in cell["experts"]] or [1 / cell["models"]] * cell["models"]
+    timesteps = sampled_timesteps(stages.pipeline.scheduler, stages.recipe.evaluation.steps)
     total = 0.0
     for folder, share in zip(folders, shares, strict=True):
         if share:
-            expert = load_model(folder).to(dense.device).eval()
-            total += share * call_ratio(dense, expert, call)
+            expert = load_denoiser(folder).to(dense.device).eval()
+            parts = [(expert, 1.0)]
+            if isinstance(expert, TimestepModel):
+                parts = list(zip(expert.slices, map(float, expert.bins.shares(timesteps)), strict=True))
+            total += share * sum(part * call_ratio(dense, model, call) for model, part in parts)
     return total

@@ -39,13 +39,14 @@ from prunekit.runtime.run_directory import CELLS, DENSE, RESULT, SCORES, WORK
 from prunekit.runtime.tracking import flat
 
 FORMAT = 1
+DISTILLATION = {"distillation_weight", "denoising_weight", "feature_blocks", "feature_scale"}  # settings of it
 RANDOM = "random"  # a row's partition of the prompts among its experts
 MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields that no calibration depends on
 
 
 def cells_of(recipe: CompareRecipe, steps: TrainingSteps) -> list[Cell]:
     """Return a comparison's cells, a whole seed before the next, so that a table that is cut off is still balanced."""
-    cells = []
+    cells: list[Cell] = []
     most = max(len(entry.seeds) for entry in recipe.budgets)
     for repetition in range(most):
         for entry in recipe.budgets:
@@ -121,7 +122,7 @@ class CellRunner:
         """Return how a cell's models are distilled: "shared", as the recipe says; "own", the method's way; "none"."""
         if cell.label == DENSE:
             return "–"
-        if self.recipe.method(cell.label, 0.5, cell.seed).fine_tuning():
+        if DISTILLATION & self.recipe.method(cell.label, 0.5, cell.seed).fine_tuning().keys():
             return "own"
         return "shared" if self.recipe.fine_tuning(cell.label, 1).distillation_weight else "none"
 

@@ -139,25 +139,30 @@ def compare(
     Returns the output directory. Raises RecipeError for what is no comparison, ValueError for cells that cannot share
     a table, by the field that differs.
     """
-    overrides, paths = list(overrides), [Path(path) for path in paths]
-    cells, timings, missing, published = [], {}, [], []
+    overrides, sources = list(overrides), [Path(path) for path in paths]
+    cells: list[Result] = []
+    timings: dict[str, float] = {}
+    missing: list[Cell] = []
+    published: list[dict[str, Any]] = []
     pairs: list[list[str]] = []
-    recipes = {path: _load(path, overrides) for path in paths if not path.is_dir()}
-    if empty := next((path for path in paths if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
+    recipes = {path: _load(path, overrides) for path in sources if not path.is_dir()}
+    if empty := next((path for path in sources if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
         raise RecipeError(f"{empty} holds no cells of a comparison")
-    folders = [Path(output or (path if path.is_dir() else Path("runs") / recipes[path].name)) for path in paths]
+    folders = [Path(output or (path if path.is_dir() else Path("runs") / recipes[path].name)) for path in sources]
     with ExitStack() as stack:
 
         def enter(folder: Path, recipe: CompareRecipe | None = None) -> CompareRecipe | None:
             return stack.enter_context(occupied(folder, lambda others: claim(folder, recipe)))
 
         enter(folders[0])  # before anything is made
-        for path, folder in zip(paths, folders, strict=True):
+        for path, folder in zip(sources, folders, strict=True):
             if path.is_dir():
                 finished = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]
                 times = read_json(path / TIMINGS) if (path / TIMINGS).is_file() else {}
             else:
-                comparison = Comparison(enter(folder, recipes[path]), folder)
+                resolved = enter(folder, recipes[path])
+                assert resolved is not None, "a recipe was given"
+                comparison = Comparison(resolved, folder)
                 comparison.make()
                 finished, lacking = comparison.results()
                 missing += lacking
@@ -191,9 +196,14 @@ def _write(
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
     rows = rows_of(cells, timings)
-    content = {"rows": json_rows(rows), "missing": [cell.name for cell in missing], "published": published}
-    content["warnings"] = warnings_of(cells)
-    content["pairs"] = paired_rows(rows, pairs)
+    warnings, tested = warnings_of(cells), paired_rows(rows, pairs)
+    content: dict[str, Any] = {
+        "rows": json_rows(rows),
+        "missing": [cell.name for cell in missing],
+        "published": published,
+        "warnings": warnings,
+        "pairs": tested,
+    }
     write_json(folder / RESULTS, {"environments": _environments(cells), **content})
     write_text(folder / TABLE_CSV, csv_text(rows))
     parts = ["\n\n".join([NOTE, *known_lines(cells)]) + "\n"]
@@ -205,12 +215,12 @@ def _write(
                 heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
                 parts += [f"## {heading}\n", markdown_table(lines, columns)]
                 console.print(terminal_table(lines, columns, heading, console.width))
-    if content["pairs"]:
-        lines = paired_lines(content["pairs"])
+    if tested:
+        lines = paired_lines(tested)
         parts += ["## Pairs\n", f"{PAIRS_NOTE}\n", markdown_table(lines, PAIR_COLUMNS)]
         console.print(terminal_table(lines, PAIR_COLUMNS, "Pairs", console.width))
-    parts += warning_lines(content["warnings"])
-    for warning in content["warnings"]:
+    parts += warning_lines(warnings)
+    for warning in warnings:
         console.print(f"warning: {warning}", markup=False)
     if published:
         columns = [Column(key, key) for key in dict.fromkeys(key for row in published for key in row)]

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from prunekit.jobs.compare.cell_runner import DISTILLATION
 from prunekit.jobs.recipe import with_added
 from prunekit.report.comparison_table import EQUAL_TOTAL, Result
 from prunekit.runtime.errors import UserError
 
-DISTILLATION = tuple(
-    f"fine_tune.{name}" for name in ("distillation_weight", "denoising_weight", "feature_blocks", "feature_scale")
-)
+DISTILLED = tuple(f"fine_tune.{name}" for name in DISTILLATION)
 WEIGHTS = ("fine_tune.snr_gamma", "fine_tune.snr_form")  # of the denoising error, of which a method may have its own
 AXES = {"seed"}
 
@@ -50,12 +49,13 @@ def _group(field: str, cell: Result) -> Hashable | None:
         "prune.budget": lambda: axes["budget"],
         "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own space
         "fine_tune.shared_backbone": lambda: axes["method"],
+        "fine_tune.experts_per_step": lambda: axes["method"],
         "fine_tune.steps": lambda: {"equal_compute": cell["models"], EQUAL_TOTAL: None}.get(axes["protocol"], ""),
         "fine_tune.warmup_steps": lambda: None if axes["protocol"] == EQUAL_TOTAL else "",
     }
     if field in rules:
         return rules[field]()
-    if field in DISTILLATION:
+    if field in DISTILLED:
         return None if cell["distillation"] == "own" else cell["distillation"]
     if field in WEIGHTS:
         return None if cell["distillation"] == "own" else ""

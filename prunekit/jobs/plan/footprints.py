@@ -34,8 +34,9 @@ def memory(
     """Return weights, and the peak of each stage on one of the devices, in bytes."""
     largest = max(row["params_kept"] for row in described.values())
     resident = FLOAT32 * (model.params + model.parts.params)
-    latent, stages = model.latent(recipe.resolution), {}
-    pixels = tuple(side * model.parts.scale for side in latent)
+    latent, scale = model.latent(recipe.resolution), model.parts.scale
+    stages: dict[str, int] = {}
+    pixels = (latent[0] * scale, latent[1] * scale)
     at_once = max(1, min(BATCH, BATCH * BATCH_SIDE**2 // (pixels[0] * pixels[1])))
     stages["encoding"] = model.once(("encoding", pixels), lambda: model.rehearsal.encoding(pixels, at_once))
     for name, row in rows.items():

@@ -80,7 +80,8 @@ def plan_all(recipes: Iterable[AnyRecipe], devices: Devices | None = None) -> li
 
 
 def _units(space: UnitSpace) -> dict[str, dict[str, int]]:
-    groups, units = Counter(g.kind for g in space.groups), Counter()
+    groups = Counter(g.kind for g in space.groups)
+    units: Counter[str] = Counter()
     for group in space.groups:
         units[group.kind] += group.size
     return {kind: {"groups": groups[kind], "units": units[kind]} for kind in groups}

@@ -164,7 +164,7 @@ class SearchObjective(GateSearchObjective):
         soft = self.gate(batch, batch.embeddings, "embeddings")
         contrast = contrastive_loss(self._prompts(batch), soft, config.contrastive_temperature)
         logits = batch.embeddings if batch.step < config.warmup else self.codes.values
-        costs = self.cost.total(self.gate(batch, logits))  # (N,), during the warm-up (B,)
+        costs = self.cost.expected_total(self.gate(batch, logits))  # (N,), during the warm-up (B,)
         terms = {"contrastive": config.contrastive_weight * contrast}
         terms["resource"] = self.resource_term(batch_weighted_cost(costs, batch.assignment))
         if config.spread_weight or config.maximum_weight:

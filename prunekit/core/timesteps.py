@@ -1,0 +1,184 @@
+"""A denoiser that is another one at other timesteps: one module, which a stock pipeline takes for its denoiser."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+from prunekit.runtime.errors import UserError
+
+from .call import Call
+from .registry import denoiser_of
+from .slicing import export_model, load_model
+
+CONFIG = "config.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TimestepBins:
+    """Timesteps cut into K bins; bin b has those from bounds[b - 1] up to bounds[b], which is the next one's.
+
+    bounds: (K - 1), ascending, in the unit that the denoiser takes.
+    """
+
+    bounds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if list(self.bounds) != sorted(set(self.bounds)):
+            raise UserError(f"bounds of timesteps must ascend, got {list(self.bounds)}")
+
+    def __len__(self) -> int:
+        return len(self.bounds) + 1
+
+    def of(self, timesteps: Tensor) -> Tensor:
+        """Return the bin of each timestep, int64, of the shape of `timesteps`."""
+        bounds = torch.tensor(self.bounds, dtype=torch.float64, device=timesteps.device)
+        return torch.bucketize(timesteps.double(), bounds, right=True)
+
+    def shares(self, timesteps: Iterable[float]) -> list[Fraction]:
+        """Return the share of a sampler's timesteps that each bin has, exactly; (K)."""
+        counts = torch.bincount(self.of(torch.tensor([float(t) for t in timesteps])), minlength=len(self)).tolist()
+        return [Fraction(count, sum(counts)) for count in counts]
+
+
+def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
+    """Return the timesteps of a denoiser's calls for one picture, (n,) float64; the scheduler stays as it is."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    return torch.as_tensor(scheduler.timesteps).double().cpu()
+
+
+class TimestepModel(ModelMixin, ConfigMixin):
+    """Several slices of one denoiser, of which each sample runs through the one of its timestep.
+
+    Called as the denoiser is; what it has beside, such as `config` or the parts that a pipeline looks at, is the first
+    slice's. It holds no weights of its own.
+    """
+
+    config_name = CONFIG
+
+    def __init__(self, slices: Sequence[nn.Module], bins: TimestepBins):
+        """Hold the slices, one for each of the bins.
+
+        Raises:
+            UserError: another number of slices than bins, or slices of several model classes.
+
+        """
+        super().__init__()
+        if len(slices) != len(bins) or not slices:
+            raise UserError(f"{len(slices)} slices for {len(bins)} bins of timesteps: give one for each")
+        if len(classes := {type(denoiser_of(model)).__name__ for model in slices}) > 1:
+            raise UserError(f"slices of one denoiser are needed, got {', '.join(sorted(classes))}")
+        self.slices, self.bins = nn.ModuleList(slices), bins
+        first: Any = slices[0]
+        self._internal_dict = FrozenDict({key: first.config[key] for key in first.config if key != "pruning"})
+        self._parameters_of = tuple(inspect.signature(type(first).forward).parameters)[1:]
+
+    @property
+    def described(self) -> nn.Module:
+        """A slice: what the denoiser is, it says for all."""
+        return self.slices[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a pipeline looks for on its denoiser: the first slice's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "slices" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.slices[0], name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Run each sample through the slice of its timestep; arguments and result are the slices'."""
+        options |= dict(zip(self._parameters_of, arguments, strict=False))
+        timesteps = torch.as_tensor(options["timestep"])
+        bins = self.bins.of(timesteps.cpu())
+        if (first := int(bins.flatten()[0])) == int(bins.amin()) == int(bins.amax()):
+            return self.slices[first](**options)
+        call = Call({name: value for name, value in options.items() if value is not None})
+        parts = {int(b): (bins == b).nonzero().flatten() for b in bins.unique()}
+        outputs = [self.slices[b](**call.take(rows.to(call.device))) for b, rows in parts.items()]
+        order = torch.cat(list(parts.values())).argsort().to(call.device)
+        return _joined(outputs, lambda values: torch.cat(values)[order])
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the slices below a folder, each in its stock form where it has one, and what says when each runs."""
+        write_bins(Path(save_directory), self.bins)
+        for index, model in enumerate(self.slices):
+            export_model(model, slice_folder(save_directory, index))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> TimestepModel:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            UserError: a folder of something else, or of another format.
+
+        """
+        folder = Path(pretrained_model_name_or_path)
+        bins = read_bins(folder)
+        if bins is None:
+            raise UserError(f"{folder} holds no {cls.__name__}")
+        return cls([load_model(slice_folder(folder, index), **options) for index in range(len(bins))], bins)
+
+
+def load_denoiser(folder: str | Path, **options: Any) -> Any:
+    """Read a denoiser that was saved: a single one, stock or pruned, or a `TimestepModel`; errors as `load_model`."""
+    if read_bins(folder) is None:
+        return load_model(folder, **options)
+    return TimestepModel.from_pretrained(folder, **options)
+
+
+def slice_folder(folder: str | Path, index: int) -> Path:
+    """Return where a slice lies in the folder of a `TimestepModel`."""
+    return Path(folder) / f"slice-{index}"
+
+
+def write_bins(folder: Path, bins: TimestepBins) -> None:
+    """Write the config of a `TimestepModel`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"_class_name": TimestepModel.__name__, "format": FORMAT, "bounds": list(bins.bounds)}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_bins(folder: str | Path) -> TimestepBins | None:
+    """Return the bins of a `TimestepModel`'s folder; None for the folder of a single model.
+
+    Raises:
+        UserError: another format, or bounds that are none.
+
+    """
+    try:
+        content = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what reads the folder as a single model says so
+        return None
+    if not isinstance(content, dict) or content.get("_class_name") != TimestepModel.__name__:
+        return None
+    if content.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {content.get('format')!r}; this version of prunekit reads {FORMAT}")
+    bounds = content.get("bounds")
+    if not isinstance(bounds, list) or not all(isinstance(bound, int | float) for bound in bounds):
+        raise UserError(f"{folder} names no bounds of timesteps: {bounds!r}")
+    return TimestepBins(tuple(bounds))
+
+
+def _joined(outputs: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """Join the outputs of models, tensors or what holds them, in the form that they have."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return join(list(outputs))
+    if isinstance(first, tuple):
+        return tuple(_joined(values, join) for values in zip(*outputs, strict=True))
+    return type(first)(**{name: _joined([output[name] for output in outputs], join) for name in first})
