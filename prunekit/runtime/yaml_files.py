@@ -1,5 +1,6 @@
 """YAML that others wrote: any fault of it is one line, and a reference in it reads nothing but other settings."""
 
+import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,13 +16,15 @@ FAULTS = (  # of readers of YAML and of what resolves its references
     *(OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError),
     *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
 )
+BRACKET = re.compile(r"[\[\]{}]")
+MOST_OPEN = 100
 REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # to another setting
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file as it stands, without references; UserError where it holds none."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(_text(path))
     except FAULTS as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -32,7 +35,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def load_settings(path: Path) -> DictConfig:
     """Return the mapping in a YAML file with its references; UserError where it holds none."""
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.load(io.StringIO(_text(path)))
     except FAULTS as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, DictConfig):
@@ -71,6 +74,19 @@ def merged(*configs: DictConfig) -> DictConfig:
     whole = OmegaConf.merge(*configs)
     assert isinstance(whole, DictConfig)
     return whole
+
+
+def _text(path: Path) -> str:
+    """Return a file's text; ValueError where more brackets are open at once than settings ever have.
+
+    The parser takes quadratic time over them before it gives up.
+    """
+    text, depth = path.read_text(encoding="utf-8"), 0
+    for bracket in BRACKET.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > MOST_OPEN:
+            raise ValueError(f"more than {MOST_OPEN} brackets are open at once")
+    return text
 
 
 def _refuse_resolvers(node: Any) -> None:
