@@ -18,7 +18,7 @@ def write_small_recipe(folder):
     content = {
         **write_world(folder),
         "prune": {"budget": 0.7},
-        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **STEPWISE}}},
+        "methods": {"norm": {"samples": 2}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **STEPWISE}}},
         "fine_tune": {"steps": 5, **STEPWISE},
         "evaluation": {"num_images": 6, "steps": 2, "batch_size": 2, "num_predictions": 8, "num_pictures": 2},
     }

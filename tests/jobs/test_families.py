@@ -22,8 +22,8 @@ from prunekit.report.comparison_table import TIMINGS, rows_of
 from prunekit.serving import PromptRoutedPipeline
 
 METHODS = {
-    "norm": {},
-    "taylor_sp": {"samples": 2, "batch_size": 2},
+    "norm": {"samples": 2},
+    "taylor_sp": {"samples": 2, "batch_size": 2, "num_timesteps": 2},
     "bksdm": {},
     "aptp": {"experts": 2, "warmup": 1, "search": {"steps": 2, **TRAINING}},
 }
@@ -91,7 +91,7 @@ def test_a_comparison_of_xl_reaches_its_table(tmp_path):
         "model": str(write(tmp_path / "model", "sdxl")),
         "data": {"kind": "webdataset", "path": str(tmp_path / "shards"), "holdout": 0.25},
         "resolution": 32,
-        "methods": {"norm": {}},
+        "methods": {"norm": {"samples": 2}},
         "budgets": [{"budget": 0.7}],
         "protocols": ["equal_steps", "equal_compute"],
         "fine_tune": {"steps": 1, **TRAINING},

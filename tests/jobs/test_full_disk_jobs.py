@@ -62,7 +62,7 @@ def recipes(tmp_path_factory):
             **world,
             "job": "compare",
             "budgets": [{"budget": 0.7}, {"budget": 0.8}],
-            "methods": {"norm": {}},
+            "methods": {"norm": {"samples": 2}},
             "protocols": ["equal_steps"],
             "fine_tune": {"steps": 2, **STEPWISE},
             "evaluation": evaluation,

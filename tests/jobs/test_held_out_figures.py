@@ -35,7 +35,7 @@ def stages(tmp_path_factory):
         "model": str(write_pipeline(folder / "model")),
         "data": {**webdataset(folder / "data", samples), "holdout": 0.34},
         "prune": {"budget": 0.7},
-        "methods": {"norm": {}},
+        "methods": {"norm": {"samples": 2}},
         "fine_tune": {"steps": 2, **TRAINING},
         "evaluation": {"num_images": 8, "num_seen_images": 6, "num_predictions": 40, "steps": 1},
     }

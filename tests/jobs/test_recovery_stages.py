@@ -64,6 +64,7 @@ def test_a_refit_alone_is_a_run(world):
     assert row["training_passes"] > len(fits) * REFIT["samples"]
 
 
+@pytest.mark.long
 def test_a_killed_run_keeps_its_refit(world, monkeypatch):
     recipe = write(world, "killed", recover={"closed_form": REFIT})
     refit, fine_tune = recovering.refit, recovering.fine_tune

@@ -51,7 +51,7 @@ def recipe(world, models, tmp_path):
             **world,
             "model": str(models[name]),
             "prune": {"budget": 0.7},
-            "methods": {"norm": {}},
+            "methods": {"norm": {"samples": 2}},
             "fine_tune": {"steps": 1, **TRAINING},
             "evaluation": {"num_images": 4, "steps": 1},
         }

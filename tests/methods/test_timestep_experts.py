@@ -58,22 +58,17 @@ def test_the_mean_over_the_samplers_timesteps_meets_the_budget(bins, depth, worl
             assert not added or sum(macs) + share * added > 7 * limit
 
 
-def test_nested_bins_keep_what_smaller_ones_keep(world):
+def test_nested_bins_keep_what_smaller_ones_keep_and_are_read_again(world, tmp_path):
     unet, data = world
-    result = TimestepExperts(budget=0.6, bins=3, depth="none", **SETTINGS).prune(stub(unet), data)
+    result = TimestepExperts(budget=0.6, bins=3, depth="none", **SETTINGS).prune(stub(unet), data, tmp_path)
+    again = PruneResult.load(tmp_path, unet)
+    assert again.bins == result.bins and again.architectures == result.architectures
     vectors = sorted((a.values for a in result.architectures), key=lambda vector: int(vector.sum()))
     for group in result.space.width_groups:
         counts = [int(vector[result.space.slice(group)].sum()) for vector in vectors]
         kept = [set(vector[result.space.slice(group)].nonzero().flatten().tolist()) for vector in vectors]
         order = sorted(range(3), key=counts.__getitem__)
         assert all(kept[a] <= kept[b] for a, b in pairwise(order))
-
-
-def test_saved_and_loaded_it_is_the_same(world, tmp_path):
-    unet, data = world
-    result = TimestepExperts(budget=0.7, bins=2, **SETTINGS).prune(stub(unet), data, tmp_path)
-    again = PruneResult.load(tmp_path, unet)
-    assert again.bins == result.bins and again.architectures == result.architectures
 
 
 def test_bins_have_as_many_timesteps_each():

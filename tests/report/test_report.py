@@ -90,7 +90,7 @@ def run(world, tmp_path_factory):
     content = {
         **settings,
         "prune": {"budget": 0.7},
-        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 2, "search": search}},
+        "methods": {"norm": {"samples": 2}, "aptp": {"experts": 2, "warmup": 2, "search": search}},
         "fine_tune": {"steps": 3, **TRAINING, "log_every": 1},
         "evaluation": {"num_images": 6, "steps": 2, "batch_size": 3, "num_predictions": 8, "num_pictures": 2},
     }
@@ -179,7 +179,7 @@ def test_a_run_without_routing(run, tmp_path):
     results["table"]["rows"] = results["table"]["rows"][:2]
     (plain / "results.json").write_text(json.dumps({**results, "experts": {}, "routing": {}}))
     settings = yaml.safe_load((plain / "recipe.yaml").read_text())
-    (plain / "recipe.yaml").write_text(yaml.safe_dump({**settings, "methods": {"norm": {}}}))
+    (plain / "recipe.yaml").write_text(yaml.safe_dump({**settings, "methods": {"norm": {"samples": 2}}}))
     write_report(plain)
     text, _ = read(plain)
     assert [line for line in reasons(text) if "routes prompts" in line] and len(reasons(text)) == 1

@@ -92,7 +92,7 @@ def world(tmp_path_factory):
 
 COMPARISON = {
     "job": "compare",
-    "methods": {"norm": {}},
+    "methods": {"norm": {"samples": 2}},
     "budgets": [{"budget": 0.7}],
     "fine_tune": {"steps": 1, **TRAINING},
     "evaluation": {"num_images": 2, "steps": 1, "batch_size": 2, "num_predictions": 2},
@@ -180,7 +180,7 @@ def test_a_request_that_drew_nothing_leaves_its_directory_free(tmp_path, monkeyp
 
 def test_a_run_whose_directory_goes_fails(world, tmp_path, monkeypatch):
     """Attack 19: the run ended with status 0 in a directory without its recipe."""
-    content = {**world, "methods": {"norm": {}}, "prune": {"budget": 0.7}}
+    content = {**world, "methods": {"norm": {"samples": 2}}, "prune": {"budget": 0.7}}
     content |= {key: COMPARISON[key] for key in ("fine_tune", "evaluation")}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -197,7 +197,7 @@ def test_a_comparison_is_whole_when_its_command_ends(tmp_path, two):
         "job": "compare",
         **write_world(tmp_path),
         "budgets": [{"budget": 0.8, "seeds": [0, 1], "methods": ["norm", "random"]}],
-        "methods": {"norm": {}, "random": {}},
+        "methods": {"norm": {"samples": 2}, "random": {}},
         "fine_tune": {"steps": 4, **TRAINING},
         "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
     }

@@ -35,7 +35,7 @@ def recipe(tmp_path_factory):
     content = {
         **write_world(folder),
         "prune": {"budget": 0.7},
-        "methods": {"norm": {}, "aptp": {"experts": 2, "warmup": 1, "search": {"steps": 3, **stepwise}}},
+        "methods": {"norm": {"samples": 2}, "aptp": {"experts": 2, "warmup": 1, "search": {"steps": 3, **stepwise}}},
         "fine_tune": {"steps": 2, **stepwise},
         "evaluation": {"num_images": 4, "steps": 1, "batch_size": 2, "num_predictions": 4, "num_pictures": 1},
     }

@@ -27,7 +27,7 @@ METHODS = {
     "taylor_sp": {"samples": 4},
     "aptp": {"warmup": 1, "experts": 2, "search": SEARCH},
     "uniarch": {},
-    "norm": {},
+    "norm": {"samples": 2},
 }
 NAMES = {
     "fine_tune.precision",
@@ -145,7 +145,7 @@ def test_plans_count_in_the_precision_of_the_device(tmp_path):
 
 def test_a_run_resumes_in_the_precision_that_it_began_with(tmp_path, monkeypatch):
     settings = write_world(tmp_path)
-    content = {**settings, "prune": {"budget": 0.7}, "methods": {"norm": {}}}
+    content = {**settings, "prune": {"budget": 0.7}, "methods": {"norm": {"samples": 2}}}
     content["fine_tune"] = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3}
     content["evaluation"] = {"num_images": 2, "steps": 1, "batch_size": 2, "num_predictions": 2, "num_pictures": 1}
     path = tmp_path / "auto.yaml"
@@ -167,7 +167,7 @@ def test_a_run_resumes_in_the_precision_that_it_began_with(tmp_path, monkeypatch
 
 def test_a_cells_key_holds_the_resolved_precision(tmp_path, monkeypatch):
     settings = write_world(tmp_path)
-    content = {**settings, "job": "compare", "methods": {"norm": {}}, "budgets": [{"budget": 0.7}]}
+    content = {**settings, "job": "compare", "methods": {"norm": {"samples": 2}}, "budgets": [{"budget": 0.7}]}
     content["fine_tune"] = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3}
     content["evaluation"] = {"num_images": 2, "steps": 1}
 

@@ -148,7 +148,7 @@ def trained(tmp_path_factory):
     recipe = parse_recipe(
         {
             **write_world(folder),
-            "methods": {"norm": {}},
+            "methods": {"norm": {"samples": 2}},
             "prune": {"budget": 0.7},
             "fine_tune": {"steps": 1, **TRAINING},
         }
