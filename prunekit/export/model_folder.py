@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def load_unet(
         state |= read_tensors(path, dtype)
     unet.load_state_dict(state, assign=True)
     return unet.to(device).eval().requires_grad_(False)
+
+
+def num_weights(folder: str | Path) -> int:
+    """Return how many weights `load_unet` would load from a folder, from the headers of its files and its config."""
+    folder = Path(folder)
+    if (bins := read_bins(folder)) is not None:
+        return sum(num_weights(slice_folder(folder, index)) for index in range(len(bins)))
+    if backbone_of(folder) is not None:
+        config = {key: value for key, value in read_object(folder / CONFIG).items() if key != "auto_map"}
+        return sum(parameter.numel() for parameter in unet_from_config(config, folder).parameters())
+    shapes = (shape for path in weight_files(folder) for shape in read_outline(path)[1].values())
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _check_specification(folder: Path, config: Mapping[str, Any], specification: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.timesteps import TimestepModel, slice_folder, write_bins
 from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS
@@ -50,7 +51,13 @@ class _Work:
     claims: list[Claim] = field(default_factory=list)
 
     def save(self, unet: ModelMixin, folder: Path, what: str) -> None:
-        """Save a UNet, which reports call `what`, to a folder of its own."""
+        """Save a UNet, which reports call `what`, to a folder of its own; or each slice of one."""
+        if isinstance(unet, TimestepModel):
+            write_bins(folder, unet.bins)
+            slices: Any = unet.slices
+            for index, part in enumerate(slices):
+                self.save(part, slice_folder(folder, index), f"{what}, slice {index}")
+            return
         graph = self.tier in GRAPHS
         if graph:
             specification = save_graph(unet, folder, self.tier, self.batch, self.text_length)
@@ -105,6 +112,12 @@ def export(
     work = _Work(tier, batch, pipeline.tokenizer.model_max_length)
     table = _table(source)
     if expert is not None or pipeline.num_experts == 1:
+        with pipeline.mixture.experts.use(expert or 0) as unet:
+            is_sliced = isinstance(unet, TimestepModel)
+        if is_sliced and expert is not None:
+            raise UserError(f"expert={expert} is several slices, one for each bin of timesteps: export all experts")
+        if is_sliced:  # no stock class selects by timestep
+            return _export_all(pipeline, directory, work, table)
         return _export_one(pipeline, expert or 0, directory, work, table)
     return _export_all(pipeline, directory, work, table)
 

@@ -11,7 +11,6 @@ Without prunekit, diffusers opens it with one expert: `DiffusionPipeline.from_pr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from diffusers import ModelMixin
 
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
-from prunekit.export.model_folder import load_unet
+from prunekit.export.model_folder import load_unet, num_weights
 from prunekit.export.pipeline_parts import Parts
-from prunekit.export.specification import read_outline, weight_files
-from prunekit.export.tiers import save_unet
+from prunekit.export.tiers import save_expert
 from prunekit.methods.result import PruneResult
 from prunekit.methods.router import Router
 from prunekit.models import load_pipeline_of
@@ -133,11 +131,7 @@ def _experts(
     def read(index: int, device: torch.device, dtype: torch.dtype) -> ModelMixin:
         return load_unet(place_of(index), dtype, device)
 
-    def num_weights(index: int) -> int:
-        shapes = [read_outline(path)[1] for path in weight_files(place_of(index))]
-        return sum(math.prod(shape) for file_shapes in shapes for shape in file_shapes.values())
-
-    return Experts(read, num_weights, count, device, dtype, **bounds)
+    return Experts(read, lambda index: num_weights(place_of(index)), count, device, dtype, **bounds)
 
 
 def save(parts: Parts, mixture: Mixture, directory: Path, tier: str = "auto") -> None:
@@ -147,11 +141,11 @@ def save(parts: Parts, mixture: Mixture, directory: Path, tier: str = "auto") ->
 
 
 def write(parts: Parts, mixture: Mixture, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
-    """Write a mixture and its pipeline's parts into an existing folder; return the experts' specifications."""
+    """Write a mixture and its pipeline's parts into an existing folder; return the specifications of its UNets."""
     specifications = []
     for index in range(mixture.experts.num_experts):
         with mixture.experts.use(index) as unet:
-            specifications.append(save_unet(unet, folder / "experts" / str(index), tier))
+            specifications += save_expert(unet, folder / "experts" / str(index), tier)
         del unet  # or it would stay in memory while the next one is loaded
     write_shared(parts, mixture, folder)
     return specifications

@@ -21,6 +21,7 @@ from prunekit.methods.timestep_experts import even_bins
 from prunekit.recovery.backbone import BackboneObjective, Mixture
 from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective
 from prunekit.runtime.errors import UserError
+from prunekit.serving.exporting import export
 
 SETTINGS = {"samples": 4, "score": {"samples": 4, "batch_size": 4, "precision": "float32"}, "sampling_steps": 7}
 
@@ -122,3 +123,9 @@ def test_a_run_serves_it_in_a_routed_pipeline(tmp_path):
     dense = rows["dense"]["macs"]
     calls = len(sampled_timesteps(routed.scheduler, 2))
     assert 0 < drawn.macs[0] <= calls * 0.7 * dense
+    assert routed.mixture.experts.size(0) == 4 * sum(p.numel() for p in model.parameters())
+    exported = export(run, tmp_path / "exported")
+    assert len(exported.tiers) == 2 and len(exported.checked) > 2
+    again = pk.PromptRoutedPipeline.from_pretrained(tmp_path / "exported")
+    options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 1.0, "seeds": 0}
+    assert (again(["red apple"], **options).images == routed(["red apple"], **options).images).all()
