@@ -35,6 +35,8 @@ from .space import Architecture, UnitGroup, UnitSpace, near
 
 FORMAT = 1
 POINTER = "backbone.json"  # of a member: where its weights are
+DELTAS = "deltas.safetensors"  # of a member: what it changes of them, where it does
+DOWN, UP, SHIFT = ".down", ".up", ".shift"  # after a tensor's name there: a low-rank change, or what is added as it is
 SAVED_MODULE = "prunekit.slicing"  # the module that saved pipelines name; see there
 
 
@@ -264,9 +266,30 @@ def blank_of(dense: Any, model: Any) -> Any:
 
 
 def slice_member(pruned_class: type[PrunedModel], model: nn.Module, folder: str | Path) -> Any:
-    """A backbone sliced to the Architecture of a member's folder."""
+    """A backbone sliced to the Architecture of a member's folder, with the member's own changes."""
     pruning = pruned_class.load_config(folder)["pruning"]
-    return _sliced(pruned_class, model, read_pruning(pruning, whole_space(pruned_class.structure, model)))
+    sliced = _sliced(pruned_class, model, read_pruning(pruning, whole_space(pruned_class.structure, model)))
+    if (Path(folder) / DELTAS).is_file():
+        _change(sliced, Path(folder) / DELTAS)
+    return sliced
+
+
+@torch.no_grad()
+def _change(model: nn.Module, path: Path) -> None:
+    """Add the changes in a file to a model's weights. UserError for one that does not fit."""
+    names, changes = names_in_files(model), load_state_dict(path)
+    known = {names.get(name, name): parameter for name, parameter in model.named_parameters()}
+    for key, value in changes.items():
+        name, _, kind = key.rpartition(".")
+        weight = known.get(name)
+        try:
+            if kind == DOWN[1:]:
+                continue  # with its `up`
+            assert weight is not None
+            change = changes[name + UP].double() @ changes[name + DOWN].double() if kind == UP[1:] else value.double()
+            weight.copy_(weight.double() + change.reshape(weight.shape).to(weight.device))
+        except (AssertionError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit the model of its folder: {key} has no place there") from error
 
 
 def keep_saved_module(pruned: type) -> None:

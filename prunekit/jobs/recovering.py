@@ -29,10 +29,11 @@ from prunekit.core.timesteps import slice_folder, write_bins
 from prunekit.evaluation.comparison import Candidate, StoredModels, shares_of
 from prunekit.jobs.stages import Stages
 from prunekit.methods.result import PruneResult
-from prunekit.recovery.backbone import BackboneObjective, Mixture
+from prunekit.recovery.backbone import BackboneObjective, Member, Mixture
 from prunekit.recovery.closed_form import ClosedFormConfig, refit
+from prunekit.recovery.deltas import Deltas
 from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune
-from prunekit.recovery.in_memory import BACKBONE, mixture_of, routed_pairs, shares_backbone
+from prunekit.recovery.in_memory import BACKBONE, kept_objective, mixture_of, routed_pairs, shares_backbone
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
 from prunekit.runtime.processes import apart, current
@@ -184,15 +185,16 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     recovery, folder, processes = job.recovery, job.folder, current()
     dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
     objective: Callable[..., FineTuningObjective] = FineTuningObjective
+    objectives: list[BackboneObjective] = []
     if job.mixture is not None:
-        objective = partial(BackboneObjective, mixture=job.mixture)
+        objective = kept_objective(job.mixture, objectives)
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
     student, figures = _refitted(stages, job, slice_model(dense, architecture).to(stages.device))
     at_steps = stages.recipe.evaluation.at_steps
 
     def keep(name: str) -> None:
         if processes.is_main:
-            _keep(student, recovery, job, name)
+            _keep(student, recovery, job, name, objectives[0].members if objectives else ())
 
     if len(job.pairs) and recovery.fine_tunes:
         milestones: dict[int, Callable[[], None]] = {
@@ -247,24 +249,34 @@ def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin
     return student, figures | {"refit_seconds": content["seconds"], "refit_layers": len(content["layers"])}
 
 
-def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str) -> None:
+def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str, members: Sequence[Member]) -> None:
     """Write a model's folder; of a backbone, the experts' folders first, so that what is there is complete."""
     target = job.folder / name
     if job.index is None:
         for expert in range(recovery.result.num_experts):
             folder = recovery.folder / str(expert) / name
-            write_folder(folder, partial(_save_members, student, recovery.result, expert, target))
+            count = len(recovery.result.members(expert))
+            deltas = [member.deltas for member in members[expert * count : (expert + 1) * count]] or [None] * count
+            write_folder(folder, partial(_save_members, student, recovery.result, expert, target, deltas))
     write_folder(target, lambda temporary: export_model(student, temporary))
 
 
-def _save_members(backbone: ModelMixin, result: PruneResult, expert: int, weights: Path, folder: Path) -> None:
-    """Write an expert's folder, which takes its weights from the backbone's."""
-    if result.bins is None:
-        save_member(backbone, result.members(expert)[0], folder, backbone=weights)
-        return
-    write_bins(folder, result.bins)
-    for index, architecture in enumerate(result.members(expert)):
-        save_member(backbone, architecture, slice_folder(folder, index), backbone=weights)
+def _save_members(
+    backbone: ModelMixin,
+    result: PruneResult,
+    expert: int,
+    weights: Path,
+    deltas: Sequence[Deltas | None],
+    folder: Path,
+) -> None:
+    """Write an expert's folder, which takes its weights from the backbone's, with what it changes of them."""
+    if result.bins is not None:
+        write_bins(folder, result.bins)
+    for index, (architecture, changes) in enumerate(zip(result.members(expert), deltas, strict=True)):
+        place = folder if result.bins is None else slice_folder(folder, index)
+        save_member(backbone, architecture, place, backbone=weights)
+        if changes is not None:
+            changes.save(place)
 
 
 def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunekit.methods.budget import Scores, select, select_mixture
     from prunekit.methods.norm import Norm
     from prunekit.methods.obs import OBS
+    from prunekit.methods.one_mask import OneMask
     from prunekit.methods.random import Random
     from prunekit.methods.result import PruneResult, ResultInfo
     from prunekit.methods.router import Router
@@ -33,6 +34,7 @@ __all__ = [
     "Method",
     "MethodWork",
     "Norm",
+    "OneMask",
     "PruneResult",
     "PruneSettings",
     "Random",
@@ -63,6 +65,7 @@ _MODULES = {
     "methods.budget": ["Scores", "select", "select_mixture"],
     "methods.norm": ["Norm"],
     "methods.obs": ["OBS"],
+    "methods.one_mask": ["OneMask"],
     "methods.random": ["Random"],
     "methods.result": ["PruneResult", "ResultInfo"],
     "methods.router": ["Router"],

@@ -22,6 +22,7 @@ BUILT_IN = {  # our methods: module below this package, and class
     "bksdm": ("bksdm", "BKSDM"),
     "norm": ("norm", "Norm"),
     "obs": ("obs", "OBS"),
+    "one_mask": ("one_mask", "OneMask"),
     "random": ("random", "Random"),
     "taylor_sp": ("taylor_sp", "TaylorSP"),
     "timestep_experts": ("timestep_experts", "TimestepExperts"),

@@ -48,6 +48,7 @@ class ResultInfo:
         assignment: of a mixture: training prompts of each expert before balance, by the way of assigning them.
         mixture_ratio: of a mixture: the mean MACs over the training prompts and a sampler's timesteps, as a share of
             the dense MACs.
+        one_mask: whether all architectures are meant to be the same, and their weights to differ.
         timestep_shares: where architectures depend on the timestep: the share of a sampler's timesteps in each bin.
         search: figures of the method's training: steps, seconds, loss and its terms.
         gates_ratio: cost of each architecture's soft gates at the end of the search, as a share of the dense cost.
@@ -73,6 +74,7 @@ class ResultInfo:
     prompts_per_expert: list[int] = field(default_factory=list)
     assignment: dict[str, list[int]] = field(default_factory=dict)
     mixture_ratio: float | None = None
+    one_mask: bool | None = None
     timestep_shares: list[float] = field(default_factory=list)
     search: dict[str, float] = field(default_factory=dict)
     gates_ratio: list[float] = field(default_factory=list)
@@ -160,8 +162,10 @@ class PruneResult:
         return lines + share_warnings([count / sum(counts) for count in counts])
 
     def _alike(self) -> list[list[int]]:
-        """Return the experts that share an architecture, a list for each such architecture."""
+        """Return the experts that share an architecture, a list for each such architecture; none where they should."""
         groups: list[list[int]] = []
+        if self.info.one_mask:
+            return groups
         for index, architecture in enumerate(self.architectures):
             group = next((group for group in groups if self.architectures[group[0]] == architecture), None)
             groups.append([index]) if group is None else group.append(index)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.core.emptied import names_in_files
 from prunekit.core.slicing import blank_copy, slice_model
 from prunekit.core.space import Architecture
 from prunekit.core.timesteps import TimestepBins
+from prunekit.recovery.deltas import Deltas
 from prunekit.recovery.fine_tuning import FineTuningObjective
 from prunekit.runtime.randomness import generator
 from prunekit.training.diffusion import NoisePlan
@@ -43,7 +44,8 @@ class Member:
     """A backbone sliced to an Architecture, without weights of its own."""
 
     def __init__(self, backbone: ModelMixin, architecture: Architecture):
-        self.backbone = backbone
+        self.backbone, self.architecture = backbone, architecture
+        self.deltas: Deltas | None = None  # what it changes of the backbone's weights
         self.kept = kept_entries(backbone, architecture)
         self.model = slice_model(blank_copy(backbone), architecture)
         self.dense_names = names_in_files(self.model)  # of the weights for which the backbone has another name
@@ -51,15 +53,28 @@ class Member:
     def take(self) -> ModelMixin:
         """Return the UNet with the backbone's weights of now, through which gradients reach them."""
         weights = dict(self.backbone.named_parameters())
+        changes = {} if self.deltas is None else dict(self.deltas.changes())
         for name, kept in self.kept.items():
             weight = weights[self.dense_names.get(name, name)]
             for axis, indices in enumerate(kept):
                 weight = weight if indices is None else weight.index_select(axis, indices)
+            if name in changes:
+                weight = weight + changes[name].view_as(weight)
             path, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(path)
             module._parameters.pop(attribute, None)  # a plain attribute: recomputed activations find the same tensor
             setattr(module, attribute, weight)
         return self.model
+
+    @torch.no_grad()
+    def sliced(self) -> ModelMixin:
+        """Return a model of its own: the backbone's slice, with its changes."""
+        model = slice_model(self.backbone, self.architecture)
+        changes = {} if self.deltas is None else dict(self.deltas.changes())
+        for name, parameter in model.named_parameters():
+            if name in changes:
+                parameter.add_(changes[name].view_as(parameter))
+        return model.eval().requires_grad_(False)
 
 
 def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kept]:
@@ -96,10 +111,18 @@ class BackboneObjective(FineTuningObjective):
 
     def __post_init__(self) -> None:
         self.members = [Member(self.student, architecture) for architecture in self.mixture.architectures]
-        for member in self.members:
+        for index, member in enumerate(self.members):
+            if self.config.deltas is not None:
+                member.deltas = Deltas(member.model, self.config.deltas, self.seed, index, self.student.device)
             member.model.train()
             if self.config.gradient_checkpointing:
                 member.model.enable_gradient_checkpointing()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the backbone, and what its experts change of it, by the names that checkpoints give them."""
+        deltas = {f"deltas-{i}": member.deltas for i, member in enumerate(self.members) if member.deltas is not None}
+        return {**super().modules, **deltas}
 
     def batch(self, step: int) -> NoisePlan:
         """Draw a step, its samples in their experts' order: a micro-batch holds few experts."""

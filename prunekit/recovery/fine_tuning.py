@@ -17,6 +17,7 @@ from prunekit.core.call import predict
 from prunekit.core.family import NoiseProcess
 from prunekit.core.registry import denoiser_of
 from prunekit.data.encoded import EncodedData
+from prunekit.recovery.deltas import DeltaConfig
 from prunekit.recovery.low_rank import LoraConfig, attach, merge, merged
 from prunekit.runtime.errors import UserError
 from prunekit.training.diffusion import (
@@ -67,8 +68,16 @@ class FineTuneConfig(TrainerConfig):
         None, description="train low-rank changes of the layers alone, and merge them afterwards; unset: all weights"
     )
 
+    deltas: DeltaConfig | None = Field(
+        None,
+        description="with shared_backbone: each expert adds low-rank changes of its own, and of biases and norms, to "
+        "the shared weights; unset: none",
+    )
+
     @model_validator(mode="after")
     def _excludes(self) -> FineTuneConfig:
+        if self.deltas is not None and not self.shared_backbone:
+            raise UserError("fine_tune.deltas needs fine_tune.shared_backbone=true: they change shared weights")
         if self.lora is not None and self.shared_backbone:
             raise UserError("fine_tune.lora and fine_tune.shared_backbone exclude each other: leave one of them out")
         return self

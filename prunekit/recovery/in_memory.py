@@ -1,8 +1,10 @@
 """Recovery in memory: architectures are sliced and fine-tuned on the prompts routed to each."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -40,10 +42,14 @@ def recover_experts(
     dense, pairs, directory = denoiser_in(pipeline), data.training_pairs(), Path(directory)
     train = partial(fine_tune, teacher=dense, data=data, config=config, scheduler=pipeline.scheduler, seed=seed)
     if shares_backbone(result, config):
-        objective = partial(BackboneObjective, mixture=mixture_of(result, data, pairs))
+        objectives: list[BackboneObjective] = []
         backbone = slice_model(dense, result.space.full())
-        train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=objective)
-        return [_sliced(backbone, result, expert) for expert in range(result.num_experts)]
+        build = kept_objective(mixture_of(result, data, pairs), objectives)
+        train(backbone, directory=directory / BACKBONE, pairs=pairs, objective=build)
+        slices = [member.sliced() for member in objectives[0].members]
+        count = len(result.members(0))
+        parts = [slices[start : start + count] for start in range(0, len(slices), count)]
+        return [part[0] if result.bins is None else TimestepModel(part, result.bins) for part in parts]
     if result.bins is not None:
         raise UserError("architectures that depend on the timestep share their weights: set shared_backbone=true")
     experts, (_, pairs_of) = [], routed_pairs(result, data, pairs)
@@ -80,10 +86,14 @@ def mixture_of(result: PruneResult, data: EncodedData, pairs: Tensor) -> Mixture
     )
 
 
-def _sliced(backbone: ModelMixin, result: PruneResult, expert: int) -> ModelMixin:
-    """Return an expert of a backbone."""
-    slices = [slice_model(backbone, architecture) for architecture in result.members(expert)]
-    return slices[0] if result.bins is None else TimestepModel(slices, result.bins)
+def kept_objective(mixture: Mixture, into: list[BackboneObjective]) -> Callable[..., BackboneObjective]:
+    """Return what makes the objective of a backbone, and puts it into a list, from which its members are taken."""
+
+    def build(*inputs: Any) -> BackboneObjective:
+        into.append(partial(BackboneObjective, mixture=mixture)(*inputs))
+        return into[-1]
+
+    return build
 
 
 def over_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:

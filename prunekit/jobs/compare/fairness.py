@@ -43,7 +43,7 @@ def _group(field: str, cell: Result) -> Hashable | None:
     axes = cell["cell"]
     if field in AXES:
         return None
-    if field.startswith(("method.", "recover.", "fine_tune.lora")):
+    if field.startswith(("method.", "recover.", "fine_tune.lora", "fine_tune.deltas")):
         return axes["method"]
     rules: dict[str, Callable[[], Hashable | None]] = {
         "prune.budget": lambda: axes["budget"],

@@ -21,6 +21,7 @@ ADDED = {  # fields of a cell that were added later, with the value that every e
     "method.snr_form": "velocity",
     "fine_tune.snr_form": "velocity",
     "fine_tune.lora": None,
+    "fine_tune.deltas": None,
     "recover.closed_form": None,
     "recover.fine_tune": True,
 }

@@ -26,6 +26,7 @@ from prunekit.methods.settings import PruneSettings
 from prunekit.models import LoraWeights, as_lora
 from prunekit.models.emoji_model import EmojiModelConfig
 from prunekit.recovery.closed_form import ClosedFormConfig
+from prunekit.recovery.deltas import DeltaConfig
 from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.recovery.low_rank import LoraConfig
 from prunekit.runtime.errors import UserError, nearest, plain_name
@@ -181,6 +182,7 @@ class Row(Section):
     distillation: bool = Field(True, description="false: the denoising error alone counts, in full")
     shared_backbone: bool | None = Field(None, description="as fine_tune has it")
     lora: LoraConfig | None = Field(None, description="as fine_tune has it")
+    deltas: DeltaConfig | None = Field(None, description="as fine_tune has it")
     closed_form: bool | ClosedFormConfig | None = Field(
         None, description="as recover has it; true takes the settings there, or the defaults"
     )
@@ -293,8 +295,9 @@ class CompareRecipe(CommonRecipe):
             changes |= {"distillation_weight": 0.0, "denoising_weight": 1.0}
         if row.shared_backbone is not None:
             changes["shared_backbone"] = row.shared_backbone
-        if row.lora is not None:
-            changes["lora"] = row.lora.model_dump()
+        for name, value in (("lora", row.lora), ("deltas", row.deltas)):
+            if value is not None:
+                changes[name] = value.model_dump()
         return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **changes})
 
 

@@ -1,0 +1,138 @@
+"""One mask: experts that differ in a few weights alone, by prompt, by timestep, or by both.
+
+Experts with masks of their own share the training steps, or compete for the weights that they share; one architecture
+loses nothing to either. So one is chosen here, by another method, and experts differ in what `fine_tune.deltas` changes
+of its weights. Prompts are sorted by spherical k-means on their embeddings, timesteps into bins of as many of the
+sampler's steps. It is ours; the parts are named in `recovery.deltas`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from pydantic import Field
+from torch import nn
+
+from prunekit.core.space import UnitSpace
+from prunekit.core.timesteps import sampled_timesteps
+from prunekit.data.encoded import EncodedData
+from prunekit.methods import registry
+from prunekit.methods.aptp.expert_search import MOST_CLUSTERED, spherical_kmeans
+from prunekit.methods.base import Dataset, Method, budget_cost, describe_result
+from prunekit.methods.calibration import as_encoded
+from prunekit.methods.registry import register
+from prunekit.methods.result import PruneResult
+from prunekit.methods.router import Router
+from prunekit.methods.settings import PruneSettings
+from prunekit.methods.timestep_experts import even_bins
+from prunekit.methods.workload import MethodWork
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
+from prunekit.training.trainer import Log
+
+
+class OneMaskSettings(PruneSettings):
+    """Settings of one mask."""
+
+    experts: int = Field(1, gt=0, description="N, groups of prompts")
+    bins: int = Field(3, gt=0, le=100, description="K, bins of as many of the sampler's timesteps each")
+    sampling_steps: int = Field(25, gt=1, description="steps of the sampler whose timesteps are cut into bins")
+    choice: Literal["norm", "obs", "random", "taylor_sp", "uniarch"] = Field(
+        "taylor_sp", description="the method that chooses the architecture"
+    )
+    choice_settings: dict[str, Any] = Field({}, description="settings of that method")
+
+
+@register("one_mask")
+class OneMask(Method):
+    """One architecture for all prompts and timesteps; experts change a few of its weights (see fine_tune.deltas)."""
+
+    Config = OneMaskSettings
+    config: OneMaskSettings
+    smoke: ClassVar[Mapping[str, int | None]] = {"experts": 2, "bins": 2}
+
+    @property
+    def num_models(self) -> int:
+        """The number N·K of experts."""
+        return self.config.experts * self.config.bins
+
+    def fine_tuning(self) -> dict[str, Any]:
+        """Return that all experts train one set of weights, each sample through its own."""
+        return {"shared_backbone": True, "experts_per_step": None} if self.num_models > 1 else {}
+
+    def work(self, space: UnitSpace) -> MethodWork:
+        """Return what chooses the architecture."""
+        return self._choice().work(space)
+
+    def short_settings(self, devices: int) -> dict[str, Any]:
+        """Return a short choice."""
+        return {"choice_settings": {**self.config.choice_settings, **self._choice().short_settings(devices)}}
+
+    @classmethod
+    def smoke_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings at the size of a smoke test, those of the choice too."""
+        small, name = super().smoke_settings(settings), settings.get("choice", "taylor_sp")
+        given = settings.get("choice_settings") or {}
+        if isinstance(name, str) and name in registry.names() and isinstance(given, Mapping):
+            small["choice_settings"] = registry.get(name).smoke_settings(given)
+        return small
+
+    def choose(
+        self,
+        pipeline: DiffusionPipeline | ModelMixin,
+        dataset: Dataset | None,
+        directory: Path | None,
+        log: Log | None,
+    ) -> PruneResult:
+        """Choose one architecture, and sort prompts and timesteps.
+
+        Args:
+            pipeline: a pipeline; its scheduler says which timesteps are visited.
+            dataset: EncodedData, or CaptionedImages, which are then encoded.
+            directory: where the method that chooses keeps what it can go on from; None: nowhere.
+            log: as of the method that chooses.
+
+        Raises:
+            UserError: no data or no scheduler; fewer prompts than experts; as the method that chooses.
+
+        """
+        config, scheduler = self.config, getattr(pipeline, "scheduler", None)
+        if dataset is None or scheduler is None:
+            raise UserError(f"{self.name} needs the whole pipeline, and data: pass EncodedData or CaptionedImages")
+        data = as_encoded(pipeline, dataset)
+        chosen = self._choice().choose(pipeline, data, directory, log)
+        architectures = chosen.architectures * self.num_models
+        info = describe_result(self, architectures, budget_cost(pipeline, config))
+        info.search, info.gates_ratio, info.one_mask = chosen.info.search, [], True
+        bins, router = None, None
+        if config.bins > 1:
+            timesteps = sampled_timesteps(scheduler, config.sampling_steps)
+            bins = even_bins(timesteps, config.bins)
+            info.timestep_shares = [float(share) for share in bins.shares(timesteps.tolist())]
+        if config.experts > 1:
+            router = self._router(data)
+            counts = torch.bincount(router.route_rows(data.prompts, data.training_pairs()), minlength=config.experts)
+            router = router.with_fallback(int(counts.argmax())).without((counts == 0).nonzero()[:, 0].tolist())
+            info.prompts_per_expert = counts.tolist()
+        info.mixture_ratio = info.ratio[0]
+        return PruneResult(architectures, router, info, bins)
+
+    def clear(self, directory: Path) -> None:
+        """Remove what the method that chooses kept."""
+        self._choice().clear(directory)
+
+    def _choice(self) -> Method:
+        settings = {name: getattr(self.config, name) for name in PruneSettings.model_fields}
+        return registry.get(self.config.choice)(**{**settings, **self.config.choice_settings})
+
+    def _router(self, data: EncodedData) -> Router:
+        """Return what sends a prompt to the nearest centre of the training prompts, by cosine similarity."""
+        pairs, config = data.training_pairs(), self.config
+        if config.experts > len(pairs):
+            raise UserError(f"experts={config.experts} exceed the {len(pairs)} training prompts")
+        drawn = torch.randperm(len(pairs), generator=generator(config.seed, "clustered"))[:MOST_CLUSTERED]
+        centres = spherical_kmeans(data.prompts[pairs[drawn.sort().values]], config.experts, config.seed)
+        directions = nn.functional.normalize(centres.double(), dim=1)
+        return Router(directions, directions.new_zeros(len(directions)))

@@ -1,0 +1,70 @@
+"""Experts as differences: each adds low-rank changes to weights that all share, and changes of biases and norms.
+
+A backbone trains under the slices of all experts, so every step trains the shared weights; what an expert alone needs
+is in its few changes, which are added to its slice and cost nothing when it runs. With changes of zero, where they
+start, an expert is the backbone's slice. Sources: low-rank changes as LoRA's (arXiv 2106.09685); experts that share
+nearly all weights as in Remix-DiT (arXiv 2412.05628).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prunekit.core.emptied import names_in_files
+from prunekit.core.slicing import DELTAS, DOWN, SHIFT, UP
+from prunekit.runtime.randomness import generator
+
+
+class DeltaConfig(BaseModel):
+    """What an expert changes of the weights that it shares."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(8, ge=0, le=4096, description="of the change of each matrix and kernel; 0: none of them changes")
+    scale: float = Field(
+        2.0, gt=0, description="what a low-rank change is multiplied by; more lets it learn faster than shared weights"
+    )
+
+
+class Deltas(nn.Module):
+    """The changes of one expert, by the names of its parameters: W + scale · up · down, or a vector that is added."""
+
+    def __init__(self, model: nn.Module, config: DeltaConfig, seed: int, index: int, device: torch.device):
+        """Start at zero changes of a model, which may be on the meta device; index: of the expert, keys its draws."""
+        super().__init__()
+        self.scale, self.low_rank, self.vectors = config.scale, list[str](), list[str]()
+        self.down, self.up, self.shift = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        draws = generator(seed, "deltas", index)
+        self.in_files = names_in_files(model)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                self.vectors.append(name)
+                self.shift.append(nn.Parameter(torch.zeros(parameter.shape, device=device)))
+            elif config.rank:
+                inputs = parameter[0].numel()
+                self.low_rank.append(name)
+                down = torch.randn(config.rank, inputs, generator=draws) / inputs**0.5
+                self.down.append(nn.Parameter(down.to(device)))
+                self.up.append(nn.Parameter(torch.zeros(len(parameter), config.rank, device=device)))
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's name and its change, flat behind the first axis; gradients reach the factors."""
+        for name, down, up in zip(self.low_rank, self.down, self.up, strict=True):
+            yield name, self.scale * (up @ down)
+        yield from zip(self.vectors, self.shift, strict=True)
+
+    def save(self, folder: Path) -> None:
+        """Write the changes beside an expert's config, under the names that its tensors have in files."""
+        content: dict[str, Tensor] = {}
+        for name, down, up in zip(self.low_rank, self.down, self.up, strict=True):
+            name = self.in_files.get(name, name)
+            content[name + DOWN], content[name + UP] = self.scale * down.detach(), up.detach()
+        for name, shift in zip(self.vectors, self.shift, strict=True):
+            content[self.in_files.get(name, name) + SHIFT] = shift.detach()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in content.items()}, folder / DELTAS)
