@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from prunekit.measuring.interleaved import measure
     from prunekit.models import load_pipeline, load_shape
     from prunekit.recovery.closed_form import ClosedFormConfig, refit
+    from prunekit.recovery.deltas import DeltaConfig
     from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
     from prunekit.recovery.in_memory import recover_experts
+    from prunekit.recovery.low_rank import LoraConfig
 
     from .core.cost import CostModel
     from .core.discovery import discover
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .core.registry import register_denoiser
     from .core.slicing import export_model, slice_model
     from .core.space import Architecture, UnitGroup, UnitSpace
+    from .core.timesteps import TimestepBins, TimestepModel
     from .denoisers.unet.stock import as_stock
     from .serving import PromptRoutedPipeline
     from .slicing import PrunedUNet2DConditionModel, export_unet, slice_unet
@@ -41,9 +44,13 @@ __all__ = [
     "ClosedFormConfig",
     "CostModel",
     "DataConfig",
+    "DeltaConfig",
     "FineTuneConfig",
+    "LoraConfig",
     "PromptRoutedPipeline",
     "PrunedUNet2DConditionModel",
+    "TimestepBins",
+    "TimestepModel",
     "UnitGroup",
     "UnitSpace",
     "as_stock",
@@ -75,6 +82,7 @@ _MODULES = {
     "core.registry": ["register_denoiser"],
     "core.slicing": ["export_model", "slice_model"],
     "core.space": ["Architecture", "UnitGroup", "UnitSpace"],
+    "core.timesteps": ["TimestepBins", "TimestepModel"],
     "denoisers.unet.stock": ["as_stock"],
     "data.config": ["DataConfig", "load_data"],
     "data.encoded": ["encode"],
@@ -84,8 +92,10 @@ _MODULES = {
     "methods": ["methods"],
     "models": ["load_pipeline", "load_shape"],
     "recovery.closed_form": ["ClosedFormConfig", "refit"],
+    "recovery.deltas": ["DeltaConfig"],
     "recovery.fine_tuning": ["FineTuneConfig", "fine_tune"],
     "recovery.in_memory": ["recover_experts"],
+    "recovery.low_rank": ["LoraConfig"],
     "serving": ["PromptRoutedPipeline"],
     "slicing": ["PrunedUNet2DConditionModel", "export_unet", "slice_unet"],
 }

@@ -19,12 +19,11 @@ from prunekit.core.space import UnitSpace
 from prunekit.core.timesteps import sampled_timesteps
 from prunekit.data.encoded import EncodedData
 from prunekit.methods import registry
-from prunekit.methods.aptp.expert_search import MOST_CLUSTERED, spherical_kmeans
 from prunekit.methods.base import Dataset, Method, budget_cost, describe_result
 from prunekit.methods.calibration import as_encoded
 from prunekit.methods.registry import register
 from prunekit.methods.result import PruneResult
-from prunekit.methods.router import Router
+from prunekit.methods.router import MOST_CLUSTERED, Router, spherical_kmeans
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.timestep_experts import even_bins
 from prunekit.methods.workload import MethodWork

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from prunekit.core.space import UnitSpace
 from prunekit.methods.relaxation import Relaxation
 from prunekit.runtime.errors import UserError
+from prunekit.runtime.randomness import generator
 from prunekit.runtime.run_directory import ROUTER
 from prunekit.runtime.tensors import read_tensors, write_tensors
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
 GRID = 64  # steps of a component between 0 and 1, to which a `RandomRouter` rounds
+MOST_CLUSTERED = 16_384  # prompts among whose embeddings centres are sought
 ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
 
 
@@ -375,6 +377,33 @@ class Hardening:
     def of_logits(self, logits: Tensor, relaxation: Relaxation) -> Tensor:
         """Return the hardened gates of logits (N, D) without noise; a gate is open from logit + offset = 0 on."""
         return self((relaxation.scores(logits) + relaxation.offset >= 0).to(logits))
+
+
+def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
+    """Return `count` centres (N, D) of embeddings (P, D) by cosine similarity; deterministic.
+
+    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a centre keeps the mean length of its members, and
+    an empty one stays where it was.
+    """
+    unit = F.normalize(embeddings.double(), dim=1)
+    source = generator(seed, "kmeans")
+    chosen = [int(torch.randint(len(unit), (1,), generator=source))]
+    while len(chosen) < count:
+        distance = (1 - unit @ unit[chosen].T).amin(1).clamp(min=0).cpu()
+        if not bool(distance.sum() > 0):
+            distance = torch.ones_like(distance)
+        chosen.append(int(torch.multinomial(distance, 1, generator=source)))
+    centres = unit[chosen]
+    for _ in range(iterations):
+        nearest = (unit @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        counts = torch.bincount(nearest, minlength=count)[:, None]
+        centres = torch.where(counts > 0, F.normalize(sums, dim=1), centres)
+    nearest = (unit @ centres.T).argmax(1)
+    members = torch.bincount(nearest, minlength=count).clamp(min=1)
+    lengths = torch.zeros(count, dtype=unit.dtype, device=unit.device)
+    lengths.index_add_(0, nearest, embeddings.double().norm(dim=1))
+    return (centres * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)
 
 
 def _tree_sum(x: Tensor) -> Tensor:

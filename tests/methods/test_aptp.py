@@ -15,9 +15,9 @@ from prunekit.data.images import CaptionedImages
 from prunekit.denoisers.unet.family import StableDiffusion
 from prunekit.evaluation.comparison import Candidate
 from prunekit.methods import APTP
-from prunekit.methods.aptp.expert_search import SearchObjective, spherical_kmeans
+from prunekit.methods.aptp.expert_search import SearchObjective
 from prunekit.methods.result import PruneResult, ResultInfo
-from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
+from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router, spherical_kmeans
 from prunekit.methods.search import Codes
 from prunekit.models import emoji_model
 from prunekit.recovery.fine_tuning import FineTuneConfig, FineTuningObjective, fine_tune

@@ -28,14 +28,12 @@ from prunekit.methods.aptp.losses import (
     spread_loss,
 )
 from prunekit.methods.aptp.presets import PRESET_SEARCH, PRESETS
-from prunekit.methods.router import ArchitecturePredictor, Hardening, cosine_scores
+from prunekit.methods.router import MOST_CLUSTERED, ArchitecturePredictor, Hardening, cosine_scores, spherical_kmeans
 from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.methods.transport import assign
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
 from prunekit.training.trainer import TrainerConfig
-
-MOST_CLUSTERED = 16_384  # prompts whose embeddings the codes are placed among
 
 
 class APTPConfig(SearchSettings):
@@ -222,30 +220,3 @@ class SearchObjective(GateSearchObjective):
             return self.pairs
         drawn = torch.randperm(len(self.pairs), generator=generator(self.config.seed, "clustered"))[:MOST_CLUSTERED]
         return self.pairs[drawn.sort().values]
-
-
-def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
-    """Return `count` centres (N, D) of embeddings (P, D) by cosine similarity; deterministic.
-
-    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a centre keeps the mean length of its members, and
-    an empty one stays where it was.
-    """
-    unit = nn.functional.normalize(embeddings.double(), dim=1)
-    source = generator(seed, "kmeans")
-    chosen = [int(torch.randint(len(unit), (1,), generator=source))]
-    while len(chosen) < count:
-        distance = (1 - unit @ unit[chosen].T).amin(1).clamp(min=0).cpu()
-        if not bool(distance.sum() > 0):
-            distance = torch.ones_like(distance)
-        chosen.append(int(torch.multinomial(distance, 1, generator=source)))
-    centres = unit[chosen]
-    for _ in range(iterations):
-        nearest = (unit @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
-        counts = torch.bincount(nearest, minlength=count)[:, None]
-        centres = torch.where(counts > 0, nn.functional.normalize(sums, dim=1), centres)
-    nearest = (unit @ centres.T).argmax(1)
-    members = torch.bincount(nearest, minlength=count).clamp(min=1)
-    lengths = torch.zeros(count, dtype=unit.dtype, device=unit.device)
-    lengths.index_add_(0, nearest, embeddings.double().norm(dim=1))
-    return (centres * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)

@@ -10,13 +10,13 @@ from prunekit.core.cost import CostModel
 from prunekit.core.family import NoiseProcess
 from prunekit.core.gates import Gates
 from prunekit.data.encoded import EncodedData
-from prunekit.methods.aptp.expert_search import MOST_CLUSTERED, APTPConfig, SearchObjective
+from prunekit.methods.aptp.expert_search import APTPConfig, SearchObjective
 from prunekit.methods.aptp.presets import EARLIER_PAPER, PRESET_MARK
 from prunekit.methods.base import describe_result
 from prunekit.methods.budget import select_mixture
 from prunekit.methods.registry import register
 from prunekit.methods.result import PruneResult
-from prunekit.methods.router import ArchitecturePredictor, HardenedRouter, Router
+from prunekit.methods.router import MOST_CLUSTERED, ArchitecturePredictor, HardenedRouter, Router
 from prunekit.methods.search import Codes, SearchMethod
 from prunekit.methods.transport import assign, expert_potentials
 from prunekit.runtime.errors import UserError
