@@ -7,6 +7,7 @@ sampler's steps. It is ours; the parts are named in `recovery.deltas`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,7 @@ from prunekit.methods.timestep_experts import even_bins
 from prunekit.methods.workload import MethodWork
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
+from prunekit.training.memory import capped
 from prunekit.training.trainer import Log
 
 
@@ -50,7 +52,7 @@ class OneMask(Method):
 
     Config = OneMaskSettings
     config: OneMaskSettings
-    smoke: ClassVar[Mapping[str, int | None]] = {"experts": 2, "bins": 2}
+    smoke: ClassVar[Mapping[str, int | None]] = {"bins": 2}
 
     @property
     def num_models(self) -> int:
@@ -63,7 +65,8 @@ class OneMask(Method):
 
     def work(self, space: UnitSpace) -> MethodWork:
         """Return what chooses the architecture."""
-        return self._choice().work(space)
+        work = self._choice().work(space)
+        return replace(work, memory_setting="choice_settings" if work.memory_setting else None)
 
     def short_settings(self, devices: int) -> dict[str, Any]:
         """Return a short choice."""
@@ -72,7 +75,7 @@ class OneMask(Method):
     @classmethod
     def smoke_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings at the size of a smoke test, those of the choice too."""
-        small, name = super().smoke_settings(settings), settings.get("choice", "taylor_sp")
+        small, name = capped(super().smoke_settings(settings), {"experts": 2}), settings.get("choice", "taylor_sp")
         given = settings.get("choice_settings") or {}
         if isinstance(name, str) and name in registry.names() and isinstance(given, Mapping):
             small["choice_settings"] = registry.get(name).smoke_settings(given)

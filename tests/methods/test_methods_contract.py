@@ -61,8 +61,12 @@ def pruned(prune):
 
 def weights_of(result):
     """Share of the training prompts, or of a sampler's timesteps, of each architecture."""
-    counts = result.info.prompts_per_expert or result.info.timestep_shares or [1] * len(result.architectures)
-    return torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    shares = result.info.timestep_shares or [1.0]
+    counts = result.info.prompts_per_expert or [1] * (len(result.architectures) // len(shares))
+    weights = torch.outer(
+        torch.tensor(counts, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
+    ).flatten()
+    return weights / weights.sum()
 
 
 @pytest.mark.parametrize("name", names())
