@@ -1,4 +1,6 @@
-"""Settings under which a method runs in about a second."""
+"""Settings under which a method runs in about a second, and what its architectures count."""
+
+import torch
 
 SEARCH = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "log_every": 1}
 SMALL: dict[str, dict] = {
@@ -10,3 +12,13 @@ SMALL: dict[str, dict] = {
     "timestep_experts": {"bins": 2, "samples": 2, "score": {"samples": 2, "batch_size": 2}},
     "uniarch": {"search": SEARCH},
 }
+
+
+def weights_of(result):
+    """Share of the training prompts, or of a sampler's timesteps, of each architecture."""
+    shares = result.info.timestep_shares or [1.0]
+    counts = result.info.prompts_per_expert or [1] * (len(result.architectures) // len(shares))
+    weights = torch.outer(
+        torch.tensor(counts, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
+    ).flatten()
+    return weights / weights.sum()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 from small_data import encoded_for, stub
-from small_methods import SMALL
+from small_methods import SMALL, weights_of
 from unets import MORE_SHAPES, SHAPES, build, inputs, relative_error
 
 from prunekit import CostModel, discover
@@ -57,16 +57,6 @@ def pruned(prune):
         return results[name, shape]
 
     return get_or_make
-
-
-def weights_of(result):
-    """Share of the training prompts, or of a sampler's timesteps, of each architecture."""
-    shares = result.info.timestep_shares or [1.0]
-    counts = result.info.prompts_per_expert or [1] * (len(result.architectures) // len(shares))
-    weights = torch.outer(
-        torch.tensor(counts, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
-    ).flatten()
-    return weights / weights.sum()
 
 
 @pytest.mark.parametrize("name", names())
