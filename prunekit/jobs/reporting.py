@@ -1,6 +1,7 @@
 """`prunekit report`, and what a run and a comparison do at their end: record, measure if asked to, write the page."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Calla
         for source in sources:
             _measure(source, say)
     return [write_report(source.directory) for source in sources]
+
+
+def prepare(directory: Path, stages: Stages) -> None:
+    """Record what the page of a run needs, while others still train; `finish` does, and says, what goes wrong here."""
+    with suppress(Exception):
+        record(directory, stages)
 
 
 def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = None) -> None:

@@ -47,7 +47,7 @@ from prunekit.jobs.recipe import (
     resolve_recipe,
 )
 from prunekit.jobs.recovering import Recovery, recover
-from prunekit.jobs.reporting import finish
+from prunekit.jobs.reporting import finish, prepare
 from prunekit.jobs.stages import RunLog, Stages
 from prunekit.measuring.latency_model import LatencyModel
 from prunekit.methods.base import budget_cost
@@ -124,10 +124,12 @@ class Run:
             self.compare(candidates, stages)
 
     def _draw_and_measure(self, stages: Stages, candidate: Candidate) -> None:
-        """Draw a row's pictures and measure them, unless they are there."""
+        """Draw a row's pictures and measure them, unless they are there; after the first row, what the page needs."""
         stages.sample(candidate, self.samples(candidate))
         stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
         share([self._measuring(candidate, stages)], stages.locks)
+        if candidate is stages.dense:
+            prepare(self.directory, stages)
 
     def _measuring(self, candidate: Candidate, stages: Stages) -> Piece:
         """Return the measuring of a row's pictures."""
