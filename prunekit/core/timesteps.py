@@ -105,8 +105,8 @@ class TimestepModel(ModelMixin, ConfigMixin):
         options |= dict(zip(self._parameters_of, arguments, strict=False))
         timesteps = torch.as_tensor(options["timestep"])
         bins = self.bins.of(timesteps.cpu())
-        if (first := int(bins.flatten()[0])) == int(bins.amin()) == int(bins.amax()):
-            return self.slices[first](**options)
+        if (only := int(bins.amin())) == int(bins.amax()):
+            return self.slices[only](**options)
         call = Call({name: value for name, value in options.items() if value is not None})
         parts = {int(b): (bins == b).nonzero().flatten() for b in bins.unique()}
         outputs = [self.slices[b](**call.take(rows.to(call.device))) for b, rows in parts.items()]
@@ -115,9 +115,8 @@ class TimestepModel(ModelMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the slices below a folder, each in its stock form where it has one, and what says when each runs."""
-        write_bins(Path(save_directory), self.bins)
-        for index, model in enumerate(self.slices):
-            export_model(model, slice_folder(save_directory, index))
+        for model, folder in saved_parts(self, Path(save_directory)):
+            export_model(model, folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> TimestepModel:
@@ -139,6 +138,17 @@ def load_denoiser(folder: str | Path, **options: Any) -> Any:
     if read_bins(folder) is None:
         return load_model(folder, **options)
     return TimestepModel.from_pretrained(folder, **options)
+
+
+def saved_parts(model: nn.Module, folder: Path) -> list[tuple[Any, Path]]:
+    """Return the models that stand for a denoiser in a folder, and where each goes: itself, or its slices below.
+
+    The bins of slices are written.
+    """
+    if not isinstance(model, TimestepModel):
+        return [(model, folder)]
+    write_bins(folder, model.bins)
+    return [(part, slice_folder(folder, index)) for index, part in enumerate(model.slices)]
 
 
 def slice_folder(folder: str | Path, index: int) -> Path:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel, pipelines
 
 from prunekit import slicing
 from prunekit.core.discovery import discover
 from prunekit.core.slicing import slice_model
-from prunekit.core.timesteps import TimestepModel, slice_folder, write_bins
+from prunekit.core.timesteps import saved_parts
 from prunekit.denoisers.unet import pruned
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.denoisers.unet.stock import as_stock
@@ -102,11 +102,7 @@ def save_unet(unet: UNet2DConditionModel, folder: Path, tier: str = "auto") -> d
 
 def save_expert(model: ModelMixin, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
     """Save a UNet, or its slices for bins of timesteps; return the specification of each; errors as `save_unet`."""
-    if not isinstance(model, TimestepModel):
-        return [save_unet(cast("UNet2DConditionModel", model), folder, tier)]
-    write_bins(folder, model.bins)
-    slices: Any = model.slices
-    return [save_unet(part, slice_folder(folder, index), tier) for index, part in enumerate(slices)]
+    return [save_unet(part, place, tier) for part, place in saved_parts(model, folder)]
 
 
 def _stock_form(unet: UNet2DConditionModel) -> UNet2DConditionModel | None:

@@ -140,9 +140,10 @@ def evaluation_mode(model: ModelMixin) -> Iterator[None]:
 
 def sample_weights(kind: TimestepWeights, pipeline: DiffusionPipeline | ModelMixin, timesteps: Tensor) -> Tensor:
     """Return the weight of each sample by its timestep (n,), float32; see `TIMESTEP_WEIGHTS`."""
-    process, ones = process_of(pipeline), torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
+    ones = torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
     if kind == "uniform":
         return ones.flatten()
+    process = process_of(pipeline)
     if kind == "noise":
         return process.noised(torch.zeros_like(ones), ones, timesteps).square().flatten()
     place = timesteps.float() / process.num_timesteps * LOG_STEPS  # of LOG_STEPS, the noisiest last

@@ -24,12 +24,11 @@ from prunekit.methods.base import Dataset, Method, budget_cost, describe_result
 from prunekit.methods.calibration import as_encoded
 from prunekit.methods.registry import register
 from prunekit.methods.result import PruneResult
-from prunekit.methods.router import MOST_CLUSTERED, Router, spherical_kmeans
+from prunekit.methods.router import Router, clustered_pairs, spherical_kmeans
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.timestep_experts import even_bins
 from prunekit.methods.workload import MethodWork
 from prunekit.runtime.errors import UserError
-from prunekit.runtime.randomness import generator
 from prunekit.training.memory import capped
 from prunekit.training.trainer import Log
 
@@ -134,7 +133,7 @@ class OneMask(Method):
         pairs, config = data.training_pairs(), self.config
         if config.experts > len(pairs):
             raise UserError(f"experts={config.experts} exceed the {len(pairs)} training prompts")
-        drawn = torch.randperm(len(pairs), generator=generator(config.seed, "clustered"))[:MOST_CLUSTERED]
-        centres = spherical_kmeans(data.prompts[pairs[drawn.sort().values]], config.experts, config.seed)
+        embeddings = data.prompts[clustered_pairs(pairs, config.seed)]
+        centres = spherical_kmeans(embeddings, config.experts, config.seed)
         directions = nn.functional.normalize(centres.double(), dim=1)
         return Router(directions, directions.new_zeros(len(directions)))

@@ -379,6 +379,14 @@ class Hardening:
         return self((relaxation.scores(logits) + relaxation.offset >= 0).to(logits))
 
 
+def clustered_pairs(pairs: Tensor, seed: int) -> Tensor:
+    """Return the pairs (P,) whose embeddings are clustered: all, or as many as are enough, in their order."""
+    if len(pairs) <= MOST_CLUSTERED:
+        return pairs
+    drawn = torch.randperm(len(pairs), generator=generator(seed, "clustered"))[:MOST_CLUSTERED]
+    return pairs[drawn.sort().values]
+
+
 def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
     """Return `count` centres (N, D) of embeddings (P, D) by cosine similarity; deterministic.
 

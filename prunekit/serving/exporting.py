@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.timesteps import TimestepModel, slice_folder, write_bins
+from prunekit.core.timesteps import TimestepModel, saved_parts
 from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS
@@ -53,10 +53,8 @@ class _Work:
     def save(self, unet: ModelMixin, folder: Path, what: str) -> None:
         """Save a UNet, which reports call `what`, to a folder of its own; or each slice of one."""
         if isinstance(unet, TimestepModel):
-            write_bins(folder, unet.bins)
-            slices: Any = unet.slices
-            for index, part in enumerate(slices):
-                self.save(part, slice_folder(folder, index), f"{what}, slice {index}")
+            for index, (part, place) in enumerate(saved_parts(unet, folder)):
+                self.save(part, place, f"{what}, slice {index}")
             return
         graph = self.tier in GRAPHS
         if graph:

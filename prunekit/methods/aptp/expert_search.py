@@ -28,7 +28,7 @@ from prunekit.methods.aptp.losses import (
     spread_loss,
 )
 from prunekit.methods.aptp.presets import PRESET_SEARCH, PRESETS
-from prunekit.methods.router import MOST_CLUSTERED, ArchitecturePredictor, Hardening, cosine_scores, spherical_kmeans
+from prunekit.methods.router import ArchitecturePredictor, Hardening, clustered_pairs, cosine_scores, spherical_kmeans
 from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBatch, SearchSettings
 from prunekit.methods.transport import assign
 from prunekit.runtime.errors import UserError
@@ -187,7 +187,7 @@ class SearchObjective(GateSearchObjective):
             draw = torch.randn(codes.shape, generator=generator(config.seed, "codes"))
             codes.copy_(torch.linalg.qr(draw.T).Q.T[: len(codes)])
             return
-        embedded = self.predictor(self.data.prompts[self._sampled_pairs()].to(self.device))
+        embedded = self.predictor(self.data.prompts[clustered_pairs(self.pairs, config.seed)].to(self.device))
         codes.copy_(spherical_kmeans(embedded, config.experts, config.seed))
 
     def _similarities(self, batch: SearchBatch, embeddings: Tensor) -> Tensor:
@@ -213,10 +213,3 @@ class SearchObjective(GateSearchObjective):
     def _prompts(self, batch: SearchBatch) -> Tensor:
         """Return z (B, Z) of the whole batch."""
         return self.data.prompts[batch.pairs].to(self.device)
-
-    def _sampled_pairs(self) -> Tensor:
-        """Return the pairs whose embeddings the codes start from: all, or as many as are enough, in their order."""
-        if len(self.pairs) <= MOST_CLUSTERED:
-            return self.pairs
-        drawn = torch.randperm(len(self.pairs), generator=generator(self.config.seed, "clustered"))[:MOST_CLUSTERED]
-        return self.pairs[drawn.sort().values]
