@@ -14,6 +14,7 @@ from prunekit.jobs.recipe import load_recipe
 from prunekit.jobs.run import start
 from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline
+from prunekit.runtime.errors import UserError
 
 REFIT = {"samples": 4, "batch_size": 2}
 
@@ -107,3 +108,12 @@ def test_a_plan_counts_the_refit(world):
     assert set(refit["memory"]["peak"]) >= {"closed-form refit"} and "fine-tuning" not in refit["memory"]["peak"]
     assert low["memory"]["peak"]["fine-tuning"] < tuned["memory"]["peak"]["fine-tuning"]
     assert low["seconds"] < tuned["seconds"]
+
+
+def test_models_that_share_their_weights_are_not_refitted(world):
+    methods = {"one_mask": {"experts": 1, "bins": 2, "choice": "norm"}}
+    recipe = write(world, "shared", recover={"closed_form": REFIT}, methods=methods)
+    with pytest.raises(UserError, match=r"recover\.closed_form with fine_tune\.shared_backbone=true"):
+        load_recipe(recipe)
+    methods["one_mask"]["bins"] = 1  # one model
+    assert load_recipe(write(world, "alone", recover={"closed_form": REFIT}, methods=methods)).recover.closed_form

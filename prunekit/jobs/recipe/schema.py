@@ -129,7 +129,7 @@ class PruneRecipe(CommonRecipe):
         if "seed" not in self.prune.model_fields_set:  # so that the written recipe says what a resumed run will use
             self.prune = self.prune.model_copy(update={"seed": self.seed})
         for name in self.methods:
-            self.method(name)
+            _refits_each(name, self.method(name), self.fine_tuning(name), self.recover)
         late = [step for step in self.evaluation.at_steps if not 0 < step < self.fine_tune.steps]
         if late:
             raise UserError(
@@ -232,7 +232,8 @@ class CompareRecipe(CommonRecipe):
             raise UserError(f"pairs name an unknown row {unknown!r}{nearest(unknown, self.methods)}")
         for label in self.methods:
             plain_name(label, "a row of methods")
-            self.method_of(label)
+            tuning = self.fine_tuning(label, self.fine_tune.steps)
+            _refits_each(label, self.method_of(label), tuning, self.recovering(label))
         for entry in self.budgets:
             for label in entry.methods or ():
                 if label not in self.methods:
@@ -316,6 +317,15 @@ def build_method(
         return kind(**common.model_dump(exclude_unset=True), **settings)
     except ValidationError as error:
         raise UserError(explain(error, kind.Config, f"{where}.", more=more)) from error
+
+
+def _refits_each(label: str, method: Method, tuning: FineTuneConfig, recovering: RecoverConfig) -> None:
+    """Refuse a closed-form refit of models that share one set of weights: it would fit the weights of one mask alone."""
+    if recovering.closed_form is not None and tuning.shared_backbone and method.num_models > 1:
+        raise UserError(
+            f"recover.closed_form with fine_tune.shared_backbone=true: the models of {label!r} share their weights, and "
+            "a refit fits those of one model; leave one of the two out"
+        )
 
 
 class PretrainRecipe(Section):
