@@ -66,6 +66,7 @@ class Layer:
     axes: what these units own.
     products: attention: the streams of the queries and of the keys.
     feeds: paths (in the model) of modules, such as norms, that only feed this layer and go with its last unit.
+    tables: names of parameters, of modules that hold no others, that shift or scale hidden states: they cost no MACs.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Layer:
     products: tuple[str, str] | None = None
     feeds: tuple[str, ...] = ()
     activations: tuple[Activation, ...] = ()
+    tables: frozenset[str] = frozenset()
 
     @property
     def units(self) -> UnitGroup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,22 +18,34 @@ TIMESTEP = 500  # of an example
 class Call(Mapping[str, Any]):
     """The keyword arguments of one denoiser call, by name: tensors, or mappings of tensors. It is never changed.
 
-    A tensor has a row for each sample along its first axis, except one without axes, which all samples share, as a
-    timestep may be. A `Denoiser` makes it (`call`, `example`), since the names are the model's. Use: `predict(model,
-    call)`, or `model(**call)`.
+    A tensor has a row for each sample along its first axis, except one without axes, as a timestep may be, and those
+    that are named shared, such as positions: these are the same for all samples. A `Denoiser` makes it (`call`,
+    `example`), since the names are the model's. Use: `predict(model, call)`, or `model(**call)`.
     """
 
-    __slots__ = ("_arguments",)
+    __slots__ = ("_arguments", "_shared", "finish", "grid")
 
-    def __init__(self, arguments: Mapping[str, Any]):
-        """Take the arguments; the tensors are shared, not copied.
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        shared: Collection[str] = (),
+        grid: tuple[int, int] | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """Take the arguments; the tensors are not copied.
+
+        shared: names of arguments that have no row for each sample.
+        grid: rows and columns of the latent's tokens, where the latent is passed as tokens.
+        finish: makes the prediction for the latents, (B, C, h, w), of the model's output; None: it is that already.
 
         Raises:
             ValueError: tensors that disagree on the number of samples.
 
         """
+        self.grid, self.finish = grid, finish
+        self._shared = frozenset(shared) & arguments.keys()
         self._arguments = {name: _mapped(value, lambda tensor: tensor) for name, value in arguments.items()}
-        counts = sorted({len(tensor) for tensor in self.tensors() if tensor.dim()})
+        counts = sorted({len(tensor) for tensor in self._with_rows()})
         if len(counts) > 1:
             raise ValueError(f"a call's tensors have {' and '.join(map(str, counts))} rows; all need one a sample")
 
@@ -56,8 +68,8 @@ class Call(Mapping[str, Any]):
 
     @property
     def batch(self) -> int:
-        """The number of samples; 1 where no tensor has an axis."""
-        return next((len(tensor) for tensor in self.tensors() if tensor.dim()), 1)
+        """The number of samples; 1 where no tensor has rows."""
+        return next((len(tensor) for tensor in self._with_rows()), 1)
 
     @property
     def device(self) -> torch.device:
@@ -66,11 +78,11 @@ class Call(Mapping[str, Any]):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """Return the call whose tensors are `function` of these."""
-        return Call(_mapped(self._arguments, function))
+        return Call(_mapped(self._arguments, function), **self._rest)
 
     def take(self, rows: Tensor | slice) -> Call:
         """Return the call of some samples: `rows` (n,) are indices, which may repeat, or a boolean mask; or a slice."""
-        return self.map(lambda tensor: tensor[rows] if tensor.dim() else tensor)
+        return self._map_rows(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str | Tensor | nn.Module, dtype: torch.dtype | None = None) -> Call:
         """Return the call on a device; floating-point tensors in a dtype, all others in the dtype that they have.
@@ -84,7 +96,7 @@ class Call(Mapping[str, Any]):
 
     def repeat(self, times: int) -> Call:
         """Return the call of all samples `times` times over: 0, 1, …, B - 1, 0, 1, …"""
-        return self.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor)
+        return self._map_rows(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
     def replace(self, **arguments: Any) -> Call:
         """Return the call with other values of some arguments, which it must have.
@@ -95,15 +107,37 @@ class Call(Mapping[str, Any]):
         """
         if unknown := arguments.keys() - self.keys():
             raise KeyError(f"the call has no {', '.join(sorted(unknown))}; it has {', '.join(self)}")
-        return Call({**self._arguments, **arguments})
+        return Call({**self._arguments, **arguments}, **self._rest)
 
     @staticmethod
     def cat(calls: Sequence[Call]) -> Call:
         """Return one call of the samples of several, which have the same arguments, one call's after another's.
 
-        A tensor without axes must be equal in all of them.
+        A tensor without rows must be equal in all of them.
         """
-        return Call(_joined(calls))
+        shared = calls[0]._shared
+        arguments = {name: _joined([call[name] for call in calls], name in shared) for name in calls[0]}
+        return Call(arguments, **calls[0]._rest)
+
+    @property
+    def _rest(self) -> dict[str, Any]:
+        """What belongs to the call beside its arguments."""
+        return {"shared": self._shared, "grid": self.grid, "finish": self.finish}
+
+    def _with_rows(self) -> Iterator[Tensor]:
+        """Yield the tensors that have a row for each sample."""
+        by_sample = {name: value for name, value in self._arguments.items() if name not in self._shared}
+        return (tensor for tensor in _leaves(by_sample) if tensor.dim())
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> Call:
+        """Return the call whose tensors with rows are `function` of these."""
+
+        def mapped(tensor: Tensor) -> Tensor:
+            return function(tensor) if tensor.dim() else tensor
+
+        arguments = self._arguments.items()
+        changed = {name: value if name in self._shared else _mapped(value, mapped) for name, value in arguments}
+        return Call(changed, **self._rest)
 
 
 class NamedCalls:
@@ -178,7 +212,8 @@ class NamedCalls:
 
 def predict(model: nn.Module, call: Call) -> Tensor:
     """Run a denoiser; return its prediction, (B, C, h, w)."""
-    return model(**call, return_dict=False)[0]
+    output = model(**call, return_dict=False)[0]
+    return output if call.finish is None else call.finish(output)
 
 
 def normal(generator: torch.Generator) -> Fill:
@@ -205,11 +240,11 @@ def _leaves(value: Any) -> Iterator[Tensor]:
         yield value
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def _joined(values: Sequence[Any], is_shared: bool = False) -> Any:
     first = values[0]
     if isinstance(first, Mapping):
-        return {name: _joined([value[name] for value in values]) for name in first}
-    if isinstance(first, Tensor) and first.dim():
+        return {name: _joined([value[name] for value in values], is_shared) for name in first}
+    if isinstance(first, Tensor) and first.dim() and not is_shared:
         return torch.cat(list(values))
     if any(not (torch.equal(value, first) if isinstance(first, Tensor) else value == first) for value in values):
         raise ValueError(f"calls that are joined share {first}, and another has something else")

@@ -320,6 +320,9 @@ class _Part(NamedTuple):
 
     owner: "unit": `share`, a fraction (of, in all), of what its weight costs belongs to the layer's units together, and
     so does its bias, unless it makes the layer's output; "any": what feeds the layer; "always".
+    rest: whether what no layer's units own of the weight, and an output's bias, are charged here; of a weight in which
+    several layers own channels, the first one's part has them.
+    owned: the channels of the weight that some layer's units own.
     """
 
     module: nn.Module
@@ -327,43 +330,58 @@ class _Part(NamedTuple):
     owner: Literal["unit", "any", "always"] = "always"
     share: tuple[int, int] = (0, 1)
     makes_output: bool = False
+    rest: bool = True
+    owned: int = 0
 
 
-def _parts_of_layers(denoiser: Denoiser, model: nn.Module) -> list[tuple[Layer, list[_Part]]]:
+_Entry = tuple[Layer, list[_Part]]
+
+
+def _parts_of_layers(denoiser: Denoiser, model: nn.Module) -> list[_Entry]:
     """Every layer with the modules that cost with it: those with parameters in no inner layer, and what feeds it."""
-    layers: list[tuple[Layer, list[_Part]]] = [(layer, []) for layer in denoiser.layers(model)]
-    at = {entry[0].path: entry for entry in layers}
+    layers: list[_Entry] = [(layer, []) for layer in denoiser.layers(model)]
+    at: dict[str, _Entry] = {}
+    for entry in layers:
+        at.setdefault(entry[0].path, entry)
     fed = {path: entry for entry in layers for path in entry[0].feeds}
-    owned: dict[str, list[tuple[Layer, Axis]]] = {}
-    for layer, _ in layers:
-        for axis in layer.axes:
-            owned.setdefault(f"{layer.path}.{axis.layer}", []).append((layer, axis))
+    owned: dict[str, list[tuple[_Entry, Axis]]] = {}
+    for entry in layers:
+        for axis in entry[0].axes:
+            owned.setdefault(f"{entry[0].path}.{axis.layer}", []).append((entry, axis))
     for path, module in model.named_modules():
         if not module._parameters:
             continue
         if path in fed:
             layer, parts = fed[path]
             parts.append(_Part(module, layer.stream, "any"))
-            continue
-        inside = path
-        while inside not in at:
-            inside = inside.rpartition(".")[0]
-        layer, parts = at[inside]
-        stream = layer.stream_of(path[len(inside) + 1 :] if inside else path)
-        if path not in owned:
-            parts.append(_Part(module, stream))
-            continue
-        sides = {axis.side == "in" for _, axis in owned[path]}
-        assert len(sides) == 1, f"the axes of {path} lie on one side of its weight"
-        is_input = sides.pop()
-        channels = sum(axis.copies * group.units.size * group.units.channels for group, axis in owned[path])
-        share = (channels, weight_of(module).shape[int(is_input)])
-        parts.append(_Part(module, stream, "unit", share, makes_output=is_input))
+        elif path in owned:
+            _add_owned(module, path, owned[path])
+        else:
+            inside = path
+            while inside not in at:
+                inside = inside.rpartition(".")[0]
+            layer, parts = at[inside]
+            parts.append(_Part(module, layer.stream_of(path[len(inside) + 1 :] if inside else path)))
     return layers
 
 
+def _add_owned(module: nn.Module, path: str, axes: list[tuple[_Entry, Axis]]) -> None:
+    """Give a weight in which units own channels to the layers of these units."""
+    sides = {axis.side == "in" for _, axis in axes}
+    assert len(sides) == 1, f"the axes of {path} lie on one side of its weight"
+    is_input = sides.pop()
+    entries, sizes = list({id(entry): entry for entry, _ in axes}.values()), dict[int, int]()
+    for (layer, parts), axis in axes:
+        sizes[id(parts)] = sizes.get(id(parts), 0) + axis.copies * layer.units.size * layer.units.channels
+    total = weight_of(module).shape[int(is_input)]
+    for index, (layer, parts) in enumerate(entries):
+        stream = layer.stream_of(path[len(layer.path) + 1 :])
+        share = (sizes[id(parts)], total)
+        parts.append(_Part(module, stream, "unit", share, is_input, index == 0, sum(sizes.values())))
+
+
 def _layer_costs(
-    layers: Iterable[tuple[Layer, list[_Part]]], counter: Counter, lengths: Mapping[str, int]
+    layers: Iterable[_Entry], counter: Counter, lengths: Mapping[str, int]
 ) -> Iterator[tuple[str, str, int, LayerCost]]:
     """(path, kind, units, cost) of everything in the model that costs something."""
     for layer, parts in layers:
@@ -377,11 +395,14 @@ def _cost(layer: Layer, parts: Iterable[_Part], counter: Counter, lengths: Mappi
     costs = {"unit": 0, "any": 0, "always": 0}
     for part in parts:
         if isinstance(part.module, Emptied):
-            costs["always"] += counter.emptied(part.module.bias)
+            costs["always"] += sum(map(counter.emptied, part.module._parameters.values()))
             continue
         if part.stream not in lengths:
             kind = type(part.module).__name__
             raise UserError(f"a {kind} in {layer.path or 'the model'} is in no layer that is described: not supported")
+        if part.module._parameters.keys() <= layer.tables:
+            costs["always"] += sum(map(counter.table, part.module._parameters.values()))
+            continue
         weights, bias = counter.module(part.module, lengths[part.stream])
         if part.owner != "unit":
             costs[part.owner] += weights + bias
@@ -390,11 +411,12 @@ def _cost(layer: Layer, parts: Iterable[_Part], counter: Counter, lengths: Mappi
         owned, rest = divmod(weights * of, in_all)
         assert rest == 0
         costs["unit"] += owned
-        costs["always"] += weights - owned
-        if part.makes_output:
-            costs["always" if counter.output_bias_stays else "any"] += bias
-        else:
+        if part.rest:
+            costs["always"] += weights * (in_all - part.owned) // in_all
+        if not part.makes_output:
             costs["unit"] += bias
+        elif part.rest:
+            costs["always" if counter.output_bias_stays else "any"] += bias
     for activation in layer.activations:
         costs[activation.needed] += counter.activation(activation.channels, lengths[activation.stream])
     if layer.group is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from prunekit.runtime.errors import UserError
 
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Counter:
         """Of the output bias that an emptied layer still adds."""
         return bias.numel() if self.output_bias_stays and bias is not None else 0
 
+    def table(self, parameter: nn.Parameter | None) -> int:
+        """Of a parameter that shifts or scales hidden states, and is in no product."""
+        return 0
+
 
 class Exact(Counter):
     """Also the products QKᵀ and AV of every attention: torch's FlopCounterMode / 2."""
@@ -89,6 +94,9 @@ class Parameters(Counter):
 
     def norm(self, norm: nn.Module, positions: int) -> int:  # noqa: D102
         return sum(parameter.numel() for parameter in norm.parameters(recurse=False))
+
+    def table(self, parameter: nn.Parameter | None) -> int:  # noqa: D102
+        return 0 if parameter is None else parameter.numel()
 
 
 CONVENTIONS: dict[str, type[Counter]] = {"exact": Exact, "conv_linear": Counter}

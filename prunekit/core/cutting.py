@@ -20,7 +20,8 @@ def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
 def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]]], is_input: bool) -> None:
     """Cut a module's weight along one side, in place, to what all the axes on that side keep together.
 
-    axes: with the layer that each belongs to and its kept units; channels that no axis owns stay.
+    axes: with the layer that each belongs to and its kept units; channels that no axis owns stay. A weight of which
+        nothing would stay is left, since what holds it is replaced.
     """
     if isinstance(module, nn.GroupNorm):
         ((_, _, kept),) = axes
@@ -29,14 +30,17 @@ def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]
     assert isinstance(module, nn.Conv2d | nn.Linear), f"a {type(module).__name__} cannot be cut"
     total, keep = module.weight.shape[int(is_input)], keep_in if is_input else keep_out
     first, layer, kept = axes[0]
-    if len(axes) == 1 and first.copies * layer.units.size * layer.units.channels == total:  # it owns the whole weight
+    if (
+        len(axes) == 1 and kept and first.copies * layer.units.size * layer.units.channels == total
+    ):  # it owns the whole weight
         keep(module, first.channels(kept, layer.units))
         return
     staying = set(range(total))
     for axis, layer, kept in axes:
         staying -= set(axis.channels(list(range(layer.units.size)), layer.units))
         staying |= set(axis.channels(kept, layer.units))
-    keep(module, sorted(staying))
+    if staying:
+        keep(module, sorted(staying))
 
 
 def keep_out(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+
+from prunekit.runtime.errors import UserError, first_line
 
 from .axes import Layer, Passage, Place
 from .call import NamedCalls
@@ -16,14 +20,23 @@ from .family import Family
 from .slicing import PrunedModel, blank_of, pruned_class
 from .space import UnitGroup
 
+MOST = 2**20  # of every size in a config
+MOST_BLOCKS = 1000  # of a list
+
 
 class Bypassed(nn.Module):
-    """In place of a removed block: what entered by the names of its inputs, in the order of its outputs."""
+    """In place of a removed block: what entered by the names of its inputs, in the order of its outputs.
+
+    It has the block's own attributes that are flags or numbers, which a ControlNet may read.
+    """
 
     def __init__(self, block: nn.Module, inputs: Sequence[str]):
         super().__init__()
         self.names = list(inspect.signature(block.forward).parameters)
         self.inputs = tuple(inputs)
+        for name, value in vars(block).items():
+            if isinstance(value, bool | int) and name not in vars(self):
+                setattr(self, name, value)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The inputs that pass on: one, or a tuple of several."""
@@ -39,6 +52,7 @@ class Description(NamedCalls):
     lists: the paths of the lists of blocks, in the order of the forward pass.
     inputs: the arguments of a block that pass on if it goes, in the order of its outputs.
     outputs: by kind of layer, the path inside it of the layer whose output bias is left when it is empty.
+    layers_in_config: the settings of the config that count blocks.
     """
 
     dense: ClassVar[type[nn.Module]]
@@ -52,6 +66,7 @@ class Description(NamedCalls):
         "pooled": "pooled_projections",
     }
     outputs: ClassVar[Mapping[str, str]] = {}
+    layers_in_config: ClassVar[tuple[str, ...]] = ("num_layers",)
     policies: ClassVar[tuple[str, ...]] = ("all", "none")
     richest: ClassVar[str] = "all"
     conventions: ClassVar[Mapping[str, type[Counter]]] = {}
@@ -135,3 +150,32 @@ class Description(NamedCalls):
     def blank(self, model: Any) -> Any:
         """A dense model of the same config, on the meta device."""
         return blank_of(self.dense, model)
+
+    def from_config(self, config: Mapping[str, Any], name: str | Path) -> Any:
+        """Build a model, stock or pruned, on the meta device and in evaluation mode."""
+        self.check_config(config, name)
+        kind: Any = self.pruned_class() if "pruning" in config else self.dense
+        try:
+            with torch.device("meta"):
+                model = kind.from_config(config)
+        except Exception as error:  # a damaged config makes the constructor raise almost anything
+            raise UserError(
+                f"the {self.dense.__name__} of {name} is not supported: its config builds no {kind.__name__} "
+                f"({first_line(error)})"
+            ) from error
+        self.check(model)
+        return model.eval()
+
+    def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
+        """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""
+        known = inspect.signature(self.dense.__init__).parameters
+        for key, value in config.items():
+            if key not in known or isinstance(value, bool):
+                continue
+            most = MOST_BLOCKS if key in self.layers_in_config else MOST
+            for size in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(size, int) and not 0 <= size <= most:
+                    raise UserError(
+                        f"the {self.dense.__name__} of {name} is not supported: {key} has {size!r}, "
+                        f"not an integer from 0 to {most}"
+                    )

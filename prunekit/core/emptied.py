@@ -8,29 +8,37 @@ model's name: `LAYER.bias` in memory is `LAYER.conv2.bias` in a file, where `con
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+NO_OUTPUTS: Mapping[str, str] = MappingProxyType({})
+
 
 class Emptied(nn.Module):
-    """A layer without units; a subclass for each kind names the dense layer's output layer and runs the rest."""
+    """A layer without units; a subclass for each kind names the dense layer's output layers and runs the rest.
 
-    output: str = ""  # path of the output layer inside the dense layer
+    outputs: by the name of a bias here, the path of the output layer inside the dense layer that it comes from.
+    """
+
+    outputs: Mapping[str, str] = NO_OUTPUTS
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        bias = layer.get_submodule(self.output).bias
-        assert bias is None or isinstance(bias, nn.Parameter)
-        self.register_parameter("bias", bias)
+        for name, path in self.outputs.items():
+            bias = layer.get_submodule(path).bias
+            assert bias is None or isinstance(bias, nn.Parameter)
+            self.register_parameter(name, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """As the stock method; also reads the bias under the name that it has in files."""
-        in_file = f"{prefix}{self.output}.bias"
-        if in_file in state_dict:
-            state_dict[f"{prefix}bias"] = state_dict.pop(in_file)
+        """As the stock method; also reads a bias under the name that it has in files."""
+        for name, path in self.outputs.items():
+            in_file = f"{prefix}{_bias(path)}"
+            if in_file in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(in_file)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -38,12 +46,25 @@ class EmptiedLayer(Emptied):
     """Of a layer whose output has the shape of its first argument, such as a feed-forward."""
 
     def __init__(self, layer: nn.Module, output: str):
-        self.output = output
+        self.outputs = {"bias": output}
         super().__init__(layer)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(B, q, C) -> (B, q, C), the bias everywhere."""
         return spread(self.bias, hidden_states)
+
+
+class EmptiedOutput(Emptied):
+    """An output layer of several branches that all lost their units: its bias."""
+
+    def __init__(self, layer: nn.Linear):
+        self.outputs = {"bias": ""}
+        super().__init__(layer)
+        self.out_features = layer.out_features
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, q, 0) -> (B, q, C), the bias everywhere."""
+        return spread(self.bias, hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features))
 
 
 def spread(bias: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -58,10 +79,17 @@ def spread(bias: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tens
 def names_in_files(model: nn.Module) -> dict[str, str]:
     """Return the names in a file, by the names in memory, of the parameters for which the two differ."""
     return {
-        f"{path}.bias": f"{path}.{module.output}.bias"
+        f"{path}.{name}": f"{path}.{_bias(output)}"
         for path, module in model.named_modules()
-        if isinstance(module, Emptied) and module.bias is not None
+        if isinstance(module, Emptied)
+        for name, output in module.outputs.items()
+        if getattr(module, name) is not None
     }
+
+
+def _bias(path: str) -> str:
+    """Return the name of the bias of the layer at a path, "" for the layer itself."""
+    return f"{path}.bias" if path else "bias"
 
 
 def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:

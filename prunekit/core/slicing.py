@@ -1,8 +1,6 @@
 """CUT: a denoiser whose removed units are physically gone, and `slice_model`, which makes one.
 
-A pruned model's `config.json` holds the dense config and
-`pruning: {format: 1, kept: {module path: unit indices}, removed: [paths]}`, by name, in the dense model's units. A
-module path that is not named keeps all. A removed stage is named by its first block.
+A pruned model's `config.json` holds the dense config and what was cut, `pruning` (see `record`).
 
 Several pruned models may share one set of weights, a *backbone*: a *member's* folder has a config and `backbone.json`,
 which names the backbone's folder, and loading slices it.
@@ -14,6 +12,7 @@ import functools
 import inspect
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -30,10 +29,11 @@ from .cutting import keep_channels
 from .denoiser import Structure
 from .discovery import match_with, whole_space
 from .emptied import names_in_files, renamed
+from .record import read_pruning, record_cut
 from .registry import denoiser_named, denoiser_of
-from .space import Architecture, UnitGroup, UnitSpace, near
+from .space import Architecture
 
-FORMAT = 1
+FORMAT = 1  # of a member's folder
 POINTER = "backbone.json"  # of a member: where its weights are
 DELTAS = "deltas.safetensors"  # of a member: what it changes of them, where it does
 DOWN, UP, SHIFT = ".down", ".up", ".shift"  # after a tensor's name there: a low-rank change, or what is added as it is
@@ -180,6 +180,7 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
     with torch.device("meta"):
         pruned = pruned_class(**config)
     pruned.load_state_dict(model.state_dict(), assign=True)
+    _take_tables(model, pruned)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -193,14 +194,25 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
         if parameter.untyped_storage().data_ptr() in memory:  # was not cut: still the model's own memory
             parameter.data = parameter.data.clone()
     pruned.train(model.training)
-    pruned.register_to_config(pruning=_record(architecture, model.config.get("pruning")))
+    pruned.register_to_config(pruning=record_cut(architecture, model, whole_space(structure, model)))
     return pruned
+
+
+def _take_tables(model: nn.Module, pruned: nn.Module) -> None:
+    """Take the tensors that are no parameters, such as tables of positions, from the model that a copy was made of."""
+    originals = dict(model.named_modules())
+    for path, module in pruned.named_modules():
+        for tensors in (module._buffers, module.__dict__):
+            for name, value in tensors.items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    tensors[name] = getattr(originals[path], name)
 
 
 def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> None:
     """Cut a model in place: all weights' axes first, then what lost all its units, then whole layers."""
     gone = architecture.removed()
     layers = {layer.group.name: layer for layer in structure.layers(model) if layer.group is not None}
+    owners = Counter(path for layer in layers.values() for path in {f"{layer.path}.{a.layer}" for a in layer.axes})
     cuts: list[tuple[Layer, list[int]]] = []
     for group in architecture.space.width_groups:
         if any(removed.removes(group.path) for removed in gone):
@@ -210,8 +222,10 @@ def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> N
             cuts.append((layers[group.name], kept))
     weights: dict[tuple[str, bool], list[tuple[Axis, Layer, list[int]]]] = {}
     for layer, kept in cuts:
-        for axis in layer.axes if kept else ():
-            weights.setdefault((f"{layer.path}.{axis.layer}", axis.side == "in"), []).append((axis, layer, kept))
+        for axis in layer.axes:
+            path = f"{layer.path}.{axis.layer}"
+            if kept or owners[path] > 1:  # a layer that is emptied is replaced, but not what it shares with others
+                weights.setdefault((path, axis.side == "in"), []).append((axis, layer, kept))
     for (path, is_input), axes in weights.items():
         keep_channels(model.get_submodule(path), axes, is_input)
     for layer, kept in cuts:
@@ -302,61 +316,3 @@ def _name_as_in_files(model: nn.Module, state: dict[str, torch.Tensor], *_: Any)
     items = renamed(state, names_in_files(model))
     state.clear()
     state.update(items)
-
-
-def _record(architecture: Architecture, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config's record of this cut after an earlier one, in the dense model's unit indices."""
-    gone = architecture.removed()
-    before = before or {"kept": {}, "removed": []}
-    kept = {path: list(indices) for path, indices in before["kept"].items()}
-    for group in architecture.space.width_groups:
-        indices = architecture.kept(group.name)
-        if len(indices) < group.size:
-            earlier = kept.get(group.path, range(group.size))
-            kept[group.path] = [earlier[index] for index in indices]
-    removed = [*before["removed"], *(group.path for group in gone)]
-
-    def is_gone(path: str) -> bool:
-        return any(group.removes(path) and group.path != path for group in gone)
-
-    return {
-        "format": FORMAT,
-        "kept": {path: kept[path] for path in sorted(kept) if not is_gone(path) and path not in removed},
-        "removed": sorted(path for path in removed if not is_gone(path)),
-    }
-
-
-def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
-    """The Architecture that a config's record describes; ValueError that says what is wrong with it."""
-    if not isinstance(pruning, Mapping) or pruning.get("format") != FORMAT:
-        known = pruning.get("format") if isinstance(pruning, Mapping) else pruning
-        raise UserError(
-            f"the config's pruning has format {known!r}; this version of prunekit reads format {FORMAT}. Use the "
-            "version that wrote it, or a newer one"
-        )
-    unknown = set(pruning) - {"format", "kept", "removed"}
-    if unknown:
-        raise UserError(f"the config's pruning has unknown keys {sorted(unknown)}; allowed: format, kept, removed")
-    values = torch.ones(space.size, dtype=torch.bool, device="cpu")
-    widths = {group.path: group for group in space.width_groups}
-    depths = {group.path: group for group in space.depth_groups}
-    for path, indices in pruning.get("kept", {}).items():
-        group = _named(path, widths, "pruning.kept", "a layer with units")
-        indices = list(indices)
-        if not all(isinstance(index, int) and 0 <= index < group.size for index in indices):
-            raise UserError(f"pruning.kept[{path!r}] holds indices outside 0 to {group.size - 1}: {indices}")
-        if sorted(set(indices)) != indices:
-            raise UserError(f"pruning.kept[{path!r}] is not sorted, or names a unit twice: {indices}")
-        part = space.slice(group)
-        values[part] = False
-        values[[part.start + index for index in indices]] = True
-    for path in pruning.get("removed", ()):
-        group = _named(path, depths, "pruning.removed", "a layer that can be removed")
-        values[space.slice(group)] = False
-    return Architecture(space, values)
-
-
-def _named(path: str, groups: Mapping[str, UnitGroup], where: str, what: str) -> UnitGroup:
-    if path not in groups:
-        raise UserError(f"{where} names {path!r}, which is not {what} of this model.{near(path, groups)}")
-    return groups[path]

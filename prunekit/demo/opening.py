@@ -12,8 +12,9 @@ import torch
 from prunekit.core.axes import Place
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.record import read_pruning
 from prunekit.core.registry import denoiser_in, denoiser_of, latent_size
-from prunekit.core.slicing import blank_copy, read_pruning
+from prunekit.core.slicing import blank_copy
 from prunekit.core.space import Architecture
 from prunekit.data.config import DataConfig, load_data
 from prunekit.evaluation.generate import REQUEST

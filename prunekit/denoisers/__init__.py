@@ -9,5 +9,7 @@ from prunekit.core.registry import register_denoiser
 def register() -> None:
     """Register the denoisers of every folder here; what describes a model is imported when it is first needed."""
     for folder in pkgutil.iter_modules(__path__):
+        if not folder.ispkg:  # what several families share
+            continue
         family = importlib.import_module(f"{__name__}.{folder.name}")
         register_denoiser(family.MODELS, family.denoiser, family.ATTRIBUTE)

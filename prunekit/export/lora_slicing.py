@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from prunekit.core.discovery import whole_space, width_layers
-from prunekit.core.slicing import blank_copy, read_pruning
+from prunekit.core.record import read_pruning
+from prunekit.core.slicing import blank_copy
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.runtime.errors import UserError
 

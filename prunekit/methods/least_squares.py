@@ -62,8 +62,10 @@ class Sums:
                 right = left if column == row else parts[column]() * roots
                 columns = slice(column * width, (column + 1) * width)
                 block = (left.T @ right).double()
-                self.gram[rows, columns] += block
-                if column != row:
+                if column == row:
+                    self.gram[rows, columns] += (block + block.T) / 2  # a float32 product may differ from its transpose
+                else:
+                    self.gram[rows, columns] += block
                     self.gram[columns, rows] += block.T
             self.cross[rows] += (left.T @ targets).double()
             sums = (left * roots).sum(0).double()

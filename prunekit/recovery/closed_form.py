@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from prunekit.core.axes import weight_of
 from prunekit.core.call import Call
 from prunekit.core.discovery import whole_space
+from prunekit.core.record import read_pruning
 from prunekit.core.registry import denoiser_in, denoiser_of
-from prunekit.core.slicing import read_pruning
 from prunekit.data.encoded import EncodedData
 from prunekit.methods.calibration import (
     TIMESTEP_WEIGHTS,

@@ -230,7 +230,7 @@ def test_an_architecture_of_another_unet_is_refused():
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
-        ({"format": 2, "kept": {}, "removed": []}, "format 2; this version of prunekit reads format 1"),
+        ({"format": 3, "kept": {}, "removed": []}, "format 3; this version of prunekit reads formats 1 and 2"),
         ([], r"format \[\]"),
         ({"format": 1, "keep": {}}, r"unknown keys \['keep'\]"),
         ({"format": 1, "kept": {"down_blocks.0.resnet.0": [0]}}, r"Near names: down_blocks\.0\.resnets\.0"),

@@ -100,8 +100,8 @@ def test_the_class_file_is_the_package(class_module, shape):
         own.load_state_dict(unet.state_dict())
         with torch.no_grad():
             assert torch.equal(own(**inputs(unet)).sample, unet(**inputs(unet)).sample)
-    with pytest.raises(ValueError, match="reads format 1"):
-        class_module.PrunedUNet2DConditionModel(**{**config, "pruning": {"format": 2, "kept": {}, "removed": []}})
+    with pytest.raises(ValueError, match="reads formats 1 and 2"):
+        class_module.PrunedUNet2DConditionModel(**{**config, "pruning": {"format": 3, "kept": {}, "removed": []}})
 
 
 def test_the_class_file_needs_torch_and_diffusers_alone():
@@ -285,7 +285,7 @@ def _newer_header(folder):
         (_other_architecture, "not the one that its weights were cut to"),
         (_other_unet, "was cut|were cut|was changed|do not belong"),
         (_without_header, "do not belong to its config's UNet"),
-        (_config(lambda config: config["pruning"].update(format=2)), "reads format 1"),
+        (_config(lambda config: config["pruning"].update(format=3)), "reads formats 1 and 2"),
         (_config(lambda config: config["pruning"].update(more=1)), "unknown keys"),
         (_config(lambda config: config["pruning"]["removed"].append("up_blocks.9")), "not a layer that can be removed"),
         (_config(lambda config: config.update(norm_eps=0.1)), "was changed after its weights were written"),

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from prunekit.core.emptied import Emptied, EmptiedLayer, spread
+from prunekit.core.emptied import Emptied
 
 
 class EmptiedResnet(Emptied):
     """A ResBlock without a hidden channel: the shortcut plus `conv2`'s bias."""
 
-    output = "conv2"
     bias: nn.Parameter  # a ResBlock's convolutions have one
 
     def __init__(self, resnet: ResnetBlock2D):
+        self.outputs = {"bias": "conv2"}
         super().__init__(resnet)
         self.in_channels = resnet.in_channels
         self.out_channels = resnet.out_channels
@@ -31,27 +29,6 @@ class EmptiedResnet(Emptied):
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + self.bias[:, None, None]) / self.output_scale_factor
-
-
-class EmptiedAttention(Emptied):
-    """An attention without a head: the bias of its output projection, and the dropout after it."""
-
-    output = "to_out.0"
-
-    def __init__(self, attention: Attention):
-        super().__init__(attention)
-        self.dropout = attention.to_out[1]
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(B, q, C) -> (B, q, C), the bias everywhere; text and masks have nothing left to act on."""
-        return self.dropout(spread(self.bias, hidden_states))
-
-
-class EmptiedFeedForward(EmptiedLayer):
-    """A feed-forward without an inner channel: the bias of its last linear layer."""
-
-    def __init__(self, feedforward: FeedForward):
-        super().__init__(feedforward, "net.2")
 
 
 class BypassedResnet(nn.Module):

@@ -11,12 +11,19 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from prunekit.core.axes import Activation, Axis, Layer, Passage
+from prunekit.core.record import kept_groups
 from prunekit.core.space import UnitGroup
+from prunekit.core.transformer_layers import (
+    EmptiedAttention,
+    EmptiedFeedForward,
+    attention_layer,
+    feedforward_layer,
+    keep_heads,
+)
 
-from .removed import EmptiedAttention, EmptiedFeedForward, EmptiedResnet, bypass
+from .removed import EmptiedResnet, bypass
 from .walk import Site, check_supported, resolutions, walk
 
-MOST_GROUPS = 32  # of a feed-forward's channels, or the largest divisor of its width below that
 _NORM_OF = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # the LayerNorm that only feeds this layer
 _RESNET_AXES = {  # by the runs of channels that the time step's projection has: 2 for scale and shift
     shifts: (
@@ -27,8 +34,6 @@ _RESNET_AXES = {  # by the runs of channels that the time step's projection has:
     )
     for shifts in (1, 2)
 }
-_ATTENTION_AXES = (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in"))
-_FEEDFORWARD_AXES = (Axis("net.0.proj", "out", copies=2), Axis("net.2", "in"))  # GEGLU: values, gates
 _EMPTIED = {"resnet": EmptiedResnet, "attention": EmptiedAttention, "feedforward": EmptiedFeedForward}
 
 
@@ -76,8 +81,7 @@ class UNetStructure:
         """Update an attention's number of heads and its widths."""
         module = model.get_submodule(layer.path)
         if isinstance(module, Attention):
-            module.heads = module.sliceable_head_dim = len(kept)
-            module.inner_dim = module.inner_kv_dim = len(kept) * layer.units.channels
+            keep_heads(module, len(kept), layer.units.channels)
 
     def empty(self, model: nn.Module, layer: Layer) -> None:
         """Replace a layer that loses all its units by what its output bias leaves."""
@@ -126,51 +130,18 @@ def _resnet(unet: UNet2DConditionModel, site: Site) -> Layer:
 
 
 def _attention(unet: UNet2DConditionModel, site: Site) -> Layer:
-    """The units are the heads; a zero before the output projection is a removal."""
-    module, stream = site.module, str(site.level)
-    if isinstance(module, EmptiedAttention):
-        return Layer("attention", site.path, stream, feeds=_feeds(site))
-    keys = "text" if module.is_cross_attention else stream
-    return Layer(
-        "attention",
-        site.path,
-        stream,
-        {"to_k": keys, "to_v": keys},
-        UnitGroup("attention", site.path, module.heads, module.inner_dim // module.heads),
-        _ATTENTION_AXES,
-        products=(stream, keys),
-        feeds=_feeds(site),
-    )
+    keys = "text" if getattr(site.module, "is_cross_attention", False) else None
+    return attention_layer(site.path, site.module, str(site.level), keys, feeds=_feeds(site))
 
 
 def _feedforward(unet: UNet2DConditionModel, site: Site) -> Layer:
-    """The units are groups of inner channels; a zero before the last linear layer is a removal."""
-    module, stream = site.module, str(site.level)
-    if isinstance(module, EmptiedFeedForward):
-        return Layer("feedforward", site.path, stream, feeds=_feeds(site))
-    inner, groups = module.net[2].in_features, _kept_groups(unet, site.path)
-    if groups is None:
-        groups = next(count for count in range(min(MOST_GROUPS, inner), 0, -1) if inner % count == 0)
-    assert inner % groups == 0
-    return Layer(
-        "feedforward",
-        site.path,
-        stream,
-        group=UnitGroup("feedforward", site.path, groups, inner // groups),
-        axes=_FEEDFORWARD_AXES,
-        feeds=_feeds(site),
-    )
+    groups = kept_groups(unet, f"feedforward:{site.path}")
+    return feedforward_layer(site.path, site.module, str(site.level), groups, _feeds(site))
 
 
 def _feeds(site: Site) -> tuple[str, ...]:
     block, _, name = site.path.rpartition(".")
     return (f"{block}.{_NORM_OF[name]}",)
-
-
-def _kept_groups(unet: UNet2DConditionModel, path: str) -> int | None:
-    """How many units an earlier cut left at `path`; None where it was not cut."""
-    kept = ((unet.config.get("pruning") or {}).get("kept") or {}).get(path)
-    return None if kept is None else len(kept)
 
 
 def _depth_group(unet: UNet2DConditionModel, site: Site, policy: str) -> UnitGroup | None:

@@ -23,17 +23,10 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from prunekit.core.transformer_layers import EmptiedAttention, EmptiedFeedForward
 from prunekit.runtime.errors import UserError
 
-from .removed import (
-    BYPASSED,
-    BypassedModule,
-    BypassedResnet,
-    BypassedTransformer,
-    EmptiedAttention,
-    EmptiedFeedForward,
-    EmptiedResnet,
-)
+from .removed import BYPASSED, BypassedModule, BypassedResnet, BypassedTransformer, EmptiedResnet
 
 SUPPORTED = (
     "prunekit supports UNet2DConditionModel with CrossAttnDownBlock2D / DownBlock2D, UNetMidBlock2DCrossAttn or no "

@@ -320,11 +320,11 @@ def build_method(
 
 
 def _refits_each(label: str, method: Method, tuning: FineTuneConfig, recovering: RecoverConfig) -> None:
-    """Refuse a closed-form refit of models that share one set of weights: it would fit the weights of one mask alone."""
+    """Refuse a closed-form refit of models that share their weights: it fits the weights of one mask alone."""
     if recovering.closed_form is not None and tuning.shared_backbone and method.num_models > 1:
         raise UserError(
-            f"recover.closed_form with fine_tune.shared_backbone=true: the models of {label!r} share their weights, and "
-            "a refit fits those of one model; leave one of the two out"
+            f"recover.closed_form with fine_tune.shared_backbone=true: the models of {label!r} share their weights, "
+            "and a refit fits those of one model; leave one of the two out"
         )
 
 

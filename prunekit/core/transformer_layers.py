@@ -1,0 +1,143 @@
+"""Attention and feed-forward, which diffusers' transformer blocks share: their units, and what is left when empty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from .axes import Axis, Layer
+from .emptied import Emptied, EmptiedLayer, spread
+from .space import UnitGroup
+
+MOST_GROUPS = 32  # of a feed-forward's channels, or the largest divisor of its width below that
+_ATTENTION = (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in"))
+_ADDED = (Axis("add_q_proj", "out"), Axis("add_k_proj", "out"), Axis("add_v_proj", "out"))
+_ADDED_OUTPUT = Axis("to_add_out", "in")
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of queries and keys, head by head
+
+
+class EmptiedAttention(Emptied):
+    """An attention without a head: the bias of its output projection, and the dropout after it."""
+
+    def __init__(self, attention: Any):
+        self.outputs = {"bias": "to_out.0", **self.outputs}
+        super().__init__(attention)
+        self.dropout = attention.to_out[1]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, q, C) -> (B, q, C), the bias everywhere; text and masks have nothing left to act on."""
+        return self.dropout(spread(self.bias, hidden_states))
+
+
+class EmptiedJointAttention(EmptiedAttention):
+    """A joint attention without a head: the bias of each stream's output projection."""
+
+    added_bias: nn.Parameter | None
+
+    def __init__(self, attention: Any):
+        self.has_text_output = getattr(attention, "to_add_out", None) is not None
+        self.outputs = {"added_bias": "to_add_out"} if self.has_text_output else {}
+        super().__init__(attention)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, q, C), (B, T, C) -> the same shapes. The text's output is unused where its projection is missing."""
+        image = super().forward(hidden_states)
+        return image, spread(self.added_bias, encoder_hidden_states) if self.has_text_output else encoder_hidden_states
+
+
+class EmptiedFeedForward(EmptiedLayer):
+    """A feed-forward without an inner channel: the bias of its last linear layer."""
+
+    def __init__(self, feedforward: FeedForward):
+        super().__init__(feedforward, "net.2")
+
+
+def attention_layer(
+    path: str,
+    module: Any,
+    queries: str,
+    keys: str | None = None,
+    added: str | None = None,
+    feeds: Sequence[str] = (),
+) -> Layer:
+    """Describe an attention. The units are its heads; a zero before an output projection is a removal.
+
+    Args:
+        path: of the attention in the model.
+        module: diffusers' `Attention`, or a class with the same names; or what an earlier cut left of it.
+        queries: stream of the hidden states.
+        keys: stream of the keys and values; by default that of the queries. With `added`, that of both together.
+        added: of a joint attention: the stream of the other hidden states, such as a text's.
+        feeds: paths of modules that only feed the attention.
+
+    """
+    if isinstance(module, Emptied):
+        return Layer("attention", path, queries, feeds=tuple(feeds))
+    inner, heads = module.to_q.out_features, module.heads
+    streams: dict[str, str] = {}
+    axes, products = list(_ATTENTION), (queries, keys or queries)
+    if added is not None:
+        names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        streams = dict.fromkeys(names, added)
+        axes += _ADDED
+        if getattr(module, "to_add_out", None) is not None:
+            axes.append(_ADDED_OUTPUT)
+        products = (products[1], products[1])
+    elif keys is not None:
+        streams = {"to_k": keys, "to_v": keys}
+    return Layer(
+        "attention",
+        path,
+        queries,
+        streams,
+        UnitGroup("attention", path, heads, inner // heads),
+        tuple(axes),
+        products=products,
+        feeds=(*feeds, *(f"{path}.{name}" for name in NORMS if getattr(module, name, None) is not None)),
+    )
+
+
+def keep_heads(attention: Any, heads: int, channels: int) -> None:
+    """Update what an attention remembers of its widths, once it is cut to some heads of `channels` each."""
+    attention.heads = heads
+    attention.inner_dim = heads * channels
+    for name, value in (("sliceable_head_dim", heads), ("inner_kv_dim", heads * channels)):
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+
+
+def feedforward_layer(path: str, module: Any, stream: str, groups: int | None, feeds: Sequence[str] = ()) -> Layer:
+    """Describe a feed-forward. The units are groups of inner channels; a zero before the last layer is a removal.
+
+    Args:
+        path: of the feed-forward in the model.
+        module: diffusers' `FeedForward`, or what an earlier cut left of it.
+        stream: of its input.
+        groups: how many an earlier cut left; None where it was not cut.
+        feeds: paths of modules that only feed it.
+
+    """
+    if isinstance(module, Emptied):
+        return Layer("feedforward", path, stream, feeds=tuple(feeds))
+    inner = module.net[2].in_features
+    groups = channel_groups(inner) if groups is None else groups
+    copies = module.net[0].proj.out_features // inner  # GEGLU: values, gates
+    return Layer(
+        "feedforward",
+        path,
+        stream,
+        group=UnitGroup("feedforward", path, groups, inner // groups),
+        axes=(Axis("net.0.proj", "out", copies=copies), Axis("net.2", "in")),
+        feeds=tuple(feeds),
+    )
+
+
+def channel_groups(width: int) -> int:
+    """Return into how many groups of neighbours a width is cut: the largest divisor up to 32."""
+    return next(count for count in range(min(MOST_GROUPS, width), 0, -1) if width % count == 0)

@@ -1,0 +1,85 @@
+"""Flow matching, and what the pipelines of models that are trained by it do alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+STEPS = 1000  # of a schedule, where none is given
+DRAW_MEAN, DRAW_STD = 0.0, 1.0  # of the logit of a training sigma, before the shift
+
+
+class FlowMatching:
+    """A straight path from data to noise, x = (1 - σ)·x₀ + σ·ε, along which the model predicts ε - x₀.
+
+    A timestep is 1000·σ, floating point. Training draws the logit of σ from a normal distribution, then shifts σ to the
+    noise as the sampler does, σ' = s·σ/(1 + (s - 1)·σ) (Esser et al., 2024, Eq. 19 and 23).
+
+    scheduler: a FlowMatchEulerDiscreteScheduler, or another one of flow matching, which says the shift; None: 1. A
+        shift that depends on the picture's size is taken at the middle of its range.
+    """
+
+    def __init__(self, scheduler: Any | None = None):
+        config = {} if scheduler is None else scheduler.config
+        self.num_timesteps: int = config.get("num_train_timesteps", STEPS)
+        self.shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+        if config.get("use_dynamic_shifting"):
+            self.shift = math.exp((config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw timesteps (count,), floating point."""
+        logits = torch.randn(count, generator=generator) * DRAW_STD + DRAW_MEAN
+        sigmas = torch.sigmoid(logits)
+        return self.num_timesteps * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return latents at the timesteps, (B, C, h, w)."""
+        sigmas = (timesteps.to(latents) / self.num_timesteps).view(-1, *[1] * (latents.dim() - 1))
+        return torch.lerp(latents, noise, sigmas)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the denoiser should predict, (B, C, h, w): the direction from data to noise."""
+        return noise - latents
+
+    def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
+        """Return ones, (B,): the draw of timesteps is the weighting."""
+        return torch.ones_like(timesteps, dtype=torch.float32)
+
+
+class FlowFamily:
+    """What the pipelines of these models do alike. Methods are `Family`'s."""
+
+    def refusal(self, pipeline: Any) -> str | None:
+        """Return why a pipeline is not supported, as "NAME has" goes on."""
+        scheduler = pipeline.scheduler.config
+        if "shift" not in scheduler and not scheduler.get("use_flow_sigmas"):
+            return f"a {type(pipeline.scheduler).__name__}, which does no flow matching: not supported"
+        return None
+
+    def process(self, scheduler: Any | None) -> FlowMatching:
+        """Return the training-time process of a pipeline's scheduler."""
+        return FlowMatching(scheduler)
+
+    def moments(self, autoencoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, shifted and scaled."""
+        return scaled_moments(autoencoder, pixels)
+
+    def sizes(self, height: int, width: int) -> Tensor:
+        """Return no numbers: the denoiser is not told the picture's size."""
+        return torch.zeros(0)
+
+    def call_batch(self, pictures: int, guided: bool) -> int:
+        """Return the samples of one denoiser call: guidance runs both texts of a picture in one call."""
+        return 2 * pictures if guided else pictures
+
+
+def scaled_moments(autoencoder: AutoencoderKL | nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of pictures' latents, with the autoencoder's shift and scale."""
+    config: Any = autoencoder.config
+    posterior = autoencoder.encode(pixels).latent_dist  # type: ignore[operator]
+    scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+    return (posterior.mean - shift) * scale, posterior.std * scale

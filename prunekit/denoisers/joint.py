@@ -1,0 +1,164 @@
+"""What the descriptions of diffusers' transformers share: attentions, feed-forwards, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from prunekit.core.axes import Layer
+from prunekit.core.call import Call, NamedCalls
+from prunekit.core.description import Description
+from prunekit.core.emptied import Emptied
+from prunekit.core.record import kept_groups
+from prunekit.core.transformer_layers import (
+    EmptiedAttention,
+    EmptiedFeedForward,
+    EmptiedJointAttention,
+    feedforward_layer,
+    keep_heads,
+)
+from prunekit.runtime.errors import UserError
+
+
+class TransformerDescription(Description):
+    """A transformer whose blocks hold attentions and feed-forwards of diffusers' kinds.
+
+    classes: of the blocks, by list.
+    attentions: the classes of attentions that the laws have been verified on.
+    processors: the attention processors that read no width that a cut changes.
+    """
+
+    classes: ClassVar[Mapping[str, tuple[type[nn.Module], ...]]]
+    attentions: ClassVar[tuple[type[nn.Module], ...]]
+    processors: ClassVar[tuple[type, ...]]
+
+    def check(self, model: Any) -> None:
+        """UserError for a part on which the laws have not been verified, by its path."""
+        for path, block in self.blocks(model).items():
+            allowed = self.classes[path.partition(".")[0]]
+            if type(block) not in allowed:
+                raise UserError(f"{path} is a {type(block).__name__}, which is not supported")
+            for name, module in block.named_modules():
+                self._check_module(f"{path}.{name}", module)
+
+    def _check_module(self, path: str, module: nn.Module) -> None:
+        if isinstance(module, self.attentions):
+            processor: Any = module.processor
+            if type(processor) not in self.processors:
+                raise UserError(
+                    f"{path} has the processor {type(processor).__name__}, which is not supported: remove adapters "
+                    "and set the default processors first"
+                )
+            if getattr(module, "fused_projections", False):
+                raise UserError("fused attention projections are not supported; call unfuse_qkv_projections() first")
+            layers = [module.to_q, module.to_k, module.to_v]
+        elif isinstance(module, FeedForward):
+            layers = [module.net[0].proj, module.net[2]]
+        else:
+            return
+        for layer in layers:
+            if type(layer) is not nn.Linear:
+                raise UserError(
+                    f"{path} holds a {type(layer).__name__} where a plain layer is expected; if this is an adapter "
+                    "(LoRA), merge it into the weights first (fuse_lora, then unload_lora_weights)"
+                )
+
+    def feedforward(self, model: Any, path: str, module: Any, stream: str, feeds: Sequence[str] = ()) -> Layer:
+        """Describe a feed-forward of the model, cut or not."""
+        return feedforward_layer(path, module, stream, kept_groups(model, f"feedforward:{path}"), feeds)
+
+    def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
+        """Update an attention's number of heads and its widths."""
+        module = model.get_submodule(layer.path)
+        if isinstance(module, self.attentions):
+            keep_heads(module, len(kept), layer.units.channels)
+
+    def empty(self, model: Any, layer: Layer) -> None:
+        """Replace a layer that loses all its units by what its output biases leave."""
+        module = model.get_submodule(layer.path)
+        model.set_submodule(layer.path, _emptied(module))
+
+    def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
+        """Return the call that predicts for noisy latents; the model takes a timestep for each sample."""
+        return super().call(noisy, timesteps.expand(len(noisy)), conditions)
+
+    def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
+        """The image's tokens, the text's, both together, and one."""
+        image = self.image_tokens(model, latent)
+        return {"image": image, "text": text_length, "joint": image + text_length, "one": 1}
+
+    def image_tokens(self, model: Any, latent: tuple[int, int]) -> int:
+        """Return the tokens of a latent (h, w)."""
+        patch = model.config.patch_size
+        return (latent[0] // patch) * (latent[1] // patch)
+
+
+def _emptied(module: Any) -> Emptied:
+    if isinstance(module, FeedForward):
+        return EmptiedFeedForward(module)
+    joint = getattr(module, "add_q_proj", None) is not None
+    return EmptiedJointAttention(module) if joint else EmptiedAttention(module)
+
+
+def each(block: nn.Module, *names: str) -> Iterator[tuple[str, Any]]:
+    """Yield the named parts that a block has, with their names."""
+    for name in names:
+        if (part := getattr(block, name, None)) is not None:
+            yield name, part
+
+
+PACKED = 2  # neighbours of a latent's side that make one token
+
+
+class PackedCalls(NamedCalls):
+    """The calls of a model whose pipeline packs 2 x 2 neighbours of the latent into one token."""
+
+    def noisy(self, call: Call) -> Tensor:
+        """Return the noisy latents of a call, (B, C, h, w)."""
+        return unpack(super().noisy(call), *_grid(call))
+
+    def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
+        """Return the call under the same conditions for other noisy latents at other timesteps."""
+        tokens, *_ = pack(noisy)
+        return super().at(call, tokens, timesteps.expand(len(noisy)) / 1000)
+
+    def latent_channels(self, model: Any) -> int:
+        """Return the channels of the latents."""
+        return int(model.config.in_channels) // PACKED**2
+
+    def latent_size(self, model: Any) -> tuple[int, int]:
+        """Return the latent's size that the pipelines take by default: the config says none."""
+        return (128, 128)
+
+    def image_tokens(self, model: Any, latent: tuple[int, int]) -> int:
+        """Return the tokens of a latent (h, w)."""
+        return (latent[0] // PACKED) * (latent[1] // PACKED)
+
+
+def pack(latents: Tensor) -> tuple[Tensor, int, int]:
+    """Return latents (B, C, h, w) as tokens (B, h/2·w/2, 4·C), with the tokens' rows and columns."""
+    batch, channels, height, width = latents.shape
+    rows, columns = height // PACKED, width // PACKED
+    tokens = latents.reshape(batch, channels, rows, PACKED, columns, PACKED).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(batch, rows * columns, channels * PACKED**2), rows, columns
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Return tokens as latents; undoes `pack`."""
+    batch, _, channels = tokens.shape
+    parts = tokens.reshape(batch, rows, columns, channels // PACKED**2, PACKED, PACKED).permute(0, 3, 1, 4, 2, 5)
+    return parts.reshape(batch, channels // PACKED**2, rows * PACKED, columns * PACKED)
+
+
+def placed(rows: int, columns: int) -> dict[str, Any]:
+    """Return what a `Call` of packed latents knows of their places."""
+    return {"grid": (rows, columns), "finish": partial(unpack, rows=rows, columns=columns)}
+
+
+def _grid(call: Call) -> tuple[int, int]:
+    assert call.grid is not None, "a call of packed latents says their rows and columns"
+    return call.grid

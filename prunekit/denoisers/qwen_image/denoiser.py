@@ -1,0 +1,79 @@
+"""The description of QwenImageTransformer2DModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformerBlock,
+)
+from torch import Tensor
+
+from prunekit.core.axes import Layer
+from prunekit.core.call import Call, Fill
+from prunekit.core.family import Family
+from prunekit.core.transformer_layers import attention_layer
+from prunekit.denoisers.joint import PackedCalls, TransformerDescription, each, pack, placed
+from prunekit.runtime.errors import UserError
+
+from .family import QwenImageFamily
+
+UNUSUAL = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of variants that edit pictures, or layers
+
+
+class QwenImage(PackedCalls, TransformerDescription):
+    """Qwen-Image: joint attention over two streams; each stream has a modulation and a feed-forward."""
+
+    dense = QwenImageTransformer2DModel
+    family: ClassVar[Family] = QwenImageFamily()
+    inputs = ("encoder_hidden_states", "hidden_states")
+    arguments: ClassVar[Mapping[str, str]] = {
+        "noisy": "hidden_states",
+        "timestep": "timestep",
+        "text": "encoder_hidden_states",
+        "mask": "encoder_hidden_states_mask",
+    }
+    classes: ClassVar = {"transformer_blocks": (QwenImageTransformerBlock,)}
+    attentions = (Attention,)
+    processors = (QwenDoubleStreamAttnProcessor2_0,)
+
+    def check(self, model: Any) -> None:
+        """UserError for a variant on which the laws have not been verified."""
+        for name in UNUSUAL:
+            if model.config.get(name):
+                raise UserError(f"a QwenImageTransformer2DModel with {name}=true is not supported")
+        super().check(model)
+
+    def stem(self, model: Any) -> Layer:
+        """Both ends, the text's norm, and the time step's embedding."""
+        streams = {"img_in": "image", "proj_out": "image", "txt_norm": "text", "txt_in": "text"}
+        return Layer("stem", "", streams={**streams, "time_text_embed": "one", "norm_out": "one"})
+
+    def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
+        """The block with its modulations, its attention, and the feed-forward of each stream."""
+        layers = [Layer("block", path, "one")]
+        layers.append(attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"))
+        for name, part in each(block, "img_mlp", "txt_mlp"):
+            layers.append(self.feedforward(model, f"{path}.{name}", part, "text" if "txt" in name else "image"))
+        return layers
+
+    def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
+        """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
+        tokens, rows, columns = pack(noisy)
+        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, conditions)
+        return Call({**call, "img_shapes": [[(1, rows, columns)]]}, **placed(rows, columns))
+
+    def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:
+        """Return the conditions of an example call, by role."""
+        conditions = super().example_conditions(model, batch, text_length, fill)
+        conditions["mask"] = torch.ones(batch, text_length, dtype=torch.bool, device=conditions["text"].device)
+        return conditions
+
+    def text_width(self, model: Any) -> int:
+        """Return the width of the text states."""
+        return int(model.config.joint_attention_dim)

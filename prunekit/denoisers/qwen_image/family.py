@@ -1,0 +1,53 @@
+"""The pipelines of Qwen-Image: their latents and conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.denoisers.flow_matching import FlowFamily
+
+
+class QwenImageFamily(FlowFamily):
+    """What `QwenImagePipeline` does around its transformer. Methods are `Family`'s."""
+
+    def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
+        config = autoencoder.config
+        posterior = autoencoder.encode(pixels.unsqueeze(2)).latent_dist  # a video of one frame
+        mean, deviation = (
+            torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return (posterior.mean.squeeze(2) - mean) / deviation, posterior.std.squeeze(2) / deviation
+
+    def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Return the texts' states "text" (n, T, E), and "mask" (n, T), true where a token counts."""
+        text, mask = pipeline.encode_prompt(texts, device=pipeline.vae.device)
+        return {"text": text, "mask": _full(text) if mask is None else mask}
+
+    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
+        """Return the states of the empty text, (1, …)."""
+        return self.states(pipeline, [""])
+
+    def embeddings(
+        self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+    ) -> dict[str, Tensor]:
+        """Return a pipeline's keyword arguments that take the place of its texts."""
+        device = pipeline._execution_device
+        text, mask = pipeline.encode_prompt(texts, device=device, **options)
+        embeddings = {"prompt_embeds": text, "prompt_embeds_mask": mask}
+        if guided:
+            text, mask = pipeline.encode_prompt(negatives or [" "] * len(texts), device=device, **options)
+            embeddings |= {"negative_prompt_embeds": text, "negative_prompt_embeds_mask": mask}
+        return {name: value for name, value in embeddings.items() if value is not None}
+
+    def call_batch(self, pictures: int, guided: bool) -> int:
+        """Return the samples of one transformer call: guidance calls the model once for each text."""
+        return pictures
+
+
+def _full(text: Tensor) -> Tensor:
+    return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

@@ -1,0 +1,53 @@
+"""The description of SD3Transformer2DModel."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+from prunekit.core.axes import Layer
+from prunekit.core.family import Family
+from prunekit.core.transformer_layers import attention_layer
+from prunekit.denoisers.joint import TransformerDescription, each
+
+from .family import StableDiffusion3
+
+
+class SD3(TransformerDescription):
+    """SD 3 and 3.5: joint attention over two streams, and in 3.5 medium a second attention of the image alone.
+
+    The last block ends the text's stream: it reads the text and returns none.
+    """
+
+    dense = SD3Transformer2DModel
+    family: ClassVar[Family] = StableDiffusion3()
+    inputs = ("encoder_hidden_states", "hidden_states")
+    classes: ClassVar = {"transformer_blocks": (JointTransformerBlock,)}
+    attentions = (Attention,)
+    processors = (JointAttnProcessor2_0,)
+
+    def stem(self, model: Any) -> Layer:
+        """Both ends, and the embeddings of text and time step."""
+        streams = {"pos_embed": "image", "proj_out": "image", "context_embedder": "text"}
+        return Layer("stem", "", streams={**streams, "time_text_embed": "one", "norm_out": "one"})
+
+    def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
+        """The block with its modulation, its attentions, and the feed-forward of each stream."""
+        layers = [Layer("block", path, "one")]
+        layers.append(attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"))
+        if block.attn2 is not None:
+            layers.append(attention_layer(f"{path}.attn2", block.attn2, "image"))
+        for name, part in each(block, "ff", "ff_context"):
+            layers.append(self.feedforward(model, f"{path}.{name}", part, "text" if "context" in name else "image"))
+        return layers
+
+    def text_width(self, model: Any) -> int:
+        """Return the width of the text states."""
+        return int(model.config.joint_attention_dim)
+
+    def pooled_width(self, model: Any) -> int:
+        """Return the width of the pooled text embedding."""
+        return int(model.config.pooled_projection_dim)

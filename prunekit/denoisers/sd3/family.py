@@ -1,0 +1,63 @@
+"""The pipelines of Stable Diffusion 3 and 3.5: their latents and conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from prunekit.denoisers.flow_matching import FlowFamily
+
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+MOST_TOKENS = 256  # of the T5 encoder, by the pipeline's default
+
+
+class StableDiffusion3(FlowFamily):
+    """What `StableDiffusion3Pipeline` does around its transformer. Methods are `Family`'s."""
+
+    def refusal(self, pipeline: Any) -> str | None:
+        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        config, vae = pipeline.transformer.config, pipeline.vae
+        if type(vae) is not AutoencoderKL:
+            return f"an autoencoder {type(vae).__name__}, which is not supported"
+        channels = (vae.config.latent_channels, config.in_channels, config.out_channels or config.in_channels)
+        if len(set(channels)) != 1:
+            return (
+                f"latents of {channels[0]} channels, but its transformer takes {channels[1]} and gives {channels[2]}: "
+                "not supported"
+            )
+        return super().refusal(pipeline)
+
+    def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Return the texts' states: "text" (n, T, E), those of both CLIPs, then of T5, and "pooled" (n, P)."""
+        encoded = self._encoded(pipeline, texts, None, False)
+        return {"text": encoded[0], "pooled": encoded[2]}
+
+    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
+        """Return the states of the empty text, (1, …)."""
+        return self.states(pipeline, [""])
+
+    def embeddings(
+        self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+    ) -> dict[str, Tensor]:
+        """Return a pipeline's keyword arguments that take the place of its texts."""
+        encoded = self._encoded(pipeline, texts, negatives if guided else None, guided, **options)
+        return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
+
+    @torch.no_grad()
+    def _encoded(
+        self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        tokenizer = pipeline.tokenizer_3
+        tokens = MOST_TOKENS if tokenizer is None else min(MOST_TOKENS, tokenizer.model_max_length)
+        return pipeline.encode_prompt(
+            prompt=texts,
+            prompt_2=None,
+            prompt_3=None,
+            device=pipeline.vae.device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negatives,
+            **{"max_sequence_length": tokens, **options},
+        )

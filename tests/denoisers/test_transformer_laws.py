@@ -1,0 +1,251 @@
+"""The laws of the lowest layer over every transformer: masked is sliced, costs are exact, what is saved is the same."""
+
+import fnmatch
+import os
+
+import pytest
+import torch
+from small_transformers import CONFIGS, UNITS, build, call_of
+from torch.utils.flop_counter import FlopCounterMode
+from unets import relative_error
+
+import prunekit as pk
+from prunekit.core.call import predict
+from prunekit.core.discovery import width_layers
+from prunekit.core.registry import denoiser_of
+from prunekit.denoisers.joint import pack, unpack
+from prunekit.runtime.errors import UserError
+
+MODELS = {}
+KEEPS = (0.2, 0.5, 0.8, 0.95)
+COUNTS = (3, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "50")), marks=pytest.mark.long))
+
+
+def model_of(name, device="cpu"):
+    if (name, device) not in MODELS:
+        MODELS[name, device] = build(name, device)
+    return MODELS[name, device]
+
+
+def architecture_of(space, seed):
+    """A random one; every third has about a tenth of its groups empty."""
+    values = space.random(KEEPS[seed % 4], seed).values
+    if seed % 3 == 0:
+        draws = torch.rand(len(space.width_groups), generator=torch.Generator().manual_seed(seed))
+        for group, draw in zip(space.width_groups, draws, strict=True):
+            if draw < 0.1:
+                values[space.slice(group)] = False
+    return pk.Architecture(space, values)
+
+
+def extremes(space):
+    """Nothing left in any group; no block; and the last block alone removed."""
+    values = torch.ones(3, space.size, dtype=torch.bool)
+    values[0, : space.num_width] = False
+    values[1, space.num_width :] = False
+    values[2, -1] = False
+    return [pk.Architecture(space, row) for row in values]
+
+
+def flops(model, latent, text_length):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        predict(model, call_of(model, 1, latent, text_length))
+    return counter.get_total_flops()
+
+
+def check_laws(name, architecture, latent=(8, 6), text_length=5):
+    """Masked is sliced, the dense model differs, and both costs are exact."""
+    model, call = model_of(name), call_of(model_of(name), 2, latent, text_length)
+    pruned = pk.slice_model(model, architecture)
+    with torch.no_grad():
+        with pk.gated(model, architecture.space) as gates:
+            gates.set(architecture)
+            masked = predict(model, call)
+        sliced = predict(pruned, call)
+    assert relative_error(masked, sliced) <= 1e-6
+    cost = pk.CostModel(model, architecture.space, latent, text_length)
+    assert cost.params(architecture) == sum(parameter.numel() for parameter in pruned.parameters())
+    shape = pk.slice_model(model_of(name, "meta"), architecture)
+    assert 2 * cost.macs(architecture) == flops(shape, latent, text_length)
+    return pruned, sliced, call
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_found(name):
+    space = pk.discover(model_of(name), "all")
+    assert (space.num_width, space.num_depth) == UNITS[name]
+    assert pk.discover(model_of(name, "meta"), "all") == space
+    assert pk.discover(model_of(name), "none").num_depth == 0
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_random_architectures(name, count):
+    space = pk.discover(model_of(name), "all")
+    for seed in range(count):
+        latent, text_length = ((8, 6), (4, 8), (8, 8))[seed % 3], (5, 1, 9)[seed % 3]
+        check_laws(name, architecture_of(space, seed), latent, text_length)
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_extremes(name, index):
+    architecture = extremes(pk.discover(model_of(name), "all"))[index]
+    _, sliced, call = check_laws(name, architecture)
+    with torch.no_grad():
+        assert relative_error(predict(model_of(name), call), sliced) > 1e-2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cut_is_saved_loaded_and_cut_again(name, tmp_path):
+    model = model_of(name)
+    space, call = pk.discover(model, "all"), call_of(model_of(name))
+    for seed, first in ((0, architecture_of(space, 0)), (1, architecture_of(space, 1)), (2, extremes(space)[0])):
+        pruned = pk.slice_model(model, first)
+        folder = tmp_path / str(seed)
+        assert pk.export_model(pruned, folder) == "pruned"
+        loaded = type(pruned).from_pretrained(folder)
+        state = pruned.state_dict()
+        assert loaded.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+        with torch.no_grad():
+            assert relative_error(predict(loaded, call), predict(pruned, call)) <= 1e-6
+        # a second cut of what is left, and one cut to the same
+        left = pk.discover(loaded, "all")
+        second = left.random(0.7, seed)
+        twice = pk.slice_model(loaded, second)
+        values = torch.zeros(space.size, dtype=torch.bool)
+        for group in left.groups:
+            units = [group.name] if group.is_depth else first.kept(group.name)
+            kept = second.kept(group.name)
+            part = space.slice(group.name)
+            if group.is_depth:
+                values[part] = bool(kept)
+            else:
+                values[[part.start + units[unit] for unit in kept]] = True
+        once = pk.slice_model(model, pk.Architecture(space, values))
+        assert twice.config.pruning == once.config.pruning
+        assert twice.state_dict().keys() == once.state_dict().keys()
+        with torch.no_grad():
+            assert relative_error(predict(twice, call), predict(once, call)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_sample_under_its_own_row(name):
+    model = model_of(name)
+    space, call = pk.discover(model, "all"), call_of(model_of(name), 3)
+    soft = torch.rand(2, space.size, generator=torch.Generator().manual_seed(3))
+    soft[1] = (soft[1] > 0.4).float()
+    rows = torch.tensor([1, 0, 1])
+    with torch.no_grad(), pk.gated(model, space) as gates:
+        gates.set(soft, rows)
+        together = predict(model, call)
+        for sample, row in enumerate(rows.tolist()):
+            gates.set(soft[row])
+            one = slice(sample, sample + 1)
+            assert relative_error(together[one], predict(model, call.take(one))) <= 5e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gates_are_differentiable_also_recomputed(name):
+    model = build(name).double().requires_grad_(False)
+    space, call = pk.discover(model, "all"), call_of(model).to("cpu", torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    soft = torch.rand(space.size, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(predict(model, call).shape, generator=generator, dtype=torch.float64)
+    with pk.gated(model, space) as gates:
+
+        def value(vector):
+            gates.set(vector)
+            return (predict(model, call) * weight).sum()
+
+        (gradient,) = torch.autograd.grad(value(soft), soft)
+        units = [*torch.randperm(space.size, generator=generator)[:12].tolist(), space.size - 1, space.size - 2]
+        largest = gradient.abs().max().item()
+        for unit in units:
+            step = torch.zeros_like(soft)
+            step[unit] = 1e-3
+            with torch.no_grad():
+                slope = (value(soft + step) - value(soft - step)) / 2e-3
+            assert abs(gradient[unit].item() - slope.item()) <= 1e-4 * largest
+        model.enable_gradient_checkpointing()
+        model.train()
+        (recomputed,) = torch.autograd.grad(value(soft), soft)
+        assert torch.equal(recomputed, gradient)
+
+
+def test_streams_pass_on_in_the_order_of_a_blocks_outputs():
+    """The image and the text have equal shapes here, so that a wrong order raises no error."""
+    for name in ("sd3", "flux", "qwen_image"):
+        model = model_of(name)
+        space = pk.discover(model, "all")
+        check_laws(
+            name, extremes(space)[1], (8, 4) if name != "qwen_image" else (4, 4), 8 if name != "qwen_image" else 4
+        )
+
+
+PLANNED = [name for name in CONFIGS if getattr(CONFIGS[name][0], "_tp_plan", None)]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_axes_are_those_of_tensor_parallelism(name):
+    """What diffusers splits over devices by channels is what units own."""
+    model, sides = model_of(name), {}
+    for layer in width_layers(model).values():
+        for axis in layer.axes:
+            sides[f"{layer.path}.{axis.layer}"] = axis.side
+    plan = {
+        path: "in" if "row" in (style if isinstance(style, str) else type(style).__name__).lower() else "out"
+        for path, _ in model.named_modules()
+        for pattern, style in type(model)._tp_plan.items()
+        if fnmatch.fnmatchcase(path, pattern)
+    }
+    assert len(PLANNED) >= 2 and sides == plan
+
+
+def test_packing_is_the_pipelines():
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 4, 8, 6)
+    tokens, rows, columns = pack(latents)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 4, 8, 6))
+    assert (rows, columns) == (4, 3) and torch.equal(unpack(tokens, rows, columns), latents)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_cannot_be_right_is_refused(name):
+    model = build(name)
+    attention = next(module for module in model.modules() if hasattr(module, "set_processor"))
+
+    class Foreign:
+        pass
+
+    attention.processor = Foreign()
+    with pytest.raises(UserError, match=r"transformer_blocks\.0\.attn.* has the processor Foreign"):
+        pk.discover(model, "all")
+    model = build(name)
+    model.fuse_qkv_projections()
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        with pytest.raises(UserError, match=r"processor|fused"):
+            pk.discover(model, "all")
+    else:  # diffusers fuses nothing here
+        assert name == "qwen_image" and model.state_dict().keys() == model_of(name).state_dict().keys()
+    model = build(name)
+    block = model.transformer_blocks[0]
+    attention = block.attn1 if name == "pixart" else block.attn
+    attention.to_q = torch.nn.Sequential(attention.to_q)
+    with pytest.raises(UserError, match="holds a Sequential where a plain layer is expected"):
+        pk.discover(model, "all")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_build_or_are_refused(name):
+    model = model_of(name)
+    denoiser, config = denoiser_of(model), dict(model.config)
+    built = denoiser.from_config(config, "a folder")
+    assert type(built) is type(model) and next(built.parameters()).is_meta
+    pruned = pk.slice_model(model, pk.discover(model, "all").random(0.6, 1))
+    assert type(denoiser.from_config(dict(pruned.config), "a folder")) is type(pruned)
+    for change, message in ((("num_layers", 10**9), "num_layers has"), (("num_attention_heads", "many"), "builds no")):
+        with pytest.raises(UserError, match=message):
+            denoiser.from_config({**config, change[0]: change[1]}, "a folder")

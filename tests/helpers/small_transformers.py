@@ -1,0 +1,89 @@
+"""Small transformers of every class that is described, and the weights that make a test strict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from torch import nn
+
+from prunekit.core.call import Call, normal
+from prunekit.core.registry import denoiser_of
+
+SD3 = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 64,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 8,
+}
+ROPE = {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "pixart": (
+        PixArtTransformer2DModel,
+        {
+            "sample_size": 8,
+            "num_layers": 3,
+            "attention_head_dim": 18,
+            "num_attention_heads": 4,
+            "cross_attention_dim": 72,
+            "caption_channels": 32,
+            "use_additional_conditions": True,
+        },
+    ),
+    "sd3": (SD3Transformer2DModel, SD3),
+    "sd35": (SD3Transformer2DModel, {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}),
+    "flux": (
+        FluxTransformer2DModel,
+        {
+            **ROPE,
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "pooled_projection_dim": 24,
+            "guidance_embeds": True,
+        },
+    ),
+    "qwen_image": (QwenImageTransformer2DModel, {**ROPE, "in_channels": 16, "out_channels": 4, "num_layers": 3}),
+}
+UNITS = {"pixart": (120, 3), "sd3": (172, 3), "sd35": (180, 3), "flux": (208, 4), "qwen_image": (204, 3)}
+
+
+def build(name: str, device: str = "cpu", seed: int = 0) -> Any:
+    """A small transformer in evaluation mode; on the CPU with all weights and biases random."""
+    kind, config = CONFIGS[name]
+    with torch.device(device), torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = kind(**config).eval()
+    return randomise(model, seed) if device == "cpu" else model
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw norm weights and all biases at random: at their initial ones and zeros many a fault is invisible."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(0.3 * values + (name.endswith("weight")))
+    return model
+
+
+def call_of(model: Any, batch: int = 2, latent: tuple[int, int] = (8, 6), text_length: int = 5, seed: int = 1) -> Call:
+    """A call with random values, and with a timestep of its own for each sample, on the model's device."""
+    fill = normal(torch.Generator().manual_seed(seed))
+    times = torch.tensor([137.0 + 211 * index for index in range(batch)])
+    call = denoiser_of(model).example(model, batch, latent, text_length, fill, times)
+    return call.to(next(model.parameters()).device)
