@@ -67,7 +67,7 @@ class Description(NamedCalls):
     }
     outputs: ClassVar[Mapping[str, str]] = {}
     layers_in_config: ClassVar[tuple[str, ...]] = ("num_layers",)
-    policies: ClassVar[tuple[str, ...]] = ("all", "none")
+    policies: ClassVar[tuple[str, ...]] = ("all", "none", "aptp")  # APTP's rule is for UNets; here it means all
     richest: ClassVar[str] = "all"
     conventions: ClassVar[Mapping[str, type[Counter]]] = {}
     legend: ClassVar[str] = "B: transformer block"
@@ -108,7 +108,7 @@ class Description(NamedCalls):
         return [self.stem(model), *inside]
 
     def groups(self, model: Any, policy: str) -> list[UnitGroup]:
-        """The groups of all layers; under the policy "all" also every block."""
+        """The groups of all layers, and every block unless the policy is "none"."""
         widths = [layer.group for layer in self.layers(model) if layer.group is not None]
         paths = () if policy == "none" else self.blocks(model)
         return widths + [UnitGroup("block", path, 1, self.width(model), (path,)) for path in paths]

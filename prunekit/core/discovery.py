@@ -31,6 +31,7 @@ def discover(
             downsampler before it, its down block, the mid block, all that lies further in, and its up block
             (BK-SDM-Tiny removes one);
         "none".
+    Of a transformer: "all" (and "aptp", the default, likewise): every block; "none".
     include, exclude: globs over module paths, such as ``"*.attn2"``; a group stays if it matches an `include`
         (where there is one) and no `exclude`.
 

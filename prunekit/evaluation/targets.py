@@ -18,7 +18,7 @@ from prunekit.methods.base import space_and_cost
 from prunekit.methods.result import PruneResult
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import load_pipeline, load_pipeline_of
-from prunekit.models.names import local_path
+from prunekit.models.names import DENOISERS, local_path
 from prunekit.recovery.in_memory import BACKBONE
 from prunekit.runtime.digests import Digests
 from prunekit.runtime.errors import UserError
@@ -64,7 +64,7 @@ class Target:
                     f"{place} is nothing to evaluate: it holds neither {RECIPE} (a run) nor {INDEX} (a diffusers "
                     "pipeline)"
                 )
-            if local is not None and local.is_dir() and not (local / "unet").is_dir():
+            if local is not None and local.is_dir() and not any((local / part).is_dir() for part in DENOISERS):
                 raise UserError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
             return cls(str(place), path.stem if local is not None and local.is_file() else path.name)
         recipe = read_mapping(path / RECIPE)

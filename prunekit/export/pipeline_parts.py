@@ -15,7 +15,6 @@ from prunekit.export.tiers import CLASS, MODULE, save_unet
 from prunekit.models import quiet_libraries
 from prunekit.models.hub import INDEX
 from prunekit.models.loading import SETTINGS, freeze, load_directory
-from prunekit.models.names import PIPELINES
 from prunekit.models.weights import WITHOUT
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
@@ -35,7 +34,7 @@ class Parts:
         parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
         parts = {name: None if name in WITHOUT else part for name, part in parts.items()}
         settings = {name: pipeline.config[name] for name in SETTINGS if name in pipeline.config}
-        is_xl = type(pipeline).__name__ == PIPELINES[1]
+        is_xl = type(pipeline).__name__ == "StableDiffusionXLPipeline"
         settings |= {"add_watermarker": False} if is_xl else {"requires_safety_checker": False}
         return cls(type(pipeline), parts, settings)
 
@@ -43,7 +42,7 @@ class Parts:
     def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Parts:
         """Load all but the UNet of a pipeline's directory, in evaluation mode; ValueError, one line, where it fails."""
         quiet_libraries()
-        return cls.of(freeze(load_directory(directory, directory, dtype, with_unet=False)))
+        return cls.of(freeze(load_directory(directory, directory, dtype, with_denoiser=False)))
 
     def pipeline(self, unet: UNet2DConditionModel | None, **replaced: Any) -> DiffusionPipeline:
         """Return a stock pipeline around a UNet, whose other parts are these, or `replaced` by name."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel
 
 from prunekit.jobs.recipe import AnyRecipe, CompareRecipe, PretrainRecipe, PruneRecipe
-from prunekit.models.names import local_path
+from prunekit.models.names import DENOISERS, local_path
 from prunekit.runtime.companions import COUNT, LAUNCHED
 from prunekit.runtime.errors import UserError
 from prunekit.training.trainer import TrainerConfig
@@ -61,6 +61,6 @@ def _is_small(model: str | Path) -> bool:
     with suppress(UserError, OSError):  # what is wrong with the model is said where it is loaded
         path = local_path(model)
         if path is not None:
-            files = path.glob("unet/*.safetensors") if path.is_dir() else [path]
+            files = [f for part in DENOISERS for f in path.glob(f"{part}/*.safetensors")] if path.is_dir() else [path]
             return sum(file.stat().st_size for file in files) <= SMALL
     return False

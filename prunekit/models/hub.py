@@ -11,11 +11,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from prunekit.models.names import LOCAL, check_index, hub_id, read_object
+from prunekit.models.names import LOCAL, PIPELINES, check_index, hub_id, read_object
 from prunekit.models.weights import WITHOUT, missing_parts, variant_of
 from prunekit.runtime.errors import UserError, first_line
 
-INDEX, UNET = "model_index.json", "unet/config.json"
+INDEX = "model_index.json"
 CONFIGS = ("*.json", "*.txt", "**/*.json", "**/*.txt")
 HTTP_CLIENTS = {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 TIMEOUT = 30  # seconds to wait for the list of a repository's files
@@ -34,17 +34,18 @@ class Hub:
         return {"local_files_only": self.failure is not None}
 
 
-def fetch(name: str | Path, check_unet: Callable[[dict[str, Any], str], Any]) -> Path:
+def fetch(name: str | Path, check_denoiser: Callable[[dict[str, Any], str], Any]) -> Path:
     """Return the directory in the hub cache of a pipeline, fetched where it is not there; only safetensors and text.
 
-    check_unet: is called with the UNet's config and the hub id before any weights are fetched.
+    check_denoiser: is called with the denoiser's config and the hub id before any weights are fetched.
     Raises ValueError, one line: the hub has no such model or cannot be reached, or the model is not supported.
     """
     repository = hub_id(name)
     with asking(repository) as hub:
         index = read_object(Path(hf_hub_download(repository, INDEX, **hub.options)))
         check_index(index, name)
-        check_unet(read_object(Path(hf_hub_download(repository, UNET, **hub.options))), repository)
+        config = f"{PIPELINES[index['_class_name']]}/config.json"
+        check_denoiser(read_object(Path(hf_hub_download(repository, config, **hub.options))), repository)
         options = {part: None for part in WITHOUT if part in index} | {"use_safetensors": True, **hub.options}
         directory = Path(DiffusionPipeline.download(repository, variant=variant_of(hub.names), **options))
         if missing := missing_parts(directory, index):

@@ -9,9 +9,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from prunekit.core.registry import denoiser_in, denoiser_of, family_of
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
-from prunekit.models.hub import INDEX, UNET, fetch
+from prunekit.core.registry import denoiser_in, denoiser_named, denoiser_of, family_of
+from prunekit.models.hub import INDEX, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
 from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, local_path, read_object
 from prunekit.models.shapes import check_sizes, unet_from_config
@@ -19,6 +18,7 @@ from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
 from prunekit.runtime.errors import UserError, first_line
 
+OPTIONS = {"StableDiffusionPipeline": "requires_safety_checker", "StableDiffusionXLPipeline": "add_watermarker"}
 SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)
 
@@ -85,35 +85,37 @@ def load_directory(
     name: str | Path,
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], Any] = logger.warning,
-    with_unet: bool = True,
+    with_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load a diffusers pipeline's directory, safetensors alone; a pruned UNet by prunekit's class, no code is run.
+    """Load a diffusers pipeline's directory, safetensors alone; a pruned denoiser by prunekit's class, no code is run.
 
-    name: what errors call it. with_unet: without, its `unet` is None, and need not be there.
+    name: what errors call it. with_denoiser: without, its denoiser is None, and need not be there.
     Raises ValueError, one line, for a directory that is no pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
     index = read_object(directory / INDEX)
-    check_index(index if with_unet else {**index, "unet": ["left out"]}, name)
-    if with_unet and (directory / UNET).is_file():
-        check_sizes(read_object(directory / UNET), name)
-    is_pruned = with_unet and index["unet"][-1] == PrunedUNet2DConditionModel.__name__
-    left_out = WITHOUT if with_unet and not is_pruned else (*WITHOUT, "unet")
+    part = PIPELINES.get(str(index.get("_class_name")), "unet")
+    check_index(index if with_denoiser else {**index, part: ["left out"]}, name)
+    if with_denoiser and (config := directory / part / "config.json").is_file():
+        check_sizes(read_object(config), name)
+    is_pruned = with_denoiser and str(index[part][-1]).startswith("Pruned")
+    left_out = WITHOUT if with_denoiser and not is_pruned else (*WITHOUT, part)
     kind, options = getattr(diffusers, index["_class_name"]), {part: None for part in left_out if part in index}
-    plain = {"requires_safety_checker" if kind.__name__ == PIPELINES[0] else "add_watermarker": False}
+    plain = {key: False for key in (OPTIONS.get(kind.__name__),) if key is not None}
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     try:
         names = weight_names(directory)
-        variant = variant_of(names if with_unet else [one for one in names if not one.startswith("unet/")])
+        variant = variant_of(names if with_denoiser else [one for one in names if not one.startswith(f"{part}/")])
         if variant is not None:
             say(f"{name} has only {variant} weights; they are read as {str(dtype).removeprefix('torch.')}")
             weights["variant"] = variant
         pipeline = kind.from_pretrained(directory, **weights, **plain, **options)
         if is_pruned:  # put in afterwards: diffusers would ask for trust_remote_code
-            unet = PrunedUNet2DConditionModel.from_pretrained(directory / "unet", **weights)
+            pruned: Any = denoiser_named(index[part][-1]).pruned_class()
+            model = pruned.from_pretrained(directory / part, **weights)
             settings = {key: value for key, value in pipeline.config.items() if key in SETTINGS}
-            pipeline = kind(**{**pipeline.components, "unet": unet}, **plain, **settings)
+            pipeline = kind(**{**pipeline.components, part: model}, **plain, **settings)
         return pipeline
     except Exception as error:  # damaged files make libraries raise almost anything
         raise UserError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error

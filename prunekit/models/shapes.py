@@ -10,6 +10,8 @@ from prunekit.core.denoiser import Denoiser
 from prunekit.core.registry import denoiser_in, denoiser_named, latent_size, supported
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
+    DENOISERS,
+    TEXT_TOKENS,
     check_index,
     hub_id,
     local_path,
@@ -102,7 +104,7 @@ def load_shape(name: str | Path, single_file_config: str | Path | None = None) -
     """
     source = _configured(name, single_file_config)
     directory = local_path(source)
-    scale, tokens = STABLE_DIFFUSION_SCALE, CLIP_TOKENS
+    scale, tokens = STABLE_DIFFUSION_SCALE, TEXT_TOKENS.get(short_name(source) or "", CLIP_TOKENS)
     if directory is not None:
         autoencoder = directory / "vae" / "config.json"
         if autoencoder.is_file():
@@ -138,20 +140,24 @@ def _configured(name: str | Path, single_file_config: str | Path | None) -> str 
 
 
 def _unet_config(name: str | Path) -> dict[str, Any]:
-    directory = local_path(name)
+    directory, parts = local_path(name), DENOISERS
     if directory is not None:
         if (directory / "model_index.json").is_file():
             check_index(read_object(directory / "model_index.json"), name)
-        for path in (directory / "unet" / "config.json", directory / "config.json"):
+        for path in (*(directory / part / "config.json" for part in parts), directory / "config.json"):
             if path.is_file():
                 return read_object(path)
-        raise UserError(f"{directory} holds neither unet/config.json (a pipeline) nor config.json (a UNet)")
+        raise UserError(
+            f"{directory} holds neither unet/config.json or transformer/config.json (a pipeline) nor config.json (a "
+            "UNet or transformer)"
+        )
     short = short_name(name)
     if short is not None:
         return read_object(CONFIG_DIRECTORY / f"{short}.json")
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(hub_id(name), "unet/config.json")
-    if isinstance(cached, str):
-        return read_object(Path(cached))
+    for part in parts:
+        cached = try_to_load_from_cache(hub_id(name), f"{part}/config.json")
+        if isinstance(cached, str):
+            return read_object(Path(cached))
     raise unknown(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from prunekit.runtime.errors import UserError
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 WITHOUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that training and sampling do not use
 _WEIGHTS = re.compile(
     r"(?P<part>\w+)/(diffusion_pytorch_model|model)(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?(\.(?P<late>[a-z]\w*))?"

@@ -54,11 +54,13 @@ def changed_copy(source, folder, path, **changes):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["FluxPipeline", "KandinskyV22Pipeline", "StableDiffusionInpaintPipeline", ["x", "Y"]])
+@pytest.mark.parametrize(
+    "kind", ["LuminaPipeline", "KandinskyV22Pipeline", "StableDiffusionInpaintPipeline", ["x", "Y"]]
+)
 def test_another_pipeline_is_refused(sd1, tmp_path, kind):
     folder = changed_copy(sd1, tmp_path / "other", "model_index.json", _class_name=kind)
     line = refused(folder)
-    assert str(kind) in line and "supported: StableDiffusionPipeline and StableDiffusionXLPipeline" in line
+    assert str(kind) in line and "supported: StableDiffusionPipeline, StableDiffusionXLPipeline, " in line
     with pytest.raises(ValueError, match="is not supported; supported:"):
         load_shape(folder)
 

@@ -1,0 +1,65 @@
+"""Published transformers by name: parameters and MACs to the integer, quickly, and almost without memory."""
+
+import resource
+import time
+
+import pytest
+import torch
+from small_transformers import call_of
+from torch.utils.flop_counter import FlopCounterMode
+
+import prunekit as pk
+from prunekit.core.call import predict, zeros
+from prunekit.core.registry import denoiser_in, denoiser_of
+from prunekit.models import load_shape
+
+GOLDENS = {  # of one call, batch 1, a latent of 128 x 128: text tokens, parameters, MACs
+    "sd-3-medium": (333, 2_028_328_000, 4_452_168_769_536),
+    "sd-3.5-medium": (333, 2_243_171_520, 5_624_786_853_888),
+    "sd-3.5-large": (333, 8_056_627_520, None),
+    "flux.1-dev": (512, 11_901_408_320, 37_192_326_709_248),
+    "flux.1-schnell": (256, 11_891_178_560, None),
+    "qwen-image": (512, 20_430_401_088, 39_151_961_112_576),
+    "pixart-sigma": (300, 610_856_096, 3_316_789_886_976),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_published_models_cost(name):
+    tokens, params, macs = GOLDENS[name]
+    shape = load_shape(name)
+    model = denoiser_in(shape)
+    assert shape.tokenizer.model_max_length == tokens and shape.resolution == (1024, 1024)
+    cost = pk.CostModel(model, pk.discover(model, "all"), text_length=tokens)
+    assert cost.dense_params == params == sum(parameter.numel() for parameter in model.parameters())
+    call = denoiser_of(model).example(model, 1, (128, 128), tokens, zeros("meta"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        predict(model, call)
+    assert 2 * cost.dense_macs == counter.get_total_flops()
+    assert macs in (None, cost.dense_macs)
+
+
+def test_other_goldens():
+    model = denoiser_in(load_shape("qwen-image"))
+    cost = pk.CostModel(model, pk.discover(model, "all"), (166, 166), 512)
+    assert cost.dense_macs == 70_495_463_645_184
+    from diffusers import PixArtTransformer2DModel
+
+    config = {"sample_size": 128, "num_layers": 28, "caption_channels": 4096, "cross_attention_dim": 1152}
+    with torch.device("meta"):
+        alpha = PixArtTransformer2DModel(**config, use_additional_conditions=True)
+    cost = pk.CostModel(alpha, pk.discover(alpha, "all"), 128, 120)
+    assert (cost.dense_params, cost.dense_macs) == (611_349_152, 3_254_761_783_296)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        predict(alpha, call_of(alpha, 1, (128, 128), 120))
+    assert counter.get_total_flops() == 2 * cost.dense_macs
+
+
+def test_discovery_holds_no_weights():
+    """Little memory beside the model's own modules; how long it takes is in `benchmarks/`."""
+    model = denoiser_in(load_shape("flux.1-dev"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    pk.CostModel(model, pk.discover(model, "all"), text_length=512)
+    assert time.process_time() - started < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
