@@ -18,6 +18,8 @@ FAULTS = (  # of readers of YAML and of what resolves its references
 )
 BRACKET = re.compile(r"[\[\]{}]")
 MOST_OPEN = 100
+ENTRY = re.compile(r"^[ ]*#.*$|^[ ]*- |,", re.MULTILINE)  # of a list; commas in comments are none
+MOST_ENTRIES = 500
 REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # to another setting
 
 
@@ -77,11 +79,13 @@ def merged(*configs: DictConfig) -> DictConfig:
 
 
 def _text(path: Path) -> str:
-    """Return a file's text; ValueError where more brackets are open at once than settings ever have.
+    """Return a file's text; ValueError for more open brackets, or more entries of lists, than settings ever have.
 
-    The parser takes quadratic time over them before it gives up.
+    Over open brackets the parser takes quadratic time before it gives up; an entry takes it about 0.1 ms.
     """
     text, depth = path.read_text(encoding="utf-8"), 0
+    if sum(not entry.lstrip().startswith("#") for entry in ENTRY.findall(text)) > MOST_ENTRIES:
+        raise ValueError(f"more than {MOST_ENTRIES} entries in lists")
     for bracket in BRACKET.findall(text):
         depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
         if depth > MOST_OPEN:
