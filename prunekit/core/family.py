@@ -84,6 +84,10 @@ class Family(Protocol):
         """
         ...
 
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return further keyword arguments of a pipeline's calls, beside texts, sizes, steps and guidance."""
+        ...
+
     def sizes(self, height: int, width: int) -> Tensor:
         """Return the condition "sizes", (6,) float32, of uncropped pictures of a height and width in pixels."""
         ...

@@ -119,6 +119,12 @@ def family_of(pipeline: Any) -> Family:
     return denoiser_of(denoiser_in(pipeline)).family
 
 
+def call_options(pipeline: Any) -> dict[str, Any]:
+    """Return further keyword arguments of a pipeline's calls; none for a pipeline that no family describes."""
+    described = any(is_denoiser(getattr(pipeline, name, None)) for name in _ATTRIBUTES)
+    return family_of(pipeline).call_options(pipeline) if described else {}
+
+
 def process_of(pipeline: Any) -> NoiseProcess:
     """Return the noise process of a pipeline's scheduler; for a denoiser alone, the usual one of its family.
 

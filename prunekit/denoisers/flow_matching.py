@@ -68,6 +68,10 @@ class FlowFamily:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, shifted and scaled."""
         return scaled_moments(autoencoder, pixels)
 
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return no further arguments of a pipeline's calls."""
+        return {}
+
     def sizes(self, height: int, width: int) -> Tensor:
         """Return no numbers: the denoiser is not told the picture's size."""
         return torch.zeros(0)

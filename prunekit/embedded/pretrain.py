@@ -1,29 +1,35 @@
-"""Training the embedded model from nothing: autoencoder, its decoder on, the UNet with its text encoder, the evaluator.
+"""Training the embedded models from nothing.
 
-`prunekit run recipes/pretrain_emoji.yaml` leaves in its directory what `prunekit/assets/` holds: `emoji_model/` and
-`evaluator/`, float16, with `curve.json`, the quality over the samples seen.
+`prunekit run recipes/pretrain_emoji.yaml` trains an autoencoder, its decoder on, a UNet with its text encoder, and an
+evaluator. `prunekit run recipes/pretrain_emoji_sd3.yaml` trains a transformer on the first model's frozen parts. Each
+leaves in its directory what `prunekit/assets/` holds, in float16, with `curve.json`, the quality over the samples seen.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_of, process_of
 from prunekit.data.config import DataConfig, load_data
 from prunekit.data.images import CaptionedImages
+from prunekit.denoisers.sd3 import miniature as sd3_miniature
 from prunekit.denoisers.unet import miniature
 from prunekit.embedded.autoencoder_training import AutoencoderObjective, calibrate_scale, latent_means
 from prunekit.embedded.evaluator_training import train_evaluator
+from prunekit.embedded.sd3_training import FlowObjective, TextTable, latents_of
 from prunekit.embedded.unet_training import CaptionTable, PretrainingObjective
 from prunekit.evaluation.ceiling import text_figures
 from prunekit.evaluation.evaluator import Evaluator
+from prunekit.evaluation.features import load_evaluator
 from prunekit.evaluation.generate import generate
-from prunekit.models import emoji_model, quiet_libraries
+from prunekit.models import emoji_model, emoji_sd3, load_pipeline, quiet_libraries
 from prunekit.runtime.files import append_row, read_json, write_folder, write_json
 from prunekit.runtime.progress import console
 from prunekit.runtime.randomness import generator
@@ -45,11 +51,12 @@ class PretrainSettings(Protocol):
 
     seed: int
     data: DataConfig
+    transformer: emoji_sd3.EmojiSD3Config | None
     shapes: emoji_model.EmojiModelConfig
-    autoencoder: TrainerConfig
-    decoder: TrainerConfig
+    autoencoder: TrainerConfig | None
+    decoder: TrainerConfig | None
     diffusion: TrainerConfig
-    evaluator: TrainerConfig
+    evaluator: TrainerConfig | None
     caption_dropout: float
     timestep_shift: float
     milestones: list[int]
@@ -65,19 +72,26 @@ def pretrain(recipe: PretrainSettings, directory: Path) -> Path:
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(recipe.data, recipe.seed)
-    images = data.pixels(range(data.num_images), recipe.shapes.image_size)
 
     def log(row: dict[str, Any]) -> None:
         append_row(directory / LOG, row)
 
+    if recipe.transformer is not None:
+        train_transformer(recipe, recipe.transformer, data, directory, device, log)
+        draw = partial(transformer_pipeline, recipe.transformer, directory, device=device)
+        curve(recipe, data, directory, load_evaluator("emoji"), draw)
+        export(directory, "emoji_sd3_model", draw("final"))
+        return directory
+    assert recipe.evaluator is not None, "a UNet's recipe has one"
+    images = data.pixels(range(data.num_images), recipe.shapes.image_size)
     train_autoencoder(recipe, images, directory, device, log)
     autoencoder = train_decoder(recipe, images, directory, device, log)
     train_diffusion(recipe, data, autoencoder, images, directory, device, log)
     evaluator = directory / "evaluator" / "evaluator"
     if not evaluator.is_dir():
         train_evaluator(data, recipe.evaluator, directory / "evaluator", recipe.seed, log)
-    curve(recipe, data, directory, Evaluator.from_pretrained(evaluator), device)
-    export(directory)
+    curve(recipe, data, directory, Evaluator.from_pretrained(evaluator), partial(pipeline_of, directory, device=device))
+    export(directory, "emoji_model", pipeline_of(directory, "final", torch.device("cpu")))
     return directory
 
 
@@ -88,6 +102,7 @@ def train_autoencoder(
     folder = directory / "autoencoder"
     if not (folder / "vae").is_dir():
         torch.manual_seed(recipe.seed)
+        assert recipe.autoencoder is not None, "a UNet's recipe has one"
         model = emoji_model.build_autoencoder(recipe.shapes).to(device)
         objective = AutoencoderObjective(model, images, recipe.autoencoder.batch_size, recipe.seed, device)
         trainer = Trainer(recipe.autoencoder, objective, folder / "checkpoints", "autoencoder", log)
@@ -104,6 +119,7 @@ def train_decoder(
     """Go on training the decoder alone: pictures get sharper, latents stay."""
     folder = directory / "decoder"
     if not (folder / "vae").is_dir():
+        assert recipe.decoder is not None, "a UNet's recipe has one"
         model = train_autoencoder(recipe, images, directory, device, log)
         objective = AutoencoderObjective(model, images, recipe.decoder.batch_size, recipe.seed + 1, device, True)
         trainer = Trainer(recipe.decoder, objective, folder / "checkpoints", "decoder", log)
@@ -158,6 +174,53 @@ def train_diffusion(
     trainer.checkpoints.clear()
 
 
+def train_transformer(
+    recipe: PretrainSettings,
+    shapes: emoji_sd3.EmojiSD3Config,
+    data: CaptionedImages,
+    directory: Path,
+    device: torch.device,
+    log: Log,
+) -> None:
+    """Train a transformer on the embedded model's latents and texts; keep the averaged weights of every milestone."""
+    folder = directory / "diffusion"
+    if (folder / "final").is_dir():
+        return
+    base = load_pipeline("emoji").to(device)
+    torch.manual_seed(recipe.seed)
+    transformer = emoji_sd3.build_transformer(shapes, emoji_sd3.BaseShape.of(base)).to(device)
+    pipeline = emoji_sd3.assemble(base, transformer, shapes.shift).to(device)
+    objective = FlowObjective(
+        model=transformer,
+        process=process_of(pipeline),
+        latents=latents_of(base, data, recipe.shapes.image_size),
+        captions=CaptionTable(data, base.tokenizer),
+        texts=TextTable.of(pipeline, data.captions),
+        batch_size=recipe.diffusion.batch_size,
+        seed=recipe.seed,
+        caption_dropout=recipe.caption_dropout,
+        device=device,
+    )
+
+    def keep(name: str) -> None:
+        saved = copy.deepcopy(transformer).half()
+        write_folder(folder / name, lambda temporary: saved.save_pretrained(temporary / "transformer"))
+
+    milestones = {step: partial(keep, f"step-{step}") for step in recipe.milestones}
+    trainer = Trainer(recipe.diffusion, objective, folder / "checkpoints", "diffusion", log, milestones)
+    trainer.fit()
+    keep("final")
+    trainer.checkpoints.clear()
+
+
+def transformer_pipeline(
+    shapes: emoji_sd3.EmojiSD3Config, directory: Path, weights: str, device: torch.device
+) -> StableDiffusion3Pipeline:
+    """Assemble the pipeline of one milestone of the transformer, or of the end ("final")."""
+    transformer = sd3_miniature.read(directory / "diffusion" / weights / "transformer")
+    return emoji_sd3.assemble(load_pipeline("emoji"), transformer, shapes.shift).to(device)
+
+
 def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDiffusionPipeline:
     """Assemble the pipeline of one milestone ("step-1000") or of the end ("final")."""
     from transformers import CLIPTokenizer
@@ -172,9 +235,16 @@ def pipeline_of(directory: Path, weights: str, device: torch.device) -> StableDi
 
 
 def curve(
-    recipe: PretrainSettings, data: CaptionedImages, directory: Path, evaluator: Evaluator, device: torch.device
+    recipe: PretrainSettings,
+    data: CaptionedImages,
+    directory: Path,
+    evaluator: Evaluator,
+    pipeline_of: Callable[[str], DiffusionPipeline],
 ) -> list[dict[str, float]]:
-    """Measure names drawn from each milestone's pictures: write and return rows of samples seen, top-1, top-5, CLIP."""
+    """Measure names drawn from each milestone's pictures: write and return rows of samples seen, top-1, top-5, CLIP.
+
+    pipeline_of: makes a milestone's pipeline ("step-1000", "final").
+    """
     path, settings = directory / "curve.json", recipe.evaluation
     rows = read_json(path) if path.is_file() else []
     done = {row["step"] for row in rows}
@@ -184,7 +254,7 @@ def curve(
         if step in done:
             continue
         weights = "final" if step == recipe.diffusion.steps else f"step-{step}"
-        pipeline, seeds = pipeline_of(directory, weights, device), list(range(len(names)))
+        pipeline, seeds = pipeline_of(weights), list(range(len(names)))
         options = (settings.steps, settings.guidance, settings.batch_size)
         pictures = generate(pipeline, names, seeds, *options, title=f"images of {weights}")
         figures = text_figures(evaluator, pictures, evaluator.embed_texts(data.names), chosen)
@@ -194,13 +264,13 @@ def curve(
     return rows
 
 
-def export(directory: Path) -> None:
-    """Write `emoji_model/`, the finished pipeline in float16."""
+def export(directory: Path, name: str, pipeline: DiffusionPipeline) -> None:
+    """Write the finished pipeline in float16, as a folder of a name."""
 
     def write(temporary: Path) -> None:
-        pipeline_of(directory, "final", torch.device("cpu")).to(dtype=torch.float16).save_pretrained(temporary)
+        pipeline.to("cpu", torch.float16).save_pretrained(temporary)
         for path in temporary.rglob("config.json"):  # diffusers notes the folder that a part was read from
             write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
 
-    write_folder(directory / "emoji_model", write)
-    console.print(f"the pipeline: {directory / 'emoji_model'}", highlight=False)
+    write_folder(directory / name, write)
+    console.print(f"the pipeline: {directory / name}", highlight=False)

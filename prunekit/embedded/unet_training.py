@@ -33,9 +33,12 @@ class CaptionTable:
 
     def choose(self, images: Tensor, choice: Tensor, drop: Tensor, dropout: float) -> Tensor:
         """Return token ids (B, T): a uniformly chosen training caption of each image, or the empty one."""
+        return torch.where((drop < dropout)[:, None], self.empty, self.ids[self.pairs_of(images, choice)])
+
+    def pairs_of(self, images: Tensor, choice: Tensor) -> Tensor:
+        """Return a training caption (B,) of each image; choice: (B,) uniform in [0, 1)."""
         offset = (choice * self.count[images]).long()
-        chosen = self.ids[self.pairs[self.first[images] + offset]]
-        return torch.where((drop < dropout)[:, None], self.empty, chosen)
+        return self.pairs[self.first[images] + offset]
 
 
 @dataclass

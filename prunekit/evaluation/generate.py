@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from prunekit.core.registry import call_options
 from prunekit.data.picture_files import open_picture, write_image
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
@@ -43,6 +44,7 @@ def draw(
         guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",
+        **call_options(pipeline),
     ).images  # (n, H, W, 3) in [0, 1]
     return torch.from_numpy((output * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 

@@ -62,6 +62,10 @@ class PixArt:
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
 
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return no further arguments of a pipeline's calls."""
+        return {}
+
     def sizes(self, height: int, width: int) -> Tensor:
         """Return height, width, and the aspect ratio, (3,), which PixArt-α of 1024 pixels takes."""
         return torch.tensor([height, width, height / width], dtype=torch.float32)

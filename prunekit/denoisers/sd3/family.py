@@ -46,12 +46,16 @@ class StableDiffusion3(FlowFamily):
         encoded = self._encoded(pipeline, texts, negatives if guided else None, guided, **options)
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
 
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return how many tokens of T5 a text has: as many as its tokenizer gives at most, up to the pipeline's 256."""
+        tokenizer = pipeline.tokenizer_3
+        tokens = MOST_TOKENS if tokenizer is None else min(MOST_TOKENS, tokenizer.model_max_length)
+        return {"max_sequence_length": tokens}
+
     @torch.no_grad()
     def _encoded(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        tokenizer = pipeline.tokenizer_3
-        tokens = MOST_TOKENS if tokenizer is None else min(MOST_TOKENS, tokenizer.model_max_length)
         return pipeline.encode_prompt(
             prompt=texts,
             prompt_2=None,
@@ -59,5 +63,5 @@ class StableDiffusion3(FlowFamily):
             device=pipeline.vae.device,
             do_classifier_free_guidance=guided,
             negative_prompt=negatives,
-            **{"max_sequence_length": tokens, **options},
+            **{**self.call_options(pipeline), **options},
         )

@@ -134,6 +134,10 @@ class StableDiffusion:
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return no further arguments of a pipeline's calls."""
+        return {}
+
     def sizes(self, height: int, width: int) -> Tensor:
         """Return XL's time ids, (6,): original size, crop and target size of uncropped pictures."""
         return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)

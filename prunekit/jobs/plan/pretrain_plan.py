@@ -10,7 +10,7 @@ from prunekit.jobs.plan.planned_models import PlannedModel
 from prunekit.jobs.plan.planned_parts import PNDM, Parts, build_scheduler
 from prunekit.jobs.plan.rehearsal import FLOAT32, LOWERED, training_bytes
 from prunekit.jobs.recipe import PretrainRecipe
-from prunekit.models import PipelineShape, TokenizerShape, emoji_model
+from prunekit.models import PipelineShape, TokenizerShape, emoji_model, emoji_sd3
 from prunekit.training.trainer import TrainerConfig
 
 
@@ -18,19 +18,28 @@ def plan_pretraining(recipe: PretrainRecipe) -> tuple[PlannedModel, dict[str, An
     """Return the model that is trained, its sizes, and the work."""
     shapes = recipe.shapes
     with torch.device("meta"):
-        unet, autoencoder = emoji_model.build_unet(shapes).eval(), emoji_model.build_autoencoder(shapes).eval()
-    latent = (unet.config.sample_size,) * 2
-    shape = PipelineShape(recipe.name, unet, shapes.image_size // latent[0], TokenizerShape(emoji_model.TOKENS))
+        autoencoder = emoji_model.build_autoencoder(shapes).eval()
+        unet = emoji_model.build_unet(shapes).eval()
+        denoiser, tokens = unet, emoji_model.TOKENS
+        if recipe.transformer is not None:
+            base = emoji_sd3.BaseShape(shapes.text_width, shapes.image_size // 8, shapes.latent_channels)
+            denoiser = emoji_sd3.build_transformer(recipe.transformer, base).eval()
+            tokens += emoji_sd3.ZERO_TOKENS
+    latent = (shapes.image_size // 8,) * 2
+    shape = PipelineShape(recipe.name, denoiser, shapes.image_size // latent[0], TokenizerShape(tokens))
     model = PlannedModel(shape, Parts(autoencoder, (), build_scheduler(PNDM)))
     (encoding, decoding), dense, params = model.picture_macs(latent), model.dense_macs(), model.params
     calls = model.parts.calls(recipe.evaluation.steps, recipe.evaluation.guidance)
     images = recipe.evaluation.num_images * (len(recipe.milestones) + 1)
+    trainings = (
+        ("autoencoder", recipe.autoencoder, 3 * (encoding + decoding), "forward, backward"),
+        ("decoder", recipe.decoder, encoding + 3 * decoding, "encoder; decoder forward, backward"),
+        ("diffusion", recipe.diffusion, 3 * dense, "denoiser forward, backward"),
+        ("evaluator", recipe.evaluator, None, "not counted"),
+    )
     work = [
-        _training("autoencoder", recipe.autoencoder, 3 * (encoding + decoding), "forward, backward"),
-        _training("decoder", recipe.decoder, encoding + 3 * decoding, "encoder; decoder forward, backward"),
-        _training("diffusion", recipe.diffusion, 3 * dense, "UNet forward, backward"),
-        _training("evaluator", recipe.evaluator, None, "not counted"),
-        Work("quality curve: generation", images, calls * dense + decoding, f"{calls} UNet calls, decoder"),
+        *(_training(stage, config, macs, passes) for stage, config, macs, passes in trainings if config is not None),
+        Work("quality curve: generation", images, calls * dense + decoding, f"{calls} denoiser calls, decoder"),
     ]
     samples = recipe.diffusion.micro_batch or recipe.diffusion.batch_size
     step = model.rehearsal.training(latent, model.tokens, samples, recipe.diffusion)

@@ -25,6 +25,7 @@ from prunekit.methods.base import Method
 from prunekit.methods.settings import PruneSettings
 from prunekit.models import LoraWeights, as_lora
 from prunekit.models.emoji_model import EmojiModelConfig
+from prunekit.models.emoji_sd3 import EmojiSD3Config
 from prunekit.recovery.closed_form import ClosedFormConfig
 from prunekit.recovery.deltas import DeltaConfig
 from prunekit.recovery.fine_tuning import FineTuneConfig
@@ -329,21 +330,38 @@ def _refits_each(label: str, method: Method, tuning: FineTuneConfig, recovering:
 
 
 class PretrainRecipe(Section):
-    """Train the embedded model and its evaluator from nothing."""
+    """Train an embedded model from nothing: the UNet's with all its parts and its evaluator, or SD 3's transformer."""
 
     job: Literal["pretrain"]
     name: Name = Field(description="names the run directory")
     seed: Seed = Field(0, description="what all randomness is keyed by")
     data: DataConfig = Field(DataConfig(holdout_by="captions"), description="what it learns from: every picture")
-    shapes: EmojiModelConfig = EmojiModelConfig()
-    autoencoder: TrainerConfig
-    decoder: TrainerConfig
+    transformer: EmojiSD3Config | None = Field(
+        None,
+        description="Stable Diffusion 3's transformer in miniature, on the frozen autoencoder and text encoder of the "
+        "embedded model; unset: a UNet, with an autoencoder, a text encoder and an evaluator of its own",
+    )
+    shapes: EmojiModelConfig = Field(EmojiModelConfig(), description="shapes of the UNet and its parts")
+    autoencoder: TrainerConfig | None = Field(None, description="training of the autoencoder, of a UNet's model")
+    decoder: TrainerConfig | None = Field(None, description="further training of its decoder alone")
     diffusion: TrainerConfig
-    evaluator: TrainerConfig
+    evaluator: TrainerConfig | None = Field(None, description="training of the evaluator, of a UNet's model")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for guidance")
-    timestep_shift: float = Field(1.0, ge=1, description="above 1: more of the noisiest timesteps in `diffusion`")
+    timestep_shift: float = Field(
+        1.0, ge=1, description="above 1: more of the noisiest timesteps in `diffusion` of a UNet"
+    )
     milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _parts(self) -> "PretrainRecipe":
+        for name in ("autoencoder", "decoder", "evaluator"):
+            if (getattr(self, name) is None) == (self.transformer is None):
+                needed = "is needed" if self.transformer is None else "does not belong beside `transformer`"
+                raise UserError(
+                    f"{name} {needed}: a transformer takes the embedded model's parts, a UNet trains its own"
+                )
+        return self
 
     @field_validator("data")
     @classmethod

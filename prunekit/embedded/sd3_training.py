@@ -1,0 +1,133 @@
+"""Training the second embedded model's transformer by flow matching, on the first one's frozen autoencoder and texts.
+
+The pipeline appends T5's tokens to CLIP's, and the stand-in's are all zero. n identical tokens act as one token whose
+attention logit is raised by ln n, so the training runs one zero token and draws n: the model then takes every number.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunekit.core.call import predict
+from prunekit.core.family import NoiseProcess
+from prunekit.core.registry import denoiser_of
+from prunekit.data.encoders import BATCH
+from prunekit.data.images import CaptionedImages
+from prunekit.embedded.unet_training import CaptionTable
+from prunekit.runtime.randomness import generator
+from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse
+
+ZERO_TOKENS = (1, 1, 16, 256)  # how many zero tokens a step stands for, drawn uniformly
+
+
+class AsManyTokens(TorchFunctionMode):
+    """A context in which joint attention counts its last token as `count` identical ones.
+
+    keys: tokens of a joint attention; attention over other numbers of tokens is left as it is.
+    """
+
+    def __init__(self, keys: int, count: int):
+        super().__init__()
+        self.keys, self.raised = keys, math.log(count)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[1].shape[-2] == self.keys and self.raised:
+            mask = args[0].new_zeros(self.keys)
+            mask[-1] = self.raised
+            kwargs = {**kwargs, "attn_mask": mask.view(1, 1, 1, -1)}
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """The states of every caption, and of the empty one."""
+
+    text: Tensor  # (P, T, E), without zero tokens
+    pooled: Tensor  # (P, E)
+    empty: tuple[Tensor, Tensor]  # (T, E), (E,)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, pipeline: StableDiffusion3Pipeline, captions: list[str]) -> "TextTable":
+        """Encode captions by a pipeline's CLIP encoders."""
+        family = denoiser_of(pipeline.transformer).family
+        parts = [family.states(pipeline, captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)]
+        text, pooled = (torch.cat([part[name] for part in parts]).cpu() for name in ("text", "pooled"))
+        tokens, null = pipeline.tokenizer.model_max_length, family.null_states(pipeline)
+        return cls(text[:, :tokens].clone(), pooled, (null["text"][0, :tokens].cpu(), null["pooled"][0].cpu()))
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """A step's draws, and how many zero tokens it stands for."""
+
+    noise: NoisePlan
+    zero_tokens: int
+
+
+@dataclass
+class FlowObjective:
+    """Flow matching: the transformer predicts the direction from data to noise."""
+
+    model: SD3Transformer2DModel
+    process: NoiseProcess
+    latents: Tensor  # (n, C, h, w), scaled
+    captions: CaptionTable
+    texts: TextTable
+    batch_size: int
+    seed: int
+    caption_dropout: float
+    device: torch.device
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the module that is trained."""
+        return {"transformer": self.model}
+
+    def batch(self, step: int) -> FlowPlan:
+        """Draw a step's images, captions, timesteps, noise, and number of zero tokens."""
+        sizes = (self.batch_size, len(self.latents), tuple(self.latents.shape[1:]), self.process)
+        chosen = torch.randint(len(ZERO_TOKENS), (), generator=generator(self.seed, "zero tokens", step))
+        return FlowPlan(NoisePlan.draw(step, self.seed, *sizes), ZERO_TOKENS[int(chosen)])
+
+    def shared_loss(self, batch: FlowPlan) -> dict[str, Tensor]:
+        """Nothing needs the whole batch."""
+        return {}
+
+    def micro_loss(self, batch: FlowPlan, positions: Tensor) -> dict[str, Tensor]:
+        """Return the error of `positions`, divided by the batch size."""
+        plan = batch.noise
+        indices, drop = plan.indices[positions], plan.drop[positions] < self.caption_dropout
+        pairs = self.captions.pairs_of(indices, plan.choice[positions])
+        text = torch.where(drop[:, None, None], self.texts.empty[0], self.texts.text[pairs])
+        pooled = torch.where(drop[:, None], self.texts.empty[1], self.texts.pooled[pairs])
+        conditions = {"text": F.pad(text, (0, 0, 0, 1)).to(self.device), "pooled": pooled.to(self.device)}
+        latents, noise = self.latents[indices].to(self.device), plan.noise[positions].to(self.device)
+        timesteps = plan.timesteps[positions].to(self.device)
+        noisy = self.process.noised(latents, noise, timesteps)
+        denoiser = denoiser_of(self.model)
+        keys = denoiser.lengths(self.model, tuple(latents.shape[-2:]), conditions["text"].shape[1])["joint"]
+        with attention_kernel(self.model, noisy), AsManyTokens(keys, batch.zero_tokens):
+            prediction = predict(self.model, denoiser.call(noisy, timesteps, conditions))
+        error = per_sample_mse(prediction, self.process.target(latents, noise, timesteps))
+        return {"denoising": error.sum() / self.batch_size}
+
+
+@torch.no_grad()
+def latents_of(base: StableDiffusionPipeline, data: CaptionedImages, size: int) -> Tensor:
+    """Return the scaled latents of a data set's pictures, (n, C, h, w), float32."""
+    family, parts = denoiser_of(base.unet).family, []
+    for start in range(0, data.num_images, BATCH):
+        pixels = data.pixels(range(start, min(start + BATCH, data.num_images)), size)
+        parts.append(family.moments(base.vae, pixels.to(base.vae.device, base.vae.dtype) / 127.5 - 1)[0].float().cpu())
+    return torch.cat(parts)
