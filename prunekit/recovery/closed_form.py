@@ -40,7 +40,7 @@ from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
 SUM_BYTES, SOLVING = 8, 3  # of a number; copies of a layer's sums while its system is solved
-LEFT_OUT = 4  # one batch of so many chooses the ridge
+LEFT_OUT = 4  # one sample of so many, the last of each, chooses the ridge
 
 
 class ClosedFormConfig(BaseModel):
@@ -54,7 +54,7 @@ class ClosedFormConfig(BaseModel):
         [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
         min_length=1,
         description="ridges that are tried, in units of the mean square of a layer's inputs; the best on a quarter of "
-        "the batches is taken, or none where the cut weights are better there; of fewer than 4 batches the first",
+        "the samples is taken, or none where the cut weights are better there; of fewer than 4 samples the first",
     )
     inputs: Literal["pruned", "dense"] = Field(
         "pruned",
@@ -133,8 +133,10 @@ def refit(
                 with autocast(config.precision, student.device):
                     seen = _seen(student, dense, package, batch.call, config.inputs)
                 weights = sample_weights(config.timestep_weights, pipeline, batch.timesteps)
+                numbers = torch.arange(len(batch), device=weights.device) + batch.index * config.batch_size
+                chooses = numbers % LEFT_OUT == LEFT_OUT - 1
                 for path, (inputs, targets) in seen.items():
-                    sums[path].at(batch.index).add(student.get_submodule(path), inputs, targets, weights)
+                    sums[path].add(student.get_submodule(path), inputs, targets, weights, chooses)
             for path, pair in sums.items():
                 for part in (pair.fitted, pair.left_out):
                     processes.sum(part.tensors())
@@ -154,9 +156,11 @@ class _PairOfSums:
     def __init__(self, layer: nn.Module):
         self.fitted, self.left_out = Sums.of(layer), Sums.of(layer)
 
-    def at(self, batch: int) -> Sums:
-        """Return the sums to which a batch belongs."""
-        return self.left_out if batch % LEFT_OUT == LEFT_OUT - 1 else self.fitted
+    def add(self, layer: nn.Module, inputs: Tensor, targets: Tensor, weights: Tensor, chooses: Tensor) -> None:
+        """Add a batch to the sums; chooses: (n,) bool, which of its samples choose the ridge."""
+        for part, rows in ((self.left_out, chooses), (self.fitted, ~chooses)):
+            if bool(rows.any()):
+                part.add(layer, inputs[rows], targets[rows], weights[rows])
 
 
 @dataclass(frozen=True)

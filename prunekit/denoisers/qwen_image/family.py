@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prunekit.denoisers.flow_matching import FlowFamily
+
+TOKENS = 512  # of a text, at most
 
 
 class QwenImageFamily(FlowFamily):
@@ -24,9 +27,14 @@ class QwenImageFamily(FlowFamily):
         return (posterior.mean.squeeze(2) - mean) / deviation, posterior.std.squeeze(2) / deviation
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Return the texts' states "text" (n, T, E), and "mask" (n, T), true where a token counts."""
-        text, mask = pipeline.encode_prompt(texts, device=pipeline.vae.device)
-        return {"text": text, "mask": _full(text) if mask is None else mask}
+        """Return the texts' states "text" (n, T, E), and "mask" (n, T), true where a token counts.
+
+        T is the same for all texts: shorter ones, of any batch, are padded with zeros that the mask leaves out.
+        """
+        text, mask = pipeline.encode_prompt(texts, device=pipeline.vae.device, max_sequence_length=TOKENS)
+        mask = torch.ones(text.shape[:2], device=text.device) if mask is None else mask
+        missing = TOKENS - text.shape[1]
+        return {"text": F.pad(text, (0, 0, 0, missing)), "mask": F.pad(mask.bool(), (0, missing))}
 
     def null_states(self, pipeline: Any) -> dict[str, Tensor]:
         """Return the states of the empty text, (1, …)."""
@@ -47,7 +55,3 @@ class QwenImageFamily(FlowFamily):
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one transformer call: guidance calls the model once for each text."""
         return pictures
-
-
-def _full(text: Tensor) -> Tensor:
-    return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

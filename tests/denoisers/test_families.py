@@ -1,0 +1,221 @@
+"""A family's calls are those of the stock pipeline: the same arguments under the same names, at every step."""
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+)
+from small_transformers import build
+from transformers import T5Config, T5EncoderModel
+from unets import relative_error
+
+from prunekit.core.call import predict
+from prunekit.core.registry import denoiser_of, process_of
+from prunekit.denoisers.flow_matching import FlowMatching
+from prunekit.models import emoji_sd3, load_pipeline
+
+TEXTS = ["red apple", "a blue house"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_pipeline("emoji")
+
+
+def small_t5(width):
+    torch.manual_seed(1)
+    config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    return T5EncoderModel(config).eval(), emoji_sd3.stand_in(width)[1]
+
+
+def small_autoencoder(channels=4, shift=0.25):
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+        shift_factor=shift,
+    ).eval()
+
+
+def make(name, base):
+    """A stock pipeline around a small transformer, and arguments of its call."""
+    transformer = build(name)
+    if name == "sd35":
+        transformer = emoji_sd3.build_transformer(emoji_sd3.EmojiSD3Config(layers=2), emoji_sd3.BaseShape.of(base))
+        return emoji_sd3.assemble(base, transformer, 2.0), {"guidance_scale": 3.0, "max_sequence_length": 1}
+    if name == "flux":
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        encoder, tokenizer = small_t5(32)
+        clip = CLIPTextModel(
+            CLIPTextConfig(
+                **{
+                    **base.text_encoder.config.to_dict(),
+                    "hidden_size": 24,
+                    "num_attention_heads": 2,
+                    "projection_dim": 24,
+                }
+            )
+        ).eval()
+        pipeline = FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            small_autoencoder(),
+            clip,
+            base.tokenizer,
+            encoder,
+            tokenizer,
+            transformer,
+        )
+        return pipeline, {"guidance_scale": 3.5, "height": 32, "width": 16}
+    if name == "pixart":
+        encoder, tokenizer = small_t5(32)
+        pipeline = PixArtAlphaPipeline(
+            tokenizer, encoder, small_autoencoder(shift=None), transformer, DPMSolverMultistepScheduler()
+        )
+        return pipeline, {"guidance_scale": 3.0, "height": 32, "width": 16, "use_resolution_binning": False}
+    torch.manual_seed(2)
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 2.0, 1.0],
+    ).eval()
+    pipeline = QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), autoencoder, None, None, transformer
+    )
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    embeds = {"prompt_embeds": torch.randn(2, 5, 32, generator=generator), "prompt_embeds_mask": mask}
+    return pipeline, {**embeds, "true_cfg_scale": 1.0, "height": 16, "width": 8}
+
+
+def calls_of(pipeline, texts, options):
+    """The transformer's arguments at every step of a stock call, and its outputs."""
+    seen = []
+
+    def look(module, args, kwargs, output):
+        assert not args or len(args) == 1
+        first = {"hidden_states": args[0]} if args else {}
+        copied = {k: v.clone() if torch.is_tensor(v) else v for k, v in kwargs.items()}
+        seen.append(({**first, **copied}, output[0].clone()))
+
+    handle = pipeline.transformer.register_forward_hook(look, with_kwargs=True)
+    prompt = {} if "prompt_embeds" in options else {"prompt": texts}
+    with torch.no_grad():
+        pipeline(**prompt, num_inference_steps=2, output_type="latent", **options)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux", "pixart", "qwen_image"])
+def test_calls_are_the_pipelines(name, base):
+    pipeline, options = make(name, base)
+    pipeline.set_progress_bar_config(disable=True)
+    model, denoiser = pipeline.transformer, denoiser_of(pipeline.transformer)
+    family = denoiser.family
+    guided = name in ("sd35", "pixart")
+    if name == "qwen_image":
+        states = {"text": options["prompt_embeds"], "mask": options["prompt_embeds_mask"].bool()}
+    else:
+        states = family.states(pipeline, TEXTS)
+        if guided:
+            null = family.null_states(pipeline)
+            states = {
+                role: torch.cat([null[role].repeat(2, *[1] * (value.dim() - 1)), value])
+                for role, value in states.items()
+            }
+    if name == "pixart":
+        states["sizes"] = family.sizes(32, 16).expand(4, -1)
+    assert family.call_batch(2, guided) == (4 if guided else 2)
+    scale = 1000 if name in ("flux", "qwen_image") else 1
+    seen = calls_of(pipeline, TEXTS, options)
+    assert len(seen) == 2
+    for arguments, output in seen:
+        height, width = (options.get(side, 64) // pipeline.vae_scale_factor for side in ("height", "width"))
+        probe = denoiser.call(
+            torch.zeros(len(output), denoiser.latent_channels(model), height, width), torch.zeros(1), states
+        )
+        noisy = denoiser.noisy(probe.replace(hidden_states=arguments["hidden_states"]))
+        call = denoiser.call(noisy, arguments["timestep"].reshape(-1).float() * scale, states)
+        for key, value in call.items():
+            theirs = arguments[key]
+            if torch.is_tensor(value):
+                assert torch.allclose(value.float(), theirs.float().reshape(value.shape), atol=1e-6), key
+            elif key == "img_shapes":
+                assert value[0] == theirs[0]
+            else:
+                assert all(
+                    torch.allclose(part, theirs[inner].float().reshape(part.shape)) for inner, part in value.items()
+                )
+        missing = {k for k, v in arguments.items() if torch.is_tensor(v)} - call.keys()
+        assert not missing
+        with torch.no_grad():
+            expected = output if call.finish is None else call.finish(output)
+            assert relative_error(predict(model, call), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux", "pixart", "qwen_image"])
+def test_latents_are_what_the_pipeline_decodes(name, base):
+    """Decoding what `moments` gives, as the pipeline's last lines do, gives the pictures back as the autoencoder does."""
+    pipeline, _ = make(name, base)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    vae = pipeline.vae
+    with torch.no_grad():
+        mean, deviation = denoiser_of(pipeline.transformer).family.moments(vae, pixels)
+        assert mean.shape == deviation.shape and mean.dim() == 4 and bool((deviation > 0).all())
+        if name == "qwen_image":
+            config = vae.config
+            scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_std, config.latents_mean))
+            decoded = vae.decode((mean * scale + shift).unsqueeze(2)).sample[:, :, 0]
+            expected = vae.decode(vae.encode(pixels.unsqueeze(2)).latent_dist.mean).sample[:, :, 0]
+        else:
+            latents = mean / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            decoded, expected = vae.decode(latents).sample, vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    assert torch.allclose(decoded, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_the_schedulers(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    process, generator = FlowMatching(scheduler), torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 3, 4, 4, 4, generator=generator).unbind(0)
+    times = scheduler.timesteps[[10, 500, 900]]
+    assert torch.allclose(
+        process.noised(latents, noise, times), scheduler.scale_noise(latents, times, noise), atol=1e-6
+    )
+    # one Euler step of the whole way along the target is the data
+    x, target = process.noised(latents, noise, times), process.target(latents, noise, times)
+    sigma = (times / 1000).view(-1, 1, 1, 1)
+    assert torch.allclose(x - sigma * target, latents, atol=1e-5)
+    drawn = process.draw(20_000, generator) / 1000
+    middle = shift * 0.5 / (1 + (shift - 1) * 0.5)  # the median of the logit-normal, shifted
+    assert drawn.median().item() == pytest.approx(middle, abs=0.01) and drawn.min() > 0 and drawn.max() < 1
+    assert torch.equal(process.weights(times, 5.0, "velocity"), torch.ones(3))
+
+
+def test_a_shift_that_depends_on_the_size_is_the_middle_of_its_range():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    assert process_of_scheduler(scheduler) == pytest.approx(torch.tensor(0.825).exp().item())
+
+
+def process_of_scheduler(scheduler):
+    return FlowMatching(scheduler).shift
+
+
+def test_a_pipeline_says_its_process(base):
+    pipeline, _ = make("sd35", base)
+    assert isinstance(pipeline, StableDiffusion3Pipeline) and process_of(pipeline).shift == 2.0
