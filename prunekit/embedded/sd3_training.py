@@ -116,7 +116,8 @@ class FlowObjective:
         timesteps = plan.timesteps[positions].to(self.device)
         noisy = self.process.noised(latents, noise, timesteps)
         denoiser = denoiser_of(self.model)
-        keys = denoiser.lengths(self.model, tuple(latents.shape[-2:]), conditions["text"].shape[1])["joint"]
+        height, width = latents.shape[-2:]
+        keys = denoiser.lengths(self.model, (height, width), conditions["text"].shape[1])["joint"]
         with attention_kernel(self.model, noisy), AsManyTokens(keys, batch.zero_tokens):
             prediction = predict(self.model, denoiser.call(noisy, timesteps, conditions))
         error = per_sample_mse(prediction, self.process.target(latents, noise, timesteps))

@@ -123,6 +123,12 @@ class Log(Protocol):
         """Show a line."""
 
 
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, device and what precision `auto` means on it, for the record."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return {**versions, "device": device_name(device), "precision": resolve_precision("auto", device)}
+
+
 class Stages:
     """The model and data of a recipe, loaded once, and what is done with them."""
 
@@ -131,6 +137,7 @@ class Stages:
         self.recipe, self.log, self.say = recipe, log.log, log.say
         self.locks = directory / LOCKS
         self.device = current().device
+        self.environment = _environment(self.device)  # now: the threads change while processes work apart
         self.cache = _cache(recipe, directory)
         self.pipeline: DiffusionPipeline = load_pipeline(
             recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
@@ -162,12 +169,6 @@ class Stages:
         images = self.data.images
         fingerprint = Fingerprint(self.resolution).add_pictures(images.encoded, Digests(self.cache))
         return fingerprint.add_texts(images.captions).add_encoders(self.pipeline).key()
-
-    @cached_property
-    def environment(self) -> dict[str, Any]:
-        """Versions, device and what precision `auto` means on it, for the record."""
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-        return {**versions, "device": device_name(self.device), "precision": resolve_precision("auto", self.device)}
 
     @cached_property
     def cost(self) -> CostModel:

@@ -170,7 +170,7 @@ def test_calls_are_the_pipelines(name, base):
 
 @pytest.mark.parametrize("name", ["sd35", "flux", "pixart", "qwen_image"])
 def test_latents_are_what_the_pipeline_decodes(name, base):
-    """Decoding what `moments` gives, as the pipeline's last lines do, gives the pictures back as the autoencoder does."""
+    """Decoding what `moments` gives, as the pipeline does at the end, gives what the autoencoder gives."""
     pipeline, _ = make(name, base)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
     vae = pipeline.vae
