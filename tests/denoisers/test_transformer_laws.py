@@ -18,7 +18,7 @@ from prunekit.runtime.errors import UserError
 
 MODELS = {}
 KEEPS = (0.2, 0.5, 0.8, 0.95)
-COUNTS = (3, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "50")), marks=pytest.mark.long))
+COUNTS = (12, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "50")), marks=pytest.mark.long))
 
 
 def model_of(name, device="cpu"):

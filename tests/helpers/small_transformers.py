@@ -61,12 +61,12 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 UNITS = {"pixart": (120, 3), "sd3": (172, 3), "sd35": (180, 3), "flux": (208, 4), "qwen_image": (204, 3)}
 
 
-def build(name: str, device: str = "cpu", seed: int = 0) -> Any:
+def build(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
     """A small transformer in evaluation mode; on the CPU with all weights and biases random."""
     kind, config = CONFIGS[name]
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = kind(**config).eval()
+        model = kind(**{**config, **changes}).eval()
     return randomise(model, seed) if device == "cpu" else model
 
 
