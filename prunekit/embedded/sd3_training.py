@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunekit.core.call import predict
 from prunekit.core.family import NoiseProcess
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_of, family_of
 from prunekit.data.encoders import BATCH
 from prunekit.data.images import CaptionedImages
 from prunekit.embedded.unet_training import CaptionTable
@@ -127,7 +127,7 @@ class FlowObjective:
 @torch.no_grad()
 def latents_of(base: StableDiffusionPipeline, data: CaptionedImages, size: int) -> Tensor:
     """Return the scaled latents of a data set's pictures, (n, C, h, w), float32."""
-    family, parts = denoiser_of(base.unet).family, []
+    family, parts = family_of(base), []
     for start in range(0, data.num_images, BATCH):
         pixels = data.pixels(range(start, min(start + BATCH, data.num_images)), size)
         parts.append(family.moments(base.vae, pixels.to(base.vae.device, base.vae.dtype) / 127.5 - 1)[0].float().cpu())

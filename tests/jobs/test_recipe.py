@@ -30,6 +30,7 @@ EMBEDDED = (
     "quickstart",
     "aptp_emoji",
     "pretrain_emoji",
+    "pretrain_emoji_sd3",
     "compare_emoji",
     "settings_emoji",
     "codes_emoji",
