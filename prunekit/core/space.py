@@ -52,7 +52,10 @@ class UnitGroup:
 
     def removes(self, path: str) -> bool:
         """Whether the module at `path` goes when this depth unit goes."""
-        return any(path == cover or path.startswith(cover + ".") for cover in self.covers)
+        for cover in self.covers:  # a loop: it runs for every layer and depth unit
+            if path.startswith(cover) and path[len(cover) : len(cover) + 1] in ("", "."):
+                return True
+        return False
 
 
 class UnitSpace:
