@@ -52,10 +52,12 @@ class UnitGroup:
 
     def removes(self, path: str) -> bool:
         """Whether the module at `path` goes when this depth unit goes."""
-        for cover in self.covers:  # a loop: it runs for every layer and depth unit
-            if path.startswith(cover) and path[len(cover) : len(cover) + 1] in ("", "."):
-                return True
-        return False
+        return path in self.covers or path.startswith(self._inside)
+
+    @functools.cached_property
+    def _inside(self) -> tuple[str, ...]:
+        """What the paths of modules inside the covers begin with."""
+        return tuple(cover + "." for cover in self.covers)
 
 
 class UnitSpace:
