@@ -55,12 +55,12 @@ def whole_space(structure: Structure, model: nn.Module) -> UnitSpace:
 
 def match(model: nn.Module, space: UnitSpace) -> None:
     """UserError that names the difference, unless every group of `space` is in the model."""
-    match_with(denoiser_of(model), model, space)
+    match_in(whole_space(denoiser_of(model), model), space)
 
 
-def match_with(structure: Structure, model: nn.Module, space: UnitSpace) -> None:
-    """The same for a model of a given structure."""
-    full = {group.name: group for group in whole_space(structure, model).groups}
+def match_in(whole: UnitSpace, space: UnitSpace) -> None:
+    """The same for a model whose whole space is known."""
+    full = {group.name: group for group in whole.groups}
     for group in space.groups:
         same = full.get(group.name)
         if same is None:

@@ -27,7 +27,7 @@ from prunekit.runtime.errors import UserError
 from .axes import Axis, Layer
 from .cutting import keep_channels
 from .denoiser import Structure
-from .discovery import match_with, whole_space
+from .discovery import match_in, whole_space
 from .emptied import names_in_files, renamed
 from .record import read_pruning, record_cut
 from .registry import denoiser_named, denoiser_of
@@ -173,19 +173,20 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
     if not architecture.is_boolean:
         raise UserError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
     structure = pruned_class.structure
-    match_with(structure, model, architecture.space)
+    whole = whole_space(structure, model)
+    match_in(whole, architecture.space)
     if any(getattr(module, "fused_projections", False) for module in model.modules()):
         raise UserError("fused attention projections cannot be cut; call unfuse_qkv_projections() first")
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         pruned = pruned_class(**config)
     pruned.load_state_dict(model.state_dict(), assign=True)
-    _take_tables(model, pruned)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name not in frozen)
     originals = dict(model.named_modules())
     for name, module in pruned.named_modules():
+        _take_tables(originals[name], module)
         if hasattr(module, "set_processor"):
             module.set_processor(originals[name].processor)
     cut(structure, pruned, architecture)
@@ -194,18 +195,16 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
         if parameter.untyped_storage().data_ptr() in memory:  # was not cut: still the model's own memory
             parameter.data = parameter.data.clone()
     pruned.train(model.training)
-    pruned.register_to_config(pruning=record_cut(architecture, model, whole_space(structure, model)))
+    pruned.register_to_config(pruning=record_cut(architecture, model, whole))
     return pruned
 
 
-def _take_tables(model: nn.Module, pruned: nn.Module) -> None:
-    """Take the tensors that are no parameters, such as tables of positions, from the model that a copy was made of."""
-    originals = dict(model.named_modules())
-    for path, module in pruned.named_modules():
-        for tensors in (module._buffers, module.__dict__):
-            for name, value in tensors.items():
-                if isinstance(value, torch.Tensor) and value.is_meta:
-                    tensors[name] = getattr(originals[path], name)
+def _take_tables(original: nn.Module, copy: nn.Module) -> None:
+    """Take the tensors that are no parameters, such as tables of positions, from the module that a copy was made of."""
+    for tensors in (copy._buffers, vars(copy)):
+        for name, value in tensors.items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                tensors[name] = getattr(original, name)
 
 
 def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> None:
