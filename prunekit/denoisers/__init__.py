@@ -8,7 +8,8 @@ from prunekit.core.registry import register_denoiser
 
 def register() -> None:
     """Register the denoisers of every folder here; what describes a model is imported when it is first needed."""
-    for folder in pkgutil.iter_modules(__path__):
+    # UNets first: a config that names no class is one of theirs
+    for folder in sorted(pkgutil.iter_modules(__path__), key=lambda folder: folder.name != "unet"):
         if not folder.ispkg:  # what several families share
             continue
         family = importlib.import_module(f"{__name__}.{folder.name}")

@@ -159,7 +159,7 @@ def test_wrong_arguments_are_one_line(recipe, tmp_path):
 def test_an_unsupported_model_is_one_line(tmp_path):
     for name, change in {
         "image": {"addition_embed_type": "image"},
-        "flux": {"_class_name": "FluxTransformer2DModel"},
+        "lumina": {"_class_name": "Lumina2Transformer2DModel"},
     }.items():
         unet = tmp_path / name / "unet"
         unet.mkdir(parents=True)

@@ -181,6 +181,7 @@ def test_a_killed_command_leaves_no_process(recipe, tmp_path, two):
 
 
 @pytest.mark.long
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [7, 14], ids=["in the search", "in fine-tuning"])
 def test_sigterm_ends_both_with_the_code_to_start_again(recipe, alone, tmp_path, two, rows):
     main, _ = started(recipe, tmp_path / "run", rows)
@@ -191,6 +192,7 @@ def test_sigterm_ends_both_with_the_code_to_start_again(recipe, alone, tmp_path,
     assert_alike(ours, theirs)
 
 
+@pytest.mark.long
 @pytest.mark.long
 def test_a_comparison_is_whole_when_its_command_ends(tmp_path, two):
     content = {
