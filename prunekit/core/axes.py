@@ -94,9 +94,13 @@ class Layer:
             name = name.rpartition(".")[0]
         return self.stream
 
+    def place(self, axis: Axis) -> str:
+        """The path, in the model, of the module that holds an axis's weight."""
+        return f"{self.path}.{axis.layer}"
+
     def module(self, model: nn.Module, axis: Axis) -> nn.Module:
         """The module that holds an axis's weight."""
-        return model.get_submodule(f"{self.path}.{axis.layer}")
+        return model.get_submodule(self.place(axis))
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

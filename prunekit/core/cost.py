@@ -347,7 +347,7 @@ def _parts_of_layers(denoiser: Denoiser, model: nn.Module) -> list[_Entry]:
     owned: dict[str, list[tuple[_Entry, Axis]]] = {}
     for entry in layers:
         for axis in entry[0].axes:
-            owned.setdefault(f"{entry[0].path}.{axis.layer}", []).append((entry, axis))
+            owned.setdefault(entry[0].place(axis), []).append((entry, axis))
     for path, module in model.named_modules():
         if not module._parameters:
             continue

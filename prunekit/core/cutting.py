@@ -30,9 +30,8 @@ def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]
     assert isinstance(module, nn.Conv2d | nn.Linear), f"a {type(module).__name__} cannot be cut"
     total, keep = module.weight.shape[int(is_input)], keep_in if is_input else keep_out
     first, layer, kept = axes[0]
-    if (
-        len(axes) == 1 and kept and first.copies * layer.units.size * layer.units.channels == total
-    ):  # it owns the whole weight
+    owns_all = len(axes) == 1 and first.copies * layer.units.size * layer.units.channels == total
+    if owns_all and kept:
         keep(module, first.channels(kept, layer.units))
         return
     staying = set(range(total))

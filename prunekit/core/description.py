@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from prunekit.runtime.errors import UserError, first_line
+from prunekit.runtime.errors import UserError
 
 from .axes import Layer, Passage, Place
 from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
-from .slicing import PrunedModel, blank_of, pruned_class
+from .slicing import PrunedModel, blank_of, hollow, pruned_class
 from .space import UnitGroup
 
 MOST = 2**20  # of every size in a config
@@ -155,14 +154,7 @@ class Description(NamedCalls):
         """Build a model, stock or pruned, on the meta device and in evaluation mode."""
         self.check_config(config, name)
         kind: Any = self.pruned_class() if "pruning" in config else self.dense
-        try:
-            with torch.device("meta"):
-                model = kind.from_config(config)
-        except Exception as error:  # a damaged config makes the constructor raise almost anything
-            raise UserError(
-                f"the {self.dense.__name__} of {name} is not supported: its config builds no {kind.__name__} "
-                f"({first_line(error)})"
-            ) from error
+        model = hollow(kind, config, f"the {self.dense.__name__} of {name}")
         self.check(model)
         return model.eval()
 

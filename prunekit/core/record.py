@@ -20,10 +20,15 @@ from .space import Architecture, UnitGroup, UnitSpace, near
 FORMATS = (1, 2)
 
 
-def kept_groups(model: Any, group: str) -> int | None:
-    """Return how many units an earlier cut left of a group, by its name; None where it was not cut."""
+def kept_units(model: Any, group: str) -> list[int] | None:
+    """Return the dense model's units that an earlier cut left of a group, by its name; None where it was not cut."""
     kept = (model.config.get("pruning") or {}).get("kept") or {}
-    units = kept.get(group, kept.get(group.partition(":")[2]))
+    return kept.get(group, kept.get(group.partition(":")[2]))
+
+
+def kept_groups(model: Any, group: str) -> int | None:
+    """Return how many they are."""
+    units = kept_units(model, group)
     return None if units is None else len(units)
 
 

@@ -16,18 +16,24 @@ if TYPE_CHECKING:
 
 _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
+_UNNAMED: list[str] = []  # the class of configs that name none
 _ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
 
 
 def register_denoiser(
-    models: Iterable[type | str], denoiser: Denoiser | Callable[[], Denoiser], attribute: str = "transformer"
+    models: Iterable[type | str],
+    denoiser: Denoiser | Callable[[], Denoiser],
+    attribute: str = "transformer",
+    unnamed: str | None = None,
 ) -> None:
     """Register what describes some model classes; a later registration replaces an earlier one.
 
     models: classes, or their names. A subclass is described by its nearest registered base class.
     denoiser: the description, or a function that returns it, which is called once, when it is first needed.
     attribute: a pipeline's attribute that holds such a model: "unet" or "transformer".
+    unnamed: the class among them whose old configs name no class.
     """
+    _UNNAMED[:] = [unnamed] if unnamed is not None else _UNNAMED
     for model in models:
         name = model if isinstance(model, str) else model.__name__
         _LOADED.pop(name, None)
@@ -58,14 +64,13 @@ def denoiser_of(model: nn.Module | type) -> Denoiser:
 def denoiser_named(name: str | None) -> Denoiser:
     """Return what describes a model class by the name that its config states, "_class_name".
 
-    name: a pruned form's name is "Pruned" before its base class's. None: the first class that was registered, since
-    old configs of it state none.
+    name: a pruned form's name is "Pruned" before its base class's. None: the class whose old configs state none.
 
     Raises:
         UserError: a class that no `Denoiser` describes; the message names those that are.
 
     """
-    base = next(iter(_LOADERS)) if name is None else name.removeprefix("Pruned")
+    base = _UNNAMED[0] if name is None else name.removeprefix("Pruned")
     if base not in _LOADERS:
         raise UserError(f"{name} is not supported. Supported models: {', '.join(supported())}")
     return _loaded(base)
@@ -81,6 +86,11 @@ def _described(model: Any) -> Any:
     return model.described if isinstance(getattr(type(model), "described", None), property) else model
 
 
+def _attribute(pipeline: Any) -> str | None:
+    """Return the name of the pipeline's attribute that holds a denoiser; None where none does."""
+    return next((name for name in _ATTRIBUTES if is_denoiser(getattr(pipeline, name, None))), None)
+
+
 def denoiser_name(pipeline: Any) -> str:
     """Return the name of the pipeline's attribute that holds its denoiser, such as "unet".
 
@@ -88,9 +98,8 @@ def denoiser_name(pipeline: Any) -> str:
         UserError: the pipeline has no denoiser that prunekit describes.
 
     """
-    for name in _ATTRIBUTES:
-        if is_denoiser(getattr(pipeline, name, None)):
-            return name
+    if (name := _attribute(pipeline)) is not None:
+        return name
     raise UserError(
         f"a pipeline with a supported denoiser, or a denoiser itself, is needed; got {type(pipeline).__name__}. "
         f"Supported models: {', '.join(supported())}"
@@ -121,8 +130,7 @@ def family_of(pipeline: Any) -> Family:
 
 def call_options(pipeline: Any) -> dict[str, Any]:
     """Return further keyword arguments of a pipeline's calls; none for a pipeline that no family describes."""
-    described = any(is_denoiser(getattr(pipeline, name, None)) for name in _ATTRIBUTES)
-    return family_of(pipeline).call_options(pipeline) if described else {}
+    return {} if _attribute(pipeline) is None else family_of(pipeline).call_options(pipeline)
 
 
 def process_of(pipeline: Any) -> NoiseProcess:

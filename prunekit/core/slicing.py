@@ -22,7 +22,7 @@ from diffusers import ModelMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
 
-from prunekit.runtime.errors import UserError
+from prunekit.runtime.errors import UserError, first_line
 
 from .axes import Axis, Layer
 from .cutting import keep_channels
@@ -211,7 +211,7 @@ def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> N
     """Cut a model in place: all weights' axes first, then what lost all its units, then whole layers."""
     gone = architecture.removed()
     layers = {layer.group.name: layer for layer in structure.layers(model) if layer.group is not None}
-    owners = Counter(path for layer in layers.values() for path in {f"{layer.path}.{a.layer}" for a in layer.axes})
+    owners = Counter(path for layer in layers.values() for path in set(map(layer.place, layer.axes)))
     cuts: list[tuple[Layer, list[int]]] = []
     for group in architecture.space.width_groups:
         if any(removed.removes(group.path) for removed in gone):
@@ -222,7 +222,7 @@ def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> N
     weights: dict[tuple[str, bool], list[tuple[Axis, Layer, list[int]]]] = {}
     for layer, kept in cuts:
         for axis in layer.axes:
-            path = f"{layer.path}.{axis.layer}"
+            path = layer.place(axis)
             if kept or owners[path] > 1:  # a layer that is emptied is replaced, but not what it shares with others
                 weights.setdefault((path, axis.side == "in"), []).append((axis, layer, kept))
     for (path, is_input), axes in weights.items():
@@ -276,6 +276,20 @@ def blank_of(dense: Any, model: Any) -> Any:
     config = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "pruning"}
     with torch.device("meta"):
         return dense(**config)
+
+
+def hollow(kind: Any, config: Mapping[str, Any], what: str) -> Any:
+    """A model of a class by its config, without weights, on the meta device; UserError where it builds none.
+
+    what: names the model in the message.
+    """
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config)
+    except Exception as error:  # a damaged config makes the constructor raise almost anything
+        raise UserError(
+            f"{what} is not supported: its config builds no {kind.__name__} ({first_line(error)})"
+        ) from error
 
 
 def slice_member(pruned_class: type[PrunedModel], model: nn.Module, folder: str | Path) -> Any:

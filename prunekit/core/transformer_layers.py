@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
+
+from prunekit.runtime.errors import UserError
 
 from .axes import Axis, Layer
 from .emptied import Emptied, EmptiedLayer, spread
@@ -39,16 +41,16 @@ class EmptiedJointAttention(EmptiedAttention):
     added_bias: nn.Parameter | None
 
     def __init__(self, attention: Any):
-        self.has_text_output = getattr(attention, "to_add_out", None) is not None
-        self.outputs = {"added_bias": "to_add_out"} if self.has_text_output else {}
+        has_text_output = getattr(attention, "to_add_out", None) is not None
+        self.outputs = {"added_bias": "to_add_out"} if has_text_output else {}
         super().__init__(attention)
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, q, C), (B, T, C) -> the same shapes. The text's output is unused where its projection is missing."""
-        image = super().forward(hidden_states)
-        return image, spread(self.added_bias, encoder_hidden_states) if self.has_text_output else encoder_hidden_states
+        image, text = super().forward(hidden_states), encoder_hidden_states
+        return image, spread(self.added_bias, text) if "added_bias" in self.outputs else text
 
 
 class EmptiedFeedForward(EmptiedLayer):
@@ -136,6 +138,16 @@ def feedforward_layer(path: str, module: Any, stream: str, groups: int | None, f
         axes=(Axis("net.0.proj", "out", copies=copies), Axis("net.2", "in")),
         feeds=tuple(feeds),
     )
+
+
+def check_plain(path: str, layers: Iterable[Any], kinds: Collection[type[nn.Module]]) -> None:
+    """Raise UserError where one of a module's layers is of none of these classes, as one with an adapter is."""
+    for layer in layers:
+        if type(layer) not in kinds:
+            raise UserError(
+                f"{path} holds a {type(layer).__name__} where a plain layer is expected; if this is an adapter (LoRA), "
+                "merge it into the weights first (fuse_lora, then unload_lora_weights)"
+            )
 
 
 def channel_groups(width: int) -> int:

@@ -123,7 +123,7 @@ def encode(
     added: dict[str, Any] = {}
     if "pooled" in text:
         sizes = encoders.family.sizes(resolution, resolution)
-        added = {"pooled": text["pooled"], "null_pooled": null["pooled"][0], "time_ids": sizes}
+        added = {"pooled": text["pooled"], "null_pooled": null["pooled"][0], "time_ids": sizes if len(sizes) else None}
     key = Fingerprint(latents.key, prompts.key, resolution, config.model_dump(exclude={"directory"}))
     key.add(encoders.picture_key, encoders.text_key)
     return EncodedData(

@@ -1,4 +1,4 @@
-"""Flow matching, and what the pipelines of models that are trained by it do alike."""
+"""Flow matching, and what transformers' pipelines do alike."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 STEPS = 1000  # of a schedule, where none is given
 DRAW_MEAN, DRAW_STD = 0.0, 1.0  # of the logit of a training sigma, before the shift
@@ -50,23 +49,22 @@ class FlowMatching:
         return torch.ones_like(timesteps, dtype=torch.float32)
 
 
-class FlowFamily:
-    """What the pipelines of these models do alike. Methods are `Family`'s."""
+class TransformerFamily:
+    """What the pipelines of these transformers do alike. Methods are `Family`'s."""
 
-    def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on."""
-        scheduler = pipeline.scheduler.config
-        if "shift" not in scheduler and not scheduler.get("use_flow_sigmas"):
-            return f"a {type(pipeline.scheduler).__name__}, which does no flow matching: not supported"
-        return None
+    def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Return the texts' states by role."""
+        raise NotImplementedError
 
-    def process(self, scheduler: Any | None) -> FlowMatching:
-        """Return the training-time process of a pipeline's scheduler."""
-        return FlowMatching(scheduler)
+    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
+        """Return the states of the empty text, (1, …)."""
+        return self.states(pipeline, [""])
 
-    def moments(self, autoencoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, shifted and scaled."""
-        return scaled_moments(autoencoder, pixels)
+        posterior, config = autoencoder.encode(pixels).latent_dist, autoencoder.config
+        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        return (posterior.mean - shift) * scale, posterior.std * scale
 
     def call_options(self, pipeline: Any) -> dict[str, Any]:
         """Return no further arguments of a pipeline's calls."""
@@ -81,9 +79,16 @@ class FlowFamily:
         return 2 * pictures if guided else pictures
 
 
-def scaled_moments(autoencoder: AutoencoderKL | nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of pictures' latents, with the autoencoder's shift and scale."""
-    config: Any = autoencoder.config
-    posterior = autoencoder.encode(pixels).latent_dist  # type: ignore[operator]
-    scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
-    return (posterior.mean - shift) * scale, posterior.std * scale
+class FlowFamily(TransformerFamily):
+    """Of models that are trained by flow matching."""
+
+    def refusal(self, pipeline: Any) -> str | None:
+        """Return why a pipeline is not supported, as "NAME has" goes on."""
+        scheduler = pipeline.scheduler.config
+        if "shift" not in scheduler and not scheduler.get("use_flow_sigmas"):
+            return f"a {type(pipeline.scheduler).__name__}, which does no flow matching: not supported"
+        return None
+
+    def process(self, scheduler: Any | None) -> FlowMatching:
+        """Return the training-time process of a pipeline's scheduler."""
+        return FlowMatching(scheduler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ from prunekit.core.transformer_layers import (
     EmptiedAttention,
     EmptiedFeedForward,
     EmptiedJointAttention,
+    attention_layer,
+    check_plain,
     feedforward_layer,
     keep_heads,
 )
@@ -60,12 +62,23 @@ class TransformerDescription(Description):
             layers = [module.net[0].proj, module.net[2]]
         else:
             return
-        for layer in layers:
-            if type(layer) is not nn.Linear:
-                raise UserError(
-                    f"{path} holds a {type(layer).__name__} where a plain layer is expected; if this is an adapter "
-                    "(LoRA), merge it into the weights first (fuse_lora, then unload_lora_weights)"
-                )
+        check_plain(path, layers, (nn.Linear,))
+
+    def joint_block(
+        self, model: Any, path: str, block: Any, image: str = "ff", text: str = "ff_context"
+    ) -> list[Layer]:
+        """Describe a block of two streams with joint attention: its modulation, its attentions, its feed-forwards.
+
+        image, text: names of the streams' feed-forwards; a last block may have none of the text's.
+        """
+        layers = [Layer("block", path, "one")]
+        layers.append(attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"))
+        if getattr(block, "attn2", None) is not None:
+            layers.append(attention_layer(f"{path}.attn2", block.attn2, "image"))
+        for name, stream in ((image, "image"), (text, "text")):
+            if (part := getattr(block, name)) is not None:
+                layers.append(self.feedforward(model, f"{path}.{name}", part, stream))
+        return layers
 
     def feedforward(self, model: Any, path: str, module: Any, stream: str, feeds: Sequence[str] = ()) -> Layer:
         """Describe a feed-forward of the model, cut or not."""
@@ -86,6 +99,14 @@ class TransformerDescription(Description):
         """Return the call that predicts for noisy latents; the model takes a timestep for each sample."""
         return super().call(noisy, timesteps.expand(len(noisy)), conditions)
 
+    def text_width(self, model: Any) -> int:
+        """Return the width of the text states."""
+        return int(model.config.joint_attention_dim)
+
+    def pooled_width(self, model: Any) -> int:
+        """Return the width of the pooled text embedding; 0 where the model takes none."""
+        return int(model.config.get("pooled_projection_dim", 0))
+
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
         """The image's tokens, the text's, both together, and one."""
         image = self.image_tokens(model, latent)
@@ -102,13 +123,6 @@ def _emptied(module: Any) -> Emptied:
         return EmptiedFeedForward(module)
     joint = getattr(module, "add_q_proj", None) is not None
     return EmptiedJointAttention(module) if joint else EmptiedAttention(module)
-
-
-def each(block: nn.Module, *names: str) -> Iterator[tuple[str, Any]]:
-    """Yield the named parts that a block has, with their names."""
-    for name in names:
-        if (part := getattr(block, name, None)) is not None:
-            yield name, part
 
 
 PACKED = 2  # neighbours of a latent's side that make one token

@@ -18,12 +18,14 @@ from transformers import CLIPTextModel
 
 from prunekit.core.registry import denoiser_of, process_of
 from prunekit.data.config import DataConfig, load_data
+from prunekit.data.encoded import encode
 from prunekit.data.images import CaptionedImages
+from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.denoisers.sd3 import miniature as sd3_miniature
 from prunekit.denoisers.unet import miniature
 from prunekit.embedded.autoencoder_training import AutoencoderObjective, calibrate_scale, latent_means
 from prunekit.embedded.evaluator_training import train_evaluator
-from prunekit.embedded.sd3_training import FlowObjective, TextTable, latents_of
+from prunekit.embedded.sd3_training import FlowObjective
 from prunekit.embedded.unet_training import CaptionTable, PretrainingObjective
 from prunekit.evaluation.ceiling import text_figures
 from prunekit.evaluation.evaluator import Evaluator
@@ -34,7 +36,7 @@ from prunekit.runtime.files import append_row, read_json, write_folder, write_js
 from prunekit.runtime.progress import console
 from prunekit.runtime.randomness import generator
 from prunekit.runtime.run_directory import LOG
-from prunekit.training.trainer import Log, Trainer, TrainerConfig
+from prunekit.training.trainer import Log, Objective, Trainer, TrainerConfig
 
 
 class DrawingSettings(Protocol):
@@ -167,11 +169,7 @@ def train_diffusion(
 
         write_folder(folder / name, write)
 
-    milestones = {step: (lambda step=step: keep(f"step-{step}")) for step in recipe.milestones}
-    trainer = Trainer(recipe.diffusion, objective, folder / "checkpoints", "diffusion", log, milestones)
-    trainer.fit()
-    keep("final")
-    trainer.checkpoints.clear()
+    _fit(recipe, objective, folder, keep, log)
 
 
 def train_transformer(
@@ -193,9 +191,7 @@ def train_transformer(
     objective = FlowObjective(
         model=transformer,
         process=process_of(pipeline),
-        latents=latents_of(base, data, recipe.shapes.image_size),
-        captions=CaptionTable(data, base.tokenizer),
-        texts=TextTable.of(pipeline, data.captions),
+        data=encode(pipeline, data, load_prompt_encoder("emoji"), recipe.shapes.image_size),
         batch_size=recipe.diffusion.batch_size,
         seed=recipe.seed,
         caption_dropout=recipe.caption_dropout,
@@ -206,6 +202,11 @@ def train_transformer(
         saved = copy.deepcopy(transformer).half()
         write_folder(folder / name, lambda temporary: saved.save_pretrained(temporary / "transformer"))
 
+    _fit(recipe, objective, folder, keep, log)
+
+
+def _fit(recipe: PretrainSettings, objective: Objective, folder: Path, keep: Callable[[str], None], log: Log) -> None:
+    """Train a denoiser; keep its averaged weights after every milestone and at the end."""
     milestones = {step: partial(keep, f"step-{step}") for step in recipe.milestones}
     trainer = Trainer(recipe.diffusion, objective, folder / "checkpoints", "diffusion", log, milestones)
     trainer.fit()

@@ -7,20 +7,20 @@ attention logit is raised by ln n, so the training runs one zero token and draws
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunekit.core.call import predict
 from prunekit.core.family import NoiseProcess
-from prunekit.core.registry import denoiser_of, family_of
-from prunekit.data.encoders import BATCH
-from prunekit.data.images import CaptionedImages
-from prunekit.embedded.unet_training import CaptionTable
+from prunekit.core.registry import denoiser_of
+from prunekit.data.encoded import EncodedData
+from prunekit.embedded.unet_training import TrainingPairs
 from prunekit.runtime.randomness import generator
 from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse
 
@@ -49,25 +49,6 @@ class AsManyTokens(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class TextTable:
-    """The states of every caption, and of the empty one."""
-
-    text: Tensor  # (P, T, E), without zero tokens
-    pooled: Tensor  # (P, E)
-    empty: tuple[Tensor, Tensor]  # (T, E), (E,)
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, pipeline: StableDiffusion3Pipeline, captions: list[str]) -> "TextTable":
-        """Encode captions by a pipeline's CLIP encoders."""
-        family = denoiser_of(pipeline.transformer).family
-        parts = [family.states(pipeline, captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)]
-        text, pooled = (torch.cat([part[name] for part in parts]).cpu() for name in ("text", "pooled"))
-        tokens, null = pipeline.tokenizer.model_max_length, family.null_states(pipeline)
-        return cls(text[:, :tokens].clone(), pooled, (null["text"][0, :tokens].cpu(), null["pooled"][0].cpu()))
-
-
-@dataclass(frozen=True)
 class FlowPlan:
     """A step's draws, and how many zero tokens it stands for."""
 
@@ -81,13 +62,16 @@ class FlowObjective:
 
     model: SD3Transformer2DModel
     process: NoiseProcess
-    latents: Tensor  # (n, C, h, w), scaled
-    captions: CaptionTable
-    texts: TextTable
+    data: EncodedData
     batch_size: int
     seed: int
     caption_dropout: float
     device: torch.device
+
+    @cached_property
+    def training(self) -> TrainingPairs:
+        """The captions to choose from."""
+        return TrainingPairs(self.data.images)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -96,7 +80,8 @@ class FlowObjective:
 
     def batch(self, step: int) -> FlowPlan:
         """Draw a step's images, captions, timesteps, noise, and number of zero tokens."""
-        sizes = (self.batch_size, len(self.latents), tuple(self.latents.shape[1:]), self.process)
+        latents = self.data.latents
+        sizes = (self.batch_size, len(latents), tuple(latents.shape[1:]), self.process)
         chosen = torch.randint(len(ZERO_TOKENS), (), generator=generator(self.seed, "zero tokens", step))
         return FlowPlan(NoisePlan.draw(step, self.seed, *sizes), ZERO_TOKENS[int(chosen)])
 
@@ -108,11 +93,9 @@ class FlowObjective:
         """Return the error of `positions`, divided by the batch size."""
         plan = batch.noise
         indices, drop = plan.indices[positions], plan.drop[positions] < self.caption_dropout
-        pairs = self.captions.pairs_of(indices, plan.choice[positions])
-        text = torch.where(drop[:, None, None], self.texts.empty[0], self.texts.text[pairs])
-        pooled = torch.where(drop[:, None], self.texts.empty[1], self.texts.pooled[pairs])
-        conditions = {"text": F.pad(text, (0, 0, 0, 1)).to(self.device), "pooled": pooled.to(self.device)}
-        latents, noise = self.latents[indices].to(self.device), plan.noise[positions].to(self.device)
+        pairs = self.training.choose(indices, plan.choice[positions])
+        conditions = self.data.conditions(pairs, self.device, drop)
+        latents, noise = self.data.latents[indices].to(self.device), plan.noise[positions].to(self.device)
         timesteps = plan.timesteps[positions].to(self.device)
         noisy = self.process.noised(latents, noise, timesteps)
         denoiser = denoiser_of(self.model)
@@ -122,13 +105,3 @@ class FlowObjective:
             prediction = predict(self.model, denoiser.call(noisy, timesteps, conditions))
         error = per_sample_mse(prediction, self.process.target(latents, noise, timesteps))
         return {"denoising": error.sum() / self.batch_size}
-
-
-@torch.no_grad()
-def latents_of(base: StableDiffusionPipeline, data: CaptionedImages, size: int) -> Tensor:
-    """Return the scaled latents of a data set's pictures, (n, C, h, w), float32."""
-    family, parts = family_of(base), []
-    for start in range(0, data.num_images, BATCH):
-        pixels = data.pixels(range(start, min(start + BATCH, data.num_images)), size)
-        parts.append(family.moments(base.vae, pixels.to(base.vae.device, base.vae.dtype) / 127.5 - 1)[0].float().cpu())
-    return torch.cat(parts)

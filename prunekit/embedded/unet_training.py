@@ -14,6 +14,21 @@ from prunekit.data.images import CaptionedImages
 from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, shift_timesteps
 
 
+class TrainingPairs:
+    """The training captions of each image."""
+
+    def __init__(self, data: CaptionedImages):
+        pairs = data.training_pairs()
+        order = pairs[torch.argsort(data.image_index[pairs], stable=True)]
+        self.pairs = order  # training pairs, grouped by image
+        self.count = torch.bincount(data.image_index[order], minlength=data.num_images)  # (n,)
+        self.first = self.count.cumsum(0) - self.count
+
+    def choose(self, images: Tensor, choice: Tensor) -> Tensor:
+        """Return a training caption's pair (B,) for each image; choice: (B,) uniform in [0, 1)."""
+        return self.pairs[self.first[images] + (choice * self.count[images]).long()]
+
+
 class CaptionTable:
     """The training captions of each image as token ids, with the empty caption's."""
 
@@ -25,20 +40,11 @@ class CaptionTable:
             ).input_ids
 
         self.ids, self.empty = ids(data.captions), ids([""])[0]  # (P, T), (T,)
-        pairs = data.training_pairs()
-        order = pairs[torch.argsort(data.image_index[pairs], stable=True)]
-        self.pairs = order  # training pairs, grouped by image
-        self.count = torch.bincount(data.image_index[order], minlength=data.num_images)  # (n,)
-        self.first = self.count.cumsum(0) - self.count
+        self.training = TrainingPairs(data)
 
     def choose(self, images: Tensor, choice: Tensor, drop: Tensor, dropout: float) -> Tensor:
         """Return token ids (B, T): a uniformly chosen training caption of each image, or the empty one."""
-        return torch.where((drop < dropout)[:, None], self.empty, self.ids[self.pairs_of(images, choice)])
-
-    def pairs_of(self, images: Tensor, choice: Tensor) -> Tensor:
-        """Return a training caption (B,) of each image; choice: (B,) uniform in [0, 1)."""
-        offset = (choice * self.count[images]).long()
-        return self.pairs[self.first[images] + offset]
+        return torch.where((drop < dropout)[:, None], self.empty, self.ids[self.training.choose(images, choice)])
 
 
 @dataclass

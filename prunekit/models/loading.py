@@ -18,7 +18,10 @@ from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
 from prunekit.runtime.errors import UserError, first_line
 
-OPTIONS = {"StableDiffusionPipeline": "requires_safety_checker", "StableDiffusionXLPipeline": "add_watermarker"}
+OPTIONS = {  # of pipelines' constructors: nothing is drawn over the pictures that are compared
+    "StableDiffusionPipeline": {"requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
 SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ def load_directory(
     is_pruned = with_denoiser and str(index[part][-1]).startswith("Pruned")
     left_out = WITHOUT if with_denoiser and not is_pruned else (*WITHOUT, part)
     kind, options = getattr(diffusers, index["_class_name"]), {part: None for part in left_out if part in index}
-    plain = {key: False for key in (OPTIONS.get(kind.__name__),) if key is not None}
+    plain = OPTIONS.get(kind.__name__, {})
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     try:
         names = weight_names(directory)

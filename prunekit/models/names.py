@@ -34,12 +34,11 @@ PIPELINES = {  # classes, and which part is the denoiser
     **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline"), "transformer"),
     **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), "transformer"),
 }
-DENOISERS = ("unet", "transformer")  # parts of pipelines
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}  # parts of pipelines, and how people write them
 SUPPORTED = (
     f"supported: {', '.join(PIPELINES)} (Stable Diffusion 1.x, 2.x and XL with epsilon or v-prediction, Stable "
     "Diffusion 3 and 3.5, FLUX.1, Qwen-Image, PixArt)"
 )
-PART_NAMES = {"unet": "UNet", "transformer": "transformer"}  # as people write them
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CONVERT = (
     "pickles can run code and are not loaded: convert it where you trust it, by "
@@ -98,7 +97,7 @@ def check_index(index: dict[str, Any], name: str | Path) -> None:
     if not isinstance(kind, str) or kind not in PIPELINES:
         raise UserError(f"{kind} of {name} is not supported; {SUPPORTED}")
     if not any(index.get(PIPELINES[kind]) or ()):
-        raise UserError(f"{kind} of {name} has no {PART_NAMES[PIPELINES[kind]]}; {SUPPORTED}")
+        raise UserError(f"{kind} of {name} has no {DENOISERS[PIPELINES[kind]]}; {SUPPORTED}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

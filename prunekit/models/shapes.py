@@ -140,11 +140,11 @@ def _configured(name: str | Path, single_file_config: str | Path | None) -> str 
 
 
 def _unet_config(name: str | Path) -> dict[str, Any]:
-    directory, parts = local_path(name), DENOISERS
+    directory = local_path(name)
     if directory is not None:
         if (directory / "model_index.json").is_file():
             check_index(read_object(directory / "model_index.json"), name)
-        for path in (*(directory / part / "config.json" for part in parts), directory / "config.json"):
+        for path in (*(directory / part / "config.json" for part in DENOISERS), directory / "config.json"):
             if path.is_file():
                 return read_object(path)
         raise UserError(
@@ -156,7 +156,7 @@ def _unet_config(name: str | Path) -> dict[str, Any]:
         return read_object(CONFIG_DIRECTORY / f"{short}.json")
     from huggingface_hub import try_to_load_from_cache
 
-    for part in parts:
+    for part in DENOISERS:
         cached = try_to_load_from_cache(hub_id(name), f"{part}/config.json")
         if isinstance(cached, str):
             return read_object(Path(cached))

@@ -133,7 +133,7 @@ def refit(
                 with autocast(config.precision, student.device):
                     seen = _seen(student, dense, package, batch.call, config.inputs)
                 weights = sample_weights(config.timestep_weights, pipeline, batch.timesteps)
-                numbers = torch.arange(len(batch), device=weights.device) + batch.index * config.batch_size
+                numbers = torch.arange(len(batch)) + batch.index * config.batch_size  # on the host
                 chooses = numbers % LEFT_OUT == LEFT_OUT - 1
                 for path, (inputs, targets) in seen.items():
                     sums[path].add(student.get_submodule(path), inputs, targets, weights, chooses)
@@ -189,7 +189,7 @@ def most_consumers(dense: ModelMixin) -> int:
 def _readers(model: ModelMixin) -> list[str]:
     """Return the layers that read what units make, in the order of the forward pass."""
     layers = denoiser_of(model).layers(model)
-    paths = (f"{layer.path}.{axis.layer}" for layer in layers for axis in layer.axes if axis.side == "in")
+    paths = (layer.place(axis) for layer in layers for axis in layer.axes if axis.side == "in")
     return list(dict.fromkeys(paths))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from unets import SHAPES, build, inputs, relative_error
+from unets import SHAPES, build, inputs, relative_error, with_empty_groups
 
 from prunekit import Architecture, CostModel, discover, gated, slice_unet
 
@@ -30,16 +30,6 @@ def flops(unet, size, text_length):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(**inputs(unet, size=size, text_length=text_length))
     return counter.get_total_flops()
-
-
-def with_empty_groups(architecture, seed):
-    """The same, but with about a tenth of its width groups without a unit."""
-    space, values = architecture.space, architecture.values.clone()
-    draws = torch.rand(len(space.width_groups), generator=torch.Generator().manual_seed(seed))
-    for group, draw in zip(space.width_groups, draws, strict=True):
-        if draw < 0.1:
-            values[space.slice(group)] = False
-    return Architecture(space, values)
 
 
 def masked_error(unet, architecture, arguments):

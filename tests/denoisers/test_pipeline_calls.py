@@ -19,6 +19,7 @@ from unets import relative_error
 from prunekit.core.call import predict
 from prunekit.core.registry import denoiser_of, process_of
 from prunekit.denoisers.flow_matching import FlowMatching
+from prunekit.embedded.sd3_training import AsManyTokens
 from prunekit.models import emoji_sd3, load_pipeline
 
 TEXTS = ["red apple", "a blue house"]
@@ -48,12 +49,16 @@ def small_autoencoder(channels=4, shift=0.25):
     ).eval()
 
 
+@torch.no_grad()
 def make(name, base):
     """A stock pipeline around a small transformer, and arguments of its call."""
     transformer = build(name)
     if name == "sd35":
         transformer = emoji_sd3.build_transformer(emoji_sd3.EmojiSD3Config(layers=2), emoji_sd3.BaseShape.of(base))
         randomise(transformer)
+        for parameter in transformer.parameters():
+            if not parameter.any():  # the matrices that start at zero, with which nothing reaches the output
+                torch.nn.init.normal_(parameter, std=0.1)
         return emoji_sd3.assemble(base, transformer, 2.0), {"guidance_scale": 3.0, "max_sequence_length": 1}
     if name == "flux":
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -222,3 +227,17 @@ def process_of_scheduler(scheduler):
 def test_a_pipeline_says_its_process(base):
     pipeline, _ = make("sd35", base)
     assert isinstance(pipeline, StableDiffusion3Pipeline) and process_of(pipeline).shift == 2.0
+
+
+@torch.no_grad()
+def test_one_token_stands_for_as_many_identical_ones(base):
+    pipeline, _ = make("sd35", base)
+    model, denoiser = pipeline.transformer, denoiser_of(pipeline.transformer)
+    states = denoiser.family.states(pipeline, TEXTS)  # one zero token
+    noisy = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    once = denoiser.call(noisy, torch.tensor([300.0, 700.0]), states)
+    text = torch.cat([states["text"], states["text"].new_zeros(2, 15, 256)], dim=1)
+    expected = predict(model, denoiser.call(noisy, torch.tensor([300.0, 700.0]), {**states, "text": text}))
+    with AsManyTokens(64 + 17, 16):
+        assert relative_error(predict(model, once), expected) <= 1e-5
+    assert relative_error(predict(model, once), expected) > 1e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_transformers import CONFIGS, UNITS, build, call_of
 from torch.utils.flop_counter import FlopCounterMode
-from unets import relative_error
+from unets import relative_error, with_empty_groups
 
 import prunekit as pk
 from prunekit.core.call import predict
@@ -29,13 +29,8 @@ def model_of(name, device="cpu"):
 
 def architecture_of(space, seed):
     """A random one; every third has about a tenth of its groups empty."""
-    values = space.random(KEEPS[seed % 4], seed).values
-    if seed % 3 == 0:
-        draws = torch.rand(len(space.width_groups), generator=torch.Generator().manual_seed(seed))
-        for group, draw in zip(space.width_groups, draws, strict=True):
-            if draw < 0.1:
-                values[space.slice(group)] = False
-    return pk.Architecture(space, values)
+    architecture = space.random(KEEPS[seed % 4], seed)
+    return with_empty_groups(architecture, seed) if seed % 3 == 0 else architecture
 
 
 def extremes(space):

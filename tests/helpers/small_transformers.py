@@ -82,7 +82,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def call_of(model: Any, batch: int = 2, latent: tuple[int, int] = (8, 6), text_length: int = 5, seed: int = 1) -> Call:
-    """A call with random values, and with a timestep of its own for each sample, on the model's device."""
+    """A call with random values, and a different timestep for each sample, on the model's device."""
     fill = normal(torch.Generator().manual_seed(seed))
     times = torch.tensor([137.0 + 211 * index for index in range(batch)])
     call = denoiser_of(model).example(model, batch, latent, text_length, fill, times)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from prunekit.core.space import Architecture
+
 CONFIGS = {
     "sd1": {
         "block_out_channels": [32, 64, 64, 64],
@@ -94,3 +96,13 @@ def inputs(
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative L2 error of `a` against `b`."""
     return ((a - b).norm() / b.norm()).item()
+
+
+def with_empty_groups(architecture: Architecture, seed: int) -> Architecture:
+    """The same, but with about a tenth of its width groups without a unit."""
+    space, values = architecture.space, architecture.values.clone()
+    draws = torch.rand(len(space.width_groups), generator=torch.Generator().manual_seed(seed))
+    for group, draw in zip(space.width_groups, draws, strict=True):
+        if draw < 0.1:
+            values[space.slice(group)] = False
+    return Architecture(space, values)

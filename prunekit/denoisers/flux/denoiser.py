@@ -21,7 +21,7 @@ from prunekit.core.emptied import Emptied, EmptiedOutput
 from prunekit.core.family import Family
 from prunekit.core.record import kept_groups
 from prunekit.core.space import UnitGroup
-from prunekit.core.transformer_layers import NORMS, attention_layer, channel_groups, keep_heads
+from prunekit.core.transformer_layers import NORMS, channel_groups, keep_heads
 from prunekit.denoisers.joint import PackedCalls, TransformerDescription, pack, placed
 
 from .family import FLUX
@@ -65,12 +65,7 @@ class Flux(PackedCalls, TransformerDescription):
         """The block with its modulation, then its groups."""
         if path.startswith(SINGLE):
             return [Layer("block", path, "one"), *_single(model, path, block)]
-        return [
-            Layer("block", path, "one"),
-            attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"),
-            self.feedforward(model, f"{path}.ff", block.ff, "image"),
-            self.feedforward(model, f"{path}.ff_context", block.ff_context, "text"),
-        ]
+        return self.joint_block(model, path, block)
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
         """Update widths that modules remember; those of a block of one stream lie at several places."""
@@ -116,14 +111,6 @@ class Flux(PackedCalls, TransformerDescription):
         if model.config.guidance_embeds:
             conditions["guidance"] = fill("guidance", (batch,))
         return conditions
-
-    def text_width(self, model: Any) -> int:
-        """Return the width of the text states."""
-        return int(model.config.joint_attention_dim)
-
-    def pooled_width(self, model: Any) -> int:
-        """Return the width of the pooled text embedding."""
-        return int(model.config.pooled_projection_dim)
 
 
 def _single(model: Any, path: str, block: Any) -> list[Layer]:

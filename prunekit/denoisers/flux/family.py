@@ -26,10 +26,6 @@ class FLUX(FlowFamily):
             states["guidance"] = torch.full((len(texts),), GUIDANCE, device=text.device)
         return states
 
-    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
-        """Return the states of the empty text, (1, …)."""
-        return self.states(pipeline, [""])
-
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
@@ -43,5 +39,5 @@ class FLUX(FlowFamily):
         return embeddings
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one transformer call: a second text runs in a call of its own."""
+        """Return the samples of one transformer call: a second text runs in another call."""
         return pictures

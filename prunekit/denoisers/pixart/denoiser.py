@@ -31,12 +31,7 @@ class PixArtTransformer(TransformerDescription):
 
     dense = PixArtTransformer2DModel
     family: ClassVar[Family] = PixArt()
-    arguments: ClassVar[Mapping[str, str]] = {
-        "noisy": "hidden_states",
-        "timestep": "timestep",
-        "text": "encoder_hidden_states",
-        "mask": "encoder_attention_mask",
-    }
+    arguments: ClassVar[Mapping[str, str]] = {**TransformerDescription.arguments, "mask": "encoder_attention_mask"}
     classes: ClassVar = {"transformer_blocks": (BasicTransformerBlock,)}
     attentions = (Attention,)
     processors = (AttnProcessor2_0, AttnProcessor)

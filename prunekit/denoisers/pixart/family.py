@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowMatching, scaled_moments
+from prunekit.denoisers.flow_matching import FlowMatching, TransformerFamily
 from prunekit.denoisers.unet.family import DDPM
 
 EMBEDDINGS = (
@@ -20,7 +20,7 @@ EMBEDDINGS = (
 NOISE_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-class PixArt:
+class PixArt(TransformerFamily):
     """What PixArt's pipelines do around their transformer. Methods are `Family`'s."""
 
     def refusal(self, pipeline: Any) -> str | None:
@@ -36,18 +36,10 @@ class PixArt:
             return FlowMatching(scheduler)
         return DDPM(DDPMScheduler.from_config(scheduler.config, clip_sample=False))
 
-    def moments(self, autoencoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, scaled."""
-        return scaled_moments(autoencoder, pixels)
-
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, T, E), and "mask" (n, T), 1 where a token counts."""
         states, mask, *_ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, device=pipeline.vae.device)
         return {"text": states, "mask": mask}
-
-    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
-        """Return the states of the empty text, (1, …)."""
-        return self.states(pipeline, [""])
 
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
@@ -62,14 +54,6 @@ class PixArt:
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
 
-    def call_options(self, pipeline: Any) -> dict[str, Any]:
-        """Return no further arguments of a pipeline's calls."""
-        return {}
-
     def sizes(self, height: int, width: int) -> Tensor:
         """Return height, width, and the aspect ratio, (3,), which PixArt-α of 1024 pixels takes."""
         return torch.tensor([height, width, height / width], dtype=torch.float32)
-
-    def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one transformer call: guidance runs both texts of a picture in one call."""
-        return 2 * pictures if guided else pictures

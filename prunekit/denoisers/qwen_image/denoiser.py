@@ -17,8 +17,7 @@ from torch import Tensor
 from prunekit.core.axes import Layer
 from prunekit.core.call import Call, Fill
 from prunekit.core.family import Family
-from prunekit.core.transformer_layers import attention_layer
-from prunekit.denoisers.joint import PackedCalls, TransformerDescription, each, pack, placed
+from prunekit.denoisers.joint import PackedCalls, TransformerDescription, pack, placed
 from prunekit.runtime.errors import UserError
 
 from .family import QwenImageFamily
@@ -33,9 +32,7 @@ class QwenImage(PackedCalls, TransformerDescription):
     family: ClassVar[Family] = QwenImageFamily()
     inputs = ("encoder_hidden_states", "hidden_states")
     arguments: ClassVar[Mapping[str, str]] = {
-        "noisy": "hidden_states",
-        "timestep": "timestep",
-        "text": "encoder_hidden_states",
+        **TransformerDescription.arguments,
         "mask": "encoder_hidden_states_mask",
     }
     classes: ClassVar = {"transformer_blocks": (QwenImageTransformerBlock,)}
@@ -56,11 +53,7 @@ class QwenImage(PackedCalls, TransformerDescription):
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
         """The block with its modulations, its attention, and the feed-forward of each stream."""
-        layers = [Layer("block", path, "one")]
-        layers.append(attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"))
-        for name, part in each(block, "img_mlp", "txt_mlp"):
-            layers.append(self.feedforward(model, f"{path}.{name}", part, "text" if "txt" in name else "image"))
-        return layers
+        return self.joint_block(model, path, block, "img_mlp", "txt_mlp")
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
@@ -73,7 +66,3 @@ class QwenImage(PackedCalls, TransformerDescription):
         conditions = super().example_conditions(model, batch, text_length, fill)
         conditions["mask"] = torch.ones(batch, text_length, dtype=torch.bool, device=conditions["text"].device)
         return conditions
-
-    def text_width(self, model: Any) -> int:
-        """Return the width of the text states."""
-        return int(model.config.joint_attention_dim)

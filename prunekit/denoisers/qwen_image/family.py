@@ -36,10 +36,6 @@ class QwenImageFamily(FlowFamily):
         missing = TOKENS - text.shape[1]
         return {"text": F.pad(text, (0, 0, 0, missing)), "mask": F.pad(mask.bool(), (0, missing))}
 
-    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
-        """Return the states of the empty text, (1, …)."""
-        return self.states(pipeline, [""])
-
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:

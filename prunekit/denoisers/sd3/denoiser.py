@@ -10,8 +10,7 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 
 from prunekit.core.axes import Layer
 from prunekit.core.family import Family
-from prunekit.core.transformer_layers import attention_layer
-from prunekit.denoisers.joint import TransformerDescription, each
+from prunekit.denoisers.joint import TransformerDescription
 
 from .family import StableDiffusion3
 
@@ -36,18 +35,4 @@ class SD3(TransformerDescription):
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
         """The block with its modulation, its attentions, and the feed-forward of each stream."""
-        layers = [Layer("block", path, "one")]
-        layers.append(attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"))
-        if block.attn2 is not None:
-            layers.append(attention_layer(f"{path}.attn2", block.attn2, "image"))
-        for name, part in each(block, "ff", "ff_context"):
-            layers.append(self.feedforward(model, f"{path}.{name}", part, "text" if "context" in name else "image"))
-        return layers
-
-    def text_width(self, model: Any) -> int:
-        """Return the width of the text states."""
-        return int(model.config.joint_attention_dim)
-
-    def pooled_width(self, model: Any) -> int:
-        """Return the width of the pooled text embedding."""
-        return int(model.config.pooled_projection_dim)
+        return self.joint_block(model, path, block)

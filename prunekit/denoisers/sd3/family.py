@@ -35,10 +35,6 @@ class StableDiffusion3(FlowFamily):
         encoded = self._encoded(pipeline, texts, None, False)
         return {"text": encoded[0], "pooled": encoded[2]}
 
-    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
-        """Return the states of the empty text, (1, …)."""
-        return self.states(pipeline, [""])
-
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:

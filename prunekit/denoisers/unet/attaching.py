@@ -18,6 +18,7 @@ from torch import nn
 
 from prunekit.core.cutting import units_to_channels
 from prunekit.core.emptied import Emptied
+from prunekit.core.record import kept_units
 from prunekit.core.slicing import blank_of
 from prunekit.runtime.errors import UserError
 
@@ -143,8 +144,8 @@ def _channels(unet: UNet2DConditionModel, name: str) -> list[int]:
     """Return which of an attention's channels in the dense UNet are left, by its processor's name."""
     path = name.removesuffix(".processor")
     attention = unet.get_submodule(path)
-    kept = ((unet.config.get("pruning") or {}).get("kept") or {}).get(path, range(attention.heads))
-    return units_to_channels(kept, attention.inner_dim // attention.heads)
+    kept = kept_units(unet, f"attention:{path}")
+    return units_to_channels(range(attention.heads) if kept is None else kept, attention.inner_dim // attention.heads)
 
 
 def _dense_form(

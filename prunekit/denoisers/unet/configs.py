@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 
-from prunekit.runtime.errors import UserError, first_line
+from prunekit.core.slicing import hollow
+from prunekit.runtime.errors import UserError
 
 from .pruned import PrunedUNet2DConditionModel
 from .walk import check_supported
@@ -28,13 +28,7 @@ def build(config: Mapping[str, Any], name: str | Path) -> UNet2DConditionModel:
     """Build a stock or pruned UNet on the meta device; ValueError, one line, where it is not supported."""
     kind = PrunedUNet2DConditionModel if "pruning" in config else UNet2DConditionModel
     check_sizes(config, name)
-    try:
-        with torch.device("meta"):
-            unet = kind.from_config(config)
-    except Exception as error:  # a damaged config makes the constructor raise almost anything
-        raise UserError(
-            f"the UNet of {name} is not supported: its config builds no {kind.__name__} ({first_line(error)})"
-        ) from error
+    unet = hollow(kind, config, f"the UNet of {name}")
     check_supported(unet)
     return unet.eval()
 

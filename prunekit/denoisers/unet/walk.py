@@ -23,7 +23,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from prunekit.core.transformer_layers import EmptiedAttention, EmptiedFeedForward
+from prunekit.core.transformer_layers import EmptiedAttention, EmptiedFeedForward, check_plain
 from prunekit.runtime.errors import UserError
 
 from .removed import BYPASSED, BypassedModule, BypassedResnet, BypassedTransformer, EmptiedResnet
@@ -118,12 +118,7 @@ def _check_site(site: Site) -> None:
         layers = [module.net[2]]
     if not isinstance(module, expected):
         raise UserError(f"{site.path} is a {type(module).__name__}, which is not supported: {SUPPORTED}")
-    for layer in layers:
-        if type(layer) not in (nn.Conv2d, nn.Linear):
-            raise UserError(
-                f"{site.path} holds a {type(layer).__name__} where a plain layer is expected; if this is an adapter "
-                "(LoRA), merge it into the weights first (fuse_lora, then unload_lora_weights)"
-            )
+    check_plain(site.path, layers, (nn.Conv2d, nn.Linear))
 
 
 def walk(unet: UNet2DConditionModel) -> Iterator[Site]:

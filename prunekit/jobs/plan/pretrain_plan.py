@@ -18,10 +18,10 @@ def plan_pretraining(recipe: PretrainRecipe) -> tuple[PlannedModel, dict[str, An
     """Return the model that is trained, its sizes, and the work."""
     shapes = recipe.shapes
     with torch.device("meta"):
-        autoencoder = emoji_model.build_autoencoder(shapes).eval()
-        unet = emoji_model.build_unet(shapes).eval()
-        denoiser, tokens = unet, emoji_model.TOKENS
-        if recipe.transformer is not None:
+        autoencoder, tokens = emoji_model.build_autoencoder(shapes).eval(), emoji_model.TOKENS
+        if recipe.transformer is None:
+            denoiser = emoji_model.build_unet(shapes).eval()
+        else:
             base = emoji_sd3.BaseShape(shapes.text_width, shapes.image_size // 8, shapes.latent_channels)
             denoiser = emoji_sd3.build_transformer(recipe.transformer, base).eval()
             tokens += emoji_sd3.ZERO_TOKENS

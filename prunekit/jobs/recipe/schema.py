@@ -339,7 +339,7 @@ class PretrainRecipe(Section):
     transformer: EmojiSD3Config | None = Field(
         None,
         description="Stable Diffusion 3's transformer in miniature, on the frozen autoencoder and text encoder of the "
-        "embedded model; unset: a UNet, with an autoencoder, a text encoder and an evaluator of its own",
+        "embedded model; unset: a UNet, with a new autoencoder, text encoder and evaluator",
     )
     shapes: EmojiModelConfig = Field(EmojiModelConfig(), description="shapes of the UNet and its parts")
     autoencoder: TrainerConfig | None = Field(None, description="training of the autoencoder, of a UNet's model")
