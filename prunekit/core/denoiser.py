@@ -20,10 +20,12 @@ class Structure(Protocol):
 
     policies: which whole layers may be removed, by name.
     richest: the policy under which every whole layer that can be removed is a unit.
+    tables: paths of modules with tensors that are no parameters, such as positions; a copy takes them over.
     """
 
     policies: ClassVar[tuple[str, ...]]
     richest: ClassVar[str]
+    tables: ClassVar[tuple[str, ...]]
 
     def check(self, model: nn.Module) -> None:
         """UserError, in one line, for a model on which the laws have not been verified."""

@@ -51,6 +51,7 @@ class Description(NamedCalls):
     lists: the paths of the lists of blocks, in the order of the forward pass.
     inputs: the arguments of a block that pass on if it goes, in the order of its outputs.
     outputs: by kind of layer, the path inside it of the layer whose output bias is left when it is empty.
+    tables: paths of modules with tensors that are no parameters, as `Structure` says.
     layers_in_config: the settings of the config that count blocks.
     """
 
@@ -65,6 +66,7 @@ class Description(NamedCalls):
         "pooled": "pooled_projections",
     }
     outputs: ClassVar[Mapping[str, str]] = {}
+    tables: ClassVar[tuple[str, ...]] = ()
     layers_in_config: ClassVar[tuple[str, ...]] = ("num_layers",)
     policies: ClassVar[tuple[str, ...]] = ("all", "none", "aptp")  # APTP's rule is for UNets; here it means all
     richest: ClassVar[str] = "all"

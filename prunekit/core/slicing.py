@@ -186,9 +186,10 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
         parameter.requires_grad_(name not in frozen)
     originals = dict(model.named_modules())
     for name, module in pruned.named_modules():
-        _take_tables(originals[name], module)
         if hasattr(module, "set_processor"):
             module.set_processor(originals[name].processor)
+    for path in structure.tables:
+        _take_tables(originals[path], pruned.get_submodule(path))
     cut(structure, pruned, architecture)
     memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for parameter in pruned.parameters():

@@ -33,6 +33,7 @@ class PixArtTransformer(TransformerDescription):
     family: ClassVar[Family] = PixArt()
     arguments: ClassVar[Mapping[str, str]] = {**TransformerDescription.arguments, "mask": "encoder_attention_mask"}
     classes: ClassVar = {"transformer_blocks": (BasicTransformerBlock,)}
+    tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
     attentions = (Attention,)
     processors = (AttnProcessor2_0, AttnProcessor)
 

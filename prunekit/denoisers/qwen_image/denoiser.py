@@ -36,6 +36,7 @@ class QwenImage(PackedCalls, TransformerDescription):
         "mask": "encoder_hidden_states_mask",
     }
     classes: ClassVar = {"transformer_blocks": (QwenImageTransformerBlock,)}
+    tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
     attentions = (Attention,)
     processors = (QwenDoubleStreamAttnProcessor2_0,)
 

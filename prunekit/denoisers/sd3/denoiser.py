@@ -25,6 +25,7 @@ class SD3(TransformerDescription):
     family: ClassVar[Family] = StableDiffusion3()
     inputs = ("encoder_hidden_states", "hidden_states")
     classes: ClassVar = {"transformer_blocks": (JointTransformerBlock,)}
+    tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
     attentions = (Attention,)
     processors = (JointAttnProcessor2_0,)
 

@@ -46,6 +46,7 @@ class UNetStructure:
 
     policies: ClassVar[tuple[str, ...]] = ("aptp", "all", "blocks", "none")
     richest: ClassVar[str] = "blocks"
+    tables: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: nn.Module) -> None:
         """UserError, in one line, for a model on which the laws have not been verified."""
