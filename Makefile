@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-long lint docs clean
+.PHONY: install quickstart test suite test-long lint docs clean
 
 install: $(STAMP)
 
@@ -31,13 +31,18 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check prunekit tests benchmarks docs
 	$(BIN)/mypy
 
+FUZZ := tests/test_fuzz_recipes.py tests/test_fuzz_models.py tests/data/test_fuzz_data.py
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
-test: lint
+test: $(STAMP)
+	$(MAKE) --jobs 2 suite lint
+
+suite: $(STAMP)
 	$(PYTEST) -m "not long" --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)
 	$(PYTEST) -m long --dist loadfile
+	PRUNEKIT_FUZZ=5 $(PYTEST) -m "not long" $(FUZZ)
 
 docs: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

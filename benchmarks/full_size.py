@@ -44,7 +44,7 @@ def pipeline() -> StableDiffusionPipeline:
     torch.manual_seed(0)
     shape, images = load_shape("sd-2.1"), load_emoji(None, 0.0)
     tokenizer = emoji_model.build_tokenizer(images.captions, 2000)
-    tokenizer.model_max_length = shape.tokenizer.model_max_length
+    tokenizer.model_max_length = shape.text_length
     text = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=1024,

@@ -18,7 +18,7 @@ from prunekit.data.emoji import load_emoji
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.evaluation.agreement import AgreementSamples, predictions
-from prunekit.export import load_unet
+from prunekit.export import load_denoiser
 from prunekit.methods import PruneResult
 from prunekit.methods.transport import expert_potentials
 from prunekit.models import load_pipeline
@@ -66,7 +66,7 @@ def main() -> None:
     data = encode(pipeline, load_emoji(None, 0.1), load_prompt_encoder("emoji"), 64)
     result = PruneResult.load(given.result)
     folder = given.experts or given.result / "experts"
-    unets = [load_unet(folder / str(index) / "unet").eval() for index in range(len(result.architectures))]
+    unets = [load_denoiser(folder / str(index) / "unet").eval() for index in range(len(result.architectures))]
     order = torch.randperm(len(data.training_pairs()), generator=torch.Generator().manual_seed(1))
     pairs = data.training_pairs()[order[: given.pairs]]
     errors = errors_of(unets, pipeline.unet, data, process_of(pipeline), pairs)

@@ -1,6 +1,6 @@
 """Random damage to model directories: each loads, or is refused in one line, and no code in them runs.
 
-`PRUNEKIT_FUZZ=15 pytest tests/test_fuzz_models.py` tries 300 directories.
+`PRUNEKIT_FUZZ=30 pytest tests/test_fuzz_models.py` tries 300 directories.
 """
 
 import json
@@ -278,7 +278,7 @@ def check(change, kind: str = "stock") -> str:
         return outcome.kind
 
 
-@fuzzed(20)
+@fuzzed(10)
 @given(st.data(), st.sampled_from(("stock", "stock", "pruned")))
 def test_a_damaged_directory_loads_or_is_refused(data, kind):
     check(lambda folder: data.draw(damage(folder)), kind)

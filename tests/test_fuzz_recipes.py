@@ -1,6 +1,6 @@
 """Random changes to recipes: each loads and is written as the same recipe, or is refused in one line.
 
-`PRUNEKIT_FUZZ=50 pytest -m "long or not long" tests/test_fuzz_recipes.py` tries 2,000 recipes, and plans 200 of those
+`PRUNEKIT_FUZZ=100 pytest -m "long or not long" tests/test_fuzz_recipes.py` tries 2,000 recipes, and plans 200 of those
 that load.
 """
 
@@ -138,13 +138,13 @@ def check_load(counted: Figures, text: str, unmutated: str, load=load_recipe) ->
         counted.check(outcome, whole, [folder])
 
 
-@fuzzed(40)
+@fuzzed(20)
 @given(recipe_text(tuple(NAMES)))
 def test_a_mutated_recipe_loads_or_is_refused(texts):
     check_load(RECIPES, *texts)
 
 
-@fuzzed(10)
+@fuzzed(5)
 @given(recipe_text(tuple(BENCHMARKS)))
 def test_a_mutated_benchmark_loads_or_is_refused(texts):
     check_load(BENCHMARK_RECIPES, *texts, load_bench_recipe)
@@ -195,7 +195,7 @@ def check_plan(folder: Path, text: str, name: str) -> None:
         PLANS.check(outcome, whole, [str(folder)])
 
 
-@settings(fuzzed(4), suppress_health_check=[HealthCheck.filter_too_much])  # most of what is mutated does not load
+@settings(fuzzed(2), suppress_health_check=[HealthCheck.filter_too_much])  # most of what is mutated does not load
 @given(st.data())
 @pytest.mark.long
 def test_a_mutated_recipe_is_planned_or_refused(data):

@@ -52,7 +52,7 @@ def macs(
     from prunekit.models import load_shape
 
     shape = load_shape(model)
-    length = text_length or shape.tokenizer.model_max_length
+    length = text_length or shape.text_length
     cost = CostModel(shape.denoiser, discover(shape.denoiser, "none"), _latent_size(size), length, convention)
     height, width = cost.sample_size
     say(f"{type(shape.denoiser).__name__} of {model}: {cost.dense_params:,} parameters")

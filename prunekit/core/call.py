@@ -23,7 +23,7 @@ class Call(Mapping[str, Any]):
     `example`), since the names are the model's. Use: `predict(model, call)`, or `model(**call)`.
     """
 
-    __slots__ = ("_arguments", "_shared", "finish", "grid")
+    __slots__ = ("_arguments", "finish", "grid", "shared")
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Call(Mapping[str, Any]):
 
         """
         self.grid, self.finish = grid, finish
-        self._shared = frozenset(shared) & arguments.keys()
+        self.shared = frozenset(shared) & arguments.keys()
         self._arguments = {name: _mapped(value, lambda tensor: tensor) for name, value in arguments.items()}
         counts = sorted({len(tensor) for tensor in self._with_rows()})
         if len(counts) > 1:
@@ -115,18 +115,18 @@ class Call(Mapping[str, Any]):
 
         A tensor without rows must be equal in all of them.
         """
-        shared = calls[0]._shared
+        shared = calls[0].shared
         arguments = {name: _joined([call[name] for call in calls], name in shared) for name in calls[0]}
         return Call(arguments, **calls[0]._rest)
 
     @property
     def _rest(self) -> dict[str, Any]:
         """What belongs to the call beside its arguments."""
-        return {"shared": self._shared, "grid": self.grid, "finish": self.finish}
+        return {"shared": self.shared, "grid": self.grid, "finish": self.finish}
 
     def _with_rows(self) -> Iterator[Tensor]:
         """Yield the tensors that have a row for each sample."""
-        by_sample = {name: value for name, value in self._arguments.items() if name not in self._shared}
+        by_sample = {name: value for name, value in self._arguments.items() if name not in self.shared}
         return (tensor for tensor in _leaves(by_sample) if tensor.dim())
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> Call:
@@ -136,7 +136,7 @@ class Call(Mapping[str, Any]):
             return function(tensor) if tensor.dim() else tensor
 
         arguments = self._arguments.items()
-        changed = {name: value if name in self._shared else _mapped(value, mapped) for name, value in arguments}
+        changed = {name: value if name in self.shared else _mapped(value, mapped) for name, value in arguments}
         return Call(changed, **self._rest)
 
 

@@ -76,6 +76,12 @@ class Denoiser(Structure, Protocol):
     def pruned_class(self) -> type[nn.Module]:
         """The class of the pruned models."""
 
+    def class_source(self) -> tuple[list[tuple[str, str]], str]:
+        """What a file that defines the class by itself is made of: (module, name) of definitions, and a last statement.
+
+        The statement makes the class of the definitions; it is empty where one of them is the class.
+        """
+
     def stock(self, model: nn.Module) -> nn.Module | None:
         """A pruned model in a stock class, with the same function and a copy of the weights; None where there is none.
 
@@ -100,6 +106,9 @@ class Denoiser(Structure, Protocol):
 
         """
         ...
+
+    def fill_tables(self, model: nn.Module) -> None:
+        """Give a model that was built on the meta device the tables that its constructor computes."""
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
         """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""

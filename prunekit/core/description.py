@@ -16,7 +16,7 @@ from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
-from .slicing import PrunedModel, blank_of, hollow, pruned_class
+from .slicing import PrunedModel, blank_of, hollow, pruned_class, take_tables
 from .space import UnitGroup
 
 MOST = 2**20  # of every size in a config
@@ -144,6 +144,13 @@ class Description(NamedCalls):
         dense: Any = self.dense
         return pruned_class(dense, self)
 
+    def class_source(self) -> tuple[list[tuple[str, str]], str]:
+        """The description and what makes the class of it."""
+        own, make = type(self), pruned_class
+        made = f"{make.__name__}({self.dense.__name__}, {own.__name__}(), __name__)"
+        roots = [(item.__module__, item.__name__) for item in (own, make)]
+        return roots, f"{self.pruned_class().__name__} = {made}"
+
     def stock(self, model: Any) -> Any:
         """The model itself if it is dense; of a pruned one there is no stock form."""
         return None if isinstance(model, PrunedModel) else model
@@ -159,6 +166,14 @@ class Description(NamedCalls):
         model = hollow(kind, config, f"the {self.dense.__name__} of {name}")
         self.check(model)
         return model.eval()
+
+    def fill_tables(self, model: Any) -> None:
+        """Take the tables from a small model on the CPU: they do not depend on the number of blocks."""
+        if self.tables:
+            config = {key: value for key, value in model.config.items() if key[0] != "_" and key != "pruning"}
+            small = self.dense(**{**config, **dict.fromkeys(self.layers_in_config, 1)})
+            for path in self.tables:
+                take_tables(small.get_submodule(path), model.get_submodule(path))
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
         """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""

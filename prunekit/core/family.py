@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor, nn
 
@@ -44,7 +46,12 @@ class NoiseProcess(Protocol):
 
 
 class Family(Protocol):
-    """What a pipeline does around its denoiser; it holds no state."""
+    """What a pipeline does around its denoiser; it holds no state.
+
+    negative: the text that guidance leads away from, where a pipeline's call must name one; None: the pipeline has it.
+    """
+
+    negative: ClassVar[str | None]
 
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a loaded pipeline is not supported, as "NAME has" goes on; None where it is."""
@@ -84,8 +91,22 @@ class Family(Protocol):
         """
         ...
 
-    def call_options(self, pipeline: Any) -> dict[str, Any]:
-        """Return further keyword arguments of a pipeline's calls, beside texts, sizes, steps and guidance."""
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline's calls for a guidance scale, beside texts, sizes and steps."""
+        ...
+
+    def texts(self, guidance: float, options: Mapping[str, Any] = ...) -> int:
+        """Return how many texts of a picture a pipeline runs the denoiser on at every step: 2 where it leads away.
+
+        options: further ones of the pipeline's call.
+        """
+        ...
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text, by the most that each of a pipeline's tokenizers gives.
+
+        lengths: by the tokenizer's name in the pipeline, such as "tokenizer_2"; one that is not known is left out.
+        """
         ...
 
     def sizes(self, height: int, width: int) -> Tensor:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .family import Family, NoiseProcess
 
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # parts of pipelines
 _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
 _UNNAMED: list[str] = []  # the class of configs that name none
+_ATTRIBUTE_OF: dict[str, str] = {}  # by model class
 _ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
 
 
@@ -37,6 +39,7 @@ def register_denoiser(
     for model in models:
         name = model if isinstance(model, str) else model.__name__
         _LOADED.pop(name, None)
+        _ATTRIBUTE_OF[name] = attribute
         _LOADERS[name] = denoiser if callable(denoiser) else lambda: denoiser
     if attribute not in _ATTRIBUTES:
         _ATTRIBUTES.append(attribute)
@@ -54,11 +57,7 @@ def denoiser_of(model: nn.Module | type) -> Denoiser:
         UserError: a class that no `Denoiser` describes; the message names those that are.
 
     """
-    cls = model if isinstance(model, type) else type(_described(model))
-    for base in cls.__mro__:
-        if base.__name__ in _LOADERS:
-            return _loaded(base.__name__)
-    raise UserError(f"{cls.__name__} is not supported. Supported models: {', '.join(supported())}")
+    return _loaded(_registered(model))
 
 
 def denoiser_named(name: str | None) -> Denoiser:
@@ -76,9 +75,23 @@ def denoiser_named(name: str | None) -> Denoiser:
     return _loaded(base)
 
 
+def part_of(model: nn.Module | type) -> str:
+    """Return what pipelines call a model of this class: "unet" or "transformer"; errors as `denoiser_of`."""
+    return _ATTRIBUTE_OF[_registered(model)]
+
+
 def is_denoiser(model: Any) -> bool:
     """Return whether a `Denoiser` describes this object's class."""
     return any(base.__name__ in _LOADERS for base in type(_described(model)).__mro__)
+
+
+def _registered(model: Any) -> str:
+    """Return the name of the nearest registered class of a model or a model class."""
+    cls = model if isinstance(model, type) else type(_described(model))
+    for base in cls.__mro__:
+        if base.__name__ in _LOADERS:
+            return base.__name__
+    raise UserError(f"{cls.__name__} is not supported. Supported models: {', '.join(supported())}")
 
 
 def _described(model: Any) -> Any:
@@ -128,9 +141,22 @@ def family_of(pipeline: Any) -> Family:
     return denoiser_of(denoiser_in(pipeline)).family
 
 
-def call_options(pipeline: Any) -> dict[str, Any]:
-    """Return further keyword arguments of a pipeline's calls; none for a pipeline that no family describes."""
-    return {} if _attribute(pipeline) is None else family_of(pipeline).call_options(pipeline)
+def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
+    """Return the keyword arguments of a pipeline's calls with texts for a guidance scale, beside sizes and steps."""
+    if _attribute(pipeline) is None:  # no family describes it
+        return {"guidance_scale": guidance}
+    family = family_of(pipeline)
+    negative = {} if family.negative is None else {"negative_prompt": family.negative}
+    return {**family.call_options(pipeline, guidance), **negative}
+
+
+def text_length(pipeline: Any) -> int:
+    """Return the tokens of a text that a pipeline's denoiser takes; of a denoiser alone, its family's usual number."""
+    if (stated := getattr(pipeline, "text_length", None)) is not None:  # the shape of a pipeline
+        return int(stated)
+    tokenizers = {name: getattr(pipeline, name, None) for name in TOKENIZERS}
+    lengths = {name: int(part.model_max_length) for name, part in tokenizers.items() if part is not None}
+    return family_of(pipeline).text_length(lengths)
 
 
 def process_of(pipeline: Any) -> NoiseProcess:

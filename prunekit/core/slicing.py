@@ -103,10 +103,10 @@ class PrunedModel(ModelMixin):
 
 
 @functools.cache
-def pruned_class(dense: Any, structure: Structure) -> type[PrunedModel]:
+def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -> type[PrunedModel]:
     """The class of the pruned models of a dense class, made once: `PrunedX` of X.
 
-    Pipelines that hold such a model are saved with its name in `prunekit.slicing`, where loaders find it.
+    Pipelines that hold such a model are saved with its name in a module, where loaders find it.
     """
 
     def construct(self: Any, pruning: Mapping[str, Any] | None = None, **config: Any) -> None:
@@ -123,7 +123,7 @@ def pruned_class(dense: Any, structure: Structure) -> type[PrunedModel]:
         "__init__": construct,
         "save_pretrained": save_pretrained,
         "structure": structure,
-        "__module__": SAVED_MODULE,
+        "__module__": module,
     }
     pruned: Any = type(f"Pruned{dense.__name__}", (PrunedModel, dense), content)
     return cast("type[PrunedModel]", pruned)
@@ -189,7 +189,7 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
         if hasattr(module, "set_processor"):
             module.set_processor(originals[name].processor)
     for path in structure.tables:
-        _take_tables(originals[path], pruned.get_submodule(path))
+        take_tables(originals[path], pruned.get_submodule(path))
     cut(structure, pruned, architecture)
     memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for parameter in pruned.parameters():
@@ -200,7 +200,7 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
     return pruned
 
 
-def _take_tables(original: nn.Module, copy: nn.Module) -> None:
+def take_tables(original: nn.Module, copy: nn.Module) -> None:
     """Take the tensors that are no parameters, such as tables of positions, from the module that a copy was made of."""
     for tensors in (copy._buffers, vars(copy)):
         for name, value in tensors.items():

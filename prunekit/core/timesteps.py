@@ -133,7 +133,7 @@ class TimestepModel(ModelMixin, ConfigMixin):
         return cls([load_model(slice_folder(folder, index), **options) for index in range(len(bins))], bins)
 
 
-def load_denoiser(folder: str | Path, **options: Any) -> Any:
+def read_denoiser(folder: str | Path, **options: Any) -> Any:
     """Read a denoiser that was saved: a single one, stock or pruned, or a `TimestepModel`; errors as `load_model`."""
     if read_bins(folder) is None:
         return load_model(folder, **options)

@@ -32,6 +32,8 @@ class EncodedData:
     pooled: Tensor | Rows | None = None  # (P, E2): pooled text embeddings, where they condition the denoiser (SDXL)
     null_pooled: Tensor | None = None  # (E2,)
     time_ids: Tensor | None = None  # (6,): original size, crop and target size, where they condition the denoiser
+    others: Mapping[str, tuple[Tensor | Rows, Tensor]] = field(default_factory=dict)  # a caption's further conditions,
+    # by role, such as "mask": (P, …), and the empty caption's
     deviations: Tensor | Rows | None = None  # (n, C, h, w): the posterior's, where latents are sampled from it
     key: str = field(default="", compare=False)  # digest of all that it was made of; unset: unknown
 
@@ -73,6 +75,7 @@ class EncodedData:
         if self.pooled is not None:
             assert self.null_pooled is not None
             conditions["pooled"] = chosen(self.pooled, self.null_pooled)
+        conditions |= {role: chosen(values, null) for role, (values, null) in self.others.items()}
         if self.time_ids is not None:
             conditions["sizes"] = self.time_ids.expand(len(pairs), -1).to(device)
         return conditions
@@ -122,8 +125,10 @@ def encode(
         text = {name: LiveText(states, name, tuple(value.shape[1:])) for name, value in null.items()}
     added: dict[str, Any] = {}
     if "pooled" in text:
-        sizes = encoders.family.sizes(resolution, resolution)
-        added = {"pooled": text["pooled"], "null_pooled": null["pooled"][0], "time_ids": sizes if len(sizes) else None}
+        added = {"pooled": text["pooled"], "null_pooled": null["pooled"][0]}
+    if "sizes" in encoders.roles:
+        added["time_ids"] = encoders.family.sizes(resolution, resolution)
+    added["others"] = {role: (text[role], null[role][0]) for role in text if role not in ("text", "pooled")}
     key = Fingerprint(latents.key, prompts.key, resolution, config.model_dump(exclude={"directory"}))
     key.add(encoders.picture_key, encoders.text_key)
     return EncodedData(

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from prunekit.core.registry import family_of
+from prunekit.core.registry import denoiser_in, denoiser_of, family_of
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
 from prunekit.data.rows import Rows
@@ -16,6 +16,7 @@ from prunekit.data.rows import Rows
 BATCH = 64
 BATCH_SIDE = 256  # pixels up to which so many pictures go through the autoencoder at once
 AUTOENCODER_SETTINGS = ("scaling_factor", "norm_num_groups", "act_fn", "force_upcast")
+SHIFTS = ("shift_factor", "latents_mean", "latents_std")  # of those autoencoders that have them
 TEXT_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
 
 
@@ -25,6 +26,18 @@ class FrozenEncoders:
     def __init__(self, pipeline: DiffusionPipeline, resolution: int):
         self.pipeline, self.vae, self.resolution = pipeline, pipeline.vae, resolution
         self.family = family_of(pipeline)
+
+    @cached_property
+    def roles(self) -> frozenset[str]:
+        """What the denoiser is called with, such as "text" and "sizes"."""
+        model, asked = denoiser_in(self.pipeline), set()
+
+        def fill(role: str, shape: tuple[int, ...]) -> Tensor:
+            asked.add(role)
+            return torch.zeros(shape)
+
+        denoiser_of(model).example(model, 1, (2, 2), 1, fill)
+        return frozenset(asked)
 
     @property
     def batch(self) -> int:
@@ -48,7 +61,7 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def states(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return captions' states, `text` (n, T, E), and where the denoiser takes them `pooled` (n, E2); float32."""
+        """Return captions' states, `text` (n, T, E), and what else of them the denoiser takes, by role; float32."""
         return {name: value.float().cpu() for name, value in self.family.states(self.pipeline, texts).items()}
 
     @torch.no_grad()
@@ -59,7 +72,9 @@ class FrozenEncoders:
     @cached_property
     def picture_key(self) -> str:
         """A digest of all that a picture's latent depends on beside the picture."""
-        settings = [self.vae.config.get(name) for name in AUTOENCODER_SETTINGS]
+        config = self.vae.config
+        settings = [config.get(name) for name in AUTOENCODER_SETTINGS]
+        settings += [config[name] for name in SHIFTS if config.get(name) is not None]
         return Fingerprint("latents", self.resolution, str(self.vae.dtype), *settings).add_module(self.vae).key()
 
     @cached_property
@@ -67,7 +82,7 @@ class FrozenEncoders:
         """A digest of all that a caption's states depend on beside the caption."""
         zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
         fingerprint = Fingerprint("text", type(self.pipeline).__name__, zeros)
-        for suffix in ("", "_2"):
+        for suffix in ("", "_2", "_3"):
             encoder = getattr(self.pipeline, f"text_encoder{suffix}", None)
             if encoder is not None:
                 settings = [getattr(encoder.config, name, None) for name in TEXT_SETTINGS]
@@ -108,7 +123,7 @@ class CaptionStates:
 
 
 class LiveText(Rows):
-    """One part, "text" or "pooled", of captions' states, which the text encoders make each time it is asked for."""
+    """One part, such as "text" or "pooled", of captions' states, which the text encoders make when it is asked for."""
 
     def __init__(self, states: CaptionStates, name: str, row_shape: tuple[int, ...]):
         super().__init__(len(states.captions), row_shape)

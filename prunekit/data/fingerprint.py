@@ -39,7 +39,9 @@ class Fingerprint:
 
     def add_encoders(self, pipeline: Any) -> "Fingerprint":
         """Add a pipeline's frozen encoders, those that it has."""
-        encoders = (getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2"))
+        encoders = (
+            getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+        )
         for encoder in filter(None, encoders):
             self.add_module(encoder)
         return self

@@ -97,7 +97,7 @@ def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[Ch
             architectures.append(None)
             continue
         denoiser = denoiser_of(shape)
-        cost = CostModel(shape, architecture.space, size, pipeline.tokenizer.model_max_length)
+        cost = CostModel(shape, architecture.space, size, pipeline.text_length)
         architectures.append(Chosen(cost, architecture, denoiser.outline(shape), denoiser.legend))
     return architectures
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +54,8 @@ class FlowMatching:
 class TransformerFamily:
     """What the pipelines of these transformers do alike. Methods are `Family`'s."""
 
+    negative: ClassVar[str | None] = None
+
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states by role."""
         raise NotImplementedError
@@ -66,9 +70,17 @@ class TransformerFamily:
         scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
         return (posterior.mean - shift) * scale, posterior.std * scale
 
-    def call_options(self, pipeline: Any) -> dict[str, Any]:
-        """Return no further arguments of a pipeline's calls."""
-        return {}
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline's calls for a guidance scale."""
+        return {"guidance_scale": guidance}
+
+    def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
+        return 2 if guidance > 1 else 1
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text."""
+        raise NotImplementedError
 
     def sizes(self, height: int, width: int) -> Tensor:
         """Return no numbers: the denoiser is not told the picture's size."""

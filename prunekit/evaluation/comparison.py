@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.registry import with_denoiser
-from prunekit.core.timesteps import load_denoiser
+from prunekit.core.timesteps import read_denoiser
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import TRAINING, CaptionedImages, Split
 from prunekit.evaluation.generate import generate, generate_to
@@ -78,7 +78,7 @@ class StoredModels(Sequence[ModelMixin]):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
             self._last = None  # before the next is read
-            model = load_denoiser(self.folders[index]).to(self.device)
+            model = read_denoiser(self.folders[index]).to(self.device)
             self._last = (index, model.eval().requires_grad_(False))
         return self._last[1]
 

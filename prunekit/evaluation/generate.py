@@ -41,10 +41,9 @@ def draw(
         height=height,
         width=width,
         num_inference_steps=steps,
-        guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",
-        **call_options(pipeline),
+        **call_options(pipeline, guidance),
     ).images  # (n, H, W, 3) in [0, 1]
     return torch.from_numpy((output * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 

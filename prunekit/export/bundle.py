@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -39,13 +39,17 @@ class _Module:
         return {node.attr for node in ast.walk(self.tree) if isinstance(node, ast.Attribute)}
 
 
-def bundle(module: str, name: str, instead: Mapping[Key, Key], title: str) -> str:
-    """Return the source of one file that defines `name` of `module` and all of prunekit that it needs.
+def bundle(roots: Iterable[Key], instead: Mapping[Key, Key], title: str, last: str = "") -> str:
+    """Return the source of one file that defines some names and all of prunekit that they need.
 
-    instead: definitions that others take the place of, {(module, name): (module, name)}.
-    title: the file's docstring.
+    Args:
+        roots: what is defined, as (module, name).
+        instead: definitions that others take the place of, {(module, name): (module, name)}.
+        title: the file's docstring.
+        last: a statement at the end, which may use the roots' names.
+
     """
-    return _Bundle(instead).write((module, name), title)
+    return _Bundle(instead).write(roots, title, last)
 
 
 class _Bundle:
@@ -56,8 +60,11 @@ class _Bundle:
         self.imports: set[str] = set()
         self.order: list[str] = []  # modules, what others need first
 
-    def write(self, start: Key, title: str) -> str:
-        self._reach(start)
+    def write(self, roots: Iterable[Key], title: str, last: str) -> str:
+        for root in roots:
+            self._reach(root)
+        for module in sorted({module for module, _ in self.reached}):
+            self._put(module, set())
         self._name()
         body = [
             ast.unparse(self._renamed(self.modules[module], statement))
@@ -65,7 +72,7 @@ class _Bundle:
             for statement in self._statements(module)
         ]
         parts = [f'"""{title}"""', "from __future__ import annotations", "\n".join(sorted(self.imports)), *body]
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join([*parts, *filter(None, [last])]) + "\n"
 
     def module(self, name: str) -> _Module:
         """Parse a module, once."""
@@ -101,6 +108,15 @@ class _Bundle:
         for statement in [owner.definitions[name], *owner.attached.get(name, ())]:
             for reference in _references(statement, owner):
                 self._follow(owner, *reference)
+
+    def _put(self, module: str, seen: set[str]) -> None:
+        """Put a module into the order, after those that it imports."""
+        if module in seen or module not in self.modules:
+            return
+        seen.add(module)
+        for source, name in self.modules[module].internal.values():
+            self._put(source, seen)
+            self._put(f"{source}.{name}", seen)
         if module not in self.order:
             self.order.append(module)
 
@@ -131,10 +147,11 @@ class _Bundle:
         for key in self.reached:
             taken.setdefault(key[1], []).append(key)
         self.names = {}
+        imported = {statement.split()[-1] for statement in self.imports}
         for name, keys in taken.items():
             for module, _ in keys:
-                stem = self.modules[module].stem
-                self.names[module, name] = f"_{stem}_{name.strip('_')}" if len(keys) > 1 else name
+                stem, is_shared = self.modules[module].stem, len(keys) > 1 or name in imported
+                self.names[module, name] = f"_{stem}_{name.strip('_')}" if is_shared else name
         self.names |= {key: f"_{self.modules[key[0]].stem}" for key in self.reached if not key[1]}
         assert len(set(self.names.values())) == len(self.names), "two definitions got one name"
 

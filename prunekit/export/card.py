@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from prunekit.models.names import KNOWN
+from prunekit.models.names import DENOISERS, KNOWN
 from prunekit.runtime.errors import UserError, first_line, markdown_text
 from prunekit.runtime.run_directory import DENSE
 
@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained(MODEL)
 ```"""
-_CLASS = """Without prunekit, the UNet's class comes from `unet/modeling_pruned.py` in this repository; read it first:
+_CLASS = """Without prunekit, the {noun}'s class comes from `{part}/modeling_pruned.py` here; read it first:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -50,16 +50,16 @@ Without prunekit, one expert at a time:
 ```python
 from diffusers import AutoModel, DiffusionPipeline
 
-expert = AutoModel.from_pretrained(f"{DIRECTORY}/experts/0", trust_remote_code=True)  # of a stock expert: without
-pipeline = DiffusionPipeline.from_pretrained(DIRECTORY, unet=expert)
+expert = AutoModel.from_pretrained(DIRECTORY + "/experts/0", trust_remote_code=True)  # of a stock expert: without
+pipeline = DiffusionPipeline.from_pretrained(DIRECTORY, {part}=expert)
 ```"""
-_UNET = """```python
+_DENOISER = """```python
 from diffusers import AutoModel
 
-unet = AutoModel.from_pretrained(MODEL, trust_remote_code=True)  # of a stock UNet: without
+{part} = AutoModel.from_pretrained(MODEL, trust_remote_code=True)  # of a stock {noun}: without
 ```"""
 _GRAPH = "`model.onnx` runs in onnxruntime, `model.pt2` by `torch.export.load`; `specification.json` lists the inputs."
-USES = {"stock": _STOCK, "class": _CLASS, "routed": _ROUTED, "unet": _UNET, "graph": _GRAPH}
+USES = {"stock": _STOCK, "class": _CLASS, "routed": _ROUTED, "denoiser": _DENOISER, "graph": _GRAPH}
 
 
 def model_card(
@@ -69,6 +69,7 @@ def model_card(
     rows: Sequence[Mapping[str, Any]],
     checked: Sequence[Mapping[str, Any]],
     table: Sequence[Mapping[str, Any]] = (),
+    part: str = "unet",
 ) -> str:
     """Return the card's text.
 
@@ -78,23 +79,30 @@ def model_card(
         use: how it is loaded, a key of USES.
         name: its title.
         info: of the mixture: model, method, recipe, result; what is missing is left out.
-        rows: of each UNet: tier, macs, params.
+        rows: of each denoiser: tier, macs, params.
         checked: what `verify` checked.
         table: rows of the run's results, by name, of which the method's and the dense model's are shown.
+        part: the name of the pipeline's denoiser: "unet" or "transformer".
 
     """
+    noun = DENOISERS[part]
     result, base = _mapping(info.get("result")), _hub_id(info.get("model"))
     head = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prunekit", "pruned"]}
     head |= {"base_model": base} if base else {}
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {markdown_text(name)}"]
-    parts += [_summary(info, result, base, len(rows))]
-    parts += [_markdown(("UNet", "tier", "MACs", "parameters"), [(i, *_numbers(row)) for i, row in enumerate(rows)])]
+    parts += [_summary(info, result, base, noun, len(rows))]
+    parts += [_markdown((noun, "tier", "MACs", "parameters"), [(i, *_numbers(row)) for i, row in enumerate(rows)])]
     shown = [row for row in table if row.get("name") in (DENSE, info.get("method"))]
     if shown:
         columns = [column for column in COLUMNS if any(row.get(column) is not None for row in shown)]
         body = [(row["name"], *(_figure(row.get(column)) for column in columns)) for row in shown]
         parts += ["## Figures of the run", _markdown(("model", *columns), body)]
-    parts += ["## Use", USES[use], "## Checked", "Each in a fresh process, against the model in memory:"]
+    parts += [
+        "## Use",
+        USES[use].format(noun=noun, part=part),
+        "## Checked",
+        "Each in a fresh process, against the model in memory:",
+    ]
     parts += [
         "\n".join(
             f"- {line['what']}, opened by {line['opened_by']}: relative error {line['relative_error']:.1e} "
@@ -105,10 +113,10 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _summary(info: Mapping[str, Any], result: Mapping[str, Any], base: str | None, count: int) -> str:
+def _summary(info: Mapping[str, Any], result: Mapping[str, Any], base: str | None, noun: str, count: int) -> str:
     method, settings = info.get("method"), _mapping(result.get("settings"))
     origin = f", {markdown_text(base)}" if base else ""
-    words = [f"A text-to-image diffusion model{origin}, whose UNet was cut by prunekit {version('prunekit')}"]
+    words = [f"A text-to-image diffusion model{origin}, whose {noun} was cut by prunekit {version('prunekit')}"]
     words[-1] += (f" with {markdown_text(str(method))}" if method else "") + "."
     if count > 1:
         words.append(f"A router sends each prompt to one of {count} experts.")
@@ -117,7 +125,7 @@ def _summary(info: Mapping[str, Any], result: Mapping[str, Any], base: str | Non
         words.append(f"Budget: {markdown_text(_figure(settings['budget']))} of the dense {what}.")
     if "dense_macs" in result:
         macs, params = (markdown_text(_figure(result.get(name))) for name in ("dense_macs", "dense_params"))
-        words.append(f"The dense UNet takes {macs} MACs and {params} parameters.")
+        words.append(f"The dense {noun} takes {macs} MACs and {params} parameters.")
     if info.get("recipe"):
         words.append(f"Recipe: {markdown_text(str(info['recipe']))}.")
     return " ".join(words)

@@ -1,14 +1,16 @@
 """The program of the fresh process that opens an export: a script of its own, which imports nothing of prunekit.
 
-It is started as `python fresh.py JOBS`, where the JSON file JOBS lists what to open: the form, the folder, files with
-the inputs, files for the outputs, and whether prunekit may be imported. Until all that must open without it is done,
-it cannot be.
+It is started as `python fresh.py JOBS`, where the JSON file JOBS lists what to open: the form, the folder, what it is
+called with (files with tensors in and out, arguments that hold tensors, plain ones), and whether prunekit may be
+imported. Until all that must open without it is done, it cannot be.
 """
 
 import importlib.abc
 import json
 import sys
 from pathlib import Path
+
+GRAPHS = ("onnx", "torch")
 
 
 class Forbidden(importlib.abc.MetaPathFinder):
@@ -20,8 +22,8 @@ class Forbidden(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r} (it is kept out here)", name=name)
 
 
-def open_unet(form: str, folder: str):
-    """Return a function from named tensors to the UNet's output, opened as a user of that form would.
+def open_model(form: str, folder: str):
+    """Return a function from named arguments to the denoiser's output, opened as a user of that form would.
 
     Of a prompt-routed pipeline: from prompts, as bytes, to one more than their experts.
     """
@@ -42,29 +44,36 @@ def open_unet(form: str, folder: str):
         pipeline = prunekit.PromptRoutedPipeline.from_pretrained(folder, device="cpu", max_resident=1)
         return lambda inputs: pipeline.route(bytes(inputs["prompts"].tolist()).decode().split("\n")).double() + 1
     if form == "stock":
-        from diffusers import UNet2DConditionModel
+        import diffusers
 
-        unet = UNet2DConditionModel.from_pretrained(folder)
+        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        model = getattr(diffusers, name).from_pretrained(folder)
     elif form == "class":
         from diffusers import AutoModel
 
-        unet = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     elif form == "pipeline":
         from diffusers import DiffusionPipeline
 
-        unet = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).unet
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        model = getattr(pipeline, "transformer", None) or pipeline.unet
     else:
-        import prunekit
+        from prunekit.core.slicing import load_model
 
-        unet = prunekit.PrunedUNet2DConditionModel.from_pretrained(folder)
-    unet.eval()
+        model = load_model(folder)
+    model.eval()
+    return lambda inputs: model(**inputs, return_dict=False)[0]
 
-    def call(inputs):
-        inputs = dict(inputs)
-        added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
-        return unet(**inputs, added_cond_kwargs=added or None).sample
 
-    return call
+def gathered(tensors, nested, plain):
+    """Return the arguments of a call: tensors, those of a nested argument together, and plain values."""
+    arguments = dict(plain)
+    for name, value in tensors.items():
+        if name in nested:
+            arguments.setdefault(nested[name], {})[name] = value
+        else:
+            arguments[name] = value
+    return arguments
 
 
 def main(path: str) -> None:
@@ -85,9 +94,12 @@ def main(path: str) -> None:
             sys.meta_path.remove(forbidden)
         for job in jobs:
             if job["prunekit"] is with_prunekit:
-                call = open_unet(job["form"], job["folder"])
-                for inputs, output in job["files"]:
-                    save_file({"out": call(load_file(inputs)).contiguous()}, output)
+                call = open_model(job["form"], job["folder"])
+                for file in job["files"]:
+                    inputs = load_file(file["in"])
+                    if job["form"] not in GRAPHS:  # those take the tensors as they are
+                        inputs = gathered(inputs, file["nested"], file["plain"])
+                    save_file({"out": call(inputs).contiguous()}, file["out"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A UNet as a graph: ONNX and torch.export, for a fixed batch or any."""
+"""A denoiser as a graph: ONNX and torch.export, for a fixed batch or any."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prunekit.core.emptied import state_in_files
 from prunekit.core.registry import latent_size
 from prunekit.export.inputs import Called, example_inputs
 from prunekit.export.specification import FORMAT, KEY, weights_hash
 from prunekit.export.tiers import architecture_of
-from prunekit.runtime.errors import MissingPackageError
+from prunekit.runtime.errors import MissingPackageError, UserError, first_line
 from prunekit.runtime.files import write_json
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -35,23 +35,21 @@ def check_onnx() -> None:
         raise MissingPackageError(f"exporting to ONNX needs {', '.join(missing)}; pip install 'prunekit[onnx]'")
 
 
-def save_graph(
-    unet: UNet2DConditionModel, folder: Path, tier: str, batch: int | None, text_length: int
-) -> dict[str, Any]:
-    """Write a UNet as `model.onnx` or `model.pt2` with `specification.json`; return the specification.
+def save_graph(model: ModelMixin, folder: Path, tier: str, batch: int | None, text_length: int) -> dict[str, Any]:
+    """Write a denoiser as `model.onnx` or `model.pt2` with `specification.json`; return the specification.
 
-    tier: "onnx" or "torch". batch: samples of a call; None: any number up to 63. The latent's size is the UNet's own.
-    Inputs are sample, timestep (B,), encoder_hidden_states and, of XL, text_embeds and time_ids; the output is
-    `out_sample`.
+    tier: "onnx" or "torch". batch: samples of a call; None: any number up to 63. The latent's size is the model's own.
+    Inputs are the tensors of the model's forward pass by name, those of nested arguments by their own, such as XL's
+    text_embeds and time_ids; the output is `out_sample`.
     """
     if tier == "onnx":
         check_onnx()
-    size = latent_size(unet)
-    arguments = example_inputs(unet, batch or 2, size, text_length)
+    inputs = example_inputs(model, batch or 2, latent_size(model), text_length)
+    arguments = inputs.tensors
     batch_axis = torch.export.Dim("batch", min=1, max=MOST_SAMPLES)
-    shapes = None if batch else {name: {0: batch_axis} for name in arguments}
+    shapes = None if batch else {name: {} if name in inputs.shared else {0: batch_axis} for name in arguments}
     folder.mkdir(parents=True, exist_ok=True)
-    path, called = folder / FILES[tier], Called(unet).eval()
+    path, called = folder / FILES[tier], Called(model, inputs).eval()
     with torch.no_grad(), _silent():
         program = torch.export.export(called, (), arguments, dynamic_shapes=shapes)
         if tier == "torch":
@@ -59,25 +57,34 @@ def save_graph(
                 torch.export.save(program, file)
                 file.check()
         else:
-            onnx = torch.onnx.export(
-                program,
-                (),
-                kwargs=arguments,
-                input_names=list(arguments),
-                output_names=["out_sample"],
-                opset_version=OPSET,
-                dynamic_shapes=None if batch else {name: {0: "batch"} for name in arguments},  # what it is called
-                dynamo=True,
-                verbose=False,
-            )
+            try:
+                onnx = torch.onnx.export(
+                    program,
+                    (),
+                    kwargs=arguments,
+                    input_names=list(arguments),
+                    output_names=["out_sample"],
+                    opset_version=OPSET,
+                    dynamic_shapes=shapes and {name: dict.fromkeys(axes, "batch") for name, axes in shapes.items()},
+                    dynamo=True,
+                    verbose=False,
+                )
+            except torch.onnx.OnnxExporterError as error:
+                raise UserError(
+                    f"torch {torch.__version__} cannot write this {type(model).__name__} as ONNX "
+                    f"({first_line(error.__cause__ or error)}); use tier torch"
+                ) from error
             assert onnx is not None
             onnx.save(path, external_data=True)
     content = {
         "format": FORMAT,
         "tier": tier,
-        "architecture": architecture_of(unet),
-        "weights": weights_hash(state_in_files(unet)),
-        "inputs": {name: ["batch" if batch is None else batch, *value.shape[1:]] for name, value in arguments.items()},
+        "architecture": architecture_of(model),
+        "weights": weights_hash(state_in_files(model)),
+        "inputs": {
+            name: list(value.shape) if name in inputs.shared else [batch or "batch", *value.shape[1:]]
+            for name, value in arguments.items()
+        },
     }
     write_json(folder / SPECIFICATION, {KEY: content})
     return content

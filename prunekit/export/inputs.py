@@ -1,51 +1,89 @@
-"""What a UNet is called with where it is compared with its export: random, and the same in every process."""
+"""What a denoiser is called with where it is compared with its export: random, and the same in every process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+from typing import Any
+
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from prunekit.core.call import normal
+from prunekit.core.call import Call, normal
 from prunekit.core.registry import denoiser_of
 from prunekit.runtime.randomness import generator
 
 MOST_TOKENS = 77
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """A call, taken apart: what a graph, or another process, can be given.
+
+    tensors: by name; those of a nested argument by their own names. nested: the argument that each of these lies in.
+    plain: arguments without tensors, as JSON has them. shared: names of tensors that have no row for each sample.
+    """
+
+    tensors: dict[str, Tensor]
+    nested: dict[str, str]
+    plain: dict[str, Any]
+    shared: frozenset[str]
+
+    @classmethod
+    def of(cls, call: Call) -> Inputs:
+        """Take a call apart."""
+        tensors: dict[str, Tensor] = {}
+        nested: dict[str, str] = {}
+        plain: dict[str, Any] = {}
+        for name, value in call.items():
+            if isinstance(value, Mapping):
+                tensors |= {key: part.contiguous() for key, part in value.items()}
+                nested.update(dict.fromkeys(value, name))
+            elif isinstance(value, Tensor):
+                tensors[name] = value.contiguous()  # files hold no views
+            else:
+                plain[name] = value
+        return cls(tensors, nested, plain, call.shared)
+
+
 class Called(nn.Module):
-    """A UNet with tensors in and one tensor out, for graphs: XL's added conditions are arguments of their own."""
+    """A denoiser with named tensors in and one tensor out, for graphs.
 
-    def __init__(self, unet: UNet2DConditionModel):
+    inputs: an example of a call, which names the tensors and says where they go.
+    """
+
+    def __init__(self, model: ModelMixin, inputs: Inputs):
         super().__init__()
-        self.unet = unet
+        self.model, self.nested, self.plain = model, inputs.nested, inputs.plain
+        named = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in inputs.tensors]
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        """(B, 4, h, w), (B,), (B, tokens, C) and XL's (B, P), (B, 6) -> (B, 4, h, w)."""
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        def forward(**tensors: Tensor) -> Tensor:
+            return self._called(tensors)
+
+        vars(forward)["__signature__"] = Signature(named)  # a graph's inputs are named by it
+        self.forward = forward
+
+    def _called(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        arguments: dict[str, Any] = dict(self.plain)
+        for name, value in tensors.items():
+            if name in self.nested:
+                arguments.setdefault(self.nested[name], {})[name] = value
+            else:
+                arguments[name] = value
+        return self.model(**arguments, return_dict=False)[0]
 
 
-def example_inputs(
-    unet: UNet2DConditionModel, batch: int, size: tuple[int, int], text_length: int, seed: int = 0
-) -> dict[str, Tensor]:
-    """Return the arguments of `Called`, by name, on the UNet's device and in its type; size is the latent's (h, w)."""
+def example_inputs(model: ModelMixin, batch: int, size: tuple[int, int], text_length: int, seed: int = 0) -> Inputs:
+    """Return the inputs of an example call on the model's device and in its type; size is the latent's (h, w)."""
     steps = torch.tensor([501 - 37 * (index % 10) for index in range(batch)])
     draw = normal(generator(seed, "export"))
 
     def fill(name: str, shape: tuple[int, ...]) -> Tensor:
         return 16 + draw(name, shape).abs() if name == "sizes" else draw(name, shape)
 
-    arguments = dict(denoiser_of(unet).example(unet, batch, size, text_length, fill, steps).to(unet))
-    added = arguments.pop("added_cond_kwargs", {})
-    return {**arguments, **added}
+    return Inputs.of(denoiser_of(model).example(model, batch, size, text_length, fill, steps).to(model))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Reading a UNet's folder, checked before a weight is used: every fault is a ValueError of one line."""
+"""Reading a denoiser's folder, checked before a weight is used: every fault is a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from safetensors.torch import load_file
 
 from prunekit.core.emptied import state_in_files
+from prunekit.core.registry import denoiser_of
 from prunekit.core.slicing import backbone_of, slice_member
 from prunekit.core.timesteps import TimestepModel, read_bins, slice_folder
-from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.export.specification import (
     CONFIG,
     config_hash,
@@ -28,51 +28,53 @@ from prunekit.models.shapes import unet_from_config
 from prunekit.runtime.errors import UserError
 
 
-def load_unet(
+def load_denoiser(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = False,
-) -> PrunedUNet2DConditionModel | UNet2DConditionModel | TimestepModel:
-    """Load a UNet, stock or pruned, that prunekit or diffusers saved; in evaluation mode, its weights frozen.
+) -> ModelMixin:
+    """Load a denoiser, stock or pruned, that prunekit or diffusers saved; in evaluation mode, its weights frozen.
 
     A folder of slices for bins of timesteps gives a `TimestepModel`.
 
     dtype: of the weights; the files' own by default. verify: also hash the weights, which reads them once more.
     Raises ValueError, one line: no config or weights, pickled weights, a file that is truncated, a config that was
-    changed or is of a newer format, weights of another UNet or architecture.
+    changed or is of a newer format, weights of another model or architecture.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no UNet's folder: it holds no {CONFIG}")
+        raise UserError(f"{folder} is no UNet's or transformer's folder: it holds no {CONFIG}")
     if (bins := read_bins(folder)) is not None:
-        slices = [load_unet(slice_folder(folder, index), dtype, device, verify) for index in range(len(bins))]
+        slices = [load_denoiser(slice_folder(folder, index), dtype, device, verify) for index in range(len(bins))]
         return TimestepModel(slices, bins).eval().requires_grad_(False)
     if (backbone := backbone_of(folder)) is not None:
-        dense = load_unet(backbone, dtype, device, verify)
-        return slice_member(PrunedUNet2DConditionModel, dense, folder).eval().requires_grad_(False)
+        dense = load_denoiser(backbone, dtype, device, verify)
+        kind: Any = denoiser_of(dense).pruned_class()
+        return slice_member(kind, dense, folder).eval().requires_grad_(False)
     config = read_object(folder / CONFIG)
     files = weight_files(folder)
-    unet = unet_from_config({key: value for key, value in config.items() if key != "auto_map"}, folder)
+    model = unet_from_config({key: value for key, value in config.items() if key != "auto_map"}, folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         specification, file_shapes = read_outline(path)
         shapes |= file_shapes
         if specification is not None:
             _check_specification(folder, config, specification)
-    check_shapes(folder, unet, shapes)
+    check_shapes(folder, model, shapes)
     state: dict[str, torch.Tensor] = {}
     for path in files:
         specification = read_outline(path)[0] if verify else None
         if specification is not None and weights_hash(load_file(path)) != specification["weights"]:
             raise UserError(f"the weights in {path} are not those that were exported: their hash differs")
         state |= read_tensors(path, dtype)
-    unet.load_state_dict(state, assign=True)
-    return unet.to(device).eval().requires_grad_(False)
+    model.load_state_dict(state, assign=True)
+    denoiser_of(model).fill_tables(model)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def num_weights(folder: str | Path) -> int:
-    """Return how many weights `load_unet` would load from a folder, from the headers of its files and its config."""
+    """Return how many weights `load_denoiser` would load from a folder, by the headers of its files and its config."""
     folder = Path(folder)
     if (bins := read_bins(folder)) is not None:
         return sum(num_weights(slice_folder(folder, index)) for index in range(len(bins)))
@@ -94,16 +96,16 @@ def _check_specification(folder: Path, config: Mapping[str, Any], specification:
         raise UserError(f"{folder / CONFIG} was changed after its weights were written; copy both again")
 
 
-def check_shapes(folder: Path, unet: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError that names the first difference between a UNet's tensors and the files'."""
-    expected = {name: tuple(value.shape) for name, value in state_in_files(unet).items()}
+def check_shapes(folder: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError that names the first difference between a model's tensors and the files'."""
+    expected = {name: tuple(value.shape) for name, value in state_in_files(model).items()}
     faults = [f"they lack {name}" for name in expected if name not in shapes]
-    faults += [f"they have {name}, which the UNet has not" for name in shapes if name not in expected]
+    faults += [f"they have {name}, which the model does not have" for name in shapes if name not in expected]
     faults += [
-        f"{name} is {shapes[name]} there and {expected[name]} in the UNet"
+        f"{name} is {shapes[name]} there and {expected[name]} in the model"
         for name in expected
         if name in shapes and shapes[name] != expected[name]
     ]
     if faults:
         rest = f" ({len(faults)} differences in all)" if len(faults) > 1 else ""
-        raise UserError(f"the weights in {folder} do not belong to its config's UNet: {faults[0]}{rest}")
+        raise UserError(f"the weights in {folder} do not belong to its config's model: {faults[0]}{rest}")

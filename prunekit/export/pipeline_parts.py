@@ -1,4 +1,4 @@
-"""A pipeline without its UNet: what all experts share, and what they are put back into."""
+"""A pipeline without its denoiser: what all experts share, and what they are put back into."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 
-from prunekit.export.model_folder import load_unet
-from prunekit.export.tiers import CLASS, MODULE, save_unet
+from prunekit.export.model_folder import load_denoiser
+from prunekit.export.tiers import index_entry, save_denoiser
 from prunekit.models import quiet_libraries
 from prunekit.models.hub import INDEX
-from prunekit.models.loading import SETTINGS, freeze, load_directory
+from prunekit.models.loading import OPTIONS, SETTINGS, freeze, load_directory
+from prunekit.models.names import PIPELINES
 from prunekit.models.weights import WITHOUT
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
@@ -22,7 +23,7 @@ from prunekit.runtime.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Parts:
-    """kind: the pipeline's class. components: by name, without the UNet. settings: its constructor's plain values."""
+    """A pipeline's class, its parts by name without the denoiser, and its constructor's plain values."""
 
     kind: type[DiffusionPipeline]
     components: Mapping[str, Any]
@@ -31,25 +32,29 @@ class Parts:
     @classmethod
     def of(cls, pipeline: DiffusionPipeline) -> Parts:
         """Take a pipeline's parts; they are shared, not copied. A safety checker is left out."""
-        parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
-        parts = {name: None if name in WITHOUT else part for name, part in parts.items()}
+        kind = type(pipeline)
+        parts = {name: None if name in WITHOUT else part for name, part in pipeline.components.items()}
+        del parts[PIPELINES[kind.__name__]]
         settings = {name: pipeline.config[name] for name in SETTINGS if name in pipeline.config}
-        is_xl = type(pipeline).__name__ == "StableDiffusionXLPipeline"
-        settings |= {"add_watermarker": False} if is_xl else {"requires_safety_checker": False}
-        return cls(type(pipeline), parts, settings)
+        return cls(kind, parts, settings | OPTIONS.get(kind.__name__, {}))
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the pipeline's attribute that holds its denoiser."""
+        return PIPELINES[self.kind.__name__]
 
     @classmethod
     def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Parts:
-        """Load all but the UNet of a pipeline's directory, in evaluation mode; ValueError, one line, where it fails."""
+        """Load all but the denoiser of a pipeline's directory, in evaluation mode; UserError where it fails."""
         quiet_libraries()
         return cls.of(freeze(load_directory(directory, directory, dtype, with_denoiser=False)))
 
-    def pipeline(self, unet: UNet2DConditionModel | None, **replaced: Any) -> DiffusionPipeline:
-        """Return a stock pipeline around a UNet, whose other parts are these, or `replaced` by name."""
-        return self.kind(**{**self.components, "unet": unet, **replaced}, **self.settings)
+    def pipeline(self, model: ModelMixin | None, **replaced: Any) -> DiffusionPipeline:
+        """Return a stock pipeline around a denoiser, whose other parts are these, or `replaced` by name."""
+        return self.kind(**{**self.components, self.denoiser: model, **replaced}, **self.settings)
 
     def save(self, directory: Path) -> None:
-        """Save all parts, and a `model_index.json` that names no UNet yet; paths of this machine are left out."""
+        """Save all parts, and a `model_index.json` that names no denoiser yet; paths of this machine are left out."""
         self.pipeline(None).save_pretrained(directory, safe_serialization=True)
         for path in directory.glob("*/*config.json"):
             config = read_json(path)
@@ -57,25 +62,25 @@ class Parts:
                 write_json(path, config)
 
 
-def save_pipeline(parts: Parts, unet: UNet2DConditionModel, directory: Path, tier: str = "auto") -> dict[str, Any]:
-    """Save a pipeline with a UNet in a tier that diffusers loads; return the UNet's specification."""
+def save_pipeline(parts: Parts, model: ModelMixin, directory: Path, tier: str = "auto") -> dict[str, Any]:
+    """Save a pipeline with a denoiser in a tier that diffusers loads; return the denoiser's specification."""
     parts.save(directory)
-    specification = save_unet(unet, directory / "unet", tier)
-    is_class = specification["tier"] == "class"
-    entry = [MODULE, CLASS] if is_class else ["diffusers", UNet2DConditionModel.__name__]
-    write_json(directory / INDEX, {**read_json(directory / INDEX), "unet": entry})
+    specification = save_denoiser(model, directory / parts.denoiser, tier)
+    entry = index_entry(model, specification["tier"])
+    write_json(directory / INDEX, {**read_json(directory / INDEX), parts.denoiser: entry})
     return specification
 
 
 def load_pipeline_directory(
     directory: str | Path, dtype: torch.dtype = torch.float32, verify: bool = False
 ) -> DiffusionPipeline:
-    """Load a diffusers pipeline's directory whose UNet is stock or pruned, by prunekit's own class; runs no code of it.
+    """Load a diffusers pipeline's directory, its denoiser stock or pruned, by prunekit's own class; runs no code of it.
 
-    verify: also hash the UNet's weights. Raises ValueError, one line, as `load_unet` and for other parts' faults.
+    verify: also hash the denoiser's weights. Raises ValueError, one line, as `load_denoiser` and for other parts'
+    faults.
     """
     directory = Path(directory)
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
-    unet = load_unet(directory / "unet", dtype, verify=verify)
-    return Parts.load(directory, dtype).pipeline(unet)
+    parts = Parts.load(directory, dtype)
+    return parts.pipeline(load_denoiser(directory / parts.denoiser, dtype, verify=verify))

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunekit.core.registry import latent_size
 from prunekit.export import fresh
-from prunekit.export.inputs import Called, example_inputs, relative_error
+from prunekit.export.inputs import Called, Inputs, example_inputs, relative_error
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import full_disk_named
 
@@ -32,11 +32,11 @@ FORMS = {  # by tier: how a user opens it, and whether prunekit is there
     "torch": (("torch", False),),
 }
 SAID = {
-    "stock": "UNet2DConditionModel without prunekit",
+    "stock": "the stock class without prunekit",
     "class": "AutoModel with the class file, without prunekit",
     "pipeline": "DiffusionPipeline without prunekit",
     "routed": "PromptRoutedPipeline of prunekit: the expert of each of 17 prompts",
-    "prunekit": "PrunedUNet2DConditionModel of prunekit",
+    "prunekit": "prunekit's own class",
     "onnx": "onnxruntime",
     "torch": "torch.export.load without prunekit",
 }
@@ -45,19 +45,20 @@ SECONDS = 1800
 
 @dataclass(frozen=True)
 class Expected:
-    """What a UNet gives on random inputs, in memory: (inputs, output) of each batch."""
+    """What a denoiser gives on random inputs, in memory: (inputs, output) of each batch."""
 
-    pairs: list[tuple[dict[str, Tensor], Tensor]]
+    pairs: list[tuple[Inputs, Tensor]]
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel, text_length: int, batches: Sequence[int] = (2,)) -> Expected:
-        """Run a UNet in float32 on the CPU, at its own size."""
-        unet = unet.to("cpu", torch.float32) if (unet.device.type, unet.dtype) != ("cpu", torch.float32) else unet
+    def of(cls, model: ModelMixin, text_length: int, batches: Sequence[int] = (2,)) -> Expected:
+        """Run a denoiser in float32 on the CPU, at its own size."""
+        if (model.device.type, model.dtype) != ("cpu", torch.float32):
+            model = model.to("cpu", torch.float32)
         pairs = []
         for batch in batches:
-            inputs = example_inputs(unet, batch, latent_size(unet), text_length)
+            inputs = example_inputs(model, batch, latent_size(model), text_length)
             with torch.no_grad():
-                pairs.append((inputs, Called(unet).eval()(**inputs)))
+                pairs.append((inputs, Called(model, inputs).eval()(**inputs.tensors)))
         return cls(pairs)
 
 
@@ -76,7 +77,7 @@ class Claim:
 
 
 def claims_of(tier: str, folder: Path, what: str, expected: Expected) -> list[Claim]:
-    """Return what a UNet's folder of a tier claims: each way to open it."""
+    """Return what a denoiser's folder of a tier claims: each way to open it."""
     return [Claim(form, what, folder, expected, with_prunekit) for form, with_prunekit in FORMS[tier]]
 
 
@@ -93,14 +94,15 @@ def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
             files = []
             for batch, (inputs, _) in enumerate(claim.expected.pairs):
                 stem = scratch / f"{index}-{batch}"
-                save_file(inputs, f"{stem}.in.safetensors")
-                files.append([f"{stem}.in.safetensors", f"{stem}.out.safetensors"])
+                save_file(inputs.tensors, f"{stem}.in.safetensors")
+                paths = {"in": f"{stem}.in.safetensors", "out": f"{stem}.out.safetensors"}
+                files.append({**paths, "nested": inputs.nested, "plain": inputs.plain})
             target = {"form": claim.form, "folder": str(claim.folder), "prunekit": claim.with_prunekit}
             jobs.append({**target, "files": files})
         (scratch / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
         _run(scratch / "jobs.json", scratch)
         return [
-            _checked(claim, [output for _, output in job["files"]]) for claim, job in zip(claims, jobs, strict=True)
+            _checked(claim, [file["out"] for file in job["files"]]) for claim, job in zip(claims, jobs, strict=True)
         ]
 
 

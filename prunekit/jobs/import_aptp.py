@@ -77,7 +77,7 @@ def import_aptp(
     space = discover(shape.denoiser, "aptp")
     _check_fits(published, space, model)
     architectures = architectures_of(published.vectors, space)
-    cost = CostModel(shape.denoiser, space, text_length=shape.tokenizer.model_max_length)
+    cost = CostModel(shape.denoiser, space, text_length=shape.text_length)
     result = PruneResult(architectures, _router(published, prompt_encoder), _info(published, architectures, cost))
     with staged(Path(directory)) as folder:
         method = folder / "methods" / "aptp"

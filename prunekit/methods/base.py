@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, text_length
 from prunekit.core.space import Architecture, UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.data.fingerprint import Fingerprint
@@ -224,9 +224,8 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
 
     """
     model, space = denoiser_in(pipeline), space_of(pipeline, settings)
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    text_length = settings.text_length or int(getattr(tokenizer, "model_max_length", 77))
-    return space, CostModel(model, space, _sample_size(pipeline, settings.resolution), text_length, settings.convention)
+    tokens = settings.text_length or text_length(pipeline)
+    return space, CostModel(model, space, _sample_size(pipeline, settings.resolution), tokens, settings.convention)
 
 
 def budget_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> CostModel:

@@ -3,7 +3,7 @@
 from prunekit.models.loading import load_pipeline, load_pipeline_of, quiet_libraries
 from prunekit.models.lora import LoraWeights, as_lora, merge_lora
 from prunekit.models.names import EMBEDDED, EMBEDDED_DIRECTORY, KNOWN
-from prunekit.models.shapes import PipelineShape, TokenizerShape, load_shape, load_unet_on_meta, resolution_of
+from prunekit.models.shapes import PipelineShape, load_shape, load_unet_on_meta, resolution_of
 
 __all__ = [
     "EMBEDDED",
@@ -11,7 +11,6 @@ __all__ = [
     "KNOWN",
     "LoraWeights",
     "PipelineShape",
-    "TokenizerShape",
     "as_lora",
     "load_pipeline",
     "load_pipeline_of",

@@ -24,10 +24,7 @@ KNOWN = {  # short names of hub models whose denoisers' configs ship with prunek
     "qwen-image": "Qwen/Qwen-Image",
     "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 }
-TEXT_TOKENS = {  # of a known model's text, where it is not CLIP's 77
-    **dict.fromkeys(("sd-3-medium", "sd-3.5-medium", "sd-3.5-large"), 333),  # CLIP's 77 and 256 of T5
-    **{"flux.1-dev": 512, "flux.1-schnell": 256, "qwen-image": 512, "pixart-sigma": 300},
-}
+TEXT_TOKENS = {"flux.1-schnell": 256}  # of a known model's text, where it has less than its family's most
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
 PIPELINES = {  # classes, and which part is the denoiser
     **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), "unet"),

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import ModelMixin
 
 from prunekit.core.denoiser import Denoiser
-from prunekit.core.registry import denoiser_in, denoiser_named, latent_size, supported
+from prunekit.core.registry import TOKENIZERS, denoiser_in, denoiser_named, family_of, latent_size, supported
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
     DENOISERS,
@@ -24,14 +24,7 @@ from prunekit.runtime.errors import UserError
 
 MOST = 2**20  # of a tokenizer's length
 MOST_LEVELS = 10  # of an autoencoder; Stable Diffusion has 4
-STABLE_DIFFUSION_SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position, text tokens
-
-
-@dataclass(frozen=True)
-class TokenizerShape:
-    """What counting needs of a tokenizer."""
-
-    model_max_length: int
+SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position; of CLIP: tokens of a text
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class PipelineShape:
     name: str
     denoiser: ModelMixin
     vae_scale_factor: int  # pixels per latent position
-    tokenizer: TokenizerShape
+    text_length: int  # tokens
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -104,17 +97,23 @@ def load_shape(name: str | Path, single_file_config: str | Path | None = None) -
     """
     source = _configured(name, single_file_config)
     directory = local_path(source)
-    scale, tokens = STABLE_DIFFUSION_SCALE, TEXT_TOKENS.get(short_name(source) or "", CLIP_TOKENS)
+    scale, lengths, denoiser = SCALE, {}, _unet(name, source)
     if directory is not None:
         autoencoder = directory / "vae" / "config.json"
         if autoencoder.is_file():
             scale = _scale(autoencoder)
-        tokenizer = directory / "tokenizer" / "tokenizer_config.json"
-        if tokenizer.is_file():
-            tokens = read_object(tokenizer).get("model_max_length", tokens)
-            if type(tokens) is not int or not 1 <= tokens <= MOST:
-                raise UserError(f"{tokenizer}: model_max_length={tokens!r} is no integer from 1 to {MOST}")
-    return PipelineShape(str(name), _unet(name, source), scale, TokenizerShape(tokens))
+        files = {part: directory / part / "tokenizer_config.json" for part in TOKENIZERS}
+        lengths = {part: _most_tokens(path) for part, path in files.items() if path.is_file()}
+    known = TEXT_TOKENS.get(short_name(source) or "")
+    return PipelineShape(str(name), denoiser, scale, known or family_of(denoiser).text_length(lengths))
+
+
+def _most_tokens(tokenizer: Path) -> int:
+    """Return the most tokens of a text by a tokenizer's config; what it does not say is CLIP's number."""
+    tokens = read_object(tokenizer).get("model_max_length", CLIP_TOKENS)
+    if type(tokens) is not int or tokens < 1:
+        raise UserError(f"{tokenizer}: model_max_length={tokens!r} is no positive integer")
+    return min(tokens, MOST)
 
 
 def _scale(autoencoder: Path) -> int:

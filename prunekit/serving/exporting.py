@@ -1,4 +1,4 @@
-"""`prunekit export`: a run, a pipeline or a UNet in the tier that fits, checked in a fresh process beforehand."""
+"""`prunekit export`: a run, a pipeline or a denoiser in the tier that fits, checked in a fresh process beforehand."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from diffusers import ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
+from prunekit.core.registry import part_of
 from prunekit.core.timesteps import TimestepModel, saved_parts
 from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
-from prunekit.export.inputs import MOST_TOKENS
-from prunekit.export.model_folder import load_unet
+from prunekit.export.inputs import MOST_TOKENS, Inputs
+from prunekit.export.model_folder import load_denoiser
 from prunekit.export.pipeline_parts import save_pipeline
-from prunekit.export.tiers import GRAPHS, check_tier, save_unet
+from prunekit.export.tiers import GRAPHS, check_tier, save_denoiser
 from prunekit.export.verification import Claim, Expected, claims_of, verify
 from prunekit.models.hub import INDEX
+from prunekit.models.names import DENOISERS
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, staged
 from prunekit.runtime.run_directory import RECIPE, RESULTS
@@ -33,7 +35,7 @@ GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
 
 @dataclass
 class Exported:
-    """directory: where it is. tiers: of each UNet. checked: how each was opened, and what it differed by."""
+    """directory: where it is. tiers: of each denoiser. checked: how each was opened, and what it differed by."""
 
     directory: Path
     tiers: list[str]
@@ -50,26 +52,26 @@ class _Work:
     rows: list[dict[str, Any]] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
-    def save(self, unet: ModelMixin, folder: Path, what: str) -> None:
-        """Save a UNet, which reports call `what`, to a folder of its own; or each slice of one."""
-        if isinstance(unet, TimestepModel):
-            for index, (part, place) in enumerate(saved_parts(unet, folder)):
+    def save(self, model: ModelMixin, folder: Path, what: str) -> None:
+        """Save a denoiser, which reports call `what`, to a folder of its own; or each slice of one."""
+        if isinstance(model, TimestepModel):
+            for index, (part, place) in enumerate(saved_parts(model, folder)):
                 self.save(part, place, f"{what}, slice {index}")
             return
         graph = self.tier in GRAPHS
         if graph:
-            specification = save_graph(unet, folder, self.tier, self.batch, self.text_length)
+            specification = save_graph(model, folder, self.tier, self.batch, self.text_length)
         else:
-            specification = save_unet(unet, folder, self.tier)
-        self.saved(unet, folder, what, specification)
+            specification = save_denoiser(model, folder, self.tier)
+        self.saved(model, folder, what, specification)
 
-    def saved(self, unet: ModelMixin, folder: Path, what: str, specification: Mapping[str, Any]) -> Expected:
-        """Take note of a UNet that is saved; return what it gives in memory."""
+    def saved(self, model: ModelMixin, folder: Path, what: str, specification: Mapping[str, Any]) -> Expected:
+        """Take note of a denoiser that is saved; return what it gives in memory."""
         tier = specification["tier"]
         batches = (self.batch,) if self.batch else GRAPH_BATCHES
-        expected = Expected.of(unet, self.text_length, batches if tier in GRAPHS else (2,))
+        expected = Expected.of(model, self.text_length, batches if tier in GRAPHS else (2,))
         self.claims += claims_of(tier, folder, what, expected)
-        cost = CostModel(unet, discover(unet, "none"), text_length=self.text_length)
+        cost = CostModel(model, discover(model, "none"), text_length=self.text_length)
         self.rows.append({"tier": tier, "macs": cost.dense_macs, "params": cost.dense_params})
         return expected
 
@@ -82,10 +84,10 @@ def export(
     expert: int | None = None,
     batch: int | None = None,
 ) -> Exported:
-    """Export what a run made, a pipeline's directory or a UNet's folder; return where it is and what was checked.
+    """Export what a run made, a pipeline's directory or a denoiser's folder; return where it is and what was checked.
 
     Args:
-        source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a UNet's folder.
+        source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a denoiser's folder.
         directory: new or empty; it appears once every check is passed, with a model card.
         tier: "stock", "class", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
         method: of a run; by default the one that routes, else the first by name.
@@ -105,13 +107,13 @@ def export(
     if batch is not None and (tier not in GRAPHS or batch < 1):
         raise UserError(f"batch={batch} is for the tiers {' and '.join(GRAPHS)}, and at least 1")
     if (source / "config.json").is_file() and not any((source / name).is_file() for name in (RECIPE, ROUTED, INDEX)):
-        return _export_unet(source, directory, _Work(tier, batch, MOST_TOKENS))
+        return _export_denoiser(source, directory, _Work(tier, batch, MOST_TOKENS))
     pipeline = PromptRoutedPipeline.from_pretrained(source, method, device="cpu", max_resident=1)
-    work = _Work(tier, batch, pipeline.tokenizer.model_max_length)
+    work = _Work(tier, batch, pipeline.text_length)
     table = _table(source)
     if expert is not None or pipeline.num_experts == 1:
-        with pipeline.mixture.experts.use(expert or 0) as unet:
-            is_sliced = isinstance(unet, TimestepModel)
+        with pipeline.mixture.experts.use(expert or 0) as model:
+            is_sliced = isinstance(model, TimestepModel)
         if is_sliced and expert is not None:
             raise UserError(f"expert={expert} is several slices, one for each bin of timesteps: export all experts")
         if is_sliced:  # no stock class selects by timestep
@@ -120,26 +122,28 @@ def export(
     return _export_all(pipeline, directory, work, table)
 
 
-def _export_unet(source: Path, directory: Path, work: _Work) -> Exported:
-    unet = load_unet(source, torch.float32)
+def _export_denoiser(source: Path, directory: Path, work: _Work) -> Exported:
+    model = load_denoiser(source, torch.float32)
     with staged(directory) as folder:
-        work.save(unet, folder, "UNet")
-        return _finish(folder, directory, work, "graph" if work.tier in GRAPHS else "unet", {}, ())
+        work.save(model, folder, DENOISERS[part_of(model)])
+        return _finish(folder, directory, work, "graph" if work.tier in GRAPHS else "denoiser", part_of(model), {}, ())
 
 
 def _export_one(
     pipeline: PromptRoutedPipeline, index: int, directory: Path, work: _Work, table: Sequence[Mapping[str, Any]]
 ) -> Exported:
-    with staged(directory) as folder, pipeline.mixture.experts.use(index) as unet:
+    with staged(directory) as folder, pipeline.mixture.experts.use(index) as model:
+        part = pipeline.parts.denoiser
+        what = DENOISERS[part]
         if work.tier in GRAPHS:
-            work.save(unet, folder, "UNet")
+            work.save(model, folder, what)
             use = "graph"
         else:
-            specification = save_pipeline(pipeline.parts, unet, folder, work.tier)
-            expected = work.saved(unet, folder / "unet", "UNet", specification)
+            specification = save_pipeline(pipeline.parts, model, folder, work.tier)
+            expected = work.saved(model, folder / part, what, specification)
             work.claims.append(Claim("pipeline", "pipeline", folder, expected, with_prunekit=False))
             use = specification["tier"]
-        return _finish(folder, directory, work, use, pipeline.mixture.info, table)
+        return _finish(folder, directory, work, use, pipeline.parts.denoiser, pipeline.mixture.info, table)
 
 
 def _export_all(
@@ -147,21 +151,21 @@ def _export_all(
 ) -> Exported:
     with staged(directory) as folder:
         for index in range(pipeline.num_experts):
-            with pipeline.mixture.experts.use(index) as unet:
-                work.save(unet, folder / "experts" / str(index), f"expert {index}")
-            del unet  # or it would stay in memory while the next one is loaded
+            with pipeline.mixture.experts.use(index) as model:
+                work.save(model, folder / "experts" / str(index), f"expert {index}")
+            del model  # or it would stay in memory while the next one is loaded
         if work.tier not in GRAPHS:
             write_shared(pipeline.parts, pipeline.mixture, folder)
             work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
         use = "graph" if work.tier in GRAPHS else "routed"
-        return _finish(folder, directory, work, use, pipeline.mixture.info, table)
+        return _finish(folder, directory, work, use, pipeline.parts.denoiser, pipeline.mixture.info, table)
 
 
 def _routes(pipeline: PromptRoutedPipeline) -> Expected:
     """Return prompts, as bytes of their text, and one more than their experts, so that no expectation is zero."""
     prompts = ["", *shipped_prompts("aptp-coco")]
     text = torch.frombuffer(bytearray("\n".join(prompts).encode()), dtype=torch.uint8)
-    return Expected([({"prompts": text}, pipeline.route(prompts).double() + 1)])
+    return Expected([(Inputs({"prompts": text}, {}, {}, frozenset()), pipeline.route(prompts).double() + 1)])
 
 
 def _finish(
@@ -169,12 +173,13 @@ def _finish(
     directory: Path,
     work: _Work,
     use: str,
+    part: str,
     info: Mapping[str, Any],
     table: Sequence[Mapping[str, Any]],
 ) -> Exported:
     """Check everything, and write the card."""
     checked = verify(work.claims)
-    card = model_card(use, directory.name, info, work.rows, checked, table)
+    card = model_card(use, directory.name, info, work.rows, checked, table, part)
     (folder / CARD).write_text(card, encoding="utf-8")
     return Exported(directory, [row["tier"] for row in work.rows], checked)
 

@@ -1,4 +1,4 @@
-"""PromptRoutedPipeline: a text-to-image pipeline whose UNet is, prompt by prompt, the one that the router chooses."""
+"""PromptRoutedPipeline: a pipeline whose denoiser is, prompt by prompt, the one that the router chooses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import family_of, latent_size
+from prunekit.core.registry import family_of, latent_size, text_length
 from prunekit.core.timesteps import TimestepModel
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.export.pipeline_parts import Parts
@@ -29,14 +29,15 @@ from prunekit.serving.requests import Image, check_options, images_of
 from prunekit.serving.routed_directory import load, save
 
 DEFAULT_STEPS = 25
-PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
+OPTIONAL = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")  # parts that some pipelines have
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", *OPTIONAL)
 
 
 @dataclass
 class RoutedOutput(BaseOutput):
     """images: as the stock pipeline gives them, in the order asked for. The rest has one entry an image.
 
-    experts: who drew it. macs: what its UNet calls took, both halves of guidance counted. seeds: of its noise.
+    experts: who drew it. macs: what its denoiser calls took, both halves of guidance counted. seeds: of its noise.
     """
 
     images: Any
@@ -46,14 +47,14 @@ class RoutedOutput(BaseOutput):
 
 
 class PromptRoutedPipeline(DiffusionPipeline):
-    """A base pipeline whose UNet is, prompt by prompt, the expert that the router chooses.
+    """A base pipeline whose denoiser is, prompt by prompt, the expert that the router chooses.
 
-    Called as Stable Diffusion's pipelines are. Prompts of one expert run together, `batch_size` of them in one call of
+    Called as the base pipeline is. Prompts of one expert run together, `batch_size` of them in one call of
     the stock pipeline; images come back in the order asked for, each from its own noise. Any diffusers scheduler may
     be put on `.scheduler`. Many threads may call one pipeline. Made by `from_pretrained` or `from_experts`.
     """
 
-    _optional_components = ["text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (as diffusers has it)
+    _optional_components = list(OPTIONAL)  # noqa: RUF012 (as diffusers has it)
 
     def __init__(
         self,
@@ -63,6 +64,8 @@ class PromptRoutedPipeline(DiffusionPipeline):
         scheduler: Any,
         text_encoder_2: Any = None,
         tokenizer_2: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
         parts: Parts | None = None,
         mixture: Mixture | None = None,
     ):
@@ -76,6 +79,8 @@ class PromptRoutedPipeline(DiffusionPipeline):
             scheduler=scheduler,
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
         )
         self.parts, self.mixture = parts, mixture
         self._texts = threading.Lock()  # tokenizers are not made for threads
@@ -97,20 +102,20 @@ class PromptRoutedPipeline(DiffusionPipeline):
         prompt_encoder: PromptEncoder | str | Path = EMBEDDED,
         guidance: float = DEFAULT_GUIDANCE,
     ) -> PromptRoutedPipeline:
-        """Serve UNets that are in memory, in place of a pipeline's own, whose other parts are shared.
+        """Serve denoisers that are in memory, in place of a pipeline's own, whose other parts are shared.
 
-        experts: UNets; they are put into evaluation mode and frozen, and move where the pipeline moves.
+        experts: denoisers; they are put into evaluation mode and frozen, and move where the pipeline moves.
         router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None where there is one.
         guidance: where a call asks for none. Raises ValueError for a router of another number of experts.
         """
         if (1 if router is None else router.num_experts) != len(experts):
             known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
             raise UserError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
-        unets = [model.eval().requires_grad_(False) for model in experts]
+        models = [model.eval().requires_grad_(False) for model in experts]
         held = Experts(
-            lambda index, device, dtype: unets[index].to(device=device, dtype=dtype),
-            lambda index: unets[index].num_parameters(),
-            len(unets),
+            lambda index, device, dtype: models[index].to(device=device, dtype=dtype),
+            lambda index: models[index].num_parameters(),
+            len(models),
             pipeline.device,
             pipeline.dtype,
         )
@@ -150,6 +155,12 @@ class PromptRoutedPipeline(DiffusionPipeline):
         tier: of the experts, as `prunekit export` has it.
         """
         save(self.parts, self.mixture, Path(save_directory), tier)
+
+    @property
+    def text_length(self) -> int:
+        """The tokens of a prompt as the denoiser takes it."""
+        with self.mixture.experts.use(0) as model:
+            return text_length(self._base(model))
 
     @property
     def num_experts(self) -> int:
@@ -244,12 +255,14 @@ class PromptRoutedPipeline(DiffusionPipeline):
         """Draw one batch by one expert; return each row's image and the MACs of its UNet calls."""
         base = self._base(model)
         base.image_indices = list(rows)
-        guided = options["guidance_scale"] > 1
+        family, guidance = family_of(base), options["guidance_scale"]
+        texts = family.texts(guidance, options)
         scale, sides = base.vae_scale_factor, latent_size(model)
         height, width = options["height"] or sides[0] * scale, options["width"] or sides[1] * scale
         with self._texts:
-            given = _encoded(base, images, guided, options.get("clip_skip"))
-        options = {**options, "height": height, "width": width}
+            given = _encoded(base, images, texts > 1, options.get("clip_skip"))
+        options = {key: value for key, value in options.items() if key != "guidance_scale"}
+        options |= {**family.call_options(base, guidance), "height": height, "width": width}
         with self._decoding():
             drawn = base(**given, **options, generator=[image.noise() for image in images]).images
         size = (height // scale, width // scale)
@@ -258,7 +271,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
             calls = sum(self._call_macs((expert, index), model.slices[index], size) for index in bins)
         else:
             calls = self._call_macs((expert, 0), model, size) * base.num_timesteps
-        macs = calls * (1 + guided)
+        macs = calls * texts
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 
     def _base(self, model: ModelMixin) -> DiffusionPipeline:
@@ -277,10 +290,10 @@ class PromptRoutedPipeline(DiffusionPipeline):
             yield
 
     def _call_macs(self, slot: tuple[int, int], model: ModelMixin, size: tuple[int, int]) -> int:
-        """Exact MACs of one UNet call for one image at a latent of (h, w); slot: expert, and bin of timesteps."""
+        """Exact MACs of one denoiser call for one image at a latent of (h, w); slot: expert, and bin of timesteps."""
         if (slot, size) not in self._macs:
-            length = self.tokenizer.model_max_length
-            self._macs[slot, size] = CostModel(model, discover(model, "none"), size, length).dense_macs
+            cost = CostModel(model, discover(model, "none"), size, text_length(self._base(model)))
+            self._macs[slot, size] = cost.dense_macs
         return self._macs[slot, size]
 
 
@@ -292,7 +305,8 @@ def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_sk
     negatives = [image.negative_prompt for image in images]
     negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]
     texts = [image.prompt for image in images]
-    return family_of(base).embeddings(base, texts, negative, guided, clip_skip=clip_skip)
+    skipped = {} if clip_skip is None else {"clip_skip": clip_skip}
+    return family_of(base).embeddings(base, texts, negative, guided, **skipped)
 
 
 def _joined(images: list[Any]) -> Any:

@@ -17,6 +17,8 @@ PER_PROMPT = (  # arguments of the stock pipelines that would have to be cut to 
     "latents",
     "prompt_2",
     "negative_prompt_2",
+    "prompt_3",
+    "negative_prompt_3",
     "prompt_embeds",
     "negative_prompt_embeds",
     "pooled_prompt_embeds",

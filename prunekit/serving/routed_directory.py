@@ -1,12 +1,13 @@
 """A PromptRoutedPipeline as one directory, and what it is made of: read from a run, from such a directory, or from any
 diffusers directory.
 
-    model_index.json  vae/ text_encoder/ tokenizer/ scheduler/ …   a diffusers pipeline without its UNet
-    experts/0/ 1/ …                                               UNets, each in its own tier
+    model_index.json  vae/ text_encoder/ tokenizer/ scheduler/ …   a diffusers pipeline without its denoiser
+    experts/0/ 1/ …                                               denoisers, each in its own tier
     router.safetensors  prompt_encoder/                           which expert a prompt goes to
     routed.json                                                   what belongs together
 
-Without prunekit, diffusers opens it with one expert: `DiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`.
+Without prunekit, diffusers opens it with one expert, put in by the name of the pipeline's denoiser:
+`DiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from diffusers import ModelMixin
 
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import load_prompt_encoder
-from prunekit.export.model_folder import load_unet, num_weights
+from prunekit.export.model_folder import load_denoiser, num_weights
 from prunekit.export.pipeline_parts import Parts
 from prunekit.export.tiers import save_expert
 from prunekit.methods.result import PruneResult
@@ -54,8 +55,8 @@ def load(
     elif (directory / ROUTED).is_file():
         parts, mixture = _from_routed(directory, place, dtype, bounds)
     elif (directory / INDEX).is_file():
-        experts = _experts(lambda index: directory / "unet", 1, place, dtype, bounds)
-        parts, mixture = Parts.load(directory, dtype), Mixture(experts)
+        parts = Parts.load(directory, dtype)
+        mixture = Mixture(_experts(lambda index: directory / parts.denoiser, 1, place, dtype, bounds))
     else:
         raise FileNotFoundError(
             f"{directory} is no run directory and no pipeline: it holds none of {RECIPE}, {ROUTED} and {INDEX}"
@@ -80,10 +81,10 @@ def _from_run(
     parts = Parts.of(load_pipeline_of(settings, dtype))
 
     def place_of(index: int) -> Path:
-        unet = folder / "experts" / str(index) / "unet"
-        if not unet.is_dir():
-            raise FileNotFoundError(f"expert {index} of {method} is not there yet ({unet}); resume the run")
-        return unet
+        expert = folder / "experts" / str(index) / parts.denoiser
+        if not expert.is_dir():
+            raise FileNotFoundError(f"expert {index} of {method} is not there yet ({expert}); resume the run")
+        return expert
 
     experts = _experts(place_of, result.num_experts, device, dtype, bounds)
     encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
@@ -129,7 +130,7 @@ def _experts(
     bounds: Mapping[str, int | None],
 ) -> Experts:
     def read(index: int, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-        return load_unet(place_of(index), dtype, device)
+        return load_denoiser(place_of(index), dtype, device)
 
     return Experts(read, lambda index: num_weights(place_of(index)), count, device, dtype, **bounds)
 
@@ -141,12 +142,12 @@ def save(parts: Parts, mixture: Mixture, directory: Path, tier: str = "auto") ->
 
 
 def write(parts: Parts, mixture: Mixture, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
-    """Write a mixture and its pipeline's parts into an existing folder; return the specifications of its UNets."""
+    """Write a mixture and its pipeline's parts into an existing folder; return the specifications of its experts."""
     specifications = []
     for index in range(mixture.experts.num_experts):
-        with mixture.experts.use(index) as unet:
-            specifications += save_expert(unet, folder / "experts" / str(index), tier)
-        del unet  # or it would stay in memory while the next one is loaded
+        with mixture.experts.use(index) as model:
+            specifications += save_expert(model, folder / "experts" / str(index), tier)
+        del model  # or it would stay in memory while the next one is loaded
     write_shared(parts, mixture, folder)
     return specifications
 

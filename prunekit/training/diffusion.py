@@ -89,7 +89,9 @@ class PlainAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
     """Return softmax(query·keyᵀ/√d + mask)·value; what `options` asks for beside is left to torch.
 
     query: (…, n, d). key: (…, m, d). value: (…, m, e). attn_mask: what is added to the products, or false where a key

@@ -140,7 +140,7 @@ def in_small(words: list[str]) -> list[str]:
     if command == "check":
         return [*words, *SMALL, "data.path=emoji"]
     if command == "compare" and recipe:
-        fewer = ["budgets=[{budget: 0.7, seeds: [0], methods: [norm, aptp]}]", "data.path=emoji"]
+        fewer = ["budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]", "data.path=emoji"]
         return [*words, *SMALL, *FEWER, *fewer, "--output", f"runs/{load_recipe(recipe).name}"]
     if command == "evaluate":
         protocol = words[words.index("--protocol") + 1] if "--protocol" in words else "emoji"

@@ -13,7 +13,7 @@ from unets import MORE_SHAPES, build, inputs
 from prunekit.core.call import Call, predict
 from prunekit.core.registry import denoiser_in, denoiser_of, is_denoiser
 from prunekit.core.slicing import slice_model
-from prunekit.core.timesteps import TimestepBins, TimestepModel, load_denoiser, sampled_timesteps
+from prunekit.core.timesteps import TimestepBins, TimestepModel, read_denoiser, sampled_timesteps
 from prunekit.methods import Random
 from prunekit.runtime.errors import UserError
 
@@ -90,14 +90,14 @@ def test_it_is_described_by_its_slices_and_holds_no_weights_of_its_own():
 def test_saved_and_loaded_it_gives_the_same(tmp_path):
     _, model = model_of("sd2")
     model.save_pretrained(tmp_path)
-    again = load_denoiser(tmp_path).eval()
+    again = read_denoiser(tmp_path).eval()
     assert again.bins == BINS
     call = Call({**inputs(model.slices[0], 3, 8), "timestep": torch.tensor([900, 10, 400])})
     with torch.no_grad():
         assert torch.equal(predict(model, call), predict(again, call))
     (tmp_path / "config.json").write_text('{"_class_name": "TimestepModel", "format": 9, "bounds": [1]}')
     with pytest.raises(UserError, match="format 9"):
-        load_denoiser(tmp_path)
+        read_denoiser(tmp_path)
 
 
 def test_another_number_of_slices_is_refused():

@@ -1,6 +1,6 @@
 """Random damage to data: shards, pictures and tables load, or are refused in one line, and nothing else is written.
 
-`PRUNEKIT_FUZZ=10 pytest tests/data/test_fuzz_data.py` tries 300 files of each of 18 kinds.
+`PRUNEKIT_FUZZ=30 pytest tests/data/test_fuzz_data.py` tries 300 files of each of 18 kinds.
 """
 
 import json
@@ -26,7 +26,7 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.data.picture_files import decode, fault
 from prunekit.runtime.errors import UserError
 
-EXAMPLES = 30  # of each kind
+EXAMPLES = 10  # of each kind
 pytestmark = [TIMEOUT, pytest.mark.filterwarnings("ignore")]  # Pillow's, about the damage
 
 TOKENS = (  # bytes that parsers stumble over

@@ -2,25 +2,15 @@
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    PixArtAlphaPipeline,
-    QwenImagePipeline,
-    StableDiffusion3Pipeline,
-)
-from small_transformers import build, randomise
-from transformers import T5Config, T5EncoderModel
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from small_transformer_pipelines import make
 from unets import relative_error
 
 from prunekit.core.call import predict
 from prunekit.core.registry import denoiser_of, process_of
 from prunekit.denoisers.flow_matching import FlowMatching
 from prunekit.embedded.sd3_training import AsManyTokens
-from prunekit.models import emoji_sd3, load_pipeline
+from prunekit.models import load_pipeline
 
 TEXTS = ["red apple", "a blue house"]
 
@@ -28,86 +18,6 @@ TEXTS = ["red apple", "a blue house"]
 @pytest.fixture(scope="module")
 def base():
     return load_pipeline("emoji")
-
-
-def small_t5(width):
-    torch.manual_seed(1)
-    config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    return T5EncoderModel(config).eval(), emoji_sd3.stand_in(width)[1]
-
-
-def small_autoencoder(channels=4, shift=0.25):
-    torch.manual_seed(2)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-        shift_factor=shift,
-    ).eval()
-
-
-@torch.no_grad()
-def make(name, base):
-    """A stock pipeline around a small transformer, and arguments of its call."""
-    transformer = build(name)
-    if name == "sd35":
-        transformer = emoji_sd3.build_transformer(emoji_sd3.EmojiSD3Config(layers=2), emoji_sd3.BaseShape.of(base))
-        randomise(transformer)
-        for parameter in transformer.parameters():
-            if not parameter.any():  # the matrices that start at zero, with which nothing reaches the output
-                torch.nn.init.normal_(parameter, std=0.1)
-        return emoji_sd3.assemble(base, transformer, 2.0), {"guidance_scale": 3.0, "max_sequence_length": 1}
-    if name == "flux":
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        encoder, tokenizer = small_t5(32)
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                **{
-                    **base.text_encoder.config.to_dict(),
-                    "hidden_size": 24,
-                    "num_attention_heads": 2,
-                    "projection_dim": 24,
-                }
-            )
-        ).eval()
-        pipeline = FluxPipeline(
-            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            small_autoencoder(),
-            clip,
-            base.tokenizer,
-            encoder,
-            tokenizer,
-            transformer,
-        )
-        return pipeline, {"guidance_scale": 3.5, "height": 32, "width": 16}
-    if name == "pixart":
-        encoder, tokenizer = small_t5(32)
-        transformer = build(name, sample_size=128)  # by which the pipeline tells the size
-        pipeline = PixArtAlphaPipeline(
-            tokenizer, encoder, small_autoencoder(shift=None), transformer, DPMSolverMultistepScheduler()
-        )
-        return pipeline, {"guidance_scale": 3.0, "height": 32, "width": 16, "use_resolution_binning": False}
-    torch.manual_seed(2)
-    autoencoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 2.0, 1.0],
-    ).eval()
-    pipeline = QwenImagePipeline(
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), autoencoder, None, None, transformer
-    )
-    generator = torch.Generator().manual_seed(3)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    embeds = {"prompt_embeds": torch.randn(2, 5, 32, generator=generator), "prompt_embeds_mask": mask}
-    return pipeline, {**embeds, "true_cfg_scale": 1.0, "height": 16, "width": 8}
 
 
 def calls_of(pipeline, texts, options):

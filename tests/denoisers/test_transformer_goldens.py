@@ -29,7 +29,7 @@ def test_a_published_models_cost(name):
     tokens, params, macs = GOLDENS[name]
     shape = load_shape(name)
     model = denoiser_in(shape)
-    assert shape.tokenizer.model_max_length == tokens and shape.resolution == (1024, 1024)
+    assert shape.text_length == tokens and shape.resolution == (1024, 1024)
     cost = pk.CostModel(model, pk.discover(model, "all"), text_length=tokens)
     assert cost.dense_params == params == sum(parameter.numel() for parameter in model.parameters())
     call = denoiser_of(model).example(model, 1, (128, 128), tokens, zeros("meta"))

@@ -24,7 +24,7 @@ from unets import SHAPES, build, inputs, relative_error
 from prunekit import PromptRoutedPipeline, PrunedUNet2DConditionModel, discover, slice_unet
 from prunekit.cli import app
 from prunekit.core import cutting
-from prunekit.export import load_pipeline_directory, load_unet, save_unet
+from prunekit.export import load_denoiser, load_pipeline_directory, save_denoiser
 from prunekit.export.bundle import bundle
 from prunekit.export.card import model_card, push_to_hub
 from prunekit.export.graphs import save_graph
@@ -68,7 +68,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def class_module(tmp_path_factory):
     """The class file as a module of its own."""
-    path = write_class_file(tmp_path_factory.mktemp("class"))
+    path = write_class_file(PrunedUNet2DConditionModel, tmp_path_factory.mktemp("class"))
     spec = importlib.util.spec_from_file_location("modeling_pruned_of_a_test", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up
@@ -105,7 +105,11 @@ def test_the_class_file_is_the_package(class_module, shape):
 
 
 def test_the_class_file_needs_torch_and_diffusers_alone():
-    lines = [line for line in class_file_source().splitlines() if line.startswith(("import ", "from "))]
+    lines = [
+        line
+        for line in class_file_source(PrunedUNet2DConditionModel).splitlines()
+        if line.startswith(("import ", "from "))
+    ]
     packages = {line.split()[1].split(".")[0] for line in lines}
     assert packages - sys.stdlib_module_names == {"torch", "diffusers"}
     for line in lines:  # diffusers takes lines of this form for relative imports of other files
@@ -113,7 +117,7 @@ def test_the_class_file_needs_torch_and_diffusers_alone():
 
 
 def test_a_bundle_follows_names_through_modules():
-    source = bundle("prunekit.runtime.randomness", "epoch_indices", {}, "Random indices.")
+    source = bundle([("prunekit.runtime.randomness", "epoch_indices")], {}, "Random indices.")
     names = {}
     exec(compile(source, "bundle", "exec"), names)
     assert names["epoch_indices"](5, 3, 0, 1).shape == (3,) and source.startswith('"""Random indices."""')
@@ -189,12 +193,12 @@ def test_graphs(tmp_path, tier, batch, shape):
             pytest.importorskip(name)
     unet = build(shape)
     space = discover(unet, "all")
-    save_unet(slice_unet(unet, space.random(0.3, 1)), tmp_path / "unet")
+    save_denoiser(slice_unet(unet, space.random(0.3, 1)), tmp_path / "unet")
     done = export(tmp_path / "unet", tmp_path / "graph", tier, batch=batch)
     assert done.checked[0]["relative_error"] <= (1e-3 if tier == "onnx" else 1e-5)
     check_rights(tmp_path / "graph")
     specification = read_json(tmp_path / "graph" / "specification.json")[KEY]
-    assert specification["architecture"] == load_unet(tmp_path / "unet").config["pruning"]
+    assert specification["architecture"] == load_denoiser(tmp_path / "unet").config["pruning"]
     assert specification["inputs"]["sample"][0] == (batch or "batch")
     if tier == "onnx":
         import onnxruntime
@@ -205,7 +209,7 @@ def test_graphs(tmp_path, tier, batch, shape):
 
 def test_the_header_says_what_the_weights_are(tmp_path):
     unet = pruned()
-    specification = save_unet(unet, tmp_path / "class")
+    specification = save_denoiser(unet, tmp_path / "class")
     with safe_open(tmp_path / "class" / WEIGHTS, "pt") as file:
         header = json.loads(file.metadata()[KEY])
     assert header["architecture"] == unet.config["pruning"] and header["tier"] == "class"
@@ -213,21 +217,22 @@ def test_the_header_says_what_the_weights_are(tmp_path):
     assert {**header, "weights": {WEIGHTS: header["weights"]}} == specification
     dense = build("sd1")
     stock = slice_unet(dense, BKSDM(variant="small").architecture(dense))
-    assert save_unet(stock, tmp_path / "stock")["architecture"]["removed"]
+    assert save_denoiser(stock, tmp_path / "stock")["architecture"]["removed"]
     assert "pruning" not in read_json(tmp_path / "stock" / CONFIG)
-    assert relative_error(load_unet(tmp_path / "stock")(**inputs(dense)).sample, stock(**inputs(dense)).sample) <= 1e-5
+    again = load_denoiser(tmp_path / "stock")
+    assert relative_error(again(**inputs(dense)).sample, stock(**inputs(dense)).sample) <= 1e-5
     with pytest.raises(ValueError, match="use tier class"):
-        save_unet(unet, tmp_path / "no", "stock")
+        save_denoiser(unet, tmp_path / "no", "stock")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_folder_gives_the_same_bits_whoever_wrote_it(tmp_path, shape):
     unet = pruned(shape)
     unet.save_pretrained(tmp_path / "diffusers")
-    save_unet(unet, tmp_path / "ours")
-    outputs = [load_unet(tmp_path / name, verify=True)(**inputs(unet)).sample for name in ("diffusers", "ours")]
+    save_denoiser(unet, tmp_path / "ours")
+    outputs = [load_denoiser(tmp_path / name, verify=True)(**inputs(unet)).sample for name in ("diffusers", "ours")]
     assert torch.equal(*outputs) and torch.equal(outputs[0], unet(**inputs(unet)).sample)
-    half = load_unet(tmp_path / "ours", torch.float16)
+    half = load_denoiser(tmp_path / "ours", torch.float16)
     assert half.dtype == torch.float16 and not any(parameter.requires_grad for parameter in half.parameters())
 
 
@@ -251,7 +256,7 @@ def _other_architecture(folder):
 
 
 def _other_unet(folder):
-    save_unet(pruned("sd1"), folder.parent / "other")
+    save_denoiser(pruned("sd1"), folder.parent / "other")
     (folder / WEIGHTS).write_bytes((folder.parent / "other" / WEIGHTS).read_bytes())
 
 
@@ -284,7 +289,7 @@ def _newer_header(folder):
         (_disguised, "no readable safetensors file"),
         (_other_architecture, "not the one that its weights were cut to"),
         (_other_unet, "was cut|were cut|was changed|do not belong"),
-        (_without_header, "do not belong to its config's UNet"),
+        (_without_header, "do not belong to its config's model"),
         (_config(lambda config: config["pruning"].update(format=3)), "reads formats 1 and 2"),
         (_config(lambda config: config["pruning"].update(more=1)), "unknown keys"),
         (_config(lambda config: config["pruning"]["removed"].append("up_blocks.9")), "not a layer that can be removed"),
@@ -292,16 +297,16 @@ def _newer_header(folder):
         (_config(lambda config: config.update(_class_name="FluxTransformer2DModel")), "not supported"),
         (_newer_header, "has a specification of format 2"),
         (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read"),
-        (lambda folder: (folder / CONFIG).unlink(), "no UNet's folder"),
+        (lambda folder: (folder / CONFIG).unlink(), "no UNet's or transformer's folder"),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
     ],
 )
 def test_a_faulty_folder_is_refused_in_one_line(tmp_path, damage, expected):
     folder = tmp_path / "unet"
-    save_unet(pruned(), folder)
+    save_denoiser(pruned(), folder)
     damage(folder)
     with pytest.raises(ValueError, match=expected) as error:
-        load_unet(folder)
+        load_denoiser(folder)
     assert "\n" not in str(error.value)
     result = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "out")])
     if (folder / CONFIG).exists():
@@ -310,23 +315,23 @@ def test_a_faulty_folder_is_refused_in_one_line(tmp_path, damage, expected):
 
 
 def test_changed_weights_are_noticed_where_it_is_asked_for(tmp_path):
-    save_unet(pruned(), tmp_path / "unet")
+    save_denoiser(pruned(), tmp_path / "unet")
     path = tmp_path / "unet" / WEIGHTS
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
     tensors["conv_in.bias"] += 1
     save_file(tensors, path, metadata)
-    load_unet(tmp_path / "unet")
+    load_denoiser(tmp_path / "unet")
     with pytest.raises(ValueError, match="their hash differs"):
-        load_unet(tmp_path / "unet", verify=True)
+        load_denoiser(tmp_path / "unet", verify=True)
 
 
 def test_a_failed_check_leaves_nothing_behind(tmp_path):
     unet = pruned()
     with torch.no_grad():
         unet.conv_out.bias.fill_(float("nan"))
-    save_unet(unet, tmp_path / "unet")
+    save_denoiser(unet, tmp_path / "unet")
     with pytest.raises(ValueError, match="differs from the model in memory by inf"):
         export(tmp_path / "unet", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
@@ -336,7 +341,7 @@ def torch_graph(unet, folder):
     save_graph(unet, folder, "torch", 1, 7)
 
 
-@pytest.mark.parametrize("write", [save_unet, pytest.param(torch_graph, marks=pytest.mark.long)])
+@pytest.mark.parametrize("write", [save_denoiser, pytest.param(torch_graph, marks=pytest.mark.long)])
 def test_an_export_to_a_full_disk_is_one_error_and_leaves_nothing(write, tmp_path):
     """torch ended the process where a write of a graph failed."""
     unet = pruned()
@@ -349,7 +354,7 @@ def test_an_export_to_a_full_disk_is_one_error_and_leaves_nothing(write, tmp_pat
 
 def test_what_does_not_open_is_said(tmp_path):
     unet = pruned()
-    save_unet(unet, tmp_path / "unet")
+    save_denoiser(unet, tmp_path / "unet")
     claims = [
         claim for claim in claims_of("class", tmp_path / "unet", "UNet", Expected.of(unet, 7)) if claim.form == "class"
     ]
@@ -395,7 +400,7 @@ def test_a_card_says_what_was_made():
     ):
         assert words in text
     assert "| norm |" not in text and "kid" not in text
-    assert "base_model" not in model_card("unet", "mine", {"model": "/home/me/model"}, rows, checked)
+    assert "base_model" not in model_card("denoiser", "mine", {"model": "/home/me/model"}, rows, checked)
 
 
 HOSTILE = "a/b\n---\n# x | <script>x</script> ![p](http://x/y.png) [y](http://z) `c` *e* \\| $"
@@ -407,7 +412,7 @@ def test_a_card_shows_what_others_wrote_as_text(model):
     info = {"model": model, "method": HOSTILE, "recipe": HOSTILE}
     info["result"] = {"settings": {"budget": HOSTILE}, "dense_macs": HOSTILE}
     table = [{"name": HOSTILE, "kid": HOSTILE}, {"name": "dense", "kid": 0.25}]
-    text = model_card("unet", HOSTILE, info, [{"tier": "class", "macs": 1, "params": 2}], [], table)
+    text = model_card("denoiser", HOSTILE, info, [{"tier": "class", "macs": 1, "params": 2}], [], table)
     before, head, body = re.split(r"^---\n", text, flags=re.MULTILINE)  # no further line ends the head
     assert not before and yaml.safe_load(head).keys() == {"library_name", "pipeline_tag", "tags"}
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body.partition("## Use")[0])
@@ -418,7 +423,7 @@ def test_a_card_shows_what_others_wrote_as_text(model):
     plain = " ".join(HOSTILE.split())
     assert shown[0] == plain and shown.count(plain) == 3  # the title, and two cells of a row
     assert shown[1].count(plain) == 4 and sum(token.type == "tr_open" for token in tokens) == 2 + 3
-    assert model_card("unet", "mine", {"result": [1], "model": model}, [], [])
+    assert model_card("denoiser", "mine", {"result": [1], "model": model}, [], [])
 
 
 def test_the_hub_offline_is_one_line(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_shapes_and_plans_have_both_sides(models, recipe):
     planned = plan(recipe("wide"), Devices(throughput=1e12))
     assert planned["model"]["resolution"] == [128, 192]
     shape = load_shape(models["wide"])
-    cost = pk.CostModel(shape.denoiser, pk.discover(shape.denoiser), (16, 24), shape.tokenizer.model_max_length)
+    cost = pk.CostModel(shape.denoiser, pk.discover(shape.denoiser), (16, 24), shape.text_length)
     assert planned["methods"]["norm"]["dense_macs"] == cost.dense_macs
 
 

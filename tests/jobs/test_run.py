@@ -72,7 +72,8 @@ STAGES = {  # what tells that a stage is under way
 }
 
 
-@pytest.mark.parametrize("stages", [["search"], pytest.param([*STAGES], marks=pytest.mark.long)], ids=len)
+@pytest.mark.long
+@pytest.mark.parametrize("stages", [["search"], [*STAGES]], ids=len)
 def test_killed_once_in_each_stage_and_resumed_is_the_same(stages, recipe, finished, tmp_path):
     directory, killed = tmp_path / "killed", []
     for stage in stages:

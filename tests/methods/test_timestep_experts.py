@@ -104,6 +104,7 @@ def test_a_step_trains_each_sample_through_the_slice_of_its_timestep(world):
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_serves_it_in_a_routed_pipeline(tmp_path):
     content = {
         **write_world(tmp_path),

@@ -14,7 +14,7 @@ from unets import build, inputs
 import prunekit as pk
 from prunekit.core.registry import process_of
 from prunekit.core.slicing import POINTER, save_member
-from prunekit.export import load_unet
+from prunekit.export import load_denoiser
 from prunekit.jobs.run import start
 from prunekit.methods.router import Router
 from prunekit.recovery.backbone import BackboneObjective, Mixture
@@ -59,13 +59,13 @@ def test_a_run_with_a_shared_backbone_is_used_as_any_other(run):
 def test_members_are_the_masked_backbone(run):
     experts = run / "methods" / "aptp" / "experts"
     result = pk.methods.PruneResult.load(run / "methods" / "aptp")
-    backbone = load_unet(experts / "backbone" / "unet")
+    backbone = load_denoiser(experts / "backbone" / "unet")
     arguments = inputs(backbone)
     with torch.no_grad(), pk.gated(backbone, result.space) as gates:
         for index, architecture in enumerate(result.architectures):
             gates.set(architecture)
             masked = backbone(**arguments).sample
-            for load in (load_unet, pk.PrunedUNet2DConditionModel.from_pretrained):
+            for load in (load_denoiser, pk.PrunedUNet2DConditionModel.from_pretrained):
                 member = load(experts / str(index) / "unet").eval()
                 assert float((member(**arguments).sample - masked).norm() / masked.norm()) <= 1e-5
             assert member.config["pruning"]["kept"] or member.config["pruning"]["removed"]
@@ -132,10 +132,10 @@ def test_a_bad_pointer_is_refused(run, tmp_path, content, message):
     member = tmp_path / "0" / "unet"
     shutil.copytree(run / "methods" / "aptp" / "experts" / "0" / "unet", member)
     with pytest.raises(ValueError, match="copy the backbone's folder too"):
-        load_unet(member)
+        load_denoiser(member)
     (member / POINTER).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_unet(member)
+        load_denoiser(member)
 
 
 def test_a_member_moves_with_its_backbone(tmp_path):
@@ -145,7 +145,7 @@ def test_a_member_moves_with_its_backbone(tmp_path):
     (tmp_path / "a" / "0").mkdir()
     save_member(unet, architecture, tmp_path / "a" / "0", tmp_path / "a" / "backbone")
     (tmp_path / "a").rename(tmp_path / "b")
-    member, sliced = load_unet(tmp_path / "b" / "0"), pk.slice_unet(unet, architecture)
+    member, sliced = load_denoiser(tmp_path / "b" / "0"), pk.slice_unet(unet, architecture)
     assert all(torch.equal(a, b) for a, b in zip(member.parameters(), sliced.parameters(), strict=True))
 
 

@@ -15,7 +15,7 @@ from prunekit.runtime.processes import LaunchError, Processes, apart, check_laun
 SCRIPT = str(Path(__file__).parents[1] / "helpers" / "trained.py")
 
 
-OTHERS = [pytest.param("accumulated", marks=pytest.mark.long), "two"]
+OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("accumulated", "two")]
 
 
 class Trained(dict):

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestral
 from small_mixture import PROMPTS, write_mixture
 
 from prunekit import CostModel, PromptRoutedPipeline, discover
-from prunekit.export.model_folder import load_unet
+from prunekit.export.model_folder import load_denoiser
 from prunekit.models import load_pipeline
 from prunekit.serving.experts import Experts
 
@@ -47,7 +47,7 @@ def served(four):
 def stock_image(run, expert, prompt, seed, scheduler=None, **options):
     """What plain diffusers draws with one expert in the base pipeline."""
     pipeline = load_pipeline(run / "model")
-    pipeline.unet = load_unet(run / "methods" / "aptp" / "experts" / str(expert) / "unet")
+    pipeline.unet = load_denoiser(run / "methods" / "aptp" / "experts" / str(expert) / "unet")
     if scheduler is not None:
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np", **options}
@@ -55,7 +55,7 @@ def stock_image(run, expert, prompt, seed, scheduler=None, **options):
 
 
 def test_experts_in_memory_are_frozen_and_draw_as_the_saved_ones(four, served):
-    experts = [load_unet(four / "methods" / "aptp" / "experts" / str(i) / "unet") for i in range(4)]
+    experts = [load_denoiser(four / "methods" / "aptp" / "experts" / str(i) / "unet") for i in range(4)]
     for expert in experts:
         expert.train().requires_grad_(True)
     pipeline = PromptRoutedPipeline.from_experts(load_pipeline(four / "model"), experts, served.mixture.router)

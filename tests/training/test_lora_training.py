@@ -21,7 +21,7 @@ from unets import MORE_SHAPES, build, inputs, relative_error
 
 from prunekit import Architecture, PrunedUNet2DConditionModel, discover, gated, slice_unet
 from prunekit.core.emptied import names_in_files
-from prunekit.export import copy_ip_adapter, load_unet, save_unet
+from prunekit.export import copy_ip_adapter, load_denoiser, save_denoiser
 from prunekit.runtime.errors import UserError
 
 peft = pytest.importorskip("peft")
@@ -408,7 +408,7 @@ def class_of(source: str, folder: Path):
 
 def test_an_exported_class_file_takes_adapters(tmp_path):
     unet = cut("sd2")
-    save_unet(unet, tmp_path / "unet", "class")
+    save_denoiser(unet, tmp_path / "unet", "class")
     own = class_of((tmp_path / "unet" / "modeling_pruned.py").read_text(), tmp_path / "module")
     loaded = own.from_pretrained(tmp_path / "unet")
     assert torch.equal(run(loaded), run(unet))
@@ -437,7 +437,7 @@ def test_a_folder_of_format_1_loads_to_the_same_bits(written, tmp_path):
     emptied = {key for key in biases if key.removesuffix("bias") + "weight" not in in_file}
     assert len(emptied) == 5
     ours = {f"low {low}": PrunedUNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=low) for low in (1, 0)}
-    ours["load_unet"] = load_unet(folder, verify=True)
+    ours["load_denoiser"] = load_denoiser(folder, verify=True)
     for unet in (old, *ours.values()):
         for parameter in unet.requires_grad_(False).parameters():
             parameter.data = (
@@ -454,7 +454,7 @@ def test_a_folder_of_format_1_loads_to_the_same_bits(written, tmp_path):
             state = {names.get(name, name): value for name, value in unet.state_dict().items()}
             assert state.keys() == in_file.keys() and not changed(in_file, state), how
             assert torch.equal(unet(**arguments).sample, reference), how
-    unet = ours["load_unet"]
+    unet = ours["load_denoiser"]
     unet.save_pretrained(tmp_path / "again")
     assert not changed(in_file, again := load_file(tmp_path / "again" / WEIGHTS)) and in_file.keys() == again.keys()
     assert not changed(old.state_dict(), old_class.from_pretrained(tmp_path / "again").state_dict())
@@ -476,4 +476,4 @@ def test_a_folder_of_format_1_in_several_files_loads(written, tmp_path):
     for low in (True, False):
         unet, info = PrunedUNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=low, output_loading_info=True)
         assert not any(info.values()) and torch.equal(run(unet), run(old))
-    assert torch.equal(run(load_unet(folder)), run(old))
+    assert torch.equal(run(load_denoiser(folder)), run(old))

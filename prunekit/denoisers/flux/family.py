@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from prunekit.denoisers.flow_matching import FlowFamily
 
+MOST_TOKENS = 512  # of a text, by the pipeline's default
 GUIDANCE = 3.5  # that a guidance-distilled model is trained and calibrated with
 
 
@@ -37,6 +40,14 @@ class FLUX(FlowFamily):
             text, pooled, _ = pipeline.encode_prompt(negatives, device=device, **options)
             embeddings |= {"negative_prompt_embeds": text, "negative_pooled_prompt_embeds": pooled}
         return embeddings
+
+    def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """Return 1: the guidance is an input of the model; 2 where `true_cfg_scale` asks for a second text."""
+        return 2 if options.get("true_cfg_scale", 1.0) > 1 else 1
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text: T5's."""
+        return min(MOST_TOKENS, lengths.get("tokenizer_2", MOST_TOKENS))
 
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one transformer call: a second text runs in another call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ EMBEDDINGS = (
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
+MOST_TOKENS = 300  # of a text (PixArt-Σ; 120 of PixArt-α)
 NOISE_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
@@ -53,6 +55,10 @@ class PixArt(TransformerFamily):
             **options,
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text: T5's."""
+        return min(MOST_TOKENS, lengths.get("tokenizer", MOST_TOKENS))
 
     def sizes(self, height: int, width: int) -> Tensor:
         """Return height, width, and the aspect ratio, (3,), which PixArt-α of 1024 pixels takes."""

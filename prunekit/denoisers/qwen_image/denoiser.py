@@ -59,7 +59,8 @@ class QwenImage(PackedCalls, TransformerDescription):
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
         tokens, rows, columns = pack(noisy)
-        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, conditions)
+        given = {**conditions, "mask": conditions["mask"].bool()}  # which may have been kept as a number
+        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, given)
         return Call({**call, "img_shapes": [[(1, rows, columns)]]}, **placed(rows, columns))
 
     def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:

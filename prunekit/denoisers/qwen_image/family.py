@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ TOKENS = 512  # of a text, at most
 
 class QwenImageFamily(FlowFamily):
     """What `QwenImagePipeline` does around its transformer. Methods are `Family`'s."""
+
+    negative: ClassVar[str | None] = " "
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
@@ -44,9 +47,19 @@ class QwenImageFamily(FlowFamily):
         text, mask = pipeline.encode_prompt(texts, device=device, **options)
         embeddings = {"prompt_embeds": text, "prompt_embeds_mask": mask}
         if guided:
-            text, mask = pipeline.encode_prompt(negatives or [" "] * len(texts), device=device, **options)
+            text, mask = pipeline.encode_prompt(
+                negatives or [str(self.negative)] * len(texts), device=device, **options
+            )
             embeddings |= {"negative_prompt_embeds": text, "negative_prompt_embeds_mask": mask}
         return {name: value for name, value in embeddings.items() if value is not None}
+
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the guidance scale under the pipeline's name for it."""
+        return {"true_cfg_scale": guidance}
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text, to which `states` fills it up."""
+        return TOKENS
 
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one transformer call: guidance calls the model once for each text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from prunekit.denoisers.flow_matching import FlowFamily
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-MOST_TOKENS = 256  # of the T5 encoder, by the pipeline's default
+CLIP_TOKENS, MOST_TOKENS = 77, 256  # of CLIP, and of T5 by the pipeline's default
 
 
 class StableDiffusion3(FlowFamily):
@@ -42,11 +43,13 @@ class StableDiffusion3(FlowFamily):
         encoded = self._encoded(pipeline, texts, negatives if guided else None, guided, **options)
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
 
-    def call_options(self, pipeline: Any) -> dict[str, Any]:
-        """Return how many tokens of T5 a text has: as many as its tokenizer gives at most, up to the pipeline's 256."""
-        tokenizer = pipeline.tokenizer_3
-        tokens = MOST_TOKENS if tokenizer is None else min(MOST_TOKENS, tokenizer.model_max_length)
-        return {"max_sequence_length": tokens}
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the guidance scale, and how many tokens of T5 a text has."""
+        return {**super().call_options(pipeline, guidance), **_tokens(pipeline)}
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text: CLIP's and T5's."""
+        return lengths.get("tokenizer", CLIP_TOKENS) + min(MOST_TOKENS, lengths.get("tokenizer_3", MOST_TOKENS))
 
     @torch.no_grad()
     def _encoded(
@@ -59,5 +62,11 @@ class StableDiffusion3(FlowFamily):
             device=pipeline.vae.device,
             do_classifier_free_guidance=guided,
             negative_prompt=negatives,
-            **{**self.call_options(pipeline), **options},
+            **{**_tokens(pipeline), **options},
         )
+
+
+def _tokens(pipeline: Any) -> dict[str, int]:
+    """Return how many tokens of T5 a text has: as many as its tokenizer gives at most, up to the pipeline's 256."""
+    tokenizer = pipeline.tokenizer_3
+    return {"max_sequence_length": MOST_TOKENS if tokenizer is None else min(MOST_TOKENS, tokenizer.model_max_length)}

@@ -12,6 +12,7 @@ from prunekit.core.axes import Place
 from prunekit.core.counting import Counter
 from prunekit.core.family import Family
 
+from . import pruned
 from .attaching import blank_copy
 from .bksdm import Levels
 from .calls import UNetCalls
@@ -34,6 +35,10 @@ class UNet(UNetStructure, UNetCalls):
     def pruned_class(self) -> type[PrunedUNet2DConditionModel]:
         """The class of the pruned UNets."""
         return PrunedUNet2DConditionModel
+
+    def class_source(self) -> tuple[list[tuple[str, str]], str]:
+        """The class itself."""
+        return [(pruned.__name__, PrunedUNet2DConditionModel.__name__)], ""
 
     def stock(self, model: UNet2DConditionModel) -> UNet2DConditionModel | None:
         """See `as_stock`."""
@@ -64,6 +69,9 @@ class UNet(UNetStructure, UNetCalls):
     def from_config(self, config: Mapping[str, Any], name: str | Path) -> UNet2DConditionModel:
         """Build a stock or pruned UNet on the meta device."""
         return build(config, name)
+
+    def fill_tables(self, model: UNet2DConditionModel) -> None:
+        """Nothing: a UNet has none."""
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
         """Refuse a config of which building a UNet would not end."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
@@ -13,6 +15,7 @@ from prunekit.runtime.errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+CLIP_TOKENS = 77  # of a text
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -74,6 +77,8 @@ class DDPM:
 class StableDiffusion:
     """What the pipelines of Stable Diffusion 1.x, 2.x and XL do around their UNet. Methods are `Family`'s."""
 
+    negative: ClassVar[str | None] = None
+
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
         unet, vae, scheduler = pipeline.unet.config, pipeline.vae, pipeline.scheduler.config
@@ -134,9 +139,17 @@ class StableDiffusion:
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
-    def call_options(self, pipeline: Any) -> dict[str, Any]:
-        """Return no further arguments of a pipeline's calls."""
-        return {}
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline's calls for a guidance scale."""
+        return {"guidance_scale": guidance}
+
+    def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
+        return 2 if guidance > 1 else 1
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text: CLIP's."""
+        return lengths.get("tokenizer", CLIP_TOKENS)
 
     def sizes(self, height: int, width: int) -> Tensor:
         """Return XL's time ids, (6,): original size, crop and target size of uncropped pictures."""

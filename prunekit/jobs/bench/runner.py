@@ -56,7 +56,7 @@ class Bench:
         scale = self.shape.vae_scale_factor
         if recipe.resolution % scale:
             raise UserError(f"resolution={recipe.resolution}: {recipe.model} takes multiples of {scale} pixels")
-        self.latent, self.text_length = recipe.resolution // scale, self.shape.tokenizer.model_max_length
+        self.latent, self.text_length = recipe.resolution // scale, self.shape.text_length
         self._chosen: dict[str, Architecture] = {}
 
     @cached_property

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from prunekit.core.registry import denoiser_in, denoiser_of, family_of
+from prunekit.core.registry import call_options, denoiser_in, denoiser_of, family_of
 from prunekit.evaluation.generate import quiet
 from prunekit.jobs.bench.bench_models import PROMPT
 
@@ -36,13 +36,15 @@ def pipeline_call(
         "height": resolution,
         "width": resolution,
         "num_inference_steps": steps,
-        "guidance_scale": guidance,
         "latents": latents,
     }
     if workload == "image":
-        return lambda: pipeline(prompt=prompts, output_type="pt", **common).images
+        texts = {"prompt": prompts, **call_options(pipeline, guidance)}
+        return lambda: pipeline(output_type="pt", **texts, **common).images
+    family = family_of(pipeline)
+    common |= family.call_options(pipeline, guidance)
     with torch.no_grad():
-        embeddings = family_of(pipeline).embeddings(pipeline, prompts, None, guidance > 1)
+        embeddings = family.embeddings(pipeline, prompts, None, family.texts(guidance) > 1)
     return lambda: pipeline(output_type="latent", **embeddings, **common).images
 
 

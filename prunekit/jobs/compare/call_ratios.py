@@ -7,7 +7,7 @@ from torch import nn
 
 from prunekit.core.call import Call, predict
 from prunekit.core.registry import denoiser_in, denoiser_name, family_of
-from prunekit.core.timesteps import TimestepModel, load_denoiser, sampled_timesteps
+from prunekit.core.timesteps import TimestepModel, read_denoiser, sampled_timesteps
 from prunekit.jobs.stages import Stages
 from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.report.comparison_table import Result
@@ -40,7 +40,7 @@ def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
     total = 0.0
     for folder, share in zip(folders, shares, strict=True):
         if share:
-            expert = load_denoiser(folder).to(dense.device).eval()
+            expert = read_denoiser(folder).to(dense.device).eval()
             parts = [(expert, 1.0)]
             if isinstance(expert, TimestepModel):
                 parts = list(zip(expert.slices, map(float, expert.bins.shares(timesteps)), strict=True))

@@ -25,7 +25,7 @@ class PlannedModel:
 
     def __init__(self, shape: PipelineShape, parts: Parts):
         self.shape, self.parts = shape, parts
-        self.tokens = shape.tokenizer.model_max_length
+        self.tokens = shape.text_length
         self._known: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -89,10 +89,10 @@ class Parts:
         """Pixels per latent position."""
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
-    def calls(self, steps: int, guidance: float) -> int:
-        """UNet calls of one picture, two a step under guidance; some schedulers make more steps than asked for."""
+    def calls(self, steps: int, texts: int) -> int:
+        """Denoiser calls of one picture, one a step for each text; some schedulers make more steps than asked for."""
         self.scheduler.set_timesteps(steps)
-        return len(self.scheduler.timesteps) * (2 if guidance > 1 else 1)
+        return len(self.scheduler.timesteps) * texts
 
     def picture_macs(self, latent: tuple[int, int]) -> tuple[int, int]:
         """Multiply-adds of encoding and of decoding one picture, by its latent (h, w)."""

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
+from prunekit.core.registry import family_of
 from prunekit.jobs.plan.amounts import Work
 from prunekit.jobs.plan.footprints import HOW, checkpoint_bytes
 from prunekit.jobs.plan.planned_models import PlannedModel
 from prunekit.jobs.plan.planned_parts import PNDM, Parts, build_scheduler
 from prunekit.jobs.plan.rehearsal import FLOAT32, LOWERED, training_bytes
 from prunekit.jobs.recipe import PretrainRecipe
-from prunekit.models import PipelineShape, TokenizerShape, emoji_model, emoji_sd3
+from prunekit.models import PipelineShape, emoji_model, emoji_sd3
 from prunekit.training.trainer import TrainerConfig
 
 
@@ -26,10 +27,10 @@ def plan_pretraining(recipe: PretrainRecipe) -> tuple[PlannedModel, dict[str, An
             denoiser = emoji_sd3.build_transformer(recipe.transformer, base).eval()
             tokens += emoji_sd3.ZERO_TOKENS
     latent = (shapes.image_size // 8,) * 2
-    shape = PipelineShape(recipe.name, denoiser, shapes.image_size // latent[0], TokenizerShape(tokens))
+    shape = PipelineShape(recipe.name, denoiser, shapes.image_size // latent[0], tokens)
     model = PlannedModel(shape, Parts(autoencoder, (), build_scheduler(PNDM)))
     (encoding, decoding), dense, params = model.picture_macs(latent), model.dense_macs(), model.params
-    calls = model.parts.calls(recipe.evaluation.steps, recipe.evaluation.guidance)
+    calls = model.parts.calls(recipe.evaluation.steps, family_of(shape).texts(recipe.evaluation.guidance))
     images = recipe.evaluation.num_images * (len(recipe.milestones) + 1)
     trainings = (
         ("autoencoder", recipe.autoencoder, 3 * (encoding + decoding), "forward, backward"),
