@@ -75,7 +75,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
 ) -> None:
-    """Prune text-to-image diffusion UNets, recover them, and route prompts to pruned experts."""
+    """Prune text-to-image diffusion denoisers, recover them, and route prompts to pruned experts."""
     for library in ("transformers", "diffusers"):
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
         if library in sys.modules:  # then it has read its variable already

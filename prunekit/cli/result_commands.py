@@ -162,7 +162,7 @@ def demo(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|UNET", help="a run, a pipeline's directory, or a UNet's folder")
+        Path, typer.Argument(metavar="RUN|MODEL", help="a run, a pipeline's directory, or a denoiser's folder")
     ],
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="where it goes; new or empty")],
     tier: Annotated[
@@ -187,7 +187,7 @@ def export(
         errors = (f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}")
         table.add_row(line["what"], line["opened_by"], *errors)
     console().print(table)
-    say(f"{len(done.tiers)} UNet(s), tier {', '.join(dict.fromkeys(done.tiers))}, are in {done.directory}")
+    say(f"{len(done.tiers)} denoiser(s), tier {', '.join(dict.fromkeys(done.tiers))}, are in {done.directory}")
     if push is not None:
         say(f"They are also at {push_to_hub(done.directory, push)}")
 

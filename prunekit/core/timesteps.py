@@ -54,9 +54,14 @@ class TimestepBins:
 
 
 def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
-    """Return the timesteps of a denoiser's calls for one picture, (n,) float64; the scheduler stays as it is."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
+    """Return the timesteps of a denoiser's calls for one picture, (n,) float64; the scheduler stays as it is.
+
+    A shift that depends on the picture's size is taken at the middle of its range, as `FlowMatching` does.
+    """
+    scheduler, config = copy.deepcopy(scheduler), scheduler.config
+    is_shifted = config.get("use_dynamic_shifting")
+    middle = (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2
+    scheduler.set_timesteps(steps, **({"mu": middle} if is_shifted else {}))
     return torch.as_tensor(scheduler.timesteps).double().cpu()
 
 

@@ -21,7 +21,7 @@ from prunekit.evaluation.generate import REQUEST
 from prunekit.export.tiers import architecture_of
 from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline_of
-from prunekit.models.names import EMBEDDED
+from prunekit.models.names import EMBEDDED, EMBEDDED_DIRECTORIES
 from prunekit.report.architectures import retained
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json
@@ -115,7 +115,7 @@ def example_prompts(directory: Path, pipeline: PromptRoutedPipeline) -> list[str
     prompts: dict[str, None] = {}
     for path in sorted(directory.glob(f"samples/*/**/{REQUEST}")):
         prompts |= dict.fromkeys(read_json(path).get("prompts", ()))
-    if not prompts and pipeline.mixture.info.get("model") == EMBEDDED:
+    if not prompts and pipeline.mixture.info.get("model") in EMBEDDED_DIRECTORIES:
         prompts = dict.fromkeys(load_data(DataConfig(kind=EMBEDDED), 0).names)
     if not prompts:
         return shipped_prompts(EXAMPLES)[:MOST_EXAMPLES]

@@ -63,7 +63,7 @@ class Candidate:
 
 
 class StoredModels(Sequence[ModelMixin]):
-    """Pruned UNets in folders, read when they are asked for; the last one that was stays in memory."""
+    """Pruned denoisers in folders, read when they are asked for; the last one that was stays in memory."""
 
     def __init__(self, folders: Sequence[Path], device: torch.device):
         self.folders, self.device = list(folders), device
@@ -73,7 +73,7 @@ class StoredModels(Sequence[ModelMixin]):
         return len(self.folders)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return UNet `index`, an integer, in evaluation mode, frozen."""
+        """Return denoiser `index`, an integer, in evaluation mode, frozen."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
@@ -222,7 +222,7 @@ class Sampling:
     steps: int
     guidance: float
     batch_size: int
-    precision: str = "float32"  # of the UNet and the text encoder: a `Precision`
+    precision: str = "float32"  # of the denoiser and the text encoder: a `Precision`
     size: int | None = None  # pixels of a side; None: the model's own
 
     def autocast(self, device: torch.device) -> torch.autocast:

@@ -35,8 +35,9 @@ HEADING = "# Protocol "  # of the table
 FEATURES, PICTURES = "features", "pictures"
 BY_KEY = {column.key: column for column in COLUMNS}
 NOTE = (
-    "MACs are of one UNet call; over experts, the mean by the evaluated prompts. Each figure: value ± 1.96 jackknife "
-    "errors over the drawn pictures (`docs/evaluation.md`). Figures of other protocols, or other data, do not compare."
+    "MACs are of one denoiser call; over experts, the mean by the evaluated prompts. Each figure: value ± 1.96 "
+    "jackknife errors over the drawn pictures (`docs/evaluation.md`). Figures of other protocols, or other data, do "
+    "not compare."
 )
 
 

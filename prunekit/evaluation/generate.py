@@ -80,7 +80,7 @@ def generate(
 
     Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
     diffusers gives the same picture; batches are cut by index. `steps` is the number asked of the scheduler (PNDM
-    calls the UNet once more); `size` is pixels, one side or (height, width), by default the pipeline's.
+    calls the denoiser once more); `size` is pixels, one side or (height, width), by default the pipeline's.
     Raises ValueError where prompts and seeds do not match.
     """
     _check(prompts, seeds, batch_size)

@@ -1,7 +1,7 @@
 """Does routing carry information? A mixture's router held against what it could have done.
 
 Every expert runs on the same fixed samples, so each sample has an error under each expert, and a router is a choice of
-one column a row. Error is the squared difference to the dense UNet's prediction (`agreement`).
+one column a row. Error is the squared difference to the dense denoiser's prediction (`agreement`).
 """
 
 import math
@@ -23,7 +23,7 @@ WORDS = 12
 def error_matrix(candidate: Candidate, samples: AgreementSamples, reference: Tensor) -> Tensor:
     """Return each sample's mean squared difference to the dense prediction under each expert, (n, N) float64.
 
-    reference: the dense UNet's `predictions` of the samples, (n, C, h, w).
+    reference: the dense denoiser's `predictions` of the samples, (n, C, h, w).
     """
     columns = [
         (predictions(model, samples) - reference).double().square().flatten(1).mean(1) for model in candidate.models

@@ -27,7 +27,7 @@ class PictureRow:
 
 
 def expert_note(expert: int, macs: int) -> str:
-    """Return what stands under a routed picture: which expert made it, and its MACs per UNet call."""
+    """Return what stands under a routed picture: which expert made it, and its MACs per denoiser call."""
     if macs < 1e9:
         return f"expert {expert} · {macs / 1e6:.0f} M MACs"
     return f"expert {expert} · {macs / 1e9:.{2 if macs < 1e11 else 0}f} G MACs"

@@ -66,7 +66,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Job:
-    """One UNet to recover, independent of all others: expert `index`, or the backbone of all (None)."""
+    """One denoiser to recover, independent of all others: expert `index`, or the backbone of all (None)."""
 
     recovery: Recovery
     index: int | None
@@ -155,7 +155,7 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     if recovery.shares:
         if denoiser_in(stages.pipeline).config.get("pruning"):
             raise UserError(
-                "fine_tune.shared_backbone=true needs a dense UNet; this one is pruned already: set it false"
+                "fine_tune.shared_backbone=true needs a dense denoiser; this one is pruned already: set it false"
             )
         return [Job(recovery, None, pairs, part, recovery.config, mixture_of(result, data, pairs))]
     if result.bins is not None:

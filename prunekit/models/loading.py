@@ -49,8 +49,8 @@ def load_pipeline(
     """Load a text-to-image pipeline with its weights, on the CPU, in evaluation mode, without a safety checker.
 
     Args:
-        name: "emoji" (the embedded model), a diffusers directory (its UNet stock or pruned), a .safetensors file with a
-            whole model, a hub id, or a short name in `KNOWN`.
+        name: "emoji" or "emoji-sd3" (the embedded models), a diffusers directory (its denoiser stock or pruned), a
+            .safetensors file with a whole model, a hub id, or a short name in `KNOWN`.
         dtype: of all weights, whatever the files hold; training needs float32.
         lora: merged into the weights, in this order.
         single_file_config: with a file only: the directory or hub id of the pipeline whose configs and tokenizers the

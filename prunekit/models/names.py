@@ -1,4 +1,4 @@
-"""Which model a name means: the embedded one, a directory, a single file, or a hub id."""
+"""Which model a name means: an embedded one, a directory, a single file, or a hub id."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from prunekit.runtime.errors import UserError, first_line, nearest
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "emoji"
-EMBEDDED_DIRECTORY = ASSETS / "emoji_model"
+EMBEDDED_DIRECTORIES = {EMBEDDED: ASSETS / "emoji_model", "emoji-sd3": ASSETS / "emoji_sd3_model"}
 CONFIG_DIRECTORY = ASSETS / "denoiser_configs"
 KNOWN = {  # short names of hub models whose denoisers' configs ship with prunekit
     "sd-1.4": "CompVis/stable-diffusion-v1-4",
@@ -24,6 +24,7 @@ KNOWN = {  # short names of hub models whose denoisers' configs ship with prunek
     "qwen-image": "Qwen/Qwen-Image",
     "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 }
+NAMES = ", ".join([*EMBEDDED_DIRECTORIES, *KNOWN])
 TEXT_TOKENS = {"flux.1-schnell": 256}  # of a known model's text, where it has less than its family's most
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
 PIPELINES = {  # classes, and which part is the denoiser
@@ -49,10 +50,10 @@ def local_path(name: str | Path) -> Path | None:
     Raises ValueError, one line: no such path, a pickle, or what has no form of a name.
     """
     text = str(name)
-    if text == EMBEDDED:
-        if not (EMBEDDED_DIRECTORY / "model_index.json").is_file():
-            raise UserError(f"the embedded model is not in this installation ({EMBEDDED_DIRECTORY} is missing)")
-        return EMBEDDED_DIRECTORY
+    if (embedded := EMBEDDED_DIRECTORIES.get(text)) is not None:
+        if not (embedded / "model_index.json").is_file():
+            raise UserError(f"the embedded model is not in this installation ({embedded} is missing)")
+        return embedded
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -61,11 +62,11 @@ def local_path(name: str | Path) -> Path | None:
     if path.suffix.lower() == ".safetensors":
         if path.is_file():
             return path
-        raise UserError(f"no file {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+        raise UserError(f"no file {text!r}; a model is one of {NAMES}, or {LOCAL}")
     if path.is_file():
         raise UserError(f"{text} is no .safetensors file; give one, or {LOCAL}")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"no directory {text!r}; a model is one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+        raise UserError(f"no directory {text!r}; a model is one of {NAMES}, or {LOCAL}")
     if text not in KNOWN and (text.count("/") != 1 or not all(text.split("/"))):
         raise unknown(name)
     return None
@@ -83,9 +84,9 @@ def short_name(name: str | Path) -> str | None:
 
 def unknown(name: str | Path) -> UserError:
     """Return the error of a name that means no model, with the nearest one that does."""
-    names = [EMBEDDED, *KNOWN, *KNOWN.values()]
+    names = [*EMBEDDED_DIRECTORIES, *KNOWN, *KNOWN.values()]
     hint = nearest(str(name), names, cutoff=0.5) or "."
-    return UserError(f"no model {str(name)!r} here{hint} Give one of {', '.join([EMBEDDED, *KNOWN])}, or {LOCAL}")
+    return UserError(f"no model {str(name)!r} here{hint} Give one of {NAMES}, or {LOCAL}")
 
 
 def check_index(index: dict[str, Any], name: str | Path) -> None:

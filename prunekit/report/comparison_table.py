@@ -17,7 +17,7 @@ STATIC = "static"  # the protocol of a cell with one training: it serves every p
 Result = dict[str, Any]  # a cell's JSON
 COSTS = ("params", "macs", "macs_ratio")
 TIMES = (
-    Column("call_ratio", "UNet call", ".2f", "↓", "× dense"),
+    Column("call_ratio", "denoiser call", ".2f", "↓", "× dense"),
     Column("training_seconds", "training", ".1f", "↓", "min", 1 / 60),
     Column("training_passes", "compute", ",.1f", "↓", "1000 dense passes", 1e-3),
 )
@@ -80,7 +80,7 @@ class Row:
 def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None) -> list[Row]:
     """Return the rows of all tables, by protocol, budget and method; a static cell stands under every protocol.
 
-    timings: time of a UNet call over the dense one's, by a cell's `models_folder`.
+    timings: time of a denoiser call over the dense one's, by a cell's `models_folder`.
     """
     protocols = [p for p in PROTOCOLS if any(cell["cell"]["protocol"] == p for cell in cells)] or ["equal_steps"]
     budgets = list(dict.fromkeys(cell["cell"]["budget"] for cell in cells if cell["cell"]["budget"]))

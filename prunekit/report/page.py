@@ -24,7 +24,7 @@ MOST_BYTES = 8_000_000
 SECTIONS: dict[str, tuple[str, Callable[[Source], Section]]] = {
     "headline": ("What was cut, and what it cost", headline),
     "wall": ("What it looks like", wall),
-    "architectures": ("What stays of the UNet", architectures),
+    "architectures": ("What stays of the denoiser", architectures),
     "routing": ("Routing", routing),
     "sensitivity": ("Sensitivity", sensitivity),
     "training": ("Training", training),

@@ -9,7 +9,7 @@ from prunekit.report.comparison_table import BY_KEY, Row
 from prunekit.runtime.run_directory import DENSE
 
 PANELS = ("cmmd", "clip_score", "agreement")  # the first two that every row has
-COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a UNet call (% of dense)"}
+COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a denoiser call (% of dense)"}
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
 MARKERS = "*osD^vP<>X"
 SHIFT = 0.35  # percentage points between the rows of one budget, so that their bars do not hide each other

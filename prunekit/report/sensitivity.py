@@ -8,8 +8,8 @@ from prunekit.runtime.files import read_json
 
 FILE = "sensitivity.json"
 NOTE = (
-    "The dense UNet without one layer's removable parts (its inner width, and the whole layer where that can go), on "
-    "the same {samples} noised pictures: mean squared change of the prediction, over the prediction's mean square. "
+    "The dense denoiser without one layer's removable parts (its inner width, and the whole layer where that can go), "
+    "on the same {samples} noised pictures: mean squared change of the prediction, over the prediction's mean square. "
     "Bright: the layer matters at that time step. Small t is little noise."
 )
 

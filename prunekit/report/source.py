@@ -107,7 +107,7 @@ class Source:
 
     @cached_property
     def shape(self) -> ModelMixin:
-        """The dense UNet without weights. Raises MissingError where the model is not here."""
+        """The dense denoiser without weights. Raises MissingError where the model is not here."""
         if "model" not in self.recipe:
             raise MissingError("the directory holds no recipe that names the model")
         try:

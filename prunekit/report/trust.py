@@ -11,9 +11,9 @@ from prunekit.serving.routed_directory import recipe_hash
 TOLERANCE = 1e-5  # of law 1, in float32
 HEADER = ["model", "masked against cut", "", "predicted MACs", "counted MACs", ""]
 ABOUT = (
-    f"Masked against cut: the dense UNet under the masks and the cut UNet, before fine-tuning, on the same noised "
-    f"pictures; relative error of the output, allowed {TOLERANCE:.0e} in float32. Counted: torch's FlopCounterMode / 2 "
-    "on the cut UNet."
+    f"Masked against cut: the dense denoiser under the masks and the cut denoiser, before fine-tuning, on the same "
+    f"noised pictures; relative error of the output, allowed {TOLERANCE:.0e} in float32. Counted: torch's FlopCounterMode "
+    "/ 2 on the cut denoiser."
 )
 NO_CERTIFICATE = (
     "This run recorded no certificate; `prunekit report RUN --sensitivity` makes it where the model and data are here."
@@ -87,7 +87,7 @@ def _of_run(source: Source) -> list[tuple[str, str]]:
         facts += [("seed", str(source.results.get("seed", "–")))]
     path = source.directory / ENVIRONMENT
     if path.is_file():
-        titles = {"weights": "hash of the dense UNet", "data": "hash of the encoded data", "dtype": "weights in"}
+        titles = {"weights": "hash of the dense denoiser", "data": "hash of the encoded data", "dtype": "weights in"}
         facts += [(titles.get(key, key), str(value)) for key, value in read_json(path).items()]
     else:
         facts += [("versions", "not recorded by this run")]
@@ -101,7 +101,7 @@ def _of_comparison(source: Source) -> list[tuple[str, str]]:
     if (source.directory / RECIPE).is_file():
         facts += [("recipe", recipe_hash(source.directory))]
         facts += [("model", str(recipe.get("model", "–"))), ("data", _data(recipe))]
-    for name, title in (("model", "hash of the dense UNet"), ("data.content", "hash of the data")):
+    for name, title in (("model", "hash of the dense denoiser"), ("data.content", "hash of the data")):
         facts += [(title, str(v)) for v in dict.fromkeys(cell["fields"].get(name) for cell in source.cells) if v]
     machines = dict.fromkeys(tuple(sorted(cell["environment"].items())) for cell in source.cells)
     for items in machines:

@@ -26,13 +26,13 @@ class Slot:
 
 
 class Experts:
-    """N UNets by index, loaded when they are used; safe for many threads.
+    """N denoisers by index, loaded when they are used; safe for many threads.
 
     A thread that needs an expert for which there is no room waits until others leave theirs, so that the bound holds
     at every moment; threads are served in turn.
 
     Args:
-        load: returns the UNet of expert i on a device and in a type.
+        load: returns the denoiser of expert i on a device and in a type.
         num_weights: returns how many weights it has; asked before it is loaded.
         num_experts: N.
         device, dtype: where experts are loaded.

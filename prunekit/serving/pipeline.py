@@ -252,7 +252,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     def _draw(
         self, expert: int, model: ModelMixin, rows: list[int], images: list[Image], options: dict[str, Any]
     ) -> dict[int, tuple[Any, int]]:
-        """Draw one batch by one expert; return each row's image and the MACs of its UNet calls."""
+        """Draw one batch by one expert; return each row's image and the MACs of its denoiser calls."""
         base = self._base(model)
         base.image_indices = list(rows)
         family, guidance = family_of(base), options["guidance_scale"]

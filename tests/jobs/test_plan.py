@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from small_model import SHAPES, picture, write_pipeline, write_recipe, write_shard
 from small_sdxl import write
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from prunekit.cli import app
@@ -23,10 +25,19 @@ from prunekit.jobs.plan.amounts import Work, pruning_work, timed
 from prunekit.jobs.plan.data_size import PUBLISHED, prompt_width, size_of
 from prunekit.jobs.plan.plan_table import duration, in_bytes, quantity, show_plan, show_summary
 from prunekit.jobs.plan.planned_models import Models
-from prunekit.jobs.plan.planned_parts import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, load_parts
+from prunekit.jobs.plan.planned_parts import KNOWN, load_parts
 from prunekit.jobs.plan.planned_rows import rows_of
 from prunekit.jobs.plan.rehearsal import LiveMemory, Rehearsal, autocast, zero_call
 from prunekit.jobs.plan.speed import Speed, measure_speed
+from prunekit.jobs.plan.text_encoders import (
+    CLIP_L,
+    OPEN_CLIP_G,
+    OPEN_CLIP_H,
+    QWEN_2_5_VL_7B,
+    T5_XXL,
+    DecoderShape,
+    T5Shape,
+)
 from prunekit.jobs.recipe import load_recipe
 from prunekit.methods import PruneResult
 from prunekit.models import emoji_model, load_pipeline, load_shape
@@ -200,11 +211,42 @@ def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
     calls, guidance = [], 3.0
     pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
     pipeline(prompt="red apple", num_inference_steps=5, guidance_scale=guidance, output_type="latent")
-    assert parts.calls(5, guidance) == sum(calls) and parts.calls(5, 1.0) == len(calls)
+    assert parts.calls(5, 2) == sum(calls) and parts.calls(5, 1) == len(calls)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_known_model_has_its_parts(name):
+    parts = load_parts(name, load_shape(name).denoiser)
+    assert parts.scale == 8 and parts.calls(25, 2) in (50, 52) and parts.params > 2e8
+    encoding, decoding = parts.picture_macs((8, 8))
+    assert 0 < encoding < decoding
 
 
 def test_text_encoders_of_the_known_models():
     assert CLIP_L.params == 123_060_480 and OPEN_CLIP_H.params == 340_387_840 and OPEN_CLIP_G.params == 694_659_840
+    assert T5_XXL.params == 4_762_310_656 and QWEN_2_5_VL_7B.params == 8_292_166_656
+
+
+SMALL_T5 = {"d_model": 48, "d_kv": 8, "d_ff": 80, "num_layers": 3, "num_heads": 4, "vocab_size": 90}
+SMALL_QWEN = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 70,
+}
+
+
+def test_text_encoders_are_counted_as_they_compute():
+    torch.manual_seed(0)
+    t5 = T5EncoderModel(T5Config(**SMALL_T5, feed_forward_proj="gated-gelu"))
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SMALL_QWEN, tie_word_embeddings=False, attn_implementation="eager"))
+    for model, shape in ((t5, T5Shape(**SMALL_T5, tokens=7)), (qwen, DecoderShape(**SMALL_QWEN, tokens=7))):
+        assert shape.params == sum(parameter.numel() for parameter in model.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            (model.encoder if model is t5 else model.model)(torch.arange(7)[None])
+        assert shape.macs == counter.get_total_flops() // 2
 
 
 TRAINER = {"steps": 1, "batch_size": 4, "learning_rate": 1.0}

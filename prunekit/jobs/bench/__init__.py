@@ -1,1 +1,1 @@
-"""`prunekit bench`: time a model's pruned UNets beside the dense one."""
+"""`prunekit bench`: time a model's pruned denoisers beside the dense one."""

@@ -1,4 +1,4 @@
-"""What is timed: a pipeline of a model's shapes with random weights, and its pruned UNets."""
+"""What is timed: a pipeline of a model's shapes with random weights, and its pruned denoisers."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ from prunekit.runtime.errors import UserError
 
 TEXT_ENCODERS: dict[
     int, dict[str, Any]
-] = {  # by the width of the text that the UNet takes: CLIP ViT-L/14's, and OpenCLIP ViT-H/14's but a layer
+] = {  # by the width of the text that the denoiser takes: CLIP ViT-L/14's, and OpenCLIP ViT-H/14's but a layer
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
     1024: {"num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
 }
@@ -33,15 +33,15 @@ DEPTH_OF = {"random": "aptp", "width": "none", "depth": "all"}  # which layers m
 
 
 def random_unet(model: str, device: torch.device, dtype: torch.dtype, seed: int) -> ModelMixin:
-    """Return a model's UNet with random weights, frozen; nothing is fetched."""
+    """Return a model's denoiser with random weights, frozen; nothing is fetched."""
     return _filled(load_unet_on_meta(model), device, dtype, seed)
 
 
 def random_pipeline(model: ModelMixin, seed: int) -> DiffusionPipeline:
-    """Return a Stable Diffusion 1 or 2 pipeline around a UNet, the other parts at their true sizes, random weights.
+    """Return a Stable Diffusion 1 or 2 pipeline around a denoiser, the other parts at their true sizes, random weights.
 
     Its tokenizer is trained on one prompt: which tokens are encoded does not change the time.
-    Raises ValueError for a UNet whose text encoder is not one of Stable Diffusion 1's or 2's.
+    Raises ValueError for a denoiser whose text encoder is not one of Stable Diffusion 1's or 2's.
     """
     denoiser = denoiser_of(model)
     width, pooled = denoiser.text_width(model), denoiser.pooled_width(model)
@@ -87,7 +87,7 @@ def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Diffus
 
 
 def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_length: int, seed: int) -> Any:
-    """Return (Architecture, its cost model) of a budget: a function of the UNet's shapes, the settings and the seed.
+    """Return (Architecture, its cost model) of a budget: a function of the model's shapes, the settings and the seed.
 
     The scores are Random's. Where widths or depths alone are asked for, the others' scores lie above all of theirs.
     """
@@ -101,15 +101,15 @@ def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_leng
 
 
 def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-    """Return a UNet from its folder, frozen; ValueError, one line, where there is none."""
+    """Return a denoiser from its folder, frozen; ValueError, one line, where there is none."""
     if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} holds no UNet: give a folder that save_pretrained wrote (it has a config.json)")
+        raise UserError(f"{path} holds no denoiser: give a folder that save_pretrained wrote (it has a config.json)")
     unet = load_model(path, torch_dtype=dtype).to(device)
     return unet.eval().requires_grad_(False)
 
 
 def dense_cost(model: ModelMixin, latent: int, text_length: int) -> tuple[int, int]:
-    """Return (exact MACs, parameters) of a UNet as it is, batch 1."""
+    """Return (exact MACs, parameters) of a denoiser as it is, batch 1."""
     cost = CostModel(model, discover(model, "none"), latent, text_length)
     return cost.dense_macs, cost.dense_params
 

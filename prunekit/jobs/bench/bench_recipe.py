@@ -25,7 +25,7 @@ class _Section(BaseModel):
 
 
 class ArchitectureConfig(_Section):
-    """One pruned UNet: chosen for a budget without data, or read from a folder."""
+    """One pruned denoiser: chosen for a budget without data, or read from a folder."""
 
     budget: float | None = Field(None, gt=0, lt=1, description="share of the dense exact MACs at `resolution`")
     choose: Literal["random", "width", "depth"] = Field(
@@ -36,7 +36,7 @@ class ArchitectureConfig(_Section):
     align: Literal[8, 16, 32, 64] | None = Field(
         None, description="channels of which every cut width is a multiple; unset: any"
     )
-    path: str | None = Field(None, description="instead of a budget: a folder that holds a pruned or stock UNet")
+    path: str | None = Field(None, description="instead of a budget: a folder that holds a pruned or stock denoiser")
     published_seconds: float | None = Field(None, gt=0, description="seconds an image, as published")
 
     @model_validator(mode="after")
@@ -44,7 +44,7 @@ class ArchitectureConfig(_Section):
         if (self.budget is None) == (self.path is None):
             raise UserError("an architecture has either a budget or a path")
         if self.path is not None and self.align is not None:
-            raise UserError("align goes with a budget: the widths of a UNet at a path are what they are")
+            raise UserError("align goes with a budget: the widths of a denoiser at a path are what they are")
         return self
 
 
@@ -77,8 +77,8 @@ class BenchRecipe(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     resolution: int = Field(768, gt=0, le=2**14, description="pixels of a side")
     batch: int = Field(1, gt=0, description="images of one pipeline call")
-    guidance: float = Field(7.5, ge=0, description="classifier-free guidance; above 1 the UNet's batch is doubled")
-    steps: int = Field(25, gt=0, description="scheduler steps; PNDM calls the UNet once more than it has steps")
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance; above 1 the denoiser's batch is doubled")
+    steps: int = Field(25, gt=0, description="scheduler steps; PNDM calls the denoiser once more than it has steps")
     warmup_seconds: float = Field(60.0, gt=0, description="where warming up ends, settled or not")
     published: str | None = Field(None, description="what the architectures' published_seconds are, and where from")
     published_dense_seconds: float | None = Field(None, gt=0, description="the dense model's, from the same source")

@@ -80,7 +80,7 @@ def row_of(piece: Piece, measured: Measurement, facts: Mapping[str, Any], enviro
     """Return a row's figures, as JSON.
 
     The measurement's arms are `dense` and, unless that is the piece itself, the piece's architecture. facts: figures of
-    the call that are not times (UNet calls, memory, …).
+    the call that are not times (denoiser calls, memory, …).
     """
     recipe, cell, subject = piece.recipe, piece.cell, piece.subject
     ratio = None if subject.name == DENSE else measured.ratio(subject.name)

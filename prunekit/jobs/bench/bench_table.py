@@ -32,7 +32,7 @@ def cells_of(row: Row, recipe: BenchRecipe) -> list[str]:
     """Return a row's text in the order of `COLUMNS`."""
     ratio, published, dense = row["latency_ratio"], row["published_seconds"], recipe.published_dense_seconds
     layout = "" if row["memory_format"] == "contiguous" else f", {row['memory_format']}"
-    what = row["workload"] if row["workload"] == "unet" else f"{row['workload']} ({row['unet_calls']} UNet calls)"
+    what = row["workload"] if row["workload"] == "unet" else f"{row['workload']} ({row['unet_calls']} denoiser calls)"
     peak = None if row["peak_bytes"] is None else (row["weight_bytes"] + row["peak_bytes"]) / 1e9
     return [
         row["architecture"],
@@ -98,10 +98,10 @@ def settings_line(recipe: BenchRecipe) -> str:
     guided = f"guidance {recipe.guidance:g}" if recipe.guidance > 1 else "no guidance"
     return (
         f"{recipe.model} with {recipe.weights} weights, {recipe.resolution} px, batch {recipe.batch}, {guided}, "
-        f"{recipe.steps} steps. MACs are exact, of the UNet. Times of {DENSE} are from the same interleaved run; the "
-        f"noise floor is how far the interval of {DENSE} against itself reaches from 1; latency per MAC is the time's "
-        "ratio / the MACs' ratio, at best 1. Peak memory is the UNet's weights and what one call takes beyond what was "
-        "held before it."
+        f"{recipe.steps} steps. MACs are exact, of the denoiser. Times of {DENSE} are from the same interleaved run; "
+        f"the noise floor is how far the interval of {DENSE} against itself reaches from 1; latency per MAC is the "
+        "time's ratio / the MACs' ratio, at best 1. Peak memory is the denoiser's weights and what one call takes beyond what "
+        "was held before it."
     )
 
 

@@ -18,7 +18,7 @@ ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region l
 LIMITS: dict[str, Any] = {
     "recompile_limit": 1024,
     "accumulated_recompile_limit": 8192,
-}  # a pruned UNet has a shape per block
+}  # a pruned denoiser has a shape per block
 
 
 @contextmanager

@@ -106,7 +106,7 @@ class Bench:
         return True
 
     def architecture(self, name: str) -> Architecture | None:
-        """Return an architecture that was chosen here; None for the dense model and for a folder's UNet."""
+        """Return an architecture that was chosen here; None for the dense model and for a folder's denoiser."""
         self.pieces  # noqa: B018 - chooses
         return self._chosen.get(name)
 

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from prunekit.core.registry import call_options, denoiser_in, denoiser_of, family_of
+from prunekit.core.timesteps import sampled_timesteps
 from prunekit.evaluation.generate import quiet
 from prunekit.jobs.bench.bench_models import PROMPT
 
@@ -50,5 +51,4 @@ def pipeline_call(
 
 def denoiser_calls(pipeline: DiffusionPipeline, steps: int) -> int:
     """Return how often a pipeline's loop calls the denoiser."""
-    pipeline.scheduler.set_timesteps(steps)
-    return len(pipeline.scheduler.timesteps)
+    return len(sampled_timesteps(pipeline.scheduler, steps))

@@ -63,8 +63,8 @@ def cells_of(recipe: CompareRecipe, steps: TrainingSteps) -> list[Cell]:
 def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> float:
     """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
 
-    cost: what counts the table's MACs; of its space nothing is used. The UNet may be on the meta device.
-    Raises RecipeError for a text of another form, ValueError for a member that the UNet has not.
+    cost: what counts the table's MACs; of its space nothing is used. The denoiser may be on the meta device.
+    Raises RecipeError for a text of another form, ValueError for a member that the denoiser has not.
     """
     if not isinstance(budget, str):
         return budget

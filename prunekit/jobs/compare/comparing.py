@@ -114,7 +114,7 @@ class Comparison:
         return [result for _, result in results if result], [cell for cell, result in results if not result]
 
     def timings(self, cells: Sequence[Result]) -> dict[str, float]:
-        """Return every cell's time of a UNet call over the dense one's; measured once, in this process."""
+        """Return every cell's time of a denoiser call over the dense one's; measured once, in this process."""
         path = self.directory / TIMINGS
         timings = read_json(path) if path.is_file() else {}
         for cell in cells:

@@ -122,7 +122,7 @@ def _generation(recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow]
     calls = model.parts.calls(evaluation.steps, family_of(model.shape).texts(evaluation.guidance))
     seeds = len({seed for entry in recipe.budgets for seed in entry.seeds}) if isinstance(recipe, CompareRecipe) else 1
     sets = {name: (row.label, row.budget, row.generations) for name, row in rows.items()}
-    passes = f"{calls} UNet calls ({type(model.parts.scheduler).__name__}), decoder"
+    passes = f"{calls} denoiser calls ({type(model.parts.scheduler).__name__}), decoder"
     return [
         Work(
             f"{name}: {GENERATION}",

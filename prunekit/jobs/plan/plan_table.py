@@ -124,7 +124,7 @@ DISK = {
     "experts": "disk: experts, float32 *",
     "snapshots": "disk: experts at evaluation.at_steps *",
     "checkpoints": "disk: checkpoints of the training under way, at most",
-    "milestones": "disk: UNets of the milestones, float16",
+    "milestones": "disk: denoisers of the milestones, float16",
     "samples": "disk: generated pictures, before compression",
 }
 ENCODED = {"latents": "latents", "text": "text states", "prompts": "prompt embeddings", "pooled": "pooled text"}
@@ -134,7 +134,7 @@ def _sizes(plan: dict[str, Any]) -> Table:
     table = Table("memory and disk", "", title="sizes", title_justify="left")
     table.columns[1].justify = "right"
     memory, disk = plan["memory"], plan["disk"]
-    for key, label in (("dense_weights", "dense UNet"), ("expert_weights", "largest expert *")):
+    for key, label in (("dense_weights", "dense denoiser"), ("expert_weights", "largest expert *")):
         for dtype, size in memory.get(key, {}).items():
             table.add_row(f"{label}, {dtype}", in_bytes(size))
     for stage, size in memory["peak"].items():

@@ -41,7 +41,7 @@ class PlannedModel:
 
     @cached_property
     def params(self) -> int:
-        """The dense UNet's parameters."""
+        """The dense denoiser's parameters."""
         return sum(p.numel() for p in self.shape.denoiser.parameters())
 
     def costs(self, settings: PruneSettings) -> tuple[UnitSpace, CostModel]:
@@ -50,7 +50,7 @@ class PlannedModel:
         return self.once(key, lambda: space_and_cost(self.shape, settings))
 
     def dense_macs(self, latent: tuple[int, int] | None = None) -> int:
-        """Return the MACs of the dense UNet at a latent (h, w); None: its own."""
+        """Return the MACs of the dense denoiser at a latent (h, w); None: its own."""
 
         def count() -> int:
             return CostModel(self.shape.denoiser, discover(self.shape.denoiser, "none"), latent, self.tokens).dense_macs

@@ -1,52 +1,39 @@
 """What a pipeline has beside its denoiser, from configs alone: autoencoder, text encoders, scheduler."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.core.registry import denoiser_of
+from prunekit.core.timesteps import sampled_timesteps
+from prunekit.jobs.plan.text_encoders import (
+    CLIP_L,
+    CLIP_L_PROJECTED,
+    OPEN_CLIP_G,
+    OPEN_CLIP_H,
+    QWEN_2_5_VL_7B,
+    T5_XXL,
+    TextEncoderShape,
+    shape_of,
+)
 from prunekit.models.names import hub_id, local_path, read_object, short_name
 from prunekit.models.single_file import config_name
 from prunekit.runtime.errors import UserError, first_line
 
-
-@dataclass(frozen=True)
-class TextEncoderShape:
-    """The sizes of a CLIP text encoder."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    vocab_size: int = 49408
-    max_position_embeddings: int = 77
-    projection_dim: int = 0  # of a pooled output; 0: none
-
-    @property
-    def params(self) -> int:
-        """The number of weights and biases."""
-        width, inner = self.hidden_size, self.intermediate_size
-        layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-        embeddings = (self.vocab_size + self.max_position_embeddings) * width
-        return embeddings + self.num_hidden_layers * layer + 2 * width + self.projection_dim * width
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of one caption, padded to the full length."""
-        tokens, width = self.max_position_embeddings, self.hidden_size
-        layer = tokens * (4 * width * width + 2 * width * self.intermediate_size) + 2 * tokens * tokens * width
-        return self.num_hidden_layers * layer + self.projection_dim * width
-
-
-CLIP_L = TextEncoderShape(768, 3072, 12)
-OPEN_CLIP_H = TextEncoderShape(1024, 4096, 23)
-OPEN_CLIP_G = TextEncoderShape(1280, 5120, 32, projection_dim=1280)
-AUTOENCODER = {  # of every known model
+T5_TOKENS = 256  # of a text, by the pipeline of Stable Diffusion 3
+T5_XXL_256, T5_XXL_300 = replace(T5_XXL, tokens=T5_TOKENS), replace(T5_XXL, tokens=300)
+AUTOENCODER = {  # of Stable Diffusion 1, 2 and XL, and PixArt
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [128, 256, 512, 512],
@@ -54,23 +41,75 @@ AUTOENCODER = {  # of every known model
     "latent_channels": 4,
     "sample_size": 512,
 }
+AUTOENCODER_16 = {**AUTOENCODER, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+VIDEO_AUTOENCODER = {"_class_name": "AutoencoderKLQwenImage", "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
 PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
-KNOWN: dict[str, tuple[list[TextEncoderShape], dict[str, Any]]] = {  # by the short names of `prunekit.models.KNOWN`
-    "sd-1.4": ([CLIP_L], PNDM),
-    "sd-1.5": ([CLIP_L], PNDM),
-    "sd-2.1": ([OPEN_CLIP_H], {"_class_name": "DDIMScheduler", "steps_offset": 1}),
-    "sd-2.1-base": ([OPEN_CLIP_H], PNDM),
-    "sdxl": ([CLIP_L, OPEN_CLIP_G], {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}),
+DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1}
+EULER = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+SD3 = ((CLIP_L_PROJECTED, OPEN_CLIP_G, T5_XXL_256), AUTOENCODER_16, {**FLOW, "shift": 3.0})
+
+
+class Known(NamedTuple):
+    """What a known model has beside its denoiser."""
+
+    text_encoders: tuple[TextEncoderShape, ...]
+    autoencoder: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+KNOWN = {  # by the short names of `prunekit.models.KNOWN`
+    "sd-1.4": Known((CLIP_L,), AUTOENCODER, PNDM),
+    "sd-1.5": Known((CLIP_L,), AUTOENCODER, PNDM),
+    "sd-2.1": Known((OPEN_CLIP_H,), AUTOENCODER, DDIM),
+    "sd-2.1-base": Known((OPEN_CLIP_H,), AUTOENCODER, PNDM),
+    "sdxl": Known((CLIP_L, OPEN_CLIP_G), AUTOENCODER, EULER),
+    "sd-3-medium": Known(*SD3),
+    "sd-3.5-medium": Known(*SD3),
+    "sd-3.5-large": Known(*SD3),
+    "flux.1-dev": Known((CLIP_L, T5_XXL), AUTOENCODER_16, {**FLOW, "shift": 3.0, "use_dynamic_shifting": True}),
+    "flux.1-schnell": Known((CLIP_L, T5_XXL_256), AUTOENCODER_16, FLOW),
+    "qwen-image": Known((QWEN_2_5_VL_7B,), VIDEO_AUTOENCODER, {**FLOW, "use_dynamic_shifting": True}),
+    "pixart-sigma": Known((T5_XXL_300,), AUTOENCODER, {"_class_name": "DPMSolverMultistepScheduler"}),
 }
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 FAMILIES = {768: "sd-1.5", 1024: "sd-2.1", 2048: "sdxl"}  # whose parts a UNet alone is taken to have, by its text width
+TRANSFORMERS = {  # the same of a transformer alone, by its class
+    "SD3Transformer2DModel": "sd-3.5-medium",
+    "FluxTransformer2DModel": "flux.1-dev",
+    "QwenImageTransformer2DModel": "qwen-image",
+    "PixArtTransformer2DModel": "pixart-sigma",
+}
+
+
+class PictureAutoencoder(nn.Module):
+    """Qwen-Image's autoencoder of videos, for pictures: videos of one frame. It has `AutoencoderKL`'s names."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.model = AutoencoderKLQwenImage.from_config(dict(config))
+        widths = [self.model.config.base_dim * factor for factor in self.model.config.dim_mult]
+        names = {"latent_channels": self.model.config.z_dim, "block_out_channels": widths}
+        self.config = FrozenDict({**self.model.config, **names})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PictureAutoencoder:
+        """Build it by the config of an AutoencoderKLQwenImage."""
+        return cls(config)
+
+    def encode(self, pixels: Tensor) -> Any:
+        """(n, 3, H, W) -> the posterior."""
+        return self.model.encode(pixels.unsqueeze(2))
+
+    def decode(self, latents: Tensor) -> Any:
+        """(n, C, h, w) -> pictures, as videos."""
+        return self.model.decode(latents.unsqueeze(2))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A pipeline's parts beside the UNet; the autoencoder is on the meta device."""
+    """A pipeline's parts beside the denoiser; the autoencoder is on the meta device."""
 
-    autoencoder: AutoencoderKL
+    autoencoder: AutoencoderKL | PictureAutoencoder
     text_encoders: tuple[TextEncoderShape, ...]
     scheduler: Any
 
@@ -81,7 +120,7 @@ class Parts:
 
     @property
     def caption_macs(self) -> int:
-        """Multiply-adds of encoding one caption for the UNet."""
+        """Multiply-adds of encoding one caption for the denoiser."""
         return sum(encoder.macs for encoder in self.text_encoders)
 
     @cached_property
@@ -91,8 +130,7 @@ class Parts:
 
     def calls(self, steps: int, texts: int) -> int:
         """Denoiser calls of one picture, one a step for each text; some schedulers make more steps than asked for."""
-        self.scheduler.set_timesteps(steps)
-        return len(self.scheduler.timesteps) * texts
+        return len(sampled_timesteps(self.scheduler, steps)) * texts
 
     def picture_macs(self, latent: tuple[int, int]) -> tuple[int, int]:
         """Multiply-adds of encoding and of decoding one picture, by its latent (h, w)."""
@@ -127,17 +165,29 @@ def load_parts(name: str | Path, model: ModelMixin, single_file_config: str | Pa
 
 
 def _parts(source: str | Path, model: ModelMixin) -> Parts:
-    family = short_name(source) or FAMILIES.get(denoiser_of(model).text_width(model), "sd-1.5")
-    encoders, scheduler = KNOWN[family]
-    configs = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")]
-    read = [TextEncoderShape(**{k: v for k, v in config.items() if k in SIZES}) for config in configs if config]
+    known = KNOWN[_known_name(source, model)]
+    configs = [_config(source, f"{part}/config.json") for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    limit = _config(source, "tokenizer_3/tokenizer_config.json") or {}
+    tokens = min(int(limit.get("model_max_length", T5_TOKENS)), T5_TOKENS)
+    read = [shape_of(config, tokens) for config in configs if config]
     with torch.device("meta"):
-        autoencoder = AutoencoderKL.from_config(_config(source, "vae/config.json") or AUTOENCODER).eval()
-    return Parts(
-        autoencoder,
-        tuple(read or encoders),
-        build_scheduler(_config(source, "scheduler/scheduler_config.json") or scheduler),
-    )
+        autoencoder = _autoencoder(_config(source, "vae/config.json") or known.autoencoder)
+    scheduler = build_scheduler(_config(source, "scheduler/scheduler_config.json") or known.scheduler)
+    return Parts(autoencoder, tuple(read or known.text_encoders), scheduler)
+
+
+def _known_name(source: str | Path, model: ModelMixin) -> str:
+    """Return the short name of the known model whose parts stand for those that have no config here."""
+    denoiser = denoiser_of(model)
+    by_width = FAMILIES.get(denoiser.text_width(model), "sd-1.5")
+    kind = denoiser.pruned_class().__name__.removeprefix("Pruned")
+    return short_name(source) or TRANSFORMERS.get(kind, by_width)
+
+
+def _autoencoder(config: Mapping[str, Any]) -> AutoencoderKL | PictureAutoencoder:
+    is_video = config.get("_class_name") == VIDEO_AUTOENCODER["_class_name"]
+    kind: Any = PictureAutoencoder if is_video else AutoencoderKL
+    return kind.from_config(config).eval()
 
 
 def build_scheduler(config: dict[str, Any]) -> Any:

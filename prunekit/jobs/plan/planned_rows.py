@@ -47,7 +47,7 @@ class PlannedRow:
 
     @property
     def budget(self) -> float:
-        """Cost to reach, as a share of the dense UNet's MACs."""
+        """Cost to reach, as a share of the dense denoiser's MACs."""
         return self.method.config.budget
 
 

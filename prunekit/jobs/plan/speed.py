@@ -10,8 +10,8 @@ from diffusers import ModelMixin
 from prunekit.core.call import predict
 from prunekit.jobs.plan.rehearsal import zero_call
 
-MOST_RUN_PARAMS = 50_000_000  # a UNet of fewer parameters is itself timed; for a larger one a matrix product is
-BATCH, SIDE = 8, 1024  # samples of a timed UNet call; rows and columns of a timed matrix product
+MOST_RUN_PARAMS = 50_000_000  # a denoiser of fewer parameters is itself timed; for a larger one a matrix product is
+BATCH, SIDE = 8, 1024  # samples of a timed denoiser call; rows and columns of a timed matrix product
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def measure_speed(
     precision: str,
     seconds: float = 1.0,
 ) -> Speed:
-    """Time this machine for about `seconds`: the UNet itself where it is small, else a matrix product.
+    """Time this machine for about `seconds`: the denoiser itself where it is small, else a matrix product.
 
     model: on the meta device; a small one is built with zeros for weights. macs: of one sample at `latent` (h, w).
     """
@@ -45,11 +45,11 @@ def measure_speed(
                 tensor.zero_()
             call = zero_call(timed_model, latent, text_length, BATCH, device)
             fastest = _time(lambda: predict(timed_model, call), device, seconds)
-        what = f"this UNet's forward pass in {precision} with zeros for weights, batch {BATCH}"
+        what = f"this denoiser's forward pass in {precision} with zeros for weights, batch {BATCH}"
         return Speed(BATCH * macs / fastest, f"measured on {name} for {seconds:g} s: {what}")
     a, b = (torch.ones(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     fastest = _time(lambda: a @ b, device, seconds)
-    what = f"a {SIDE} x {SIDE} matrix product in {precision}, which a UNet does not reach: take times as lower bounds"
+    what = f"a {SIDE} x {SIDE} matrix product in {precision}, which no denoiser reaches: take times as lower bounds"
     return Speed(SIDE**3 / fastest, f"measured on {name} for {seconds:g} s: {what}")
 
 
