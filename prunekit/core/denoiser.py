@@ -190,6 +190,10 @@ class Denoiser(Structure, Protocol):
         """
         ...
 
+    def hidden(self, output: Any) -> Tensor:
+        """Return the hidden states in the output of one of these blocks."""
+        ...
+
     def regions(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules that are compiled, each by itself."""
         ...

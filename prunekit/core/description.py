@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.runtime.errors import UserError
 
@@ -16,9 +16,10 @@ from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
-from .slicing import PrunedModel, blank_of, hollow, pruned_class, take_tables
+from .slicing import PrunedModel, blank_of, hollow, pruned_class, share_tables
 from .space import UnitGroup
 
+HIDDEN = "hidden_states"  # the argument of a block that the image goes through
 MOST = 2**20  # of every size in a config
 MOST_BLOCKS = 1000  # of a list
 
@@ -58,7 +59,7 @@ class Description(NamedCalls):
     dense: ClassVar[type[nn.Module]]
     family: ClassVar[Family]
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
-    inputs: ClassVar[tuple[str, ...]] = ("hidden_states",)
+    inputs: ClassVar[tuple[str, ...]] = (HIDDEN,)
     arguments: ClassVar[Mapping[str, str]] = {
         "noisy": "hidden_states",
         "timestep": "timestep",
@@ -98,6 +99,11 @@ class Description(NamedCalls):
             for index, block in enumerate(model.get_submodule(name))
             if not isinstance(block, Bypassed)
         }
+
+    def hidden(self, output: Any) -> Tensor:
+        """The image's hidden states: the first output, or the one in the place of the input of that name."""
+        is_joint = isinstance(output, tuple)
+        return output[self.inputs.index(HIDDEN)] if is_joint else output
 
     def regions(self, model: Any) -> list[nn.Module]:
         """The blocks, which are compiled each by itself."""
@@ -172,8 +178,7 @@ class Description(NamedCalls):
         if self.tables:
             config = {key: value for key, value in model.config.items() if key[0] != "_" and key != "pruning"}
             small = self.dense(**{**config, **dict.fromkeys(self.layers_in_config, 1)})
-            for path in self.tables:
-                take_tables(small.get_submodule(path), model.get_submodule(path))
+            share_tables(self, small, model)
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
         """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""

@@ -188,8 +188,7 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
     for name, module in pruned.named_modules():
         if hasattr(module, "set_processor"):
             module.set_processor(originals[name].processor)
-    for path in structure.tables:
-        take_tables(originals[path], pruned.get_submodule(path))
+    share_tables(structure, model, pruned)
     cut(structure, pruned, architecture)
     memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for parameter in pruned.parameters():
@@ -200,12 +199,14 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
     return pruned
 
 
-def take_tables(original: nn.Module, copy: nn.Module) -> None:
-    """Take the tensors that are no parameters, such as tables of positions, from the module that a copy was made of."""
-    for tensors in (copy._buffers, vars(copy)):
-        for name, value in tensors.items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                tensors[name] = getattr(original, name)
+def share_tables(structure: Structure, original: nn.Module, copy: nn.Module) -> None:
+    """Give a model on the meta device the tables of another of its class."""
+    for path in structure.tables:
+        source, target = original.get_submodule(path), copy.get_submodule(path)
+        for tensors in (target._buffers, vars(target)):
+            for name, value in tensors.items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    tensors[name] = getattr(source, name)
 
 
 def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> None:

@@ -89,6 +89,7 @@ class BKSDM(Method):
             ValueError: a UNet with a level of other than one or two layers.
 
         """
+        _levels(denoiser_in(pipeline))  # which says so where there are none
         return _members(denoiser_in(pipeline), space_of(pipeline, self.config))
 
     def architecture(self, pipeline: DiffusionPipeline | ModelMixin) -> Architecture:
@@ -128,8 +129,9 @@ class BKSDM(Method):
                 messages have the costs); a variant that this UNet cannot have.
 
         """
-        cost = budget_cost(pipeline, self.config)
         model = denoiser_in(pipeline)
+        _levels(model)  # which says so where there are none
+        cost = budget_cost(pipeline, self.config)
         members = _members(model, cost.space)
         if self.config.variant is None:
             name, architecture = _largest(members, cost, self.config.budget)

@@ -174,7 +174,8 @@ class TaylorSP(ScoreMethod):
                 prediction = predict(model, batch.call)
             goal = process.target(batch.latents, batch.noise, batch.timesteps)
             loss = per_sample_mse(prediction, goal).sum() / self.config.samples
-            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # zeros for what nothing reads
+            for weight, gradient in zip(weights, gradients, strict=True):
                 step[weight] = step[weight] + gradient if weight in step else gradient.float()
             total += loss.item()
         return total, step

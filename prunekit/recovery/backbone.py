@@ -12,7 +12,8 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prunekit.core.emptied import names_in_files
-from prunekit.core.slicing import blank_copy, slice_model
+from prunekit.core.registry import denoiser_of
+from prunekit.core.slicing import blank_copy, share_tables, slice_model
 from prunekit.core.space import Architecture
 from prunekit.core.timesteps import TimestepBins
 from prunekit.recovery.deltas import Deltas
@@ -48,6 +49,7 @@ class Member:
         self.deltas: Deltas | None = None  # what it changes of the backbone's weights
         self.kept = kept_entries(backbone, architecture)
         self.model = slice_model(blank_copy(backbone), architecture)
+        share_tables(denoiser_of(backbone), backbone, self.model)
         self.dense_names = names_in_files(self.model)  # of the weights for which the backbone has another name
 
     def take(self) -> ModelMixin:
@@ -91,7 +93,7 @@ def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kep
             else torch.zeros(()).expand(shape)
             for name, shape in shapes.items()
         }
-        marked.load_state_dict(positions, assign=True)
+        marked.load_state_dict(positions, strict=False, assign=True)  # tables are left out
         sliced = slice_model(marked, architecture)
         dense_names = names_in_files(sliced)
         for name, weight in sliced.named_parameters():

@@ -12,8 +12,8 @@ TOLERANCE = 1e-5  # of law 1, in float32
 HEADER = ["model", "masked against cut", "", "predicted MACs", "counted MACs", ""]
 ABOUT = (
     f"Masked against cut: the dense denoiser under the masks and the cut denoiser, before fine-tuning, on the same "
-    f"noised pictures; relative error of the output, allowed {TOLERANCE:.0e} in float32. Counted: torch's FlopCounterMode "
-    "/ 2 on the cut denoiser."
+    f"noised pictures; relative error of the output, allowed {TOLERANCE:.0e} in float32. Counted: torch's "
+    "FlopCounterMode / 2 on the cut denoiser."
 )
 NO_CERTIFICATE = (
     "This run recorded no certificate; `prunekit report RUN --sensitivity` makes it where the model and data are here."

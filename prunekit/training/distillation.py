@@ -24,11 +24,12 @@ def block_outputs(model: nn.Module, which: FeatureBlocks = "all") -> Iterator[di
 
     def keep(path: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-            outputs[path] = output[0] if isinstance(output, tuple) else output
+            outputs[path] = denoiser.hidden(output)
 
         return hook
 
-    blocks = {} if which == "none" else denoiser_of(model).blocks(model, inner=which == "all")
+    denoiser = denoiser_of(model)
+    blocks = {} if which == "none" else denoiser.blocks(model, inner=which == "all")
     handles = [block.register_forward_hook(keep(path)) for path, block in blocks.items()]
     try:
         yield outputs

@@ -1,20 +1,22 @@
-"""Encoded data and a pipeline's outline for any small UNet: what methods that need data are tested with."""
+"""Encoded data and a pipeline's outline for any small denoiser: what methods that need data are tested with."""
 
 import io
 from types import SimpleNamespace
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from prunekit.core.registry import denoiser_of, part_of, process_of
 from prunekit.data.encoded import EncodedData
 from prunekit.data.images import CaptionedImages
+from prunekit.denoisers.flow_matching import FlowMatching
 from prunekit.runtime.randomness import generator
 
 
-def encoded_for(unet, num=8, side=8, text_length=7, seed=0):
-    """Random latents, text states and prompts of `num` captioned pictures, as the UNet takes them."""
-    draw, config = generator(seed, "small data"), unet.config
+def encoded_for(model, num=8, side=8, text_length=7, seed=0):
+    """Random latents, text states and prompts of `num` captioned pictures, as the denoiser takes them."""
+    draw, denoiser = generator(seed, "small data"), denoiser_of(model)
     pictures = []
     for index in range(num):
         buffer = io.BytesIO()
@@ -23,22 +25,26 @@ def encoded_for(unet, num=8, side=8, text_length=7, seed=0):
     captions = [f"picture {index}" for index in range(num)]
     images = CaptionedImages(pictures, captions, captions, torch.arange(num), torch.zeros(num, dtype=torch.bool))
     added = {}
-    if config.get("addition_embed_type") == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        time_ids = torch.tensor([64.0, 64, 0, 0, 64, 64])
+    if width := denoiser.pooled_width(model):
         pooled = torch.randn(num, width, generator=draw)
-        added = {"pooled": pooled, "null_pooled": torch.zeros(width), "time_ids": time_ids}
+        added = {"pooled": pooled, "null_pooled": torch.zeros(width)}
+    roles = denoiser.example_conditions(model, num, text_length, lambda role, shape: torch.ones(shape))
+    if "sizes" in roles:
+        added["time_ids"] = denoiser.family.sizes(64, 64)
+    added["others"] = {role: (roles[role], roles[role][0]) for role in roles if role in ("mask", "guidance")}
     return EncodedData(
-        latents=torch.randn(num, config.in_channels, side, side, generator=draw),
-        text=torch.randn(num, text_length, config.cross_attention_dim, generator=draw),
-        null_text=torch.zeros(text_length, config.cross_attention_dim),
+        latents=torch.randn(num, denoiser.latent_channels(model), side, side, generator=draw),
+        text=torch.randn(num, text_length, denoiser.text_width(model), generator=draw),
+        null_text=torch.zeros(text_length, denoiser.text_width(model)),
         prompts=torch.nn.functional.normalize(torch.randn(num, 10, generator=draw), dim=1),
         images=images,
         **added,
     )
 
 
-def stub(unet, prediction_type="v_prediction"):
+def stub(model, prediction_type="v_prediction"):
     """What methods read of a pipeline."""
-    scheduler = DDIMScheduler(prediction_type=prediction_type)
-    return SimpleNamespace(unet=unet, scheduler=scheduler, vae_scale_factor=8, tokenizer=None)
+    part, scheduler = part_of(model), DDIMScheduler(prediction_type=prediction_type)
+    if isinstance(process_of(model), FlowMatching):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return SimpleNamespace(**{part: model}, scheduler=scheduler, vae_scale_factor=8, tokenizer=None)

@@ -100,8 +100,8 @@ def settings_line(recipe: BenchRecipe) -> str:
         f"{recipe.model} with {recipe.weights} weights, {recipe.resolution} px, batch {recipe.batch}, {guided}, "
         f"{recipe.steps} steps. MACs are exact, of the denoiser. Times of {DENSE} are from the same interleaved run; "
         f"the noise floor is how far the interval of {DENSE} against itself reaches from 1; latency per MAC is the "
-        "time's ratio / the MACs' ratio, at best 1. Peak memory is the denoiser's weights and what one call takes beyond what "
-        "was held before it."
+        "time's ratio / the MACs' ratio, at best 1. Peak memory is the denoiser's weights and what one call takes "
+        "beyond what was held before it."
     )
 
 
