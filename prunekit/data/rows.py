@@ -39,7 +39,7 @@ class Rows:
         if len(flat) and not -len(self) <= int(flat.min()) <= int(flat.max()) < len(self):
             raise IndexError(f"rows {int(flat.min())} to {int(flat.max())} were asked for; there are {len(self)}")
         taken = self._take(torch.where(flat < 0, flat + len(self), flat))
-        return taken.view(*index.shape, *self.shape[1:])
+        return taken.view((*index.shape, *self.shape[1:]))
 
     def _take(self, index: Tensor) -> Tensor:
         """Return the rows of an index (k,) in range, (k, …), float32."""
