@@ -18,6 +18,7 @@ from prunekit.core.registry import denoiser_of
 
 MOST_TRACED_MACS = 10**10  # fvcore has to run the model; above this it runs at a latent of SMALL x SMALL instead
 SMALL = 8
+CHARGED = ("group_norm", "layer_norm", "upsample_nearest2d", "einsum")  # by fvcore: not multiply-adds
 _MISSING = "not installed; it comes with the extra `check`: pip install 'prunekit[check]'"
 
 
@@ -76,6 +77,7 @@ class _Called(nn.Module):
                 for name, parameter in module.named_parameters(recurse=False):
                     zero = nn.Parameter(torch.zeros((), device=device).expand(parameter.shape), requires_grad=False)
                     setattr(module, name, zero)
+            denoiser_of(model).fill_tables(self.model)
         self.denoiser, self.timesteps = denoiser_of(model), torch.ones(1, dtype=torch.long, device=device)
         self.call = self.denoiser.example(self.model, 1, size, text_length, zeros(device), self.timesteps)
         self.noisy = self.denoiser.noisy(self.call)
@@ -84,11 +86,16 @@ class _Called(nn.Module):
         return predict(self.model, self.denoiser.at(self.call, noisy, self.timesteps))
 
 
-def _flop_counter_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: int) -> Row:
+def _flops(model: ModelMixin, size: tuple[int, int], text_length: int) -> FlopCounterMode:
+    """Return torch's own counter after one call on the meta device."""
     called = _Called(model, size, text_length, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         called(called.noisy)
-    flops = counter.get_total_flops()
+    return counter
+
+
+def _flop_counter_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: int) -> Row:
+    flops = _flops(model, size, text_length).get_total_flops()
     assert flops % 2 == 0
     explanation = "torch's own counter, halved; on the meta device, since on the CPU it misses fused attention"
     return Row("torch FlopCounterMode / 2", size, flops // 2, ours, explanation, flops // 2 - ours)
@@ -129,9 +136,17 @@ def _fvcore_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours
         operators = {name: int(count) for name, count in analysis.by_operator().items()}
     attention = operators.pop("scaled_dot_product_attention", 0)
     total = sum(operators.values())
-    extra = {name: operators[name] for name in ("group_norm", "layer_norm", "upsample_nearest2d") if name in operators}
+    extra = {name: operators[name] for name in CHARGED if name in operators}
     charged = ", ".join(f"{name} {count:,}" for name, count in extra.items())
     explanation = f"omits QKᵀ and AV, {attention:,}; charges also {charged}"
+    idle = analysis.uncalled_modules()
+    unread = 0
+    if idle:
+        counts = _flops(model, size, text_length).get_flop_counts()
+        leaves = [name for name in idle if not any(other.startswith(f"{name}.") for other in idle)]
+        unread = sum(sum(counts.get(f"{_Called.__name__}.{name}", {}).values()) // 2 for name in leaves)
+    if unread:
+        explanation += f"; omits layers whose output nothing reads, {unread:,}"
     if is_smaller:
         explanation = f"at a latent of {size[0]} x {size[1]}, since it has to run the model; {explanation}"
-    return Row("fvcore", size, total, ours, explanation, total + attention - sum(extra.values()) - ours)
+    return Row("fvcore", size, total, ours, explanation, total + attention + unread - sum(extra.values()) - ours)

@@ -29,9 +29,11 @@ RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.
 EMBEDDED = (
     "quickstart",
     "aptp_emoji",
+    "aptp_emoji_sd3",
     "pretrain_emoji",
     "pretrain_emoji_sd3",
     "compare_emoji",
+    "compare_emoji_sd3",
     "settings_emoji",
     "codes_emoji",
     "ablation_emoji",

@@ -1,8 +1,10 @@
 import sys
 
 import pytest
+import small_transformers
 import torch
 from diffusers import UNet2DConditionModel
+from small_transformers import CONFIGS
 from unets import MORE_SHAPES, build
 
 from prunekit import CostModel, discover, slice_unet
@@ -27,6 +29,15 @@ def test_every_counter_is_reconciled(shape):
         assert rows["fvcore"].sample_size == (9, 12)
     assert unet.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_are_reconciled(name):
+    pytest.importorskip("thop")
+    pytest.importorskip("fvcore")
+    model = small_transformers.build(name, "meta")
+    for measured in (model, slice_unet(model, discover(model, "all").random(0.5, seed=1))):
+        assert [row.unexplained for row in crosscheck(measured, (8, 8), 5)] == [0, 0, 0, 0]
 
 
 def test_a_large_model_is_traced_at_a_smaller_latent():
