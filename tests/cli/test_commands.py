@@ -16,6 +16,7 @@ from pathlib import Path
 import data_layouts
 import huggingface_hub.constants as hub_constants
 import pytest
+import small_transformer_pipelines
 import typer
 from command_line import ok
 from interrupting import interrupting
@@ -66,6 +67,7 @@ def supplies(tmp_path_factory):
     model = write_pipeline(folder / "my-model", layers=1)
     write_pipeline(folder / "two-layers")  # as Stable Diffusion has, and BK-SDM needs
     other = load_pipeline(write(folder / "my-other-model", "sd1"))
+    small_transformer_pipelines.write(folder / "my-sd35", "sd35", load_pipeline("emoji"))
     write_single_file(folder / "my-model.safetensors", other)
     write_lora(folder / "style.safetensors", {f"unet.{QUERY}": other.unet.get_submodule(QUERY)})
     write_release(folder / "APTP-Base-COCO", load_pipeline(folder / "two-layers").unet)
