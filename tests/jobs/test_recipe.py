@@ -34,6 +34,7 @@ EMBEDDED = (
     "pretrain_emoji_sd3",
     "compare_emoji",
     "compare_emoji_sd3",
+    "recovery_emoji",
     "settings_emoji",
     "codes_emoji",
     "ablation_emoji",

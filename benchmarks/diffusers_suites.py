@@ -1,0 +1,144 @@
+"""diffusers' own tests of its transformers, run with pruned models in place of the stock classes.
+
+The tests are diffusers' (`tests/` of its repository, which its wheel lacks); none of them is copied here. Each suite
+runs twice, as it is and with every model cut at random, and what fails only with cut models is listed with its reason.
+
+    git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers && rm -r diffusers/src
+    python benchmarks/diffusers_suites.py diffusers --output docs/results/diffusers_suites
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import diffusers
+import pytest
+import torch
+
+from prunekit.core.discovery import discover
+from prunekit.core.registry import denoiser_of
+from prunekit.core.slicing import slice_model
+
+SUITES = {
+    "SD3Transformer2DModel": "test_models_transformer_sd3.py",
+    "FluxTransformer2DModel": "test_models_transformer_flux.py",
+    "QwenImageTransformer2DModel": "test_models_transformer_qwenimage.py",
+    "PixArtTransformer2DModel": "test_models_pixart_transformer2d.py",
+}
+FOLDER = "tests/models/transformers"
+KEEP, CUTS = "PRUNEKIT_KEEP", "PRUNEKIT_CUTS"  # environment variables: the share of units that stays; a file of cuts
+SEED = 0
+TIMEOUT = 300  # seconds of a test
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put pruned classes in place of the stock ones, in the run that is told to (this file is a plugin of pytest)."""
+    if KEEP in os.environ:
+        for kind in {item.cls for item in items if getattr(item, "cls", None) is not None}:
+            _put_pruned(kind, float(os.environ[KEEP]))
+
+
+def _put_pruned(kind: type, keep: float) -> None:
+    given: Any = kind.model_class
+    dense = given.fget(None) if isinstance(given, property) else given
+    if dense.__name__ not in SUITES or issubclass(dense, denoiser_of(dense).pruned_class()):
+        return
+    stand_in = _stand_in(dense)
+    kind.model_class = property(lambda self: stand_in) if isinstance(given, property) else stand_in
+    if hasattr(kind, "get_init_dict"):
+        settings = kind.get_init_dict
+        kind.get_init_dict = lambda self: _with_pruning(kind, dense, settings(self), keep)
+    else:
+        both = kind.prepare_init_args_and_inputs_for_common
+
+        def prepared(self: Any) -> tuple[dict[str, Any], Any]:
+            config, inputs = both(self)
+            return _with_pruning(kind, dense, config, keep), inputs
+
+        kind.prepare_init_args_and_inputs_for_common = prepared
+
+
+def _stand_in(dense: type) -> type:
+    """Return the pruned class under the stock one's name, by which some tests look for it."""
+    pruned = denoiser_of(dense).pruned_class()
+    return type(dense.__name__, (pruned,), {"__module__": dense.__module__})
+
+
+def _with_pruning(kind: type, dense: Any, config: dict[str, Any], keep: float) -> dict[str, Any]:
+    """Return a test's config with a random cut, which is written down under the test class's name."""
+    if "pruning" in config:
+        return config
+    with torch.device("meta"):
+        model = dense(**config)
+    pruning = dict(slice_model(model, discover(model, "all").random(keep, SEED)).config["pruning"])
+    gone = [*pruning["removed"], *(name for name, kept in pruning["kept"].items() if not kept)]
+    with Path(os.environ[CUTS]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps([kind.__name__, gone]) + "\n")
+    return {**config, "pruning": pruning}
+
+
+def run(repository: Path, keep: float | None, cuts: Path) -> dict[str, tuple[str, str]]:
+    """Return (outcome, reason) of every test, by suite and name.
+
+    keep: of cut models; None: stock ones. cuts: gets a line for each model, [test class, layers that are gone].
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({} if keep is None else {KEEP: str(keep), CUTS: str(cuts)})
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    outcomes = {}
+    for name, file in SUITES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            report = Path(scratch) / "report.xml"
+            options = ["-q", "-p", "no:cacheprovider", f"--timeout={TIMEOUT}", f"--junitxml={report}"]
+            command = [sys.executable, "-m", "pytest", "-p", Path(__file__).stem, *options, f"{FOLDER}/{file}"]
+            subprocess.run(
+                command, cwd=repository, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            for case in ElementTree.parse(report).iter("testcase"):
+                verdict = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+                key = f"{name}: {case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+                outcomes[key] = ("passed", "") if verdict is None else (verdict.tag, verdict.get("message") or "")
+    return outcomes
+
+
+def main() -> None:
+    """Run both, print the counts and what differs, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", type=Path, help="a checkout of diffusers without its src/")
+    parser.add_argument("--keep", type=float, default=0.6, help="share of the units that cut models keep")
+    parser.add_argument("--output", type=Path, help="a folder for results.json and README.md")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        cuts = Path(scratch) / "cuts.jsonl"
+        stock, cut = run(given.repository, None, cuts), run(given.repository, given.keep, cuts)
+        gone = dict(json.loads(line) for line in cuts.read_text(encoding="utf-8").splitlines())
+    lines = ["| class | tests | stock | cut |", "|---|---|---|---|"]
+    for name in SUITES:
+        keys = [key for key in stock if key.startswith(f"{name}:")]
+        counts = [Counter(outcomes.get(key, ("missing", ""))[0] for key in keys) for outcomes in (stock, cut)]
+        texts = [", ".join(f"{count} {what}" for what, count in sorted(counter.items())) for counter in counts]
+        lines.append(f"| {name} | {len(keys)} | {texts[0]} | {texts[1]} |")
+    worse = {key: cut[key] for key in cut if cut[key][0] != stock.get(key, ("missing", ""))[0]}
+    lines += ["", f"Outcomes that differ: {len(worse)}", ""]
+    for key, (what, why) in worse.items():
+        kind = key.partition(": ")[2].partition("::")[0]
+        lines.append(f"- `{key}`: {what}, {' '.join(why.split())[:200]}. Gone: {', '.join(gone.get(kind, []))}.")
+    about = f"diffusers {diffusers.__version__}, torch {torch.__version__}, keep {given.keep}"
+    print("\n".join([about, *lines]))
+    if given.output is not None:
+        given.output.mkdir(parents=True, exist_ok=True)
+        content = {"about": about, "stock": stock, "cut": cut, "gone": gone}
+        (given.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (given.output / "table.md").write_text("\n".join([about, "", *lines]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
