@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import small_sdxl
+import small_transformer_pipelines
 from data_layouts import LAYOUTS, emoji, samples
 from data_layouts import picture as colour_picture
 from pages import PAGES, commands
@@ -13,6 +14,7 @@ from small_run import check_table
 from prunekit.jobs.compare.comparing import compare
 from prunekit.jobs.recipe import CompareRecipe, PretrainRecipe, load_recipe
 from prunekit.jobs.run import start
+from prunekit.models import load_pipeline
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("bench_"))
@@ -23,7 +25,12 @@ SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs 
     for word in words
     if words[1:2] in (["run"], ["compare"]) and word.startswith("recipes/")
 }
-OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl"}  # the rest prune Stable Diffusion 2's topology,
+TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3"), "sd35")
+OTHER_MODELS = {
+    "aptp_sd15_coco": "sd1",
+    "aptp_sdxl_folder": "sdxl",
+    **TRANSFORMERS,
+}  # the rest prune Stable Diffusion 2's topology,
 THIN = ("norm", "taylor_sp", "uniarch", "aptp")  # but for time these have one layer a block, which BK-SDM cannot cut
 FEWER = [f"evaluation.{key}={few}" for key, few in (("num_images", 2), ("num_predictions", 2), ("steps", 1))]
 LESS = {  # rows of the comparisons, which have them in common, for time
@@ -33,11 +40,24 @@ LESS = {  # rows of the comparisons, which have them in common, for time
     ],
     "compare_coco": ["budgets=[{budget: 0.78, methods: [norm]}, {budget: 0.64, methods: [taylor_sp]}]"],
     "compare_emoji": ["budgets=[{budget: 'bksdm:base', methods: [bksdm, aptp]}]"],
+    "compare_emoji_sd3": [
+        "budgets=[{budget: 0.7, methods: [obs, norm-refit, aptp-shared]}]",
+        "protocols=[equal_steps]",
+    ],
+    "recovery_emoji": [
+        "budgets=[{budget: 0.8, methods: [norm-cut, obs-refit, aptp-lora, norm-refit-tuned]}]",
+        "pairs=[]",
+    ],
     "ablation_emoji": ["budgets=[{budget: 0.8, methods: [aptp-contrastive, aptp-shared]}]"],
     "codes_emoji": ["budgets=[{budget: 0.8, methods: [kmeans_codes]}]"],
     "settings_emoji": ["budgets=[{budget: 0.8, methods: [paper, hard_concrete]}]"],
 }
-QUICK = {"norm_cc3m", "uniarch_coco", "pretrain_emoji"}  # beside what test_commands.py runs of the README
+QUICK = {
+    "norm_cc3m",
+    "uniarch_coco",
+    "pretrain_emoji",
+    "aptp_emoji_sd3",
+}  # beside what test_commands.py runs of the README
 PAIRS = 24
 OTHER_COLOURS = ("#123456", "#fedcba", "#456723")
 WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed((*LAYOUTS, emoji))}
@@ -60,6 +80,7 @@ def models(tmp_path_factory):
         "sd2": write_pipeline(folder / "sd2"),
         "thin": write_pipeline(folder / "thin", layers=1),
         **{family: small_sdxl.write(folder / family, family) for family in ("sd1", "sdxl")},
+        "sd35": small_transformer_pipelines.write(folder / "sd35", "sd35", load_pipeline("emoji")),
     }
 
 
