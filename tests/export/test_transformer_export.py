@@ -60,6 +60,7 @@ def test_the_class_file_needs_torch_and_diffusers_alone(name):
     assert packages - sys.stdlib_module_names == {"torch", "diffusers"}
 
 
+@pytest.mark.long
 def test_every_class_and_tier_opens_in_a_fresh_process(tmp_path):
     claims = []
     for name in CONFIGS:

@@ -46,7 +46,7 @@ def comparison(request, tmp_path_factory):
             "cut": {"method": "norm", "samples": 4, **cut},
             "low-rank": {"method": "norm", "samples": 4, "lora": {"rank": 2}},
         },
-        "fine_tune": {"steps": 5, **TRAINING},
+        "fine_tune": {"steps": 3, **TRAINING},
         "evaluation": {"num_images": 4, "steps": 1, "batch_size": 4, "num_predictions": 4},
     }
     content["methods"] = {name: row for name, row in content["methods"].items() if not request.param or name in FEW}

@@ -26,12 +26,9 @@ SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs 
     if words[1:2] in (["run"], ["compare"]) and word.startswith("recipes/")
 }
 TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3"), "sd35")
-OTHER_MODELS = {
-    "aptp_sd15_coco": "sd1",
-    "aptp_sdxl_folder": "sdxl",
-    **TRANSFORMERS,
-}  # the rest prune Stable Diffusion 2's topology,
-THIN = ("norm", "taylor_sp", "uniarch", "aptp")  # but for time these have one layer a block, which BK-SDM cannot cut
+OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl", **TRANSFORMERS}
+# The rest prune Stable Diffusion 2's topology; for time these have one layer a block, which BK-SDM cannot cut:
+THIN = ("norm", "taylor_sp", "uniarch", "aptp")
 FEWER = [f"evaluation.{key}={few}" for key, few in (("num_images", 2), ("num_predictions", 2), ("steps", 1))]
 LESS = {  # rows of the comparisons, which have them in common, for time
     "compare_cc3m": [
@@ -46,7 +43,6 @@ LESS = {  # rows of the comparisons, which have them in common, for time
     ],
     "recovery_emoji": [
         "budgets=[{budget: 0.8, methods: [norm-cut, obs-refit, aptp-lora, norm-refit-tuned]}]",
-        "pairs=[]",
     ],
     "ablation_emoji": ["budgets=[{budget: 0.8, methods: [aptp-contrastive, aptp-shared]}]"],
     "codes_emoji": ["budgets=[{budget: 0.8, methods: [kmeans_codes]}]"],
