@@ -1,7 +1,8 @@
 """diffusers' own tests of its transformers, run with pruned models in place of the stock classes.
 
 The tests are diffusers' (`tests/` of its repository, which its wheel lacks); none of them is copied here. Each suite
-runs twice, as it is and with every model cut at random, and what fails only with cut models is listed with its reason.
+runs twice, as it is and with every model cut at random (the first block of each list stays), and what fails only with
+cut models is listed with its reason.
 
     git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers && rm -r diffusers/src
     python benchmarks/diffusers_suites.py diffusers --output docs/results/diffusers_suites
@@ -27,6 +28,7 @@ import torch
 from prunekit.core.discovery import discover
 from prunekit.core.registry import denoiser_of
 from prunekit.core.slicing import slice_model
+from prunekit.core.space import Architecture
 
 SUITES = {
     "SD3Transformer2DModel": "test_models_transformer_sd3.py",
@@ -48,9 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _put_pruned(kind: type, keep: float) -> None:
-    given: Any = kind.model_class
+    given: Any = getattr(kind, "model_class", None)
     dense = given.fget(None) if isinstance(given, property) else given
-    if dense.__name__ not in SUITES or issubclass(dense, denoiser_of(dense).pruned_class()):
+    if getattr(dense, "__name__", None) not in SUITES or issubclass(dense, denoiser_of(dense).pruned_class()):
         return
     stand_in = _stand_in(dense)
     kind.model_class = property(lambda self: stand_in) if isinstance(given, property) else stand_in
@@ -79,7 +81,12 @@ def _with_pruning(kind: type, dense: Any, config: dict[str, Any], keep: float) -
         return config
     with torch.device("meta"):
         model = dense(**config)
-    pruning = dict(slice_model(model, discover(model, "all").random(keep, SEED)).config["pruning"])
+    space = discover(model, "all")
+    values = space.random(keep, SEED).values.clone()
+    for group in space.depth_groups:
+        if group.path.endswith(".0"):  # the first block of each list stays: some suites' models have no other
+            values[space.slice(group)] = True
+    pruning = dict(slice_model(model, Architecture(space, values)).config["pruning"])
     gone = [*pruning["removed"], *(name for name, kept in pruning["kept"].items() if not kept)]
     with Path(os.environ[CUTS]).open("a", encoding="utf-8") as file:
         file.write(json.dumps([kind.__name__, gone]) + "\n")

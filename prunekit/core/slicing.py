@@ -29,7 +29,7 @@ from .cutting import keep_channels
 from .denoiser import Structure
 from .discovery import match_in, whole_space
 from .emptied import names_in_files, renamed
-from .record import read_pruning, record_cut
+from .record import kept_units, read_pruning, record_cut
 from .registry import denoiser_named, denoiser_of
 from .space import Architecture
 
@@ -117,11 +117,22 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
     def save_pretrained(self: Any, *arguments: Any, **options: Any) -> None:
         self._save_with_names(super(pruned, self).save_pretrained, *arguments, **options)
 
+    def load_ip_adapter(self: Any, *arguments: Any, **options: Any) -> None:
+        cut = [layer.path for layer in structure.layers(self) if layer.kind == "attention" and layer.group is not None]
+        cut = [path for path in cut if kept_units(self, f"attention:{path}") is not None]
+        if cut:
+            raise UserError(
+                f"an IP-Adapter is made for the dense model's heads, and {', '.join(cut[:3])} lost some; use one with "
+                "a cut that keeps all heads"
+            )
+        super(pruned, self)._load_ip_adapter_weights(*arguments, **options)
+
     vars(construct)["__signature__"] = config_signature(dense)
     content = {
         "__doc__": f"A {dense.__name__} without the units that an Architecture removed; built from its config alone.",
         "__init__": construct,
         "save_pretrained": save_pretrained,
+        "_load_ip_adapter_weights": load_ip_adapter,
         "structure": structure,
         "__module__": module,
     }

@@ -244,3 +244,11 @@ def test_configs_build_or_are_refused(name):
     for change, message in ((("num_layers", 10**9), "num_layers has"), (("num_attention_heads", "many"), "builds no")):
         with pytest.raises(UserError, match=message):
             denoiser.from_config({**config, change[0]: change[1]}, "a folder")
+
+
+def test_an_ip_adapter_that_does_not_fit_is_refused_by_name():
+    model = build("flux")
+    cut = pk.slice_unet(model, pk.discover(model, "none").random(0.5, 0))
+    with pytest.raises(UserError, match=r"transformer_blocks\.0\.attn.* lost some") as error:
+        cut._load_ip_adapter_weights([{}])
+    assert "\n" not in str(error.value)
