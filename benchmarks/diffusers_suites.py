@@ -116,17 +116,29 @@ def run(repository: Path, keep: float | None, cuts: Path) -> dict[str, tuple[str
     return outcomes
 
 
+def _told(outcomes: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
+    """Return what was not skipped, with the reason of what did not pass, shortened."""
+    return {
+        key: [what, " ".join(why.split())[:200]] if why else [what]
+        for key, (what, why) in outcomes.items()
+        if what != "skipped"
+    }
+
+
 def main() -> None:
     """Run both, print the counts and what differs, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="a checkout of diffusers without its src/")
     parser.add_argument("--keep", type=float, default=0.6, help="share of the units that cut models keep")
-    parser.add_argument("--output", type=Path, help="a folder for results.json and README.md")
+    parser.add_argument("--output", type=Path, help="a folder for results.json, with every outcome")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         cuts = Path(scratch) / "cuts.jsonl"
         stock, cut = run(given.repository, None, cuts), run(given.repository, given.keep, cuts)
-        gone = dict(json.loads(line) for line in cuts.read_text(encoding="utf-8").splitlines())
+        gone: dict[str, list[str]] = {}
+        for line in cuts.read_text(encoding="utf-8").splitlines():
+            kind, layers = json.loads(line)
+            gone[kind] = sorted({*gone.get(kind, []), *layers})
     lines = ["| class | tests | stock | cut |", "|---|---|---|---|"]
     for name in SUITES:
         keys = [key for key in stock if key.startswith(f"{name}:")]
@@ -142,9 +154,8 @@ def main() -> None:
     print("\n".join([about, *lines]))
     if given.output is not None:
         given.output.mkdir(parents=True, exist_ok=True)
-        content = {"about": about, "stock": stock, "cut": cut, "gone": gone}
+        content = {"about": about, "stock": _told(stock), "cut": _told(cut), "gone": gone}
         (given.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (given.output / "table.md").write_text("\n".join([about, "", *lines]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
