@@ -192,6 +192,10 @@ class NamedCalls:
         """Return the tokens of a call's text."""
         return int(call[self.arguments["text"]].shape[1])
 
+    def hidden(self, output: Any) -> Tensor:
+        """Return the hidden states in the output of a block, which may give others after them."""
+        return output[0] if isinstance(output, tuple) else output
+
     def latent_channels(self, model: Any) -> int:
         """Return the channels of the latents."""
         return int(model.config.in_channels)

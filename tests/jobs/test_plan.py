@@ -121,7 +121,7 @@ def test_the_papers_recipe(plans):
     assert search["samples"] == 3000 * 1024
     dense = GOLDENS["sd-2.1@256"]["exact"]
     assert search["macs"] == search["samples"] * ((3 + recomputed) * dense + live)
-    assert stages["dense: generation"]["passes"].startswith("50 UNet calls (DDIMScheduler)")
+    assert stages["dense: generation"]["passes"].startswith("50 denoiser calls (DDIMScheduler)")
     assert 16_000 * 50 * row["dense_macs"] < stages["dense: generation"]["macs"] < 16_000 * 56 * row["dense_macs"]
     assert stages["encoding of pictures"]["samples"] == 2_905_954 + 13_443
     assert content["disk"]["data"]["source"].startswith("as published (CC3M, train and CC3M, validation)")

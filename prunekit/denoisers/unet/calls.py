@@ -63,10 +63,6 @@ class UNetCalls(NamedCalls):
             blocks["mid_block"] = model.mid_block
         return blocks | {f"up_blocks.{i}": block for i, block in enumerate(model.up_blocks)}
 
-    def hidden(self, output: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """Return a block's hidden states; a down block gives those of its layers beside."""
-        return output[0] if isinstance(output, tuple) else output
-
     def regions(self, model: UNet2DConditionModel) -> list[nn.Module]:
         """Return the live ResBlocks and transformer blocks."""
         return [module for module in model.modules() if isinstance(module, REGIONS)]
