@@ -61,6 +61,10 @@ class Tiny:
         """Return all layers."""
         return {f"layers.{index}": layer for index, layer in enumerate(model.layers)}
 
+    def hidden(self, output):
+        """Return a layer's output, which is its hidden states."""
+        return output
+
 
 @contextmanager
 def registered():
