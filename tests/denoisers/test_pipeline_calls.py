@@ -7,7 +7,7 @@ from small_transformer_pipelines import make
 from unets import relative_error
 
 from prunekit.core.call import predict
-from prunekit.core.registry import denoiser_of, process_of
+from prunekit.core.registry import denoiser_of, process_of, text_length
 from prunekit.denoisers.flow_matching import FlowMatching
 from prunekit.embedded.sd3_training import AsManyTokens
 from prunekit.models import load_pipeline
@@ -59,6 +59,11 @@ def test_calls_are_the_pipelines(name, base):
     if name == "pixart":
         states["sizes"] = family.sizes(32, 16).expand(4, -1)
     assert family.call_batch(2, guided) == (4 if guided else 2)
+    assert family.texts(3.0) == (1 if name == "flux" else 2) and family.texts(1.0) == 1
+    assert family.texts(1.0, {"true_cfg_scale": 2.0}) == (2 if name == "flux" else 1)
+    assert 3.0 in family.call_options(pipeline, 3.0).values()
+    if name in ("sd35", "flux"):
+        assert text_length(pipeline) == states["text"].shape[1]
     scale = 1000 if name in ("flux", "qwen_image") else 1
     seen = calls_of(pipeline, TEXTS, options)
     assert len(seen) == 2

@@ -46,8 +46,8 @@ class FLUX(FlowFamily):
         return 2 if options.get("true_cfg_scale", 1.0) > 1 else 1
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text: T5's."""
-        return min(MOST_TOKENS, lengths.get("tokenizer_2", MOST_TOKENS))
+        """Return the tokens of a text, to which the pipeline fills T5's up whatever its tokenizer gives."""
+        return MOST_TOKENS
 
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one transformer call: a second text runs in another call."""
