@@ -21,7 +21,12 @@ from prunekit.models import load_pipeline
 from prunekit.serving.bulk import Request, generate_to
 
 LANGUAGES = {"sh", "python", "yaml", "toml"}
-PROGRAMS = [pytest.param(bodies, id=page.stem) for page in PAGES if (bodies := blocks(page, "python"))]
+SLOW = ("comparisons", "recovery")
+PROGRAMS = [
+    pytest.param(bodies, id=page.stem, marks=pytest.mark.long if page.stem in SLOW else ())
+    for page in PAGES
+    if (bodies := blocks(page, "python"))
+]
 
 
 @pytest.fixture(scope="module")

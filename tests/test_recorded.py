@@ -43,6 +43,7 @@ def test_every_recorded_name_is_found_in_a_fresh_process():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.long
 def test_an_adapters_base_class_is_found():
     found = json.loads((RECORDED / "adapter" / "adapter_config.json").read_text())["auto_mapping"]
     code = f"import importlib; print(importlib.import_module({found['parent_library']!r}).{found['base_model_class']})"
@@ -50,6 +51,7 @@ def test_an_adapters_base_class_is_found():
     assert "PrunedUNet2DConditionModel" in printed
 
 
+@pytest.mark.long
 def test_a_pipeline_that_diffusers_saved_opens(tmp_path):
     unet = build("sd1")
     pruned = pk.slice_unet(unet, pk.discover(unet, depth="all").random(0.6, seed=2))

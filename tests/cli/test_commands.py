@@ -191,13 +191,17 @@ PROGRAMS = [page for page in PAGES if prunekit_commands(page)]
 FIRST = {tuple(words): page for page in reversed(PROGRAMS) for words in prunekit_commands(page)}
 
 
+ELSEWHERE = ("check", "compare", "bench")  # commands that other tests of `make test` run
+FAST = [pytest.param(page, ELSEWHERE, id=f"{page.stem} in short") for page in PROGRAMS if page.stem == "README"]
+
+
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, id=page.stem, marks=() if page.stem == "README" else pytest.mark.long) for page in PROGRAMS],
+    ("page", "without"),
+    [*FAST, *(pytest.param(page, (), id=page.stem, marks=pytest.mark.long) for page in PROGRAMS)],
 )
-def test_the_commands_of_a_page(page, place, finished, monkeypatch):
+def test_the_commands_of_a_page(page, without, place, finished, monkeypatch):
     for words in prunekit_commands(page):
-        if FIRST[tuple(words)] != page:
+        if FIRST[tuple(words)] != page or words[0] in without:
             continue  # what it leaves is supplied where a later command reads it
         supply_runs(words, finished)
         needed = "gradio" if words[0] == "demo" else "onnx" if "onnx" in words else "prunekit"

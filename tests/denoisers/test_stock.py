@@ -55,7 +55,8 @@ def assert_equal(stock, pruned):
         assert relative_error(run(stock, size=size), run(pruned, size=size)) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", ["sd1", pytest.param("sd2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("shape", ["sd1", "sd2"])
 def test_bksdms_family_loads_without_prunekit(shape, tmp_path):
     expected = {}
     members = list(BKSDM().members(UNETS[shape]).items())

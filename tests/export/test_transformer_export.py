@@ -128,11 +128,16 @@ def test_an_image_is_the_stock_pipelines(routed):
     assert (stock(PROMPTS[1], generator=generator, **given).images[0] == drawn.images[1]).all()
 
 
-def test_exports_are_checked_and_open(routed, tmp_path):
+@pytest.mark.long
+def test_a_mixture_is_exported(routed, tmp_path):
     routed.save_pretrained(tmp_path / "saved")
     exported = export(tmp_path / "saved", tmp_path / "routed")
     assert exported.tiers == ["class"] * 2 and len(exported.checked) == 5
     assert "{" not in (tmp_path / "routed" / "README.md").read_text().replace("{DIRECTORY}", "")
+
+
+def test_one_expert_is_a_plain_pipeline(routed, tmp_path):
+    routed.save_pretrained(tmp_path / "saved")
     export(tmp_path / "saved", tmp_path / "one", expert=1)
     index = read_json(tmp_path / "one" / "model_index.json")
     assert index["transformer"] == ["modeling_pruned", "PrunedSD3Transformer2DModel"]

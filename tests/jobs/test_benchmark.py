@@ -265,6 +265,7 @@ def recipe(tmp_path_factory):
     return BenchRecipe.model_validate(content)
 
 
+@pytest.mark.long
 def test_a_benchmark_goes_on_where_it_stopped(recipe, tmp_path):
     said = []
     work = Bench(recipe, tmp_path, said.append)

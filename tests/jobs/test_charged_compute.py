@@ -20,7 +20,7 @@ from prunekit.methods.calibration import layer_values
 from prunekit.recovery import closed_form
 from prunekit.recovery.low_rank import merge
 
-FEW = ("norm", "aptp", "refitted", "low-rank")
+FEW = ("norm", "aptp", "refitted")
 
 
 @pytest.fixture(scope="module", params=[FEW, pytest.param(None, marks=pytest.mark.long)], ids=["few", "all"])

@@ -86,6 +86,7 @@ def test_one_mask_has_one_architecture_a_router_and_bins(world):
     assert result.info.mean_ratio <= 0.7
 
 
+@pytest.mark.long
 def test_a_run_saves_one_model_and_what_experts_change(tmp_path):
     content = {
         **write_world(tmp_path),
