@@ -23,7 +23,7 @@ MOST_LETTERS = 1000  # of a prompt
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, the seconds that it took with text encoder and autoencoder, and the MACs of its UNet calls."""
+    """A picture, the seconds that it took with text encoder and autoencoder, and the MACs of its denoiser calls."""
 
     image: Image.Image
     seconds: float

@@ -17,7 +17,7 @@ OTHERS = "#7F7F7F"  # bars of the experts that were not chosen
 
 
 def caption(drawn: Drawn, title: str) -> str:
-    """Return a picture's line: who drew it, its time, and the MACs of all its UNet calls."""
+    """Return a picture's line: who drew it, its time, and the MACs of all its denoiser calls."""
     macs = f"{drawn.macs / 1e12:.2f} T" if drawn.macs >= 1e12 else f"{drawn.macs / 1e9:.2f} G"
     return f"<p class='caption'><b>{escape(title)}</b> {drawn.seconds:.2f} s · {macs}MACs</p>"
 
@@ -28,7 +28,7 @@ def explanation(demo: Demo, answer: Answer) -> str:
     figures = [scores(answer)] if len(answer.scores) > 1 else []
     chosen = demo.architectures[answer.expert]
     if chosen is not None:
-        title = f"Expert {answer.expert}" if demo.pipeline.num_experts > 1 else "The pruned UNet"
+        title = f"Expert {answer.expert}" if demo.pipeline.num_experts > 1 else "The pruned model"
         figures.append(drawing(title, shares_of(chosen), chosen.cost.ratio(chosen.architecture), chosen.places))
     drawn = "".join(f"<figure>{svg}</figure>" for svg in figures)
     notes = [SCORES] if len(answer.scores) > 1 else []
