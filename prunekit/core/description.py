@@ -16,7 +16,7 @@ from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
-from .slicing import PrunedModel, blank_of, hollow, pruned_class, share_tables
+from .slicing import PrunedModel, blank_of, dense_config, hollow, pruned_class, share_tables
 from .space import UnitGroup
 
 HIDDEN = "hidden_states"  # the argument of a block that the image goes through
@@ -176,8 +176,7 @@ class Description(NamedCalls):
     def fill_tables(self, model: Any) -> None:
         """Take the tables from a small model on the CPU: they do not depend on the number of blocks."""
         if self.tables:
-            config = {key: value for key, value in model.config.items() if key[0] != "_" and key != "pruning"}
-            small = self.dense(**{**config, **dict.fromkeys(self.layers_in_config, 1)})
+            small = self.dense(**{**dense_config(model), **dict.fromkeys(self.layers_in_config, 1)})
             share_tables(self, small, model)
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:

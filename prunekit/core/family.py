@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -116,3 +117,21 @@ class Family(Protocol):
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one denoiser call of a pipeline that draws pictures, with guidance or without."""
         ...
+
+
+class Guided:
+    """The part of a `Family` whose pipelines guide by a second text of a picture, in the same call of the denoiser."""
+
+    negative: ClassVar[str | None] = None
+
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline's calls for a guidance scale."""
+        return {"guidance_scale": guidance}
+
+    def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
+        return 2 if guidance > 1 else 1
+
+    def call_batch(self, pictures: int, guided: bool) -> int:
+        """Return the samples of one denoiser call: both texts of a picture are in it."""
+        return 2 * pictures if guided else pictures

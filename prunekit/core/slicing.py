@@ -118,6 +118,7 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
         self._save_with_names(super(pruned, self).save_pretrained, *arguments, **options)
 
     def load_ip_adapter(self: Any, *arguments: Any, **options: Any) -> None:
+        """As the stock method; UserError where attentions lost heads."""
         cut = [layer.path for layer in structure.layers(self) if layer.kind == "attention" and layer.group is not None]
         cut = [path for path in cut if kept_units(self, f"attention:{path}") is not None]
         if cut:
@@ -286,9 +287,13 @@ def blank_copy(model: nn.Module) -> nn.Module:
 
 def blank_of(dense: Any, model: Any) -> Any:
     """A model of a dense class with a model's config, without weights: on the meta device."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "pruning"}
     with torch.device("meta"):
-        return dense(**config)
+        return dense(**dense_config(model))
+
+
+def dense_config(model: Any) -> dict[str, Any]:
+    """The arguments that a dense model of a model's config is made from."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_") and key != "pruning"}
 
 
 def hollow(kind: Any, config: Mapping[str, Any], what: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -53,6 +53,11 @@ class TimestepBins:
         return [Fraction(count, sum(counts)) for count in counts]
 
 
+def middle_shift(config: Mapping[str, Any]) -> float:
+    """Return the middle of the range of a scheduler's shift that depends on the picture's size, as a logarithm."""
+    return (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2
+
+
 def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
     """Return the timesteps of a denoiser's calls for one picture, (n,) float64; the scheduler stays as it is.
 
@@ -60,8 +65,7 @@ def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
     """
     scheduler, config = copy.deepcopy(scheduler), scheduler.config
     is_shifted = config.get("use_dynamic_shifting")
-    middle = (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2
-    scheduler.set_timesteps(steps, **({"mu": middle} if is_shifted else {}))
+    scheduler.set_timesteps(steps, **({"mu": middle_shift(config)} if is_shifted else {}))
     return torch.as_tensor(scheduler.timesteps).double().cpu()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from prunekit.core.family import Guided
+from prunekit.core.timesteps import middle_shift
 
 STEPS = 1000  # of a schedule, where none is given
 DRAW_MEAN, DRAW_STD = 0.0, 1.0  # of the logit of a training sigma, before the shift
@@ -29,7 +31,7 @@ class FlowMatching:
         self.num_timesteps: int = config.get("num_train_timesteps", STEPS)
         self.shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
         if config.get("use_dynamic_shifting"):
-            self.shift = math.exp((config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2)
+            self.shift = math.exp(middle_shift(config))
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw timesteps (count,), floating point."""
@@ -51,10 +53,8 @@ class FlowMatching:
         return torch.ones_like(timesteps, dtype=torch.float32)
 
 
-class TransformerFamily:
+class TransformerFamily(Guided):
     """What the pipelines of these transformers do alike. Methods are `Family`'s."""
-
-    negative: ClassVar[str | None] = None
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states by role."""
@@ -70,14 +70,6 @@ class TransformerFamily:
         scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
         return (posterior.mean - shift) * scale, posterior.std * scale
 
-    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline's calls for a guidance scale."""
-        return {"guidance_scale": guidance}
-
-    def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-        """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
-        return 2 if guidance > 1 else 1
-
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text."""
         raise NotImplementedError
@@ -85,10 +77,6 @@ class TransformerFamily:
     def sizes(self, height: int, width: int) -> Tensor:
         """Return no numbers: the denoiser is not told the picture's size."""
         return torch.zeros(0)
-
-    def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one denoiser call: guidance runs both texts of a picture in one call."""
-        return 2 * pictures if guided else pictures
 
 
 class FlowFamily(TransformerFamily):

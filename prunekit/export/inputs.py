@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.core.call import Call, normal
 from prunekit.core.registry import denoiser_of
+from prunekit.export.fresh import gathered
 from prunekit.runtime.randomness import generator
 
 MOST_TOKENS = 77
@@ -66,13 +67,7 @@ class Called(nn.Module):
         self.forward = forward
 
     def _called(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        arguments: dict[str, Any] = dict(self.plain)
-        for name, value in tensors.items():
-            if name in self.nested:
-                arguments.setdefault(self.nested[name], {})[name] = value
-            else:
-                arguments[name] = value
-        return self.model(**arguments, return_dict=False)[0]
+        return self.model(**gathered(tensors, self.nested, self.plain), return_dict=False)[0]
 
 
 def example_inputs(model: ModelMixin, batch: int, size: tuple[int, int], text_length: int, seed: int = 0) -> Inputs:

@@ -104,5 +104,5 @@ def index_entry(model: ModelMixin, tier: str) -> list[str]:
 
 
 def save_expert(model: ModelMixin, folder: Path, tier: str = "auto") -> list[dict[str, Any]]:
-    """Save a denoiser, or its slices for bins of timesteps; return the specification of each; errors as those."""
+    """Save a denoiser, or its slices for bins of timesteps; return each specification; errors as `save_denoiser`."""
     return [save_denoiser(part, place, tier) for part, place in saved_parts(model, folder)]

@@ -53,7 +53,7 @@ class _Work:
     claims: list[Claim] = field(default_factory=list)
 
     def save(self, model: ModelMixin, folder: Path, what: str) -> None:
-        """Save a denoiser, which reports call `what`, to a folder of its own; or each slice of one."""
+        """Save a denoiser to its own folder, or each slice of one; `what` is its name in reports."""
         if isinstance(model, TimestepModel):
             for index, (part, place) in enumerate(saved_parts(model, folder)):
                 self.save(part, place, f"{what}, slice {index}")

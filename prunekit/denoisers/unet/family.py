@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from prunekit.core.family import Guided
 from prunekit.runtime.errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -74,10 +74,8 @@ class DDPM:
         return limited.clamp(max=gamma) / (snr + 1)
 
 
-class StableDiffusion:
+class StableDiffusion(Guided):
     """What the pipelines of Stable Diffusion 1.x, 2.x and XL do around their UNet. Methods are `Family`'s."""
-
-    negative: ClassVar[str | None] = None
 
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
@@ -139,14 +137,6 @@ class StableDiffusion:
         )
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
-    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline's calls for a guidance scale."""
-        return {"guidance_scale": guidance}
-
-    def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-        """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
-        return 2 if guidance > 1 else 1
-
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text: CLIP's."""
         return lengths.get("tokenizer", CLIP_TOKENS)
@@ -154,7 +144,3 @@ class StableDiffusion:
     def sizes(self, height: int, width: int) -> Tensor:
         """Return XL's time ids, (6,): original size, crop and target size of uncropped pictures."""
         return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-
-    def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one UNet call: guidance runs both texts of a picture in one call."""
-        return 2 * pictures if guided else pictures

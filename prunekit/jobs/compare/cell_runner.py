@@ -64,7 +64,7 @@ def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> flo
     """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
 
     cost: what counts the table's MACs; of its space nothing is used. The denoiser may be on the meta device.
-    Raises RecipeError for a text of another form, ValueError for a member that the denoiser has not.
+    Raises RecipeError for a text of another form, ValueError for a member that the denoiser does not have.
     """
     if not isinstance(budget, str):
         return budget
