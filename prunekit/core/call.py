@@ -87,9 +87,10 @@ class Call(Mapping[str, Any]):
     def to(self, device: torch.device | str | Tensor | nn.Module, dtype: torch.dtype | None = None) -> Call:
         """Return the call on a device; floating-point tensors in a dtype, all others in the dtype that they have.
 
-        device: or a tensor or a model, whose device and dtype are taken. dtype: None leaves it as it is.
+        device: or a tensor or a model, whose device and dtype are taken; of a model in several dtypes, float32 where it
+            is among them. dtype: None leaves it as it is.
         """
-        like = next(device.parameters()) if isinstance(device, nn.Module) else device
+        like = _typical(device) if isinstance(device, nn.Module) else device
         place = like.device if isinstance(like, Tensor) else torch.device(like)
         kind = like.dtype if isinstance(like, Tensor) and dtype is None else dtype
         return self.map(lambda tensor: tensor.to(place, kind if tensor.is_floating_point() else None))
@@ -228,6 +229,12 @@ def normal(generator: torch.Generator) -> Fill:
 def zeros(device: torch.device | str = "cpu") -> Fill:
     """Return what fills arguments with zeros."""
     return lambda name, shape: torch.zeros(shape, device=device)
+
+
+def _typical(model: nn.Module) -> Tensor:
+    """Return a parameter with the device and the dtype that a model's inputs should have."""
+    first = next(model.parameters())
+    return next((parameter for parameter in model.parameters() if parameter.dtype is torch.float32), first)
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -99,6 +99,10 @@ class Method:
         """Return what the method computes before it can choose among the units of a space; nothing by default."""
         return MethodWork()
 
+    def calibration_bytes(self, model: ModelMixin) -> int:
+        """Return the bytes that a calibration of forward passes holds beside them; the model may be on meta."""
+        return 0
+
     def fine_tuning(self) -> dict[str, Any]:
         """Return fine-tuning settings, by name, that the method asks for in place of a recipe's; none by default."""
         return {}

@@ -42,7 +42,7 @@ def require_peft() -> None:
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Freeze a model and give each linear layer and convolution a low-rank change that starts at zero.
+    """Freeze a model and give each linear layer and convolution a low-rank change that starts at zero, in float32.
 
     seed: keys the first of a change's two factors.
     """
@@ -56,6 +56,8 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
         torch.manual_seed(generator(seed, ADAPTER).initial_seed())
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name)
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from small_model import SHAPES, picture, write_pipeline, write_recipe, write_shard
 from small_sdxl import write
+from small_transformers import CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5EncoderModel
 from typer.testing import CliRunner
@@ -41,6 +43,7 @@ from prunekit.jobs.plan.text_encoders import (
 from prunekit.jobs.recipe import load_recipe
 from prunekit.methods import PruneResult
 from prunekit.models import emoji_model, load_pipeline, load_shape
+from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.training.memory import held, samples_at_once
 from prunekit.training.trainer import TrainerConfig
 
@@ -91,6 +94,24 @@ def test_every_recipe_passes(name, plans):
     assert content["seconds"] > 0 and all(stage["samples"] > 0 for stage in content["work"])
     assert content["memory"]["peak"] and content["disk"]["total"] > 0
     assert json.loads(json.dumps(content)) == content
+
+
+TRANSFORMERS = {  # parameters, and exact MACs at 1024 pixels
+    "sd35": (2_243_171_520, 5_624_786_853_888),
+    "flux": (11_901_408_320, 37_192_326_709_248),
+    "qwen_image": (20_430_401_088, 39_151_961_112_576),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [f"{method}_{model}" for method in ("depth", "obs", "aptp") for model in TRANSFORMERS])
+def test_plans_of_transformers_equal_the_goldens(name, plans):
+    content, method = plans[name], name.partition("_")[0]
+    params, macs = TRANSFORMERS[name.partition("_")[2]]
+    assert (content["model"]["params"], content["model"]["macs"]) == (params, macs)
+    row = content["methods"][method]
+    assert (row["dense_params"], row["dense_macs"]) == (params, macs)
+    assert max(content["memory"]["peak"].values()) < 80 * 2**30
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param(NAMES, marks=pytest.mark.long)], ids=len)
@@ -278,6 +299,26 @@ def test_the_rehearsal_takes_what_a_real_step_takes(trained, recompute, precisio
             prediction.float().square().mean().backward()
     tolerance = 0.05 if precision == "float32" else 0.35  # norms stay in float32 on a GPU, not on a CPU
     assert memory.peak == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", [False, True])
+def test_long_lists_of_blocks_are_rehearsed_by_few(recompute):
+    blocks = {"num_layers": 9, "num_single_layers": 13}
+    model = FluxTransformer2DModel(**{**CONFIGS["flux"][1], **blocks})
+    settings = {**TRAINER, "gradient_checkpointing": recompute, "precision": "bfloat16"}
+    few, whole = (
+        Rehearsal(model, emoji_model.build_autoencoder(SHAPES), lowered=True, whole=whole) for whole in (False, True)
+    )
+    assert len(few._sizes) == 3 and len(whole._sizes) == 1
+    config, sizes = FineTuneConfig(**settings, lora={"rank": 4}), ((16, 16), 5, 2)
+    for rehearse in (
+        lambda one: one.search(discover(model), *sizes, config),
+        lambda one: one.training(*sizes, config),
+        lambda one: one.low_rank(*sizes, config),
+        lambda one: one.forward(*sizes, "bfloat16"),
+    ):
+        assert rehearse(few) == pytest.approx(rehearse(whole), rel=0.01)
 
 
 @pytest.mark.long

@@ -25,7 +25,8 @@ SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs 
     for word in words
     if words[1:2] in (["run"], ["compare"]) and word.startswith("recipes/")
 }
-TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3"), "sd35")
+LARGE = [f"{method}_{model}" for method in ("depth", "obs", "aptp") for model in ("sd35", "flux", "qwen_image")]
+TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3", *LARGE), "sd35")
 OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl", **TRANSFORMERS}
 # The rest prune Stable Diffusion 2's topology; for time these have one layer a block, which BK-SDM cannot cut:
 THIN = ("norm", "taylor_sp", "uniarch", "aptp")

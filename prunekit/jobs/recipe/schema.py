@@ -87,6 +87,28 @@ class RecoverConfig(Section):
     fine_tune: bool = Field(True, description="fine-tune, as the section fine_tune says")
 
 
+class MemoryConfig(Section):
+    """How models are held that no stage trains in full; for denoisers that fill a GPU."""
+
+    weights: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="dtype of frozen weights: the model's own, and those of a pruned model that a refit or "
+        "fine_tune.lora alone changes; bfloat16 halves their memory, and their forward passes run in bfloat16; auto: "
+        "bfloat16 where `precision: auto` means it, else float32 without offloading",
+    )
+    offload: bool = Field(
+        False,
+        description="with weights in bfloat16: text encoders, autoencoder and, while pruned models are fine-tuned, the "
+        "teacher stay in host memory; each layer is copied to the GPU while it runs",
+    )
+
+    @model_validator(mode="after")
+    def _offloads_lowered(self) -> "MemoryConfig":
+        if self.offload and self.weights == "float32":
+            raise UserError("memory.offload=true needs memory.weights=bfloat16, or auto")
+        return self
+
+
 class CommonRecipe(Section):
     """What every recipe that prunes a model says."""
 
@@ -101,6 +123,7 @@ class CommonRecipe(Section):
     evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
     data: DataConfig = DataConfig()
     cache: CacheConfig = Field(CacheConfig(), description="what of the frozen parts' output is kept on disk, and how")
+    memory: MemoryConfig = Field(MemoryConfig(), description="how models are held that no stage trains in full")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where figures go beside log.jsonl")
     resolution: int | None = Field(
         None, gt=0, le=2**14, description="pixels of a side while training; unset: the model's own"
