@@ -166,7 +166,8 @@ def export(
     ],
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="where it goes; new or empty")],
     tier: Annotated[
-        str, typer.Option(help="stock, class, onnx, torch; auto: stock where it expresses the cut, else class")
+        str,
+        typer.Option(help="stock, class, single-file, onnx, torch; auto: stock where it expresses the cut, else class"),
     ] = "auto",
     method: Annotated[
         str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")

@@ -59,7 +59,20 @@ from diffusers import AutoModel
 {part} = AutoModel.from_pretrained(MODEL, trust_remote_code=True)  # of a stock {noun}: without
 ```"""
 _GRAPH = "`model.onnx` runs in onnxruntime, `model.pt2` by `torch.export.load`; `specification.json` lists the inputs."
-USES = {"stock": _STOCK, "class": _CLASS, "routed": _ROUTED, "denoiser": _DENOISER, "graph": _GRAPH}
+_SINGLE_FILE = """`model.safetensors` has the names and layout in which models of this class were published. In
+diffusers, with the class that `config.json` names as CLASS:
+
+```python
+{part} = CLASS.from_single_file(DIRECTORY + "/model.safetensors", config=DIRECTORY)
+```"""
+USES = {
+    "stock": _STOCK,
+    "class": _CLASS,
+    "routed": _ROUTED,
+    "denoiser": _DENOISER,
+    "single-file": _SINGLE_FILE,
+    "graph": _GRAPH,
+}
 
 
 def model_card(

@@ -18,8 +18,9 @@ from prunekit.export.card import CARD, model_card
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS, Inputs
 from prunekit.export.model_folder import load_denoiser
+from prunekit.export.original_layout import save_single_file
 from prunekit.export.pipeline_parts import save_pipeline
-from prunekit.export.tiers import GRAPHS, check_tier, save_denoiser
+from prunekit.export.tiers import ALONE, GRAPHS, SINGLE_FILE, check_tier, save_denoiser
 from prunekit.export.verification import Claim, Expected, claims_of, verify
 from prunekit.models.hub import INDEX
 from prunekit.models.names import DENOISERS
@@ -52,15 +53,21 @@ class _Work:
     rows: list[dict[str, Any]] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
+    @property
+    def use(self) -> str:
+        """Return how what is saved without a pipeline is loaded, a key of the card's USES; "" for the other tiers."""
+        return "graph" if self.tier in GRAPHS else self.tier if self.tier in ALONE else ""
+
     def save(self, model: ModelMixin, folder: Path, what: str) -> None:
         """Save a denoiser to its own folder, or each slice of one; `what` is its name in reports."""
         if isinstance(model, TimestepModel):
             for index, (part, place) in enumerate(saved_parts(model, folder)):
                 self.save(part, place, f"{what}, slice {index}")
             return
-        graph = self.tier in GRAPHS
-        if graph:
+        if self.tier in GRAPHS:
             specification = save_graph(model, folder, self.tier, self.batch, self.text_length)
+        elif self.tier == SINGLE_FILE:
+            specification = save_single_file(model, folder)
         else:
             specification = save_denoiser(model, folder, self.tier)
         self.saved(model, folder, what, specification)
@@ -89,7 +96,7 @@ def export(
     Args:
         source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a denoiser's folder.
         directory: new or empty; it appears once every check is passed, with a model card.
-        tier: "stock", "class", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
+        tier: "stock", "class", "single-file", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
         method: of a run; by default the one that routes, else the first by name.
         expert: of a mixture, export it alone, as a plain pipeline; by default all, with their router.
         batch: of "onnx" and "torch": samples of a call; by default any number.
@@ -126,7 +133,7 @@ def _export_denoiser(source: Path, directory: Path, work: _Work) -> Exported:
     model = load_denoiser(source, torch.float32)
     with staged(directory) as folder:
         work.save(model, folder, DENOISERS[part_of(model)])
-        return _finish(folder, directory, work, "graph" if work.tier in GRAPHS else "denoiser", part_of(model), {}, ())
+        return _finish(folder, directory, work, work.use or "denoiser", part_of(model), {}, ())
 
 
 def _export_one(
@@ -135,9 +142,9 @@ def _export_one(
     with staged(directory) as folder, pipeline.mixture.experts.use(index) as model:
         part = pipeline.parts.denoiser
         what = DENOISERS[part]
-        if work.tier in GRAPHS:
+        if work.use:
             work.save(model, folder, what)
-            use = "graph"
+            use = work.use
         else:
             specification = save_pipeline(pipeline.parts, model, folder, work.tier)
             expected = work.saved(model, folder / part, what, specification)
@@ -154,11 +161,12 @@ def _export_all(
             with pipeline.mixture.experts.use(index) as model:
                 work.save(model, folder / "experts" / str(index), f"expert {index}")
             del model  # or it would stay in memory while the next one is loaded
-        if work.tier not in GRAPHS:
+        if not work.use:
             write_shared(pipeline.parts, pipeline.mixture, folder)
             work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
-        use = "graph" if work.tier in GRAPHS else "routed"
-        return _finish(folder, directory, work, use, pipeline.parts.denoiser, pipeline.mixture.info, table)
+        return _finish(
+            folder, directory, work, work.use or "routed", pipeline.parts.denoiser, pipeline.mixture.info, table
+        )
 
 
 def _routes(pipeline: PromptRoutedPipeline) -> Expected:

@@ -24,6 +24,7 @@ class SD3(TransformerDescription):
     dense = SD3Transformer2DModel
     family: ClassVar[Family] = StableDiffusion3()
     inputs = ("encoder_hidden_states", "hidden_states")
+    indices_in_config = ("dual_attention_layers",)
     classes: ClassVar = {"transformer_blocks": (JointTransformerBlock,)}
     tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
     attentions = (Attention,)
