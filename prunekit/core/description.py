@@ -16,6 +16,7 @@ from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
+from .modulation import Modulation
 from .renumbering import fewer_layers, rebuilt
 from .slicing import PrunedModel, blank_of, dense_config, hollow, pruned_class, share_tables
 from .space import UnitGroup
@@ -53,7 +54,7 @@ class Description(NamedCalls):
     lists: the paths of the lists of blocks, in the order of the forward pass.
     inputs: the arguments of a block that pass on if it goes, in the order of its outputs.
     outputs: by kind of layer, the path inside it of the layer whose output bias is left when it is empty.
-    tables: paths of modules with tensors that are no parameters, as `Structure` says.
+    tables, modulation: as `Structure` says.
     layers_in_config: the settings of the config that count the blocks of each list, in the order of `lists`; lists may
         share one. A cut of whole blocks is then a stock config (`stock`).
     indices_in_config: settings that name blocks of the first list by their index.
@@ -71,6 +72,7 @@ class Description(NamedCalls):
     }
     outputs: ClassVar[Mapping[str, str]] = {}
     tables: ClassVar[tuple[str, ...]] = ()
+    modulation: ClassVar[Modulation | None] = None
     layers_in_config: ClassVar[tuple[str, ...]] = ("num_layers",)
     indices_in_config: ClassVar[tuple[str, ...]] = ()
     policies: ClassVar[tuple[str, ...]] = ("all", "none", "aptp")  # APTP's rule is for UNets; here it means all

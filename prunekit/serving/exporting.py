@@ -15,6 +15,7 @@ from prunekit.core.discovery import discover
 from prunekit.core.registry import part_of
 from prunekit.core.timesteps import TimestepModel, saved_parts
 from prunekit.export.card import CARD, model_card
+from prunekit.export.folding import Folded, FoldingPlan
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS, Inputs
 from prunekit.export.model_folder import load_denoiser
@@ -28,9 +29,10 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, staged
 from prunekit.runtime.run_directory import RECIPE, RESULTS
 from prunekit.serving.pipeline import PromptRoutedPipeline
-from prunekit.serving.prompts import shipped_prompts
+from prunekit.serving.prompts import read_prompts, shipped_prompts
 from prunekit.serving.routed_directory import ROUTED, write_shared
 
+HELD_OUT = 5  # one prompt of so many measures the error of a folding to a rank
 GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
 
 
@@ -50,13 +52,32 @@ class _Work:
     tier: str
     batch: int | None
     text_length: int
+    folding: FoldingPlan | None = None
+    prompts: list[str] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
     @property
     def use(self) -> str:
         """Return how what is saved without a pipeline is loaded, a key of the card's USES; "" for the other tiers."""
         return "graph" if self.tier in GRAPHS else self.tier if self.tier in ALONE else ""
+
+    def folded(self, pipeline: PromptRoutedPipeline, model: ModelMixin, what: str) -> tuple[ModelMixin, Folded | None]:
+        """Fold an expert's modulation layers where that is asked for; return what is saved, and the folding."""
+        if self.folding is None:
+            return model, None
+        if isinstance(model, TimestepModel):
+            raise UserError(f"{what} is several slices, one for each bin of timesteps: they are not folded")
+        prompts = [*shipped_prompts("aptp-cc3m"), *shipped_prompts("aptp-coco")]
+        held_out = shipped_prompts("aptp-parti")
+        if self.prompts is not None:
+            held_out = self.prompts[::HELD_OUT]
+            prompts = [text for index, text in enumerate(self.prompts) if index % HELD_OUT]
+        stock = pipeline.parts.pipeline(model)
+        folded = self.folding.fold(stock, pipeline.mixture.guidance, prompts, held_out)
+        self.notes.append(f"{what.capitalize()}: {folded.summary}")
+        return folded.model, folded
 
     def save(self, model: ModelMixin, folder: Path, what: str) -> None:
         """Save a denoiser to its own folder, or each slice of one; `what` is its name in reports."""
@@ -90,6 +111,8 @@ def export(
     method: str | None = None,
     expert: int | None = None,
     batch: int | None = None,
+    fold_modulation: str | None = None,
+    prompts_file: Path | None = None,
 ) -> Exported:
     """Export what a run made, a pipeline's directory or a denoiser's folder; return where it is and what was checked.
 
@@ -100,6 +123,10 @@ def export(
         method: of a run; by default the one that routes, else the first by name.
         expert: of a mixture, export it alone, as a plain pipeline; by default all, with their router.
         batch: of "onnx" and "torch": samples of a call; by default any number.
+        fold_modulation: "table=N", "nearest=N" or "rank=R", as `FoldingPlan.parse` reads it: of a transformer, fold
+            the modulation layers; by default they stay.
+        prompts_file: of "rank=R": prompts, one a line, such as the model is used with. Four fifths of them say which
+            directions are kept, the rest measures the error. By default the shipped lists, 32 and 20 prompts.
 
     Raises:
         ValueError: one line: a faulty source, a directory in use, a tier that does not fit, a check that fails.
@@ -113,10 +140,18 @@ def export(
         check_onnx()
     if batch is not None and (tier not in GRAPHS or batch < 1):
         raise UserError(f"batch={batch} is for the tiers {' and '.join(GRAPHS)}, and at least 1")
+    folding = None if fold_modulation is None else FoldingPlan.parse(fold_modulation)
+    if folding is not None and tier not in ("auto", "class"):
+        raise UserError(f"a model with folded modulation layers is of tier class, not {tier}")
+    prompts = None if prompts_file is None else read_prompts(prompts_file)
+    if prompts is not None and (folding is None or folding.kind != "rank" or len(prompts) < HELD_OUT):
+        raise UserError(f"a prompts file is for fold_modulation=rank=R, and holds at least {HELD_OUT} prompts")
     if (source / "config.json").is_file() and not any((source / name).is_file() for name in (RECIPE, ROUTED, INDEX)):
+        if folding is not None:
+            raise UserError("folding runs a pipeline's text encoders and sampler: give a run or a pipeline's directory")
         return _export_denoiser(source, directory, _Work(tier, batch, MOST_TOKENS))
     pipeline = PromptRoutedPipeline.from_pretrained(source, method, device="cpu", max_resident=1)
-    work = _Work(tier, batch, pipeline.text_length)
+    work = _Work(tier, batch, pipeline.text_length, folding, prompts)
     table = _table(source)
     if expert is not None or pipeline.num_experts == 1:
         with pipeline.mixture.experts.use(expert or 0) as model:
@@ -146,7 +181,10 @@ def _export_one(
             work.save(model, folder, what)
             use = work.use
         else:
+            model, folded = work.folded(pipeline, model, what)
             specification = save_pipeline(pipeline.parts, model, folder, work.tier)
+            if folded is not None:
+                folded.save(folder / part)
             expected = work.saved(model, folder / part, what, specification)
             work.claims.append(Claim("pipeline", "pipeline", folder, expected, with_prunekit=False))
             use = specification["tier"]
@@ -158,8 +196,13 @@ def _export_all(
 ) -> Exported:
     with staged(directory) as folder:
         for index in range(pipeline.num_experts):
-            with pipeline.mixture.experts.use(index) as model:
-                work.save(model, folder / "experts" / str(index), f"expert {index}")
+            with pipeline.mixture.experts.use(index) as expert:
+                place, what = folder / "experts" / str(index), f"expert {index}"
+                model, folded = work.folded(pipeline, expert, what)
+                work.save(model, place, what)
+                if folded is not None:
+                    folded.save(place)
+            del expert
             del model  # or it would stay in memory while the next one is loaded
         if not work.use:
             write_shared(pipeline.parts, pipeline.mixture, folder)
@@ -187,7 +230,7 @@ def _finish(
 ) -> Exported:
     """Check everything, and write the card."""
     checked = verify(work.claims)
-    card = model_card(use, directory.name, info, work.rows, checked, table, part)
+    card = model_card(use, directory.name, info, work.rows, checked, table, part, work.notes)
     (folder / CARD).write_text(card, encoding="utf-8")
     return Exported(directory, [row["tier"] for row in work.rows], checked)
 
