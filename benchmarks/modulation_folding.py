@@ -13,7 +13,7 @@ import torch
 from prunekit.core.modulation import FORMAT
 from prunekit.core.registry import denoiser_of
 from prunekit.data.emoji import load_emoji
-from prunekit.export.folding import errors_by_rank, fold_modulation, modulation_of, output_errors, record
+from prunekit.export.folding import errors_by_rank, fold_modulation, modulation_of, output_errors, record_modulation
 from prunekit.models import load_pipeline, load_shape
 
 MODELS = ("qwen-image", "flux.1-dev", "sd-3.5-medium", "sd-3.5-large")
@@ -52,8 +52,10 @@ def emoji() -> None:
     captions = [text for text in load_emoji(None, 0.0).captions if text]
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     fitted, held_out = order[:CAPTIONS], order[CAPTIONS : CAPTIONS + HELD_OUT]
-    seen = record(pipeline, [captions[i] for i in fitted], GUIDANCE, 32, num_inference_steps=STEPS)
-    unseen = record(pipeline, [captions[i] for i in held_out], GUIDANCE, 32, num_inference_steps=HELD_OUT_STEPS)
+    seen = record_modulation(pipeline, [captions[i] for i in fitted], GUIDANCE, 32, num_inference_steps=STEPS)
+    unseen = record_modulation(
+        pipeline, [captions[i] for i in held_out], GUIDANCE, 32, num_inference_steps=HELD_OUT_STEPS
+    )
     rows = errors_by_rank(model, seen, unseen, RANKS)
     folded = {str(rank): fold_modulation(model, seen, rank) for rank in RANKS}
     errors = output_errors(

@@ -125,7 +125,7 @@ class FoldingPlan:
         def recorded(texts: Sequence[str], steps: int, scales: Sequence[float]) -> Recorded:
             scales = sorted({*scales, guidance}) if with_input else [guidance]
             options = {**self.options, "num_inference_steps": steps}
-            records = [record(pipeline, texts, scale, **options) for scale in scales]
+            records = [record_modulation(pipeline, texts, scale, **options) for scale in scales]
             return Recorded([t for r in records for t in r.timesteps], torch.cat([r.inputs for r in records]))
 
         if self.kind == "rank":
@@ -157,7 +157,9 @@ def modulation_of(model: Any) -> Modulation:
     return modulation
 
 
-def record(pipeline: Any, prompts: Sequence[str] | None, guidance: float, batch: int = 8, **options: Any) -> Recorded:
+def record_modulation(
+    pipeline: Any, prompts: Sequence[str] | None, guidance: float, batch: int = 8, **options: Any
+) -> Recorded:
     """Run a pipeline without its denoiser's blocks, and record what the modulation layers would read.
 
     Args:
@@ -341,7 +343,7 @@ def output_errors(
     """Return by how much folded models' outputs differ from a pipeline's own, in the calls of its sampler.
 
     All are called with what the pipeline's denoiser is called with. By name: the mean and the largest relative L2 error
-    of the calls, and how many there are, at most `calls`. Other arguments as `record` has them.
+    of the calls, and how many there are, at most `calls`. Other arguments as `record_modulation` has them.
     """
     errors: dict[str, list[float]] = {name: [] for name in folded}
 

@@ -22,7 +22,7 @@ from prunekit.export.folding import (
     modulation_of,
     output_errors,
     project_lora,
-    record,
+    record_modulation,
 )
 from prunekit.export.inputs import Called
 from prunekit.export.tiers import write_class_file
@@ -63,7 +63,7 @@ def qwen_image():
 
 def test_a_table_is_exact_at_the_samplers_steps(qwen_image):
     pipeline, options = qwen_image
-    recorded = record(pipeline, None, num_inference_steps=STEPS, **options)
+    recorded = record_modulation(pipeline, None, num_inference_steps=STEPS, **options)
     folded = fold_modulation(pipeline.transformer, recorded)
     assert "forward" not in vars(pipeline.transformer) and len(folded.basis) == STEPS
     errors = output_errors(pipeline, {"table": folded.model}, None, num_inference_steps=STEPS, **options)["table"]
@@ -132,7 +132,9 @@ def test_costs_are_exact_and_a_folded_model_can_be_cut(name):
 def models(qwen_image):
     """Folded models by name: a table of a cut Qwen-Image, a rank of others."""
     pipeline, options = qwen_image
-    table = fold_modulation(pipeline.transformer, record(pipeline, None, num_inference_steps=STEPS, **options))
+    table = fold_modulation(
+        pipeline.transformer, record_modulation(pipeline, None, num_inference_steps=STEPS, **options)
+    )
     models = {"table": table}
     for name in ("sd35", "flux"):
         model = cut_of(build(name))
