@@ -166,7 +166,8 @@ def export(
     ],
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="where it goes; new or empty")],
     tier: Annotated[
-        str, typer.Option(help="stock, class, onnx, torch; auto: stock where it expresses the cut, else class")
+        str,
+        typer.Option(help="stock, class, single-file, onnx, torch; auto: stock where it expresses the cut, else class"),
     ] = "auto",
     method: Annotated[
         str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
@@ -174,6 +175,17 @@ def export(
     expert: Annotated[int | None, typer.Option(help="of a mixture: this expert alone", min=0)] = None,
     batch: Annotated[int | None, typer.Option(help="onnx, torch: samples of a call; any by default", min=1)] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="then upload it to the hub")] = None,
+    fold_modulation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="table=N|rank=R",
+            help="of a transformer: modulation layers as a table of the sampler's N steps, or of rank R; nearest=N: a "
+            "table that rounds timesteps; @WIDTHxHEIGHT behind it: the pictures' size",
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="rank=R: prompts, one a line, that it is fitted to; a shipped list by default")
+    ] = None,
 ) -> None:
     """Take a pruned model elsewhere; it is opened in a fresh process and compared before this reports success."""
     from rich.table import Table
@@ -181,7 +193,7 @@ def export(
     from prunekit.export.card import push_to_hub
     from prunekit.serving.exporting import export
 
-    done = export(source, directory, tier, method, expert, batch)
+    done = export(source, directory, tier, method, expert, batch, fold_modulation, prompts_file)
     table = Table("checked", "opened by", "relative error", "allowed")
     for line in done.checked:
         errors = (f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}")

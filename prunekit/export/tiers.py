@@ -1,7 +1,8 @@
 """In which form a denoiser is saved: a stock diffusers model where one expresses the cut, else its class in one file.
 
 stock: the stock class's `from_pretrained` loads it. class: the folder holds the class file, and loads with
-`trust_remote_code=True` without prunekit, or by prunekit's own class with it. onnx, torch: graphs of one call.
+`trust_remote_code=True` without prunekit, or by prunekit's own class with it. single-file: the stock form in the layout
+in which models of its class were published (`original_layout`). onnx, torch: graphs of one call.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ Licence: Apache-2.0.
 """
 FOLDERS = ("stock", "class")  # tiers that diffusers loads
 GRAPHS = ("onnx", "torch")
-TIERS = ("auto", *FOLDERS, *GRAPHS)
+SINGLE_FILE = "single-file"
+ALONE = (SINGLE_FILE, *GRAPHS)  # of which a pipeline's other parts are left out
+TIERS = ("auto", *FOLDERS, *ALONE)
 
 
 @cache

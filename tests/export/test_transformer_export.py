@@ -67,7 +67,7 @@ def test_every_class_and_tier_opens_in_a_fresh_process(tmp_path):
         dense, cut = build(name), pruned(name)
         for tier, model in zip(FOLDERS, (dense, cut), strict=True):
             folder = tmp_path / f"{name}-{tier}"
-            assert save_denoiser(model, folder)["tier"] == tier
+            assert save_denoiser(model, folder, tier)["tier"] == tier
             claims += claims_of(tier, folder, f"{name} {tier}", Expected.of(model, 5))
     assert len(verify(claims)) == 4 * len(CONFIGS)
 
@@ -75,10 +75,10 @@ def test_every_class_and_tier_opens_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_is_read_and_checked(name, tmp_path):
     model = pruned(name)
-    save_denoiser(model, tmp_path / "one")
+    save_denoiser(model, tmp_path / "one", "class")
     again = load_denoiser(tmp_path / "one", verify=True)
     assert type(again) is type(model) and torch.equal(output(again), output(model))
-    save_denoiser(pruned(name, seed=2), tmp_path / "other")
+    save_denoiser(pruned(name, seed=2), tmp_path / "other", "class")
     (tmp_path / "other" / "config.json").replace(tmp_path / "one" / "config.json")
     with pytest.raises(UserError, match="architecture") as error:
         load_denoiser(tmp_path / "one")

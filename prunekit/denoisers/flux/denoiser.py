@@ -19,6 +19,7 @@ from prunekit.core.axes import Axis, Layer
 from prunekit.core.call import Call, Fill
 from prunekit.core.emptied import Emptied, EmptiedOutput
 from prunekit.core.family import Family
+from prunekit.core.modulation import Modulation
 from prunekit.core.record import kept_groups
 from prunekit.core.space import UnitGroup
 from prunekit.core.transformer_layers import NORMS, channel_groups, keep_heads
@@ -52,6 +53,9 @@ class Flux(PackedCalls, TransformerDescription):
         "guidance": "guidance",
     }
     layers_in_config = ("num_layers", "num_single_layers")
+    modulation: ClassVar[Modulation | None] = Modulation(
+        "time_text_embed", ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
+    )
     classes: ClassVar = {"transformer_blocks": (FluxTransformerBlock,), SINGLE: (FluxSingleTransformerBlock,)}
     attentions = (FluxAttention,)
     processors = (FluxAttnProcessor,)
