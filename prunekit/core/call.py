@@ -165,9 +165,18 @@ class NamedCalls:
         """Name of the argument that holds the noisy latent."""
         return self.arguments["noisy"]
 
+    @property
+    def timestep(self) -> str:
+        """Name of the argument that holds the timestep."""
+        return self.arguments["timestep"]
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps of the noise process as the model takes them: as they are."""
+        return timesteps
+
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents."""
-        given = {"noisy": noisy, "timestep": timesteps, **conditions}
+        given = {"noisy": noisy, "timestep": self.taken(timesteps), **conditions}
         return Call({self.arguments[role]: value for role, value in given.items()})
 
     def example(
@@ -194,7 +203,7 @@ class NamedCalls:
 
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
         """Return the call under the same conditions for other noisy latents at other timesteps."""
-        return call.replace(**{self.arguments["noisy"]: noisy, self.arguments["timestep"]: timesteps})
+        return call.replace(**{self.latent: noisy, self.timestep: self.taken(timesteps)})
 
     def noisy(self, call: Call) -> Tensor:
         """Return the noisy latents of a call."""

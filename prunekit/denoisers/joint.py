@@ -142,7 +142,11 @@ class PackedCalls(NamedCalls):
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
         """Return the call under the same conditions for other noisy latents at other timesteps."""
         tokens, *_ = pack(noisy)
-        return super().at(call, tokens, timesteps.expand(len(noisy)) / 1000)
+        return super().at(call, tokens, timesteps.expand(len(noisy)))
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps as the model takes them: from 0 to 1."""
+        return timesteps / 1000
 
     def latent_channels(self, model: Any) -> int:
         """Return the channels of the latents."""

@@ -14,6 +14,7 @@ from prunekit.data.encoded import encode
 from prunekit.models import load_pipeline
 
 NEEDED = {"sd35": {"text", "pooled"}, "flux": {"text", "pooled", "guidance"}, "pixart": {"text", "mask", "sizes"}}
+NEEDED |= {"flux2": {"text", "guidance"}, "z_image": {"text", "mask"}}
 
 
 class Letters:

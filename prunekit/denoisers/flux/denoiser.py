@@ -96,7 +96,7 @@ class Flux(PackedCalls, TransformerDescription):
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
         tokens, rows, columns = pack(noisy)
-        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, conditions)
+        call = super().call(tokens, timesteps, conditions)
         places = positions(rows, columns, 3, noisy.device)
         text = places.new_zeros(conditions["text"].shape[1], 3)
         ids = {"img_ids": places, "txt_ids": text}

@@ -115,7 +115,7 @@ class Flux2(PackedCalls, TransformerDescription):
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
         tokens, rows, columns = pack(noisy)
-        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, conditions)
+        call = super().call(tokens, timesteps, conditions)
         image = positions(rows, columns, 4, noisy.device, torch.int64)
         text = image.new_zeros(conditions["text"].shape[1], 4)
         text[:, 3] += torch.arange(len(text), device=text.device)

@@ -102,12 +102,16 @@ class ZImage(TransformerDescription):
         """
         text, mask = conditions["text"], conditions.get("mask")
         given = text if mask is None else [tokens[kept] for tokens, kept in zip(text, mask.bool(), strict=True)]
-        times = self._times(noisy, timesteps)
-        return Call({"x": noisy.unsqueeze(2), "t": times, "cap_feats": given}, finish=_direction)
+        call = super().call(noisy.unsqueeze(2), timesteps, {"text": text})
+        return Call({**call, "cap_feats": given}, finish=_direction)
 
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
         """Return the call under the same conditions for other noisy latents at other timesteps."""
-        return super().at(call, noisy.unsqueeze(2), self._times(noisy, timesteps))
+        return super().at(call, noisy.unsqueeze(2), timesteps.expand(len(noisy)))
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps as the model takes them: 0 is noise, 1 is data."""
+        return (1000 - timesteps) / 1000
 
     def noisy(self, call: Call) -> Tensor:
         """Return the noisy latents of a call, (B, C, h, w)."""
@@ -128,10 +132,6 @@ class ZImage(TransformerDescription):
     def text_width(self, model: Any) -> int:
         """Return the width of the text states."""
         return int(model.config.cap_feat_dim)
-
-    def _times(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Return timesteps as the model takes them: 0 is noise, 1 is data."""
-        return 1 - timesteps.expand(len(noisy)) / 1000
 
 
 def _filled(tokens: int) -> int:
