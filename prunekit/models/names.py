@@ -33,6 +33,9 @@ KNOWN = {  # short names of hub models whose denoisers' configs ship with prunek
 }
 NAMES = ", ".join([*EMBEDDED_DIRECTORIES, *KNOWN])
 TEXT_TOKENS = {"flux.1-schnell": 256}  # of a known model's text, where it has less than its family's most
+SETTINGS = {  # of a known model's pipeline, that say how it is called
+    f"flux.2-klein-{size}": {"is_distilled": "base" not in size} for size in ("4b", "9b", "base-4b", "base-9b")
+}
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
 PIPELINES = {  # classes, and which part is the denoiser
     **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), "unet"),

@@ -1,21 +1,25 @@
 """A family's calls are those of the stock pipeline: the same arguments under the same names, at every step."""
 
 import inspect
+import math
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from small_transformer_pipelines import make
+from small_transformers import CONFIGS
 from unets import relative_error
 
 from prunekit.core.call import predict
-from prunekit.core.registry import denoiser_of, process_of, text_length
+from prunekit.core.registry import denoiser_of, process_of, text_length, texts_of
 from prunekit.denoisers.flow_matching import FlowMatching
 from prunekit.embedded.sd3_training import AsManyTokens
 from prunekit.models import load_pipeline
+from prunekit.runtime.errors import UserError
 
 TEXTS = ["red apple", "a blue house"]
-NAMES = ["sd35", "flux", "pixart", "qwen_image", "flux2", "flux2_klein", "z_image"]
+NAMES = ["sd35", "flux", "pixart", "qwen_image", "flux2", "flux2_klein", "flux2_klein_base", "z_image"]
 GUIDED = ("sd35", "pixart", "z_image")  # by a second text in the same call
 
 
@@ -71,9 +75,10 @@ def test_calls_are_the_pipelines(name, base):
     if name == "pixart":
         states["sizes"] = family.sizes(32, 16).expand(4, -1)
     assert family.call_batch(2, guided) == (4 if guided else 2)
-    assert family.texts(3.0) == (1 if name.startswith("flux") else 2)
-    assert family.texts(0.0 if name == "z_image" else 1.0) == 1
-    assert family.texts(0.0, {"true_cfg_scale": 2.0}) == (2 if name == "flux" else 1)
+    one_text = name in ("flux", "flux2", "flux2_klein")
+    assert texts_of(pipeline, 3.0) == (1 if one_text else 2)
+    assert texts_of(pipeline, 0.0 if name == "z_image" else 1.0) == 1
+    assert texts_of(pipeline, 0.0, {"true_cfg_scale": 2.0}) == (2 if name == "flux" else 1)
     assert 3.0 in family.call_options(pipeline, 3.0).values() or name == "flux2_klein"
     if name not in ("pixart", "qwen_image"):
         assert text_length(pipeline) == states["text"].shape[1]
@@ -163,6 +168,25 @@ def test_a_shift_that_depends_on_the_size_is_the_middle_of_its_range():
 
 def process_of_scheduler(scheduler):
     return FlowMatching(scheduler).shift
+
+
+def test_flux2s_shift_is_its_pipelines(base):
+    """By 1,024 pixels and 50 steps; without a schedule that depends on both, the scheduler's own."""
+    family = denoiser_of(CONFIGS["flux2"][0]).family
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler.set_timesteps(50, mu=math.log(family.process(scheduler).shift))
+    sigmas = scheduler.timesteps / 1000
+    shift = math.exp(compute_empirical_mu((1024 // 16) ** 2, 50))
+    expected = torch.linspace(1, 0.02, 50)[1]
+    assert family.process(scheduler).shift == pytest.approx(shift)
+    assert sigmas[1] == pytest.approx(shift * expected / (1 + (shift - 1) * expected), abs=1e-2)
+    assert family.process(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift == 3.0
+
+
+def test_dev_takes_no_negative_prompt(base):
+    pipeline, _ = make("flux2", base)
+    with pytest.raises(UserError, match="Flux2Pipeline takes no negative prompt"):
+        denoiser_of(pipeline.transformer).family.embeddings(pipeline, TEXTS, ["", ""], False)
 
 
 def test_a_pipeline_says_its_process(base):

@@ -119,7 +119,7 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
 
     base: the embedded model's pipeline, whose encoders are taken.
     """
-    transformer = build(name.removesuffix("_klein"))
+    transformer = build(name.partition("_klein")[0])
     if name == "sd35":
         transformer = emoji_sd3.build_transformer(emoji_sd3.EmojiSD3Config(layers=2), emoji_sd3.BaseShape.of(base))
         randomise(transformer)
@@ -164,10 +164,11 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
         encoder = small_language_model(8, 31, is_mistral=True)
         parts = (flow, small_normed_autoencoder(), encoder, small_chat_tokenizer(), transformer)
         return Flux2Pipeline(*parts), {"guidance_scale": 4.0, "height": 32, "width": 16}
-    if name == "flux2_klein":
+    if name.startswith("flux2_klein"):
         parts = (flow, small_normed_autoencoder(), small_language_model(8, 28), small_chat_tokenizer())
         transformer = build("flux2", guidance_embeds=False)
-        return Flux2KleinPipeline(*parts, transformer, is_distilled=True), {"height": 32, "width": 16}
+        options = {"guidance_scale": 1.0, "height": 32, "width": 16}
+        return Flux2KleinPipeline(*parts, transformer, is_distilled=name == "flux2_klein"), options
     torch.manual_seed(2)
     autoencoder = AutoencoderKLQwenImage(
         base_dim=8,

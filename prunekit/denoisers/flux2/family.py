@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from torch import Tensor
 
 from prunekit.denoisers.flow_matching import FlowFamily, FlowMatching
@@ -23,16 +23,15 @@ IMAGE_TOKENS, STEPS = 4096, 50  # of a picture of 1,024 pixels, and of the pipel
 class FLUX2(FlowFamily):
     """What `Flux2Pipeline` and `Flux2KleinPipeline` do around their transformer. Methods are `Family`'s.
 
-    Guidance is an input of dev, and none of the distilled klein models.
+    Guidance is an input of dev. Of klein, the distilled models have none, and the base models are guided by a second
+    text in another call; the pipeline's setting `is_distilled` says which it is.
     """
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, guidance or scheduler."""
+        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder or scheduler."""
         vae = pipeline.vae
         if type(vae) is not AutoencoderKLFlux2:
             return f"an autoencoder {type(vae).__name__}, which is not supported"
-        if pipeline.config.get("is_distilled") is False:
-            return "guidance by a second text in another call (is_distilled=false), which is not supported for FLUX.2"
         return super().refusal(pipeline)
 
     def process(self, scheduler: Any | None) -> FlowMatching:
@@ -70,26 +69,30 @@ class FLUX2(FlowFamily):
         """Return a pipeline's keyword arguments that take the place of its texts.
 
         Raises:
-            UserError: negative prompts, which the pipelines do not take.
+            UserError: negative prompts, which dev does not take.
 
         """
-        if negatives is not None:
+        if negatives is not None and not isinstance(pipeline, Flux2KleinPipeline):
             raise UserError(f"{type(pipeline).__name__} takes no negative prompt")
-        text, _ = pipeline.encode_prompt(texts, device=pipeline._execution_device, **options)
-        return {"prompt_embeds": text}
+        device = pipeline._execution_device
+        embeddings = {"prompt_embeds": pipeline.encode_prompt(texts, device=device, **options)[0]}
+        if guided:
+            negatives = negatives or [""] * len(texts)
+            embeddings["negative_prompt_embeds"] = pipeline.encode_prompt(negatives, device=device, **options)[0]
+        return embeddings
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the guidance scale for dev; klein's pipeline warns of one that it ignores."""
-        return {"guidance_scale": guidance if pipeline.transformer.config.guidance_embeds else 1.0}
+        """Return the guidance scale; of a distilled klein 1, since its pipeline warns of one that it ignores."""
+        return {"guidance_scale": 1.0 if pipeline.config.get("is_distilled") else guidance}
 
     def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-        """Return 1: the pipelines run the model on one text of a picture."""
-        return 1
+        """Return 2 where a base model of klein is guided; else 1."""
+        return 2 if guidance > 1 and options.get("is_distilled") is False else 1
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text, to which the pipelines fill it up."""
         return TOKENS
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one transformer call."""
+        """Return the samples of one transformer call: a second text runs in another call."""
         return pictures

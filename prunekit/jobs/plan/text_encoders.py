@@ -88,7 +88,8 @@ class DecoderShape:
 
     head_dim: channels of a head; 0: as many as all heads share of the hidden size.
     has_biases: of queries, keys and values. has_head_norms: of queries and keys, head by head.
-    is_tied: no output matrix is held beside the words' embeddings. has_scores: a caption's call computes the words' scores.
+    is_tied: no output matrix is held beside the words' embeddings.
+    has_scores: a caption's call also computes the words' scores.
     others: weights of parts that a text does not go through, which are held in memory all the same.
     """
 
