@@ -174,12 +174,11 @@ def test_flux2s_shift_is_its_pipelines(base):
     """By 1,024 pixels and 50 steps; without a schedule that depends on both, the scheduler's own."""
     family = denoiser_of(CONFIGS["flux2"][0]).family
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    scheduler.set_timesteps(50, mu=math.log(family.process(scheduler).shift))
-    sigmas = scheduler.timesteps / 1000
-    shift = math.exp(compute_empirical_mu((1024 // 16) ** 2, 50))
-    expected = torch.linspace(1, 0.02, 50)[1]
-    assert family.process(scheduler).shift == pytest.approx(shift)
-    assert sigmas[1] == pytest.approx(shift * expected / (1 + (shift - 1) * expected), abs=1e-2)
+    shift = family.process(scheduler).shift
+    assert shift == pytest.approx(math.exp(compute_empirical_mu((1024 // 16) ** 2, 50)))
+    sigmas = torch.linspace(1, 1 / 50, 50)  # what the pipeline gives the scheduler, which shifts them
+    scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=math.log(shift))
+    torch.testing.assert_close(scheduler.timesteps / 1000, shift * sigmas / (1 + (shift - 1) * sigmas))
     assert family.process(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift == 3.0
 
 

@@ -253,3 +253,23 @@ def test_an_ip_adapter_that_does_not_fit_is_refused_by_name():
     with pytest.raises(UserError, match=r"transformer_blocks\.0\.attn.* lost some") as error:
         cut._load_ip_adapter_weights([{}])
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["attention", "feedforward"])
+def test_a_norm_behind_a_branch_divides_a_common_factor_out(kind):
+    """Z-Image: between 0 and 1 only the ratios of a branch's gates count; at 0 the branch is gone."""
+    model = model_of("z_image")
+    space, call = pk.discover(model, "none"), call_of(model_of("z_image"))
+    group = next(group for group in space.groups if group.kind == kind and group.path.startswith("layers.0"))
+    part, dense = space.slice(group), predict(model, call)
+
+    def change(gates_of_group):
+        values = torch.ones(space.size)
+        values[part] = gates_of_group
+        with pk.gated(model, space) as gates:
+            gates.set(values)
+            return relative_error(predict(model, call), dense)
+
+    mixed = torch.linspace(1.0, 0.2, group.size)
+    assert change(torch.tensor(0.5)) < 0.1 * change(mixed) < 0.1 * change(torch.tensor(0.0))
