@@ -28,7 +28,12 @@ GOLDENS = {  # of one call, batch 1, a latent of 128 x 128: text tokens, paramet
 }
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+LATER = ("flux.2-klein-4b", "flux.2-klein-9b")  # the shape of another one, with other numbers of blocks
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LATER else ()) for name in GOLDENS]
+)
 def test_a_published_models_cost(name):
     tokens, params, macs = GOLDENS[name]
     shape = load_shape(name)

@@ -40,8 +40,8 @@ def pipeline_call(
         "latents": latents,
     }
     if workload == "image":
-        texts = {"prompt": prompts, **call_options(pipeline, guidance)}
-        return lambda: pipeline(output_type="pt", **texts, **common).images
+        common |= call_options(pipeline, guidance)  # a pipeline may write into the list of its texts
+        return lambda: pipeline(prompt=list(prompts), output_type="pt", **common).images
     family = family_of(pipeline)
     common |= family.call_options(pipeline, guidance)
     with torch.no_grad():
