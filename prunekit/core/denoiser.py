@@ -76,6 +76,15 @@ class Denoiser(Structure, Protocol):
         """Name of the forward pass's argument that holds the noisy latent."""
         ...
 
+    @property
+    def timestep(self) -> str:
+        """Name of the forward pass's argument that holds the timestep."""
+        ...
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps of the noise process as the model takes them, such as divided by their number."""
+        ...
+
     def pruned_class(self) -> type[nn.Module]:
         """The class of the pruned models."""
 

@@ -106,6 +106,10 @@ class Description(NamedCalls):
             if not isinstance(block, Bypassed)
         }
 
+    def passing(self, path: str) -> tuple[str, ...]:
+        """The arguments of the block at a path that pass on if it goes; `inputs` where all blocks are alike."""
+        return self.inputs
+
     def hidden(self, output: Any) -> Tensor:
         """The image's hidden states: the first output, or the one in the place of the input of that name."""
         is_joint = isinstance(output, tuple)
@@ -132,7 +136,7 @@ class Description(NamedCalls):
 
     def passage(self, model: Any, group: UnitGroup) -> Passage:
         """A block's inputs by name."""
-        return Passage(group.path, group.path, self.inputs)
+        return Passage(group.path, group.path, self.passing(group.path))
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
         """Update what modules remember of their widths; here nothing."""
@@ -145,7 +149,7 @@ class Description(NamedCalls):
     def bypass(self, model: Any, group: UnitGroup) -> None:
         """Replace a block by what passes its inputs on."""
         for path in group.covers:
-            model.set_submodule(path, Bypassed(model.get_submodule(path), self.inputs))
+            model.set_submodule(path, Bypassed(model.get_submodule(path), self.passing(path)))
 
     def outline(self, model: Any) -> dict[str, Place]:
         """The blocks below one another, up to eight in a row."""

@@ -99,7 +99,7 @@ class Family(Protocol):
     def texts(self, guidance: float, options: Mapping[str, Any] = ...) -> int:
         """Return how many texts of a picture a pipeline runs the denoiser on at every step: 2 where it leads away.
 
-        options: further ones of the pipeline's call.
+        options: the plain settings of the pipeline, and further ones of its call; see `registry.texts_of`.
         """
         ...
 

@@ -165,7 +165,7 @@ class Gates:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._state is None:
                 raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the model as it is)")
-            batch = read(args, kwargs)[0].shape[0]
+            batch = len(read(args, kwargs)[0])  # a tensor's rows, or one latent for each sample
             if self._state.batch not in (None, batch):
                 raise UserError(
                     f"the gates are for a batch of {self._state.batch}, the model got {batch}; pass rows=, which "

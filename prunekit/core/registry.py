@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from prunekit.runtime.errors import UserError
@@ -148,6 +149,15 @@ def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
     family = family_of(pipeline)
     negative = {} if family.negative is None else {"negative_prompt": family.negative}
     return {**family.call_options(pipeline, guidance), **negative}
+
+
+def texts_of(pipeline: Any, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Return how many texts of a picture a pipeline runs its denoiser on at every step, by a guidance scale.
+
+    pipeline: or the shape of one, or a denoiser alone. options: further ones of the pipeline's call.
+    """
+    settings = pipeline.config if (stated := getattr(pipeline, "settings", None)) is None else stated
+    return family_of(pipeline).texts(guidance, {**settings, **options})
 
 
 def text_length(pipeline: Any) -> int:

@@ -114,28 +114,38 @@ def keep_heads(attention: Any, heads: int, channels: int) -> None:
             setattr(attention, name, value)
 
 
-def feedforward_layer(path: str, module: Any, stream: str, groups: int | None, feeds: Sequence[str] = ()) -> Layer:
+def feedforward_layer(
+    path: str,
+    module: Any,
+    stream: str,
+    groups: int | None,
+    feeds: Sequence[str] = (),
+    inputs: Sequence[str] = ("net.0.proj",),
+    output: str = "net.2",
+) -> Layer:
     """Describe a feed-forward. The units are groups of inner channels; a zero before the last layer is a removal.
 
     Args:
         path: of the feed-forward in the model.
-        module: diffusers' `FeedForward`, or what an earlier cut left of it.
+        module: diffusers' `FeedForward`, or a class with other names, or what an earlier cut left of it.
         stream: of its input.
         groups: how many an earlier cut left; None where it was not cut.
         feeds: paths of modules that only feed it.
+        inputs: names of the linear layers that read its input. A gated one may give values and gates together.
+        output: name of its last linear layer.
 
     """
     if isinstance(module, Emptied):
         return Layer("feedforward", path, stream, feeds=tuple(feeds))
-    inner = module.net[2].in_features
+    inner = module.get_submodule(output).in_features
     groups = channel_groups(inner) if groups is None else groups
-    copies = module.net[0].proj.out_features // inner  # GEGLU: values, gates
+    widths = {name: module.get_submodule(name).out_features for name in inputs}
     return Layer(
         "feedforward",
         path,
         stream,
         group=UnitGroup("feedforward", path, groups, inner // groups),
-        axes=(Axis("net.0.proj", "out", copies=copies), Axis("net.2", "in")),
+        axes=(*(Axis(name, "out", copies=width // inner) for name, width in widths.items()), Axis(output, "in")),
         feeds=tuple(feeds),
     )
 

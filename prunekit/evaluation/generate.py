@@ -37,7 +37,7 @@ def draw(
     """
     height, width = (size, size) if isinstance(size, int) or size is None else size
     output = pipeline(
-        list(prompts),
+        prompt=list(prompts),
         height=height,
         width=width,
         num_inference_steps=steps,

@@ -65,7 +65,17 @@ def open_model(form: str, folder: str):
 
         model = load_model(folder)
     model.eval()
-    return lambda inputs: model(**inputs, return_dict=False)[0]
+    return lambda inputs: first_output(model, inputs)
+
+
+def first_output(model, arguments):
+    """Return what a denoiser predicts, before anything is done with it; one tensor, also of those that give a list."""
+    output = model(**arguments, return_dict=False)[0]
+    if isinstance(output, list):
+        import torch
+
+        return torch.stack(output)
+    return output
 
 
 def gathered(tensors, nested, plain):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.core.call import Call, normal
 from prunekit.core.registry import denoiser_of
-from prunekit.export.fresh import gathered
+from prunekit.export.fresh import first_output, gathered
 from prunekit.runtime.randomness import generator
 
 MOST_TOKENS = 77
@@ -67,7 +67,7 @@ class Called(nn.Module):
         self.forward = forward
 
     def _called(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.model(**gathered(tensors, self.nested, self.plain), return_dict=False)[0]
+        return first_output(self.model, gathered(tensors, self.nested, self.plain))
 
 
 def example_inputs(model: ModelMixin, batch: int, size: tuple[int, int], text_length: int, seed: int = 0) -> Inputs:

@@ -1,6 +1,7 @@
 """The shapes of a model's parts, without weights and network."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from prunekit.core.registry import TOKENIZERS, denoiser_in, denoiser_named, fami
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
     DENOISERS,
+    SETTINGS,
     TEXT_TOKENS,
     check_index,
     hub_id,
@@ -35,6 +37,7 @@ class PipelineShape:
     denoiser: ModelMixin
     vae_scale_factor: int  # pixels per latent position
     text_length: int  # tokens
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the pipeline's plain ones
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -98,14 +101,18 @@ def load_shape(name: str | Path, single_file_config: str | Path | None = None) -
     source = _configured(name, single_file_config)
     directory = local_path(source)
     scale, lengths, denoiser = SCALE, {}, _unet(name, source)
+    short = short_name(source) or ""
+    settings = SETTINGS.get(short, {})
     if directory is not None:
         autoencoder = directory / "vae" / "config.json"
         if autoencoder.is_file():
             scale = _scale(autoencoder)
         files = {part: directory / part / "tokenizer_config.json" for part in TOKENIZERS}
         lengths = {part: _most_tokens(path) for part, path in files.items() if path.is_file()}
-    known = TEXT_TOKENS.get(short_name(source) or "")
-    return PipelineShape(str(name), denoiser, scale, known or family_of(denoiser).text_length(lengths))
+        if (index := directory / "model_index.json").is_file():
+            settings = {key: value for key, value in read_object(index).items() if isinstance(value, bool)}
+    tokens = TEXT_TOKENS.get(short) or family_of(denoiser).text_length(lengths)
+    return PipelineShape(str(name), denoiser, scale, tokens, settings)
 
 
 def _most_tokens(tokenizer: Path) -> int:

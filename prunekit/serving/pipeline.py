@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import family_of, latent_size, text_length
+from prunekit.core.registry import family_of, latent_size, text_length, texts_of
 from prunekit.core.timesteps import TimestepModel
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.export.pipeline_parts import Parts
@@ -256,7 +256,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         base = self._base(model)
         base.image_indices = list(rows)
         family, guidance = family_of(base), options["guidance_scale"]
-        texts = family.texts(guidance, options)
+        texts = texts_of(base, guidance, options)
         scale, sides = base.vae_scale_factor, latent_size(model)
         height, width = options["height"] or sides[0] * scale, options["width"] or sides[1] * scale
         with self._texts:

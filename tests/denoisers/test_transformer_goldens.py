@@ -21,10 +21,19 @@ GOLDENS = {  # of one call, batch 1, a latent of 128 x 128: text tokens, paramet
     "flux.1-schnell": (256, 11_891_178_560, None),
     "qwen-image": (512, 20_430_401_088, 39_151_961_112_576),
     "pixart-sigma": (300, 610_856_096, 3_316_789_886_976),
+    "flux.2-dev": (512, 32_223_281_152, 141_299_775_700_992),
+    "flux.2-klein-4b": (512, 3_875_544_576, 17_410_089_025_536),
+    "flux.2-klein-9b": (512, 9_078_581_248, 37_757_360_537_600),
+    "z-image": (512, 6_154_908_736, 31_253_186_674_688),
 }
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+LATER = ("flux.2-klein-4b", "flux.2-klein-9b")  # the shape of another one, with other numbers of blocks
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LATER else ()) for name in GOLDENS]
+)
 def test_a_published_models_cost(name):
     tokens, params, macs = GOLDENS[name]
     shape = load_shape(name)
@@ -55,9 +64,10 @@ def test_other_goldens():
     assert counter.get_total_flops() == 2 * cost.dense_macs
 
 
-def test_discovery_holds_no_weights():
+@pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-dev"])
+def test_discovery_holds_no_weights(name):
     """Little memory beside the model's own modules; how long it takes is in `benchmarks/`."""
-    model = denoiser_in(load_shape("flux.1-dev"))
+    model = denoiser_in(load_shape(name))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     pk.CostModel(model, pk.discover(model, "all"), text_length=512)

@@ -171,7 +171,7 @@ def test_gates_are_differentiable_also_recomputed(name):
 
 def test_streams_pass_on_in_the_order_of_a_blocks_outputs():
     """The image and the text have equal shapes here, so that a wrong order raises no error."""
-    for name in ("sd3", "flux", "qwen_image"):
+    for name in ("sd3", "flux", "flux2", "qwen_image"):
         model = model_of(name)
         space = pk.discover(model, "all")
         check_laws(
@@ -216,18 +216,18 @@ def test_what_cannot_be_right_is_refused(name):
         pass
 
     attention.processor = Foreign()
-    with pytest.raises(UserError, match=r"transformer_blocks\.0\.attn.* has the processor Foreign"):
+    with pytest.raises(UserError, match=r"\.0\.att.* has the processor Foreign"):
         pk.discover(model, "all")
     model = build(name)
-    model.fuse_qkv_projections()
+    if hasattr(model, "fuse_qkv_projections"):
+        model.fuse_qkv_projections()
     if any(getattr(module, "fused_projections", False) for module in model.modules()):
         with pytest.raises(UserError, match=r"processor|fused"):
             pk.discover(model, "all")
     else:  # diffusers fuses nothing here
-        assert name == "qwen_image" and model.state_dict().keys() == model_of(name).state_dict().keys()
+        assert name in ("qwen_image", "z_image") and model.state_dict().keys() == model_of(name).state_dict().keys()
     model = build(name)
-    block = model.transformer_blocks[0]
-    attention = block.attn1 if name == "pixart" else block.attn
+    attention = next(module for module in model.modules() if hasattr(module, "to_q"))
     attention.to_q = torch.nn.Sequential(attention.to_q)
     with pytest.raises(UserError, match="holds a Sequential where a plain layer is expected"):
         pk.discover(model, "all")
@@ -241,7 +241,8 @@ def test_configs_build_or_are_refused(name):
     assert type(built) is type(model) and next(built.parameters()).is_meta
     pruned = pk.slice_model(model, pk.discover(model, "all").random(0.6, 1))
     assert type(denoiser.from_config(dict(pruned.config), "a folder")) is type(pruned)
-    for change, message in ((("num_layers", 10**9), "num_layers has"), (("num_attention_heads", "many"), "builds no")):
+    layers, heads = denoiser.layers_in_config[0], "n_heads" if "n_heads" in config else "num_attention_heads"
+    for change, message in (((layers, 10**9), f"{layers} has"), ((heads, "many"), "builds no")):
         with pytest.raises(UserError, match=message):
             denoiser.from_config({**config, change[0]: change[1]}, "a folder")
 
@@ -252,3 +253,23 @@ def test_an_ip_adapter_that_does_not_fit_is_refused_by_name():
     with pytest.raises(UserError, match=r"transformer_blocks\.0\.attn.* lost some") as error:
         cut._load_ip_adapter_weights([{}])
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["attention", "feedforward"])
+def test_a_norm_behind_a_branch_divides_a_common_factor_out(kind):
+    """Z-Image: between 0 and 1 only the ratios of a branch's gates count; at 0 the branch is gone."""
+    model = model_of("z_image")
+    space, call = pk.discover(model, "none"), call_of(model_of("z_image"))
+    group = next(group for group in space.groups if group.kind == kind and group.path.startswith("layers.0"))
+    part, dense = space.slice(group), predict(model, call)
+
+    def change(gates_of_group):
+        values = torch.ones(space.size)
+        values[part] = gates_of_group
+        with pk.gated(model, space) as gates:
+            gates.set(values)
+            return relative_error(predict(model, call), dense)
+
+    mixed = torch.linspace(1.0, 0.2, group.size)
+    assert change(torch.tensor(0.5)) < 0.1 * change(mixed) < 0.1 * change(torch.tensor(0.0))

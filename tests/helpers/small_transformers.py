@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 
@@ -57,8 +59,35 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "qwen_image": (QwenImageTransformer2DModel, {**ROPE, "in_channels": 16, "out_channels": 4, "num_layers": 3}),
+    "flux2": (
+        Flux2Transformer2DModel,
+        {
+            **ROPE,
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "joint_attention_dim": 24,
+            "timestep_guidance_channels": 32,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+    ),
+    "z_image": (
+        ZImageTransformer2DModel,
+        {
+            "in_channels": 4,
+            "dim": 48,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "cap_feat_dim": 32,
+            "axes_dims": [4, 4, 4],
+            "axes_lens": [1024, 64, 64],
+        },
+    ),
 }
 UNITS = {"pixart": (120, 3), "sd3": (172, 3), "sd35": (180, 3), "flux": (208, 4), "qwen_image": (204, 3)}
+UNITS |= {"flux2": (208, 4), "z_image": (144, 4)}
 
 
 def build(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
@@ -78,6 +107,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             values = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
                 parameter.copy_(0.3 * values + (name.endswith("weight")))
+            elif "stream_modulation" in name:  # without a bias, all gates are nearly closed
+                parameter.mul_(6)
     return model
 
 

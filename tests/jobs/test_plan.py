@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from small_model import SHAPES, picture, write_pipeline, write_recipe, write_sha
 from small_sdxl import write
 from small_transformers import CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5EncoderModel
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 from typer.testing import CliRunner
 
 from prunekit.cli import app
@@ -33,12 +44,16 @@ from prunekit.jobs.plan.rehearsal import LiveMemory, Rehearsal, autocast, zero_c
 from prunekit.jobs.plan.speed import Speed, measure_speed
 from prunekit.jobs.plan.text_encoders import (
     CLIP_L,
+    MISTRAL_SMALL_24B,
     OPEN_CLIP_G,
     OPEN_CLIP_H,
     QWEN_2_5_VL_7B,
+    QWEN_3_4B,
+    QWEN_3_8B,
     T5_XXL,
     DecoderShape,
     T5Shape,
+    shape_of,
 )
 from prunekit.jobs.recipe import load_recipe
 from prunekit.methods import PruneResult
@@ -246,6 +261,12 @@ def test_every_known_model_has_its_parts(name):
 def test_text_encoders_of_the_known_models():
     assert CLIP_L.params == 123_060_480 and OPEN_CLIP_H.params == 340_387_840 and OPEN_CLIP_G.params == 694_659_840
     assert T5_XXL.params == 4_762_310_656 and QWEN_2_5_VL_7B.params == 8_292_166_656
+    assert QWEN_3_4B.params == 4_022_468_096 and QWEN_3_8B.params == 8_190_735_360
+    assert MISTRAL_SMALL_24B.params == 24_011_361_280
+    with torch.device("meta"):
+        mistral = Mistral3ForConditionalGeneration(Mistral3Config(tie_word_embeddings=False))  # its defaults
+    assert MISTRAL_SMALL_24B.params == sum(parameter.numel() for parameter in mistral.parameters())
+    assert shape_of(mistral.config.to_dict(), 7) == MISTRAL_SMALL_24B
 
 
 SMALL_T5 = {"d_model": 48, "d_kv": 8, "d_ff": 80, "num_layers": 3, "num_heads": 4, "vocab_size": 90}
@@ -268,6 +289,18 @@ def test_text_encoders_are_counted_as_they_compute():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             (model.encoder if model is t5 else model.model)(torch.arange(7)[None])
         assert shape.macs == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3Model])
+def test_language_models_are_counted_as_their_configs_say(kind, is_tied):
+    config = Qwen3Config(**SMALL_QWEN, head_dim=24, tie_word_embeddings=is_tied, attn_implementation="eager")
+    model = kind(config)
+    shape = replace(shape_of({**config.to_dict(), "architectures": [kind.__name__]}, 7), tokens=7)
+    assert shape.params == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(7)[None])
+    assert shape.macs == counter.get_total_flops() // 2
 
 
 TRAINER = {"steps": 1, "batch_size": 4, "learning_rate": 1.0}

@@ -64,7 +64,7 @@ class QwenImage(PackedCalls, TransformerDescription):
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
         tokens, rows, columns = pack(noisy)
         given = {**conditions, "mask": conditions["mask"].bool()}  # which may have been kept as a number
-        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, given)
+        call = super().call(tokens, timesteps, given)
         return Call({**call, "img_shapes": [[(1, rows, columns)]]}, **placed(rows, columns))
 
     def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from prunekit.core.registry import call_options, denoiser_in, denoiser_of, family_of
+from prunekit.core.registry import call_options, denoiser_in, denoiser_of, family_of, texts_of
 from prunekit.core.timesteps import sampled_timesteps
 from prunekit.evaluation.generate import quiet
 from prunekit.jobs.bench.bench_models import PROMPT
@@ -40,12 +40,12 @@ def pipeline_call(
         "latents": latents,
     }
     if workload == "image":
-        texts = {"prompt": prompts, **call_options(pipeline, guidance)}
-        return lambda: pipeline(output_type="pt", **texts, **common).images
+        common |= call_options(pipeline, guidance)  # a pipeline may write into the list of its texts
+        return lambda: pipeline(prompt=list(prompts), output_type="pt", **common).images
     family = family_of(pipeline)
     common |= family.call_options(pipeline, guidance)
     with torch.no_grad():
-        embeddings = family.embeddings(pipeline, prompts, None, family.texts(guidance) > 1)
+        embeddings = family.embeddings(pipeline, prompts, None, texts_of(pipeline, guidance) > 1)
     return lambda: pipeline(output_type="latent", **embeddings, **common).images
 
 

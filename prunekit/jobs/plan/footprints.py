@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from prunekit.core.registry import denoiser_in, denoiser_of, family_of
+from prunekit.core.registry import denoiser_in, denoiser_of, texts_of
 from prunekit.data.cache_config import cache_bytes
 from prunekit.data.encoders import BATCH, BATCH_SIDE
 from prunekit.jobs.plan.data_size import DataSize, prompt_width
@@ -112,7 +112,7 @@ def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, l
 def _sampling(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> int:
     settings = recipe.evaluation
     samples = min(settings.batch_size, settings.num_images)
-    latent, guided, precision = model.latent(), family_of(model.shape).texts(settings.guidance) > 1, settings.precision
+    latent, guided, precision = model.latent(), texts_of(model.shape, settings.guidance) > 1, settings.precision
     key = ("sampling", latent, model.tokens, samples, guided, precision)
     return model.once(key, lambda: model.rehearsal.sampling(latent, model.tokens, samples, guided, precision))
 

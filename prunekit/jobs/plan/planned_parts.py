@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,9 +20,12 @@ from prunekit.core.timesteps import sampled_timesteps
 from prunekit.jobs.plan.text_encoders import (
     CLIP_L,
     CLIP_L_PROJECTED,
+    MISTRAL_SMALL_24B,
     OPEN_CLIP_G,
     OPEN_CLIP_H,
     QWEN_2_5_VL_7B,
+    QWEN_3_4B,
+    QWEN_3_8B,
     T5_XXL,
     TextEncoderShape,
     shape_of,
@@ -43,11 +46,14 @@ AUTOENCODER = {  # of Stable Diffusion 1, 2 and XL, and PixArt
 }
 AUTOENCODER_16 = {**AUTOENCODER, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 VIDEO_AUTOENCODER = {"_class_name": "AutoencoderKLQwenImage", "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
+NORMED_AUTOENCODER = {**AUTOENCODER, "_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "sample_size": 1024}
 PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
 DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1}
 EULER = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 SD3 = ((CLIP_L_PROJECTED, OPEN_CLIP_G, T5_XXL_256), AUTOENCODER_16, {**FLOW, "shift": 3.0})
+FLUX2 = (NORMED_AUTOENCODER, {**FLOW, "shift": 3.0, "use_dynamic_shifting": True})
+KLEIN_4B, KLEIN_9B = (replace(encoder, has_scores=True) for encoder in (QWEN_3_4B, QWEN_3_8B))
 
 
 class Known(NamedTuple):
@@ -71,6 +77,13 @@ KNOWN = {  # by the short names of `prunekit.models.KNOWN`
     "flux.1-schnell": Known((CLIP_L, T5_XXL_256), AUTOENCODER_16, FLOW),
     "qwen-image": Known((QWEN_2_5_VL_7B,), VIDEO_AUTOENCODER, {**FLOW, "use_dynamic_shifting": True}),
     "pixart-sigma": Known((T5_XXL_300,), AUTOENCODER, {"_class_name": "DPMSolverMultistepScheduler"}),
+    "flux.2-dev": Known((MISTRAL_SMALL_24B,), *FLUX2),
+    "flux.2-klein-4b": Known((KLEIN_4B,), *FLUX2),
+    "flux.2-klein-9b": Known((KLEIN_9B,), *FLUX2),
+    "flux.2-klein-base-4b": Known((KLEIN_4B,), *FLUX2),
+    "flux.2-klein-base-9b": Known((KLEIN_9B,), *FLUX2),
+    "z-image": Known((QWEN_3_4B,), AUTOENCODER_16, {**FLOW, "shift": 6.0}),
+    "z-image-turbo": Known((QWEN_3_4B,), AUTOENCODER_16, {**FLOW, "shift": 3.0}),
 }
 FAMILIES = {768: "sd-1.5", 1024: "sd-2.1", 2048: "sdxl"}  # whose parts a UNet alone is taken to have, by its text width
 TRANSFORMERS = {  # the same of a transformer alone, by its class
@@ -78,6 +91,8 @@ TRANSFORMERS = {  # the same of a transformer alone, by its class
     "FluxTransformer2DModel": "flux.1-dev",
     "QwenImageTransformer2DModel": "qwen-image",
     "PixArtTransformer2DModel": "pixart-sigma",
+    "Flux2Transformer2DModel": "flux.2-dev",
+    "ZImageTransformer2DModel": "z-image-turbo",
 }
 
 
@@ -109,7 +124,7 @@ class PictureAutoencoder(nn.Module):
 class Parts:
     """A pipeline's parts beside the denoiser; the autoencoder is on the meta device."""
 
-    autoencoder: AutoencoderKL | PictureAutoencoder
+    autoencoder: AutoencoderKL | AutoencoderKLFlux2 | PictureAutoencoder
     text_encoders: tuple[TextEncoderShape, ...]
     scheduler: Any
 
@@ -184,9 +199,9 @@ def _known_name(source: str | Path, model: ModelMixin) -> str:
     return short_name(source) or TRANSFORMERS.get(kind, by_width)
 
 
-def _autoencoder(config: Mapping[str, Any]) -> AutoencoderKL | PictureAutoencoder:
-    is_video = config.get("_class_name") == VIDEO_AUTOENCODER["_class_name"]
-    kind: Any = PictureAutoencoder if is_video else AutoencoderKL
+def _autoencoder(config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderKLFlux2 | PictureAutoencoder:
+    others = {"AutoencoderKLQwenImage": PictureAutoencoder, "AutoencoderKLFlux2": AutoencoderKLFlux2}
+    kind: Any = others.get(str(config.get("_class_name")), AutoencoderKL)
     return kind.from_config(config).eval()
 
 
