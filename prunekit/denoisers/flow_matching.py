@@ -53,6 +53,20 @@ class FlowMatching:
         return torch.ones_like(timesteps, dtype=torch.float32)
 
 
+def frame_moments(autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of pictures' latents by an autoencoder of videos: a picture is one frame.
+
+    pixels: (n, 3, H, W) from -1 to 1. The latents are (n, C, h, w), normalised channel by channel.
+    """
+    config = autoencoder.config
+    posterior = autoencoder.encode(pixels.unsqueeze(2)).latent_dist
+    mean, deviation = (
+        torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return (posterior.mean.squeeze(2) - mean) / deviation, posterior.std.squeeze(2) / deviation
+
+
 class TransformerFamily(Guided):
     """What the pipelines of these transformers do alike. Methods are `Family`'s."""
 
