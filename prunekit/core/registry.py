@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .family import Family, NoiseProcess
 
+SCALES = ("vae_scale_factor", "vae_scale_factor_spatial")  # what pipelines call their pixels per latent position
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # parts of pipelines
 _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
@@ -148,6 +149,16 @@ def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
     family = family_of(pipeline)
     negative = {} if family.negative is None else {"negative_prompt": family.negative}
     return {**family.call_options(pipeline, guidance), **negative}
+
+
+def pictures_of(pipeline: Any, output: Any) -> Any:
+    """Return the pictures of what a pipeline's call returned."""
+    return output.images if _attribute(pipeline) is None else family_of(pipeline).pictures(output)
+
+
+def scale_of(pipeline: Any) -> int | None:
+    """Return the pixels of a side per latent position of a pipeline or its shape; None: a denoiser alone knows none."""
+    return next((int(getattr(pipeline, name)) for name in SCALES if hasattr(pipeline, name)), None)
 
 
 def text_length(pipeline: Any) -> int:

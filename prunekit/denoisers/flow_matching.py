@@ -67,6 +67,12 @@ def frame_moments(autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return (posterior.mean.squeeze(2) - mean) / deviation, posterior.std.squeeze(2) / deviation
 
 
+def frame_reconstructed(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """Return pictures, (n, 3, H, W), encoded and decoded by an autoencoder of videos."""
+    decoded: Tensor = autoencoder.decode(autoencoder.encode(pixels.unsqueeze(2)).latent_dist.mean).sample
+    return decoded[:, :, 0]
+
+
 class TransformerFamily(Guided):
     """What the pipelines of these transformers do alike. Methods are `Family`'s."""
 

@@ -13,7 +13,13 @@ from prunekit.data.cache_config import CacheConfig
 from prunekit.data.encoded import encode
 from prunekit.models import load_pipeline
 
-NEEDED = {"sd35": {"text", "pooled"}, "flux": {"text", "pooled", "guidance"}, "pixart": {"text", "mask", "sizes"}}
+NEEDED = {
+    "sd35": {"text", "pooled"},
+    "flux": {"text", "pooled", "guidance"},
+    "pixart": {"text", "mask", "sizes"},
+    "sana15": {"text", "mask"},
+    "wan": {"text"},
+}
 
 
 class Letters:

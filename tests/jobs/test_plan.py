@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from rich.console import Console
 from small_model import SHAPES, picture, write_pipeline, write_recipe, write_shard
 from small_sdxl import write
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5EncoderModel
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 from typer.testing import CliRunner
 
 from prunekit.cli import app
@@ -31,12 +41,15 @@ from prunekit.jobs.plan.rehearsal import LiveMemory, Rehearsal, autocast, zero_c
 from prunekit.jobs.plan.speed import Speed, measure_speed
 from prunekit.jobs.plan.text_encoders import (
     CLIP_L,
+    GEMMA_2_2B,
     OPEN_CLIP_G,
     OPEN_CLIP_H,
     QWEN_2_5_VL_7B,
     T5_XXL,
+    UMT5_XXL,
     DecoderShape,
     T5Shape,
+    shape_of,
 )
 from prunekit.jobs.recipe import load_recipe
 from prunekit.methods import PruneResult
@@ -216,8 +229,10 @@ def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_known_model_has_its_parts(name):
-    parts = load_parts(name, load_shape(name).denoiser)
-    assert parts.scale == 8 and parts.calls(25, 2) in (50, 52) and parts.params > 2e8
+    shape = load_shape(name)
+    parts = load_parts(name, shape.denoiser)
+    assert parts.scale == shape.vae_scale_factor == (32 if name.startswith("sana") else 8)
+    assert parts.calls(25, 2) in (50, 52) and parts.params > 2e8
     encoding, decoding = parts.picture_macs((8, 8))
     assert 0 < encoding < decoding
 
@@ -225,9 +240,19 @@ def test_every_known_model_has_its_parts(name):
 def test_text_encoders_of_the_known_models():
     assert CLIP_L.params == 123_060_480 and OPEN_CLIP_H.params == 340_387_840 and OPEN_CLIP_G.params == 694_659_840
     assert T5_XXL.params == 4_762_310_656 and QWEN_2_5_VL_7B.params == 8_292_166_656
+    assert UMT5_XXL.params == 5_680_910_336 and GEMMA_2_2B.params == 2_614_341_888
 
 
 SMALL_T5 = {"d_model": 48, "d_kv": 8, "d_ff": 80, "num_layers": 3, "num_heads": 4, "vocab_size": 90}
+SMALL_GEMMA = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 60,
+    "head_dim": 16,
+}
 SMALL_QWEN = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -247,6 +272,19 @@ def test_text_encoders_are_counted_as_they_compute():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             (model.encoder if model is t5 else model.model)(torch.arange(7)[None])
         assert shape.macs == counter.get_total_flops() // 2
+
+
+def test_text_encoders_of_a_directory_are_read_from_its_configs():
+    """UMT5 and Gemma 2, as the configs of Wan's and Sana's text encoders say; real modules on the meta device."""
+    with torch.device("meta"):
+        umt5 = UMT5EncoderModel(UMT5Config(**SMALL_T5, feed_forward_proj="gated-gelu"))
+        gemma = Gemma2Model(Gemma2Config(**SMALL_GEMMA, attn_implementation="eager"))
+        for model in (umt5, gemma):
+            shape = shape_of(model.config.to_dict(), 7)
+            assert shape.params == sum(parameter.numel() for parameter in model.parameters())
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                (model.encoder if model is umt5 else model)(torch.zeros(1, 7, dtype=torch.long))
+            assert replace(shape, tokens=7).macs == counter.get_total_flops() // 2
 
 
 TRAINER = {"steps": 1, "batch_size": 4, "learning_rate": 1.0}

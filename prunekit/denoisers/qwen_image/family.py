@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowFamily, frame_moments
+from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed
 
 TOKENS = 512  # of a text, at most
 
@@ -22,6 +22,10 @@ class QwenImageFamily(FlowFamily):
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
         return frame_moments(autoencoder, pixels)
+
+    def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W), encoded and decoded."""
+        return frame_reconstructed(autoencoder, pixels)
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, T, E), and "mask" (n, T), true where a token counts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderDC
@@ -29,6 +29,8 @@ class Sana(FlowFamily):
     which guidance leads away from, has none.
     """
 
+    scale: ClassVar[int] = 32
+
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
         config, vae = pipeline.transformer.config, pipeline.vae
@@ -46,6 +48,11 @@ class Sana(FlowFamily):
         """Return pictures' latents, (n, C, h, w), scaled, and zeros: the autoencoder draws none."""
         latents = autoencoder.encode(pixels).latent * autoencoder.config.scaling_factor
         return latents, torch.zeros_like(latents)
+
+    def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W), encoded and decoded."""
+        reconstructed: Tensor = autoencoder.decode(autoencoder.encode(pixels).latent).sample
+        return reconstructed
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, 300, E), and "mask" (n, 300), 1 where a token counts."""

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowFamily, frame_moments
+from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed
 
 TOKENS = 512  # of a text, by the pipeline's default
 
@@ -36,6 +36,10 @@ class WanFamily(FlowFamily):
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
         return frame_moments(autoencoder, pixels)
+
+    def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W), encoded and decoded."""
+        return frame_reconstructed(autoencoder, pixels)
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, 512, E); those after a text's end are zeros, which count as well."""

@@ -52,7 +52,10 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class T5Shape:
-    """The sizes of a T5 encoder with gated feed-forwards."""
+    """The sizes of a T5 encoder with gated feed-forwards.
+
+    position_tables: layers that have a table of relative positions: T5's first, all of UMT5.
+    """
 
     d_model: int
     d_ff: int
@@ -62,6 +65,7 @@ class T5Shape:
     vocab_size: int = 32128
     relative_attention_num_buckets: int = 32
     tokens: int = 512
+    position_tables: int = 1
 
     @property
     def _layer(self) -> int:
@@ -71,7 +75,7 @@ class T5Shape:
     @property
     def params(self) -> int:
         """The number of weights."""
-        biases = self.relative_attention_num_buckets * self.num_heads
+        biases = self.position_tables * self.relative_attention_num_buckets * self.num_heads
         norms = (2 * self.num_layers + 1) * self.d_model
         return self.vocab_size * self.d_model + self.num_layers * self._layer + biases + norms
 
@@ -84,9 +88,11 @@ class T5Shape:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder-only language model with grouped queries, such as Qwen2.5-VL's.
+    """The sizes of a decoder-only language model with grouped queries, such as Qwen2.5-VL's and Gemma 2.
 
     others: weights of parts that a text does not go through, which are held in memory all the same.
+    head_dim: channels of a head; 0: those of the hidden states over the heads. norms: of a layer. biases: whether
+    queries, keys and values have them. tables: of words: one at the input, and one at the output where it is held.
     """
 
     hidden_size: int
@@ -97,32 +103,46 @@ class DecoderShape:
     vocab_size: int
     tokens: int = 512
     others: int = 0
+    head_dim: int = 0
+    norms: int = 2
+    biases: bool = True
+    tables: int = 2
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Channels of the queries, and of the keys."""
+        channels = self.head_dim or self.hidden_size // self.num_attention_heads
+        return channels * self.num_attention_heads, channels * self.num_key_value_heads
 
     @property
     def _layer(self) -> int:
         """Weights of a layer's matrices."""
-        keys = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
-        return 2 * self.hidden_size * (self.hidden_size + keys) + 3 * self.hidden_size * self.intermediate_size
+        return 2 * self.hidden_size * sum(self._widths) + 3 * self.hidden_size * self.intermediate_size
 
     @property
     def params(self) -> int:
         """The number of weights and biases."""
-        keys = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
-        small = 3 * self.hidden_size + 2 * keys  # two norms, and the biases of queries, keys and values
-        embeddings = 2 * self.vocab_size * self.hidden_size  # in and out
+        queries, keys = self._widths
+        small = self.norms * self.hidden_size + self.biases * (queries + 2 * keys)
+        embeddings = self.tables * self.vocab_size * self.hidden_size
         return embeddings + self.num_hidden_layers * (self._layer + small) + self.hidden_size + self.others
 
     @property
     def macs(self) -> int:
         """Multiply-adds of one caption, padded to the full length; the words' scores are not computed."""
-        return self.num_hidden_layers * (self.tokens * self._layer + 2 * self.tokens**2 * self.hidden_size)
+        queries, _ = self._widths
+        return self.num_hidden_layers * (self.tokens * self._layer + 2 * self.tokens**2 * queries)
 
 
+SANA_TOKENS = 298 + 206  # a prompt's, and about those of the instruction before it: its words, signs and a start
+GEMMA_2: dict[str, Any] = {"norms": 4, "biases": False, "tables": 1}
 CLIP_L = ClipShape(768, 3072, 12)
 OPEN_CLIP_H = ClipShape(1024, 4096, 23)
 OPEN_CLIP_G = ClipShape(1280, 5120, 32, projection_dim=1280)
 CLIP_L_PROJECTED = ClipShape(768, 3072, 12, projection_dim=768)
 T5_XXL = T5Shape(4096, 10240, 24, 64)
+UMT5_XXL = T5Shape(4096, 10240, 24, 64, vocab_size=256384, position_tables=24)
+GEMMA_2_2B = DecoderShape(2304, 9216, 26, 8, 4, 256000, SANA_TOKENS, head_dim=256, **GEMMA_2)
 QWEN_2_5_VL_7B = DecoderShape(3584, 18944, 28, 28, 4, 152064, others=676_550_144)  # its vision tower's
 
 
@@ -135,7 +155,12 @@ def shape_of(config: Mapping[str, Any], tokens: int) -> TextEncoderShape:
         UserError: a class that is not known.
 
     """
-    known: dict[str, Any] = {"clip_text_model": ClipShape, "t5": T5Shape}
+    known: dict[str, Any] = {
+        "clip_text_model": ClipShape,
+        "t5": T5Shape,
+        "umt5": T5Shape,
+        "gemma2": DecoderShape,
+    }
     kind = config.get("model_type", "clip_text_model")
     if kind not in known:
         raise UserError(f"a text encoder of model_type {kind!r} is not known")
@@ -143,5 +168,9 @@ def shape_of(config: Mapping[str, Any], tokens: int) -> TextEncoderShape:
     sizes = {name: value for name, value in config.items() if name in names}
     if kind == "t5":
         return T5Shape(**sizes, tokens=tokens)
+    if kind == "umt5":
+        return T5Shape(**sizes, position_tables=sizes["num_layers"])
+    if kind == "gemma2":
+        return DecoderShape(**sizes, **GEMMA_2, tokens=SANA_TOKENS)
     projected = any(name.endswith("WithProjection") for name in config.get("architectures") or ())
     return ClipShape(**sizes, projection_dim=config["projection_dim"] if projected else 0)
