@@ -99,6 +99,19 @@ class TransformerFamily(Guided):
         return torch.zeros(0)
 
 
+class AsAsked(Guided):
+    """The part of a `Family` whose pipelines would draw a picture in a usual size near the one that is asked for."""
+
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the guidance scale, and that the size is the one that is asked for."""
+        return {**super().call_options(pipeline, guidance), "use_resolution_binning": False}
+
+
+def left_out(embeddings: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's embeddings with no negative text beside them, where the pipeline has one by default."""
+    return {"negative_prompt": None, **embeddings}
+
+
 class FlowFamily(TransformerFamily):
     """Of models that are trained by flow matching."""
 

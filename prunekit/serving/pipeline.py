@@ -272,7 +272,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
             bins = model.bins.of(torch.as_tensor(base.scheduler.timesteps)).tolist()
             calls = sum(self._call_macs((expert, index), model.slices[index], size) for index in bins)
         else:
-            calls = self._call_macs((expert, 0), model, size) * base.num_timesteps
+            calls = self._call_macs((expert, 0), model, size) * len(base.scheduler.timesteps)
         macs = calls * texts
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 

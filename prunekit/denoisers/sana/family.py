@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowFamily
+from prunekit.denoisers.flow_matching import AsAsked, FlowFamily, left_out
 
 EMBEDDINGS = (
     "prompt_embeds",
@@ -22,7 +22,7 @@ TOKENS = 300  # of a text, by the pipeline's default
 INSTRUCTION = "complex_human_instruction"  # that stands before a prompt, by the pipeline's default; not before others
 
 
-class Sana(FlowFamily):
+class Sana(AsAsked, FlowFamily):
     """What `SanaPipeline` does around its transformer. Methods are `Family`'s.
 
     The pipeline puts an instruction before every prompt, and of its states keeps the last 300 tokens. The empty text,
@@ -73,11 +73,7 @@ class Sana(FlowFamily):
             device=pipeline._execution_device,
             **{INSTRUCTION: _instruction(pipeline), **options},
         )
-        return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
-
-    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the guidance scale, and that a picture is drawn in the size that is asked for, not in one near it."""
-        return {**super().call_options(pipeline, guidance), "use_resolution_binning": False}
+        return left_out({name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None})
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text, to which the pipeline fills it up."""
