@@ -105,6 +105,11 @@ def _attribute(pipeline: Any) -> str | None:
     return next((name for name in _ATTRIBUTES if is_denoiser(getattr(pipeline, name, None))), None)
 
 
+def has_denoiser(pipeline: Any) -> bool:
+    """Return whether a pipeline holds a denoiser that is described; a mixture's pipeline holds several elsewhere."""
+    return _attribute(pipeline) is not None
+
+
 def denoiser_name(pipeline: Any) -> str:
     """Return the name of the pipeline's attribute that holds its denoiser, such as "unet".
 
@@ -144,7 +149,7 @@ def family_of(pipeline: Any) -> Family:
 
 def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
     """Return the keyword arguments of a pipeline's calls with texts for a guidance scale, beside sizes and steps."""
-    if _attribute(pipeline) is None:  # no family describes it
+    if not has_denoiser(pipeline):  # no family describes it
         return {"guidance_scale": guidance}
     family = family_of(pipeline)
     negative = {} if family.negative is None else {"negative_prompt": family.negative}
@@ -153,7 +158,7 @@ def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
 
 def pictures_of(pipeline: Any, output: Any) -> Any:
     """Return the pictures of what a pipeline's call returned."""
-    return output.images if _attribute(pipeline) is None else family_of(pipeline).pictures(output)
+    return family_of(pipeline).pictures(output) if has_denoiser(pipeline) else output.images
 
 
 def scale_of(pipeline: Any) -> int | None:

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from prunekit.core.registry import call_options, pictures_of
+from prunekit.core.registry import call_options, has_denoiser, pictures_of
 from prunekit.data.picture_files import open_picture, write_image
+from prunekit.models.shapes import pixels_of
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.progress import Progress
@@ -35,6 +36,8 @@ def draw(
     Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
     diffusers gives the same picture. `size` is pixels, one side or (height, width), by default the pipeline's.
     """
+    if size is None and has_denoiser(pipeline):
+        size = pixels_of(pipeline)
     height, width = (size, size) if isinstance(size, int) or size is None else size
     returned = pipeline(
         list(prompts),

@@ -48,7 +48,7 @@ class PipelineShape:
     @property
     def resolution(self) -> tuple[int, int]:
         """The pixels (height, width) that the model was made for."""
-        return _pixels(self)
+        return pixels_of(self)
 
 
 def resolution_of(pipeline: Any) -> int:
@@ -56,13 +56,14 @@ def resolution_of(pipeline: Any) -> int:
 
     Raises UserError for a pipeline that was made for other rectangles, which training does not support.
     """
-    height, width = _pixels(pipeline)
+    height, width = pixels_of(pipeline)
     if height != width:
         raise UserError(f"the model is made for {height} x {width} pixels; set resolution=SIDE, of squares")
     return height
 
 
-def _pixels(pipeline: Any) -> tuple[int, int]:
+def pixels_of(pipeline: Any) -> tuple[int, int]:
+    """Return the height and width in pixels that a pipeline was made for."""
     (height, width), scale = latent_size(denoiser_in(pipeline)), scale_of(pipeline)
     assert scale is not None, "a pipeline, not a denoiser alone"
     return height * scale, width * scale

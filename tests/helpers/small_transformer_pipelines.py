@@ -92,9 +92,10 @@ def small_sana(transformer: Any) -> SanaPipeline:
 
 
 def small_wan(transformer: Any) -> WanPipeline:
-    """A pipeline with a UMT5 that reads letters and an autoencoder of one downsampling, both of random weights."""
+    """A pipeline with a UMT5 that reads letters and an autoencoder of two downsamplings, both of random weights."""
     torch.manual_seed(2)
-    autoencoder = AutoencoderKLWan(**VIDEOS, **MOMENTS, scale_factor_spatial=2).eval()
+    smaller = {"dim_mult": [1, 1, 1], "temperal_downsample": [False, False], "scale_factor_spatial": 4}
+    autoencoder = AutoencoderKLWan(**{**VIDEOS, **smaller}, **MOMENTS).eval()
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -1.0) for letter in LETTERS)]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
     config = UMT5Config(vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
@@ -147,7 +148,7 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
         return pipeline, {"guidance_scale": 3.0, "height": 32, "width": 16, "use_resolution_binning": False}
     if name == "sana15":
         options = {"guidance_scale": 3.0, "height": 64, "width": 32, "use_resolution_binning": False}
-        return small_sana(transformer), options
+        return small_sana(build(name, sample_size=32)), options  # sides of 64 pixels
     if name == "wan":
         return small_wan(transformer), {"guidance_scale": 3.0, "height": 32, "width": 16, "num_frames": 1}
     torch.manual_seed(2)

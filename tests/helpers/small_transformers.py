@@ -84,7 +84,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "freq_dim": 32,
             "ffn_dim": 192,
             "num_layers": 3,
-            "rope_max_seq_len": 32,
+            "rope_max_seq_len": 64,
         },
     ),
 }

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import small_transformer_pipelines
 import torch
 from rich.console import Console
 from small_model import SHAPES, picture, write_pipeline, write_recipe, write_shard
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 from prunekit.cli import app
 from prunekit.core.discovery import discover
 from prunekit.core.gates import gated
+from prunekit.core.registry import scale_of
 from prunekit.data.config import DataConfig, data_size
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.jobs.bench.bench_recipe import is_benchmark
@@ -424,3 +426,17 @@ def test_the_summary_has_a_line_a_recipe(plans):
 )
 def test_numbers_for_people(shown, expected):
     assert shown == expected
+
+
+@pytest.mark.parametrize("name", ["sana15", "wan"])
+def test_parts_are_those_of_a_transformers_pipeline(name, tmp_path):
+    """Shapes and parts by the configs of a directory, against the pipeline that it holds."""
+    folder = small_transformer_pipelines.write(tmp_path / name, name, load_pipeline("emoji"))
+    pipeline, shape = load_pipeline(folder), load_shape(folder)
+    parts = load_parts(folder, shape.denoiser)
+    assert shape.vae_scale_factor == parts.scale == scale_of(pipeline) == {"sana15": 2, "wan": 4}[name]
+    modules = (pipeline.vae, pipeline.text_encoder)
+    assert parts.params == sum(parameter.numel() for module in modules for parameter in module.parameters())
+    assert type(parts.scheduler) is type(pipeline.scheduler)
+    encoding, decoding = parts.picture_macs((8, 8))
+    assert 0 < encoding < decoding
