@@ -34,8 +34,14 @@ def base():
     return load_pipeline("emoji")
 
 
-@pytest.mark.parametrize("config", [{}, {"text": False}, {"precision": "float16"}], ids=str)
-@pytest.mark.parametrize("name", NEEDED)
+CASES = [
+    pytest.param(name, config, marks=pytest.mark.long if config and name in ("sana15", "wan") else ())
+    for name in NEEDED
+    for config in ({}, {"text": False}, {"precision": "float16"})
+]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=str)
 def test_conditions_are_the_familys(name, config, base, tmp_path):
     pipeline = make(name, base)[0]
     model, family = denoiser_in(pipeline), family_of(pipeline)

@@ -15,7 +15,7 @@ from prunekit.jobs.bench.workloads import pipeline_call
 from prunekit.models import load_pipeline
 
 TEXTS, SEEDS, SIDE, GUIDANCE = ["red apple", "a blue house"], [3, 4], 64, 3.0
-NAMES = ["flux", "pixart", "sana15", "wan"]
+NAMES = ["sana15", "wan", *(pytest.param(name, marks=pytest.mark.long) for name in ("flux", "pixart"))]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -42,7 +42,9 @@ def test_pictures_are_the_stock_pipelines(pipeline):
         assert torch.equal(picture, expected)
 
 
-@pytest.mark.parametrize("kind", ["np", "pil", "pt", "latent"])
+@pytest.mark.parametrize(
+    "kind", ["np", "pil", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("pt", "latent"))]
+)
 def test_a_served_picture_is_the_stock_pipelines(kind, pipeline):
     served = pk.PromptRoutedPipeline.from_experts(pipeline, [denoiser_in(pipeline)], guidance=GUIDANCE)
     sizes = {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
@@ -60,7 +62,7 @@ def test_a_served_picture_is_the_stock_pipelines(kind, pipeline):
     assert drawn.macs == [cost.dense_macs * 2 * family_of(pipeline).texts(GUIDANCE)] * 2
 
 
-@pytest.mark.parametrize("workload", ["sampling", "image"])
+@pytest.mark.parametrize("workload", ["sampling", pytest.param("image", marks=pytest.mark.long)])
 def test_what_is_timed_is_a_call_of_the_stock_pipeline(workload, pipeline):
     with ExitStack() as stack, torch.no_grad():
         output = pipeline_call(pipeline, workload, SIDE, 2, GUIDANCE, 2, stack)()

@@ -29,7 +29,12 @@ GOLDENS = {  # of one call, batch 1, at the model's own size: text tokens, param
 }
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+SLOWER = ("sana-1.6b", "sana-1.5-4.8b", "wan-2.1-14b")  # the same classes at other sizes
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in SLOWER else ()) for name in GOLDENS]
+)
 def test_a_published_models_cost(name):
     tokens, params, macs = GOLDENS[name]
     shape = load_shape(name)

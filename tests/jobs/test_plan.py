@@ -229,7 +229,12 @@ def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
     assert parts.calls(5, 2) == sum(calls) and parts.calls(5, 1) == len(calls)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+ALIKE = ("sana-1.6b", "sana-1.5-4.8b", "wan-2.1-14b")  # models with the parts of another one
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in KNOWN]
+)
 def test_every_known_model_has_its_parts(name):
     shape = load_shape(name)
     parts = load_parts(name, shape.denoiser)
