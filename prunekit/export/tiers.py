@@ -27,7 +27,7 @@ from prunekit.runtime.files import read_json, write_json
 
 MODULE = "modeling_pruned"  # an export's file with the class, and its entry in model_index.json
 _CUTTING, _PLAIN = "prunekit.core.cutting", "prunekit.export.plain_cutting"
-_INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_groups")}
+_INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_each", "keep_groups")}
 _TITLE = """A diffusion model's denoiser with parts cut out: {name}, for diffusers.
 
 Written by prunekit {version} from its own sources; do not edit. It needs torch and diffusers, and nothing else. The

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, family_of
 from prunekit.data.config import load_data
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.fingerprint import Fingerprint
@@ -266,6 +266,7 @@ class Stages:
             prompts.real_images,
             shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
             autoencoder=self.pipeline.vae,
+            family=family_of(self.pipeline),
             size=self.resolution,
             seed=self.recipe.seed,
         )

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import denoiser_in, text_length
+from prunekit.core.registry import denoiser_in, scale_of, text_length
 from prunekit.core.space import Architecture, UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.data.fingerprint import Fingerprint
@@ -252,7 +252,7 @@ def _sample_size(
 ) -> tuple[int, int] | None:
     if resolution is None:
         return None
-    scale = getattr(pipeline, "vae_scale_factor", None)
+    scale = scale_of(pipeline)
     if scale is None:
         raise UserError(
             f"resolution={resolution} is in pixels, and a UNet alone does not know its VAE's scale; "

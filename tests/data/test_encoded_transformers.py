@@ -13,8 +13,16 @@ from prunekit.data.cache_config import CacheConfig
 from prunekit.data.encoded import encode
 from prunekit.models import load_pipeline
 
-NEEDED = {"sd35": {"text", "pooled"}, "flux": {"text", "pooled", "guidance"}, "pixart": {"text", "mask", "sizes"}}
-NEEDED |= {"flux2": {"text", "guidance"}, "z_image": {"text", "mask"}}
+NEEDED = {
+    "sd35": {"text", "pooled"},
+    "flux": {"text", "pooled", "guidance"},
+    "pixart": {"text", "mask", "sizes"},
+    "flux2": {"text", "guidance"},
+    "z_image": {"text", "mask"},
+    "sana15": {"text", "mask"},
+    "wan": {"text"},
+}
+NEWER = ("flux2", "z_image", "sana15", "wan")
 
 
 class Letters:
@@ -30,7 +38,7 @@ def base():
 
 
 CASES = [  # of the newer pipelines, whose encoders take longer, one now
-    pytest.param(name, config, marks=pytest.mark.long if config and name in ("flux2", "z_image") else ())
+    pytest.param(name, config, marks=pytest.mark.long if config and name in NEWER else ())
     for name in NEEDED
     for config in ({}, {"text": False}, {"precision": "float16"})
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -18,6 +21,9 @@ from diffusers import (
     FluxPipeline,
     PixArtAlphaPipeline,
     QwenImagePipeline,
+    SanaPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
     ZImagePipeline,
 )
 from small_transformers import build, randomise
@@ -25,6 +31,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -32,6 +41,9 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from prunekit.models import emoji_sd3
@@ -113,6 +125,49 @@ def small_autoencoder(channels: int = 4, shift: float | None = 0.25) -> Autoenco
     ).eval()
 
 
+LETTERS = "▁abcdefghijklmnopqrstuvwxyz"
+FLOW_STEPS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+VIDEOS = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+MOMENTS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
+
+
+def small_sana(transformer: Any) -> SanaPipeline:
+    """A pipeline with a Gemma of short words and an autoencoder of one downsampling, both of random weights."""
+    torch.manual_seed(2)
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.4,
+    ).eval()
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *LETTERS]
+    letters = GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer = letters.train_new_from_iterator(["\n".join(instruction), *LETTERS], 300)  # which makes it short
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads, pad_token_id=0)
+    scheduler = DPMSolverMultistepScheduler(**FLOW_STEPS)
+    return SanaPipeline(tokenizer, Gemma2Model(config).eval(), autoencoder, transformer, scheduler)
+
+
+def small_wan(transformer: Any) -> WanPipeline:
+    """A pipeline with a UMT5 that reads letters and an autoencoder of two downsamplings, both of random weights."""
+    torch.manual_seed(2)
+    smaller = {"dim_mult": [1, 1, 1], "temperal_downsample": [False, False], "scale_factor_spatial": 4}
+    autoencoder = AutoencoderKLWan(**{**VIDEOS, **smaller}, **MOMENTS).eval()
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -1.0) for letter in LETTERS)]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    config = UMT5Config(vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    scheduler = UniPCMultistepScheduler(**FLOW_STEPS)
+    return WanPipeline(tokenizer, UMT5EncoderModel(config).eval(), autoencoder, scheduler, transformer)
+
+
 @torch.no_grad()
 def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """A stock pipeline around a small transformer, and arguments of its call.
@@ -156,6 +211,11 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
             tokenizer, encoder, small_autoencoder(shift=None), transformer, DPMSolverMultistepScheduler()
         )
         return pipeline, {"guidance_scale": 3.0, "height": 32, "width": 16, "use_resolution_binning": False}
+    if name == "sana15":
+        options = {"guidance_scale": 3.0, "height": 64, "width": 32, "use_resolution_binning": False}
+        return small_sana(build(name, sample_size=32)), options  # sides of 64 pixels
+    if name == "wan":
+        return small_wan(transformer), {"guidance_scale": 3.0, "height": 32, "width": 16, "num_frames": 1}
     flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=name.startswith("flux2"), shift=3.0)
     if name == "z_image":
         parts = (flow, small_autoencoder(), small_language_model(32, 2), small_chat_tokenizer(), transformer)
@@ -170,15 +230,7 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
         options = {"guidance_scale": 1.0, "height": 32, "width": 16}
         return Flux2KleinPipeline(*parts, transformer, is_distilled=name == "flux2_klein"), options
     torch.manual_seed(2)
-    autoencoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 2.0, 1.0],
-    ).eval()
+    autoencoder = AutoencoderKLQwenImage(**VIDEOS, **MOMENTS).eval()
     pipeline = QwenImagePipeline(
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), autoencoder, None, None, transformer
     )

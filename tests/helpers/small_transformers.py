@@ -10,7 +10,9 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import nn
@@ -30,6 +32,18 @@ SD3 = {
     "caption_projection_dim": 64,
     "pooled_projection_dim": 24,
     "pos_embed_max_size": 8,
+}
+SANA = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "cross_attention_head_dim": 32,
+    "num_cross_attention_heads": 2,
+    "cross_attention_dim": 64,
+    "caption_channels": 32,
 }
 ROPE = {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -85,9 +99,35 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "axes_lens": [1024, 64, 64],
         },
     ),
+    "sana": (SanaTransformer2DModel, SANA),
+    "sana15": (SanaTransformer2DModel, {**SANA, "qk_norm": "rms_norm_across_heads"}),
+    "wan": (
+        WanTransformer3DModel,
+        {
+            "attention_head_dim": 24,
+            "num_attention_heads": 4,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 32,
+            "freq_dim": 32,
+            "ffn_dim": 192,
+            "num_layers": 3,
+            "rope_max_seq_len": 64,
+        },
+    ),
 }
-UNITS = {"pixart": (120, 3), "sd3": (172, 3), "sd35": (180, 3), "flux": (208, 4), "qwen_image": (204, 3)}
-UNITS |= {"flux2": (208, 4), "z_image": (144, 4)}
+UNITS = {
+    "pixart": (120, 3),
+    "sd3": (172, 3),
+    "sd35": (180, 3),
+    "flux": (208, 4),
+    "qwen_image": (204, 3),
+    "sana": (114, 3),
+    "sana15": (114, 3),
+    "wan": (120, 3),
+    "flux2": (208, 4),
+    "z_image": (144, 4),
+}
 
 
 def build(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
@@ -118,3 +158,15 @@ def call_of(model: Any, batch: int = 2, latent: tuple[int, int] = (8, 6), text_l
     times = torch.tensor([137.0 + 211 * index for index in range(batch)])
     call = denoiser_of(model).example(model, batch, latent, text_length, fill, times)
     return call.to(next(model.parameters()).device)
+
+
+def double_throughout(monkeypatch: Any) -> None:
+    """Leave values that are float64 so, where a model casts to float32: else differences drown in its rounding."""
+    cast, to = torch.Tensor.float, torch.Tensor.to
+
+    def unless_double(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        is_downcast = self.dtype == torch.float64 and torch.float32 in (*arguments, *options.values())
+        return self if is_downcast else to(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else cast(self))
+    monkeypatch.setattr(torch.Tensor, "to", unless_double)

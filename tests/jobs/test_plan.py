@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import small_transformer_pipelines
 import torch
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
@@ -15,6 +16,8 @@ from small_sdxl import write
 from small_transformers import CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2Config,
@@ -24,12 +27,15 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from typer.testing import CliRunner
 
 from prunekit.cli import app
 from prunekit.core.discovery import discover
 from prunekit.core.gates import gated
+from prunekit.core.registry import scale_of
 from prunekit.data.config import DataConfig, data_size
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.jobs.bench.bench_recipe import is_benchmark
@@ -44,6 +50,7 @@ from prunekit.jobs.plan.rehearsal import LiveMemory, Rehearsal, autocast, zero_c
 from prunekit.jobs.plan.speed import Speed, measure_speed
 from prunekit.jobs.plan.text_encoders import (
     CLIP_L,
+    GEMMA_2_2B,
     MISTRAL_SMALL_24B,
     OPEN_CLIP_G,
     OPEN_CLIP_H,
@@ -51,6 +58,7 @@ from prunekit.jobs.plan.text_encoders import (
     QWEN_3_4B,
     QWEN_3_8B,
     T5_XXL,
+    UMT5_XXL,
     DecoderShape,
     T5Shape,
     shape_of,
@@ -250,10 +258,17 @@ def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
     assert parts.calls(5, 2) == sum(calls) and parts.calls(5, 1) == len(calls)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+ALIKE = ("sana-1.6b", "sana-1.5-4.8b", "wan-2.1-14b")  # models with the parts of another one
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in KNOWN]
+)
 def test_every_known_model_has_its_parts(name):
-    parts = load_parts(name, load_shape(name).denoiser)
-    assert parts.scale == 8 and parts.calls(25, 2) in (50, 52) and parts.params > 2e8
+    shape = load_shape(name)
+    parts = load_parts(name, shape.denoiser)
+    assert parts.scale == shape.vae_scale_factor == (32 if name.startswith("sana") else 8)
+    assert parts.calls(25, 2) in (50, 52) and parts.params > 2e8
     encoding, decoding = parts.picture_macs((8, 8))
     assert 0 < encoding < decoding
 
@@ -267,9 +282,19 @@ def test_text_encoders_of_the_known_models():
         mistral = Mistral3ForConditionalGeneration(Mistral3Config(tie_word_embeddings=False))  # its defaults
     assert MISTRAL_SMALL_24B.params == sum(parameter.numel() for parameter in mistral.parameters())
     assert shape_of(mistral.config.to_dict(), 7) == MISTRAL_SMALL_24B
+    assert UMT5_XXL.params == 5_680_910_336 and GEMMA_2_2B.params == 2_614_341_888
 
 
 SMALL_T5 = {"d_model": 48, "d_kv": 8, "d_ff": 80, "num_layers": 3, "num_heads": 4, "vocab_size": 90}
+SMALL_GEMMA = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 60,
+    "head_dim": 16,
+}
 SMALL_QWEN = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -301,6 +326,19 @@ def test_language_models_are_counted_as_their_configs_say(kind, is_tied):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(7)[None])
     assert shape.macs == counter.get_total_flops() // 2
+
+
+def test_text_encoders_of_a_directory_are_read_from_its_configs():
+    """UMT5 and Gemma 2, as the configs of Wan's and Sana's text encoders say; real modules on the meta device."""
+    with torch.device("meta"):
+        umt5 = UMT5EncoderModel(UMT5Config(**SMALL_T5, feed_forward_proj="gated-gelu"))
+        gemma = Gemma2Model(Gemma2Config(**SMALL_GEMMA, attn_implementation="eager"))
+        for model in (umt5, gemma):
+            shape = shape_of(model.config.to_dict(), 7)
+            assert shape.params == sum(parameter.numel() for parameter in model.parameters())
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                (model.encoder if model is umt5 else model)(torch.zeros(1, 7, dtype=torch.long))
+            assert replace(shape, tokens=7).macs == counter.get_total_flops() // 2
 
 
 TRAINER = {"steps": 1, "batch_size": 4, "learning_rate": 1.0}
@@ -460,3 +498,17 @@ def test_the_summary_has_a_line_a_recipe(plans):
 )
 def test_numbers_for_people(shown, expected):
     assert shown == expected
+
+
+@pytest.mark.parametrize("name", ["sana15", "wan"])
+def test_parts_are_those_of_a_transformers_pipeline(name, tmp_path):
+    """Shapes and parts by the configs of a directory, against the pipeline that it holds."""
+    folder = small_transformer_pipelines.write(tmp_path / name, name, load_pipeline("emoji"))
+    pipeline, shape = load_pipeline(folder), load_shape(folder)
+    parts = load_parts(folder, shape.denoiser)
+    assert shape.vae_scale_factor == parts.scale == scale_of(pipeline) == {"sana15": 2, "wan": 4}[name]
+    modules = (pipeline.vae, pipeline.text_encoder)
+    assert parts.params == sum(parameter.numel() for module in modules for parameter in module.parameters())
+    assert type(parts.scheduler) is type(pipeline.scheduler)
+    encoding, decoding = parts.picture_macs((8, 8))
+    assert 0 < encoding < decoding
