@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from prunekit.core.registry import latent_size
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.run_directory import RECIPE, method_directory
 from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
+
+PIXELS = 8  # of which stock pipelines want sides to be multiples, whatever their autoencoder's scale
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Drawer:
         scale = base.vae_scale_factor
         self.size = (sides[0] * scale, sides[1] * scale)  # pixels (height, width) that the model was made for
         packed = 1 if pipeline.parts.denoiser == "unet" else max(2, patch or 1)  # latent positions of a token's side
-        self.multiple = scale * packed  # of which an image's sides must be multiples
+        self.multiple = math.lcm(PIXELS, scale * packed)  # of which an image's sides must be multiples
 
     def draw(
         self,
@@ -55,7 +58,7 @@ class Drawer:
         guidance: float,
         negative_prompts: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> list[Picture]:
         """Draw prompts by one expert, as one batch.
 
@@ -67,7 +70,8 @@ class Drawer:
             guidance: of all images.
             negative_prompts: one an image; None: none.
             size: pixels (height, width); None: the model's own.
-            on_step: told how many steps are done after each; what it raises ends the batch.
+            on_step: told after each step how many are done, and how many the scheduler makes, which may be more than
+                `steps`; what it raises ends the batch.
 
         """
         height, width = size or self.size
@@ -91,11 +95,11 @@ class Drawer:
         return [Picture(*one, len(prompts), seconds) for one in drawn]
 
 
-def _told(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+def _told(on_step: Callable[[int, int], None]) -> Callable[..., dict[str, Any]]:
     """Return a callback of the stock pipelines, which changes nothing."""
 
     def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1)
+        on_step(step + 1, pipeline.num_timesteps)
         return {}
 
     return callback

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prunekit.runtime.errors import UserError
 from prunekit.serving.backend import DrawingError, Drawn, Job, Load, Refused, Running, Served
@@ -201,34 +201,34 @@ class InProcessBackend:
         batch = [image for image in images if not image.task.gone]
         if not batch:
             return
-        self._running[device] = Running(batch[0].task.key.expert, len(batch), 0, batch[0].task.key.steps)
+        key, task, answer = batch[0].task.key, batch[0].task, None
+        self._running[device] = Running(key.expert, len(batch), 0, key.steps)
         try:
             pictures = self._pictures(device, batch)
+            self._failures[device], self._seconds = 0, pictures[0].seconds / len(batch)
+            answer = partial(_answer, batch, pictures)
         except _AbandonedError:
-            pass
-        except Exception as error:
+            batch = []
+        except UserError as error:
+            answer = partial(_fail, task, error) if len(batch) == 1 else None
+        except Exception:
             if len(batch) == 1:
-                is_users = isinstance(error, UserError)
-                if not is_users:
-                    self._failed(device)
-                self._tell(_fail, batch[0].task, error if is_users else DrawingError("drawing failed"))
-        else:
-            self._failures[device] = 0
-            self._seconds = pictures[0].seconds / len(batch)
-            self._tell(_answer, batch, pictures)
+                self._failed(device)
+                answer = partial(_fail, task, DrawingError("drawing failed"))
+        del self._running[device]
+        if answer is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody waits
+                self._loop.call_soon_threadsafe(answer)
             return
-        finally:
-            self._running.pop(device, None)
-        if len(batch) > 1:  # after the error, which would keep the batch's tensors
-            for image in batch:
-                self._draw_batch(device, [image])
+        for image in batch:  # after the error is gone, which would keep the batch's tensors
+            self._draw_batch(device, [image])
 
     def _pictures(self, device: int, batch: Sequence[_Image]) -> list[Picture]:
         """Draw images of one key; _AbandonedError at the step after which nobody waits for any of them."""
         key, jobs = batch[0].task.key, [image.task.job for image in batch]
 
-        def on_step(step: int) -> None:
-            self._running[device] = Running(key.expert, len(batch), step, key.steps)
+        def on_step(step: int, steps: int) -> None:
+            self._running[device] = Running(key.expert, len(batch), step, steps)
             if all(image.task.gone for image in batch):
                 raise _AbandonedError
 
@@ -242,11 +242,6 @@ class InProcessBackend:
             key.size,
             on_step,
         )
-
-    def _tell(self, function: Callable[..., None], *given: Any) -> None:
-        """Have the event loop call a function; where it has ended, nobody waits."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *given)
 
     def _failed(self, device: int) -> None:
         self._failures[device] += 1
