@@ -51,7 +51,8 @@ PROBE = ["socket.bind", "('::1', 0)"]  # urllib3, once it is imported, asks whet
 ELSEWHERE = ("HF_", "XDG_", "MPL", "PRUNEKIT", "TORCH", "TRITON")  # variables that may name other folders
 QUIET = ("ORT_", "CI", "GITHUB_", "TF_BUILD")  # variables at which onnxruntime sends no telemetry
 LIMIT = 300  # seconds that commands may take
-HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # where a page of the demo is served
+HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # where a page of the demo, or the API, is served
+SERVERS = ("demo", "serve")
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ LINES = {  # each with what the ones before it have made
     "bench": ["bench", "bench.yaml"],
     "import": ["import", "aptp", "release", "--model", "stock", "--prompt-encoder", "emoji"],
     "demo": ["demo", "runs/small", "--device", "cpu"],
+    "serve": ["serve", "runs/small", "--device", "cpu", "--port", "0"],
 }
 
 
@@ -218,7 +220,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audited")
     (folder / "work").mkdir()
     write_recipes(folder / "work")
-    until = {"demo": "Ctrl-C"}
+    until = dict.fromkeys(SERVERS, "Ctrl-C")
     done = {}
 
     def of(name: str) -> Ran:
@@ -236,7 +238,7 @@ def test_a_command_writes_nothing_elsewhere(name, ran):
     ran = ran(name)
     assert ran.ends == [0], ran.printed
     assert ran.elsewhere == []
-    network = [one for one in ran.network if name != "demo" or not any(place in one[1] for place in HERE)]
+    network = [one for one in ran.network if name not in SERVERS or not any(place in one[1] for place in HERE)]
     assert network == []
 
 

@@ -19,8 +19,11 @@ from prunekit.jobs.recipe import load_recipe
 from prunekit.methods import registry
 from prunekit.models import load_pipeline
 from prunekit.serving.bulk import Request, generate_to
+from prunekit.serving.in_process import InProcessBackend
+from prunekit.serving.limits import ServerSettings
 
 LANGUAGES = {"sh", "python", "yaml", "toml"}
+SERVED = "127.0.0.1:8000"  # an address at which a server is expected
 SLOW = ("comparisons", "recovery")
 PROGRAMS = [
     pytest.param(bodies, id=page.stem, marks=pytest.mark.long if page.stem in SLOW else ())
@@ -44,14 +47,27 @@ def project(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def served(project):
+    """The address of a server of the run."""
+    pytest.importorskip("openai")
+    from small_server import serving
+
+    backend = InProcessBackend.open(project / "runs" / "aptp_emoji", ServerSettings(devices=("cpu",)))
+    with serving(backend) as url:
+        yield url.removeprefix("http://")
+
+
 @pytest.mark.parametrize("bodies", PROGRAMS)
-def test_python_runs(bodies, project, monkeypatch, capsys):
+def test_python_runs(bodies, project, request, monkeypatch, capsys):
     """The Python of a page: its blocks, which go on from one another, as one program."""
     monkeypatch.chdir(project)
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))  # a page may register its own
     for setting, small in (("steps", 1), ("num_references", 50)):
         monkeypatch.setitem(PROTOCOLS["emoji"], setting, small)
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(project / "modules"))
+    if any(SERVED in body for body in bodies):
+        bodies = [body.replace(SERVED, request.getfixturevalue("served")) for body in bodies]
     names = {"__name__": "page"}
     for body in bodies:
         exec(compile(body, "page", "exec"), names)

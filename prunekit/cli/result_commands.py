@@ -1,4 +1,4 @@
-"""The commands about what a run made: generate, evaluate, report, demo, export, import, bench."""
+"""The commands about what a run made: generate, evaluate, report, demo, serve, export, import, bench."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,7 @@ import typer
 from prunekit.cli.application import Overrides, app, console, say
 from prunekit.jobs.shipped import find_recipe
 from prunekit.runtime.errors import UserError
+from prunekit.serving.limits import Limits, ServerSettings, check_packages
 
 MOST_ROWS = 50  # of pictures that `generate` lists
 
@@ -157,6 +158,66 @@ def demo(
     from prunekit.demo.web_page import serve
 
     serve(directory, method, host, port, device, say)
+
+
+@app.command()
+def serve(
+    directory: Annotated[
+        Path, typer.Argument(metavar="RUN|EXPORT", help="a run's directory, an export, or any diffusers pipeline")
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
+    ] = None,
+    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0: all of this machine's")] = (
+        ServerSettings.host
+    ),
+    port: Annotated[int, typer.Option(help="0: any free one", min=0, max=65535)] = ServerSettings.port,
+    device: Annotated[
+        list[str] | None, typer.Option(help="such as cpu or cuda:1; a GPU by default (repeatable: a copy on each)")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name in the API; the directory's by default")] = None,
+    max_batch: Annotated[int, typer.Option(help="images of one pipeline call", min=1)] = ServerSettings.max_batch,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="draw each image alone: its bytes depend on its request alone")
+    ] = False,
+    max_resident: Annotated[
+        int | None, typer.Option(help="experts in a device's memory at once; all by default", min=1)
+    ] = None,
+    max_queued: Annotated[int, typer.Option(help="images that may wait; more get status 503", min=1)] = (
+        ServerSettings.max_queued
+    ),
+    max_steps: Annotated[int, typer.Option(help="scheduler steps of a request at most", min=1)] = Limits.steps,
+    max_images: Annotated[int, typer.Option(help="images of a request (n) at most", min=1)] = Limits.images,
+    max_letters: Annotated[int, typer.Option(help="letters of a prompt at most", min=1)] = Limits.letters,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="pixels of an image at most; those of the model's own size by default", min=1)
+    ] = None,
+    request_timeout: Annotated[float, typer.Option(help="seconds; after them a request gets status 504", min=0.1)] = (
+        ServerSettings.request_seconds
+    ),
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PRUNEKIT_API_KEY", help="that requests must carry; none by default")
+    ] = None,
+) -> None:
+    """Serve OpenAI's image API over HTTP: prompts are batched by expert; SIGTERM answers what was accepted first."""
+    check_packages()
+    settings = ServerSettings(
+        method=method,
+        host=host,
+        port=port,
+        devices=tuple(device or ()),
+        name=name,
+        max_batch=max_batch,
+        max_resident=max_resident,
+        max_queued=max_queued,
+        deterministic=deterministic,
+        request_seconds=request_timeout,
+        api_key=api_key,
+        limits=Limits(max_letters, max_steps, max_images, pixels=max_pixels),
+    )
+    from prunekit.serving.server import serve
+
+    serve(directory, settings, say)
 
 
 @app.command()

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-from prunekit.demo.opening import Chosen, architectures_of, example_prompts, open_dense, open_pipeline, title_of
+from prunekit.demo.opening import Chosen, architectures_of, example_prompts, open_dense, title_of
 from prunekit.runtime.errors import UserError
-from prunekit.serving import PromptRoutedPipeline
-from prunekit.serving.pipeline import RoutedOutput
-from prunekit.serving.requests import MOST_SEED
+from prunekit.serving.drawer import Drawer, Picture, open_pipeline
+from prunekit.serving.limits import MOST_SEED, Limits, check_whole
 
-MOST_STEPS = 200
-MOST_GUIDANCE = 30.0
-MOST_LETTERS = 1000  # of a prompt
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture, the seconds that it took with text encoder and autoencoder, and the MACs of its denoiser calls."""
-
-    image: Image.Image
-    seconds: float
-    macs: int
+LIMITS = Limits(steps=200)
+MOST_RESIDENT = 2  # experts in memory
 
 
 @dataclass(frozen=True)
@@ -40,8 +25,8 @@ class Answer:
 
     prompt: str
     seed: int
-    dense: Drawn | None
-    pruned: Drawn
+    dense: Picture | None
+    pruned: Picture
     expert: int
     scores: list[float]
     known: bool
@@ -61,14 +46,10 @@ class Demo:
 
     def __init__(self, directory: str | Path, method: str | None = None, device: str | None = None):
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise FileNotFoundError(f"{self.directory} is no directory; give a run's, or an export's")
-        if device is not None:
-            _check_device(device)
-        self.pipeline = open_pipeline(self.directory, method, device)
+        self.pipeline = open_pipeline(self.directory, method, device, MOST_RESIDENT)
         self.dense, self.no_dense = open_dense(self.directory, self.pipeline)
         self.title = title_of(self.directory, self.pipeline.mixture.info)
-        self._warm: set[int | None] = set()
+        self._pruned, self._dense = Drawer(self.pipeline), None if self.dense is None else Drawer(self.dense)
 
     @property
     def has_router(self) -> bool:
@@ -96,41 +77,19 @@ class Demo:
             z = mixture.encoder.encode([prompt])  # (1, Z)
             scores, known = mixture.router.scores(z)[0].tolist(), bool((z != 0).any())
         expert = int(self.pipeline.route([prompt])[0])
-        dense = None if self.dense is None else self._draw(self.dense, None, prompt, seed, steps, guidance)
-        pruned = self._draw(self.pipeline, expert, prompt, seed, steps, guidance)
+        settings = (steps, guidance)
+        dense = None if self._dense is None else self._dense.draw([prompt], [seed], 0, *settings)[0]
+        pruned = self._pruned.draw([prompt], [seed], expert, *settings)[0]
         return Answer(prompt, seed, dense, pruned, expert, scores, known)
-
-    def _draw(
-        self, pipeline: PromptRoutedPipeline, expert: int | None, prompt: str, seed: int, steps: int, guidance: float
-    ) -> Drawn:
-        """Draw with one model; its first picture follows an untimed step, which loads it and warms it up."""
-        with pipeline.mixture.experts.use(expert or 0):  # loading is not drawing
-            if expert not in self._warm:
-                pipeline(prompt, None, 1, guidance, seeds=seed)
-                self._warm.add(expert)
-            started = time.perf_counter()
-            output = pipeline(prompt, None, steps, guidance, seeds=seed)
-            assert isinstance(output, RoutedOutput)
-            return Drawn(output.images[0], time.perf_counter() - started, output.macs[0])
 
     def _checked(self, prompt: str, seed: int, steps: int, guidance: float | None) -> tuple[str, int, int, float]:
         prompt = " ".join(str(prompt or "").split())
         if not prompt:
             raise UserError("the prompt is empty: say what the picture shows")
-        if len(prompt) > MOST_LETTERS:
-            raise UserError(f"the prompt has {len(prompt):,} letters: at most {MOST_LETTERS:,}")
+        if len(prompt) > LIMITS.letters:
+            raise UserError(f"the prompt has {len(prompt):,} letters: at most {LIMITS.letters:,}")
         guidance = self.pipeline.mixture.guidance if guidance is None else guidance
-        for name, value, most, least in (("seed", seed, MOST_SEED, 0), ("steps", steps, MOST_STEPS, 1)):
-            if not isinstance(value, int | float) or value != int(value) or not least <= value <= most:
-                raise UserError(f"{name}={value}: a whole number from {least} to {most}")
-        if not 0 <= guidance <= MOST_GUIDANCE:
-            raise UserError(f"guidance={guidance}: a number from 0 to {MOST_GUIDANCE:g}")
-        return prompt, int(seed), int(steps), float(guidance)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or give cpu") from error
+        if not 0 <= guidance <= LIMITS.guidance:
+            raise UserError(f"guidance={guidance}: a number from 0 to {LIMITS.guidance:g}")
+        seed, steps = check_whole("seed", seed, 0, MOST_SEED), check_whole("steps", steps, 1, LIMITS.steps)
+        return prompt, seed, steps, float(guidance)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
-from prunekit.demo.answering import Answer, Demo, Drawn
+from prunekit.demo.answering import Answer, Demo
 from prunekit.demo.opening import shares_of
 from prunekit.report.architectures import NOTE, drawing
 from prunekit.report.svg import colour, inline_svg, new_figure, style
+from prunekit.serving.drawer import Picture
 
 SCORES = (
     "A score is the cosine similarity of the prompt's architecture embedding to the expert's code, times the "
@@ -16,7 +17,7 @@ SCORES = (
 OTHERS = "#7F7F7F"  # bars of the experts that were not chosen
 
 
-def caption(drawn: Drawn, title: str) -> str:
+def caption(drawn: Picture, title: str) -> str:
     """Return a picture's line: who drew it, its time, and the MACs of all its denoiser calls."""
     macs = f"{drawn.macs / 1e12:.2f} T" if drawn.macs >= 1e12 else f"{drawn.macs / 1e9:.2f} G"
     return f"<p class='caption'><b>{escape(title)}</b> {drawn.seconds:.2f} s · {macs}MACs</p>"

@@ -23,7 +23,6 @@ from prunekit.methods.result import PruneResult
 from prunekit.models import load_pipeline_of
 from prunekit.models.names import EMBEDDED, EMBEDDED_DIRECTORIES
 from prunekit.report.architectures import retained
-from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json
 from prunekit.runtime.run_directory import RECIPE, method_directory, read_recipe
 from prunekit.serving import PromptRoutedPipeline
@@ -32,22 +31,6 @@ from prunekit.serving.prompts import shipped_prompts
 
 MOST_EXAMPLES = 6
 EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its own
-MOST_RESIDENT = 2  # experts in memory
-
-
-def open_pipeline(directory: Path, method: str | None, device: str | None) -> PromptRoutedPipeline:
-    """Load what is pruned; every expert's files are looked at, none is loaded yet.
-
-    method: of a run; by default the one that routes, else its first. Errors as `PromptRoutedPipeline.from_pretrained`.
-    """
-    if (directory / RECIPE).is_file():
-        method_directory(directory, method)  # before the model is loaded
-    pipeline = PromptRoutedPipeline.from_pretrained(directory, method, device=device, max_resident=MOST_RESIDENT)
-    pipeline.set_progress_bar_config(disable=True)
-    for index in range(pipeline.num_experts):
-        if not pipeline.mixture.experts.num_weights(index):
-            raise UserError(f"expert {index} of {directory} has no weights; resume the run, or export it again")
-    return pipeline
 
 
 def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptRoutedPipeline | None, str]:
@@ -64,7 +47,6 @@ def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptR
     size = sum(parameter.numel() for parameter in model.parameters())
     experts = Experts(lambda index, device, dtype: model.to(device, dtype), lambda index: size, 1, device, dtype)
     dense = PromptRoutedPipeline.of(pipeline.parts, Mixture(experts, guidance=pipeline.mixture.guidance))
-    dense.set_progress_bar_config(disable=True)
     return dense, ""
 
 

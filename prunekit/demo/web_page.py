@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prunekit.demo.answering import MOST_GUIDANCE, MOST_STEPS, Demo
+from prunekit.demo.answering import LIMITS, Demo
 from prunekit.demo.drawing import caption, explanation
-from prunekit.runtime.errors import MissingPackageError, UserError
+from prunekit.runtime.errors import MissingPackageError, cannot_listen
 
 STEPS = 25
 FONTS = ["system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
@@ -53,9 +53,9 @@ def build(demo: Demo) -> Any:
             draw = gradio.Button("Draw", variant="primary", scale=1, elem_id="draw")
         with gradio.Row():
             seed = gradio.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed")
-            steps = gradio.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps", elem_id="steps")
+            steps = gradio.Slider(1, LIMITS.steps, STEPS, step=1, label="Steps", elem_id="steps")
             guidance = gradio.Slider(
-                0, MOST_GUIDANCE, demo.pipeline.mixture.guidance, step=0.1, label="Guidance", elem_id="guidance"
+                0, LIMITS.guidance, demo.pipeline.mixture.guidance, step=0.1, label="Guidance", elem_id="guidance"
             )
         gradio.Examples([[text] for text in demo.examples], [prompt], label="Prompts to try")
         message = gradio.HTML(visible=False, elem_id="message", elem_classes="prunekit")
@@ -98,8 +98,7 @@ def launch(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> tupl
     try:
         _, url, _ = page.queue().launch(server_name=host, server_port=port, **look, **local)
     except OSError as error:
-        where = f"{host}:{port}" if port else host
-        raise UserError(f"cannot listen on {where}: it is taken or not this machine's; give another --port") from error
+        raise cannot_listen(host, port) from error
     return page, url
 
 

@@ -56,6 +56,12 @@ def nearest(given: str, known: Iterable[str], count: int = 1, cutoff: float = 0.
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def cannot_listen(host: str, port: int | None) -> UserError:
+    """Return the error of a server whose address is taken, or not this machine's."""
+    where = f"{host}:{port}" if port else host
+    return UserError(f"cannot listen on {where}: it is taken or not this machine's; give another --port")
+
+
 def first_line(error: BaseException) -> str:
     """Return an error's message as one line without its full stop."""
     lines = str(error).strip().splitlines()

@@ -111,7 +111,7 @@ def _generate(directory: Path, pipeline: PromptRoutedPipeline, request: Request)
         def make(piece: list[list[int]]) -> None:
             for rows in piece:
                 if not done(rows):
-                    _draw(pipeline, request, rows, paths)
+                    _draw(pipeline, request, rows, paths, experts)
             progress.update(sum(path.exists() for path in paths))
 
         pieces = []
@@ -194,7 +194,13 @@ def _batches(experts: list[int], request: Request) -> dict[int, list[list[int]]]
     return batches
 
 
-def _draw(pipeline: PromptRoutedPipeline, request: Request, rows: Sequence[int], paths: Sequence[Path]) -> None:
+def _draw(
+    pipeline: PromptRoutedPipeline,
+    request: Request,
+    rows: Sequence[int],
+    paths: Sequence[Path],
+    experts: Sequence[int],
+) -> None:
     height, width = request.size or (None, None)
     output = pipeline(
         [request.prompts[row] for row in rows],
@@ -205,6 +211,7 @@ def _draw(pipeline: PromptRoutedPipeline, request: Request, rows: Sequence[int],
         width,
         seeds=[request.seeds[row] for row in rows],
         batch_size=request.batch_size,
+        experts=[experts[row] for row in rows],
     )
     assert isinstance(output, RoutedOutput)
     common: dict[str, Any] = {

@@ -195,6 +195,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         batch_size: int = 1,
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        experts: Sequence[int] | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> RoutedOutput | tuple:
@@ -212,6 +213,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) for every batch; pipeline is the
                 stock one, and its `image_indices` are the positions of the batch's images in the output.
+            experts: who draws, one a prompt; by default whom the router chooses.
             return_dict: false: a tuple of RoutedOutput's fields.
             options: of the stock pipeline, the same for all images.
 
@@ -225,15 +227,20 @@ class PromptRoutedPipeline(DiffusionPipeline):
         check_options(self.parts.kind, options)
         images = images_of(prompt, negative_prompt, num_images_per_prompt, seeds, generator)
         guidance = self.mixture.guidance if guidance_scale is None else guidance_scale
-        experts = self.route([image.prompt for image in images]).tolist()
+        if experts is None:
+            chosen = self.route([image.prompt for image in images]).tolist()
+        elif len(experts) * num_images_per_prompt == len(images):
+            chosen = [int(expert) for expert in experts for _ in range(num_images_per_prompt)]
+        else:
+            raise UserError(f"experts has {len(experts)} entries for {len(images) // num_images_per_prompt} prompts")
         options |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance}
         options |= {"height": height, "width": width, "output_type": output_type}
         if callback_on_step_end is not None:
             options["callback_on_step_end"] = callback_on_step_end
         drawn: dict[int, tuple[Any, int]] = {}
         with self.progress_bar(total=len(images)) as bar:
-            for expert in sorted(set(experts)):
-                rows = [row for row, assigned in enumerate(experts) if assigned == expert]
+            for expert in sorted(set(chosen)):
+                rows = [row for row, assigned in enumerate(chosen) if assigned == expert]
                 rows.sort(key=lambda row: (images[row].prompt, images[row].negative_prompt or "", images[row].seed))
                 with self.mixture.experts.use(expert) as model:
                     for start in range(0, len(rows), batch_size):
@@ -243,7 +250,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
                 del model  # or it would stay in memory while the next one is loaded
         output = RoutedOutput(
             images=_joined([drawn[row][0] for row in range(len(images))]),
-            experts=experts,
+            experts=chosen,
             macs=[drawn[row][1] for row in range(len(images))],
             seeds=[image.seed for image in images],
         )

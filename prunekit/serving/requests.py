@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from prunekit.runtime.errors import UserError
+from prunekit.serving.limits import MOST_SEED
 
-MOST_SEED = 2**63 - 1
 PER_PROMPT = (  # arguments of the stock pipelines that would have to be cut to each expert's prompts
     "latents",
     "prompt_2",

@@ -31,7 +31,7 @@ def recipe(tmp_path, model):
 
 def test_help_names_every_command():
     text = ok("--help")
-    for command in ("run", "resume", "plan", "units", "macs", "methods", "generate", "report", "demo"):
+    for command in ("run", "resume", "plan", "units", "macs", "methods", "generate", "report", "demo", "serve"):
         assert command in text
         assert "--help" in ok(command, "--help")
 

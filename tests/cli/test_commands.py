@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import data_layouts
 import huggingface_hub.constants as hub_constants
@@ -25,6 +27,7 @@ from pages import PAGES, ROOT, commands
 from small_clip import write_clip
 from small_files import write_lora, write_single_file
 from small_hub import fill_cache
+from small_mixture import write_mixture
 from small_model import write_pipeline
 from small_release import write_release
 from small_run import check_table
@@ -34,6 +37,8 @@ from prunekit.cli import app, result_commands
 from prunekit.embedded import render_emoji
 from prunekit.jobs.recipe import load_recipe
 from prunekit.models import load_pipeline
+from prunekit.serving.in_process import InProcessBackend
+from prunekit.serving.limits import ServerSettings
 
 WRITES_REPORTS = True
 PAIRS = 24  # of captioned pictures
@@ -47,6 +52,7 @@ EVALUATED = {
 BENCHED = ["model=./my-model", "resolution=64", "warmup_seconds=0.1"]
 CELLS = "cells=[{workload: unet, repeats: 2, architectures: [mixed_0.66]}]"
 FEWER = ["evaluation.at_steps=[]", "evaluation.num_images=2", "evaluation.num_predictions=2", "evaluation.steps=1"]
+SERVERS = ("demo", "serve")
 TYPED = {"fine_tune.steps": 2, "methods.aptp.experts": 2, "methods.taylor_sp.samples": 4}  # smaller than they are typed
 
 
@@ -154,6 +160,8 @@ def in_small(words: list[str]) -> list[str]:
     if command == "bench":
         cells = [] if any("cells=" in text for text in words) else [CELLS]
         return [*words, *BENCHED, *cells]
+    if command == "serve":
+        return [*words, "--port", "0"]
     if command == "generate":
         return [*words, "--steps", "1", *(["--validation", "2"] if "--validation" in words else [])]
     if command == "figure":
@@ -179,7 +187,18 @@ def run_in_small(words: list[str]) -> list[str]:
 
 def supply_runs(words: list[str], finished: Callable[[str], Path]) -> None:
     """Copy a finished run to wherever a command looks for one that the page did not make."""
-    if words[0] in ("generate", "evaluate", "figure", "report", "demo", "export", "bench", "resume", "compare"):
+    if words[0] in (
+        "generate",
+        "evaluate",
+        "figure",
+        "report",
+        "demo",
+        "serve",
+        "export",
+        "bench",
+        "resume",
+        "compare",
+    ):
         output = words[words.index("--output") + 1] if "--output" in words else None
         for folder in words:
             if re.fullmatch(r"runs/[\w.-]+", folder) and folder != output and not Path(folder).exists():
@@ -204,14 +223,14 @@ def test_the_commands_of_a_page(page, without, place, finished, monkeypatch):
         if FIRST[tuple(words)] != page or words[0] in without:
             continue  # what it leaves is supplied where a later command reads it
         supply_runs(words, finished)
-        needed = "gradio" if words[0] == "demo" else "onnx" if "onnx" in words else "prunekit"
+        needed = {"demo": "gradio", "serve": "fastapi"}.get(words[0], "onnx" if "onnx" in words else "prunekit")
         if find_spec(needed) is None:
             continue
         with interrupting() as (say, told), monkeypatch.context() as patches:
-            if words[0] == "demo":
+            if words[0] in SERVERS:
                 patches.setattr(result_commands, "say", say)
             printed = ok(*in_small(words))
-        assert words[0] != "demo" or "stopped" in told[-1]
+        assert words[0] not in SERVERS or "stopped" in told[-1]
         if words[0] in ("run", "compare"):
             left = re.search(r"(?:The run is in|The table is in) (\S+?)(?:/table\.md,.*)?$", printed, re.MULTILINE)
             check_table(Path(left[1]))
@@ -227,6 +246,7 @@ def others(first: str) -> list:
 def test_no_other_commands():
     assert {words[0] for page in PAGES for words in commands(page)} == {
         "prunekit",
+        "curl",
         "make",
         "pip",
         "python",
@@ -249,6 +269,23 @@ def test_pip(words):
     assert extras and all(
         re.search(rf"^{name} = \[", text, re.MULTILINE) for extra in extras for name in extra.split(",")
     )
+
+
+def test_curl(tmp_path):
+    """The requests that pages show, one after another, to a small model: each is answered."""
+    pytest.importorskip("fastapi")
+    from small_server import ask, serving
+
+    with serving(InProcessBackend.open(write_mixture(tmp_path / "run"), ServerSettings(devices=("cpu",)))) as url:
+        while ask(url, path="/health")[0] != 200:
+            time.sleep(0.05)
+        for words in (words for page in PAGES for words in commands(page) if words[0] == "curl"):
+            options = dict(zip(words[2::2], words[3::2], strict=True))
+            headers = dict([options.pop("-H").split(": ")]) if "-H" in options else {}
+            body, shown = options.pop("-d", None), urlsplit(words[1])
+            assert shown.netloc == "127.0.0.1:8000" and not options, words
+            status, content, _ = ask(url, body and body.encode(), shown.path, **headers)
+            assert status == 200 and content, words
 
 
 @pytest.mark.long

@@ -41,6 +41,11 @@ OPTIONS = {  # of each command; none is worked through with a valid argument
     "evaluate": ["--protocol", "--data", "--images", "--output"],
     "report": ["--sensitivity"],
     "demo": ["--method", "--host", "--port", "--device"],
+    "serve": [
+        *("--method", "--host", "--port", "--device", "--name", "--max-batch", "--deterministic", "--max-resident"),
+        *("--max-queued", "--max-steps", "--max-images", "--max-letters", "--max-pixels", "--request-timeout"),
+        "--api-key",
+    ],
     "export": ["--tier", "--method", "--expert", "--batch", "--push"],
     "import": ["--output", "--model", "--prompt-encoder"],
     "bench": ["--output", "--minutes", "--reduced"],

@@ -19,7 +19,10 @@ print("LOADED", json.dumps([name for name in HEAVY if name in sys.modules]))
 """
 LIGHT = [
     (["--help"], 0, "Usage"),
-    *(([command, "--help"], 0, "Usage") for command in ("run", "compare", "plan", "methods", "recipes", "generate")),
+    *(
+        ([command, "--help"], 0, "Usage")
+        for command in ("run", "compare", "plan", "methods", "recipes", "generate", "serve")
+    ),
     (["methods"], 0, "taylor_sp: Remove the units"),
     (["recipes"], 0, "quickstart: "),
     (["recipes", "copy", "nothing"], 1, "no shipped recipe"),

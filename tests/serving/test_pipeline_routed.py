@@ -109,6 +109,14 @@ def test_macs_are_those_of_the_unet_calls(run):
     assert 2 * unguided.macs[0] == drawn.macs[0]
 
 
+def test_experts_may_be_named(four, served):
+    options = {"seeds": 1, "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
+    drawn = served([PROMPTS[0], PROMPTS[0]], experts=[2, 0], num_images_per_prompt=2, **options)
+    assert drawn.experts == [2, 2, 0, 0] and drawn.seeds == [1, 2, 1, 2]
+    for row, (expert, seed) in enumerate(zip(drawn.experts, drawn.seeds, strict=True)):
+        assert np.array_equal(stock_image(four, expert, PROMPTS[0], seed), drawn.images[row])
+
+
 def test_arguments_of_the_stock_pipelines(served):
     pipeline = served
     plain = pipeline(PROMPTS[:2], seeds=[5, 6], num_inference_steps=STEPS, output_type="np")
@@ -158,6 +166,8 @@ def test_callbacks_see_each_batch(served):
         ({"prompt": ["a", "b"], "negative_prompt": ["x"]}, "1 texts for 2 prompts"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1"),
         ({"prompt": "a", "batch_size": 0}, "at least 1"),
+        ({"prompt": "a", "experts": [0, 1]}, "experts has 2 entries for 1 prompts"),
+        ({"prompt": "a", "experts": [4]}, "expert 4: there are 4"),
         ({"prompt": "a", "output_type": "jpg"}, "pil, np, pt, latent"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(1)}, "batches prompts by expert"),
         ({"prompt": "a", "guidence": 3}, "no argument of StableDiffusionPipeline"),

@@ -143,7 +143,7 @@ class _Dense:
                 self.pipeline = random_pipeline(self.model, self.recipe.seed)
         self._lay_out(self.model)
         family = family_of(self.model)
-        self.batch = family.call_batch(self.recipe.batch, family.texts(self.recipe.guidance) > 1)
+        self.batch = family.call_batch(self.recipe.batch, texts_of(self.pipeline or self.model, self.recipe.guidance) > 1)
         self.inputs = timed_inputs(self.model, self.batch, bench.latent, bench.text_length, self.recipe.seed)
         if cell.memory_format == "channels_last":
             self.inputs = self.inputs.map(_channels_last)

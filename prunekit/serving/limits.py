@@ -1,0 +1,93 @@
+"""What one request may ask for, and the settings of the server; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+from prunekit.runtime.errors import MissingPackageError, UserError
+
+MOST_SEED = 2**63 - 1
+LETTER_BYTES = 12  # of a letter in JSON at most: two escapes of six
+OTHER_BYTES = 16_384  # of a request's body beside its prompts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    letters: of a prompt, and of a negative prompt. images: of one prompt (`n`). guidance: the largest scale.
+    pixels: of an image; None: those of the model's own size.
+    """
+
+    letters: int = 1000
+    steps: int = 100
+    images: int = 10
+    guidance: float = 30.0
+    pixels: int | None = None
+
+    @property
+    def body(self) -> int:
+        """Bytes of a request's body: both prompts, every letter escaped, and the rest."""
+        return OTHER_BYTES + 2 * LETTER_BYTES * self.letters
+
+
+def check_whole(name: str, value: float | None, least: int, most: int) -> int:
+    """Return a number that must be whole and within bounds, both included; UserError that names it otherwise."""
+    if not isinstance(value, int | float) or value != int(value) or not least <= value <= most:
+        raise UserError(f"{name}={value}: a whole number from {least} to {most}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How the server runs.
+
+    Args:
+        method: of a run: whose pruned model; None: the method that routes, else the first by name.
+        host, port: where it listens; port 0: any free one.
+        devices: where it draws, one copy of the model on each; empty: a GPU where there is one.
+        name: of the model in the API; None: the directory's.
+        max_batch: images of one call of the stock pipeline.
+        max_resident: experts in a device's memory; None: all.
+        max_queued: images that wait for a device; more are refused with status 503.
+        deterministic: draw every image alone, so that its bytes depend on its request alone.
+        request_seconds: after which a request is given up with status 504.
+        api_key: that requests must carry; None: none is asked for.
+        limits: of one request.
+
+    """
+
+    method: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    devices: tuple[str, ...] = ()
+    name: str | None = None
+    max_batch: int = 8
+    max_resident: int | None = None
+    max_queued: int = 64
+    deterministic: bool = False
+    request_seconds: float = 300.0
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self):
+        if self.limits.images > self.max_queued:
+            raise UserError(
+                f"a request may ask for {self.limits.images} images, and only {self.max_queued} may wait: raise "
+                "--max-queued, or lower --max-images"
+            )
+        if self.api_key is not None and not self.api_key.strip():
+            raise UserError("the API key is empty: give one, or leave it out to ask for none")
+
+    @property
+    def batch(self) -> int:
+        """Images of one call of the stock pipeline, as `deterministic` allows."""
+        return 1 if self.deterministic else self.max_batch
+
+
+def check_packages() -> None:
+    """ImportError that names the extra where a package of the server is missing."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise MissingPackageError(f"the server needs {package}; pip install 'prunekit[serve]'")
