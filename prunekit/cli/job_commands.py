@@ -38,7 +38,7 @@ def resume(
     from prunekit.jobs.process_count import process_count
     from prunekit.jobs.run import recorded, resume
     from prunekit.runtime.companions import companions
-    from prunekit.runtime.executors import load_engine
+    from prunekit.runtime.engines import load_engine
     from prunekit.runtime.termination import graceful
 
     given = load_engine(engine or ())

@@ -44,7 +44,7 @@ def generate(
     """Draw prompts, each by the expert that serves it; several processes may share the work, and it can be resumed."""
     from rich.table import Table
 
-    from prunekit.runtime.executors import executor_of, load_engine
+    from prunekit.runtime.engines import executor_of, load_engine
     from prunekit.runtime.progress import Saying
     from prunekit.serving.bulk import Request, Source, free_directory, generate_to, weights_digest
     from prunekit.serving.prompts import collect

@@ -23,8 +23,9 @@ from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_tabl
 from prunekit.evaluation.targets import Subject, Target, embeddings_of
 from prunekit.models import quiet_libraries, resolution_of
 from prunekit.runtime.digests import Digests
+from prunekit.runtime.engines import executor_of
 from prunekit.runtime.errors import UserError
-from prunekit.runtime.executors import Call, Executor, OnePiece, executor_of
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import write_json, write_text
 from prunekit.runtime.precision import resolve_precision
 from prunekit.runtime.processes import apart, current

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from prunekit.data.config import DataConfig
 from prunekit.evaluation.evaluator import INCEPTION
+from prunekit.runtime.engines import LOCAL, Engine
 from prunekit.runtime.errors import UserError, nearest
-from prunekit.runtime.executors import LOCAL, Engine
 from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.yaml_files import FAULTS, load_overrides, resolved
 

@@ -55,7 +55,8 @@ from prunekit.measuring.latency_model import LatencyModel
 from prunekit.methods.base import budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.methods.result import PruneResult
-from prunekit.runtime.executors import LOCAL, Call, EngineConfig, Executor, OnePiece, executor_of
+from prunekit.runtime.engines import LOCAL, EngineConfig, executor_of
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import clear_killed, read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion, threads_of
 from prunekit.runtime.progress import Log

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from prunekit.runtime.companions import END_SECONDS, LAUNCHED
 from prunekit.runtime.errors import MissingPackageError, UserError, first_line
-from prunekit.runtime.executors import SETTING, Call, EngineConfig, OnePiece
+from prunekit.runtime.executors import SETTING, Call, OnePiece
 from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Log, Progress, console, peak_memory
 from prunekit.runtime.termination import REQUEUE, deferred, graceful
@@ -168,19 +168,20 @@ class Task:
 class RayExecutor:
     """The nodes of a Ray cluster. `map` submits tasks as nodes have room, and starts those anew whose node is lost."""
 
-    def __init__(self, engine: EngineConfig, log: Log):
+    def __init__(self, cpus: float, gpus: float | None, log: Log):
+        """Prepare the tasks; see `cluster`."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray, self._log, self._token = ray, log, uuid4().hex[:8]
-        gpus = engine.gpus if engine.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
-        self._needs, self._threads = {"CPU": engine.cpus, "GPU": gpus}, max(1, int(engine.cpus))
+        gpus = gpus if gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+        self._needs, self._threads = {"CPU": cpus, "GPU": gpus}, max(1, int(cpus))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(num_cpus=0)(Mailbox)
         self._mailbox = mailbox.options(scheduling_strategy=here).remote()
         # a lost task is started by `map`, and a process with its models does many tasks
         self._perform = ray.remote(
-            num_cpus=engine.cpus, num_gpus=gpus, max_retries=0, max_calls=0, scheduling_strategy="SPREAD"
+            num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=0, scheduling_strategy="SPREAD"
         )(perform)
         self._gathered: list[Task] | None = None
         self._said: set[str] = set()
@@ -324,8 +325,14 @@ class RayExecutor:
 
 
 @contextmanager
-def cluster(engine: EngineConfig, log: Log) -> Iterator[RayExecutor]:
+def cluster(address: str, cpus: float, gpus: float | None, log: Log) -> Iterator[RayExecutor]:
     """Give the executor of a Ray cluster, to which this process is connected until the context ends.
+
+    Args:
+        address: of the cluster; "auto": of this machine; "local": one is started here.
+        cpus: of a task, and the threads that it computes with.
+        gpus: of a task; None: 1 where the cluster has GPUs, else 0.
+        log: takes what tasks say.
 
     Raises:
         UserError: Ray is not installed, no cluster is at the address, or this process belongs to a launch.
@@ -341,22 +348,22 @@ def cluster(engine: EngineConfig, log: Log) -> Iterator[RayExecutor]:
     except ImportError as error:
         raise MissingPackageError(f"{SETTING}=ray needs Ray: pip install 'prunekit[{EXTRA}]'") from error
     before = signal.getsignal(signal.SIGTERM)
-    if engine.address == "local":
+    if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
-            address=engine.address,
+            address=address,
             log_to_driver=False,  # what tasks say comes by the mailbox
             logging_level=logging.ERROR,
-            include_dashboard=False if engine.address == "local" else None,
+            include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster at {SETTING}.address={engine.address} ({first_line(error)}); start one with `ray start "
+            f"no Ray cluster at {SETTING}.address={address} ({first_line(error)}); start one with `ray start "
             f"--head`, or set {SETTING}.address=local"
         ) from error
     signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
     try:
-        yield RayExecutor(engine, log)
+        yield RayExecutor(cpus, gpus, log)
     finally:
         ray.shutdown()

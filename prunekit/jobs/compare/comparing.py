@@ -41,7 +41,8 @@ from prunekit.report.comparison_table import (
     warnings_of,
 )
 from prunekit.report.pareto import pareto_picture
-from prunekit.runtime.executors import Call, Executor, OnePiece, executor_of
+from prunekit.runtime.engines import executor_of
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion
 from prunekit.runtime.progress import Log

@@ -30,8 +30,8 @@ from prunekit.recovery.closed_form import ClosedFormConfig
 from prunekit.recovery.deltas import DeltaConfig
 from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.recovery.low_rank import LoraConfig
+from prunekit.runtime.engines import LOCAL, Engine
 from prunekit.runtime.errors import UserError, nearest, plain_name
-from prunekit.runtime.executors import LOCAL, Engine
 from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.tracking import TrackingConfig
 from prunekit.training.trainer import TrainerConfig
