@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,7 @@ class Cluster:
     def __init__(self) -> None:
         # Ray's sockets need a short path, and its token a home that is not the user's
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        self._nodes: list[Command] = []
         stay = "ip link set lo up && while sleep 3600; do :; done"
         spaces = [*ROOM, "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._first = subprocess.Popen(["unshare", *spaces, "sh", "-c", stay])
@@ -56,7 +58,18 @@ class Cluster:
 
     def add_node(self) -> "Command":
         """Start a node of one CPU; return when it has joined."""
-        return self._node("--address", ADDRESS, cpus=1)
+        node = self._node("--address", ADDRESS, cpus=1)
+        self._nodes.append(node)
+        return node
+
+    def lose_node(self, locks: Path, pattern: str, command: "Command") -> None:
+        """Kill the first node that holds a lock file, in a folder, whose name fits; a command must be at work."""
+        while command.is_alive:
+            for node in self._nodes:
+                if node.is_alive and any(Path(name).match(pattern) for name in node.open_files(locks)):
+                    node.kill_all()
+                    return
+        raise AssertionError(f"no node held {pattern} in {locks}: {command.output()}")
 
     def start(self, *command: str, folder: Path | None = None) -> "Command":
         """Start a command that finds the cluster, in a folder."""
@@ -111,6 +124,14 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process itself."""
         self._family()[1].send_signal(number)
+
+    def open_files(self, folder: Path) -> list[str]:
+        """Return the files in a folder that it, or what it started, has open."""
+        found = []
+        for process in self._family():
+            with suppress(psutil.Error):  # which has just ended
+                found += [file.path for file in process.open_files() if Path(file.path).parent == folder]
+        return found
 
     def kill_all(self) -> None:
         """Kill it and all that it started at once, as a power cut does with a node."""

@@ -28,7 +28,8 @@ def cluster():
     if reason := why_not():
         pytest.skip(reason)
     with Cluster() as started:
-        started.add_node()
+        for _ in range(2):
+            started.add_node()
         yield started
 
 
@@ -85,7 +86,6 @@ def check_equal(directory, local):
 
 
 def test_a_run_is_that_of_one_process(cluster, recipe, local, tmp_path):
-    cluster.add_node()
     printed = ended(started(cluster, recipe, tmp_path / "run"))
     check_equal(tmp_path / "run", local)
     assert LOST not in printed and "norm 0: fine-tuned on" in printed
@@ -94,22 +94,22 @@ def test_a_run_is_that_of_one_process(cluster, recipe, local, tmp_path):
     assert steps == list(range(1, 25)), "rows of tasks are in the log, once and in order"
 
 
-MOMENTS = {
-    "while both nodes train": "methods/*/experts/*/checkpoints/step-4",
-    "when a model is there": "methods/*/experts/*/unet",
-    "while pictures are drawn": "samples/*/*.png",
+MOMENTS = {  # what is there, and the lock file that the node holds
+    "while it trains": ("methods/aptp/experts/0/checkpoints/step-00000004", "aptp-0.lock"),
+    "when a model is there": ("methods/*/experts/*/unet", "*.lock"),
+    "while pictures are drawn": ("samples/*/*.png", "*-samples-*.lock"),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_loss_of_a_node_changes_nothing(cluster, recipe, local, tmp_path, moment):
-    node = cluster.add_node()
-    command = started(cluster, recipe, tmp_path / "run")
-    wait_for(tmp_path / "run", MOMENTS[moment], command)
-    node.kill_all()
-    printed = ended(command)
-    check_equal(tmp_path / "run", local)
-    assert LOST in printed or moment != "while both nodes train"
+    run, (there, held) = tmp_path / "run", MOMENTS[moment]
+    command = started(cluster, recipe, run)
+    wait_for(run, there, command)
+    cluster.lose_node(run / "locks", held, command)
+    cluster.add_node()
+    assert LOST in ended(command)
+    check_equal(run, local)
 
 
 def test_a_command_that_is_asked_to_end_lets_its_tasks_save(cluster, recipe, local, tmp_path):
@@ -140,7 +140,7 @@ def test_cells_of_a_comparison_are_those_of_one_process(cluster, world, tmp_path
     folder, settings = world
     path = folder / "compare.yaml"
     content = {**settings, "job": "compare", "methods": {"norm": {"samples": 2}, "random": {}}}
-    content |= {"budgets": [{"budget": 0.7, "seeds": [0, 1]}], "evaluation": EVALUATION}
+    content |= {"budgets": [{"budget": 0.7, "seeds": [0, 1]}], "protocols": ["equal_steps"], "evaluation": EVALUATION}
     path.write_text(yaml.safe_dump({**content, "fine_tune": {"steps": 3, **TRAINING}}))
     finish(launch(["-m", "prunekit", "compare", path, "--output", tmp_path / "one"], 1, {"PRUNEKIT_PROCESSES": "1"}))
     ended(cluster.start(PRUNEKIT, "compare", str(path), "engine=ray", "--output", str(tmp_path / "ray")))
