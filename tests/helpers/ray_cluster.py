@@ -62,14 +62,14 @@ class Cluster:
         self._nodes.append(node)
         return node
 
-    def lose_node(self, locks: Path, pattern: str, command: "Command") -> None:
-        """Kill the first node that holds a lock file, in a folder, whose name fits; a command must be at work."""
+    def holder(self, lock: Path, command: "Command") -> tuple["Command", psutil.Process]:
+        """Return the node and the process that hold a lock file, whose name may be a pattern, while a command works."""
         while command.is_alive:
-            for node in self._nodes:
-                if node.is_alive and any(Path(name).match(pattern) for name in node.open_files(locks)):
-                    node.kill_all()
-                    return
-        raise AssertionError(f"no node held {pattern} in {locks}: {command.output()}")
+            for node in filter(lambda node: node.is_alive, self._nodes):
+                for process in node.family():
+                    if any(Path(name).match(str(lock)) for name in _open_files(process)):
+                        return node, process
+        raise AssertionError(f"no node held {lock}: {command.output()}")
 
     def start(self, *command: str, folder: Path | None = None) -> "Command":
         """Start a command that finds the cluster, in a folder."""
@@ -123,25 +123,23 @@ class Command:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process itself."""
-        self._family()[1].send_signal(number)
-
-    def open_files(self, folder: Path) -> list[str]:
-        """Return the files in a folder that it, or what it started, has open."""
-        found = []
-        for process in self._family():
-            with suppress(psutil.Error):  # which has just ended
-                found += [file.path for file in process.open_files() if Path(file.path).parent == folder]
-        return found
+        self.family()[1].send_signal(number)
 
     def kill_all(self) -> None:
         """Kill it and all that it started at once, as a power cut does with a node."""
-        for process in self._family():
+        for process in self.family():
             process.kill()
         self._process.wait()
 
     def _family(self) -> list[psutil.Process]:
         first = psutil.Process(self._process.pid)
         return [first, *first.children(recursive=True)]
+
+
+def _open_files(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):  # it has just ended
+        return [file.path for file in process.open_files()]
+    return []
 
 
 def _until(is_so: Callable[[], object], seconds: float = 180) -> None:
