@@ -131,7 +131,8 @@ class Command:
             process.kill()
         self._process.wait()
 
-    def _family(self) -> list[psutil.Process]:
+    def family(self) -> list[psutil.Process]:
+        """Return its process and all that it started."""
         first = psutil.Process(self._process.pid)
         return [first, *first.children(recursive=True)]
 

@@ -109,7 +109,7 @@ def test_torchrun_starts_a_launch_again_that_lost_a_process(recipe, straight, tm
         ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
         ranks["1"].kill()
         assert process.wait(500) == 0, (tmp_path / "printed").read_text()
-    assert "1/1 attempts left" in (tmp_path / "printed").read_text()
+    assert "failed (exitcode: -9) local_rank: 1" in (tmp_path / "printed").read_text()
     assert figures(tmp_path / "run") == figures(straight)
     ours, theirs = losses(tmp_path / "run"), losses(straight)
     assert ours == theirs and len([step for step in ours if step[0] == "aptp search"]) == 6
