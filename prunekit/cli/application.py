@@ -22,6 +22,9 @@ Recipe = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as fine_tune.steps=100")
 ]
+Engine = Annotated[
+    list[str] | None, typer.Argument(metavar="[engine=ENGINE]", help="where the work is done: local or ray")
+]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help='"emoji", a diffusers directory, sd-1.4, sd-1.5, sd-2.1, sdxl, …')
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from prunekit.cli.application import Overrides, Recipe, app, console, say
+from prunekit.cli.application import Engine, Overrides, Recipe, app, console, say
 from prunekit.jobs.shipped import find_recipe, shipped_recipes
 from prunekit.runtime.errors import UserError
 
@@ -31,15 +31,19 @@ def run(
 
 
 @app.command()
-def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")], engine: Engine = None
+) -> None:
     """Go on with a run that was stopped; a finished one is shown again."""
     from prunekit.jobs.process_count import process_count
     from prunekit.jobs.run import recorded, resume
     from prunekit.runtime.companions import companions
+    from prunekit.runtime.engines import load_engine
     from prunekit.runtime.termination import graceful
 
-    with graceful(), companions(process_count(recorded(directory))):
-        say(f"The run is in {resume(directory)}")
+    given = load_engine(engine or ())
+    with graceful(), companions(process_count(recorded(directory, given))):
+        say(f"The run is in {resume(directory, given)}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunekit.cli.application import Overrides, app, console, say
+from prunekit.cli.application import Engine, Overrides, app, console, say
 from prunekit.jobs.shipped import find_recipe
 from prunekit.runtime.errors import UserError
 from prunekit.serving.limits import Limits, ServerSettings, check_packages
@@ -40,24 +40,27 @@ def generate(
     output: Annotated[
         Path | None, typer.Option(help="where pictures go; by default RUN/generated/METHOD, or METHOD-2, … by request")
     ] = None,
+    engine: Engine = None,
 ) -> None:
     """Draw prompts, each by the expert that serves it; several processes may share the work, and it can be resumed."""
     from rich.table import Table
 
-    from prunekit.serving import PromptRoutedPipeline
-    from prunekit.serving.bulk import Request, free_directory, generate_to, weights_digest
+    from prunekit.runtime.engines import executor_of, load_engine
+    from prunekit.runtime.progress import Saying
+    from prunekit.serving.bulk import Request, Source, free_directory, generate_to, weights_digest
     from prunekit.serving.prompts import collect
 
     given: dict[str, Any] = {"prompts": prompt or (), "file": prompts_file, "shipped": prompt_list}
-    pipeline = PromptRoutedPipeline.from_pretrained(directory, method, max_resident=max_resident)
-    pipeline.set_progress_bar_config(disable=True)
+    drawn_on, source = load_engine(engine or ()), Source(str(directory), method, max_resident)
+    pipeline = source.open()
     prompts = collect(pipeline, directory, **given, validation=validation, extremes=extremes)
     drawn_by = (steps, guidance, negative_prompt, None, batch_size, picture_format)
     method = pipeline.mixture.info.get("method") or method or "pipeline"
     request = Request(prompts, [seed] * len(prompts), *drawn_by)
     weights = weights_digest(pipeline)
     folder = output or free_directory(directory / "generated" / method, pipeline, request, weights)
-    pictures = generate_to(folder, pipeline, request, weights)
+    with executor_of(drawn_on, Saying(say)) as executor:
+        pictures = generate_to(folder, pipeline, request, weights, executor, source)
     table = Table("picture", "expert", "prompt")
     for text, (path, expert) in list(zip(prompts, pictures, strict=True))[:MOST_ROWS]:
         table.add_row(path.name, str(expert), text[:100])

@@ -21,6 +21,7 @@ from prunekit.evaluation.metrics import clip_score, cmmd, frechet_of_enough, kid
 from prunekit.methods.router import Router
 from prunekit.runtime.precision import autocast
 from prunekit.runtime.randomness import generator
+from prunekit.runtime.work import Sharing
 
 TIMED_IMAGES = 8
 FLOOR_SETS, MOST_FLOOR_PICTURES = 2, 2000
@@ -237,9 +238,9 @@ def sample(
     prompts: Prompts,
     sampling: Sampling,
     folder: Path,
-    locks: Path,
+    sharing: Sharing,
 ) -> tuple[list[Path], Tensor]:
-    """Generate every prompt's picture, each by its own expert; resumable, and shared by all processes that call it.
+    """Generate every prompt's picture, each by its own expert; resumable, and shared with others by `sharing`.
 
     Returns the pictures' files and the expert of each prompt (n,). An expert's prompts go in batches of their own.
     """
@@ -263,7 +264,7 @@ def sample(
                 sampling.batch_size,
                 sampling.size,
                 title=f"{candidate.name}{f' {expert}' * (len(candidate.models) > 1)}: images",
-                locks=locks,
+                sharing=sharing,
             )
         for row, path in zip(rows, paths, strict=True):
             files[row] = path

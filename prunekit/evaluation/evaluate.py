@@ -1,14 +1,16 @@
 """`prunekit evaluate`: runs and diffusers pipelines under one protocol, in one table with intervals."""
 
 import csv
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunekit.data.config import DataConfig, load_data, recorded_data
 from prunekit.data.fingerprint import Fingerprint
@@ -21,13 +23,16 @@ from prunekit.evaluation.table import COLUMNS, COST, NAME, Column, markdown_tabl
 from prunekit.evaluation.targets import Subject, Target, embeddings_of
 from prunekit.models import quiet_libraries, resolution_of
 from prunekit.runtime.digests import Digests
+from prunekit.runtime.engines import executor_of
 from prunekit.runtime.errors import UserError
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import write_json, write_text
 from prunekit.runtime.precision import resolve_precision
 from prunekit.runtime.processes import apart, current
+from prunekit.runtime.progress import Saying
 from prunekit.runtime.randomness import generator
 from prunekit.runtime.run_directory import LOCKS, RECIPE, RESULTS
-from prunekit.runtime.work import occupied, refuse_foreign
+from prunekit.runtime.work import Sharing, occupied, refuse_foreign
 
 FORMAT = 1
 TABLE = "table.md"
@@ -96,8 +101,9 @@ def evaluate(
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, current().device)})
     places = [Target.at(place) for place in given]
     folder = Path(output or Path("runs") / f"evaluate-{protocol}")
-    with occupied(folder, lambda others: _claim(folder), partial(shutil.rmtree, folder / LOCKS, ignore_errors=True)):
-        return _evaluate(settings, places, data, folder, say)
+    tidy = partial(shutil.rmtree, folder / LOCKS, ignore_errors=True)
+    with occupied(folder, lambda others: _claim(folder), tidy), executor_of(settings.engine, Saying(say)) as executor:
+        return _evaluate(settings, places, data, folder, say, executor)
 
 
 def _claim(folder: Path) -> None:
@@ -114,6 +120,7 @@ def _evaluate(
     data: str | Path | Mapping[str, Any] | DataConfig | None,
     folder: Path,
     say: Callable[[str], Any],
+    executor: Executor,
 ) -> Evaluation:
     """Draw and measure in a directory that is this command's."""
     digests = Digests(folder / "cache")
@@ -122,11 +129,19 @@ def _evaluate(
     refuse(settings, features, prompts)
     if len(prompts.prompts) < settings.num_images:
         say(f"There are {len(prompts.prompts):,} prompts, fewer than num_images={settings.num_images:,}")
+    asked: dict[str, Any] = {
+        "protocol": settings.model_dump(mode="json"),
+        "places": [place.place for place in places],
+        "data": None if data is None else load_data_config(data).model_dump(mode="json"),
+        "folder": str(folder.absolute()),
+    }
     rows: list[dict[str, Any]] = []
     with apart():
-        for place in places:
-            for subject in place.subjects(settings, digests):
-                rows.append(_row(subject, settings, features, prompts, folder))
+        for place_index, place in enumerate(places):
+            for index, subject in enumerate(place.subjects(settings, digests)):
+                call = Call.of(draw_one, asked=asked, place=place_index, subject=index)
+                sharing = partial(executor.map, locks=folder / LOCKS, call=call)
+                rows.append(_row(subject, settings, features, prompts, folder, sharing))
                 name, taken = rows[-1]["name"], {row["name"] for row in rows[:-1]}
                 if len(places) > 1 and place.recipe is not None:
                     name = f"{place.name} {name}"
@@ -149,26 +164,70 @@ def _evaluate(
     return done
 
 
-def _row(subject: Subject, protocol: Protocol, features: Features, prompts: Prompts, folder: Path) -> dict[str, Any]:
-    """Draw and measure one model."""
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of one model."""
+
+    prompts: Prompts  # as the model's router sees them
+    folder: Path
+    files: list[Path]
+    experts: Tensor  # (n,) of the prompts
+
+
+def _draw(subject: Subject, protocol: Protocol, prompts: Prompts, folder: Path, sharing: Sharing) -> Drawn:
+    """Draw one model's pictures."""
     candidate, pipeline = subject.candidate, subject.pipeline
     options = (protocol.steps, protocol.guidance, protocol.batch_size, protocol.precision)
     sampling = Sampling(*options, protocol.resolution)
     prompts = replace(prompts, embeddings=embeddings_of(subject, prompts.prompts))
     key = Fingerprint(subject.key, asdict(sampling), prompts.seeds).add_texts(prompts.prompts).key()
-    size = protocol.compare_at or protocol.resolution or resolution_of(pipeline)
     pictures = folder / PICTURES / f"{candidate.name}-{key[:12]}"
-    paths, experts = sample(candidate, pipeline, prompts, sampling, pictures, folder / LOCKS)
-    macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[experts].mean())
+    return Drawn(prompts, pictures, *sample(candidate, pipeline, prompts, sampling, pictures, sharing))
+
+
+@lru_cache(maxsize=1)
+def _opened(asked: str) -> tuple[Protocol, Prompts]:
+    """Return an evaluation's settings and prompts, which stay in memory for the next batch."""
+    content = json.loads(asked)
+    protocol, data = Protocol(**content["protocol"]), content["data"]
+    places = [Target.at(place) for place in content["places"]]
+    config = None if data is None else DataConfig.model_validate(data)
+    return protocol, _prompts(protocol, places, config, Path(content["folder"]) / "cache")[0]
+
+
+@lru_cache(maxsize=1)
+def _opened_subjects(asked: str, place: int) -> list[Subject]:
+    """Return the models at a place, which stay in memory for the next batch."""
+    content = json.loads(asked)
+    digests = Digests(Path(content["folder"]) / "cache")
+    return list(Target.at(content["places"][place]).subjects(_opened(asked)[0], digests))
+
+
+def draw_one(executor: OnePiece, asked: dict[str, Any], place: int, subject: int) -> None:
+    """Draw one batch of a model's pictures, on a node of a cluster."""
+    quiet_libraries()
+    key, folder = json.dumps(asked), Path(asked["folder"])
+    (protocol, prompts), model = _opened(key), _opened_subjects(key, place)[subject]
+    with apart():
+        _draw(model, protocol, prompts, folder, partial(executor.map, locks=folder / LOCKS))
+
+
+def _row(
+    subject: Subject, protocol: Protocol, features: Features, prompts: Prompts, folder: Path, sharing: Sharing
+) -> dict[str, Any]:
+    """Draw and measure one model."""
+    candidate, drawn = subject.candidate, _draw(subject, protocol, prompts, folder, sharing)
+    size = protocol.compare_at or protocol.resolution or resolution_of(subject.pipeline)
+    macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[drawn.experts].mean())
     return {
         "name": candidate.name,
         "params": candidate.used_params(),
         "macs": round(macs),
         "macs_ratio": macs / subject.dense_macs if subject.dense_macs else None,
-        "images": len(paths),
+        "images": len(drawn.files),
         "protocol": protocol.name,
-        "pictures": str(pictures.relative_to(folder)),
-        "figures": figures(Seen(protocol, features, prompts, paths, size)),
+        "pictures": str(drawn.folder.relative_to(folder)),
+        "figures": figures(Seen(protocol, features, drawn.prompts, drawn.files, size)),
     }
 
 

@@ -18,7 +18,7 @@ from prunekit.models.shapes import pixels_of
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.progress import Progress
-from prunekit.runtime.work import Piece, share
+from prunekit.runtime.work import Piece, Sharing
 
 REQUEST = "request.json"
 
@@ -107,14 +107,14 @@ def generate_to(
     batch_size: int = 16,
     size: int | tuple[int, int] | None = None,
     title: str = "generate",
-    locks: Path | None = None,
+    sharing: Sharing | None = None,
 ) -> list[Path]:
     """As `generate`, into `directory`/00000.png, 00001.png …; return their paths.
 
     A picture appears whole or not at all, and a batch whose pictures are all there is not made again. What was asked
     for is kept beside them; another request for the same directory raises ValueError that names what differs.
     pipeline: or a function that returns it, called for the first batch that is made here.
-    locks: a folder; processes that call this with the same one share the batches, and return when all are made.
+    sharing: makes the batches, with other processes that call this; by default this process makes all of them.
     """
     _check(prompts, seeds, batch_size)
     side = list(size) if isinstance(size, tuple) else size
@@ -145,14 +145,14 @@ def generate_to(
                 write_image(path, Image.fromarray(picture.permute(1, 2, 0).numpy()))
             progress.update(min(batch.stop, len(prompts)))
 
-        name = "-".join(directory.parts[-2:])
+        name = "-".join(directory.absolute().parts[-3:])
         pieces = [Piece(f"{name}-{b.start}", partial(done, b), partial(make, b)) for b in batches]
-        if locks is None:
+        if sharing is None:
             for piece in pieces:
                 if not piece.done():
                     piece.do()
         else:
-            share(pieces, locks)
+            sharing(pieces)
     return paths
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from prunekit.data.config import DataConfig
 from prunekit.evaluation.evaluator import INCEPTION
+from prunekit.runtime.engines import LOCAL, Engine
 from prunekit.runtime.errors import UserError, nearest
 from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.yaml_files import FAULTS, load_overrides, resolved
@@ -57,6 +58,7 @@ class Protocol(BaseModel):
     feature_model: str = Field("emoji", description="features for kid and frechet: emoji, inception, a CLIP model")
     clip_model: str = Field("emoji", description="embeds pictures and texts for clip_score, top1 and top5")
     pick_model: str = Field(PICK_SCORE, description="of pick_score: a CLIP model with its logit_scale")
+    engine: Engine = LOCAL
     statistics: str | None = Field(
         None, description="an .npz with mu and sigma of real features for frechet, instead of the data's pictures"
     )

@@ -21,8 +21,8 @@ SMALL = 200 * 2**20  # bytes of a denoiser's weights; for larger models threads 
 def process_count(recipe: AnyRecipe | None) -> int:
     """Return how many processes work on a recipe: PRUNEKIT_PROCESSES, else one for each thread of a small model.
 
-    It is 1 on GPUs, under a launcher, without a recipe, for pre-training and for large models, and at most the smallest
-    batch.
+    It is 1 on GPUs, under a launcher, on a Ray cluster, without a recipe, for pre-training and for large models, and at
+    most the smallest batch.
 
     Raises:
         UserError: PRUNEKIT_PROCESSES is no positive number.
@@ -34,6 +34,8 @@ def process_count(recipe: AnyRecipe | None) -> int:
     if given and not (given.isdecimal() and int(given)):
         raise UserError(f"{COUNT}={given}: give a number of processes, 1 or more")
     if any(name in os.environ for name in LAUNCHED) or isinstance(recipe, PretrainRecipe):
+        return 1
+    if recipe.engine.kind != "local":
         return 1
     if given:
         return min(int(given), _smallest_batch(recipe))

@@ -37,7 +37,7 @@ from prunekit.recovery.in_memory import BACKBONE, kept_objective, mixture_of, ro
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
 from prunekit.runtime.processes import apart, current
-from prunekit.runtime.work import POLL_SECONDS, Piece, claimed, share
+from prunekit.runtime.work import POLL_SECONDS, Piece, Sharing, claimed
 from prunekit.training.checkpoint import Checkpoints
 
 FIGURES, REFIT = "figures.json", "refit.json"
@@ -105,35 +105,49 @@ class Job:
         return (self.folder / self.part).is_dir()
 
 
-def recover(
-    stages: Stages,
-    recoveries: Sequence[Recovery],
-    meanwhile: Callable[[Candidate], None] | None = None,
-) -> list[Candidate]:
-    """Slice architectures, refit and fine-tune each on the prompts routed to it; one candidate for each kept step.
+class Recovering:
+    """Recoveries of several methods: slice architectures, refit and fine-tune each on the prompts routed to it.
 
     The models are a queue of independent jobs, which the processes of this launch and of others on the directory
     share; where a launch has more processes than there are models, it trains one after another with all of them.
-    meanwhile: what a process does with the dense model, and with each candidate whose models are there, while it finds
-    no model left and others still train; called again for the same candidate, it must do nothing.
     """
-    jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
-    jobs = list(chain.from_iterable(jobs_of))
-    candidates_of = [
-        partial(_recovered, stages, recovery, jobs) for recovery, jobs in zip(recoveries, jobs_of, strict=True)
-    ]
-    if len(jobs) < current().count:
-        for job in jobs:
-            _fine_tune_together(stages, job)
-    else:
+
+    def __init__(self, stages: Stages, recoveries: Sequence[Recovery]):
+        self.stages, self.recoveries = stages, recoveries
+        self.jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
+
+    def train(self, meanwhile: Callable[[Candidate], None] | None = None, sharing: Sharing | None = None) -> None:
+        """Make the models that are missing.
+
+        meanwhile: what a process does with the dense model, and with each candidate whose models are there, while it
+            finds no model left and others still train; called again for the same candidate, it must do nothing.
+        sharing: makes the queue's pieces, in place of the processes of the directory.
+        """
+        jobs = list(chain.from_iterable(self.jobs_of))
+        if len(jobs) < current().count:
+            for job in jobs:
+                _fine_tune_together(self.stages, job)
+            return
         with apart():
-            pieces = [Piece(job.lock, job.done, partial(_fine_tune, stages, job)) for job in jobs]
+            pieces = [Piece(job.lock, job.done, partial(_fine_tune, self.stages, job)) for job in jobs]
             if meanwhile is not None:
-                pieces.append(_follow(lambda: [stages.dense], [], jobs, meanwhile))
-                for make, needed in zip(candidates_of, jobs_of, strict=True):
+                pieces.append(_follow(lambda: [self.stages.dense], [], jobs, meanwhile))
+                for recovery, needed in zip(self.recoveries, self.jobs_of, strict=True):
+                    make = partial(_recovered, self.stages, recovery, needed)
                     pieces.append(_follow(make, needed, jobs, meanwhile))
-            share(pieces, stages.locks)
-    return list(chain.from_iterable(make() for make in candidates_of))
+            (sharing or self.stages.share)(pieces)
+
+    def candidates(self) -> list[Candidate]:
+        """Return the recovered models, whose folders are all there; one candidate for each kept step."""
+        of_each = zip(self.recoveries, self.jobs_of, strict=True)
+        return [candidate for each, jobs in of_each for candidate in _recovered(self.stages, each, jobs)]
+
+
+def recover(stages: Stages, recovery: Recovery) -> Candidate:
+    """Return the candidate of a recovery's last step, made now where it is missing."""
+    recovering = Recovering(stages, [recovery])
+    recovering.train()
+    return recovering.candidates()[-1]
 
 
 def _follow(

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from prunekit.jobs import recording
 from prunekit.jobs.recipe import PretrainRecipe, load_recorded
@@ -14,17 +13,8 @@ from prunekit.report.page import write_report
 from prunekit.report.source import Source
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import no_room
+from prunekit.runtime.progress import Saying
 from prunekit.runtime.run_directory import RECIPE
-
-
-class Saying:
-    """A log that says its lines and keeps none: a report adds nothing to a run's log."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Keep nothing."""
 
 
 def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Callable[[str], None]) -> list[Path]:

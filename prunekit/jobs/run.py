@@ -4,12 +4,13 @@ A stage's result appears whole or not at all, and every draw is keyed by the rec
 anywhere goes on where it was and ends where it would have ended (law 5).
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -42,23 +43,28 @@ from prunekit.jobs.recipe import (
     dump_recipe,
     load_recipe,
     load_recorded,
+    parse_recipe,
     precision_lines,
     precisions,
     resolve_recipe,
 )
-from prunekit.jobs.recovering import Recovery, recover
+from prunekit.jobs.recovering import Recovering, Recovery
 from prunekit.jobs.reporting import finish, prepare
 from prunekit.jobs.stages import RunLog, Stages
 from prunekit.measuring.latency_model import LatencyModel
 from prunekit.methods.base import budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.methods.result import PruneResult
+from prunekit.runtime.engines import LOCAL, EngineConfig, executor_of
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import clear_killed, read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion, threads_of
+from prunekit.runtime.progress import Log
 from prunekit.runtime.run_directory import LOCKS, LOG, METHODS, RECIPE, RESULTS
-from prunekit.runtime.work import USERS, Piece, occupied, refuse_foreign, share
+from prunekit.runtime.work import USERS, Piece, Sharing, occupied, refuse_foreign
 
 R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
+Stage = Literal["train", "draw", "measure"]  # whose pieces other nodes may make
 SAMPLES, SEEN_SAMPLES = "samples", "samples-training"  # folders of pictures
 LATENCY_COLUMNS = (
     NAME,
@@ -74,24 +80,42 @@ LATENCY_COLUMNS = (
 class Run:
     """One recipe's directory, log and stages."""
 
-    def __init__(self, recipe: PruneRecipe, directory: Path):
-        self.recipe, self.directory, self.log = recipe, directory, RunLog.of(recipe, directory)
+    def __init__(self, recipe: PruneRecipe, directory: Path, log: Log):
+        self.recipe, self.directory, self.log = recipe, directory, log
         self.before = _stamp(directory / RESULTS)
 
-    def execute(self) -> Path:
+    def execute(self, executor: Executor) -> Path:
         """Run every stage that is not done; print the table; return the directory."""
-        recipe = self.recipe
-        self.log.say(f"{recipe.name}: {self.directory}")
-        for line in precision_lines(recipe, current().device):
+        self.log.say(f"{self.recipe.name}: {self.directory}")
+        for line in precision_lines(self.recipe, current().device):
             self.log.say(line)
         if (count := current().count) > 1:
             self.log.say(f"{count} processes, {torch.get_num_threads()} thread(s) each")
-        stages = Stages(recipe, self.log, self.directory)
+        self.train(executor)
+        with apart():  # from here on processes share work by files alone, so that one may be lost
+            self.draw(executor)
+            self.measure(executor)
+            if is_companion():
+                return self.directory
+            # Never "done" outside the lock: whoever waits returns when the tables and the report are written
+            with threads_of(1):
+                self.stages.share([Piece("table", lambda: False, self._compare_once)])
+        return self.directory
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The model and the data, loaded when they are first asked for."""
+        stages = Stages(self.recipe, self.log, self.directory)
         stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
-        recoveries = []
+        return stages
+
+    @cached_property
+    def recovering(self) -> Recovering:
+        """The models to train; the methods have chosen their architectures first."""
+        recipe, recoveries = self.recipe, []
         for name in recipe.methods:
             folder = self.directory / METHODS / name
-            result = stages.choose(recipe.method(name), folder)
+            result = self.stages.choose(recipe.method(name), folder)
             config, passes = recipe.fine_tuning(name), recipe.method(name).work(result.space).dense_passes
             recoveries.append(
                 Recovery(
@@ -105,29 +129,47 @@ class Run:
                     dense_passes=passes,
                 )
             )
-        candidates = [stages.dense, *recover(stages, recoveries, partial(self._draw_and_measure, stages))]
-        with apart():  # from here on processes share work by files alone, so that one may be lost
-            for candidate in candidates:
-                stages.sample(candidate, self.samples(candidate))
-                stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
-            share([self._measuring(candidate, stages) for candidate in candidates], stages.locks)
-            if is_companion():
-                return self.directory
-            # Never "done" outside the lock: whoever waits returns when the tables and the report are written
-            with threads_of(1):
-                share([Piece("table", lambda: False, lambda: self._compare_once(candidates, stages))], stages.locks)
-        return self.directory
+        return Recovering(self.stages, recoveries)
 
-    def _compare_once(self, candidates: list[Candidate], stages: Stages) -> None:
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """The rows of the table; all models are there."""
+        return [self.stages.dense, *self.recovering.candidates()]
+
+    def train(self, executor: Executor) -> None:
+        """Recover the models of all methods; draw and measure rows while others train."""
+        self.recovering.train(partial(self._draw_and_measure, self.stages), self._sharing(executor, "train"))
+
+    def draw(self, executor: Executor) -> None:
+        """Draw the pictures of all rows."""
+        sharing, seen = self._sharing(executor, "draw"), self.stages.drawn_seen_prompts
+        with executor.together():
+            for candidate in self.candidates:
+                self.stages.draw(candidate, self.samples(candidate), sharing=sharing)
+                if seen is not None:
+                    folder = self.samples(candidate, SEEN_SAMPLES)
+                    self.stages.draw(candidate, folder, prompts=seen, sharing=sharing)
+
+    def measure(self, executor: Executor) -> None:
+        """Measure the pictures of all rows."""
+        sharing = self._sharing(executor, "measure")
+        sharing([self._measuring(candidate, self.stages) for candidate in self.candidates])
+
+    def _sharing(self, executor: Executor, stage: Stage) -> Sharing:
+        """Return what makes the pieces of a stage; another node makes them by the same stage of its own `Run`."""
+        arguments = {"recipe": self.recipe.model_dump(mode="json"), "directory": str(self.directory.absolute())}
+        return partial(executor.map, locks=self.stages.locks, call=Call.of(work_on, **arguments, stage=stage))
+
+    def _compare_once(self) -> None:
         """Write the tables, unless another process has written them since this one started."""
         if _stamp(self.directory / RESULTS) in (None, self.before):
-            self.compare(candidates, stages)
+            self.compare(self.candidates, self.stages)
 
     def _draw_and_measure(self, stages: Stages, candidate: Candidate) -> None:
         """Draw a row's pictures and measure them, unless they are there; after the first row, what the page needs."""
         stages.sample(candidate, self.samples(candidate))
         stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
-        share([self._measuring(candidate, stages)], stages.locks)
+        stages.share([self._measuring(candidate, stages)])
         if candidate is stages.dense:
             prepare(self.directory, stages)
 
@@ -254,6 +296,21 @@ class Run:
         write_json(self.directory / RESULTS, results)
 
 
+@lru_cache(maxsize=1)
+def _opened(recipe: str, directory: str, log: Log) -> Run:
+    """Return a run whose model and data stay in memory for the next piece of it."""
+    content = parse_recipe(json.loads(recipe))
+    assert isinstance(content, PruneRecipe), "it is a run's"
+    return Run(content, Path(directory), log)
+
+
+def work_on(executor: OnePiece, recipe: dict[str, Any], directory: str, stage: Stage) -> None:
+    """Make one piece of a stage of a run, on a node of a cluster."""
+    run = _opened(json.dumps(recipe), directory, executor.log)
+    with apart():
+        {"train": run.train, "draw": run.draw, "measure": run.measure}[stage](executor)
+
+
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """Return what changes when a file is replaced; None where there is no file."""
     try:
@@ -264,7 +321,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
-    """Run a recipe from its file; return the run directory (`runs/NAME` by default).
+    """Run a recipe from its file, on its engine; return the run directory (`runs/NAME` by default).
 
     A directory that holds the same recipe's run is resumed. Raises RecipeError where it holds another's.
     """
@@ -272,27 +329,32 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{recipe_path} is a comparison; start it with: prunekit compare {recipe_path}")
     folder = Path(directory or Path("runs") / recipe.name)
-    return _work_in(folder, lambda others: _claim(folder, recipe, others))
+    engine = LOCAL if isinstance(recipe, PretrainRecipe) else recipe.engine
+    return _work_in(folder, lambda others: _claim(folder, recipe, others), engine)
 
 
-def resume(directory: str | Path) -> Path:
-    """Go on with the run in `directory`; return it. Raises RecipeError where there is none."""
-    folder, recipe = Path(directory), recorded(directory)
-    return _work_in(folder, lambda others: recipe)
+def resume(directory: str | Path, engine: EngineConfig = LOCAL) -> Path:
+    """Go on with the run in `directory`, on an engine; return it. Raises RecipeError where there is none."""
+    recipe = recorded(directory, engine)
+    return _work_in(Path(directory), lambda others: recipe, engine)
 
 
-def recorded(directory: str | Path) -> PruneRecipe | PretrainRecipe:
-    """Return the recipe of the run in `directory`. Raises RecipeError where there is none."""
+def recorded(directory: str | Path, engine: EngineConfig = LOCAL) -> PruneRecipe | PretrainRecipe:
+    """Return the recipe of the run in `directory`, for an engine. Raises RecipeError where there is none."""
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
     recipe = load_recorded(folder / RECIPE)
     if isinstance(recipe, CompareRecipe):
         raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
+    if isinstance(recipe, PruneRecipe):
+        return recipe.model_copy(update={"engine": engine})
+    if engine != LOCAL:
+        raise RecipeError(f"{folder} is a pre-training, which has no engine: leave engine={engine.kind} out")
     return recipe
 
 
-def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]) -> Path:
+def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe], engine: EngineConfig) -> Path:
     """Run the recipe that `enter` gives, of whether others work in the directory, as one of the directory's users."""
     with ExitStack() as stack:
 
@@ -305,7 +367,9 @@ def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]
             from prunekit.embedded.pretrain import pretrain
 
             return pretrain(recipe, folder)
-        return Run(recipe, folder).execute()
+        log = RunLog.of(recipe, folder)
+        with executor_of(engine, log) as executor:
+            return Run(recipe, folder, log).execute(executor)
 
 
 def _claim(folder: Path, recipe: R, others: bool) -> R:

@@ -3,16 +3,14 @@
 A stage's result appears whole or not at all, and is not made again where it is there already.
 """
 
-import resource
-import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -43,20 +41,13 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import append_row
 from prunekit.runtime.precision import resolve_precision
 from prunekit.runtime.processes import current
-from prunekit.runtime.progress import console
+from prunekit.runtime.progress import Log, console, peak_memory
 from prunekit.runtime.run_directory import DENSE, LOCKS, LOG, RESULT
 from prunekit.runtime.tracking import Trackers
-from prunekit.runtime.work import Piece, share
+from prunekit.runtime.work import Piece, Sharing, share
 from prunekit.training.memory import lower, offload
 
 PACKAGE = __name__.partition(".")[0]
-
-
-def peak_memory() -> int:
-    """Return the bytes that this process has held at most so far: on its GPU where it uses one, else in all."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class RunLog:
@@ -74,7 +65,8 @@ class RunLog:
         """Append one row to `log.jsonl`; trackers get its numbers. Where processes work together, the main one does."""
         if not current().is_main:
             return
-        row = {**row, "memory": peak_memory()} if "step" in row else row
+        if "step" in row and "memory" not in row:
+            row = {**row, "memory": peak_memory()}
         append_row(self.directory / LOG, row)
         if self.trackers is not None:
             self.trackers.log(row)
@@ -114,7 +106,7 @@ def errors_of_plug_ins(method: Method) -> Iterator[None]:
         raise UserError(f"{method.name}: {error}") from error
 
 
-def _held_pipeline(recipe: CommonRecipe, device: torch.device, log: "Log") -> DiffusionPipeline:
+def _held_pipeline(recipe: CommonRecipe, device: torch.device, log: Log) -> DiffusionPipeline:
     """Load a recipe's pipeline, and hold it as the recipe says."""
     lowered, dtype = recipe.memory.weights == "bfloat16", getattr(torch, recipe.memory.weights)
     pipeline = load_pipeline(
@@ -129,16 +121,6 @@ def _held_pipeline(recipe: CommonRecipe, device: torch.device, log: "Log") -> Di
             offload(part, device)
     denoiser_in(pipeline).to(device)
     return pipeline
-
-
-class Log(Protocol):
-    """What stages tell: a `RunLog`, or what stands in for one."""
-
-    def log(self, row: dict[str, Any], /) -> None:
-        """Keep a row."""
-
-    def say(self, text: str, /) -> None:
-        """Show a line."""
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -313,21 +295,36 @@ class Stages:
             self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
 
         if processes.count == 1:
-            share([Piece(f"{folder.name}-choice", done, prune)], self.locks)
+            self.share([Piece(f"{folder.name}-choice", done, prune)])
         elif not processes.agree(done()):
             prune()
             processes.wait()
         return PruneResult.load(folder, denoiser_in(self.pipeline))
 
+    def share(self, pieces: Sequence[Piece]) -> None:
+        """Make pieces of work together with the processes that work in the directory."""
+        share(pieces, self.locks)
+
+    def draw(
+        self,
+        candidate: Candidate,
+        folder: Path,
+        seed: int | None = None,
+        prompts: Prompts | None = None,
+        sharing: Sharing | None = None,
+    ) -> tuple[list[Path], Tensor]:
+        """Return the file of every prompt's picture, and its expert (n,); `seed` keys the noise.
+
+        prompts: `drawn_seen_prompts` in place of `drawn_prompts`. sharing: in place of `share`.
+        """
+        prompts = (prompts or self.drawn_prompts).reseeded(seed)
+        return comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, sharing or self.share)
+
     def sample(
         self, candidate: Candidate, folder: Path, seed: int | None = None, prompts: Prompts | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,); `seed` keys the noise.
-
-        prompts: `drawn_seen_prompts` in place of `drawn_prompts`.
-        """
-        prompts = (prompts or self.drawn_prompts).reseeded(seed)
-        files, experts = comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, self.locks)
+        """Return every prompt's picture, uint8 (n, 3, H, W), and its expert (n,), as `draw` draws them."""
+        files, experts = self.draw(candidate, folder, seed, prompts)
         return read_pictures(files), experts
 
     def sample_seen(self, candidate: Candidate, folder: Path, seed: int | None = None) -> Tensor | None:

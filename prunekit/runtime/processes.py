@@ -16,11 +16,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.distributed import PrefixStore, init_process_group, rendezvous
 
 T = TypeVar("T")
 
 BUCKET = 2**24  # numbers that are summed over the processes at once
 START = "torchrun --nproc-per-node N -m prunekit run RECIPE"
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how often it has started the launch again
 COMPANION = "PRUNEKIT_COMPANION"  # set in the processes that a command starts beside its own
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
 
@@ -115,9 +117,21 @@ def threads_of(busy: int) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _accelerator() -> Accelerator:
+    if (attempt := os.environ.get(ATTEMPT, "0")) != "0":
+        _meet_again(attempt)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     check_launch(os.environ, accelerator.num_processes)
     return accelerator
+
+
+def _meet_again(attempt: str) -> None:
+    """Join the processes of a launch that torchrun has started again, after one of them was lost.
+
+    They meet through the store of the first attempt, where each would find the addresses of those that are gone.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    init_process_group(backend, store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count)
 
 
 def check_launch(environment: Mapping[str, str], count: int) -> None:

@@ -1,8 +1,13 @@
-"""One progress bar for whatever takes long: step, loss, time left; silent when output is no terminal."""
+"""What a command says of its progress: one bar for whatever takes long (step, loss, time left; lines where output is no
+terminal), log lines and rows, and the memory in use.
+"""
 
+import resource
 import sys
 import time
+from collections.abc import Callable, Hashable
 from types import TracebackType
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,6 +15,26 @@ from rich.progress import Progress as RichProgress
 
 console = Console(file=sys.stderr)
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal to redraw
+
+
+class Log(Hashable, Protocol):
+    """What takes the lines and rows of a command: a `RunLog`, or what stands in for one."""
+
+    def log(self, row: dict[str, Any], /) -> None:
+        """Keep a row."""
+
+    def say(self, text: str, /) -> None:
+        """Show a line."""
+
+
+class Saying:
+    """A log that says its lines and keeps none."""
+
+    def __init__(self, say: Callable[[str], Any]):
+        self.say = say
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Keep nothing."""
 
 
 class Progress:
@@ -50,3 +75,12 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def peak_memory() -> int:
+    """Return the bytes that this process has held at most so far: on its GPU where it uses one, else in all."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -33,14 +33,18 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def graceful() -> Iterator[None]:
-    """A context in which SIGTERM ends the process by SystemExit(75): at once, or after what `deferred` protects."""
-    before = signal.signal(signal.SIGTERM, _handle)
+def graceful(*signals: signal.Signals) -> Iterator[None]:
+    """A context in which SIGTERM ends the process by SystemExit(75): at once, or after what `deferred` protects.
+
+    signals: those that do so, instead of SIGTERM alone.
+    """
+    before = {number: signal.signal(number, _handle) for number in signals or (signal.SIGTERM,)}
     _termination.requested = False
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

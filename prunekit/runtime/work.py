@@ -32,6 +32,9 @@ class Piece:
     ready: Callable[[], bool] = lambda: True  # whether what it needs is there
 
 
+Sharing = Callable[[Sequence[Piece]], None]  # makes pieces together with other processes, as `share` does
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Hold a lock file, and say whether this process has it; the lock goes with its process, however that ends."""
@@ -67,7 +70,7 @@ def occupied(folder: Path, enter: Callable[[bool], T], leave: Callable[[], None]
     path = Path(mine.lock_file)
     with _at_door(users):
         try:
-            result = enter(any(map(_is_held, users.glob("*.user"))))
+            result = enter(any(map(is_held, users.glob("*.user"))))
             mine.acquire(timeout=0)
         except BaseException:
             _remove_if_unused(users)
@@ -81,7 +84,7 @@ def occupied(folder: Path, enter: Callable[[bool], T], leave: Callable[[], None]
         if users.is_dir():
             with _at_door(users):
                 path.unlink(missing_ok=True)
-                if not any(map(_is_held, users.glob("*.user"))):
+                if not any(map(is_held, users.glob("*.user"))):
                     leave()
                     _remove_if_unused(users)
 
@@ -109,7 +112,7 @@ def refuse_foreign(folder: Path, is_ours: bool, what: str, option: str = "--outp
         raise UserError(f"{folder} is not empty and holds no {what}; choose another directory with {option}")
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
     """Whether the process that made a lock file still lives; the file of a dead one is removed."""
     lock = FileLock(path)
     try:
@@ -127,6 +130,14 @@ def _remove_if_unused(users: Path) -> None:
         shutil.rmtree(users, ignore_errors=True)
 
 
+def take(piece: Piece, locks: Path) -> bool:
+    """Do a piece unless it is done, and return True; return False where another process is doing it."""
+    with claimed(locks / f"{piece.name}.lock") as mine:
+        if mine and not piece.done():
+            piece.do()
+    return mine
+
+
 def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
     """Do the pieces that are ready, not done, and not another process's; with `wait`, return when all are done.
 
@@ -138,14 +149,8 @@ def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
         for piece in pieces:
             if piece.done():
                 continue
-            if not piece.ready():
+            if not (piece.ready() and take(piece, locks)):
                 taken = True
-                continue
-            with claimed(locks / f"{piece.name}.lock") as mine:
-                if not mine:
-                    taken = True
-                elif not piece.done():
-                    piece.do()
         if not (taken and wait):
             return
         time.sleep(POLL_SECONDS)

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import nn
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.picture_files import open_picture, write_image
 from prunekit.runtime.errors import UserError
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.progress import Progress
-from prunekit.runtime.work import Piece, occupied, refuse_foreign, share
+from prunekit.runtime.work import Piece, Sharing, occupied, refuse_foreign, share
 from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
 
 FORMATS = ("png", "webp")  # both without loss
@@ -84,21 +85,61 @@ class Request:
             raise UserError(f"picture_format={self.picture_format!r}: choose one of {', '.join(FORMATS)}")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline came from, as `PromptRoutedPipeline.from_pretrained` takes it; another node opens it anew."""
+
+    directory: str
+    method: str | None = None
+    max_resident: int | None = None
+
+    def open(self) -> PromptRoutedPipeline:
+        """Return the pipeline, without progress bars."""
+        pipeline = PromptRoutedPipeline.from_pretrained(self.directory, self.method, max_resident=self.max_resident)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
 def generate_to(
-    directory: Path, pipeline: PromptRoutedPipeline, request: Request, weights: str | None = None
+    directory: Path,
+    pipeline: PromptRoutedPipeline,
+    request: Request,
+    weights: str | None = None,
+    executor: Executor | None = None,
+    source: Source | None = None,
 ) -> list[tuple[Path, int]]:
     """Draw all prompts to `directory`/00000.png …; return each picture's path and expert.
 
     A picture appears whole or not at all, and what is there is not made again. Returns when all are there, made here
-    or by other processes. weights: their digest, where `weights_digest` was called already. Raises ValueError, one
-    line, for a directory that holds pictures of another request.
+    or by other processes. weights: their digest, where `weights_digest` was called already. executor: draws, with a
+    pipeline that it opens from `source`; by default this process. Raises ValueError, one line, for a directory that
+    holds pictures of another request.
     """
     content, leave = _content(pipeline, request, weights), partial(_forget_if_empty, directory)
+    sharing = partial(share, locks=directory / WORK)
+    if executor is not None and source is not None:
+        asked = {"source": asdict(source), "directory": str(directory.absolute()), "request": asdict(request)}
+        sharing = partial(executor.map, locks=directory / WORK, call=Call.of(draw_one, **asked))
     with occupied(directory, lambda others: _claim(directory, content), leave):
-        return _generate(directory, pipeline, request)
+        return _generate(directory, pipeline, request, sharing)
 
 
-def _generate(directory: Path, pipeline: PromptRoutedPipeline, request: Request) -> list[tuple[Path, int]]:
+@lru_cache(maxsize=1)
+def _opened(source: Source) -> PromptRoutedPipeline:
+    """Return a pipeline that stays in memory for the next piece."""
+    return source.open()
+
+
+def draw_one(executor: OnePiece, source: dict[str, Any], directory: str, request: dict[str, Any]) -> None:
+    """Draw one piece of a request, on a node of a cluster."""
+    size = request["size"]
+    asked, folder = Request(**{**request, "size": size and tuple(size)}), Path(directory)
+    _generate(folder, _opened(Source(**source)), asked, partial(executor.map, locks=folder / WORK))
+
+
+def _generate(
+    directory: Path, pipeline: PromptRoutedPipeline, request: Request, sharing: Sharing
+) -> list[tuple[Path, int]]:
     experts = pipeline.route(request.prompts).tolist()
     paths = [directory / f"{row:05d}.{request.picture_format}" for row in range(len(request.prompts))]
     batches = _batches(experts, request)
@@ -120,7 +161,7 @@ def _generate(directory: Path, pipeline: PromptRoutedPipeline, request: Request)
                 part = expert_batches[start : start + BATCHES_PER_PIECE]
                 rows = [row for batch in part for row in batch]
                 pieces.append(Piece(f"{expert}-{start}-{size}", partial(done, rows), partial(make, part)))
-        share(pieces, directory / WORK)
+        sharing(pieces)
     return list(zip(paths, experts, strict=True))
 
 

@@ -1,12 +1,17 @@
 """A run of two processes: killed again and again, left by one of them, asked to end; the table is always the same."""
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from launching import launch, run_recipe
+from launching import environment, launch, run_recipe
 from small_run import figures, write_small_recipe
 
 KILLS = int(os.environ.get("PRUNEKIT_KILLS", "3"))  # more on demand
@@ -31,6 +36,16 @@ def started(recipe, directory):
 
 def codes(processes):
     return [process.wait() for process in processes]
+
+
+def losses(directory):
+    """Every step's loss by its stage; of a step that was done again, all losses."""
+    found = {}
+    for line in (directory / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "loss" in row:
+            found.setdefault((row["stage"], row["step"]), set()).add(row["loss"])
+    return found
 
 
 def logged(directory):
@@ -80,3 +95,21 @@ def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(recipe,
     assert len(list((tmp_path / "run").glob("methods/aptp/checkpoints/step-*"))) == 1
     assert codes(started(recipe, tmp_path / "run")) == [0, 0]
     assert figures(tmp_path / "run") == figures(straight)
+
+
+@pytest.mark.long
+def test_torchrun_starts_a_launch_again_that_lost_a_process(recipe, straight, tmp_path):
+    """`torchrun --max-restarts`: all processes start again, and go on from the last checkpoint of the search."""
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", *run_recipe(recipe, tmp_path / "run")]
+    with (tmp_path / "printed").open("w") as printed:
+        process = subprocess.Popen(command, env=environment(), stdout=printed, stderr=printed)
+        while process.poll() is None and not list((tmp_path / "run").glob("methods/aptp/checkpoints/step-*")):
+            time.sleep(0.002)
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+        ranks["1"].kill()
+        assert process.wait(500) == 0, (tmp_path / "printed").read_text()
+    assert "failed (exitcode: -9) local_rank: 1" in (tmp_path / "printed").read_text()
+    assert figures(tmp_path / "run") == figures(straight)
+    ours, theirs = losses(tmp_path / "run"), losses(straight)
+    assert ours == theirs and len([step for step in ours if step[0] == "aptp search"]) == 6

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from prunekit.core.registry import denoiser_in, family_of, with_denoiser
+from prunekit.core.registry import denoiser_in, family_of, texts_of, with_denoiser
 from prunekit.core.slicing import slice_model
 from prunekit.core.space import Architecture
 from prunekit.data.fingerprint import Fingerprint
@@ -143,7 +143,9 @@ class _Dense:
                 self.pipeline = random_pipeline(self.model, self.recipe.seed)
         self._lay_out(self.model)
         family = family_of(self.model)
-        self.batch = family.call_batch(self.recipe.batch, texts_of(self.pipeline or self.model, self.recipe.guidance) > 1)
+        self.batch = family.call_batch(
+            self.recipe.batch, texts_of(self.pipeline or self.model, self.recipe.guidance) > 1
+        )
         self.inputs = timed_inputs(self.model, self.batch, bench.latent, bench.text_length, self.recipe.seed)
         if cell.memory_format == "channels_last":
             self.inputs = self.inputs.map(_channels_last)

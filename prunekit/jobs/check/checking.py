@@ -165,7 +165,7 @@ class _Check:
         first = PruneResult([result.architectures[0]], info=result.info)
         with self._stage(f"{name}: fine-tuning", "fine_tune", "fine_tune.micro_batch"):
             recovery = Recovery(label, first, folder / "experts", row.tuning, self.recipe.seed)
-            candidate = recover(stages, [recovery])[-1]
+            candidate = recover(stages, recovery)
         self.spent[label, TUNING] = self.log.steps_seconds(since) * row.models
         with self._stage(f"{name}: generation", "evaluation", "evaluation.batch_size"):
             pictures, _ = stages.sample(candidate, folder / "samples")

@@ -234,7 +234,7 @@ class CellRunner:
             dense_passes=method.work(chosen.space).dense_passes,
             shares_steps=cell.protocol == EQUAL_TOTAL,
         )
-        candidate = recover(self.stages, [recovery])[-1]
+        candidate = recover(self.stages, recovery)
         if not (recovery.folder / RESULT).is_file():
             chosen.save(recovery.folder)  # so that its models can be used without the comparison
         return candidate, chosen

@@ -1,8 +1,9 @@
 """`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
 
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prunekit.jobs.recipe import (
     dump_recipe,
     load_recipe,
     load_recorded,
+    parse_recipe,
     precision_lines,
     resolve_recipe,
 )
@@ -39,10 +41,13 @@ from prunekit.report.comparison_table import (
     warnings_of,
 )
 from prunekit.report.pareto import pareto_picture
+from prunekit.runtime.engines import executor_of
+from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion
+from prunekit.runtime.progress import Log
 from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULTS, WORK
-from prunekit.runtime.work import Piece, occupied, refuse_foreign, share
+from prunekit.runtime.work import Piece, occupied, refuse_foreign
 
 TABLE_CSV = "table.csv"  # of a comparison's directory
 PLAIN_WIDTH = 160  # letters of a line where there is no terminal
@@ -80,17 +85,15 @@ def claim(directory: Path, recipe: CompareRecipe | None = None) -> CompareRecipe
 class Comparison:
     """One comparison recipe, resolved, in its directory."""
 
-    def __init__(self, recipe: CompareRecipe, directory: Path):
-        self.recipe, self.directory = recipe, directory
-        self.log = RunLog.of(recipe, directory)
-        for line in precision_lines(recipe, current().device):
-            self.log.say(line)
+    def __init__(self, recipe: CompareRecipe, directory: Path, log: Log | None = None):
+        """Load the model and the data; `log` takes what is said, by default the directory's."""
+        self.recipe, self.directory, self.log = recipe, directory, log or RunLog.of(recipe, directory)
         self.stages = Stages(recipe, self.log, directory)
         self.stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         self.runner = CellRunner(recipe, directory, self.stages)
         self.cells = self.runner.cells
 
-    def make(self) -> None:
+    def make(self, executor: Executor) -> None:
         """Make the cells that are missing, but for those that another launch on this directory is making."""
 
         def make(number: int, cell: Cell) -> None:
@@ -101,9 +104,11 @@ class Comparison:
             Piece(cell.choice, partial(self._has, cell), partial(make, number, cell))
             for number, cell in enumerate(self.cells, start=1)
         ]
+        recipe = self.recipe.model_dump(mode="json")
+        call = Call.of(make_one, recipe=recipe, directory=str(self.directory.absolute()))
         launched = current().count > 1
         with apart():
-            share(pieces, self.directory / WORK / "locks", wait=launched)
+            executor.map(pieces, self.directory / WORK / "locks", call, wait=launched)
 
     def _has(self, cell: Cell) -> bool:
         return self.runner.finished(cell) is not None
@@ -124,6 +129,19 @@ class Comparison:
                     timings[cell["models_folder"]] = ratio
                     write_json(path, timings)
         return timings
+
+
+@lru_cache(maxsize=1)
+def _opened(recipe: str, directory: str, log: Log) -> Comparison:
+    """Return a comparison whose model and data stay in memory for the next cell of it."""
+    content = parse_recipe(json.loads(recipe))
+    assert isinstance(content, CompareRecipe), "it is a comparison's"
+    return Comparison(content, Path(directory), log)
+
+
+def make_one(executor: OnePiece, recipe: dict[str, Any], directory: str) -> None:
+    """Make one cell of a comparison, on a node of a cluster."""
+    _opened(json.dumps(recipe), directory, executor.log).make(executor)
 
 
 def compare(
@@ -162,8 +180,12 @@ def compare(
             else:
                 resolved = enter(folder, recipes[path])
                 assert resolved is not None, "a recipe was given"
-                comparison = Comparison(resolved, folder)
-                comparison.make()
+                log = RunLog.of(resolved, folder)
+                for line in precision_lines(resolved, current().device):
+                    log.say(line)
+                comparison = Comparison(resolved, folder, log)
+                with executor_of(recipes[path].engine, log) as executor:
+                    comparison.make(executor)
                 finished, lacking = comparison.results()
                 missing += lacking
                 times = comparison.timings(finished) if not lacking else {}

@@ -30,6 +30,7 @@ from prunekit.recovery.closed_form import ClosedFormConfig
 from prunekit.recovery.deltas import DeltaConfig
 from prunekit.recovery.fine_tuning import FineTuneConfig
 from prunekit.recovery.low_rank import LoraConfig
+from prunekit.runtime.engines import LOCAL, Engine
 from prunekit.runtime.errors import UserError, nearest, plain_name
 from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.tracking import TrackingConfig
@@ -132,6 +133,7 @@ class CommonRecipe(Section):
     recover: RecoverConfig = Field(RecoverConfig(), description="what follows the cut")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    engine: Engine = LOCAL
 
     @property
     def drawn_images(self) -> int:

@@ -1,0 +1,369 @@
+"""Pieces of work as tasks of a Ray cluster, named by data; see `executors`.
+
+A task makes the list of pieces anew on its node, from a call of JSON arguments, and does one piece of it under the
+piece's lock file. So a node that is cut off, but lives, still keeps its piece to itself; one that is lost leaves the
+lock, and its piece is done by another task. What tasks say is shown and logged by the command that started them.
+"""
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from filelock import FileLock
+
+from prunekit.runtime.companions import END_SECONDS, LAUNCHED
+from prunekit.runtime.errors import MissingPackageError, UserError, first_line
+from prunekit.runtime.executors import SETTING, Call, OnePiece
+from prunekit.runtime.processes import current
+from prunekit.runtime.progress import Log, Progress, console, peak_memory
+from prunekit.runtime.termination import REQUEUE, deferred, graceful
+from prunekit.runtime.work import POLL_SECONDS, Piece, is_held
+
+EXTRA = "ray"
+DONE, TAKEN, STOPPED = "done", "taken", "stopped"  # how a task ends
+ATTEMPTS = 5  # of a piece whose process or node is lost; more losses are a fault of the piece, such as its memory
+AHEAD = 2  # tasks that are submitted, for each that can run at once
+PASSED_ON = "PRUNEKIT_"  # what the names of variables begin with that tasks get from the command
+PACKAGES = ("prunekit", "torch", "diffusers", "transformers")  # of one version on all nodes
+WAITING_SECONDS = 60.0  # between lines that say that no node can take a task
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command works, which its tasks check: that they see it, and that its locks hold between nodes."""
+
+    directory: str  # the current one, which relative paths of recipes are of
+    guard: str  # a lock file that the command holds
+    variables: dict[str, str]  # of its environment
+    versions: dict[str, str]  # of packages
+
+    @classmethod
+    def here(cls, guard: Path) -> "Place":
+        """Return where this process works."""
+        variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        return cls(str(Path.cwd()), str(guard), variables, {name: version(name) for name in PACKAGES})
+
+    def enter(self) -> None:
+        """Go there; UserError, which names this node, where that is not possible."""
+        node, guard = socket.gethostname(), Path(self.guard)
+        if different := {name: own for name in PACKAGES if (own := version(name)) != self.versions[name]}:
+            theirs = ", ".join(f"{name} {self.versions[name]}" for name in different)
+            ours = ", ".join(f"{name} {own}" for name, own in different.items())
+            raise UserError(
+                f"node {node} has {ours}, and this command {theirs}: install the same versions on all nodes"
+            )
+        if not guard.is_file() or not Path(self.directory).is_dir():
+            missing = guard.parent if Path(self.directory).is_dir() else self.directory
+            raise UserError(f"node {node} does not see {missing}: work in a directory that all nodes share")
+        if not is_held(guard):
+            raise UserError(
+                f"a lock on {guard.parent} does not hold on node {node}: use a file system whose locks hold between "
+                "nodes, such as NFS 4 or Lustre with -o flock"
+            )
+        os.chdir(self.directory)
+        os.environ.update(self.variables)
+
+
+class Mailbox:
+    """The actor that keeps what tasks say until the command asks for it."""
+
+    def __init__(self) -> None:
+        self._letters: list[tuple[str, Any]] = []
+
+    def put(self, kind: str, content: Any) -> None:
+        """Keep a letter: a "line" to show, a text to "say", or a "row" of the log."""
+        self._letters.append((kind, content))
+
+    def take(self) -> list[tuple[str, Any]]:
+        """Return the letters since the last call."""
+        letters, self._letters = self._letters, []
+        return letters
+
+
+class TaskLog:
+    """What takes the lines and rows of a task, and the console's: they go to the command's mailbox."""
+
+    def __init__(self) -> None:
+        self.mailbox: Any = None  # of the command whose task runs now
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send a row of the log, with the memory of this process."""
+        self._send("row", {**row, "memory": peak_memory()} if "step" in row else row)
+
+    def say(self, text: str) -> None:
+        """Send a line of the log."""
+        self._send("say", text)
+
+    def write(self, text: str) -> None:
+        """Send what the console prints, such as the progress of a training."""
+        if text.strip():
+            self._send("line", text.rstrip())
+
+    def flush(self) -> None:
+        """Return when the mailbox has everything."""
+        import ray
+
+        if self.mailbox is not None:
+            ray.get(self._send("line", None))
+
+    def _send(self, kind: str, content: Any) -> Any:
+        return self.mailbox.put.remote(kind, content)
+
+
+_task_log = TaskLog()
+
+
+def perform(call: Call, name: str, position: int, place: Place, threads: int, mailbox: Any) -> str:
+    """Do one piece, in a worker process of Ray; return how it ended.
+
+    A process that is asked to end, by a signal or by the command, saves first; see `termination`.
+    """
+    _task_log.mailbox = mailbox
+    for variable in LAUNCHED:  # of the launch that started this node
+        os.environ.pop(variable, None)
+    with graceful(signal.SIGTERM, signal.SIGINT):  # Ray cancels a task by the second one
+        try:
+            place.enter()
+            torch.set_num_threads(threads)
+            console.file = _task_log  # type: ignore[assignment]  # which has what rich calls
+            one = OnePiece(name, position, _task_log)
+            call(one)
+            return TAKEN if one.taken else DONE
+        except SystemExit as end:
+            if end.code != REQUEUE:
+                raise
+            return STOPPED
+        finally:
+            _task_log.flush()
+
+
+@dataclass
+class Task:
+    """A piece of a list, with what makes the list on another node."""
+
+    piece: Piece
+    position: int  # in its list
+    call: Call
+    locks: Path
+    wait: bool
+    after: float = 0.0  # on the clock, when it may be submitted
+
+    @property
+    def lock(self) -> Path:
+        """Its lock file; tasks with one lock file, such as cells that share a search, follow each other."""
+        return self.locks / f"{self.piece.name}.lock"
+
+
+class RayExecutor:
+    """The nodes of a Ray cluster. `map` submits tasks as nodes have room, and starts those anew whose node is lost."""
+
+    def __init__(self, cpus: float, gpus: float | None, log: Log):
+        """Prepare the tasks; see `cluster`."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray, self._log, self._token = ray, log, uuid4().hex[:8]
+        gpus = gpus if gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+        self._needs, self._threads = {"CPU": cpus, "GPU": gpus}, max(1, int(cpus))
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox: Any = ray.remote(num_cpus=0)(Mailbox)
+        self._mailbox = mailbox.options(scheduling_strategy=here).remote()
+        # a lost task is started by `map`, and a process with its models does many tasks
+        self._perform = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=0, scheduling_strategy="SPREAD"
+        )(perform)
+        self._gathered: list[Task] | None = None
+        self._said: set[str] = set()
+        self._waited = 0.0  # on the clock, when the log last said so
+
+    def map(self, pieces: Sequence[Piece], locks: Path, call: Call, wait: bool = True) -> None:
+        """Do the pieces as `Executor.map` says."""
+        tasks = [Task(piece, position, call, locks.absolute(), wait) for position, piece in enumerate(pieces)]
+        if self._gathered is None:
+            self._do(tasks)
+        else:
+            self._gathered += tasks
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Give a context whose lists are done at once when it ends."""
+        gathered: list[Task] = []
+        self._gathered = gathered
+        try:
+            yield
+        finally:
+            self._gathered = None
+        self._do(gathered)
+
+    def _do(self, tasks: list[Task]) -> None:
+        """Submit tasks until none is left; whatever ends this ends those that run."""
+        left, running, losses = [task for task in tasks if not task.piece.done()], dict[Any, Task](), Counter[str]()
+        if not left:
+            return
+        progress = Progress("pieces on Ray", len(tasks))
+        with self._guarded({task.locks for task in left}), deferred() as termination, progress:
+            try:
+                while left or running:
+                    left = self._submit(left, running)
+                    left += self._finished(running, losses)
+                    self._pass_on()
+                    progress.update(len(tasks) - len(left) - len(running))
+                    if termination.requested:
+                        self._end(running)
+                        termination.leave()
+            except BaseException:
+                self._end(running)
+                raise
+
+    def _submit(self, left: list[Task], running: dict[Any, Task]) -> list[Task]:
+        """Submit tasks as far as nodes have room; return those that are left."""
+        room, rest, locked = (
+            AHEAD * self._slots() - len(running),
+            list[Task](),
+            {task.lock for task in running.values()},
+        )
+        for task in left:
+            if room < 1 or task.lock in locked or time.monotonic() < task.after:
+                rest.append(task)
+            elif task.piece.done():
+                continue
+            elif not task.piece.ready():
+                rest.append(task)
+            else:
+                place = Place.here(self._guard(task.locks))
+                what = (task.call, task.piece.name, task.position, place, self._threads, self._mailbox)
+                running[self._perform.remote(*what)] = task
+                locked.add(task.lock)
+                room -= 1
+        return rest
+
+    def _finished(self, running: dict[Any, Task], losses: Counter[str]) -> Iterator[Task]:
+        """Wait a moment for tasks to end; yield those that are to be submitted again. Raises a task's error."""
+        if not running:
+            time.sleep(POLL_SECONDS)
+            return
+        ended, _ = self._ray.wait(list(running), timeout=POLL_SECONDS)
+        for reference in ended:
+            task = running.pop(reference)
+            try:
+                end = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from error
+            except self._ray.exceptions.RayError as error:
+                end, name = STOPPED, task.piece.name
+                losses[name] += 1
+                if losses[name] == ATTEMPTS:
+                    raise UserError(f"{name}: its process was lost {ATTEMPTS} times: {first_line(error)}") from error
+                self._log.say(f"{name}: its process or node was lost, and another one takes it over")
+            if end == STOPPED or (end == TAKEN and task.wait):
+                task.after = time.monotonic() + POLL_SECONDS
+                yield task
+
+    def _slots(self) -> int:
+        """Return how many tasks the nodes can run at once, 1 at least; say so where none can."""
+        slots = 0
+        for node in self._ray.nodes():
+            if node["Alive"]:
+                has = node["Resources"]
+                slots += int(min(has.get(name, 0) / need for name, need in self._needs.items() if need))
+        if not slots and time.monotonic() - self._waited > WAITING_SECONDS:
+            self._waited = time.monotonic()
+            needs = " and ".join(f"{need:g} {name}" for name, need in self._needs.items() if need)
+            self._log.say(f"waiting for a Ray node with {needs}, which {SETTING}.cpus and {SETTING}.gpus ask for")
+        return max(1, slots)
+
+    def _guard(self, locks: Path) -> Path:
+        return locks / f"ray-{self._token}.guard"
+
+    @contextmanager
+    def _guarded(self, folders: set[Path]) -> Iterator[None]:
+        """Hold a lock in each folder of locks, by which tasks see that locks hold between nodes."""
+        guards = [FileLock(self._guard(folder)) for folder in folders]
+        try:
+            for guard in guards:
+                Path(guard.lock_file).parent.mkdir(parents=True, exist_ok=True)
+                guard.acquire()
+            yield
+        finally:
+            for guard in guards:
+                guard.release()
+                Path(guard.lock_file).unlink(missing_ok=True)
+
+    def _pass_on(self) -> None:
+        """Show and log what tasks have said."""
+        for kind, content in self._ray.get(self._mailbox.take.remote()):
+            if kind == "row":
+                self._log.log(content)
+            elif kind == "say":
+                if content not in self._said:  # what each process says when it has loaded the data
+                    self._said.add(content)
+                    self._log.say(content)
+            elif content is not None:
+                console.print(content, highlight=False, markup=False)
+
+    def _end(self, running: dict[Any, Task]) -> None:
+        """Ask tasks to save and to end, and wait until they have."""
+        if not running:
+            return
+        with suppress(self._ray.exceptions.RayError):  # which is lost with the cluster
+            for reference in running:
+                self._ray.cancel(reference)
+            self._ray.wait(list(running), num_returns=len(running), timeout=END_SECONDS)
+            running.clear()
+            self._pass_on()
+
+
+@contextmanager
+def cluster(address: str, cpus: float, gpus: float | None, log: Log) -> Iterator[RayExecutor]:
+    """Give the executor of a Ray cluster, to which this process is connected until the context ends.
+
+    Args:
+        address: of the cluster; "auto": of this machine; "local": one is started here.
+        cpus: of a task, and the threads that it computes with.
+        gpus: of a task; None: 1 where the cluster has GPUs, else 0.
+        log: takes what tasks say.
+
+    Raises:
+        UserError: Ray is not installed, no cluster is at the address, or this process belongs to a launch.
+
+    """
+    if current().count > 1:
+        raise UserError(
+            f"{SETTING}=ray starts tasks itself: start one process, without torchrun; a search that torchrun has "
+            "finished in the directory is not repeated"
+        )
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPackageError(f"{SETTING}=ray needs Ray: pip install 'prunekit[{EXTRA}]'") from error
+    before = signal.getsignal(signal.SIGTERM)
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,  # what tasks say comes by the mailbox
+            logging_level=logging.ERROR,
+            include_dashboard=False if address == "local" else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster at {SETTING}.address={address} ({first_line(error)}); start one with `ray start "
+            f"--head`, or set {SETTING}.address=local"
+        ) from error
+    signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
+    try:
+        yield RayExecutor(cpus, gpus, log)
+    finally:
+        ray.shutdown()
