@@ -113,7 +113,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def bias_of(module: nn.Module) -> torch.Tensor | None:
     """The bias of a module that holds a weight; None where it has none."""
     bias = module.bias
-    assert bias is None or isinstance(bias, torch.Tensor), f"the bias of a {type(module).__name__} is no tensor"
+    assert bias is None or isinstance(bias, torch.Tensor), f"the bias of a {type(module).__name__} is not a tensor"
     return bias
 
 

@@ -92,7 +92,7 @@ class Gates:
         batch = None
         if values.dim() == 1:
             if rows is not None:
-                raise UserError("rows choose among the rows of (G, D) gates; these gates are one (D,) vector")
+                raise UserError("rows select rows of gates (G, D), but these gates are one vector (D,)")
             values = values[None]
         else:
             if rows is not None:
@@ -120,8 +120,9 @@ class Gates:
         self._state = None
         if self._token is not None and self._token() is not None:
             raise RuntimeError(
-                f"the gates were {action} while a forward pass under them waits for its backward, which would "
-                "see other gates; call backward first, drop its output, or run it under no_grad"
+                f"the gates were {action} while a forward pass with these gates waits for its backward pass, "
+                "which would use the new gates; call backward first, delete the output, or run the forward "
+                "pass under no_grad"
             )
 
     @contextlib.contextmanager
@@ -164,12 +165,12 @@ class Gates:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._state is None:
-                raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the model as it is)")
+                raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the dense model)")
             batch = read(args, kwargs)[0].shape[0]
             if self._state.batch not in (None, batch):
                 raise UserError(
-                    f"the gates are for a batch of {self._state.batch}, the model got {batch}; pass rows=, which "
-                    "gate row each sample uses (for a pipeline: prunekit.pipeline_rows)"
+                    f"the gates are for a batch of {self._state.batch}, but the model got {batch}; pass rows=, "
+                    "the gate row of each sample (for a pipeline: prunekit.pipeline_rows)"
                 )
 
         return hook
@@ -179,7 +180,7 @@ class Gates:
             return None
         mask = self._now.masks[index]
         if mask.shape[0] not in (1, batch):
-            raise UserError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
+            raise UserError(f"the gates have {mask.shape[0]} rows, but a layer got a batch of {batch}")
         return mask
 
     def _multiplies(self, index: int, layer: nn.Module, axis: Axis) -> Callable[..., tuple[Any, ...]]:

@@ -91,7 +91,7 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
         if not all(isinstance(index, int) and 0 <= index < group.size for index in indices):
             raise UserError(f"pruning.kept[{key!r}] holds indices outside 0 to {group.size - 1}: {indices}")
         if sorted(set(indices)) != indices:
-            raise UserError(f"pruning.kept[{key!r}] is not sorted, or names a unit twice: {indices}")
+            raise UserError(f"pruning.kept[{key!r}] must be sorted and name each unit once: {indices}")
         part = space.slice(group)
         values[part] = False
         values[[part.start + index for index in indices]] = True

@@ -114,8 +114,8 @@ def denoiser_name(pipeline: Any) -> str:
     if (name := _attribute(pipeline)) is not None:
         return name
     raise UserError(
-        f"a pipeline with a supported denoiser, or a denoiser itself, is needed; got {type(pipeline).__name__}. "
-        f"Supported models: {', '.join(supported())}"
+        "expected a pipeline with a supported denoiser, or a supported denoiser; got "
+        f"{type(pipeline).__name__}. Supported models: {', '.join(supported())}"
     )
 
 
@@ -176,7 +176,7 @@ def latent_size(model: nn.Module) -> tuple[int, int]:
     """
     size = denoiser_of(model).latent_size(model)
     if size is None:
-        raise UserError(f"the config of this {type(model).__name__} names no sample_size: state the latent's size")
+        raise UserError(f"the config of this {type(model).__name__} has no sample_size: give the latent's size")
     return size
 
 

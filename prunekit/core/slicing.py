@@ -123,8 +123,8 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
         cut = [path for path in cut if kept_units(self, f"attention:{path}") is not None]
         if cut:
             raise UserError(
-                f"an IP-Adapter is made for the dense model's heads, and {', '.join(cut[:3])} lost some; use one with "
-                "a cut that keeps all heads"
+                f"an IP-Adapter needs all heads of the dense model, and {', '.join(cut[:3])} lost some; use a "
+                "cut that keeps all heads"
             )
         super(pruned, self)._load_ip_adapter_weights(*arguments, **options)
 
@@ -183,7 +183,7 @@ def load_model(folder: str | Path, **options: Any) -> Any:
 
 def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Architecture) -> Any:
     if not architecture.is_boolean:
-        raise UserError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
+        raise UserError("a soft Architecture cannot be cut; make it boolean first: architecture.threshold(0.5)")
     structure = pruned_class.structure
     whole = whole_space(structure, model)
     match_in(whole, architecture.space)
@@ -276,7 +276,7 @@ def backbone_of(folder: str | Path) -> Path | None:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} does not name a backbone: {error!r}") from error
     if not backbone.is_dir():
-        raise UserError(f"{path} names {backbone}, which is not there: copy the backbone's folder too")
+        raise UserError(f"{path} names {backbone}, which does not exist: copy the backbone's folder too")
     return backbone
 
 
@@ -334,7 +334,7 @@ def _change(model: nn.Module, path: Path) -> None:
             change = changes[name + UP].double() @ changes[name + DOWN].double() if kind == UP[1:] else value.double()
             weight.copy_(weight.double() + change.reshape(weight.shape).to(weight.device))
         except (AssertionError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit the model of its folder: {key} has no place there") from error
+            raise UserError(f"{path} does not fit the model of its folder: the model has no {key}") from error
 
 
 def keep_saved_module(pruned: type) -> None:

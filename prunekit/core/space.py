@@ -149,7 +149,7 @@ class UnitSpace:
         for name in mine:
             if name not in theirs:
                 return f"{name!r} is only here"
-        return None if self.groups == other.groups else "the groups stand in another order"
+        return None if self.groups == other.groups else "the groups have another order"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON form, which `from_dict` reads."""
@@ -188,7 +188,7 @@ class Architecture:
             if not values.is_floating_point():
                 raise UserError(f"an Architecture's values are boolean or floating point, got {values.dtype}")
             if not bool(((values >= 0) & (values <= 1)).all()):
-                raise UserError("an Architecture's soft values lie in [0, 1]")
+                raise UserError("an Architecture's soft values are in [0, 1]")
         self.space = space
         self.values = values.clone()
 
@@ -289,7 +289,7 @@ class Architecture:
 
     def _need_boolean(self) -> None:
         if not self.is_boolean:
-            raise UserError("this Architecture is soft; decide it first: architecture.threshold(0.5)")
+            raise UserError("this Architecture is soft; make it boolean first: architecture.threshold(0.5)")
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -53,7 +53,7 @@ class Tolerance:
         lost = sum(bad.captions for bad in skipped)
         if not skipped:
             return
-        listed = f"listed in {self.report}" if self.report else "set data.report to a file that shall list them"
+        listed = f"listed in {self.report}" if self.report else "set data.report to a file to list them"
         counts = f"{lost:,} of {lost + used:,} captions cannot be used ({listed})"
         if not used or lost > self.max_bad_share * (lost + used):
             first = skipped[0]

@@ -51,7 +51,7 @@ class EncodedData:
         means = self.latents[images]
         if self.deviations is None:
             return means
-        assert noise is not None, "latents that are kept as moments are drawn with noise"
+        assert noise is not None, "latents stored as moments need noise to be sampled"
         return means + self.deviations[images] * noise
 
     def training_pairs(self) -> Tensor:

@@ -44,7 +44,7 @@ def caption_fault(caption: Any) -> str | None:
     if caption is None:
         return "has an empty caption"
     if not isinstance(caption, str):
-        return f"has a caption of type {type(caption).__name__}, not a text"
+        return f"has a caption of type {type(caption).__name__}, not text"
     if not caption.strip():
         return "has an empty caption"
     try:

@@ -101,5 +101,5 @@ def _cc3m_row(
     if name is None:
         return BadSample(key, str(images), f"has no picture: no file of the folder is numbered {index}")
     if checksum is not None and int(checksum) != zlib.crc32(link.encode(errors="surrogateescape")):
-        return BadSample(key, str(images / name), "has a picture whose checksum in the name is not its link's")
+        return BadSample(key, str(images / name), "has a picture whose name has the checksum of another link")
     return label, images / name, caption

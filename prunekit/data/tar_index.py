@@ -48,7 +48,7 @@ def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
                 if matched:
                     _add(shard, matched[1], matched[2].lower(), (member.offset, member.size), file, read)
     except (tarfile.ReadError, OSError) as error:
-        shard.fault = f"is cut short or damaged ({error})"
+        shard.fault = f"is truncated or damaged ({error})"
     if not shard.parts and shard.fault is None:
         shard.fault = "holds no sample"
     return shard

@@ -89,7 +89,7 @@ def webdataset_samples(
             yield _sample(shard, key, parts, images, text)
         for key, suffix in shard.repeated:
             if suffix in images:
-                yield BadSample(f"{path.name}:{key}", str(path), "has a key that came before in its shard")
+                yield BadSample(f"{path.name}:{key}", str(path), "has a key that occurs earlier in its shard")
         if shard.fault:
             damaged.append((shard, len(shard.parts)))
         else:
@@ -132,7 +132,7 @@ def read_webdataset(shards: list[Path]) -> list[dict]:
     for path in shards:
         shard = index_shard(path, ("txt", "json", *PICTURE_SUFFIXES))
         if shard.fault or shard.repeated:
-            raise DataError(f"{path.name} {shard.fault or f'holds {shard.repeated[0][0]} twice'}")
+            raise DataError(f"{path.name} {shard.fault or f'has {shard.repeated[0][0]} twice'}")
         for key, parts in shard.parts.items():
             sample = _sample(shard, key, parts, PICTURE_SUFFIXES, "txt")
             fault = sample.reason if isinstance(sample, BadSample) else None

@@ -62,7 +62,7 @@ class Demo:
     def __init__(self, directory: str | Path, method: str | None = None, device: str | None = None):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise FileNotFoundError(f"{self.directory} is no directory; give a run's, or an export's")
+            raise FileNotFoundError(f"{self.directory} is not a directory; give the directory of a run or an export")
         if device is not None:
             _check_device(device)
         self.pipeline = open_pipeline(self.directory, method, device)
@@ -116,7 +116,7 @@ class Demo:
     def _checked(self, prompt: str, seed: int, steps: int, guidance: float | None) -> tuple[str, int, int, float]:
         prompt = " ".join(str(prompt or "").split())
         if not prompt:
-            raise UserError("the prompt is empty: say what the picture shows")
+            raise UserError("the prompt is empty: describe the picture")
         if len(prompt) > MOST_LETTERS:
             raise UserError(f"the prompt has {len(prompt):,} letters: at most {MOST_LETTERS:,}")
         guidance = self.pipeline.mixture.guidance if guidance is None else guidance
@@ -133,4 +133,4 @@ def _check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or give cpu") from error
+        raise UserError(f"--device {device}: not usable on this machine ({reason}); omit it, or give cpu") from error

@@ -47,7 +47,7 @@ def saving(demo: Demo, answer: Answer) -> str:
         )
     elif count > 1:
         text = (
-            f"The prompt encoder knows no word of this prompt, so it goes to the fallback, expert {answer.expert} "
+            f"The prompt encoder knows no word of this prompt, so the fallback draws it: expert {answer.expert} "
             f"of {count}. "
         )
     if answer.dense is None:

@@ -99,7 +99,9 @@ def launch(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> tupl
         _, url, _ = page.queue().launch(server_name=host, server_port=port, **look, **local)
     except OSError as error:
         where = f"{host}:{port}" if port else host
-        raise UserError(f"cannot listen on {where}: it is taken or not this machine's; give another --port") from error
+        raise UserError(
+            f"cannot listen on {where}: the address is in use or does not belong to this machine; give another --port"
+        ) from error
     return page, url
 
 

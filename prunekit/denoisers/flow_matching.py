@@ -86,7 +86,7 @@ class FlowFamily(TransformerFamily):
         """Return why a pipeline is not supported, as "NAME has" goes on."""
         scheduler = pipeline.scheduler.config
         if "shift" not in scheduler and not scheduler.get("use_flow_sigmas"):
-            return f"a {type(pipeline.scheduler).__name__}, which does no flow matching: not supported"
+            return f"a {type(pipeline.scheduler).__name__}, which is not a flow-matching scheduler: not supported"
         return None
 
     def process(self, scheduler: Any | None) -> FlowMatching:

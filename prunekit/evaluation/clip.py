@@ -40,7 +40,7 @@ class CLIPEvaluator:
             tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(str(name), name))
             model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
             if info["missing_keys"]:  # such as the text encoder of a pipeline: the rest would be random
-                raise UserError(f"it is no whole CLIP model, {len(info['missing_keys'])} weights are missing")
+                raise UserError(f"it is not a complete CLIP model, {len(info['missing_keys'])} weights are missing")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(": ")
             raise UserError(

@@ -101,7 +101,7 @@ class Prompts:
     @property
     def real_images(self) -> CaptionedImages:
         """The real pictures of what has more than prompts."""
-        assert self.images is not None, "these are prompts without pictures"
+        assert self.images is not None, "these prompts have no pictures"
         return self.images
 
     @classmethod

@@ -158,7 +158,7 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as content:
             arrays: list[Any] = [torch.from_numpy(np.asarray(content[name], dtype=np.float64)) for name in _STATISTICS]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"statistics={path} is no .npz with {' and '.join(_STATISTICS)}: {error}") from error
+        raise UserError(f"statistics={path} is not an .npz with {' and '.join(_STATISTICS)}: {error}") from error
     if arrays[0].shape != (width,) or arrays[1].shape != (width, width):
         shapes = " and ".join(str(tuple(array.shape)) for array in arrays)
         raise UserError(f"statistics={path} hold {shapes}, and the features are {width} wide: set feature_model")

@@ -28,8 +28,8 @@ class InceptionFeatures:
             from cleanfid.inception_pytorch import InceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
             raise MissingPackageError(
-                "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set feature_model=emoji or a "
-                f"CLIP model, or leave kid and frechet out of metrics ({error})"
+                "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set "
+                f"feature_model=emoji or a CLIP model, or remove kid and frechet from metrics ({error})"
             ) from error
         try:
             model = InceptionV3(output_blocks=[3], resize_input=False)

@@ -138,8 +138,8 @@ def _dense(published: Release, model: str) -> tuple[UNet2DConditionModel | None,
     try:
         dense = load_pipeline(model).unet
     except ValueError as error:
-        return None, [f"{who} weights, and the model's are not at hand, so there are configs alone ({error})"]
-    return dense, [f"{who} fine-tuned weights; theirs are cut from {model}, not fine-tuned"]
+        return None, [f"{who} weights, and the model is not on this machine, so only configs were written ({error})"]
+    return dense, [f"{who} fine-tuned weights; their weights are cut from {model} and not fine-tuned"]
 
 
 def _write_expert(

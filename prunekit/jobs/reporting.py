@@ -71,11 +71,11 @@ def _measure(source: Source, say: Callable[[str], None]) -> None:
     path = source.directory / RECIPE
     if not path.is_file():
         raise UserError(
-            f"{source.directory} holds no {RECIPE}: its model and data are unknown, nothing can be measured"
+            f"{source.directory} holds no {RECIPE}: its model and data are unknown, so nothing can be measured"
         )
     recipe = load_recorded(path)
     if isinstance(recipe, PretrainRecipe):
-        raise UserError(f"{source.directory} is a pretraining: it has no pruned layers to measure")
+        raise UserError(f"{source.directory} is a pretraining: it has no pruned model to measure")
     stages = Stages(recipe, Saying(say), source.directory)
     if not source.is_comparison:
         record(source.directory, stages)

@@ -285,10 +285,10 @@ def recorded(directory: str | Path) -> PruneRecipe | PretrainRecipe:
     """Return the recipe of the run in `directory`. Raises RecipeError where there is none."""
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
-        raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
+        raise RecipeError(f"{folder} is not a run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
     recipe = load_recorded(folder / RECIPE)
     if isinstance(recipe, CompareRecipe):
-        raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
+        raise RecipeError(f"{folder} is a comparison; resume it with: prunekit compare {folder / RECIPE}")
     return recipe
 
 
@@ -321,8 +321,8 @@ def _claim(folder: Path, recipe: R, others: bool) -> R:
         recipe = resolve_recipe(recipe, current().device, recorded)
         if difference := _difference(recipe.model_dump(mode="json"), recorded.model_dump(mode="json")):
             raise RecipeError(
-                f"{folder} holds the run of another recipe: {difference}; choose another name=… or --directory, or "
-                "remove it"
+                f"{folder} holds the run of another recipe: {difference}; give another name=… or --directory, "
+                "or remove the directory"
             )
         return recipe
     if path.is_file():

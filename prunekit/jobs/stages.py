@@ -95,7 +95,7 @@ def _cache(recipe: CommonRecipe, directory: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cache.directory={folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"cache.directory={folder} cannot be created: {error.strerror}") from error
     return folder
 
 
@@ -154,8 +154,8 @@ class Stages:
         self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out})")
         if recipe.data.holds_pictures and not images.holds_pictures:
             self.say(
-                "warning: no picture can be held out, since each resembles another or shares a caption with it, and so "
-                "on to all of them; the figures are of training pictures"
+                "warning: no picture can be held out, because chains of similar pictures and shared captions "
+                "connect all of them; all figures are of training pictures"
             )
 
     @cached_property

@@ -74,8 +74,8 @@ class Method:
         result = self.choose(pipeline, dataset, directory, log)
         if (count := len(result.architectures)) != self.num_models:
             raise UserError(
-                f"{self.name} chose {count} architectures, but its num_models is {self.num_models}: declare as many as "
-                "`choose` returns"
+                f"{self.name} chose {count} architectures, but its num_models is {self.num_models}: num_models "
+                "must equal the number that `choose` returns"
             )
         if directory is not None:
             result.save(directory)
@@ -251,8 +251,8 @@ def _sample_size(
     scale = getattr(pipeline, "vae_scale_factor", None)
     if scale is None:
         raise UserError(
-            f"resolution={resolution} is in pixels, and a UNet alone does not know its VAE's scale; "
-            "pass the whole pipeline, or leave resolution unset"
+            f"resolution={resolution} is in pixels, and a UNet alone has no VAE scale; pass the whole pipeline, "
+            "or unset resolution"
         )
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
     if any(side < scale or side % scale for side in sides):

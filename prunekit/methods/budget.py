@@ -93,7 +93,7 @@ def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int |
     """
     if isinstance(scores, Scores):
         if difference := cost.space.difference(scores.space):
-            raise UserError(f"the scores belong to another space than the cost model: {difference}")
+            raise UserError(f"the scores belong to a different space than the cost model: {difference}")
         scores = scores.values
     return _select(scores[None], [1], cost, budget, align)[0]
 
@@ -123,7 +123,8 @@ def select_mixture(
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     if len(counts) != len(logits) or any(n != int(n) or n < 0 for n in counts) or not any(counts):
         raise UserError(
-            f"counts must be one whole number of prompts per expert ({len(logits)} of them), not all 0; got {counts}"
+            f"counts must be one whole number of prompts per expert ({len(logits)} of them), not all of them 0; "
+            f"got {counts}"
         )
     used = [expert for expert, count in enumerate(counts) if count]
     chosen = _select(logits[used], [int(counts[expert]) for expert in used], cost, budget, align)
@@ -141,15 +142,16 @@ def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
 
     """
     if not 0 < budget < 1:
-        raise UserError(f"a budget is a share of the dense cost, above 0 and below 1; got {budget}")
+        raise UserError(f"budget={budget}: must be above 0 and below 1, as a fraction of the dense cost")
     dense = cost.dense_total
     limit = math.floor(Fraction(repr(float(budget))) * dense * prompts)
     floor = cost.total(Architecture(cost.space, torch.zeros(cost.space.size, dtype=torch.bool)))
     if floor * prompts > limit:
         lowest = math.ceil(10_000 * Fraction(floor, dense)) / 10_000
         raise UserError(
-            f"budget {budget} cannot be met: with every unit removed this UNet still costs {lowest} of the dense one. "
-            f"Choose a budget of at least {lowest}, or a space with more units (depth='all', fewer excludes)"
+            f"budget {budget} cannot be met: with every unit removed, this UNet still costs {lowest} of the "
+            f"dense one. Choose a budget of at least {lowest}, or a space with more units (depth='all', fewer "
+            "excludes)"
         )
     return limit
 

@@ -151,10 +151,13 @@ class PruneResult:
         left = {f"{path} ({channels})" for widths in info.unaligned for path, channels in widths.items()}
         if left:
             few = ", ".join(sorted(left)[:3]) + (", …" if len(left) > 3 else "")
-            lines.append(f"{len(left)} width(s) are no multiple of {info.settings['align']} channels: {few}")
+            lines.append(f"{len(left)} width(s) are not multiples of {info.settings['align']} channels: {few}")
         if info.gates_ratio and (mean := self._mean(info.gates_ratio)) > OPEN_GATES * info.settings["budget"]:
             more = "raise search.steps or search.learning_rate" + ", or lower warmup" * ("warmup" in info.settings)
-            lines.append(f"gates kept {mean:.2f} of the cost when the search ended, so the cut goes by little: {more}")
+            lines.append(
+                f"gates kept {mean:.2f} of the dense cost when the search ended, so the final cut is nearly "
+                f"arbitrary: {more}"
+            )
         lines += [
             f"experts {_listed(same)} of {len(self.architectures)} have the same architecture" for same in self._alike()
         ]

@@ -96,7 +96,7 @@ class Router:
             raise UserError(f"codes must be (experts, {predictor.out_features}); got {tuple(codes.shape)}")
         norms = codes.norm(dim=1, keepdim=True)
         if not (norms > 0).all():
-            raise UserError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero: they have no direction")
+            raise UserError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero, so they have no direction")
         directions = codes / norms  # (N, D)
         weight = predictor.weight.detach().to("cpu", torch.float64)  # (D, Z)
         bias = codes.new_zeros(len(weight)) if predictor.bias is None else predictor.bias.detach().to(codes)  # (D,)
@@ -210,7 +210,7 @@ class Router:
         if not 0 <= fallback < self.num_experts:
             raise UserError(f"fallback must be one of the experts 0..{self.num_experts - 1}; got {fallback}")
         if fallback in self.unused:
-            raise UserError(f"fallback={fallback}: this expert is unused; give one that prompts are sent to")
+            raise UserError(f"fallback={fallback}: the router sends no prompts to this expert; give another one")
         return int(fallback)
 
     def _checked_unused(self, unused: Sequence[int]) -> tuple[int, ...]:

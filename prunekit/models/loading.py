@@ -68,7 +68,9 @@ def load_pipeline(
     if path is not None and path.is_file():
         pipeline = load_single_file(path, single_file_config, dtype, say)
     elif single_file_config is not None:
-        raise UserError(f"single_file_config={single_file_config} is for a model in a single file, and {name} is none")
+        raise UserError(
+            f"single_file_config={single_file_config} is for a model in a single file, and {name} is not a single file"
+        )
     else:
         pipeline = load_directory(path or fetch(name, unet_from_config), name, dtype, say)
     _check(pipeline, name)
@@ -96,7 +98,7 @@ def load_directory(
     Raises ValueError, one line, for a directory that is no pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
-        raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
+        raise UserError(f"{directory} is not a diffusers pipeline: it has no {INDEX}")
     index = read_object(directory / INDEX)
     part = PIPELINES.get(str(index.get("_class_name")), "unet")
     check_index(index if with_denoiser else {**index, part: ["left out"]}, name)

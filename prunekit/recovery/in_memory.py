@@ -51,7 +51,7 @@ def recover_experts(
         parts = [slices[start : start + count] for start in range(0, len(slices), count)]
         return [part[0] if result.bins is None else TimestepModel(part, result.bins) for part in parts]
     if result.bins is not None:
-        raise UserError("architectures that depend on the timestep share their weights: set shared_backbone=true")
+        raise UserError("experts that depend on the timestep must share their weights: set shared_backbone=true")
     experts, (_, pairs_of) = [], routed_pairs(result, data, pairs)
     for index, (architecture, served) in enumerate(zip(result.architectures, pairs_of, strict=True)):
         experts.append(slice_model(dense, architecture).eval().requires_grad_(False))

@@ -40,11 +40,11 @@ class Source:
 
     def __post_init__(self):
         if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is no directory; give a run's or a comparison's")
+            raise UserError(f"{self.directory} is not a directory; give the directory of a run or a comparison")
         if not any((self.directory / name).exists() for name in (RECIPE, RESULTS, "cells")):
             raise UserError(
-                f"{self.directory} is no run and no comparison: it holds none of {RECIPE}, {RESULTS} and cells/; "
-                "start one with `prunekit run RECIPE`"
+                f"{self.directory} is neither a run nor a comparison: it has none of {RECIPE}, {RESULTS} and "
+                "cells/; start one with `prunekit run RECIPE`"
             )
 
     @cached_property

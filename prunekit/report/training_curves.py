@@ -35,7 +35,7 @@ def training(source: Source) -> Section:
         "times": _together(times, "time", "Time of a step", "time (s)"),
         "memory": _together(shown, "memory", "Memory", "memory (GiB)", 2**-30),
         "table": {"header": ["training", "steps", "time (min)", "step (s)", "last loss"], "rows": _table(trainings)},
-        "note": NOTE + (f" {rest} further trainings stand in the table alone." if rest else ""),
+        "note": NOTE + (f" {rest} further trainings are only in the table." if rest else ""),
     }
     return Section("training", "Training", content)
 

@@ -55,7 +55,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(picture.getexif()[_DESCRIPTION] if path.suffix == ".webp" else picture.info[KEY])
     except Exception as error:  # Pillow's EXIF parser raises whatever it comes across
-        raise UserError(f"{path} does not say how it was made: it is no picture of `prunekit generate`") from error
+        raise UserError(
+            f"{path} has no record of how it was made: it is not a picture of `prunekit generate`"
+        ) from error
     return metadata
 
 
@@ -77,7 +79,7 @@ class Request:
 
     def __post_init__(self):
         if len(self.prompts) != len(self.seeds) or not self.prompts:
-            raise UserError(f"one seed a prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
+            raise UserError(f"one seed per prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.picture_format not in FORMATS:

@@ -71,7 +71,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if parts is None or mixture is None:
-            raise UserError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY), or by from_experts")
+            raise UserError("create a PromptRoutedPipeline with from_pretrained(RUN or DIRECTORY) or from_experts")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -110,7 +110,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         """
         if (1 if router is None else router.num_experts) != len(experts):
             known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
-            raise UserError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
+            raise UserError(f"{len(experts)} experts with {known}: give as many experts as the router has")
         models = [model.eval().requires_grad_(False) for model in experts]
         held = Experts(
             lambda index, device, dtype: models[index].to(device=device, dtype=dtype),

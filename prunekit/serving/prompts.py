@@ -40,7 +40,7 @@ def collect(
         texts += held if extremes is None else extreme_prompts(pipeline, held, extremes)
     if not texts:
         raise UserError(
-            "nothing to draw: give --prompt TEXT, --prompts-file FILE with a prompt a line, --list NAME of "
+            "nothing to draw: give --prompt TEXT, --prompts-file FILE with one prompt per line, --list NAME of "
             f"{', '.join(prompt_lists())}, or --validation N"
         )
     return texts
@@ -76,7 +76,7 @@ def validation_prompts(settings: dict[str, Any], count: int | None = None) -> li
     held = torch.nonzero(images.held_out).flatten().tolist()
     if (count is not None and count > len(held)) or not held:
         raise UserError(
-            f"the run's data holds {len(held)} captions back (data.holdout), {count or 'some'} are asked for"
+            f"the run's data has {len(held)} held-out captions (data.holdout), but {count or 'some'} were requested"
         )
     return [images.captions[index] for index in held[:count]]
 
@@ -89,7 +89,9 @@ def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], coun
     macs = (pipeline.mixture.info.get("result") or {}).get("macs")
     experts = pipeline.route(prompts).tolist()
     if not macs or len(set(experts)) < 2:
-        raise UserError("the cheapest and the dearest expert: the prompts go to one expert, or costs are unknown")
+        raise UserError(
+            "there is no cheapest and most expensive expert: all prompts go to one expert, or costs are unknown"
+        )
     used = sorted(set(experts), key=lambda expert: macs[expert])
     rows = [
         [row for row, assigned in enumerate(experts) if assigned == expert][:count] for expert in (used[0], used[-1])

@@ -16,11 +16,14 @@ from prunekit.core.family import NoiseProcess
 from prunekit.runtime.randomness import epoch_indices, generator
 
 SNRForm = Literal["velocity", "published"]
-SNR_GAMMA = "min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: all weights are 1"
+SNR_GAMMA = (
+    "Gamma of the min-SNR weights of the denoising error (Hang et al., 2023), usually 5; unset: all weights are 1."
+)
 SNR_FORM = (  # the setting's description
-    "form of the min-SNR weight of a velocity, with snr_gamma set. velocity: min(SNR, gamma)/(SNR + 1), of the min-SNR "
-    "paper and current diffusers; published: min(SNR + 1, gamma)/(SNR + 1), of APTP's published code, which weights "
-    "the noisiest timesteps by 1. For a noise prediction both are min(SNR, gamma)/SNR"
+    "Form of the min-SNR weight for velocity prediction, if snr_gamma is set. velocity: min(SNR, gamma)/(SNR + "
+    "1), of the min-SNR paper and current diffusers; published: min(SNR + 1, gamma)/(SNR + 1), of APTP's "
+    "published code, with weight 1 for the noisiest timesteps. For noise prediction both are min(SNR, "
+    "gamma)/SNR."
 )
 SHORT_ATTENTION = 256  # tokens up to which plain matrix products train faster on a CPU than its flash kernel
 

@@ -217,12 +217,12 @@ ROWS = {  # a row of metadata.jsonl, and what is said of it
     "a list as path": (named(["../blue.png"]), "a file_name of type list"),
     "a number as caption": (named("../blue.png", 5), "a caption of type int"),
     "a list as caption": (named("../blue.png", ["a", "b"]), "a caption of type list"),
-    "a text": ('"file_name, text"', "is no JSON with file_name and text"),
-    "deep": (DEEP, "is no JSON with file_name and text"),
-    "deep within": ('{"file_name": "../blue.png", "text": ' + DEEP, "is no JSON with file_name and text"),
+    "a text": ('"file_name, text"', "is not JSON with file_name and text"),
+    "deep": (DEEP, "is not JSON with file_name and text"),
+    "deep within": ('{"file_name": "../blue.png", "text": ' + DEEP, "is not JSON with file_name and text"),
     "a number of 10,000 digits": (
         '{"file_name": "../blue.png", "text": ' + "9" * 10_000 + "}",
-        "is no JSON with|of type int",
+        "is not JSON with|of type int",
     ),
 }
 
@@ -304,14 +304,14 @@ def test_coco_images_of_a_wrong_type(tmp_path):
         assert [(bad.sample, bad.captions) for bad in data.skipped] == [("images[1]", 0), ("annotation 1", 1)]
     for images in (5, "text", [5], [[]], {"id": 1}):
         path.write_text(json.dumps({**content, "images": images}), encoding="utf-8")
-        with pytest.raises(DataError, match="is no COCO captions json"):
+        with pytest.raises(DataError, match="is not a JSON file of COCO captions"):
             load(settings)
     content["annotations"][1]["image_id"] = "text"
     path.write_text(json.dumps({"annotations": content["annotations"]}), encoding="utf-8")
     assert left_out(settings).sample == "annotations[1]"
     for text in (DEEP, "[]", "5", '"annotations"', '{"annotations": ' + "9" * 10_000 + "}"):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(DataError, match="is no COCO captions json") as error:
+        with pytest.raises(DataError, match="is not a JSON file of COCO captions") as error:
             load(settings)
         assert len(str(error.value).splitlines()) == 1
 

@@ -156,7 +156,7 @@ def test_bad_entries_of_a_captions_file(tmp_path):
         "has an empty caption",
     ]
     path.write_text(path.read_text()[:100])
-    with pytest.raises(DataError, match="is no COCO captions json"):
+    with pytest.raises(DataError, match="is not a JSON file of COCO captions"):
         load(settings)
 
 
@@ -169,7 +169,7 @@ def test_duplicate_keys_in_a_shard_keep_the_first(order, tmp_path):
     data = load({"kind": "webdataset", "path": str(tmp_path)}, max_bad_share=0.34)
     assert pairs(data) == [("red", "red"), ("lime", "lime")]
     (bad,) = data.skipped
-    assert bad.sample == "0.tar:7" and bad.reason == "has a key that came before in its shard"
+    assert bad.sample == "0.tar:7" and bad.reason == "has a key that occurs earlier in its shard"
 
 
 def test_incomplete_samples_and_other_members(tmp_path):

@@ -164,7 +164,7 @@ def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
     assert row["predicted"] <= 0.9 and row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
     assert "error of the prediction" in (directory / "table.md").read_text()
     log = (directory / "log.jsonl").read_text()
-    assert "of the dense time on" in log and "are no multiple of 64 channels" in log
+    assert "of the dense time on" in log and "are not multiples of 64 channels" in log
 
     loaded = load_recipe(directory / "recipe.yaml")
     pipeline = load_pipeline(loaded.model)

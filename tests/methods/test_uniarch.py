@@ -211,7 +211,7 @@ def test_a_budget_below_the_floor_is_refused_before_the_search(unet):
 def test_a_unet_alone_is_refused_and_a_pipelines_stays_as_it_was(unet):
     """Without the scheduler nobody knows whether the UNet predicts noise or velocity."""
     method = UniArch(**SETTINGS, search={**SEARCH, "steps": 1})
-    with pytest.raises(UserError, match="needs the whole pipeline: its scheduler says what the UNet predicts"):
+    with pytest.raises(UserError, match="needs the whole pipeline: its scheduler determines what the UNet predicts"):
         method.prune(unet, encoded_for(unet))
     with pytest.raises(UserError, match="EncodedData"):
         method.prune(stub(unet), None)

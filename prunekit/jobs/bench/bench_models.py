@@ -47,8 +47,9 @@ def random_pipeline(model: ModelMixin, seed: int) -> DiffusionPipeline:
     width, pooled = denoiser.text_width(model), denoiser.pooled_width(model)
     if width not in TEXT_ENCODERS or pooled:
         raise UserError(
-            f"no text encoder is known for a model with text of width {width} and pooled text of width {pooled}; time "
-            "its calls alone (workload: unet), or give a pipeline's directory and weights=own"
+            f"no text encoder is known for a model with text of width {width} and pooled text of width "
+            f"{pooled}; time only its calls (workload: unet), or give the directory of a pipeline and "
+            "weights=own"
         )
     tokenizer = build_tokenizer([PROMPT], VOCABULARY)
     tokenizer.model_max_length = TOKENS

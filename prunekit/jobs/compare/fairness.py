@@ -29,7 +29,7 @@ def refuse_unfair(cells: Sequence[Result]) -> None:
             if earlier != value:
                 raise UserError(
                     f"{title(other)} and {title(cell)} cannot share a table: {field} is {earlier!r} there and "
-                    f"{value!r} here; run one of them again, or make it an axis"
+                    f"{value!r} here; run one of them again with equal settings, or make the setting an axis"
                 )
 
 
