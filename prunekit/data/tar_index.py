@@ -39,7 +39,7 @@ def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
     """
     shard = Shard(path)
     if path.exists() and not path.is_file():  # a device or a pipe may have no end
-        shard.fault = "is no file"
+        shard.fault = "is not a file"
         return shard
     try:
         with path.open("rb") as file:

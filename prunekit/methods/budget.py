@@ -149,7 +149,7 @@ def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
     if floor * prompts > limit:
         lowest = math.ceil(10_000 * Fraction(floor, dense)) / 10_000
         raise UserError(
-            f"budget {budget} cannot be met: with every unit removed, this UNet still costs {lowest} of the "
+            f"budget {budget} cannot be met: with every unit removed this UNet still costs {lowest} of the "
             f"dense one. Choose a budget of at least {lowest}, or a space with more units (depth='all', fewer "
             "excludes)"
         )

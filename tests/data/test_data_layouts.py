@@ -184,7 +184,7 @@ def test_nothing_to_read_is_said(kind, tmp_path):
         load({"kind": kind, **split})
     with pytest.raises(DataError, match=r"does not exist; give "):
         load({"kind": kind, "path": str(tmp_path / "nowhere"), **split})
-    with pytest.raises(DataError, match=r"no sample|no shard|no COCO captions|is no file"):
+    with pytest.raises(DataError, match=r"no sample|no shard|no COCO captions|is not a file"):
         load({"kind": kind, "path": str(tmp_path), **split})
     assert data_size(DataConfig(kind=kind, path="nowhere", **split)) is None
 

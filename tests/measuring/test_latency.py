@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(unet, file):
         cost(build("sd2"))
     with pytest.raises(ValueError, match="give 'here', or the file"):
         cost(device="there")
-    with pytest.raises(ValueError, match="no latency table of format"):
+    with pytest.raises(ValueError, match="not a latency table of format"):
         LatencyTable.from_dict({"format": 0})
     with pytest.raises(ValueError, match="meta device"):
         measure_table(build("sd2", device="meta"), SIZE)

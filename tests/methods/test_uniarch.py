@@ -96,7 +96,7 @@ def test_a_search_that_ends_before_its_gates_close_is_said(searched):
     (ratio,) = result.info.gates_ratio
     assert 0.9 < ratio <= 1, "four steps close nothing"
     (line,) = result.warnings()
-    assert f"gates kept {ratio:.2f} of the cost when the search ended" in line and "warmup" not in line
+    assert f"gates kept {ratio:.2f} of the dense cost when the search ended" in line and "warmup" not in line
     assert not PruneResult(result.architectures, info=replace(result.info, gates_ratio=[0.62])).warnings()
 
 

@@ -118,7 +118,7 @@ def test_a_comparison_does_not_overwrite_a_run(world, run, tmp_path):
         compare([path], (), run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.md").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no comparison"):
+    with pytest.raises(UserError, match="is not empty and has no comparison"):
         compare([path], (), tmp_path / "mine")
     assert contents(run) == before and len(contents(tmp_path / "mine")) == 1
 

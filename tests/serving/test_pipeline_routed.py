@@ -160,7 +160,7 @@ def test_callbacks_see_each_batch(served):
         ({"prompt": "a", "batch_size": 0}, "at least 1"),
         ({"prompt": "a", "output_type": "jpg"}, "pil, np, pt, latent"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(1)}, "batches prompts by expert"),
-        ({"prompt": "a", "guidence": 3}, "no argument of StableDiffusionPipeline"),
+        ({"prompt": "a", "guidence": 3}, "not an argument of StableDiffusionPipeline"),
     ],
 )
 def test_what_does_not_fit_is_refused(served, arguments, expected):
