@@ -114,7 +114,7 @@ def test_generate_refuses(run_directory, tmp_path):
         "generate", run_directory, "--method", "aptp", "--prompt", "cat"
     )
     assert "--prompt TEXT" in refused("generate", run_directory, "--method", "norm")
-    assert "not a run directory" in refused("generate", tmp_path / "nowhere", "--prompt", "cat")
+    assert "neither a run directory" in refused("generate", tmp_path / "nowhere", "--prompt", "cat")
     assert "nowhere.txt" in refused(
         "generate", run_directory, "--method", "norm", "--prompts-file", tmp_path / "nowhere.txt"
     )

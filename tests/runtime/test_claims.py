@@ -125,10 +125,10 @@ def test_a_comparison_does_not_overwrite_a_run(world, run, tmp_path):
 
 def test_an_evaluation_and_pictures_do_not_overwrite_a_run(run, tmp_path):
     before = contents(run)
-    with pytest.raises(UserError, match="holds no evaluation"):
+    with pytest.raises(UserError, match="has no evaluation"):
         evaluate("emoji", "emoji", output=run)
     pipeline = PromptRoutedPipeline.from_pretrained(write_pipeline(tmp_path / "model", layers=1), device="cpu")
-    with pytest.raises(UserError, match="holds no generated pictures"):
+    with pytest.raises(UserError, match="has no generated pictures"):
         generate_to(run, pipeline, Request(["red apple"], [0], 1))
     assert contents(run) == before
 
