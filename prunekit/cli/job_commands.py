@@ -18,7 +18,7 @@ def run(
     overrides: Overrides = None,
     directory: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME by default.")] = None,
 ) -> None:
-    """Run a recipe; where its directory holds the same run, go on with it."""
+    """Run a recipe; if its directory holds the same run, resume it."""
     recipe = find_recipe(recipe)
     from prunekit.jobs.process_count import process_count
     from prunekit.jobs.recipe import load_recipe
@@ -32,7 +32,7 @@ def run(
 
 @app.command()
 def resume(directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]) -> None:
-    """Go on with a run that was stopped; a finished one is shown again."""
+    """Resume a stopped run; print the result of a finished one again."""
     from prunekit.jobs.process_count import process_count
     from prunekit.jobs.run import recorded, resume
     from prunekit.runtime.companions import companions

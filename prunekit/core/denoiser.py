@@ -145,7 +145,7 @@ class Denoiser(Structure, Protocol):
             batch: samples B.
             latent: (h, w).
             text_length: tokens T of the text.
-            fill: makes the values. It is asked for "noisy" (B, C, h, w) first, then for the conditions by role, as
+            fill: makes the values. It is requested "noisy" (B, C, h, w) first, then for the conditions by role, as
                 `call` lists them.
             timesteps: (B,) or (); by default one in the middle of the schedule, for all samples.
 

@@ -73,7 +73,7 @@ class Gates:
     def set(self, g: Architecture | torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Gates for the forward passes that follow.
 
-        g: an Architecture or (D,): every sample runs under it, whatever the batch. (G, D): sample b runs under row b,
+        g: an Architecture or (D,): every sample runs under it, for any batch. (G, D): sample b runs under row b,
             and the batch must be G; or, with rows (batch,) of integers, under row rows[b]. Under `space.full()` the
             model runs as it is, without a mask.
         RuntimeError where a forward pass under the previous gates still waits for its backward.
@@ -257,7 +257,7 @@ def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None
 
 @contextlib.contextmanager
 def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
-    """A context in which a denoiser runs under Architectures: `gates.set(g, rows)`, then call the model as ever.
+    """A context in which a denoiser runs under Architectures: `gates.set(g, rows)`, then call the model as usual.
 
     Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
     forward pass waits for its backward is a RuntimeError. On exit no hook is left.

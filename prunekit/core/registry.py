@@ -1,4 +1,4 @@
-"""Which `Denoiser` describes a model class. Nothing heavy is imported before a model is asked for."""
+"""Which `Denoiser` describes a model class. Nothing heavy is imported before a model is requested."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class PrunedModel(ModelMixin):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
-        """As the stock method; `auto_map`, by which diffusers finds a class file, is no part of the model."""
+        """As the stock method; `auto_map`, by which diffusers finds a class file, is not part of the model."""
         return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **options)
 
     @classmethod

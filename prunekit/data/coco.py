@@ -44,7 +44,7 @@ def coco_files(root: Path, split: str | None, annotations: str | None, images: s
 def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iterator[Sample | BadSample]:
     """Yield each picture with its captions, in the json's order; with `validation` those of `coco_validation`.
 
-    Raises DataError for a file that is no COCO captions json.
+    Raises DataError for a file that is not a COCO captions json.
     """
     try:
         content = json.loads(captions.read_text(encoding="utf-8"))

@@ -148,7 +148,7 @@ def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
 
 
 def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> CaptionedImages:
-    """Read the images and captions that a recipe names; pictures stay on disk until they are asked for.
+    """Read the images and captions that a recipe names; pictures stay on disk until they are requested.
 
     cache: a directory in which it is remembered what tar shards hold and which pictures resemble each other, so that a
     second start does not open them.

@@ -21,7 +21,7 @@ from prunekit.data.rows import Rows
 class EncodedData:
     """What training on a frozen autoencoder, text encoder and prompt encoder needs, for n images and P pairs.
 
-    What has a row for each image or pair is a tensor, or Rows that are read or made when they are asked for.
+    What has a row for each image or pair is a tensor, or Rows that are read or made when they are requested.
     """
 
     latents: Tensor | Rows  # (n, C, h, w) float32: the posterior's mean, scaled
@@ -101,7 +101,7 @@ def encode(
         resolution: pixels of a side.
         cache: a directory, which other processes and other data may use at the same time; None: rows stay in memory,
             in float32.
-        config: what is kept; the rest is made each time it is asked for.
+        config: what is kept; the rest is made each time it is requested.
         verify: compare the checksum of every file of the cache, not only of those that have changed since.
 
     Raises:

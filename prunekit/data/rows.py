@@ -1,4 +1,4 @@
-"""Rows of a data set that are read from memory-mapped files when they are asked for, so that memory holds a batch."""
+"""Rows of a data set that are read from memory-mapped files when they are requested, so that memory holds a batch."""
 
 import json
 import mmap

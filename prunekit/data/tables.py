@@ -65,7 +65,7 @@ def check_columns(path: Path, columns: list[str], image_column: str, text_column
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return names as a message lists them: 500 letters at most, so that a damaged table is no page of text."""
+    """Return names as a message lists them: 500 letters at most, so that a damaged table is not a page of text."""
     text = ", ".join(str(name) for name in names)
     return text if len(text) <= 500 else f"{text[:500]} …"
 

@@ -21,7 +21,7 @@ class CLIPEvaluator:
     """The methods of `Evaluator` over a `CLIPModel` and its tokenizer.
 
     Pictures are resized bicubically to the model's size (a picture that is not square is squeezed) and normalised as
-    OpenAI's CLIP asks. `features` are the image embeddings before normalisation: what CMMD is defined on. PickScore's
+    OpenAI's CLIP asks. `features` are the image embeddings before normalization: what CMMD is defined on. PickScore's
     model is one of these too: its score is the cosine times exp(`logit_scale`).
     """
 

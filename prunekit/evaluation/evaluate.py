@@ -75,7 +75,7 @@ def evaluate(
         targets: runs' directories (their dense model and every method), diffusers directories, hub ids, "emoji".
         protocol: "aptp", "bksdm" or "emoji" (`protocols.PROTOCOLS`).
         data: captioned pictures, as `protocols.load_data_config`; by default the runs' own, of which then held-out
-            captions alone are asked for, or the embedded ones under protocol emoji.
+            captions alone are requested, or the embedded ones under protocol emoji.
         num_images: pictures of each model; the protocol's by default.
         overrides: `key=value` over the protocol's settings.
         output: where everything goes; runs/evaluate-PROTOCOL by default.
@@ -210,7 +210,7 @@ def _own_data(protocol: Protocol, recipes: Sequence[dict[str, Any]]) -> DataConf
             f"protocol {protocol.name} needs captioned pictures: give --data, such as "
             '"{kind: coco, path: coco, split: val30k}", or prompts=FILE'
         )
-    return DataConfig(holdout_by="captions")  # the model is no run's: all of the data is asked for
+    return DataConfig(holdout_by="captions")  # the model is not a run's: all of the data is requested
 
 
 def _captions(protocol: Protocol, images: CaptionedImages, seed: int, held_only: bool) -> Prompts:

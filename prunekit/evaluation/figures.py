@@ -23,7 +23,7 @@ REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder, of the rea
 
 @dataclass(frozen=True)
 class Seen:
-    """One model's pictures and what they are held against; what a figure needs is computed when it is asked for."""
+    """One model's pictures and what they are held against; what a figure needs is computed when it is requested."""
 
     protocol: Protocol
     features: Features

@@ -23,7 +23,7 @@ class InceptionFeatures:
 
     @classmethod
     def load(cls) -> "InceptionFeatures":
-        """Load the network; ImportError without the extra `metrics`, ValueError where its weights are not at hand."""
+        """Load the network; ImportError without the extra `metrics`, ValueError where its weights are not available."""
         try:
             from cleanfid.inception_pytorch import InceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch

@@ -14,7 +14,7 @@ from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.yaml_files import FAULTS, load_overrides, resolved
 
 OF_TEXT = ("clip_score", "pick_score")  # metrics that need no real pictures
-OF_NAMES = ("top1", "top5")  # metrics of pictures that are asked for by name
+OF_NAMES = ("top1", "top5")  # metrics of pictures that are requested by name
 MetricName = Literal["cmmd", "kid", "frechet", "clip_score", "top1", "top5", "pick_score"]
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 

@@ -38,7 +38,8 @@ def slice_lora(
         alphas: the second that it gives; a layer's scale alpha/rank goes into its B, so the result needs no alphas.
 
     Raises:
-        ValueError: one line: a UNet in its stock form, whose layers are renumbered; a name that is no LoRA's; a matrix
+        ValueError: one line: a UNet in its stock form, whose layers are renumbered; a name that is not a LoRA's; a
+            matrix
             that does not belong to the dense UNet's layer.
 
     """

@@ -120,10 +120,10 @@ def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> 
         )
         for position, (title, experts) in enumerate(columns, start=1):
             panel = figure.add_subplot(1, len(columns), position)
-            colours = ListedColormap([colour(expert) for expert in range(int(experts.max()) + 1)])
+            colors = ListedColormap([colour(expert) for expert in range(int(experts.max()) + 1)])
             panel.pcolormesh(
                 experts.view(-1, min(SQUARES, len(experts))).flip(0).numpy(),
-                cmap=colours,
+                cmap=colors,
                 edgecolors="white",
                 linewidth=1.5,
             )

@@ -31,7 +31,7 @@ def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Calla
     """Write the page of each run or comparison into its directory; return their paths.
 
     with_sensitivity: first measure each layer's damage, and record what an older run did not; this loads the model
-        and the data. Raises ValueError, one line, for a directory that is no run, before any page is written.
+        and the data. Raises ValueError, one line, for a directory that is not a run, before any page is written.
     """
     sources = [Source(Path(directory)) for directory in directories]
     if with_sensitivity:

@@ -1,7 +1,7 @@
 """A run: the stages of a recipe in order, in one directory, each skipped where its result is there already.
 
 A stage's result appears whole or not at all, and every draw is keyed by the recipe's seed; so a run that was killed
-anywhere goes on where it was and ends where it would have ended (law 5).
+anywhere resumes and ends where it would have ended (law 5).
 """
 
 import shutil

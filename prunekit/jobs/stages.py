@@ -307,7 +307,7 @@ class Stages:
         return read_pictures(files), experts
 
     def sample_seen(self, candidate: Candidate, folder: Path, seed: int | None = None) -> Tensor | None:
-        """Return the picture of every prompt of a training picture; None where none are asked for."""
+        """Return the picture of every prompt of a training picture; None where none are requested."""
         seen = self.drawn_seen_prompts
         return None if seen is None else self.sample(candidate, folder, seed, seen)[0]
 

@@ -219,7 +219,8 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
     """The units that may be removed, and what counts their cost at the resolution and text length of the settings.
 
     Raises:
-        ValueError: a resolution that is no multiple of the pipeline's VAE scale, or one given for a UNet alone, whose
+        ValueError: a resolution that is not a multiple of the pipeline's VAE scale, or one given for a UNet alone,
+            whose
             VAE is unknown.
 
     """

@@ -52,7 +52,7 @@ class BKSDMSettings(PruneSettings):
     @field_validator("depth")
     @classmethod
     def _whole_layers(cls, value: str) -> str:
-        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is no fault
+        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is not a fault
 
     @field_validator("variant", mode="before")
     @classmethod

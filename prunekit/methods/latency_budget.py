@@ -50,7 +50,7 @@ def latency_model(
     """Return the cost model in time; where the folder has no table of these conditions, measure and keep one.
 
     Raises:
-        ValueError: a UNet on the meta device; a file that is no table, or one of another model, size or text length.
+        ValueError: a UNet on the meta device; a file that is not a table, or one of another model, size or text length.
 
     """
     path, conditions = Path(settings.device).expanduser(), _conditions(model, cost, settings)

@@ -131,11 +131,11 @@ class OneMask(Method):
         return registry.get(self.config.choice)(**{**settings, **self.config.choice_settings})
 
     def _router(self, data: EncodedData) -> Router:
-        """Return what sends a prompt to the nearest centre of the training prompts, by cosine similarity."""
+        """Return what sends a prompt to the nearest center of the training prompts, by cosine similarity."""
         pairs, config = data.training_pairs(), self.config
         if config.experts > len(pairs):
             raise UserError(f"experts={config.experts} is more than the {len(pairs)} training prompts")
         embeddings = data.prompts[clustered_pairs(pairs, config.seed)]
-        centres = spherical_kmeans(embeddings, config.experts, config.seed)
-        directions = nn.functional.normalize(centres.double(), dim=1)
+        centers = spherical_kmeans(embeddings, config.experts, config.seed)
+        directions = nn.functional.normalize(centers.double(), dim=1)
         return Router(directions, directions.new_zeros(len(directions)))

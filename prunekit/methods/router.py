@@ -24,7 +24,7 @@ from prunekit.runtime.tensors import read_tensors, write_tensors
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
 GRID = 64  # steps of a component between 0 and 1, to which a `RandomRouter` rounds
-MOST_CLUSTERED = 16_384  # prompts among whose embeddings centres are sought
+MOST_CLUSTERED = 16_384  # prompts among whose embeddings centers are sought
 ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
 
 
@@ -388,9 +388,9 @@ def clustered_pairs(pairs: Tensor, seed: int) -> Tensor:
 
 
 def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
-    """Return `count` centres (N, D) of embeddings (P, D) by cosine similarity; deterministic.
+    """Return `count` centers (N, D) of embeddings (P, D) by cosine similarity; deterministic.
 
-    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a centre keeps the mean length of its members, and
+    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a center keeps the mean length of its members, and
     an empty one stays where it was.
     """
     unit = F.normalize(embeddings.double(), dim=1)
@@ -401,17 +401,17 @@ def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int 
         if not bool(distance.sum() > 0):
             distance = torch.ones_like(distance)
         chosen.append(int(torch.multinomial(distance, 1, generator=source)))
-    centres = unit[chosen]
+    centers = unit[chosen]
     for _ in range(iterations):
-        nearest = (unit @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        nearest = (unit @ centers.T).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, unit)
         counts = torch.bincount(nearest, minlength=count)[:, None]
-        centres = torch.where(counts > 0, F.normalize(sums, dim=1), centres)
-    nearest = (unit @ centres.T).argmax(1)
+        centers = torch.where(counts > 0, F.normalize(sums, dim=1), centers)
+    nearest = (unit @ centers.T).argmax(1)
     members = torch.bincount(nearest, minlength=count).clamp(min=1)
     lengths = torch.zeros(count, dtype=unit.dtype, device=unit.device)
     lengths.index_add_(0, nearest, embeddings.double().norm(dim=1))
-    return (centres * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)
+    return (centers * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)
 
 
 def _tree_sum(x: Tensor) -> Tensor:

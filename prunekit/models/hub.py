@@ -70,7 +70,7 @@ def fetch_file(repository: str, file: str, local: str) -> Path:
 def asking(repository: str, what: str = "it", local: str = LOCAL) -> Iterator[Hub]:
     """Turn what the hub or its cache fails with into a ValueError, one line; a new cache without weights is removed.
 
-    what: is asked for, for the message. local: what can be given in its place. Whole weight files stay, so that a new
+    what: is requested, for the message. local: what can be given in its place. Whole weight files stay, so that a new
     start goes on.
     """
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"

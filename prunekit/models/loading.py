@@ -95,7 +95,7 @@ def load_directory(
     """Load a diffusers pipeline's directory, safetensors alone; a pruned denoiser by prunekit's class, no code is run.
 
     name: what errors call it. with_denoiser: without, its denoiser is None, and need not be there.
-    Raises ValueError, one line, for a directory that is no pipeline's, or does not load.
+    Raises ValueError, one line, for a directory that is not a pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} is not a diffusers pipeline: it has no {INDEX}")

@@ -34,7 +34,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Source:
-    """A directory that is reported on. Raises ValueError, one line, for one that is no run."""
+    """A directory that is reported on. Raises ValueError, one line, for one that is not a run."""
 
     directory: Path
 

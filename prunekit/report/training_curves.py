@@ -7,7 +7,7 @@ from prunekit.report.source import MissingError, Section, Source
 from prunekit.report.svg import COLOURS, colour, inline_svg, legend_below, new_figure, plain_log_axis, style
 from prunekit.runtime.run_directory import LOG
 
-OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # of a row's figures, what is no term of the loss
+OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # of a row's figures, what is not a term of the loss
 MOST_TRAININGS = 24
 SHORT = 14  # letters of a name of which three fit beside each other
 APART = 30  # from this ratio on, curves of one figure share a logarithmic axis

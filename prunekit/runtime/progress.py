@@ -1,4 +1,4 @@
-"""One progress bar for whatever takes long: step, loss, time left; silent when output is no terminal."""
+"""One progress bar for whatever takes long: step, loss, time left; silent when output is not a terminal."""
 
 import sys
 import time

@@ -34,7 +34,7 @@ class TrackingConfig(BaseModel):
 
 
 class Trackers:
-    """The trackers of one run; started again on its directory, they go on with the same run.
+    """The trackers of one run; started again on its directory, they continue the same run.
 
     TensorBoard's files are in `directory`/tensorboard. Only the main process of a launch tracks; in the others, as
     where no trackers are named, every call does nothing.

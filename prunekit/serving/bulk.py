@@ -1,7 +1,7 @@
 """Many pictures into one directory, by any number of processes, in any order, through any number of kills.
 
 Pictures are cut into fixed batches: by expert, then by prompt and seed. So no byte depends on the order in which they
-are asked for, or on which process makes what; processes that are given the same work share it by lock files.
+are requested, or on which process makes what; processes that are given the same work share it by lock files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: prompts with their seeds, and how all of them are drawn.
+    """What is requested: prompts with their seeds, and how all of them are drawn.
 
     size: pixels (height, width); None: the model's own. picture_format: "png" or "webp".
     """
@@ -137,7 +137,7 @@ def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request,
 
 
 def _claim(directory: Path, content: dict[str, Any]) -> None:
-    """Write down what is asked for; ValueError that names a difference to what was asked for before."""
+    """Write down what is requested; ValueError that names a difference to the earlier request."""
     refuse_foreign(directory, (directory / WORK / REQUEST).is_file(), "generated pictures")
     if different := _differences(directory, content):
         raise UserError(

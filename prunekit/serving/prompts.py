@@ -26,10 +26,10 @@ def collect(
     validation: int | None = None,
     extremes: int | None = None,
 ) -> list[str]:
-    """Return all prompts that are asked for: given ones, a file's, a shipped list's, the run's validation captions.
+    """Return all prompts that are requested: given ones, a file's, a shipped list's, the run's validation captions.
 
     directory: the run. extremes: as in `extreme_prompts`, of the validation captions, all or the first `validation`.
-    Raises ValueError, one line, where nothing is asked for.
+    Raises ValueError, one line, where nothing is requested.
     """
     for text in prompts:
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -82,7 +82,7 @@ def validation_prompts(settings: dict[str, Any], count: int | None = None) -> li
 
 
 def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], count: int) -> list[str]:
-    """Return the first `count` prompts of the cheapest expert and of the dearest, among the experts that are used.
+    """Return `count` prompts each for the cheapest and the most expensive of the used experts.
 
     As the APTP paper's Figure 4 shows them. Raises ValueError, one line, for one expert, or unknown costs.
     """

@@ -50,7 +50,7 @@ def images_of(
     seeds: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[Image]:
-    """Return the images that are asked for, a prompt's own side by side.
+    """Return the images that are requested, a prompt's own side by side.
 
     seeds: one a prompt or one an image; of a prompt's k images with one seed the j-th takes seed + j. One int counts
     for every prompt. generator: one an image, or a single one, from which each image's seed is drawn, in this order.

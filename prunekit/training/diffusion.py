@@ -61,8 +61,8 @@ def attention_kernel(model: nn.Module, latents: Tensor, recomputed: bool = False
     latents, heads of 16 channels, bfloat16) they are 4 times as fast as torch's own, which computes in float32, and 14
     times as fast as its flash kernel with the backward pass; for many tokens flash is faster. Results agree to
     rounding. A step of the embedded transformer (80 tokens, heads of 32 channels) takes 0.83 of its time.
-    recomputed: activations are made anew in the backward pass, outside of this context, where another kernel would not
-    fit what the first one saved; then the choice is torch's.
+    recomputed: activations are computed again in the backward pass, outside of this context, where another kernel
+        would not fit the saved activations; then the choice is torch's.
     """
     few = latents.shape[-2] * latents.shape[-1] <= SHORT_ATTENTION
     if not few or latents.device.type != "cpu" or recomputed:

@@ -74,7 +74,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Objective(Protocol):
-    """What a training optimises. Only `modules`' parameters that require gradients are trained."""
+    """What a training optimizes. Only `modules`' parameters that require gradients are trained."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:

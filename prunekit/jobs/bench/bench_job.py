@@ -1,4 +1,4 @@
-"""`prunekit bench`: time a recipe's architectures, or a run's pruned models, on the device at hand."""
+"""`prunekit bench`: time a recipe's architectures, or a run's pruned models, on this machine's device."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

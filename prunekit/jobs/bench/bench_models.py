@@ -90,7 +90,7 @@ def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Diffus
 def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_length: int, seed: int) -> Any:
     """Return (Architecture, its cost model) of a budget: a function of the model's shapes, the settings and the seed.
 
-    The scores are Random's. Where widths or depths alone are asked for, the others' scores lie above all of theirs.
+    The scores are Random's. Where widths or depths alone are requested, the others' scores lie above all of theirs.
     """
     method = Random(seed=seed, depth=DEPTH_OF[config.choose])
     scores = method.score(model)

@@ -66,7 +66,7 @@ class CellConfig(_Section):
 
 
 class BenchRecipe(_Section):
-    """Time a model and pruned forms of it, interleaved, on the device at hand."""
+    """Time a model and pruned forms of it, interleaved, on this machine's device."""
 
     job: Literal["bench"]
     name: Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))] = Field(

@@ -164,7 +164,7 @@ class CellRunner:
         return flat(fields)
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Make a cell, or go on with it, unless it is there; return its result."""
+        """Compute a cell, or resume it, unless it exists; return its result."""
         if result := self.finished(cell):
             return result
         stages, fields = self.stages, self.fields(cell)

@@ -14,7 +14,7 @@ AXES = {"seed"}
 
 
 def refuse_unfair(cells: Sequence[Result]) -> None:
-    """Raise ValueError, by the field's name, where two cells differ in what is no axis of the comparison.
+    """Raise ValueError, by the field's name, where two cells differ in what is not an axis of the comparison.
 
     Axes are the method with its own settings, the budget, the seed, distillation and the protocol. All else must be
     equal: model, data, resolution, convention, fine-tuning and evaluation.

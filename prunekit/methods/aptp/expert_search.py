@@ -154,7 +154,7 @@ class SearchObjective(GateSearchObjective):
         return {"predictor": self.predictor, "codes": self.codes}
 
     def batch(self, step: int) -> RoutedBatch:
-        """Draw a step; at the first step with codes, place them at the centres of the predicted embeddings."""
+        """Draw a step; at the first step with codes, place them at the centers of the predicted embeddings."""
         config, drawn = self.config, self.draw(step)
         if step == config.warmup:
             self._place_codes()
@@ -189,7 +189,7 @@ class SearchObjective(GateSearchObjective):
     def micro_loss(self, batch: RoutedBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions` under their experts' gates (Eq. 25).
 
-        During the warm-up embeddings are computed anew: the graph of the whole batch stays with the shared terms.
+        During the warm-up embeddings are computed again: the graph of the whole batch stays with the shared terms.
         """
         logits = self._embeddings(batch) if batch.step < self.config.warmup else self.codes.values
         return self.sample_terms(batch, positions, logits, batch.assignment[positions], batch.weights[positions])
