@@ -35,7 +35,7 @@ def test_every_setting_is_described():
 
 
 def test_the_pictures_are_drawn_from_the_code():
-    """Numbers of units come from the models' shapes. The packages' picture changes with every import: it is only drawn."""
+    """Numbers of units come from the models' shapes. The picture of packages changes with imports: only drawn."""
     pictures = module(DOCS / "pictures.py")
     for name, draw in pictures.PICTURES.items():
         drawn, kept = draw(), (pictures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")

@@ -203,7 +203,7 @@ class NamedCalls:
         return int(model.config.in_channels)
 
     def latent_size(self, model: Any) -> tuple[int, int] | None:
-        """Return the latent's (h, w) that a model was made for; None where its config does not say."""
+        """Return the latent's (h, w) that a model was made for; None if its config does not say."""
         size = model.config.sample_size
         return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
 

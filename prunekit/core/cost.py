@@ -20,7 +20,7 @@ from .space import Architecture, UnitSpace, near
 
 
 class CostModel:
-    """The cost of every Architecture over a space, at one latent size, batch 1; only shapes of the model are read.
+    """The cost of every Architecture over a space, at one latent size, batch 1. It reads only shapes of the model.
 
     sample_size: of the latent, a side or (h, w); None: the model's own.
     text_length: tokens of the text.

@@ -52,7 +52,7 @@ class _State:
 
 
 class Gates:
-    """The handle that `gated` yields: `set` says under which Architectures the next forward passes run."""
+    """The handle that `gated` yields; `set` sets the gates of the next forward passes."""
 
     def __init__(self, model: nn.Module, space: UnitSpace):
         self.space = space
@@ -71,7 +71,7 @@ class Gates:
         self._unit_of_channel = torch.tensor(unit_of_channel, dtype=torch.long, device=self._parameter.device)
 
     def set(self, g: Architecture | torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Gates for the forward passes that follow.
+        """Set the gates of the next forward passes.
 
         g: an Architecture or (D,): every sample runs under it, for any batch. (G, D): sample b runs under row b,
             and the batch must be G; or, with rows (batch,) of integers, under row rows[b]. Under `space.full()` the
@@ -229,7 +229,7 @@ def mix(entered: Sequence[torch.Tensor], output: Any, gate: torch.Tensor) -> Any
     """u·f(x) + (1 - u)·h for every stream (APTP, Eq. 23 and 24), exact at u = 0 and 1.
 
     entered: the hidden states h that entered, one of each stream. output: the layer's: a tensor, or a tuple whose first
-        items are those of the streams, in this order; None where a layer gives a stream no output. gate: (rows,).
+        items are those of the streams, in this order; None if a layer gives a stream no output. gate: (rows,).
     """
     if isinstance(output, tuple):
         mixed = [mix([h], f, gate) for h, f in zip(entered, output, strict=False)]
@@ -257,7 +257,7 @@ def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None
 
 @contextlib.contextmanager
 def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
-    """A context in which a denoiser runs under Architectures: `gates.set(g, rows)`, then call the model as usual.
+    """Run a denoiser with gates in a context: `gates.set(g, rows)`, then call the model as usual.
 
     Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
     forward pass waits for its backward is a RuntimeError. On exit no hook is left.
@@ -350,7 +350,7 @@ def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def pipeline_rows(num_prompts: int, images_per_prompt: int = 1, guidance: bool = True) -> torch.Tensor:
-    """The rows of a diffusers pipeline's batch, int64: which prompt's gates each sample of the denoiser's batch uses.
+    """Return the gate row of each sample of a diffusers pipeline's denoiser batch, int64.
 
     Images of a prompt are neighbours; with classifier-free guidance the unconditional half comes first.
     """

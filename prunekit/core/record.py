@@ -21,7 +21,7 @@ FORMATS = (1, 2)
 
 
 def kept_units(model: Any, group: str) -> list[int] | None:
-    """Return the dense model's units that an earlier cut left of a group, by its name; None where it was not cut."""
+    """Return the dense model's units that an earlier cut left of a group, by its name; None if it was not cut."""
     kept = (model.config.get("pruning") or {}).get("kept") or {}
     return kept.get(group, kept.get(group.partition(":")[2]))
 

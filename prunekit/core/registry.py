@@ -28,7 +28,7 @@ def register_denoiser(
     attribute: str = "transformer",
     unnamed: str | None = None,
 ) -> None:
-    """Register what describes some model classes; a later registration replaces an earlier one.
+    """Register the description of model classes; a later registration replaces an earlier one.
 
     models: classes, or their names. A subclass is described by its nearest registered base class.
     denoiser: the description, or a function that returns it, which is called once, when it is first needed.
@@ -100,7 +100,7 @@ def _described(model: Any) -> Any:
 
 
 def _attribute(pipeline: Any) -> str | None:
-    """Return the name of the pipeline's attribute that holds a denoiser; None where none does."""
+    """Return the name of the pipeline's attribute that holds a denoiser; None if none does."""
     return next((name for name in _ATTRIBUTES if is_denoiser(getattr(pipeline, name, None))), None)
 
 

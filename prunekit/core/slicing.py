@@ -142,7 +142,7 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
 
 
 def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "pruned"]:
-    """Save a pruned model in its stock form where it has one, else in its pruned form; says which.
+    """Save a pruned model in its stock form if there is one, else in its pruned form; return which.
 
     The stock form loads without prunekit, by the dense class's `from_pretrained(folder)`; the
     pruned form by the pruned class's.
@@ -160,7 +160,7 @@ def config_signature(dense: type[ModelMixin]) -> inspect.Signature:
 
 
 def slice_model(model: nn.Module, architecture: Architecture) -> Any:
-    """A pruned copy of a denoiser that keeps what a boolean Architecture keeps; the model is left as it is.
+    """Return a pruned copy of a denoiser with the units that a boolean Architecture keeps; the model does not change.
 
     Works on the meta device, on a model that is pruned already, and with an Architecture from another instance of the
     same space; UserError where the Architecture does not fit the model.

@@ -70,7 +70,7 @@ def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
 
 
 class TimestepModel(ModelMixin, ConfigMixin):
-    """Several slices of one denoiser, of which each sample runs through the one of its timestep.
+    """Several slices of one denoiser; each sample runs through the slice of its timestep.
 
     Called as the denoiser is; what it has beside, such as `config` or the parts that a pipeline looks at, is the first
     slice's. It holds no weights of its own.

@@ -121,7 +121,7 @@ def feedforward_layer(path: str, module: Any, stream: str, groups: int | None, f
         path: of the feed-forward in the model.
         module: diffusers' `FeedForward`, or what an earlier cut left of it.
         stream: of its input.
-        groups: how many an earlier cut left; None where it was not cut.
+        groups: how many an earlier cut left; None if it was not cut.
         feeds: paths of modules that only feed it.
 
     """

@@ -127,7 +127,7 @@ class DataConfig(BaseModel):
 
     @property
     def held_out_split(self) -> "DataConfig | None":
-        """The data that is held out where it is a split of its own; None where a share is held out."""
+        """The data that is held out where it is a split of its own; None if a share is held out."""
         if self.holdout_split is None:
             return None
         changes: dict[str, Any] = {"split": self.holdout_split, "annotations": None, "images": None}

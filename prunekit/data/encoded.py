@@ -45,7 +45,7 @@ class EncodedData:
     def draw_latents(self, pairs: Tensor, noise: Tensor | None) -> Tensor:
         """Return the latents of pairs (k,), (k, C, h, w): the posterior's means, or samples where deviations are kept.
 
-        noise: (k, C, h, w) Gaussian, keyed by what makes the draw unique (law 4); None where there are only means.
+        noise: (k, C, h, w) Gaussian, keyed by what makes the draw unique (law 4); None if there are only means.
         """
         images = self.image_index[pairs]
         means = self.latents[images]

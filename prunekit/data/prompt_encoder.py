@@ -87,6 +87,6 @@ def refuse_foreign_code(folder: Path) -> None:
 def load_prompt_encoder(name: str | Path = EMBEDDED) -> PromptEncoder:
     """Load "emoji", the embedded encoder, or any Sentence Transformer by folder or hub name.
 
-    Raises ValueError where there is none of that name.
+    Raises ValueError if there is none of that name.
     """
     return PromptEncoder(name)

@@ -56,7 +56,7 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file. Raises ValueError where it has none, or other bytes than it says."""
+    """Read the header of a safetensors file. Raises ValueError if it has none, or other bytes than it says."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)

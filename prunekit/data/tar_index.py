@@ -111,7 +111,7 @@ def _packed(shard: Shard) -> dict[str, Any]:
 
 
 def _unpacked(path: Path, file: Path) -> Shard | None:
-    """Return what `_packed` was made of; None where the file has been damaged, and is removed."""
+    """Return what `_packed` was made of; None if the file has been damaged, and is removed."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         parts = {

@@ -81,7 +81,7 @@ def evaluate(
         output: where everything goes; runs/evaluate-PROTOCOL by default.
         say: told of what is done.
 
-    Pictures and features that are there are not made again, and several processes may share the drawing.
+    Existing pictures and features are not computed again, and several processes may share the drawing.
 
     Raises:
         ValueError: one line, for bad input; before anything is drawn, as far as it can be known.

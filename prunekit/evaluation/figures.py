@@ -152,7 +152,7 @@ def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
 def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
     """Read mean (F,) and covariance (F, F) of real features from an .npz with `mu` and `sigma`, as pytorch-fid writes.
 
-    Raises ValueError, one line, where there is none, or one of features of another width.
+    Raises ValueError, one line, if there is none, or one of features of another width.
     """
     try:
         with np.load(path, allow_pickle=False) as content:

@@ -79,7 +79,7 @@ def _skips(model: UNet2DConditionModel | ControlNetModel) -> tuple[list[Place], 
 
 
 def _difference(places: list[Place], given: list[Place], what: str) -> str | None:
-    """Return what is wrong with residuals for places, in words; None where they fit."""
+    """Return what is wrong with residuals for places, in words; None if they fit."""
     if len(places) != len(given):
         return (
             f"it has {len(given)} residuals, and this UNet has {len(places)} {what}s, because whole layers or "

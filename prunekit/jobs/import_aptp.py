@@ -130,7 +130,7 @@ def _info(published: Release, architectures: list[Architecture], cost: CostModel
 
 
 def _dense(published: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:
-    """Return the dense UNet that experts without weights of their own are cut from; None where it is not available."""
+    """Return the dense UNet that experts without weights of their own are cut from; None if it is not available."""
     missing = [index for index, path in enumerate(published.weights) if path is None]
     if not missing:
         return None, []

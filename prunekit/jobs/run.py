@@ -255,7 +255,7 @@ class Run:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return what changes when a file is replaced; None where there is no file."""
+    """Return what changes when a file is replaced; None if there is no file."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -266,7 +266,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
     """Run a recipe from its file; return the run directory (`runs/NAME` by default).
 
-    A directory that holds the same recipe's run is resumed. Raises RecipeError where it holds another's.
+    A directory that holds the same recipe's run is resumed. Raises RecipeError if it holds another's.
     """
     recipe = load_recipe(recipe_path, overrides)
     if isinstance(recipe, CompareRecipe):
@@ -276,13 +276,13 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
 
 
 def resume(directory: str | Path) -> Path:
-    """Go on with the run in `directory`; return it. Raises RecipeError where there is none."""
+    """Go on with the run in `directory`; return it. Raises RecipeError if there is none."""
     folder, recipe = Path(directory), recorded(directory)
     return _work_in(folder, lambda others: recipe)
 
 
 def recorded(directory: str | Path) -> PruneRecipe | PretrainRecipe:
-    """Return the recipe of the run in `directory`. Raises RecipeError where there is none."""
+    """Return the recipe of the run in `directory`. Raises RecipeError if there is none."""
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is not a run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")

@@ -188,7 +188,7 @@ class Stages:
 
     @property
     def split(self) -> Split | None:
-        """What the rows are measured on: held-out pictures; None where the data has none, and all of it is used."""
+        """What the rows are measured on: held-out pictures; None if the data has none, and all of it is used."""
         return HELD_OUT if self.data.images.holds_pictures else None
 
     @property
@@ -307,7 +307,7 @@ class Stages:
         return read_pictures(files), experts
 
     def sample_seen(self, candidate: Candidate, folder: Path, seed: int | None = None) -> Tensor | None:
-        """Return the picture of every prompt of a training picture; None where none are requested."""
+        """Return the picture of every prompt of a training picture; None if none are requested."""
         seen = self.drawn_seen_prompts
         return None if seen is None else self.sample(candidate, folder, seed, seen)[0]
 

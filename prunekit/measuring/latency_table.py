@@ -92,7 +92,7 @@ class LatencyTable:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON form, which `from_dict` reads."""
+        """Return a JSON form, which `from_dict` reads."""
         layers = {path: asdict(layer) for path, layer in self.layers.items()}
         return {"format": FORMAT, "conditions": self.conditions, "rest": self.rest, "layers": layers}
 

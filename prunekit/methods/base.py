@@ -47,7 +47,7 @@ class Method:
 
     @property
     def num_models(self) -> int:
-        """How many Architectures `prune` returns."""
+        """Return the number of Architectures that `prune` returns."""
         return 1
 
     def prune(
@@ -62,7 +62,7 @@ class Method:
         Args:
             pipeline: a pipeline, which stays as it is; its UNet alone, where the method can do without the rest.
             dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder; None
-                where the method needs none.
+                if the method needs none.
             directory: where the result is saved, with what a later call can go on from; None: nowhere.
             log: takes rows of figures while a method trains.
 
@@ -100,7 +100,7 @@ class Method:
         return MethodWork()
 
     def fine_tuning(self) -> dict[str, Any]:
-        """Return fine-tuning settings, by name, that the method asks for in place of a recipe's; none by default."""
+        """Return fine-tuning settings, by name, that replace a recipe's; none by default."""
         return {}
 
     def short_settings(self, devices: int) -> dict[str, Any]:

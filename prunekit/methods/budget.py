@@ -72,7 +72,7 @@ class Scores:
 
 
 def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int | None = None) -> Architecture:
-    """The Architecture of the highest scores within the budget.
+    """Return the Architecture of the highest scores within the budget.
 
     Args:
         scores: `Scores`, or a tensor (D,), over the cost model's space.
@@ -101,7 +101,7 @@ def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int |
 def select_mixture(
     logits: Tensor, counts: Sequence[int] | Tensor, cost: CostModel, budget: float, align: int | None = None
 ) -> list[Architecture]:
-    """The Architectures of N experts whose mean cost over the training prompts is within the budget.
+    """Return the Architectures of N experts whose mean cost over the training prompts is within the budget.
 
     One threshold is common to all experts: the lowest at which sum_i counts_i x cost_i is at most
     budget x dense x sum_i counts_i. The cost falls with the threshold, so passing the logits in order, at O(1) each,
@@ -269,7 +269,7 @@ class _Mixture:
         return [step for step in steps if step is not None]
 
     def _next_step(self, expert: int, index: int) -> "_Step | None":
-        """The units that come back next in a group, by the order of `put_back`; None where it is whole."""
+        """The units that come back next in a group, by the order of `put_back`; None if it is whole."""
         bits, scores = self.running[expert].bits, self.scores[expert]
         missing = [unit for unit in self._units(self.space.groups[index]) if not bits[unit]]
         if not missing:

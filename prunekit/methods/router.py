@@ -43,7 +43,7 @@ def cosine_scores(embeddings: Tensor, codes: Tensor) -> Tensor:
 
 
 class Router:
-    """Sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
+    """The router: it sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
 
     Experts that no training prompt was routed to (`unused`) were not fine-tuned, so no prompt is sent to them.
 
@@ -104,12 +104,12 @@ class Router:
 
     @property
     def num_experts(self) -> int:
-        """The number N of experts, unused ones included."""
+        """Return the number of experts, N, unused ones included."""
         return len(self.bias)
 
     @property
     def embedding_size(self) -> int:
-        """Z, the width of a prompt's embedding."""
+        """Return the width of a prompt's embedding, Z."""
         return self.weight.shape[1]
 
     def scores(self, z: Tensor) -> Tensor:
@@ -159,13 +159,13 @@ class Router:
         return torch.cat([self.route(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
 
     def with_fallback(self, fallback: int) -> "Router":
-        """The same router with another expert for prompts without an embedding."""
+        """Return the same router with another expert for prompts without an embedding."""
         other = copy(self)
         other.fallback = self._checked(fallback)
         return other
 
     def shifted(self, shift: Tensor) -> "Router":
-        """The same router with `shift` (N,) added to the experts' scores.
+        """Return the same router with `shift` (N,) added to the experts' scores.
 
         A score is |e| times the cosine, so the shift counts for less where e is long. Whether a shift of the cosines
         themselves would route better is not measured.
@@ -175,7 +175,7 @@ class Router:
         return other
 
     def without(self, unused: Sequence[int]) -> "Router":
-        """The same router, which sends no prompt to the experts `unused`; its fallback must be another expert."""
+        """Return the same router without the experts `unused`; its fallback must be another expert."""
         other = copy(self)
         other.unused = self._checked_unused(unused)
         other.fallback = other._checked(self.fallback)
@@ -278,7 +278,7 @@ class HardenedRouter(Router):
 
     @property
     def embedding_size(self) -> int:
-        """Z, the width of a prompt's embedding."""
+        """Return the width of a prompt's embedding, Z."""
         return self.predictor.embedding_size
 
     def _similarities(self, z: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def fine_tune(
     milestones: Mapping[int, Callable[[], None]] | None = None,
     objective: Callable[..., FineTuningObjective] = FineTuningObjective,
 ) -> dict[str, float]:
-    """Train a sliced denoiser in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
+    """Train a sliced denoiser in place (Eq. 30), resuming an interrupted call from `directory`.
 
     student: usually from `slice_unet`, float32. teacher: the dense model, left as it is. scheduler: the pipeline's.
     pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.

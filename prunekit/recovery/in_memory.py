@@ -33,7 +33,7 @@ def recover_experts(
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
     What a run does, in memory: returns the models, frozen, on the device of the pipeline's UNet, which stays as it is.
-    directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
+    directory: where trainings are kept, so that an interrupted call resumes; None: a temporary directory.
     Raises ValueError as `fine_tune`, and for a directory with the training of another result.
     """
     if directory is None:

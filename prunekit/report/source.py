@@ -75,7 +75,7 @@ class Source:
         return str(self.recipe.get("name") or self.results.get("recipe") or self.directory.resolve().name)
 
     def metrics(self, name: str, kind: str) -> Any:
-        """Return a row's record of a kind, such as "errors"; None where the run has none."""
+        """Return a row's record of a kind, such as "errors"; None if the run has none."""
         path = self.directory / "metrics" / f"{name}.{kind}.json"
         return read_json(path) if path.is_file() else None
 

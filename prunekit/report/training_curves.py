@@ -94,7 +94,7 @@ def _losses(title: str, rows: Sequence[Row]) -> str:
 
 
 def _together(trainings: dict[str, list[Row]], key: str, title: str, unit: str, scale: float = 1.0) -> str | None:
-    """Return one figure of the first eight trainings over their steps; None where none recorded it."""
+    """Return one figure of the first eight trainings over their steps; None if none recorded it."""
     curves: dict[str, list[tuple[Any, Any]]] = {}
     for name, rows in trainings.items():
         points = [(row["step"], row[key] * scale) for row in rows if row.get(key) is not None]

@@ -35,7 +35,7 @@ class Painter:
 
 
 def wall(source: Source) -> Section:
-    """Return the section. Raises MissingError where no pictures were kept."""
+    """Return the section. Raises MissingError if no pictures were kept."""
     painters, note = _of_comparison(source) if source.is_comparison else _of_run(source)
     painters = [painter for painter in painters if painter.drawn]
     if not painters:

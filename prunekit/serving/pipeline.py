@@ -47,7 +47,7 @@ class RoutedOutput(BaseOutput):
 
 
 class PromptRoutedPipeline(DiffusionPipeline):
-    """A base pipeline whose denoiser is, prompt by prompt, the expert that the router chooses.
+    """A base pipeline that draws each prompt with the expert that the router chooses.
 
     Called as the base pipeline is. Prompts of one expert run together, `batch_size` of them in one call of
     the stock pipeline; images come back in the order asked for, each from its own noise. Any diffusers scheduler may
@@ -105,7 +105,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
         """Serve denoisers that are in memory, in place of a pipeline's own, whose other parts are shared.
 
         experts: denoisers; they are put into evaluation mode and frozen, and move where the pipeline moves.
-        router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None where there is one.
+        router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None if there is one.
         guidance: where a call asks for none. Raises ValueError for a router of another number of experts.
         """
         if (1 if router is None else router.num_experts) != len(experts):

@@ -29,7 +29,7 @@ def collect(
     """Return all prompts that are requested: given ones, a file's, a shipped list's, the run's validation captions.
 
     directory: the run. extremes: as in `extreme_prompts`, of the validation captions, all or the first `validation`.
-    Raises ValueError, one line, where nothing is requested.
+    Raises ValueError, one line, if nothing is requested.
     """
     for text in prompts:
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -139,7 +139,7 @@ def _part(folder: Path) -> dict[str, Tensor]:
 
 
 def _weights(folder: Path) -> Path | None:
-    """Return a part's weight file; None where it has none."""
+    """Return a part's weight file; None if it has none."""
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 

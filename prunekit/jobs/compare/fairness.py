@@ -39,7 +39,7 @@ def title(cell: Result) -> str:
 
 
 def _group(field: str, cell: Result) -> Hashable | None:
-    """Return the set of cells among which `field` must be equal; None where it may differ."""
+    """Return the set of cells among which `field` must be equal; None if it may differ."""
     axes = cell["cell"]
     if field in AXES:
         return None

@@ -114,7 +114,7 @@ def disk(
     data: DataSize | None,
     devices: int,
 ) -> dict[str, Any]:
-    """Return the bytes of what a run writes; None where they are not known before the data is read."""
+    """Return the bytes of what a run writes; None if they are not known before the data is read."""
     experts = FLOAT32 * sum(rows[name].models * row["params_kept"] for name, row in described.items())
     largest = max(row["params_kept"] for row in described.values())
     steps = [step for step in recipe.evaluation.at_steps if step < recipe.fine_tune.steps]
