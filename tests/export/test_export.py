@@ -376,7 +376,7 @@ def test_arguments_that_do_not_fit(run, tmp_path):
     ):
         with pytest.raises(ValueError, match=expected):
             export(*arguments)
-    with pytest.raises(FileNotFoundError, match="no pipeline"):
+    with pytest.raises(FileNotFoundError, match="nor a pipeline"):
         export(tmp_path / "used", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

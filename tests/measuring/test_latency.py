@@ -173,7 +173,7 @@ def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
     other = json.loads(kept.read_text())
     other["conditions"]["device"] = "Abacus, 10 threads"
     kept.write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=r"for device Abacus, 10 threads, and .* is asked for"):
+    with pytest.raises(ValueError, match=r"for device Abacus, 10 threads, but .* was requested"):
         budget_cost(pipeline, loaded.prune)
 
 
