@@ -204,7 +204,8 @@ def export(
     tier: Annotated[
         str,
         typer.Option(
-            help="Tier: stock, class, onnx or torch; auto: stock if a stock config expresses the cut, else class."
+            help="Tier: stock, class, single-file, onnx or torch; auto: stock if a stock config expresses the cut, "
+            "else class."
         ),
     ] = "auto",
     method: Annotated[
@@ -222,6 +223,17 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Repository of the hub to upload the export to.")
     ] = None,
+    fold_modulation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="table=N|rank=R",
+            help="Transformers: modulation layers as a table of the sampler's N steps, or of rank R; nearest=N: a "
+            "table that rounds timesteps; a suffix @WIDTHxHEIGHT gives the size of the pictures.",
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="rank=R: file of prompts for the fit, one per line; a shipped list by default.")
+    ] = None,
 ) -> None:
     """Take a pruned model elsewhere; it is opened in a fresh process and compared before this reports success."""
     from rich.table import Table
@@ -229,7 +241,7 @@ def export(
     from prunekit.export.card import push_to_hub
     from prunekit.serving.exporting import export
 
-    done = export(source, directory, tier, method, expert, batch)
+    done = export(source, directory, tier, method, expert, batch, fold_modulation, prompts_file)
     table = Table("checked", "opened by", "relative error", "allowed")
     for line in done.checked:
         errors = (f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}")

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from .space import UnitGroup
 
 Side = Literal["out", "in", "each"]
+RMS_NORMS = (nn.RMSNorm, RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Axis:
     """A group's channels along one weight: `copies` runs of all the group's channels, one after another, from `start`.
 
     layer: the path of the module that holds the weight, inside the layer.
-    side: "out": rows (and elements of the bias); "in": columns; "each": channels that a norm handles one by one.
+    side: "out": rows (and elements of the bias); "in": columns; "each": channels that a norm or a depthwise convolution
+        handles one by one. The statistic of an RMS norm runs over all of them: under gates, over those that are kept.
     """
 
     layer: str
@@ -64,7 +67,8 @@ class Layer:
     streams: exceptions, by the path inside the layer of a module or of what contains it.
     group: the units that can be removed from it one by one; None if nothing is left to remove.
     axes: what these units own.
-    products: attention: the streams of the queries and of the keys.
+    products: attention: the streams of the queries and of the keys; of a linear attention, whose keys are summed up
+        in a matrix for each head, a stream of as many positions as the matrix has rows stands for the keys.
     feeds: paths (in the model) of modules, such as norms, that only feed this layer and go with its last unit.
     tables: names of parameters, of modules that hold no others, that shift or scale hidden states: they cost no MACs.
     """

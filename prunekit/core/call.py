@@ -16,11 +16,12 @@ TIMESTEP = 500  # of an example
 
 
 class Call(Mapping[str, Any]):
-    """The keyword arguments of one denoiser call, by name: tensors, or mappings of tensors. It is never changed.
+    """The keyword arguments of one denoiser call, by name: tensors, mappings or lists of them. It is never changed.
 
-    A tensor has a row for each sample along its first axis, except one without axes, as a timestep may be, and those
-    that are named shared, such as positions: these are the same for all samples. A `Denoiser` makes it (`call`,
-    `example`), since the names are the model's. Use: `predict(model, call)`, or `model(**call)`.
+    A list holds one tensor for each sample, such as texts of different lengths. Any other tensor has a row for each
+    sample along its first axis, except one without axes, as a timestep may be, and those that are named shared, such
+    as positions: these are the same for all samples. A `Denoiser` makes it (`call`, `example`), since the names are
+    the model's. Use: `predict(model, call)`, or `model(**call)`.
     """
 
     __slots__ = ("_arguments", "finish", "grid", "shared")
@@ -30,7 +31,7 @@ class Call(Mapping[str, Any]):
         arguments: Mapping[str, Any],
         shared: Collection[str] = (),
         grid: tuple[int, int] | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[Any], Tensor] | None = None,
     ):
         """Take the arguments; the tensors are not copied.
 
@@ -45,7 +46,7 @@ class Call(Mapping[str, Any]):
         self.grid, self.finish = grid, finish
         self.shared = frozenset(shared) & arguments.keys()
         self._arguments = {name: _mapped(value, lambda tensor: tensor) for name, value in arguments.items()}
-        counts = sorted({len(tensor) for tensor in self._with_rows()})
+        counts = sorted(set(self._rows()))
         if len(counts) > 1:
             raise ValueError(
                 f"a call's tensors have {' and '.join(map(str, counts))} rows; every tensor needs one row per sample"
@@ -71,7 +72,7 @@ class Call(Mapping[str, Any]):
     @property
     def batch(self) -> int:
         """The number of samples; 1 where no tensor has rows."""
-        return next((len(tensor) for tensor in self._with_rows()), 1)
+        return next(self._rows(), 1)
 
     @property
     def device(self) -> torch.device:
@@ -84,21 +85,28 @@ class Call(Mapping[str, Any]):
 
     def take(self, rows: Tensor | slice) -> Call:
         """Return the call of some samples: `rows` (n,) are indices, which may repeat, or a boolean mask; or a slice."""
-        return self._map_rows(lambda tensor: tensor[rows])
+
+        def rows_of(samples: list[Tensor]) -> list[Tensor]:
+            return [samples[index] for index in torch.arange(len(samples))[_on_host(rows)].tolist()]
+
+        return self._map_rows(lambda tensor: tensor[rows], rows_of)
 
     def to(self, device: torch.device | str | Tensor | nn.Module, dtype: torch.dtype | None = None) -> Call:
         """Return the call on a device; floating-point tensors in a dtype, all others in the dtype that they have.
 
-        device: or a tensor or a model, whose device and dtype are taken. dtype: None leaves it as it is.
+        device: or a tensor or a model, whose device and dtype are taken; of a model in several dtypes, float32 where it
+            is among them. dtype: None leaves it as it is.
         """
-        like = next(device.parameters()) if isinstance(device, nn.Module) else device
+        like = _typical(device) if isinstance(device, nn.Module) else device
         place = like.device if isinstance(like, Tensor) else torch.device(like)
         kind = like.dtype if isinstance(like, Tensor) and dtype is None else dtype
         return self.map(lambda tensor: tensor.to(place, kind if tensor.is_floating_point() else None))
 
     def repeat(self, times: int) -> Call:
         """Return the call of all samples `times` times over: 0, 1, …, B - 1, 0, 1, …"""
-        return self._map_rows(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+        return self._map_rows(
+            lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)), lambda samples: samples * times
+        )
 
     def replace(self, **arguments: Any) -> Call:
         """Return the call with other values of some arguments, which it must have.
@@ -126,19 +134,24 @@ class Call(Mapping[str, Any]):
         """What belongs to the call beside its arguments."""
         return {"shared": self.shared, "grid": self.grid, "finish": self.finish}
 
-    def _with_rows(self) -> Iterator[Tensor]:
-        """Yield the tensors that have a row for each sample."""
-        by_sample = {name: value for name, value in self._arguments.items() if name not in self.shared}
-        return (tensor for tensor in _leaves(by_sample) if tensor.dim())
+    def _rows(self) -> Iterator[int]:
+        """Yield the number of samples of every value that has them."""
+        for name, value in self._arguments.items():
+            if _is_list(value):
+                yield len(value)
+            elif name not in self.shared:
+                yield from (len(tensor) for tensor in _leaves(value) if tensor.dim())
 
-    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> Call:
-        """Return the call whose tensors with rows are `function` of these."""
+    def _map_rows(self, function: Callable[[Tensor], Tensor], of_list: Callable[[list[Tensor]], list[Tensor]]) -> Call:
+        """Return the call whose tensors with rows are `function` of these, and its lists `of_list` of them."""
 
         def mapped(tensor: Tensor) -> Tensor:
             return function(tensor) if tensor.dim() else tensor
 
-        arguments = self._arguments.items()
-        changed = {name: value if name in self.shared else _mapped(value, mapped) for name, value in arguments}
+        changed = {
+            name: of_list(value) if _is_list(value) else value if name in self.shared else _mapped(value, mapped)
+            for name, value in self._arguments.items()
+        }
         return Call(changed, **self._rest)
 
 
@@ -155,9 +168,18 @@ class NamedCalls:
         """Name of the argument that holds the noisy latent."""
         return self.arguments["noisy"]
 
+    @property
+    def timestep(self) -> str:
+        """Name of the argument that holds the timestep."""
+        return self.arguments["timestep"]
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps of the noise process as the model takes them: as they are."""
+        return timesteps
+
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents."""
-        given = {"noisy": noisy, "timestep": timesteps, **conditions}
+        given = {"noisy": noisy, "timestep": self.taken(timesteps), **conditions}
         return Call({self.arguments[role]: value for role, value in given.items()})
 
     def example(
@@ -184,7 +206,7 @@ class NamedCalls:
 
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
         """Return the call under the same conditions for other noisy latents at other timesteps."""
-        return call.replace(**{self.arguments["noisy"]: noisy, self.arguments["timestep"]: timesteps})
+        return call.replace(**{self.latent: noisy, self.timestep: self.taken(timesteps)})
 
     def noisy(self, call: Call) -> Tensor:
         """Return the noisy latents of a call."""
@@ -232,9 +254,26 @@ def zeros(device: torch.device | str = "cpu") -> Fill:
     return lambda name, shape: torch.zeros(shape, device=device)
 
 
+def _typical(model: nn.Module) -> Tensor:
+    """Return a parameter with the device and the dtype that a model's inputs should have."""
+    first = next(model.parameters())
+    return next((parameter for parameter in model.parameters() if parameter.dtype is torch.float32), first)
+
+
+def _is_list(value: Any) -> bool:
+    """Return whether a value is a list with one tensor for each sample."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(part, Tensor) for part in value)
+
+
+def _on_host(rows: Tensor | slice) -> Tensor | slice:
+    return rows if isinstance(rows, slice) else rows.cpu()
+
+
 def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Mapping):
         return {name: _mapped(part, function) for name, part in value.items()}
+    if _is_list(value):
+        return [function(part) for part in value]
     return function(value) if isinstance(value, Tensor) else value
 
 
@@ -242,6 +281,8 @@ def _leaves(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Mapping):
         for part in value.values():
             yield from _leaves(part)
+    elif _is_list(value):
+        yield from value
     elif isinstance(value, Tensor):
         yield value
 
@@ -250,6 +291,8 @@ def _joined(values: Sequence[Any], is_shared: bool = False) -> Any:
     first = values[0]
     if isinstance(first, Mapping):
         return {name: _joined([value[name] for value in values], is_shared) for name in first}
+    if _is_list(first):
+        return [part for value in values for part in value]
     if isinstance(first, Tensor) and first.dim() and not is_shared:
         return torch.cat(list(values))
     if any(not (torch.equal(value, first) if isinstance(first, Tensor) else value == first) for value in values):

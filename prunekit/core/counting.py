@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from prunekit.runtime.errors import UserError
 
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RMSNorm)
+from .axes import RMS_NORMS
+
+_CONVS = (nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.GroupNorm, nn.LayerNorm, *RMS_NORMS)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Counter:
             UserError: a module with parameters of a kind that nothing is known of.
 
         """
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, _CONVS):
             return self.conv(module, positions)
         if isinstance(module, nn.Linear):
             return self.linear(module, positions)
@@ -45,7 +47,7 @@ class Counter:
             return self.norm(module, positions), 0
         raise UserError(f"the cost of a {type(module).__name__} is unknown, so its MACs cannot be counted")
 
-    def conv(self, conv: nn.Conv2d, positions: int) -> tuple[int, int]:
+    def conv(self, conv: nn.Conv2d | nn.Conv3d, positions: int) -> tuple[int, int]:
         """(of the weights, of the bias) of a convolution with `positions` output positions."""
         return conv.weight.numel() * positions, 0
 
@@ -86,7 +88,7 @@ class Parameters(Counter):
 
     output_bias_stays = True
 
-    def conv(self, conv: nn.Conv2d | nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102
+    def conv(self, conv: nn.Conv2d | nn.Conv3d | nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102
         return conv.weight.numel(), 0 if conv.bias is None else conv.bias.numel()
 
     def linear(self, linear: nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102

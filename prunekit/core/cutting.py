@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from .axes import Axis, Layer
+from .axes import RMS_NORMS, Axis, Layer, Side, weight_of
 
 
 def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
@@ -27,9 +27,11 @@ def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]
         ((_, _, kept),) = axes
         keep_groups(module, kept)
         return
-    assert isinstance(module, nn.Conv2d | nn.Linear), f"a {type(module).__name__} cannot be cut"
-    total, keep = module.weight.shape[int(is_input)], keep_in if is_input else keep_out
     first, layer, kept = axes[0]
+    by_side: dict[Side, Callable[[Any, Sequence[int]], None]] = {"out": keep_out, "in": keep_in, "each": keep_each}
+    keep = by_side[first.side]
+    assert isinstance(module, (nn.Conv2d, nn.Linear, *RMS_NORMS)), f"a {type(module).__name__} cannot be cut"
+    total = weight_of(module).shape[int(is_input)]
     owns_all = len(axes) == 1 and first.copies * layer.units.size * layer.units.channels == total
     if owns_all and kept:
         keep(module, first.channels(kept, layer.units))
@@ -56,6 +58,40 @@ def keep_in(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
     assert layer.weight.shape[1] == len(kept)
 
 
+def keep_each(layer: nn.Module, kept: Sequence[int]) -> None:
+    """Keep only these channels of a depthwise convolution or an RMS norm, in place."""
+    total = len(weight_of(layer))
+    if isinstance(layer, nn.Conv2d):
+        assert layer.groups == layer.in_channels == layer.out_channels, "each channel is convolved by itself"
+        _keep(layer, total, kept, tp.prune_depthwise_conv_out_channels)
+        assert layer.groups == layer.in_channels == layer.out_channels == len(kept)
+        return
+    _keep(layer, total, kept, _prune_rms_norm)
+    assert layer.weight.shape == (len(kept),)
+
+
+def _prune_rms_norm(norm: nn.Module, removed: Sequence[int]) -> None:
+    """Remove channels of an RMS norm, which torch-pruning does not know."""
+    gone = set(removed)
+    kept = [index for index in range(len(weight_of(norm))) if index not in gone]
+    for name, parameter in list(norm.named_parameters()):
+        index = torch.tensor(kept, device=parameter.device)
+        chosen = nn.Parameter(parameter.detach().index_select(0, index))
+        if parameter.grad is not None:
+            chosen.grad = parameter.grad.index_select(0, index)
+        setattr(norm, name, chosen)
+    note_width(norm)
+
+
+def note_width(norm: nn.Module) -> None:
+    """Update the width that an RMS norm remembers, torch's or diffusers' own, once its weight is cut."""
+    shape = weight_of(norm).shape
+    if isinstance(norm, nn.RMSNorm):
+        norm.normalized_shape = tuple(shape)
+    else:
+        vars(norm)["dim"] = shape
+
+
 def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:
     """Keep only these groups of a GroupNorm, in place."""
     channels = norm.num_channels // norm.num_groups
@@ -64,16 +100,14 @@ def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:
     assert norm.num_channels == len(kept) * channels
 
 
-def _keep(
-    layer: nn.Conv2d | nn.Linear | nn.GroupNorm, total: int, kept: Sequence[int], prune: Callable[..., Any]
-) -> None:
+def _keep(layer: nn.Module, total: int, kept: Sequence[int], prune: Callable[..., Any]) -> None:
     assert len(kept) > 0, "a layer that loses everything is replaced, not cut"
     assert all(isinstance(index, int) for index in kept) and sorted(set(kept)) == list(kept)
     assert kept[0] >= 0 and kept[-1] < total
     if len(kept) == total:
         return
     requires_grad = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
-    weight = layer.weight
+    weight = weight_of(layer)
     channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     channels_last = channels_last and not weight.is_contiguous()
     remaining = set(kept)

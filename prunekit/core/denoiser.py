@@ -12,6 +12,7 @@ from .axes import Layer, Passage, Place
 from .call import Call, Fill
 from .counting import Counter
 from .family import Family
+from .modulation import Modulation
 from .space import UnitGroup
 
 
@@ -21,11 +22,13 @@ class Structure(Protocol):
     policies: which whole layers may be removed, by name.
     richest: the policy under which every whole layer that can be removed is a unit.
     tables: paths of modules with tensors that are no parameters, such as positions; a copy takes them over.
+    modulation: where the layers lie that can be folded; None where there are none, or where they hold little.
     """
 
     policies: ClassVar[tuple[str, ...]]
     richest: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
+    modulation: ClassVar[Modulation | None]
 
     def check(self, model: nn.Module) -> None:
         """UserError, in one line, for a model on which the laws have not been verified."""
@@ -71,6 +74,15 @@ class Denoiser(Structure, Protocol):
     @property
     def latent(self) -> str:
         """Name of the forward pass's argument that holds the noisy latent."""
+        ...
+
+    @property
+    def timestep(self) -> str:
+        """Name of the forward pass's argument that holds the timestep."""
+        ...
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps of the noise process as the model takes them, such as divided by their number."""
         ...
 
     def pruned_class(self) -> type[nn.Module]:

@@ -16,6 +16,8 @@ from .call import NamedCalls
 from .counting import Counter
 from .emptied import EmptiedLayer
 from .family import Family
+from .modulation import Modulation
+from .renumbering import fewer_layers, rebuilt
 from .slicing import PrunedModel, blank_of, dense_config, hollow, pruned_class, share_tables
 from .space import UnitGroup
 
@@ -52,8 +54,10 @@ class Description(NamedCalls):
     lists: the paths of the lists of blocks, in the order of the forward pass.
     inputs: the arguments of a block that pass on if it goes, in the order of its outputs.
     outputs: by kind of layer, the path inside it of the layer whose output bias is left when it is empty.
-    tables: paths of modules with tensors that are no parameters, as `Structure` says.
-    layers_in_config: the settings of the config that count blocks.
+    tables, modulation: as `Structure` says.
+    layers_in_config: the settings of the config that count the blocks of each list, in the order of `lists`; lists may
+        share one. A cut of whole blocks is then a stock config (`stock`).
+    indices_in_config: settings that name blocks of the first list by their index.
     """
 
     dense: ClassVar[type[nn.Module]]
@@ -68,7 +72,9 @@ class Description(NamedCalls):
     }
     outputs: ClassVar[Mapping[str, str]] = {}
     tables: ClassVar[tuple[str, ...]] = ()
+    modulation: ClassVar[Modulation | None] = None
     layers_in_config: ClassVar[tuple[str, ...]] = ("num_layers",)
+    indices_in_config: ClassVar[tuple[str, ...]] = ()
     policies: ClassVar[tuple[str, ...]] = ("all", "none", "aptp")  # APTP's rule is for UNets; here it means all
     richest: ClassVar[str] = "all"
     conventions: ClassVar[Mapping[str, type[Counter]]] = {}
@@ -100,6 +106,10 @@ class Description(NamedCalls):
             if not isinstance(block, Bypassed)
         }
 
+    def passing(self, path: str) -> tuple[str, ...]:
+        """The arguments of the block at a path that pass on if it goes; `inputs` where all blocks are alike."""
+        return self.inputs
+
     def hidden(self, output: Any) -> Tensor:
         """The image's hidden states: the first output, or the one in the place of the input of that name."""
         is_joint = isinstance(output, tuple)
@@ -126,7 +136,7 @@ class Description(NamedCalls):
 
     def passage(self, model: Any, group: UnitGroup) -> Passage:
         """A block's inputs by name."""
-        return Passage(group.path, group.path, self.inputs)
+        return Passage(group.path, group.path, self.passing(group.path))
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
         """Update what modules remember of their widths; here nothing."""
@@ -139,7 +149,7 @@ class Description(NamedCalls):
     def bypass(self, model: Any, group: UnitGroup) -> None:
         """Replace a block by what passes its inputs on."""
         for path in group.covers:
-            model.set_submodule(path, Bypassed(model.get_submodule(path), self.inputs))
+            model.set_submodule(path, Bypassed(model.get_submodule(path), self.passing(path)))
 
     def outline(self, model: Any) -> dict[str, Place]:
         """The blocks below one another, up to eight in a row."""
@@ -158,8 +168,17 @@ class Description(NamedCalls):
         return roots, f"{self.pruned_class().__name__} = {made}"
 
     def stock(self, model: Any) -> Any:
-        """The model itself if it is dense; of a pruned one there is no stock form."""
-        return None if isinstance(model, PrunedModel) else model
+        """The model itself if it is dense; of one that lost whole blocks alone, the dense class with fewer."""
+        if not isinstance(model, PrunedModel):
+            return model
+        live: dict[str, list[int]] = {name: [] for name in self.lists}
+        for path in self.blocks(model):
+            name, _, index = path.rpartition(".")
+            live[name].append(int(index))
+        config = fewer_layers(dense_config(model), live, self.layers_in_config, self.indices_in_config)
+        sources = {f"{name}.{new}": f"{name}.{old}" for name, kept in live.items() for new, old in enumerate(kept)}
+        sources |= {name: name for name, _ in model.named_children() if name not in live}
+        return None if config is None else rebuilt(self, self.dense, config, sources, model)
 
     def blank(self, model: Any) -> Any:
         """A dense model of the same config, on the meta device."""

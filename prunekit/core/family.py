@@ -50,9 +50,11 @@ class Family(Protocol):
     """What a pipeline does around its denoiser; it holds no state.
 
     negative: the text that guidance leads away from, where a pipeline's call must name one; None: the pipeline has it.
+    scale: pixels of a side per latent position, of the autoencoder that most models of the family have.
     """
 
     negative: ClassVar[str | None]
+    scale: ClassVar[int]
 
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a loaded pipeline is not supported, as "NAME has" goes on; None if it is."""
@@ -67,6 +69,10 @@ class Family(Protocol):
 
         pixels: (n, 3, H, W) from -1 to 1, on the autoencoder's device and in its dtype.
         """
+        ...
+
+    def reconstruct(self, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W) from about -1 to 1, encoded and decoded; latents are the posterior's means."""
         ...
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
@@ -99,7 +105,7 @@ class Family(Protocol):
     def texts(self, guidance: float, options: Mapping[str, Any] = ...) -> int:
         """Return how many texts of a picture a pipeline runs the denoiser on at every step: 2 where it leads away.
 
-        options: further ones of the pipeline's call.
+        options: the plain settings of the pipeline, and further ones of its call; see `registry.texts_of`.
         """
         ...
 
@@ -114,15 +120,23 @@ class Family(Protocol):
         """Return the condition "sizes", (6,) float32, of uncropped pictures of a height and width in pixels."""
         ...
 
+    def pictures(self, output: Any) -> Any:
+        """Return the pictures, or latents, of what a pipeline's call returns, one of each text."""
+        ...
+
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one denoiser call of a pipeline that draws pictures, with guidance or without."""
         ...
 
 
 class Guided:
-    """The part of a `Family` whose pipelines guide by a second text of a picture, in the same call of the denoiser."""
+    """The part of a `Family` whose pipelines guide by a second text of a picture, in the same call of the denoiser.
+
+    Their autoencoder is an AutoencoderKL of pictures.
+    """
 
     negative: ClassVar[str | None] = None
+    scale: ClassVar[int] = 8
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
         """Return the keyword arguments of a pipeline's calls for a guidance scale."""
@@ -131,6 +145,15 @@ class Guided:
     def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
         """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
         return 2 if guidance > 1 else 1
+
+    def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W), encoded and decoded by an AutoencoderKL."""
+        reconstructed: Tensor = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mean).sample
+        return reconstructed
+
+    def pictures(self, output: Any) -> Any:
+        """Return the pictures of what a pipeline's call returns."""
+        return output.images
 
     def call_batch(self, pictures: int, guided: bool) -> int:
         """Return the samples of one denoiser call: both texts of a picture are in it."""

@@ -15,11 +15,12 @@ from torch import nn
 
 from prunekit.runtime.errors import UserError
 
-from .axes import Axis, weight_of
+from .axes import RMS_NORMS, Axis, weight_of
 from .discovery import match, width_layers
 from .registry import denoiser_of
 from .space import Architecture, UnitGroup, UnitSpace
 
+LEAST = 1e-12  # sum of gates, by which a norm's statistic is divided
 _Read = Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]  # of a forward pass's (args, kwargs)
 
 
@@ -144,9 +145,11 @@ class Gates:
                 continue
             layer = layers[group.name]
             for axis in layer.axes:
+                module = layer.module(model, axis)
                 if axis.side == "in":
-                    module = layer.module(model, axis)
                     handles.append(module.register_forward_pre_hook(self._multiplies(index, module, axis)))
+                elif axis.side == "each" and isinstance(module, RMS_NORMS):
+                    handles.append(module.register_forward_hook(self._normalizes(index, module, axis)))
         return handles
 
     def _attach_depth(self, index: int, group: UnitGroup) -> list[torch.utils.hooks.RemovableHandle]:
@@ -166,7 +169,7 @@ class Gates:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._state is None:
                 raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the dense model)")
-            batch = read(args, kwargs)[0].shape[0]
+            batch = len(read(args, kwargs)[0])  # a tensor's rows, or one latent for each sample
             if self._state.batch not in (None, batch):
                 raise UserError(
                     f"the gates are for a batch of {self._state.batch}, but the model got {batch}; pass rows=, "
@@ -183,22 +186,39 @@ class Gates:
             raise UserError(f"the gates have {mask.shape[0]} rows, but a layer got a batch of {batch}")
         return mask
 
+    def _along(self, index: int, axis: Axis, total: int, batch: int) -> torch.Tensor | None:
+        """The mask (rows, total) along a weight, 1 where it belongs to other groups."""
+        mask = self._mask(index, batch)  # (rows, channels)
+        if mask is None:
+            return None
+        mask = mask.repeat(1, axis.copies) if axis.copies > 1 else mask
+        if mask.shape[1] != total:
+            after = total - axis.start - mask.shape[1]
+            mask = nn.functional.pad(mask, (axis.start, after), value=1.0)
+        return mask
+
     def _multiplies(self, index: int, layer: nn.Module, axis: Axis) -> Callable[..., tuple[Any, ...]]:
         dimension = 1 if isinstance(layer, nn.Conv2d) else -1
         total = weight_of(layer).shape[1]
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
-            mask = self._mask(index, x.shape[0])  # (rows, channels)
+            mask = self._along(index, axis, total, x.shape[0])
             if mask is None:
                 return args
-            mask = mask.repeat(1, axis.copies) if axis.copies > 1 else mask
-            if mask.shape[1] != total:  # the layer reads other groups' channels too
-                after = total - axis.start - mask.shape[1]
-                mask = nn.functional.pad(mask, (axis.start, after), value=1.0)
             shape = [len(mask), *[1] * (x.dim() - 1)]
             shape[dimension] = total
             return (x * mask.to(x.dtype).view(shape), *args[1:])
+
+        return hook
+
+    def _normalizes(self, index: int, norm: Any, axis: Axis) -> Callable[..., torch.Tensor | None]:
+        total = weight_of(norm).shape[0]
+        assert getattr(norm, "bias", None) is None, "a norm's output is scaled as a whole"
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            mask = self._along(index, axis, total, args[0].shape[0])
+            return None if mask is None else normalized_over(mask, args[0], output, norm.eps)
 
         return hook
 
@@ -238,6 +258,25 @@ def mix(entered: Sequence[torch.Tensor], output: Any, gate: torch.Tensor) -> Any
         return None
     gate = gate.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
     return torch.lerp(entered[0].to(output.dtype), output, gate)
+
+
+def normalized_over(
+    gates: torch.Tensor, entered: torch.Tensor, output: torch.Tensor, eps: float | None
+) -> torch.Tensor:
+    """Return an RMS norm's output with the statistic of the kept channels: Σ g·x² / Σ g in place of the mean of x².
+
+    So a norm whose channels were cut, which is a shorter stock norm, gives the same. Under gates of 1 the result is the
+    output to the bit; without any channel it is finite.
+
+    gates: (rows, C). entered: (B, …, C). output: of the norm, of that shape. eps: of the norm; None: torch's default.
+    """
+    x = entered.to(torch.promote_types(entered.dtype, torch.float32))
+    eps = torch.finfo(entered.dtype).eps if eps is None else eps
+    gates = gates.to(x.dtype).view(len(gates), *[1] * (x.dim() - 2), -1)
+    squares = x * x
+    of_all = squares.sum(-1, keepdim=True) / squares.shape[-1]
+    of_kept = (squares * gates).sum(-1, keepdim=True) / gates.sum(-1, keepdim=True).clamp(min=LEAST)
+    return (output * ((of_all + eps) / (of_kept + eps)).sqrt()).to(output.dtype)
 
 
 def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None) -> _Read:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from prunekit.runtime.errors import UserError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .family import Family, NoiseProcess
 
+SCALES = ("vae_scale_factor", "vae_scale_factor_spatial")  # what pipelines call their pixels per latent position
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # parts of pipelines
 _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
@@ -104,6 +106,11 @@ def _attribute(pipeline: Any) -> str | None:
     return next((name for name in _ATTRIBUTES if is_denoiser(getattr(pipeline, name, None))), None)
 
 
+def has_denoiser(pipeline: Any) -> bool:
+    """Return whether a pipeline holds a denoiser that is described; a mixture's pipeline holds several elsewhere."""
+    return _attribute(pipeline) is not None
+
+
 def denoiser_name(pipeline: Any) -> str:
     """Return the name of the pipeline's attribute that holds its denoiser, such as "unet".
 
@@ -143,11 +150,30 @@ def family_of(pipeline: Any) -> Family:
 
 def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
     """Return the keyword arguments of a pipeline's calls with texts for a guidance scale, beside sizes and steps."""
-    if _attribute(pipeline) is None:  # no family describes it
+    if not has_denoiser(pipeline):  # no family describes it
         return {"guidance_scale": guidance}
     family = family_of(pipeline)
     negative = {} if family.negative is None else {"negative_prompt": family.negative}
     return {**family.call_options(pipeline, guidance), **negative}
+
+
+def texts_of(pipeline: Any, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Return how many texts of a picture a pipeline runs its denoiser on at every step, by a guidance scale.
+
+    pipeline: or the shape of one, or a denoiser alone. options: further ones of the pipeline's call.
+    """
+    settings = pipeline.config if (stated := getattr(pipeline, "settings", None)) is None else stated
+    return family_of(pipeline).texts(guidance, {**settings, **options})
+
+
+def pictures_of(pipeline: Any, output: Any) -> Any:
+    """Return the pictures of what a pipeline's call returned."""
+    return family_of(pipeline).pictures(output) if has_denoiser(pipeline) else output.images
+
+
+def scale_of(pipeline: Any) -> int | None:
+    """Return the pixels of a side per latent position of a pipeline or its shape; None: a denoiser alone knows none."""
+    return next((int(getattr(pipeline, name)) for name in SCALES if hasattr(pipeline, name)), None)
 
 
 def text_length(pipeline: Any) -> int:

@@ -1,6 +1,7 @@
 """CUT: a denoiser whose removed units are physically gone, and `slice_model`, which makes one.
 
-A pruned model's `config.json` holds the dense config and what was cut, `pruning` (see `record`).
+A pruned model's `config.json` holds the dense config and what was cut, `pruning` (see `record`), and, where its
+modulation layers are folded, `folding` (see `modulation`).
 
 Several pruned models may share one set of weights, a *backbone*: a *member's* folder has a config and `backbone.json`,
 which names the backbone's folder, and loading slices it.
@@ -29,10 +30,12 @@ from .cutting import keep_channels
 from .denoiser import Structure
 from .discovery import match_in, whole_space
 from .emptied import names_in_files, renamed
+from .modulation import fold
 from .record import kept_units, read_pruning, record_cut
 from .registry import denoiser_named, denoiser_of
 from .space import Architecture
 
+CUT = ("pruning", "folding")  # entries of a config that the dense model's has not
 FORMAT = 1  # of a member's folder
 POINTER = "backbone.json"  # of a member: where its weights are
 DELTAS = "deltas.safetensors"  # of a member: what it changes of them, where it does
@@ -50,11 +53,14 @@ class PrunedModel(ModelMixin):
 
     structure: ClassVar[Structure]
 
-    def _prune(self, pruning: Mapping[str, Any] | None) -> None:
-        """Cut the model, which is dense, to what a config says."""
+    def _prune(self, pruning: Mapping[str, Any] | None, folding: Mapping[str, Any] | None = None) -> None:
+        """Cut the model, which is dense, to what a config says, and fold its modulation layers where it says so."""
         if pruning is not None:
             cut(self.structure, self, read_pruning(pruning, whole_space(self.structure, self)))
         self.register_to_config(pruning=pruning)
+        if folding is not None:
+            fold(self.structure.modulation, self, folding)
+            self.register_to_config(folding=folding)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
@@ -109,9 +115,11 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
     Pipelines that hold such a model are saved with its name in a module, where loaders find it.
     """
 
-    def construct(self: Any, pruning: Mapping[str, Any] | None = None, **config: Any) -> None:
+    def construct(
+        self: Any, pruning: Mapping[str, Any] | None = None, folding: Mapping[str, Any] | None = None, **config: Any
+    ) -> None:
         super(pruned, self).__init__(**config)
-        self._prune(pruning)
+        self._prune(pruning, folding)
 
     @functools.wraps(dense.save_pretrained)  # pipelines read the options from the signature
     def save_pretrained(self: Any, *arguments: Any, **options: Any) -> None:
@@ -154,9 +162,10 @@ def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "prun
 
 
 def config_signature(dense: type[ModelMixin]) -> inspect.Signature:
-    """The signature of a dense class's constructor, and `pruning`: diffusers reads a config's keys there."""
+    """The signature of a dense class's constructor, and what a cut adds: diffusers reads a config's keys there."""
     parameters = inspect.signature(dense.__init__).parameters.values()
-    return inspect.Signature([*parameters, inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)])
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in CUT]
+    return inspect.Signature([*parameters, *added])
 
 
 def slice_model(model: nn.Module, architecture: Architecture) -> Any:
@@ -293,7 +302,7 @@ def blank_of(dense: Any, model: Any) -> Any:
 
 def dense_config(model: Any) -> dict[str, Any]:
     """The arguments that a dense model of a model's config is made from."""
-    return {key: value for key, value in model.config.items() if not key.startswith("_") and key != "pruning"}
+    return {key: value for key, value in model.config.items() if not key.startswith("_") and key not in CUT}
 
 
 def hollow(kind: Any, config: Mapping[str, Any], what: str) -> Any:

@@ -30,7 +30,7 @@ FORMAT = 1
 class TimestepBins:
     """Timesteps cut into K bins; bin b has those from bounds[b - 1] up to bounds[b], which is the next one's.
 
-    bounds: (K - 1), ascending, in the unit that the denoiser takes.
+    bounds: (K - 1), ascending, in the unit of the noise process.
     """
 
     bounds: tuple[float, ...]
@@ -46,6 +46,18 @@ class TimestepBins:
         """Return the bin of each timestep, int64, of the shape of `timesteps`."""
         bounds = torch.tensor(self.bounds, dtype=torch.float64, device=timesteps.device)
         return torch.bucketize(timesteps.double(), bounds, right=True)
+
+    def of_taken(self, times: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the bin of each time as a denoiser takes it, int64, of the shape of `times`.
+
+        take: makes such times of timesteps, ascending or descending ones. The bounds go through it too, so both are
+            rounded alike.
+        """
+        bounds = torch.tensor(self.bounds, dtype=torch.float64)
+        bounds = take(bounds.to(times.dtype) if times.is_floating_point() else bounds).double()
+        first, second = take(bounds.new_tensor([0.0, 1.0])).tolist()
+        sign = 1 if first < second else -1
+        return torch.bucketize(sign * times.double().cpu(), sign * bounds, right=True)
 
     def shares(self, timesteps: Iterable[float]) -> list[Fraction]:
         """Return the share of a sampler's timesteps that each bin has, exactly; (K)."""
@@ -112,8 +124,8 @@ class TimestepModel(ModelMixin, ConfigMixin):
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Run each sample through the slice of its timestep; arguments and result are the slices'."""
         options |= dict(zip(self._parameters_of, arguments, strict=False))
-        timesteps = torch.as_tensor(options["timestep"])
-        bins = self.bins.of(timesteps.cpu())
+        denoiser = denoiser_of(self.slices[0])
+        bins = self.bins.of_taken(torch.as_tensor(options[denoiser.timestep]), denoiser.taken)
         if (only := int(bins.amin())) == int(bins.amax()):
             return self.slices[only](**options)
         call = Call({name: value for name, value in options.items() if value is not None})
@@ -198,6 +210,8 @@ def _joined(outputs: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> A
     first = outputs[0]
     if isinstance(first, Tensor):
         return join(list(outputs))
+    if isinstance(first, list):  # one tensor a sample, of one shape
+        return list(join([torch.stack(output) for output in outputs]))
     if isinstance(first, tuple):
         return tuple(_joined(values, join) for values in zip(*outputs, strict=True))
     return type(first)(**{name: _joined([output[name] for output in outputs], join) for name in first})

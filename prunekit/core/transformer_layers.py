@@ -19,7 +19,7 @@ MOST_GROUPS = 32  # of a feed-forward's channels, or the largest divisor of its 
 _ATTENTION = (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in"))
 _ADDED = (Axis("add_q_proj", "out"), Axis("add_k_proj", "out"), Axis("add_v_proj", "out"))
 _ADDED_OUTPUT = Axis("to_add_out", "in")
-NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of queries and keys, head by head
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of queries and keys
 
 
 class EmptiedAttention(Emptied):
@@ -67,6 +67,7 @@ def attention_layer(
     keys: str | None = None,
     added: str | None = None,
     feeds: Sequence[str] = (),
+    over_heads: bool = False,
 ) -> Layer:
     """Describe an attention. The units are its heads; a zero before an output projection is a removal.
 
@@ -77,6 +78,8 @@ def attention_layer(
         keys: stream of the keys and values; by default that of the queries. With `added`, that of both together.
         added: of a joint attention: the stream of the other hidden states, such as a text's.
         feeds: paths of modules that only feed the attention.
+        over_heads: whether the norms of queries and keys are RMS norms over the channels of all heads together, and a
+            head owns its own channels of them; else they run head by head.
 
     """
     if isinstance(module, Emptied):
@@ -93,6 +96,10 @@ def attention_layer(
         products = (products[1], products[1])
     elif keys is not None:
         streams = {"to_k": keys, "to_v": keys}
+    norms = [name for name in NORMS if getattr(module, name, None) is not None]
+    if over_heads:
+        axes += (Axis(name, "each") for name in norms)
+        norms = []
     return Layer(
         "attention",
         path,
@@ -101,7 +108,7 @@ def attention_layer(
         UnitGroup("attention", path, heads, inner // heads),
         tuple(axes),
         products=products,
-        feeds=(*feeds, *(f"{path}.{name}" for name in NORMS if getattr(module, name, None) is not None)),
+        feeds=(*feeds, *(f"{path}.{name}" for name in norms)),
     )
 
 
@@ -109,33 +116,44 @@ def keep_heads(attention: Any, heads: int, channels: int) -> None:
     """Update what an attention remembers of its widths, once it is cut to some heads of `channels` each."""
     attention.heads = heads
     attention.inner_dim = heads * channels
-    for name, value in (("sliceable_head_dim", heads), ("inner_kv_dim", heads * channels)):
+    width = heads * channels
+    for name, value in (("sliceable_head_dim", heads), ("inner_kv_dim", width), ("kv_inner_dim", width)):
         if hasattr(attention, name):
             setattr(attention, name, value)
 
 
-def feedforward_layer(path: str, module: Any, stream: str, groups: int | None, feeds: Sequence[str] = ()) -> Layer:
+def feedforward_layer(
+    path: str,
+    module: Any,
+    stream: str,
+    groups: int | None,
+    feeds: Sequence[str] = (),
+    inputs: Sequence[str] = ("net.0.proj",),
+    output: str = "net.2",
+) -> Layer:
     """Describe a feed-forward. The units are groups of inner channels; a zero before the last layer is a removal.
 
     Args:
         path: of the feed-forward in the model.
-        module: diffusers' `FeedForward`, or what an earlier cut left of it.
+        module: diffusers' `FeedForward`, or a class with other names, or what an earlier cut left of it.
         stream: of its input.
         groups: how many an earlier cut left; None if it was not cut.
         feeds: paths of modules that only feed it.
+        inputs: names of the linear layers that read its input. A gated one may give values and gates together.
+        output: name of its last linear layer.
 
     """
     if isinstance(module, Emptied):
         return Layer("feedforward", path, stream, feeds=tuple(feeds))
-    inner = module.net[2].in_features
+    inner = module.get_submodule(output).in_features
     groups = channel_groups(inner) if groups is None else groups
-    copies = module.net[0].proj.out_features // inner  # GEGLU: values, gates
+    widths = {name: module.get_submodule(name).out_features for name in inputs}
     return Layer(
         "feedforward",
         path,
         stream,
         group=UnitGroup("feedforward", path, groups, inner // groups),
-        axes=(Axis("net.0.proj", "out", copies=copies), Axis("net.2", "in")),
+        axes=(*(Axis(name, "out", copies=width // inner) for name, width in widths.items()), Axis(output, "in")),
         feeds=tuple(feeds),
     )
 

@@ -16,7 +16,7 @@ from prunekit.data.rows import Rows
 BATCH = 64
 BATCH_SIDE = 256  # pixels up to which so many pictures go through the autoencoder at once
 AUTOENCODER_SETTINGS = ("scaling_factor", "norm_num_groups", "act_fn", "force_upcast")
-SHIFTS = ("shift_factor", "latents_mean", "latents_std")  # of those autoencoders that have them
+SHIFTS = ("shift_factor", "latents_mean", "latents_std", "batch_norm_eps")  # of those autoencoders that have them
 TEXT_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
 
 
@@ -135,6 +135,9 @@ class LiveText(Rows):
 
 def _rules(tokenizer: Any) -> str:
     """All that a tokenizer goes by; what a call sets in it, length and padding, is left out."""
+    chat = getattr(tokenizer, "chat_template", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, which takes pictures too
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
-    return json.dumps([rules, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True)
+    parts = [rules, tokenizer.model_max_length, tokenizer.pad_token_id, *([] if chat is None else [chat])]
+    return json.dumps(parts, sort_keys=True)

@@ -53,6 +53,26 @@ class FlowMatching:
         return torch.ones_like(timesteps, dtype=torch.float32)
 
 
+def frame_moments(autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of pictures' latents by an autoencoder of videos: a picture is one frame.
+
+    pixels: (n, 3, H, W) from -1 to 1. The latents are (n, C, h, w), normalised channel by channel.
+    """
+    config = autoencoder.config
+    posterior = autoencoder.encode(pixels.unsqueeze(2)).latent_dist
+    mean, deviation = (
+        torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return (posterior.mean.squeeze(2) - mean) / deviation, posterior.std.squeeze(2) / deviation
+
+
+def frame_reconstructed(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """Return pictures, (n, 3, H, W), encoded and decoded by an autoencoder of videos."""
+    decoded: Tensor = autoencoder.decode(autoencoder.encode(pixels.unsqueeze(2)).latent_dist.mean).sample
+    return decoded[:, :, 0]
+
+
 class TransformerFamily(Guided):
     """What the pipelines of these transformers do alike. Methods are `Family`'s."""
 
@@ -77,6 +97,19 @@ class TransformerFamily(Guided):
     def sizes(self, height: int, width: int) -> Tensor:
         """Return no numbers: the denoiser is not told the picture's size."""
         return torch.zeros(0)
+
+
+class AsAsked(Guided):
+    """The part of a `Family` whose pipelines would draw a picture in a usual size near the requested one."""
+
+    def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
+        """Return the guidance scale, and that the size is the requested one."""
+        return {**super().call_options(pipeline, guidance), "use_resolution_binning": False}
+
+
+def left_out(embeddings: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's embeddings with no negative text beside them, where the pipeline has one by default."""
+    return {"negative_prompt": None, **embeddings}
 
 
 class FlowFamily(TransformerFamily):

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from prunekit.core.axes import Layer
-from prunekit.core.call import Call, NamedCalls
+from prunekit.core.call import Call, Fill, NamedCalls
 from prunekit.core.description import Description
-from prunekit.core.emptied import Emptied
+from prunekit.core.emptied import EmptiedLayer
 from prunekit.core.record import kept_groups
 from prunekit.core.transformer_layers import (
     EmptiedAttention,
-    EmptiedFeedForward,
     EmptiedJointAttention,
     attention_layer,
     check_plain,
@@ -25,6 +25,8 @@ from prunekit.core.transformer_layers import (
 )
 from prunekit.runtime.errors import UserError
 
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_qkv_mlp_proj")  # of an attention's input, in one class or another
+
 
 class TransformerDescription(Description):
     """A transformer whose blocks hold attentions and feed-forwards of diffusers' kinds.
@@ -32,11 +34,15 @@ class TransformerDescription(Description):
     classes: of the blocks, by list.
     attentions: the classes of attentions that the laws have been verified on.
     processors: the attention processors that read no width that a cut changes.
+    feedforwards: the classes of feed-forwards. feedforward_inputs, feedforward_output: names of their linear layers.
     """
 
     classes: ClassVar[Mapping[str, tuple[type[nn.Module], ...]]]
     attentions: ClassVar[tuple[type[nn.Module], ...]]
     processors: ClassVar[tuple[type, ...]]
+    feedforwards: ClassVar[tuple[type[nn.Module], ...]] = (FeedForward,)
+    feedforward_inputs: ClassVar[tuple[str, ...]] = ("net.0.proj",)
+    feedforward_output: ClassVar[str] = "net.2"
 
     def check(self, model: Any) -> None:
         """UserError for a part on which the laws have not been verified, by its path."""
@@ -57,12 +63,12 @@ class TransformerDescription(Description):
                 )
             if getattr(module, "fused_projections", False):
                 raise UserError("fused attention projections are not supported; call unfuse_qkv_projections() first")
-            layers = [module.to_q, module.to_k, module.to_v]
-        elif isinstance(module, FeedForward):
-            layers = [module.net[0].proj, module.net[2]]
+            names = tuple(name for name in PROJECTIONS if hasattr(module, name))
+        elif isinstance(module, self.feedforwards):
+            names = (*self.feedforward_inputs, self.feedforward_output)
         else:
             return
-        check_plain(path, layers, (nn.Linear,))
+        check_plain(path, map(module.get_submodule, names), (nn.Linear,))
 
     def joint_block(
         self, model: Any, path: str, block: Any, image: str = "ff", text: str = "ff_context"
@@ -82,7 +88,8 @@ class TransformerDescription(Description):
 
     def feedforward(self, model: Any, path: str, module: Any, stream: str, feeds: Sequence[str] = ()) -> Layer:
         """Describe a feed-forward of the model, cut or not."""
-        return feedforward_layer(path, module, stream, kept_groups(model, f"feedforward:{path}"), feeds)
+        groups = kept_groups(model, f"feedforward:{path}")
+        return feedforward_layer(path, module, stream, groups, feeds, self.feedforward_inputs, self.feedforward_output)
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
         """Update an attention's number of heads and its widths."""
@@ -93,7 +100,11 @@ class TransformerDescription(Description):
     def empty(self, model: Any, layer: Layer) -> None:
         """Replace a layer that loses all its units by what its output biases leave."""
         module = model.get_submodule(layer.path)
-        model.set_submodule(layer.path, _emptied(module))
+        if isinstance(module, self.feedforwards):
+            model.set_submodule(layer.path, EmptiedLayer(module, self.feedforward_output))
+            return
+        joint = getattr(module, "add_q_proj", None) is not None
+        model.set_submodule(layer.path, EmptiedJointAttention(module) if joint else EmptiedAttention(module))
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents; the model takes a timestep for each sample."""
@@ -118,13 +129,6 @@ class TransformerDescription(Description):
         return (latent[0] // patch) * (latent[1] // patch)
 
 
-def _emptied(module: Any) -> Emptied:
-    if isinstance(module, FeedForward):
-        return EmptiedFeedForward(module)
-    joint = getattr(module, "add_q_proj", None) is not None
-    return EmptiedJointAttention(module) if joint else EmptiedAttention(module)
-
-
 PACKED = 2  # neighbours of a latent's side that make one token
 
 
@@ -138,7 +142,11 @@ class PackedCalls(NamedCalls):
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
         """Return the call under the same conditions for other noisy latents at other timesteps."""
         tokens, *_ = pack(noisy)
-        return super().at(call, tokens, timesteps.expand(len(noisy)) / 1000)
+        return super().at(call, tokens, timesteps.expand(len(noisy)))
+
+    def taken(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps as the model takes them: from 0 to 1."""
+        return timesteps / 1000
 
     def latent_channels(self, model: Any) -> int:
         """Return the channels of the latents."""
@@ -151,6 +159,13 @@ class PackedCalls(NamedCalls):
     def image_tokens(self, model: Any, latent: tuple[int, int]) -> int:
         """Return the tokens of a latent (h, w)."""
         return (latent[0] // PACKED) * (latent[1] // PACKED)
+
+    def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:
+        """Return the conditions of an example call, by role; with a guidance scale where the model takes one."""
+        conditions = super().example_conditions(model, batch, text_length, fill)
+        if "guidance" in self.arguments and model.config.guidance_embeds:
+            conditions["guidance"] = fill("guidance", (batch,))
+        return conditions
 
 
 def pack(latents: Tensor) -> tuple[Tensor, int, int]:
@@ -166,6 +181,14 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     batch, _, channels = tokens.shape
     parts = tokens.reshape(batch, rows, columns, channels // PACKED**2, PACKED, PACKED).permute(0, 3, 1, 4, 2, 5)
     return parts.reshape(batch, channels // PACKED**2, rows * PACKED, columns * PACKED)
+
+
+def positions(rows: int, columns: int, axes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the positions of packed latents' tokens, (rows·columns, axes): rows are second, columns third."""
+    places = torch.zeros(rows, columns, axes, device=device, dtype=dtype)
+    places[..., 1] += torch.arange(rows, device=device)[:, None]
+    places[..., 2] += torch.arange(columns, device=device)
+    return places.flatten(0, 1)
 
 
 def placed(rows: int, columns: int) -> dict[str, Any]:

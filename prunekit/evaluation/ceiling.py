@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunekit.core.family import Family, Guided
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.metrics import clip_score, retrieval
 from prunekit.evaluation.table import SEEN
@@ -34,13 +35,15 @@ def evaluator_ceiling(
     data: CaptionedImages,
     shown: Tensor | None = None,
     autoencoder: Any | None = None,
+    family: Family | None = None,
     size: int = 64,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Return {row: {"clip_score", "top1", "top5"}} of real, softened, reconstructed and meaningless pictures.
 
     Rows: "real", the data set; "half resolution", the same resized to half and back; "reconstructed", through
-    `autoencoder` (an AutoencoderKL; left out without one), the best that a latent diffusion model with it can reach;
+    `autoencoder` (an AutoencoderKL, or that of a `family`; left out without one), the best that a latent diffusion
+    model with it can reach;
     "noise", uniform pixels. Show it with `table.CEILING_COLUMNS`.
     shown: which pictures of the data set, (n,); all without it. Names are found among those of the whole data set.
     size: pixels of a side.
@@ -49,7 +52,7 @@ def evaluator_ceiling(
     real, texts = data.pixels(targets.tolist(), size), evaluator.embed_texts(data.names)
     pictures = {REAL: real, "half resolution": to_bytes(soften(real.float() / 255, 2))}
     if autoencoder is not None:
-        pictures["reconstructed"] = reconstruct(autoencoder, real)
+        pictures["reconstructed"] = reconstruct(autoencoder, real, family=family)
     pictures["noise"] = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator(seed, "ceiling"))
     return {row: text_figures(evaluator, images, texts, targets) for row, images in pictures.items()}
 
@@ -85,13 +88,16 @@ def unfit_line(name: str, known: Mapping[str, Mapping[str, float]]) -> str:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Encode and decode uint8 pictures (n, 3, H, W) with an AutoencoderKL; the latents are the posterior's means."""
-    parameter = next(autoencoder.parameters())
+def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 64, family: Family | None = None) -> Tensor:
+    """Encode and decode uint8 pictures (n, 3, H, W); the latents are the posterior's means.
+
+    family: whose autoencoder it is; None: an AutoencoderKL.
+    """
+    parameter, through = next(autoencoder.parameters()), (family or Guided()).reconstruct
     outputs = []
     for part in images.split(batch_size):
-        latents = autoencoder.encode(to_unit(part).to(parameter)).latent_dist.mean
-        outputs.append(to_bytes(autoencoder.decode(latents).sample.float().cpu() / 2 + 0.5))
+        pixels = through(autoencoder, to_unit(part).to(parameter))
+        outputs.append(to_bytes(pixels.float().cpu() / 2 + 0.5))
     return torch.cat(outputs)
 
 

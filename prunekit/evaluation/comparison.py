@@ -1,7 +1,7 @@
 """One row of the table per model: generate, measure, and say what each expert does. The same inputs for every row."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,8 +65,9 @@ class Candidate:
 class StoredModels(Sequence[ModelMixin]):
     """Pruned denoisers in folders, read when they are requested; the last one that was stays in memory."""
 
-    def __init__(self, folders: Sequence[Path], device: torch.device):
-        self.folders, self.device = list(folders), device
+    def __init__(self, folders: Sequence[Path], hold: Callable[[ModelMixin], ModelMixin]):
+        """Take the folders; hold: puts a model that was read onto its device, in the dtype that it runs in."""
+        self.folders, self.hold = list(folders), hold
         self._last: tuple[int, ModelMixin] | None = None
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class StoredModels(Sequence[ModelMixin]):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
             self._last = None  # before the next is read
-            model = read_denoiser(self.folders[index]).to(self.device)
+            model = self.hold(read_denoiser(self.folders[index]))
             self._last = (index, model.eval().requires_grad_(False))
         return self._last[1]
 

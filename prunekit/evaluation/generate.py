@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from prunekit.core.registry import call_options
+from prunekit.core.registry import call_options, has_denoiser, pictures_of
 from prunekit.data.picture_files import open_picture, write_image
+from prunekit.models.shapes import pixels_of
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.progress import Progress
@@ -35,16 +36,19 @@ def draw(
     Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
     diffusers gives the same picture. `size` is pixels, one side or (height, width), by default the pipeline's.
     """
+    if size is None and has_denoiser(pipeline):
+        size = pixels_of(pipeline)
     height, width = (size, size) if isinstance(size, int) or size is None else size
-    output = pipeline(
-        list(prompts),
+    returned = pipeline(
+        prompt=list(prompts),
         height=height,
         width=width,
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",
         **call_options(pipeline, guidance),
-    ).images  # (n, H, W, 3) in [0, 1]
+    )
+    output = pictures_of(pipeline, returned)  # (n, H, W, 3) in [0, 1]
     return torch.from_numpy((output * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -145,7 +145,7 @@ def _pruned(
     steps = int(recipe["evaluation"]["steps"])
     candidate = Candidate(
         stored.name if step is None else f"{stored.name}@{step}",
-        StoredModels(folders, current().device),
+        StoredModels(folders, lambda model: model.to(current().device)),
         [result.expert_macs(result_cost, index, pipeline.scheduler, steps) for index in experts],
         [result.expert_params(result_cost, index) for index in experts],
         result.router,

@@ -59,7 +59,20 @@ from diffusers import AutoModel
 {part} = AutoModel.from_pretrained(MODEL, trust_remote_code=True)  # of a stock {noun}: without
 ```"""
 _GRAPH = "`model.onnx` runs in onnxruntime, `model.pt2` by `torch.export.load`; `specification.json` lists the inputs."
-USES = {"stock": _STOCK, "class": _CLASS, "routed": _ROUTED, "denoiser": _DENOISER, "graph": _GRAPH}
+_SINGLE_FILE = """`model.safetensors` has the names and layout in which models of this class were published. In
+diffusers, with the class that `config.json` names as CLASS:
+
+```python
+{part} = CLASS.from_single_file(DIRECTORY + "/model.safetensors", config=DIRECTORY)
+```"""
+USES = {
+    "stock": _STOCK,
+    "class": _CLASS,
+    "routed": _ROUTED,
+    "denoiser": _DENOISER,
+    "single-file": _SINGLE_FILE,
+    "graph": _GRAPH,
+}
 
 
 def model_card(
@@ -70,6 +83,7 @@ def model_card(
     checked: Sequence[Mapping[str, Any]],
     table: Sequence[Mapping[str, Any]] = (),
     part: str = "unet",
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the card's text.
 
@@ -83,6 +97,7 @@ def model_card(
         checked: what `verify` checked.
         table: rows of the run's results, by name, of which the method's and the dense model's are shown.
         part: the name of the pipeline's denoiser: "unet" or "transformer".
+        notes: paragraphs below the table of the denoisers.
 
     """
     noun = DENOISERS[part]
@@ -92,6 +107,7 @@ def model_card(
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {markdown_text(name)}"]
     parts += [_summary(info, result, base, noun, len(rows))]
     parts += [_markdown((noun, "tier", "MACs", "parameters"), [(i, *_numbers(row)) for i, row in enumerate(rows)])]
+    parts += notes
     shown = [row for row in table if row.get("name") in (DENSE, info.get("method"))]
     if shown:
         columns = [column for column in COLUMNS if any(row.get(column) is not None for row in shown)]

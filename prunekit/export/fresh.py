@@ -43,11 +43,14 @@ def open_model(form: str, folder: str):
 
         pipeline = prunekit.PromptRoutedPipeline.from_pretrained(folder, device="cpu", max_resident=1)
         return lambda inputs: pipeline.route(bytes(inputs["prompts"].tolist()).decode().split("\n")).double() + 1
-    if form == "stock":
+    if form in ("stock", "single-file"):
         import diffusers
 
-        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        model = getattr(diffusers, name).from_pretrained(folder)
+        kind = getattr(diffusers, json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"])
+        if form == "stock":
+            model = kind.from_pretrained(folder)
+        else:
+            model = kind.from_single_file(str(Path(folder) / "model.safetensors"), config=folder, local_files_only=True)
     elif form == "class":
         from diffusers import AutoModel
 
@@ -62,7 +65,17 @@ def open_model(form: str, folder: str):
 
         model = load_model(folder)
     model.eval()
-    return lambda inputs: model(**inputs, return_dict=False)[0]
+    return lambda inputs: first_output(model, inputs)
+
+
+def first_output(model, arguments):
+    """Return what a denoiser predicts, before anything is done with it; one tensor, also of those that give a list."""
+    output = model(**arguments, return_dict=False)[0]
+    if isinstance(output, list):
+        import torch
+
+        return torch.stack(output)
+    return output
 
 
 def gathered(tensors, nested, plain):

@@ -51,7 +51,15 @@ def save_graph(model: ModelMixin, folder: Path, tier: str, batch: int | None, te
     folder.mkdir(parents=True, exist_ok=True)
     path, called = folder / FILES[tier], Called(model, inputs).eval()
     with torch.no_grad(), _silent():
-        program = torch.export.export(called, (), arguments, dynamic_shapes=shapes)
+        try:
+            program = torch.export.export(called, (), arguments, dynamic_shapes=shapes)
+        except torch._dynamo.exc.UserError as error:
+            if batch:
+                raise
+            raise UserError(
+                f"a graph of this {type(model).__name__} cannot take any number of samples "
+                f"({first_line(error)}); state how many (batch)"
+            ) from error
         if tier == "torch":
             with _Patient(path, "w") as file:
                 torch.export.save(program, file)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.core.call import Call, normal
 from prunekit.core.registry import denoiser_of
-from prunekit.export.fresh import gathered
+from prunekit.export.fresh import first_output, gathered
 from prunekit.runtime.randomness import generator
 
 MOST_TOKENS = 77
@@ -67,12 +67,14 @@ class Called(nn.Module):
         self.forward = forward
 
     def _called(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.model(**gathered(tensors, self.nested, self.plain), return_dict=False)[0]
+        return first_output(self.model, gathered(tensors, self.nested, self.plain))
 
 
 def example_inputs(model: ModelMixin, batch: int, size: tuple[int, int], text_length: int, seed: int = 0) -> Inputs:
     """Return the inputs of an example call on the model's device and in its type; size is the latent's (h, w)."""
-    steps = torch.tensor([501 - 37 * (index % 10) for index in range(batch)])
+    known = (model.config.get("folding") or {}).get("timesteps")  # of a table, which knows no others
+    timesteps = known or range(501, 131, -37)
+    steps = torch.tensor([timesteps[(index * len(timesteps) // 10) % len(timesteps)] for index in range(batch)])
     draw = normal(generator(seed, "export"))
 
     def fill(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -14,12 +14,12 @@ from prunekit.core.slicing import blank_copy
 from prunekit.denoisers.unet.pruned import PrunedUNet2DConditionModel
 from prunekit.runtime.errors import UserError
 
-_LAYER = re.compile(  # PEFT's, diffusers' and diffusers' earlier names of a layer's two matrices
+LAYER = re.compile(  # PEFT's, diffusers' and diffusers' earlier names of a layer's two matrices
     r"(?P<path>.+?)[._](?:lora_|lora[._]|lora_linear_layer\.)(?P<side>A|B|down|up)(?:\.[^.]+)?\.weight"
 )
 _PREFIX, _ALPHA = "unet.", ".alpha"
 _OF_OTHERS = ("text_encoder.", "text_encoder_2.")
-_DOWN = ("A", "down")  # the matrix on the layer's input: (rank, in); the other is (out, rank)
+DOWN = ("A", "down")  # the matrix on the layer's input: (rank, in); the other is (out, rank)
 
 
 def slice_lora(
@@ -54,18 +54,18 @@ def slice_lora(
         **{name: value for name, value in state.items() if name.endswith(_ALPHA)},
         **(alphas or {}),
     }
-    scales = {_layer(name.removesuffix(_ALPHA)): float(value) for name, value in numbers.items()}
+    scales = {layer_of(name.removesuffix(_ALPHA)): float(value) for name, value in numbers.items()}
     sliced = {}
     for name, value in state.items():
         if name.endswith(_ALPHA):
             continue
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         if match is None:
             raise UserError(
                 f"{name} is not a LoRA weight in a known format; read the file by "
                 "StableDiffusionPipeline.lora_state_dict"
             )
-        layer, is_down = _layer(name), match["side"] in _DOWN
+        layer, is_down = layer_of(name), match["side"] in DOWN
         alpha = None if is_down else scales.get(layer)
         value = value if alpha is None else value * (alpha / value.shape[1])
         if not name.startswith(_OF_OTHERS):
@@ -87,9 +87,9 @@ def slice_lora(
     return sliced
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """Return the path of the layer that a LoRA weight, or an alpha without its ending, is of."""
-    match = _LAYER.fullmatch(name)
+    match = LAYER.fullmatch(name)
     path = (match["path"] if match else name).replace(".processor.", ".")
     return f"{path}.0" if path.endswith(".to_out") else path
 

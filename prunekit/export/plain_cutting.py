@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from prunekit.core.cutting import note_width
+
 
 def keep_out(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
     """Keep only these output channels of a layer, in place."""
@@ -23,6 +25,16 @@ def keep_in(layer: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
     """Keep only these input channels of a layer, in place."""
     _select(layer, "weight", kept, 1)
     setattr(layer, "in_channels" if isinstance(layer, nn.Conv2d) else "in_features", len(kept))
+
+
+def keep_each(layer: nn.Module, kept: Sequence[int]) -> None:
+    """Keep only these channels of a depthwise convolution or an RMS norm, in place."""
+    for name, _ in list(layer.named_parameters()):
+        _select(layer, name, kept, 0)
+    if isinstance(layer, nn.Conv2d):
+        layer.in_channels = layer.out_channels = layer.groups = len(kept)
+    else:
+        note_width(layer)
 
 
 def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:

@@ -51,11 +51,7 @@ def stamp(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> di
     architecture: what the dense UNet keeps, {kept, removed}, as in a pruned UNet's config; None for a dense UNet.
     The config loses the path that it was loaded from.
     """
-    config = read_json(folder / CONFIG)
-    config.pop("_name_or_path", None)
-    write_json(folder / CONFIG, config)
-    common = {"format": FORMAT, "version": version("prunekit"), "tier": tier, "architecture": architecture}
-    common["config"] = config_hash(config)
+    common = common_specification(folder, tier, architecture)
     hashes = {}
     for path in weight_files(folder):
         tensors = load_file(path)
@@ -63,6 +59,15 @@ def stamp(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> di
         specification_json = json.dumps({**common, "weights": hashes[path.name]}, sort_keys=True)
         save_tensors(path, tensors, {"format": "pt", KEY: specification_json})
     return {**common, "weights": hashes}
+
+
+def common_specification(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a specification without the weights' hash; the config loses the path that it was loaded from."""
+    config = read_json(folder / CONFIG)
+    config.pop("_name_or_path", None)
+    write_json(folder / CONFIG, config)
+    common = {"format": FORMAT, "version": version("prunekit"), "tier": tier, "architecture": architecture}
+    return {**common, "config": config_hash(config)}
 
 
 def weight_files(folder: Path) -> list[Path]:

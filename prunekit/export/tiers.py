@@ -1,7 +1,8 @@
 """In which form a denoiser is saved: a stock diffusers model where one expresses the cut, else its class in one file.
 
 stock: the stock class's `from_pretrained` loads it. class: the folder holds the class file, and loads with
-`trust_remote_code=True` without prunekit, or by prunekit's own class with it. onnx, torch: graphs of one call.
+`trust_remote_code=True` without prunekit, or by prunekit's own class with it. single-file: the stock form in the layout
+in which models of its class were published (`original_layout`). onnx, torch: graphs of one call.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from prunekit.runtime.files import read_json, write_json
 
 MODULE = "modeling_pruned"  # an export's file with the class, and its entry in model_index.json
 _CUTTING, _PLAIN = "prunekit.core.cutting", "prunekit.export.plain_cutting"
-_INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_groups")}
+_INSTEAD = {(_CUTTING, name): (_PLAIN, name) for name in ("keep_out", "keep_in", "keep_each", "keep_groups")}
 _TITLE = """A diffusion model's denoiser with parts cut out: {name}, for diffusers.
 
 Written by prunekit {version} from its own sources; do not edit. It needs torch and diffusers, and nothing else. The
@@ -35,7 +36,9 @@ Licence: Apache-2.0.
 """
 FOLDERS = ("stock", "class")  # tiers that diffusers loads
 GRAPHS = ("onnx", "torch")
-TIERS = ("auto", *FOLDERS, *GRAPHS)
+SINGLE_FILE = "single-file"
+ALONE = (SINGLE_FILE, *GRAPHS)  # of which a pipeline's other parts are left out
+TIERS = ("auto", *FOLDERS, *ALONE)
 
 
 @cache

@@ -28,11 +28,13 @@ DEFAULT_TOLERANCE = 1e-5
 FORMS = {  # by tier: how a user opens it, and whether prunekit is there
     "stock": (("stock", False), ("prunekit", True)),
     "class": (("class", False), ("prunekit", True)),
+    "single-file": (("single-file", False),),
     "onnx": (("onnx", False),),
     "torch": (("torch", False),),
 }
 SAID = {
     "stock": "the stock class without prunekit",
+    "single-file": "the stock class's from_single_file without prunekit",
     "class": "AutoModel with the class file, without prunekit",
     "pipeline": "DiffusionPipeline without prunekit",
     "routed": "PromptRoutedPipeline of prunekit: the expert of each of 17 prompts",

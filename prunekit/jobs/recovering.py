@@ -90,6 +90,16 @@ class Job:
         """The name of its lock file."""
         return re.sub(r"\W", "-", self.title)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the model is fine-tuned; one that no prompt is routed to stays as it was cut."""
+        return bool(len(self.pairs)) and self.recovery.fine_tunes
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all of its weights are trained."""
+        return self.trains and self.config.lora is None
+
     def done(self) -> bool:
         """Whether the model is there."""
         return (self.folder / self.part).is_dir()
@@ -189,14 +199,14 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     if job.mixture is not None:
         objective = kept_objective(job.mixture, objectives)
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
-    student, figures = _refitted(stages, job, slice_model(dense, architecture).to(stages.device))
+    student, figures = _refitted(stages, job, stages.held(slice_model(dense, architecture), job.trains_all))
     at_steps = stages.recipe.evaluation.at_steps
 
     def keep(name: str) -> None:
         if processes.is_main:
             _keep(student, recovery, job, name, objectives[0].members if objectives else ())
 
-    if len(job.pairs) and recovery.fine_tunes:
+    if job.trains:
         milestones: dict[int, Callable[[], None]] = {
             step: partial(keep, f"step-{step}/{job.part}") for step in at_steps
         }
@@ -213,6 +223,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
             log=stages.log,
             milestones=milestones,
             objective=objective,
+            offload_teacher=stages.recipe.memory.offload,
         )
     else:
         for step in at_steps:
@@ -234,7 +245,7 @@ def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin
     if config is None:
         return student, figures
     if processes.agree((folder / job.part).is_dir()):
-        student = load_model(folder / job.part).to(stages.device)
+        student = stages.held(load_model(folder / job.part), job.trains_all)
     else:
         started = time.monotonic()
         title = f"{job.title}: refit"
@@ -304,7 +315,7 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
     ]
     return [
         Candidate(
-            name, StoredModels([f / part for f in folders], stages.device), macs, params, result.router, spent, computed
+            name, StoredModels([f / part for f in folders], stages.held), macs, params, result.router, spent, computed
         )
         for name, part, spent, computed in [*rows, (recovery.name, part_name, seconds, passes)]
     ]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from prunekit.core.cost import CostModel
-from prunekit.core.registry import denoiser_in
+from prunekit.core.registry import denoiser_in, family_of
 from prunekit.data.config import load_data
 from prunekit.data.encoded import EncodedData, encode
 from prunekit.data.fingerprint import Fingerprint
@@ -47,6 +47,7 @@ from prunekit.runtime.progress import console
 from prunekit.runtime.run_directory import DENSE, LOCKS, LOG, RESULT
 from prunekit.runtime.tracking import Trackers
 from prunekit.runtime.work import Piece, share
+from prunekit.training.memory import lower, offload
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -113,6 +114,23 @@ def errors_of_plug_ins(method: Method) -> Iterator[None]:
         raise UserError(f"{method.name}: {error}") from error
 
 
+def _held_pipeline(recipe: CommonRecipe, device: torch.device, log: "Log") -> DiffusionPipeline:
+    """Load a recipe's pipeline, and hold it as the recipe says."""
+    lowered, dtype = recipe.memory.weights == "bfloat16", getattr(torch, recipe.memory.weights)
+    pipeline = load_pipeline(
+        recipe.model, dtype, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
+    )
+    if lowered:
+        lower(denoiser_in(pipeline))
+    if not recipe.memory.offload:
+        return pipeline.to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part is not denoiser_in(pipeline):
+            offload(part, device)
+    denoiser_in(pipeline).to(device)
+    return pipeline
+
+
 class Log(Protocol):
     """What stages tell: a `RunLog`, or what stands in for one."""
 
@@ -139,9 +157,7 @@ class Stages:
         self.device = current().device
         self.environment = _environment(self.device)  # now: the threads change while processes work apart
         self.cache = _cache(recipe, directory)
-        self.pipeline: DiffusionPipeline = load_pipeline(
-            recipe.model, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
-        ).to(self.device)
+        self.pipeline = _held_pipeline(recipe, self.device, log)
         images = load_data(recipe.data, recipe.seed, self.cache)
         self.resolution = recipe.resolution or resolution_of(self.pipeline)
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
@@ -250,6 +266,7 @@ class Stages:
             prompts.real_images,
             shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
             autoencoder=self.pipeline.vae,
+            family=family_of(self.pipeline),
             size=self.resolution,
             seed=self.recipe.seed,
         )
@@ -263,6 +280,13 @@ class Stages:
     def dense(self) -> Candidate:
         """The dense model as a row of the table."""
         return Candidate(DENSE, [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
+
+    def held(self, student: ModelMixin, trains: bool = False) -> ModelMixin:
+        """Return a pruned model as the recipe holds it, on the device; trains: all of its weights, in float32."""
+        student = student.to(self.device)
+        if self.recipe.memory.weights == "float32":
+            return student
+        return student.float() if trains else lower(student)
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
         """Return a method's architectures, or what an earlier start chose.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prunekit.methods.base import Method, ScoreMethod, budget_cost, describe_result, space_of
     from prunekit.methods.bksdm import BKSDM
     from prunekit.methods.budget import Scores, select, select_mixture
+    from prunekit.methods.depth import Depth
     from prunekit.methods.norm import Norm
     from prunekit.methods.obs import OBS
     from prunekit.methods.one_mask import OneMask
@@ -31,6 +32,7 @@ __all__ = [
     "BKSDM",
     "OBS",
     "Calibration",
+    "Depth",
     "Method",
     "MethodWork",
     "Norm",
@@ -63,6 +65,7 @@ _MODULES = {
     "methods.base": ["Method", "ScoreMethod", "budget_cost", "describe_result", "space_of"],
     "methods.bksdm": ["BKSDM"],
     "methods.budget": ["Scores", "select", "select_mixture"],
+    "methods.depth": ["Depth"],
     "methods.norm": ["Norm"],
     "methods.obs": ["OBS"],
     "methods.one_mask": ["OneMask"],

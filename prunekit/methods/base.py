@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import denoiser_in, text_length
+from prunekit.core.registry import denoiser_in, scale_of, text_length
 from prunekit.core.space import Architecture, UnitSpace
 from prunekit.data.encoded import EncodedData
 from prunekit.data.fingerprint import Fingerprint
@@ -98,6 +98,10 @@ class Method:
     def work(self, space: UnitSpace) -> MethodWork:
         """Return what the method computes before it can choose among the units of a space; nothing by default."""
         return MethodWork()
+
+    def calibration_bytes(self, model: ModelMixin) -> int:
+        """Return the bytes that a calibration of forward passes holds beside them; the model may be on meta."""
+        return 0
 
     def fine_tuning(self) -> dict[str, Any]:
         """Return fine-tuning settings, by name, that replace a recipe's; none by default."""
@@ -249,7 +253,7 @@ def _sample_size(
 ) -> tuple[int, int] | None:
     if resolution is None:
         return None
-    scale = getattr(pipeline, "vae_scale_factor", None)
+    scale = scale_of(pipeline)
     if scale is None:
         raise UserError(
             f"resolution={resolution} is in pixels, and a UNet alone has no VAE scale; pass the whole pipeline, "

@@ -19,6 +19,16 @@ from torch import Tensor, nn
 from prunekit.core.axes import bias_of, weight_of
 
 FREE = 1e-6  # of the ridge on weights, what the bias has
+SUM_BYTES = 8  # of a number
+
+
+def sums_bytes(weight: Tensor, share: float = 1.0) -> int:
+    """Return the bytes of a layer's sums, by its weight, which may be on the meta device.
+
+    share: of its inputs that it keeps.
+    """
+    inputs = round(weight[0].numel() * share) + 1
+    return SUM_BYTES * inputs * (inputs + len(weight))
 
 
 @dataclass

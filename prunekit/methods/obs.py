@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from prunekit.core.axes import weight_of
 from prunekit.core.discovery import width_layers
 from prunekit.core.registry import denoiser_in
 from prunekit.core.space import UnitGroup, UnitSpace
@@ -41,7 +42,7 @@ from prunekit.methods.calibration import (
     sample_weights,
 )
 from prunekit.methods.depth_scores import depth_calibrations, joint_scores, output_changes, ranks
-from prunekit.methods.least_squares import Sums, packed
+from prunekit.methods.least_squares import Sums, packed, sums_bytes
 from prunekit.methods.registry import register
 from prunekit.methods.settings import PruneSettings
 from prunekit.methods.workload import Calibration, MethodWork
@@ -50,6 +51,7 @@ from prunekit.runtime.precision import UNSCALED_AUTO, UnscaledPrecision, autocas
 from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
+INVERTED = 2  # copies of a layer's sums while its units are ranked: the sums, and their inverse
 PAPER = {"samples": 100, "batch_size": 4, "timestep_weights": "logarithmic", "damping": 0.01, "scope": "layer"}
 
 
@@ -98,9 +100,17 @@ class OBS(ScoreMethod):
         config = self.config
         passes = -(-len(space.width_groups) // config.layers_at_once)
         words = f"{passes} forward passes, for {config.layers_at_once} layers each"
-        summing = Calibration("calibration", config.samples, passes, words)
+        summing = Calibration("calibration", config.samples, passes, words, forward_batch=config.batch_size)
         measured = depth_calibrations(space, self._measured(space), config.samples)
         return MethodWork((summing, *measured), memory_setting="layers_at_once")
+
+    def calibration_bytes(self, model: ModelMixin) -> int:
+        """Return the bytes of the sums and the inverses of the layers that are summed at once, at most."""
+        sizes = sorted(
+            sum(sums_bytes(weight_of(layer.module(model, axis))) for axis in layer.axes if axis.side == "in")
+            for layer in width_layers(model).values()
+        )
+        return INVERTED * sum(sizes[-self.config.layers_at_once :])
 
     def short_settings(self, devices: int) -> dict[str, Any]:
         """Return one batch."""

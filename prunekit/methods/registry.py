@@ -20,6 +20,7 @@ M = TypeVar("M", bound=type[Any])
 BUILT_IN = {  # our methods: module below this package, and class
     "aptp": ("aptp.method", "APTP"),
     "bksdm": ("bksdm", "BKSDM"),
+    "depth": ("depth", "Depth"),
     "norm": ("norm", "Norm"),
     "obs": ("obs", "OBS"),
     "one_mask": ("one_mask", "OneMask"),

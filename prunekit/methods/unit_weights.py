@@ -33,7 +33,8 @@ class OwnedWeight:
 def owned_weights(model: nn.Module, group: UnitGroup) -> list[OwnedWeight]:
     """The weights that the units of a width group own."""
     layer = width_layers(model)[group.name]
-    return [OwnedWeight(layer.module(model, axis), axis) for axis in layer.axes if axis.side != "each"]
+    owned = [OwnedWeight(layer.module(model, axis), axis) for axis in layer.axes]
+    return [weight for weight in owned if isinstance(weight.layer, nn.Conv2d | nn.Linear)]
 
 
 def sum_per_channel(owned: OwnedWeight, values: Tensor) -> Tensor:

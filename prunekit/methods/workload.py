@@ -15,6 +15,7 @@ class Calibration:
         forward_passes: passes of the dense UNet for one sample; a backward pass to the weights counts as two.
         passes: the same in words, for people.
         training_batch: samples of one forward and backward pass to all weights; None: there are forward passes alone.
+        forward_batch: samples of one forward pass, where the method says what else it holds (`calibration_bytes`).
 
     """
 
@@ -23,6 +24,7 @@ class Calibration:
     forward_passes: int
     passes: str
     training_batch: int | None = None
+    forward_batch: int | None = None
 
     @property
     def dense_passes(self) -> int:

@@ -22,7 +22,7 @@ OPTIONS = {  # of pipelines' constructors: nothing is drawn over the pictures th
     "StableDiffusionPipeline": {"requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
-SETTINGS = ("force_zeros_for_empty_prompt",)  # plain values of a pipeline that its pictures depend on
+SETTINGS = ("force_zeros_for_empty_prompt", "is_distilled")  # plain values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)
 
 

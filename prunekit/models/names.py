@@ -23,19 +23,36 @@ KNOWN = {  # short names of hub models whose denoisers' configs ship with prunek
     "flux.1-schnell": "black-forest-labs/FLUX.1-schnell",
     "qwen-image": "Qwen/Qwen-Image",
     "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    "flux.2-dev": "black-forest-labs/FLUX.2-dev",
+    "flux.2-klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "flux.2-klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+    "flux.2-klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux.2-klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "z-image-turbo": "Tongyi-MAI/Z-Image-Turbo",
+    "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "sana-1.5-1.6b": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+    "sana-1.5-4.8b": "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers",
+    "wan-2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan-2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 }
 NAMES = ", ".join([*EMBEDDED_DIRECTORIES, *KNOWN])
 TEXT_TOKENS = {"flux.1-schnell": 256}  # of a known model's text, where it has less than its family's most
+SETTINGS = {  # of a known model's pipeline, that say how it is called
+    f"flux.2-klein-{size}": {"is_distilled": "base" not in size} for size in ("4b", "9b", "base-4b", "base-9b")
+}
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
 PIPELINES = {  # classes, and which part is the denoiser
     **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), "unet"),
     **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline"), "transformer"),
     **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), "transformer"),
+    **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline"), "transformer"),
+    **dict.fromkeys(("SanaPipeline", "WanPipeline"), "transformer"),
 }
 DENOISERS = {"unet": "UNet", "transformer": "transformer"}  # parts of pipelines, and how people write them
 SUPPORTED = (
     f"supported: {', '.join(PIPELINES)} (Stable Diffusion 1.x, 2.x and XL with epsilon or v-prediction, Stable "
-    "Diffusion 3 and 3.5, FLUX.1, Qwen-Image, PixArt)"
+    "Diffusion 3 and 3.5, FLUX.1, Qwen-Image, PixArt, FLUX.2, Z-Image, Sana, Wan 2.1 for pictures)"
 )
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CONVERT = (

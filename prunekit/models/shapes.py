@@ -1,16 +1,26 @@
 """The shapes of a model's parts, without weights and network."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
 
 from prunekit.core.denoiser import Denoiser
-from prunekit.core.registry import TOKENIZERS, denoiser_in, denoiser_named, family_of, latent_size, supported
+from prunekit.core.registry import (
+    TOKENIZERS,
+    denoiser_in,
+    denoiser_named,
+    family_of,
+    latent_size,
+    scale_of,
+    supported,
+)
 from prunekit.models.names import (
     CONFIG_DIRECTORY,
     DENOISERS,
+    SETTINGS,
     TEXT_TOKENS,
     check_index,
     hub_id,
@@ -24,7 +34,8 @@ from prunekit.runtime.errors import UserError
 
 MOST = 2**20  # of a tokenizer's length
 MOST_LEVELS = 10  # of an autoencoder; Stable Diffusion has 4
-SCALE, CLIP_TOKENS = 8, 77  # of every known model: pixels per latent position; of CLIP: tokens of a text
+CLIP_TOKENS = 77  # of a text
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # of an autoencoder, by its class
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,12 @@ class PipelineShape:
     denoiser: ModelMixin
     vae_scale_factor: int  # pixels per latent position
     text_length: int  # tokens
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the pipeline's plain ones
 
     @property
     def resolution(self) -> tuple[int, int]:
         """The pixels (height, width) that the model was made for."""
-        return _pixels(self)
+        return pixels_of(self)
 
 
 def resolution_of(pipeline: Any) -> int:
@@ -47,15 +59,17 @@ def resolution_of(pipeline: Any) -> int:
 
     Raises UserError for a pipeline that was made for other rectangles, which training does not support.
     """
-    height, width = _pixels(pipeline)
+    height, width = pixels_of(pipeline)
     if height != width:
         raise UserError(f"the model is made for {height} x {width} pixels; set resolution=SIDE for square pictures")
     return height
 
 
-def _pixels(pipeline: Any) -> tuple[int, int]:
-    height, width = latent_size(denoiser_in(pipeline))
-    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+def pixels_of(pipeline: Any) -> tuple[int, int]:
+    """Return the height and width in pixels that a pipeline was made for."""
+    (height, width), scale = latent_size(denoiser_in(pipeline)), scale_of(pipeline)
+    assert scale is not None, "a pipeline, not a denoiser alone"
+    return height * scale, width * scale
 
 
 def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = None) -> ModelMixin:
@@ -93,19 +107,25 @@ def _described(config: dict[str, Any], name: str | Path) -> Denoiser:
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:
     """Return what counting needs of a model, without weights; arguments and errors as in `load_unet_on_meta`.
 
-    A UNet directory without the rest of its pipeline is taken for one of Stable Diffusion's: scale 8, 77 tokens.
+    A denoiser's directory without the rest of its pipeline is taken to have its family's usual parts, such as Stable
+    Diffusion's: scale 8, 77 tokens.
     """
     source = _configured(name, single_file_config)
     directory = local_path(source)
-    scale, lengths, denoiser = SCALE, {}, _unet(name, source)
+    lengths, denoiser = {}, _unet(name, source)
+    scale = family_of(denoiser).scale
+    short = short_name(source) or ""
+    settings = SETTINGS.get(short, {})
     if directory is not None:
         autoencoder = directory / "vae" / "config.json"
         if autoencoder.is_file():
             scale = _scale(autoencoder)
         files = {part: directory / part / "tokenizer_config.json" for part in TOKENIZERS}
         lengths = {part: _most_tokens(path) for part, path in files.items() if path.is_file()}
-    known = TEXT_TOKENS.get(short_name(source) or "")
-    return PipelineShape(str(name), denoiser, scale, known or family_of(denoiser).text_length(lengths))
+        if (index := directory / "model_index.json").is_file():
+            settings = {key: value for key, value in read_object(index).items() if isinstance(value, bool)}
+    tokens = TEXT_TOKENS.get(short) or family_of(denoiser).text_length(lengths)
+    return PipelineShape(str(name), denoiser, scale, tokens, settings)
 
 
 def _most_tokens(tokenizer: Path) -> int:
@@ -118,7 +138,11 @@ def _most_tokens(tokenizer: Path) -> int:
 
 def _scale(autoencoder: Path) -> int:
     """Return the pixels per latent position by an autoencoder's config."""
-    levels = read_object(autoencoder).get("block_out_channels")
+    config = read_object(autoencoder)
+    scale = config.get("scale_factor_spatial")
+    if type(scale) is int and 1 <= scale <= 2**MOST_LEVELS:
+        return scale
+    levels = next((config[name] for name in LEVELS if name in config), None)
     if not isinstance(levels, list) or not 1 <= len(levels) <= MOST_LEVELS:
         raise UserError(f"{autoencoder}: block_out_channels={levels!r} is not a list of 1 to {MOST_LEVELS} sizes")
     return 2 ** (len(levels) - 1)

@@ -33,13 +33,13 @@ from prunekit.methods.calibration import (
     layer_values,
     sample_weights,
 )
-from prunekit.methods.least_squares import Sums, packed, unpack
+from prunekit.methods.least_squares import Sums, packed, sums_bytes, unpack
 from prunekit.recovery.backbone import kept_entries
 from prunekit.runtime.precision import autocast
 from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
-SUM_BYTES, SOLVING = 8, 3  # of a number; copies of a layer's sums while its system is solved
+SOLVING = 3  # copies of a layer's sums while its system is solved
 LEFT_OUT = 4  # one sample of so many, the last of each, chooses the ridge
 
 
@@ -89,7 +89,7 @@ class ClosedFormConfig(BaseModel):
         share: of its inputs that every layer keeps.
         """
         weights = (weight_of(dense.get_submodule(path)) for path in _readers(dense))
-        sizes = sorted(SUM_BYTES * _sums(round(weight[0].numel() * share), len(weight)) for weight in weights)
+        sizes = sorted(sums_bytes(weight, share) for weight in weights)
         return 2 * sum(sizes[-self.layers_at_once :]) + SOLVING * sizes[-1] if sizes else 0
 
 
@@ -148,11 +148,6 @@ def refit(
                 fits.append(_fit(path, student.get_submodule(path), pair, config.ridges))
             progress.update(number)
     return fits
-
-
-def _sums(inputs: int, outputs: int) -> int:
-    """Return the numbers in a layer's sums."""
-    return (inputs + 1) * (inputs + 1 + outputs)
 
 
 class _PairOfSums:

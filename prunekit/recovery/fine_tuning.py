@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from prunekit.training.distillation import (
     block_outputs,
     distillation_error,
 )
-from prunekit.training.memory import held, preserved
+from prunekit.training.memory import held, is_lowered, offloaded, preserved
 from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
@@ -169,19 +170,24 @@ def fine_tune(
     log: Log | None = None,
     milestones: Mapping[int, Callable[[], None]] | None = None,
     objective: Callable[..., FineTuningObjective] = FineTuningObjective,
+    offload_teacher: bool = False,
 ) -> dict[str, float]:
     """Train a sliced denoiser in place (Eq. 30), resuming an interrupted call from `directory`.
 
-    student: usually from `slice_unet`, float32. teacher: the dense model, left as it is. scheduler: the pipeline's.
+    student: usually from `slice_unet`, float32; for low-rank changes it may be one that `training.memory.lower` holds.
+    teacher: the dense model, left as it is. scheduler: the pipeline's.
     pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
     objective: made from what FineTuningObjective is made from, which is the default; for a backbone of several experts,
     partial(BackboneObjective, mixture=...), and the student is a dense model to be sliced to each of them afterwards.
+    offload_teacher: its weights stay in host memory, and each layer's are copied to the device while it runs.
     milestones: called after these steps, with the (averaged) weights of then in the student.
     Returns the trainer's figures: steps, seconds, loss and its terms.
     """
     pairs = data.training_pairs() if pairs is None else pairs
     if not len(pairs):
         raise UserError(f"{title}: there are no training pairs")
+    if is_lowered(student) and config.lora is None:
+        raise UserError(f"{title}: weights in bfloat16 can change only by fine_tune.lora; train float32 weights")
     device = student.device
     student.train().requires_grad_(True)
     if config.lora is not None:
@@ -189,7 +195,11 @@ def fine_tune(
         milestones = {step: partial(_merged, student, call) for step, call in (milestones or {}).items()}
     process = denoiser_of(student).family.process(scheduler)
     inputs = (student, teacher, process, data, pairs, config, seed, device)
-    with preserved(teacher), held(config, student, teacher.eval().requires_grad_(False)):
+    with ExitStack() as stack:
+        stack.enter_context(preserved(teacher))
+        stack.enter_context(held(config, student, teacher.eval().requires_grad_(False)))
+        if offload_teacher:
+            stack.enter_context(offloaded(teacher, device))
         student_objective = objective(*inputs)
         figures = Trainer(_trained(config), student_objective, directory, title, log, milestones).fit()
     if config.lora is not None:

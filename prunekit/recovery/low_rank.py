@@ -1,7 +1,7 @@
 """Low-rank fine-tuning (LoRA, arXiv 2106.09685): frozen layers with trained changes, merged into them afterwards.
 
-peft makes the changes of every linear layer and convolution; a merged model is plain again, and is saved, sliced and
-compared like any other.
+peft makes the changes of every linear layer and convolution, except depthwise convolutions, whose changes it cannot
+merge; a merged model is plain again, and is saved, sliced and compared like any other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from prunekit.core.axes import weight_of
 from prunekit.runtime.errors import MissingPackageError
 from prunekit.runtime.randomness import generator
 
@@ -42,27 +43,34 @@ def require_peft() -> None:
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Freeze a model and give each linear layer and convolution a low-rank change that starts at zero.
+    """Freeze a model and give linear layers and convolutions low-rank changes that start at zero, in float32.
 
     seed: keys the first of a change's two factors.
     """
     require_peft()
     import peft
 
-    targets = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    targets = [name for name, module in model.named_modules() if _is_changed(module)]
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generator(seed, ADAPTER).initial_seed())
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name)
 
 
 def num_changes(model: nn.Module, config: LoraConfig) -> int:
     """Return the parameters of a model's low-rank changes; it may be on the meta device."""
-    layers = (module.weight for module in model.modules() if isinstance(module, LAYERS))
-    return sum(config.rank * (weight[0].numel() + len(weight)) for weight in layers)
+    weights = (weight_of(module) for module in model.modules() if _is_changed(module))
+    return sum(config.rank * (weight[0].numel() + len(weight)) for weight in weights)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether a layer gets a change: peft merges none of a convolution whose channels are in groups."""
+    return isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1
 
 
 def merge(model: nn.Module) -> None:

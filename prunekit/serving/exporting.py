@@ -15,11 +15,13 @@ from prunekit.core.discovery import discover
 from prunekit.core.registry import part_of
 from prunekit.core.timesteps import TimestepModel, saved_parts
 from prunekit.export.card import CARD, model_card
+from prunekit.export.folding import Folded, FoldingPlan
 from prunekit.export.graphs import check_onnx, save_graph
 from prunekit.export.inputs import MOST_TOKENS, Inputs
 from prunekit.export.model_folder import load_denoiser
+from prunekit.export.original_layout import save_single_file
 from prunekit.export.pipeline_parts import save_pipeline
-from prunekit.export.tiers import GRAPHS, check_tier, save_denoiser
+from prunekit.export.tiers import ALONE, GRAPHS, SINGLE_FILE, check_tier, save_denoiser
 from prunekit.export.verification import Claim, Expected, claims_of, verify
 from prunekit.models.hub import INDEX
 from prunekit.models.names import DENOISERS
@@ -27,9 +29,10 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, staged
 from prunekit.runtime.run_directory import RECIPE, RESULTS
 from prunekit.serving.pipeline import PromptRoutedPipeline
-from prunekit.serving.prompts import shipped_prompts
+from prunekit.serving.prompts import read_prompts, shipped_prompts
 from prunekit.serving.routed_directory import ROUTED, write_shared
 
+HELD_OUT = 5  # one prompt of so many measures the error of a folding to a rank
 GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
 
 
@@ -49,8 +52,32 @@ class _Work:
     tier: str
     batch: int | None
     text_length: int
+    folding: FoldingPlan | None = None
+    prompts: list[str] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
+
+    @property
+    def use(self) -> str:
+        """Return how what is saved without a pipeline is loaded, a key of the card's USES; "" for the other tiers."""
+        return "graph" if self.tier in GRAPHS else self.tier if self.tier in ALONE else ""
+
+    def folded(self, pipeline: PromptRoutedPipeline, model: ModelMixin, what: str) -> tuple[ModelMixin, Folded | None]:
+        """Fold an expert's modulation layers if requested; return what is saved, and the folding."""
+        if self.folding is None:
+            return model, None
+        if isinstance(model, TimestepModel):
+            raise UserError(f"{what} is several slices, one for each bin of timesteps: they are not folded")
+        prompts = [*shipped_prompts("aptp-cc3m"), *shipped_prompts("aptp-coco")]
+        held_out = shipped_prompts("aptp-parti")
+        if self.prompts is not None:
+            held_out = self.prompts[::HELD_OUT]
+            prompts = [text for index, text in enumerate(self.prompts) if index % HELD_OUT]
+        stock = pipeline.parts.pipeline(model)
+        folded = self.folding.fold(stock, pipeline.mixture.guidance, prompts, held_out)
+        self.notes.append(f"{what.capitalize()}: {folded.summary}")
+        return folded.model, folded
 
     def save(self, model: ModelMixin, folder: Path, what: str) -> None:
         """Save a denoiser to its own folder, or each slice of one; `what` is its name in reports."""
@@ -58,9 +85,10 @@ class _Work:
             for index, (part, place) in enumerate(saved_parts(model, folder)):
                 self.save(part, place, f"{what}, slice {index}")
             return
-        graph = self.tier in GRAPHS
-        if graph:
+        if self.tier in GRAPHS:
             specification = save_graph(model, folder, self.tier, self.batch, self.text_length)
+        elif self.tier == SINGLE_FILE:
+            specification = save_single_file(model, folder)
         else:
             specification = save_denoiser(model, folder, self.tier)
         self.saved(model, folder, what, specification)
@@ -83,16 +111,22 @@ def export(
     method: str | None = None,
     expert: int | None = None,
     batch: int | None = None,
+    fold_modulation: str | None = None,
+    prompts_file: Path | None = None,
 ) -> Exported:
     """Export what a run made, a pipeline's directory or a denoiser's folder; return where it is and what was checked.
 
     Args:
         source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a denoiser's folder.
         directory: new or empty; it appears once every check is passed, with a model card.
-        tier: "stock", "class", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
+        tier: "stock", "class", "single-file", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
         method: of a run; by default the one that routes, else the first by name.
         expert: of a mixture, export it alone, as a plain pipeline; by default all, with their router.
         batch: of "onnx" and "torch": samples of a call; by default any number.
+        fold_modulation: "table=N", "nearest=N" or "rank=R", as `FoldingPlan.parse` reads it: of a transformer, fold
+            the modulation layers; by default they stay.
+        prompts_file: of "rank=R": prompts, one a line, such as the model is used with. Four fifths of them say which
+            directions are kept, the rest measures the error. By default the shipped lists, 32 and 20 prompts.
 
     Raises:
         ValueError: one line: a faulty source, a directory in use, a tier that does not fit, a check that fails.
@@ -106,10 +140,18 @@ def export(
         check_onnx()
     if batch is not None and (tier not in GRAPHS or batch < 1):
         raise UserError(f"batch={batch} is for the tiers {' and '.join(GRAPHS)}, and at least 1")
+    folding = None if fold_modulation is None else FoldingPlan.parse(fold_modulation)
+    if folding is not None and tier not in ("auto", "class"):
+        raise UserError(f"a model with folded modulation layers is of tier class, not {tier}")
+    prompts = None if prompts_file is None else read_prompts(prompts_file)
+    if prompts is not None and (folding is None or folding.kind != "rank" or len(prompts) < HELD_OUT):
+        raise UserError(f"a prompts file is for fold_modulation=rank=R, and holds at least {HELD_OUT} prompts")
     if (source / "config.json").is_file() and not any((source / name).is_file() for name in (RECIPE, ROUTED, INDEX)):
+        if folding is not None:
+            raise UserError("folding runs a pipeline's text encoders and sampler: give a run or a pipeline's directory")
         return _export_denoiser(source, directory, _Work(tier, batch, MOST_TOKENS))
     pipeline = PromptRoutedPipeline.from_pretrained(source, method, device="cpu", max_resident=1)
-    work = _Work(tier, batch, pipeline.text_length)
+    work = _Work(tier, batch, pipeline.text_length, folding, prompts)
     table = _table(source)
     if expert is not None or pipeline.num_experts == 1:
         with pipeline.mixture.experts.use(expert or 0) as model:
@@ -126,7 +168,7 @@ def _export_denoiser(source: Path, directory: Path, work: _Work) -> Exported:
     model = load_denoiser(source, torch.float32)
     with staged(directory) as folder:
         work.save(model, folder, DENOISERS[part_of(model)])
-        return _finish(folder, directory, work, "graph" if work.tier in GRAPHS else "denoiser", part_of(model), {}, ())
+        return _finish(folder, directory, work, work.use or "denoiser", part_of(model), {}, ())
 
 
 def _export_one(
@@ -135,11 +177,14 @@ def _export_one(
     with staged(directory) as folder, pipeline.mixture.experts.use(index) as model:
         part = pipeline.parts.denoiser
         what = DENOISERS[part]
-        if work.tier in GRAPHS:
+        if work.use:
             work.save(model, folder, what)
-            use = "graph"
+            use = work.use
         else:
+            model, folded = work.folded(pipeline, model, what)
             specification = save_pipeline(pipeline.parts, model, folder, work.tier)
+            if folded is not None:
+                folded.save(folder / part)
             expected = work.saved(model, folder / part, what, specification)
             work.claims.append(Claim("pipeline", "pipeline", folder, expected, with_prunekit=False))
             use = specification["tier"]
@@ -151,14 +196,20 @@ def _export_all(
 ) -> Exported:
     with staged(directory) as folder:
         for index in range(pipeline.num_experts):
-            with pipeline.mixture.experts.use(index) as model:
-                work.save(model, folder / "experts" / str(index), f"expert {index}")
+            with pipeline.mixture.experts.use(index) as expert:
+                place, what = folder / "experts" / str(index), f"expert {index}"
+                model, folded = work.folded(pipeline, expert, what)
+                work.save(model, place, what)
+                if folded is not None:
+                    folded.save(place)
+            del expert
             del model  # or it would stay in memory while the next one is loaded
-        if work.tier not in GRAPHS:
+        if not work.use:
             write_shared(pipeline.parts, pipeline.mixture, folder)
             work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
-        use = "graph" if work.tier in GRAPHS else "routed"
-        return _finish(folder, directory, work, use, pipeline.parts.denoiser, pipeline.mixture.info, table)
+        return _finish(
+            folder, directory, work, work.use or "routed", pipeline.parts.denoiser, pipeline.mixture.info, table
+        )
 
 
 def _routes(pipeline: PromptRoutedPipeline) -> Expected:
@@ -179,7 +230,7 @@ def _finish(
 ) -> Exported:
     """Check everything, and write the card."""
     checked = verify(work.claims)
-    card = model_card(use, directory.name, info, work.rows, checked, table, part)
+    card = model_card(use, directory.name, info, work.rows, checked, table, part, work.notes)
     (folder / CARD).write_text(card, encoding="utf-8")
     return Exported(directory, [row["tier"] for row in work.rows], checked)
 

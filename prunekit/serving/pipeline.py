@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import family_of, latent_size, text_length
+from prunekit.core.registry import family_of, latent_size, scale_of, text_length, texts_of
 from prunekit.core.timesteps import TimestepModel
 from prunekit.data.prompt_encoder import EMBEDDED, PromptEncoder, load_prompt_encoder
 from prunekit.export.pipeline_parts import Parts
@@ -256,21 +256,23 @@ class PromptRoutedPipeline(DiffusionPipeline):
         base = self._base(model)
         base.image_indices = list(rows)
         family, guidance = family_of(base), options["guidance_scale"]
-        texts = family.texts(guidance, options)
-        scale, sides = base.vae_scale_factor, latent_size(model)
+        texts = texts_of(base, guidance, options)
+        scale, sides = scale_of(base), latent_size(model)
+        assert scale is not None, "every pipeline has an autoencoder"
         height, width = options["height"] or sides[0] * scale, options["width"] or sides[1] * scale
         with self._texts:
             given = _encoded(base, images, texts > 1, options.get("clip_skip"))
         options = {key: value for key, value in options.items() if key != "guidance_scale"}
         options |= {**family.call_options(base, guidance), "height": height, "width": width}
         with self._decoding():
-            drawn = base(**given, **options, generator=[image.noise() for image in images]).images
+            output = base(**given, **options, generator=[image.noise() for image in images])
+            drawn = family.pictures(output)
         size = (height // scale, width // scale)
         if isinstance(model, TimestepModel):
             bins = model.bins.of(torch.as_tensor(base.scheduler.timesteps)).tolist()
             calls = sum(self._call_macs((expert, index), model.slices[index], size) for index in bins)
         else:
-            calls = self._call_macs((expert, 0), model, size) * base.num_timesteps
+            calls = self._call_macs((expert, 0), model, size) * len(base.scheduler.timesteps)
         macs = calls * texts
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 

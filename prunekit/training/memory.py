@@ -1,5 +1,5 @@
-"""How a training holds its models: activations recomputed or kept, the layout of convolutions, frozen weights' dtype;
-how many samples it takes at once, and the same training made small.
+"""How models are held: activations recomputed or kept, the layout of convolutions, frozen weights' dtype and place;
+how many samples a training takes at once, and the same training made small.
 """
 
 import math
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import nn
 
 from prunekit.runtime.precision import LOWER, resolve_precision
@@ -16,6 +17,9 @@ from prunekit.training.trainer import TrainerConfig
 
 CAST = (nn.Conv2d, nn.Linear)  # whose weights autocast casts on every call; norms stay as they are
 C = TypeVar("C", bound=TrainerConfig)
+M = TypeVar("M", bound=ModelMixin)
+LOWERED = "_held_in_bfloat16"  # attribute of a model that `lower` has prepared
+_OFFLOADING = "group_offloading"  # diffusers' name of the hook
 SMOKE = {"steps": 2, "batch_size": 4, "micro_batch": 2, "warmup_steps": 1, "checkpoint_steps": 2}  # at most
 STEPS = 2  # of a training that is only tried: the first also warms up, so that the second is the one that counts
 
@@ -81,6 +85,65 @@ def cast_frozen(model: ModelMixin, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for weight, data in full:
             weight.data = data
+
+
+class _Autocast:
+    """Hooks that run a module's forward under bfloat16 autocast, whoever calls it."""
+
+    def __init__(self, device_type: str):
+        self.device_type, self.contexts = device_type, list[torch.autocast]()
+
+    def enter(self, *_: Any) -> None:
+        self.contexts.append(torch.autocast(self.device_type, torch.bfloat16))
+        self.contexts[-1].__enter__()
+
+    def leave(self, *_: Any) -> None:
+        self.contexts.pop().__exit__(None, None, None)
+
+
+def lower(model: M) -> M:
+    """Hold a frozen model's convolutions and linear layers in bfloat16 from now on; return it.
+
+    Norms, tables and what else there is stay, or become, float32, and every forward pass runs under bfloat16 autocast:
+    the outputs are those of float32 weights under autocast, bit by bit, if bfloat16 holds the weights exactly.
+    A slice of such a model has its dtypes; lower it too, or make it `float()` to train it.
+    """
+    cast = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, CAST)}
+    biases = {id(layer.bias) for layer in cast.values()}
+    for parameter in model.parameters():
+        lowered = id(parameter) in cast or id(parameter) in biases
+        parameter.data = parameter.data.to(torch.bfloat16 if lowered else torch.float32)
+    if not is_lowered(model):
+        hooks = _Autocast(next(model.parameters()).device.type)
+        setattr(model, LOWERED, hooks)
+        model.register_forward_pre_hook(hooks.enter, prepend=True)
+        model.register_forward_hook(hooks.leave, always_call=True)
+    return model
+
+
+def is_lowered(model: nn.Module) -> bool:
+    """Whether `lower` holds a model."""
+    return hasattr(model, LOWERED)
+
+
+def offload(module: nn.Module, device: torch.device) -> None:
+    """Keep a frozen module's weights in host memory; each layer's are copied to the device while it runs.
+
+    diffusers' group offloading, with prefetching on a GPU. On the CPU itself nothing moves.
+    """
+    streams = device.type == "cuda"
+    apply_group_offloading(module, device, torch.device("cpu"), "leaf_level", use_stream=streams)
+
+
+@contextmanager
+def offloaded(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A context in which a frozen module is offloaded; afterwards it is on the device again."""
+    offload(module, device)
+    try:
+        yield
+    finally:
+        HookRegistry.check_if_exists_or_initialize(module).remove_hook(_OFFLOADING)
+        module.to(device)
 
 
 def is_number(value: Any) -> bool:

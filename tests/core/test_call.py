@@ -41,7 +41,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
-calls = st.builds(call_of, st.integers(1, 6), st.booleans(), st.booleans())
+def ragged_call_of(batch, nested=True, scalar=False):
+    """Return such a call with a text of another length for each sample."""
+    texts = [torch.full((1 + index % 3, 2), float(index)) for index in range(batch)]
+    return Call({**call_of(batch, nested, scalar), "texts": texts})
+
+
+calls = st.builds(
+    lambda make, *given: make(*given),
+    st.sampled_from([call_of, ragged_call_of]),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+)
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 rows = st.lists(st.integers(0, 20), min_size=1, max_size=8)
 

@@ -3,18 +3,21 @@
 from fractions import Fraction
 
 import pytest
+import small_transformers
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_pipeline import pipeline_of
 from unets import MORE_SHAPES, build, inputs
 
 from prunekit.core.call import Call, predict
+from prunekit.core.discovery import discover
 from prunekit.core.registry import denoiser_in, denoiser_of, is_denoiser
 from prunekit.core.slicing import slice_model
 from prunekit.core.timesteps import TimestepBins, TimestepModel, read_denoiser, sampled_timesteps
 from prunekit.methods import Random
+from prunekit.methods.timestep_experts import even_bins
 from prunekit.runtime.errors import UserError
 
 BINS = TimestepBins((300.0, 600.0))
@@ -42,6 +45,36 @@ def test_bounds_ascend():
     for bounds in ((5.0, 5.0), (6.0, 5.0)):
         with pytest.raises(UserError, match="ascend"):
             TimestepBins(bounds)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
+def test_the_denoisers_unit_changes_no_bin(name):
+    """Some models take t/1000, or 1 - t/1000: a timestep has the bin that it has in the scheduler's unit."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(30)
+    times, denoiser = scheduler.timesteps, denoiser_of(small_transformers.CONFIGS[name][0])
+    bins = even_bins(times.double(), 4)
+    for dtype in (torch.float32, torch.float64):
+        given = times.to(dtype)
+        assert torch.equal(bins.of_taken(denoiser.taken(given), denoiser.taken), bins.of(times))
+
+
+@pytest.mark.parametrize("name", ["flux", "z_image"])
+def test_each_sample_of_a_transformer_runs_through_its_own_slice(name):
+    dense = small_transformers.build(name)
+    slices = [slice_model(dense, discover(dense).random(0.6, seed)) for seed in range(3)]
+    model, denoiser = TimestepModel(slices, BINS), denoiser_of(dense)
+    call = small_transformers.call_of(dense, 3)
+    times = torch.tensor([900.0, 10.0, 300.0])
+    with torch.no_grad():
+        for rows in ([0], [1], [2], [0, 1, 2]):
+            if len(rows) > 1 and call.shared:  # positions of packed latents, which have no rows
+                continue
+            part = denoiser.at(call.take(torch.tensor(rows)), denoiser.noisy(call)[rows], times[rows])
+            whole = predict(model, part)
+            for place, row in enumerate(rows):
+                alone = predict(slices[(2, 0, 1)[row]], part.take(slice(place, place + 1)))
+                torch.testing.assert_close(whole[place : place + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", MORE_SHAPES)

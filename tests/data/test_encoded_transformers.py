@@ -13,7 +13,16 @@ from prunekit.data.cache_config import CacheConfig
 from prunekit.data.encoded import encode
 from prunekit.models import load_pipeline
 
-NEEDED = {"sd35": {"text", "pooled"}, "flux": {"text", "pooled", "guidance"}, "pixart": {"text", "mask", "sizes"}}
+NEEDED = {
+    "sd35": {"text", "pooled"},
+    "flux": {"text", "pooled", "guidance"},
+    "pixart": {"text", "mask", "sizes"},
+    "flux2": {"text", "guidance"},
+    "z_image": {"text", "mask"},
+    "sana15": {"text", "mask"},
+    "wan": {"text"},
+}
+NEWER = ("flux2", "z_image", "sana15", "wan")
 
 
 class Letters:
@@ -28,8 +37,14 @@ def base():
     return load_pipeline("emoji")
 
 
-@pytest.mark.parametrize("config", [{}, {"text": False}, {"precision": "float16"}], ids=str)
-@pytest.mark.parametrize("name", NEEDED)
+CASES = [  # of the newer pipelines, whose encoders take longer, one now
+    pytest.param(name, config, marks=pytest.mark.long if config and name in NEWER else ())
+    for name in NEEDED
+    for config in ({}, {"text": False}, {"precision": "float16"})
+]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=str)
 def test_conditions_are_the_familys(name, config, base, tmp_path):
     pipeline = make(name, base)[0]
     model, family = denoiser_in(pipeline), family_of(pipeline)

@@ -1,18 +1,26 @@
 """A family's calls are those of the stock pipeline: the same arguments under the same names, at every step."""
 
+import inspect
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from small_transformer_pipelines import make
+from small_transformers import CONFIGS
 from unets import relative_error
 
 from prunekit.core.call import predict
-from prunekit.core.registry import denoiser_of, process_of, text_length
+from prunekit.core.registry import denoiser_of, process_of, scale_of, text_length, texts_of
 from prunekit.denoisers.flow_matching import FlowMatching
 from prunekit.embedded.sd3_training import AsManyTokens
 from prunekit.models import load_pipeline
+from prunekit.runtime.errors import UserError
 
 TEXTS = ["red apple", "a blue house"]
+NAMES = ["sd35", "flux", "pixart", "qwen_image", "flux2", "flux2_klein", "flux2_klein_base", "z_image", "sana15", "wan"]
+GUIDED = ("sd35", "pixart", "z_image", "sana15")  # by a second text in the same call
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +32,12 @@ def calls_of(pipeline, texts, options):
     """The transformer's arguments at every step of a stock call, and its outputs."""
     seen = []
 
+    names = list(inspect.signature(pipeline.transformer.forward).parameters)
+
     def look(module, args, kwargs, output):
-        assert not args or len(args) == 1
-        first = {"hidden_states": args[0]} if args else {}
-        copied = {k: v.clone() if torch.is_tensor(v) else v for k, v in kwargs.items()}
-        seen.append(({**first, **copied}, output[0].clone()))
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        copied = {k: v.clone() if torch.is_tensor(v) else v for k, v in given.items()}
+        seen.append((copied, output[0].clone() if torch.is_tensor(output[0]) else output[0]))
 
     handle = pipeline.transformer.register_forward_hook(look, with_kwargs=True)
     prompt = {} if "prompt_embeds" in options else {"prompt": texts}
@@ -38,45 +47,64 @@ def calls_of(pipeline, texts, options):
     return seen
 
 
-@pytest.mark.parametrize("name", ["sd35", "flux", "pixart", "qwen_image"])
+def timesteps_of(name, arguments):
+    """The timesteps of a stock call in the unit of the noise process."""
+    if name == "z_image":
+        return 1000 * (1 - arguments["t"].float())
+    scale = 1000 if name.startswith("flux") or name == "qwen_image" else 1
+    return arguments["timestep"].reshape(-1).float() * scale
+
+
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_calls_are_the_pipelines(name, base):
     pipeline, options = make(name, base)
     pipeline.set_progress_bar_config(disable=True)
     model, denoiser = pipeline.transformer, denoiser_of(pipeline.transformer)
     family = denoiser.family
-    guided = name in ("sd35", "pixart")
+    guided = name in GUIDED
     if name == "qwen_image":
         states = {"text": options["prompt_embeds"], "mask": options["prompt_embeds_mask"].bool()}
     else:
         states = family.states(pipeline, TEXTS)
         if guided:
             null = family.null_states(pipeline)
-            states = {
-                role: torch.cat([null[role].repeat(2, *[1] * (value.dim() - 1)), value])
-                for role, value in states.items()
-            }
+            null = {role: null[role].repeat(2, *[1] * (value.dim() - 1)) for role, value in states.items()}
+            halves = (states, null) if name == "z_image" else (null, states)
+            states = {role: torch.cat([half[role] for half in halves]) for role in states}
     if name == "pixart":
         states["sizes"] = family.sizes(32, 16).expand(4, -1)
     assert family.call_batch(2, guided) == (4 if guided else 2)
-    assert family.texts(3.0) == (1 if name == "flux" else 2) and family.texts(1.0) == 1
-    assert family.texts(1.0, {"true_cfg_scale": 2.0}) == (2 if name == "flux" else 1)
-    assert 3.0 in family.call_options(pipeline, 3.0).values()
-    if name in ("sd35", "flux"):
+    one_text = name in ("flux", "flux2", "flux2_klein")
+    assert texts_of(pipeline, 3.0) == (1 if one_text else 2)
+    assert texts_of(pipeline, 0.0 if name == "z_image" else 1.0) == 1
+    assert texts_of(pipeline, 0.0, {"true_cfg_scale": 2.0}) == (2 if name == "flux" else 1)
+    assert 3.0 in family.call_options(pipeline, 3.0).values() or name == "flux2_klein"
+    if name not in ("pixart", "qwen_image"):
         assert text_length(pipeline) == states["text"].shape[1]
-    scale = 1000 if name in ("flux", "qwen_image") else 1
     seen = calls_of(pipeline, TEXTS, options)
-    assert len(seen) == 2
-    for arguments, output in seen:
-        height, width = (options.get(side, 64) // pipeline.vae_scale_factor for side in ("height", "width"))
+    texts = [states]  # of a step's calls
+    if name == "wan":
+        null = family.null_states(pipeline)
+        texts.append({role: value.repeat(2, *[1] * (value.dim() - 1)) for role, value in null.items()})
+    assert len(seen) == 2 * len(texts)
+    for (arguments, output), states in zip(seen, texts * 2, strict=True):
+        height, width = (options.get(side, 64) // scale_of(pipeline) for side in ("height", "width"))
         probe = denoiser.call(
             torch.zeros(len(output), denoiser.latent_channels(model), height, width), torch.zeros(1), states
         )
-        noisy = denoiser.noisy(probe.replace(hidden_states=arguments["hidden_states"]))
-        call = denoiser.call(noisy, arguments["timestep"].reshape(-1).float() * scale, states)
+        latent = arguments[denoiser.latent]
+        latent = torch.stack(latent) if isinstance(latent, list) else latent
+        noisy = denoiser.noisy(probe.replace(**{denoiser.latent: latent}))
+        call = denoiser.call(noisy, timesteps_of(name, arguments), states)
         for key, value in call.items():
             theirs = arguments[key]
-            if torch.is_tensor(value):
+            if isinstance(theirs, list) and torch.is_tensor(theirs[0]):
+                assert len(value) == len(theirs)
+                assert all(torch.allclose(ours, part, atol=1e-6) for ours, part in zip(value, theirs, strict=True)), key
+            elif key in call.shared:  # the same for all samples, whether the pipeline repeats them or not
+                assert torch.equal(value.expand_as(theirs), theirs.to(value.dtype)), key
+            elif torch.is_tensor(value):
                 assert torch.allclose(value.float(), theirs.float().reshape(value.shape), atol=1e-6), key
             elif key == "img_shapes":
                 assert value[0] == theirs[0]
@@ -91,7 +119,7 @@ def test_calls_are_the_pipelines(name, base):
             assert relative_error(predict(model, call), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd35", "flux", "pixart", "qwen_image"])
+@pytest.mark.parametrize("name", NAMES)
 def test_latents_are_what_the_pipeline_decodes(name, base):
     """Decoding what `moments` gives, as the pipeline does at the end, gives what the autoencoder gives."""
     pipeline, _ = make(name, base)
@@ -99,15 +127,22 @@ def test_latents_are_what_the_pipeline_decodes(name, base):
     vae = pipeline.vae
     with torch.no_grad():
         mean, deviation = denoiser_of(pipeline.transformer).family.moments(vae, pixels)
-        assert mean.shape == deviation.shape and mean.dim() == 4 and bool((deviation > 0).all())
-        if name == "qwen_image":
-            config = vae.config
+        assert mean.shape == deviation.shape and mean.dim() == 4
+        assert bool((deviation == 0).all() if name == "sana15" else (deviation > 0).all())  # which draws no latents
+        expected, config = denoiser_of(pipeline.transformer).family.reconstruct(vae, pixels), vae.config
+        if name in ("qwen_image", "wan"):
             scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_std, config.latents_mean))
             decoded = vae.decode((mean * scale + shift).unsqueeze(2)).sample[:, :, 0]
-            expected = vae.decode(vae.encode(pixels.unsqueeze(2)).latent_dist.mean).sample[:, :, 0]
+        elif name.startswith("flux2"):
+            latents = pipeline._patchify_latents(mean)
+            latents = latents * torch.sqrt(vae.bn.running_var + config.batch_norm_eps).view(1, -1, 1, 1)
+            latents = pipeline._unpatchify_latents(latents + vae.bn.running_mean.view(1, -1, 1, 1))
+            decoded = vae.decode(latents).sample
+            encoded = pipeline._encode_vae_image(pixels, None)  # of a picture that an edit starts from
+            assert torch.allclose(encoded, pipeline._patchify_latents(mean), atol=1e-5)
         else:
-            latents = mean / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-            decoded, expected = vae.decode(latents).sample, vae.decode(vae.encode(pixels).latent_dist.mean).sample
+            latents = mean / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            decoded = vae.decode(latents).sample
     assert torch.allclose(decoded, expected, atol=1e-5)
 
 
@@ -137,6 +172,24 @@ def test_a_shift_that_depends_on_the_size_is_the_middle_of_its_range():
 
 def process_of_scheduler(scheduler):
     return FlowMatching(scheduler).shift
+
+
+def test_flux2s_shift_is_its_pipelines(base):
+    """By 1,024 pixels and 50 steps; without a schedule that depends on both, the scheduler's own."""
+    family = denoiser_of(CONFIGS["flux2"][0]).family
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    shift = family.process(scheduler).shift
+    assert shift == pytest.approx(math.exp(compute_empirical_mu((1024 // 16) ** 2, 50)))
+    sigmas = torch.linspace(1, 1 / 50, 50)  # what the pipeline gives the scheduler, which shifts them
+    scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=math.log(shift))
+    torch.testing.assert_close(scheduler.timesteps / 1000, shift * sigmas / (1 + (shift - 1) * sigmas))
+    assert family.process(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift == 3.0
+
+
+def test_dev_takes_no_negative_prompt(base):
+    pipeline, _ = make("flux2", base)
+    with pytest.raises(UserError, match="Flux2Pipeline takes no negative prompt"):
+        denoiser_of(pipeline.transformer).family.embeddings(pipeline, TEXTS, ["", ""], False)
 
 
 def test_a_pipeline_says_its_process(base):

@@ -367,12 +367,12 @@ def test_arguments_that_do_not_fit(run, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
     for arguments, expected in (
-        ((run, tmp_path / "out", "gguf"), "choose one of auto, stock, class, onnx, torch"),
+        ((run, tmp_path / "out", "gguf"), "choose one of auto, stock, class, single-file, onnx, torch"),
         ((run, tmp_path / "out", "auto", "norm"), "it has aptp"),
         ((run, tmp_path / "out", "auto", "aptp", 9), "expert 9: there are 3"),
         ((run, tmp_path / "out", "stock", "aptp", 0), "use tier class"),
         ((run, tmp_path / "out", "auto", "aptp", None, 2), "is for the tiers onnx and torch"),
-        ((run, tmp_path / "used"), "holds something already"),
+        ((run, tmp_path / "used"), "is not empty; give a new"),
     ):
         with pytest.raises(ValueError, match=expected):
             export(*arguments)

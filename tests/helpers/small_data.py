@@ -32,6 +32,9 @@ def encoded_for(model, num=8, side=8, text_length=7, seed=0):
     if "sizes" in roles:
         added["time_ids"] = denoiser.family.sizes(64, 64)
     added["others"] = {role: (roles[role], roles[role][0]) for role in roles if role in ("mask", "guidance")}
+    if type(model).__name__.endswith("ZImageTransformer2DModel"):  # whose texts are of different lengths
+        mask = torch.arange(text_length) < 1 + torch.arange(num)[:, None] % text_length
+        added["others"] = {"mask": (mask, mask[0])}
     return EncodedData(
         latents=torch.randn(num, denoiser.latent_channels(model), side, side, generator=draw),
         text=torch.randn(num, text_length, denoiser.text_width(model), generator=draw),

@@ -5,6 +5,7 @@ import torch
 SEARCH = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "log_every": 1}
 SMALL: dict[str, dict] = {
     "aptp": {"experts": 2, "warmup": 1, "search": SEARCH},
+    "depth": {"samples": 1},
     "norm": {"samples": 1},
     "obs": {"samples": 2, "batch_size": 2},
     "one_mask": {"experts": 2, "bins": 2, "choice": "norm", "choice_settings": {"samples": 1}},

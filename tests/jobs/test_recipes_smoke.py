@@ -25,7 +25,8 @@ SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs 
     for word in words
     if words[1:2] in (["run"], ["compare"]) and word.startswith("recipes/")
 }
-TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3"), "sd35")
+LARGE = [f"{method}_{model}" for method in ("depth", "obs", "aptp") for model in ("sd35", "flux", "qwen_image")]
+TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3", *LARGE), "sd35")
 OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl", **TRANSFORMERS}
 # The rest prune Stable Diffusion 2's topology; for time these have one layer a block, which BK-SDM cannot cut:
 THIN = ("norm", "taylor_sp", "uniarch", "aptp")
@@ -103,3 +104,13 @@ def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
         assert list(directory.rglob("model_index.json"))
         return
     check_table(directory)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sana15", "wan"])
+def test_transformers_with_latents_of_their_own_reach_a_table(name, tmp_path, monkeypatch):
+    """Latents of 32 pixels' places and of videos, through encoding, search, recovery, drawing and figures."""
+    monkeypatch.chdir(tmp_path)
+    model = small_transformer_pipelines.write(tmp_path / name, name, load_pipeline("emoji"))
+    overrides = ["scale=smoke", f"data.path={write_data(tmp_path / 'data', 'emoji')}", f"model={model}", *FEWER]
+    check_table(start(FOLDER / "aptp_emoji_sd3.yaml", [*overrides, "resolution=64"]))

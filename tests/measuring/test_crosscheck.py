@@ -31,7 +31,9 @@ def test_every_counter_is_reconciled(shape):
     assert all(torch.equal(value, state[key]) for key, value in unet.state_dict().items())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "sana" else ()) for name in CONFIGS]
+)
 def test_transformers_are_reconciled(name):
     pytest.importorskip("thop")
     pytest.importorskip("fvcore")

@@ -9,8 +9,10 @@ from prunekit import discover
 from prunekit.core.call import Call
 from prunekit.core.gates import gated
 from prunekit.core.space import Architecture
+from prunekit.methods import Depth
 from prunekit.methods.calibration import calibration_batches, num_probes
 from prunekit.methods.depth_scores import joint_scores, output_changes, width_scale
+from prunekit.runtime.errors import UserError
 from prunekit.slicing import slice_unet
 
 
@@ -114,3 +116,16 @@ def test_samples_depend_on_seed_and_position_alone(unet):
         assert not torch.equal(other.latents, whole.latents)
     chosen = next(iter(calibration_batches(pipeline, data, 8, 8, seed=0))).latents
     assert len({float(latent.sum()) for latent in chosen}) == 8  # none twice
+
+
+def test_the_method_depth_removes_whole_layers_alone(unet):
+    pipeline, data = stub(unet), encoded_for(unet)
+    result = Depth(budget=0.8, samples=2).prune(pipeline, data)
+    (architecture,) = result.architectures
+    space = architecture.space
+    assert architecture.values[: space.num_width].all() and architecture.removed()
+    assert result.info.ratio[0] <= 0.8
+    with pytest.raises(UserError, match="whole layers alone"):
+        Depth(budget=0.09, samples=2).prune(pipeline, data)
+    with pytest.raises(UserError, match=r"prune\.depth=all"):
+        Depth(budget=0.8, depth="none").prune(pipeline, data)

@@ -96,3 +96,13 @@ def test_a_shared_backbone_has_no_changes_of_its_own():
 def test_a_frozen_backward_pass_counts_as_one():
     full, low = (FineTuneConfig(steps=1, lora=lora, **SETTINGS) for lora in (None, LoraConfig(rank=2)))
     assert (full.dense_passes(0.5), low.dense_passes(0.5)) == (2.5, 2.0)
+
+
+def test_a_depthwise_convolution_stays():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.Conv2d(4, 6, 1))
+    config = LoraConfig(rank=2)
+    count = num_changes(model, config)
+    attach(model, config, seed=1)
+    assert count == 2 * (4 + 6) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    merge(model)
+    assert [type(layer) for layer in model] == [torch.nn.Conv2d] * 2

@@ -249,7 +249,7 @@ def test_saved_and_opened_again(run, tmp_path):
     same = again(PROMPTS[:5], seeds=0, num_inference_steps=STEPS, output_type="np")
     assert np.array_equal(same.images, drawn.images) and same.experts == drawn.experts and same.macs == drawn.macs
     assert again.mixture.info == pipeline.mixture.info and again.mixture.info["recipe"]
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty; give a new"):
         pipeline.save_pretrained(tmp_path / "model.v1")
 
 

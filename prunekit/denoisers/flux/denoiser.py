@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
@@ -16,13 +15,14 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from prunekit.core.axes import Axis, Layer
-from prunekit.core.call import Call, Fill
+from prunekit.core.call import Call
 from prunekit.core.emptied import Emptied, EmptiedOutput
 from prunekit.core.family import Family
+from prunekit.core.modulation import Modulation
 from prunekit.core.record import kept_groups
 from prunekit.core.space import UnitGroup
 from prunekit.core.transformer_layers import NORMS, channel_groups, keep_heads
-from prunekit.denoisers.joint import PackedCalls, TransformerDescription, pack, placed
+from prunekit.denoisers.joint import PackedCalls, TransformerDescription, pack, placed, positions
 
 from .family import FLUX
 
@@ -52,6 +52,9 @@ class Flux(PackedCalls, TransformerDescription):
         "guidance": "guidance",
     }
     layers_in_config = ("num_layers", "num_single_layers")
+    modulation: ClassVar[Modulation | None] = Modulation(
+        "time_text_embed", ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
+    )
     classes: ClassVar = {"transformer_blocks": (FluxTransformerBlock,), SINGLE: (FluxSingleTransformerBlock,)}
     attentions = (FluxAttention,)
     processors = (FluxAttnProcessor,)
@@ -97,20 +100,11 @@ class Flux(PackedCalls, TransformerDescription):
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
         tokens, rows, columns = pack(noisy)
-        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, conditions)
-        image = torch.zeros(rows, columns, 3, device=noisy.device)
-        image[..., 1] += torch.arange(rows, device=noisy.device)[:, None]
-        image[..., 2] += torch.arange(columns, device=noisy.device)
-        text = torch.zeros(conditions["text"].shape[1], 3, device=noisy.device)
-        ids = {"img_ids": image.flatten(0, 1), "txt_ids": text}
+        call = super().call(tokens, timesteps, conditions)
+        places = positions(rows, columns, 3, noisy.device)
+        text = places.new_zeros(conditions["text"].shape[1], 3)
+        ids = {"img_ids": places, "txt_ids": text}
         return Call({**call, **ids}, shared=tuple(ids), **placed(rows, columns))
-
-    def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:
-        """Return the conditions of an example call, by role."""
-        conditions = super().example_conditions(model, batch, text_length, fill)
-        if model.config.guidance_embeds:
-            conditions["guidance"] = fill("guidance", (batch,))
-        return conditions
 
 
 def _single(model: Any, path: str, block: Any) -> list[Layer]:

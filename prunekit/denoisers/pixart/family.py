@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowMatching, TransformerFamily
+from prunekit.denoisers.flow_matching import AsAsked, FlowMatching, TransformerFamily, left_out
 from prunekit.denoisers.unet.family import DDPM
 
 EMBEDDINGS = (
@@ -22,7 +22,7 @@ MOST_TOKENS = 300  # of a text (PixArt-Σ; 120 of PixArt-α)
 NOISE_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-class PixArt(TransformerFamily):
+class PixArt(AsAsked, TransformerFamily):
     """What PixArt's pipelines do around their transformer. Methods are `Family`'s."""
 
     def refusal(self, pipeline: Any) -> str | None:
@@ -54,7 +54,7 @@ class PixArt(TransformerFamily):
             device=pipeline._execution_device,
             **options,
         )
-        return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
+        return left_out({name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None})
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text: T5's."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunekit.core.axes import Layer
 from prunekit.core.call import Call, Fill
 from prunekit.core.family import Family
+from prunekit.core.modulation import Modulation
 from prunekit.denoisers.joint import PackedCalls, TransformerDescription, pack, placed
 from prunekit.runtime.errors import UserError
 
@@ -37,6 +38,9 @@ class QwenImage(PackedCalls, TransformerDescription):
     }
     classes: ClassVar = {"transformer_blocks": (QwenImageTransformerBlock,)}
     tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
+    modulation: ClassVar[Modulation | None] = Modulation(
+        "time_text_embed", ("img_mod.1", "txt_mod.1", "norm_out.linear"), unit=1000.0, of_timestep_alone=True
+    )
     attentions = (Attention,)
     processors = (QwenDoubleStreamAttnProcessor2_0,)
 
@@ -60,7 +64,7 @@ class QwenImage(PackedCalls, TransformerDescription):
         """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
         tokens, rows, columns = pack(noisy)
         given = {**conditions, "mask": conditions["mask"].bool()}  # which may have been kept as a number
-        call = super().call(tokens, timesteps.expand(len(noisy)) / 1000, given)
+        call = super().call(tokens, timesteps, given)
         return Call({**call, "img_shapes": [[(1, rows, columns)]]}, **placed(rows, columns))
 
     def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:

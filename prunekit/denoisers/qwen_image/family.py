@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowFamily
+from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed
 
 TOKENS = 512  # of a text, at most
 
@@ -21,13 +21,11 @@ class QwenImageFamily(FlowFamily):
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
-        config = autoencoder.config
-        posterior = autoencoder.encode(pixels.unsqueeze(2)).latent_dist  # a video of one frame
-        mean, deviation = (
-            torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return (posterior.mean.squeeze(2) - mean) / deviation, posterior.std.squeeze(2) / deviation
+        return frame_moments(autoencoder, pixels)
+
+    def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W), encoded and decoded."""
+        return frame_reconstructed(autoencoder, pixels)
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, T, E), and "mask" (n, T), true where a token counts.

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 
 from prunekit.core.axes import Layer
 from prunekit.core.family import Family
+from prunekit.core.modulation import Modulation
 from prunekit.denoisers.joint import TransformerDescription
 
 from .family import StableDiffusion3
@@ -24,8 +25,12 @@ class SD3(TransformerDescription):
     dense = SD3Transformer2DModel
     family: ClassVar[Family] = StableDiffusion3()
     inputs = ("encoder_hidden_states", "hidden_states")
+    indices_in_config = ("dual_attention_layers",)
     classes: ClassVar = {"transformer_blocks": (JointTransformerBlock,)}
     tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
+    modulation: ClassVar[Modulation | None] = Modulation(
+        "time_text_embed", ("norm1.linear", "norm1_context.linear", "norm_out.linear")
+    )
     attentions = (Attention,)
     processors = (JointAttnProcessor2_0,)
 

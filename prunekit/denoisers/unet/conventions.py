@@ -13,7 +13,7 @@ class Aptp(Counter):
     def text_length(self, tokens: int) -> int:  # noqa: D102
         return 1
 
-    def conv(self, conv: nn.Conv2d, positions: int) -> tuple[int, int]:  # noqa: D102
+    def conv(self, conv: nn.Conv2d | nn.Conv3d, positions: int) -> tuple[int, int]:  # noqa: D102
         return conv.weight.numel() * positions, 0 if conv.bias is None else conv.bias.numel() * positions
 
     def linear(self, linear: nn.Linear, positions: int) -> tuple[int, int]:  # noqa: D102

@@ -20,14 +20,17 @@ class PrunedUNet2DConditionModel(PrunedModel, AttachableUNet):
 
     pruning: None, or {format: 1, kept, removed} as described in `prunekit.core.slicing`; UserError where it does not
         fit.
+    folding: None; UserError for anything else, which a UNet has not.
     **config: as UNet2DConditionModel's, of the dense UNet.
     """
 
     structure = UNetStructure()
 
-    def __init__(self, pruning: Mapping[str, Any] | None = None, **config: Any):
+    def __init__(
+        self, pruning: Mapping[str, Any] | None = None, folding: Mapping[str, Any] | None = None, **config: Any
+    ):
         super().__init__(**config)
-        self._prune(pruning)
+        self._prune(pruning, folding)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:  # noqa: D102
         self._save_with_names(super().save_pretrained, *arguments, **options)

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_blocks import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
@@ -22,6 +20,9 @@ from diffusers.models.unets.unet_2d_blocks import (
     UpBlock2D,
 )
 from torch import nn
+
+from prunekit.core.renumbering import rebuilt
+from prunekit.core.slicing import dense_config
 
 from .pruned import PrunedUNet2DConditionModel
 from .removed import BYPASSED
@@ -51,19 +52,7 @@ def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
     if form is None or (config := _config(unet, form)) is None:
         return None
     sources = dict(_sources(unet, form))
-    state = {
-        f"{path}.{key}": tensor
-        for path, source in sources.items()
-        for key, tensor in unet.get_submodule(source).state_dict().items()
-    }
-    with torch.device("meta"):
-        stock = UNet2DConditionModel(**config)
-    if _shapes(stock.state_dict()) != _shapes(state):  # a width cut
-        return None
-    stock.load_state_dict(state, assign=True)
-    for path, source in sources.items():
-        _carry_over(stock.get_submodule(path), unet.get_submodule(source))
-    return stock.train(unet.training)
+    return rebuilt(unet.structure, UNet2DConditionModel, config, sources, unet)
 
 
 @dataclass(frozen=True)
@@ -139,7 +128,7 @@ def _skips_pair_up(unet: UNet2DConditionModel, down: list[list[int]], up: list[l
 
 def _config(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
     """The stock config; None if the mid block and the innermost level need different transformer blocks."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "pruning"}
+    config = dense_config(unet)
     gone = len(unet.down_blocks) - len(form.down)
     for key in _PER_LEVEL:
         if isinstance(config[key], list | tuple):
@@ -217,18 +206,3 @@ def _layer_sources(unet: UNet2DConditionModel, path: str, source: str, layers: l
         yield from ((f"{to}.{name}", f"{of}.{name}") for name in ("norm", "proj_in", "proj_out"))
         for index, live in enumerate(_live(attentions[old].transformer_blocks)):
             yield f"{to}.transformer_blocks.{index}", f"{of}.transformer_blocks.{live}"
-
-
-def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in state.items()}
-
-
-def _carry_over(module: nn.Module, source: nn.Module) -> None:
-    """Give a module memory of its own, and the source's frozen parameters and attention processors."""
-    originals = dict(source.named_parameters())
-    for name, parameter in module.named_parameters():
-        parameter.data = parameter.data.clone()
-        parameter.requires_grad_(originals[name].requires_grad)
-    for submodule, original in zip(module.modules(), source.modules(), strict=True):
-        if isinstance(submodule, Attention):
-            submodule.set_processor(original.processor)

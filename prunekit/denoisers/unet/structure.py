@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from prunekit.core.axes import Activation, Axis, Layer, Passage
+from prunekit.core.modulation import Modulation
 from prunekit.core.record import kept_groups
 from prunekit.core.space import UnitGroup
 from prunekit.core.transformer_layers import (
@@ -47,6 +48,7 @@ class UNetStructure:
     policies: ClassVar[tuple[str, ...]] = ("aptp", "all", "blocks", "none")
     richest: ClassVar[str] = "blocks"
     tables: ClassVar[tuple[str, ...]] = ()
+    modulation: ClassVar[Modulation | None] = None  # few parameters lie there, and a low rank errs by percents
 
     def check(self, model: nn.Module) -> None:
         """UserError, in one line, for a model on which the laws have not been verified."""

@@ -142,7 +142,8 @@ class _Dense:
             if cell.workload != "unet":
                 self.pipeline = random_pipeline(self.model, self.recipe.seed)
         self._lay_out(self.model)
-        self.batch = family_of(self.model).call_batch(self.recipe.batch, self.recipe.guidance > 1)
+        family = family_of(self.model)
+        self.batch = family.call_batch(self.recipe.batch, family.texts(self.recipe.guidance) > 1)
         self.inputs = timed_inputs(self.model, self.batch, bench.latent, bench.text_length, self.recipe.seed)
         if cell.memory_format == "channels_last":
             self.inputs = self.inputs.map(_channels_last)

@@ -7,7 +7,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from prunekit.core.registry import call_options, denoiser_in, denoiser_of, family_of
+from prunekit.core.call import normal
+from prunekit.core.registry import (
+    call_options,
+    denoiser_in,
+    denoiser_of,
+    family_of,
+    pictures_of,
+    scale_of,
+    texts_of,
+)
 from prunekit.core.timesteps import sampled_timesteps
 from prunekit.evaluation.generate import quiet
 from prunekit.jobs.bench.bench_models import PROMPT
@@ -28,10 +37,13 @@ def pipeline_call(
     stack: the pipeline's bar and safety checker are off until it closes.
     """
     stack.enter_context(quiet(pipeline))
-    model, side = denoiser_in(pipeline), resolution // pipeline.vae_scale_factor
+    model, scale = denoiser_in(pipeline), scale_of(pipeline)
+    assert scale is not None, "a pipeline has an autoencoder"
+    side = resolution // scale
     generator = torch.Generator().manual_seed(seed)
-    channels = denoiser_of(model).latent_channels(model)
-    latents = torch.randn(batch, channels, side, side, generator=generator).to(model.device, model.dtype)
+    denoiser = denoiser_of(model)
+    example = denoiser.example(model, batch, (side, side), 1, normal(generator))
+    latents = example[denoiser.latent].to(model.device, model.dtype)  # as the pipeline's loop has them
     prompts = [PROMPT] * batch
     common = {
         "height": resolution,
@@ -40,13 +52,13 @@ def pipeline_call(
         "latents": latents,
     }
     if workload == "image":
-        texts = {"prompt": prompts, **call_options(pipeline, guidance)}
-        return lambda: pipeline(output_type="pt", **texts, **common).images
+        common |= call_options(pipeline, guidance)  # a pipeline may write into the list of its texts
+        return lambda: pictures_of(pipeline, pipeline(prompt=list(prompts), output_type="pt", **common))
     family = family_of(pipeline)
     common |= family.call_options(pipeline, guidance)
     with torch.no_grad():
-        embeddings = family.embeddings(pipeline, prompts, None, family.texts(guidance) > 1)
-    return lambda: pipeline(output_type="latent", **embeddings, **common).images
+        embeddings = family.embeddings(pipeline, prompts, None, texts_of(pipeline, guidance) > 1)
+    return lambda: pictures_of(pipeline, pipeline(output_type="latent", **embeddings, **common))
 
 
 def denoiser_calls(pipeline: DiffusionPipeline, steps: int) -> int:

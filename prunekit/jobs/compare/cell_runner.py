@@ -141,6 +141,7 @@ class CellRunner:
                 "prompt_encoder": recipe.prompt_encoder,
             },
             "resolution": stages.resolution,
+            "memory": {"weights": recipe.memory.weights},
             "evaluation": {
                 **recipe.evaluation.model_dump(mode="json"),
                 "num_seen_images": stages.num_seen_images,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunekit.core.registry import family_of
+from prunekit.core.registry import texts_of
 from prunekit.data.cache_config import CacheConfig
 from prunekit.jobs.plan.data_size import DataSize
 from prunekit.jobs.plan.planned_models import PlannedModel
@@ -119,7 +119,7 @@ def _search(name: str, row: PlannedRow, model: PlannedModel, dense: int, live: i
 def _generation(recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow], model: PlannedModel) -> list[Work]:
     evaluation = recipe.evaluation
     dense, decoder = model.dense_macs(), model.picture_macs(model.latent())[1]
-    calls = model.parts.calls(evaluation.steps, family_of(model.shape).texts(evaluation.guidance))
+    calls = model.parts.calls(evaluation.steps, texts_of(model.shape, evaluation.guidance))
     seeds = len({seed for entry in recipe.budgets for seed in entry.seeds}) if isinstance(recipe, CompareRecipe) else 1
     sets = {name: (row.label, row.budget, row.generations) for name, row in rows.items()}
     passes = f"{calls} denoiser calls ({type(model.parts.scheduler).__name__}), decoder"

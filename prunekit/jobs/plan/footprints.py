@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from prunekit.core.registry import denoiser_in, denoiser_of, family_of
+from prunekit.core.registry import denoiser_in, denoiser_of, texts_of
 from prunekit.data.cache_config import cache_bytes
 from prunekit.data.encoders import BATCH, BATCH_SIDE
 from prunekit.jobs.plan.data_size import DataSize, prompt_width
@@ -18,9 +18,9 @@ from prunekit.training.memory import samples_at_once
 from prunekit.training.trainer import TrainerConfig
 
 HOW = (
-    "the pipeline's weights in float32, what trains with its gradients and optimizer, and every tensor of a step (from "
-    "a rehearsal on tensors without content); not the prompt encoder, the evaluator, the allocator's gaps, and the "
-    "scratch space of kernels"
+    "the pipeline's weights (of those in host memory none), what trains with its gradients and optimizer, and every "
+    "tensor of a step (from a rehearsal on tensors without content); not the prompt encoder, the evaluator, the "
+    "allocator's gaps, and the scratch space of kernels"
 )
 
 
@@ -33,7 +33,8 @@ def memory(
 ) -> dict[str, Any]:
     """Return weights, and the peak of each stage on one of the devices, in bytes."""
     largest = max(row["params_kept"] for row in described.values())
-    resident = FLOAT32 * (model.params + model.parts.params)
+    frozen = LOWERED if model.lowered else FLOAT32  # bytes of a weight that nothing trains
+    resident = frozen * (model.params + model.parts.params * (not recipe.memory.offload))
     latent, scale = model.latent(recipe.resolution), model.parts.scale
     stages: dict[str, int] = {}
     pixels = (latent[0] * scale, latent[1] * scale)
@@ -48,19 +49,28 @@ def memory(
                 gradients = 2 * FLOAT32 * model.params  # the sum so far, and a timestep's
                 step = _training(calibration.training_batch, None, model, latent)
                 stages[f"{name}: {calibration.title}"] = gradients + step
+            elif calibration.forward_batch is not None:
+                passes = _forward(calibration.forward_batch, recipe.fine_tune.precision, model, latent)
+                held = row.method.calibration_bytes(model.shape.denoiser)
+                stages[f"{name}: {calibration.title}"] = passes + held
     for row in rows.values():
         if row.closed_form is not None:
-            size = FLOAT32 * largest + _refit(row, row.closed_form, model, latent)
+            trains_all = row.tuning_steps and row.tuning.lora is None
+            size = (FLOAT32 if trains_all else frozen) * largest + _refit(row, row.closed_form, model, latent)
             stages["closed-form refit"] = max(stages.get("closed-form refit", 0), size)
     for config in (row.tuning for row in rows.values() if row.tuning_steps):
         samples = samples_at_once(config, tuning_devices(rows, devices))
-        teacher = LOWERED * model.params if config.precision != "float32" and config.distillation_weight else 0
-        weights = training_bytes(largest, config)
+        teacher = 0  # beside the dense weights that are there in any case
+        if recipe.memory.offload:
+            teacher = -frozen * model.params
+        elif config.precision != "float32" and config.distillation_weight and not model.lowered:
+            teacher = LOWERED * model.params
+        weights = training_bytes(trained_params(largest, config, model), config)
         if config.lora is not None:  # the weights stay as they are
-            weights = FLOAT32 * largest + training_bytes(num_changes(model.shape.denoiser, config.lora), config)
+            weights += frozen * largest
         size = weights + teacher + _training(samples, config, model, latent)
         stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
-    stages["generation"] = FLOAT32 * largest + _sampling(recipe, model)
+    stages["generation"] = frozen * largest + _sampling(recipe, model)
     return {
         "dense_weights": {"float32": FLOAT32 * model.params, "float16": LOWERED * model.params},
         "expert_weights": {"float32": FLOAT32 * largest, "float16": LOWERED * largest},
@@ -82,13 +92,19 @@ def _search(row: PlannedRow, config: TrainerConfig, model: PlannedModel, latent:
 
 
 def _refit(row: PlannedRow, config: ClosedFormConfig, model: PlannedModel, latent: tuple[int, int]) -> int:
-    samples, precision = config.batch_size, config.precision
-    key = ("refit", latent, samples, precision)
-    passes = model.once(key, lambda: model.rehearsal.forward(latent, model.tokens, samples, precision))
+    passes = _forward(config.batch_size, config.precision, model, latent)
     return passes + config.sums_bytes(model.shape.denoiser, row.budget)
 
 
+def _forward(samples: int, precision: str, model: PlannedModel, latent: tuple[int, int]) -> int:
+    key = ("forward", latent, samples, precision)
+    return model.once(key, lambda: model.rehearsal.forward(latent, model.tokens, samples, precision))
+
+
 def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, latent: tuple[int, int]) -> int:
+    if isinstance(config, FineTuneConfig) and config.lora is not None:
+        key = ("low rank", config.lora.rank, latent, samples, *_held(config))
+        return model.once(key, lambda: model.rehearsal.low_rank(latent, model.tokens, samples, config))
     key = ("training", latent, samples, *_held(config))
     return model.once(key, lambda: model.rehearsal.training(latent, model.tokens, samples, config))
 
@@ -96,13 +112,18 @@ def _training(samples: int, config: TrainerConfig | None, model: PlannedModel, l
 def _sampling(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> int:
     settings = recipe.evaluation
     samples = min(settings.batch_size, settings.num_images)
-    latent, guided, precision = model.latent(), family_of(model.shape).texts(settings.guidance) > 1, settings.precision
+    latent, guided, precision = model.latent(), texts_of(model.shape, settings.guidance) > 1, settings.precision
     key = ("sampling", latent, model.tokens, samples, guided, precision)
     return model.once(key, lambda: model.rehearsal.sampling(latent, model.tokens, samples, guided, precision))
 
 
+def trained_params(size: int, config: FineTuneConfig, model: PlannedModel) -> int:
+    """Return how many parameters of a pruned model of that size train: all, or its low-rank changes alone."""
+    return size if config.lora is None else num_changes(model.shape.denoiser, config.lora)
+
+
 def checkpoint_bytes(params: int, config: TrainerConfig) -> int:
-    """Bytes of one checkpoint: weight, two moments, and an average where kept."""
+    """Bytes of one checkpoint of so many trained parameters: weight, two moments, and an average where kept."""
     return params * FLOAT32 * (3 + (config.ema is not None))
 
 
@@ -115,18 +136,21 @@ def disk(
     devices: int,
 ) -> dict[str, Any]:
     """Return the bytes of what a run writes; None if they are not known before the data is read."""
-    experts = FLOAT32 * sum(rows[name].models * row["params_kept"] for name, row in described.items())
+    lowered = model.lowered and all(row.tuning.lora is not None or not row.tuning_steps for row in rows.values())
+    experts = sum(rows[name].models * row["params_kept"] for name, row in described.items())
+    experts *= LOWERED if lowered else FLOAT32
     largest = max(row["params_kept"] for row in described.values())
     steps = [step for step in recipe.evaluation.at_steps if step < recipe.fine_tune.steps]
     height, width = model.shape.resolution
     pictures = recipe.drawn_images * (1 + sum(row.generations for row in rows.values()))
     at_once = min(devices, sum(row.models for row in rows.values()))
     tuning: FineTuneConfig = recipe.fine_tune
+    trained = trained_params(largest, tuning, model) if any(row.tuning_steps for row in rows.values()) else 0
     cache = None if data is None else _cache(recipe, model, data)
     content = {
         "experts": experts,
         "snapshots": experts * len(steps),
-        "checkpoints": at_once * (tuning.keep_checkpoints + 1) * checkpoint_bytes(largest, tuning),
+        "checkpoints": at_once * (tuning.keep_checkpoints + 1) * checkpoint_bytes(trained, tuning),
         "samples": pictures * 3 * height * width,  # PNG compresses
         "encoded": cache,
     }

@@ -121,7 +121,7 @@ def _work(plan: dict[str, Any]) -> Table:
 
 
 DISK = {
-    "experts": "disk: experts, float32 *",
+    "experts": "disk: experts *",
     "snapshots": "disk: experts at evaluation.at_steps *",
     "checkpoints": "disk: checkpoints of the training under way, at most",
     "milestones": "disk: denoisers of the milestones, float16",

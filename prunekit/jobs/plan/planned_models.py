@@ -23,8 +23,9 @@ COUNTED = ("depth", "include", "exclude", "convention", "resolution", "text_leng
 class PlannedModel:
     """One model's shapes and costs."""
 
-    def __init__(self, shape: PipelineShape, parts: Parts):
-        self.shape, self.parts = shape, parts
+    def __init__(self, shape: PipelineShape, parts: Parts, lowered: bool = False):
+        """Take what the model is; lowered: its frozen weights are held in bfloat16."""
+        self.shape, self.parts, self.lowered = shape, parts, lowered
         self.tokens = shape.text_length
         self._known: dict[Hashable, Any] = {}
 
@@ -37,7 +38,7 @@ class PlannedModel:
     @cached_property
     def rehearsal(self) -> Rehearsal:
         """What says how much memory a step takes."""
-        return Rehearsal(self.shape.denoiser, self.parts.autoencoder)
+        return Rehearsal(self.shape.denoiser, self.parts.autoencoder, self.lowered)
 
     @cached_property
     def params(self) -> int:
@@ -104,12 +105,12 @@ class Models:
     """The models that were asked for so far."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str | None], PlannedModel] = {}
+        self._known: dict[tuple[str, str | None, bool], PlannedModel] = {}
 
-    def get(self, name: str, single_file_config: str | None = None) -> PlannedModel:
-        """Return a model; arguments and errors as in `load_shape`."""
-        key = (name, single_file_config)
+    def get(self, name: str, single_file_config: str | None = None, lowered: bool = False) -> PlannedModel:
+        """Return a model; arguments and errors as in `load_shape`. lowered: its frozen weights are held in bfloat16."""
+        key = (name, single_file_config, lowered)
         if key not in self._known:
             shape = load_shape(name, single_file_config)
-            self._known[key] = PlannedModel(shape, load_parts(name, shape.denoiser, single_file_config))
+            self._known[key] = PlannedModel(shape, load_parts(name, shape.denoiser, single_file_config), lowered)
         return self._known[key]

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, ModelMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    ModelMixin,
+)
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +27,15 @@ from prunekit.core.timesteps import sampled_timesteps
 from prunekit.jobs.plan.text_encoders import (
     CLIP_L,
     CLIP_L_PROJECTED,
+    GEMMA_2_2B,
+    MISTRAL_SMALL_24B,
     OPEN_CLIP_G,
     OPEN_CLIP_H,
     QWEN_2_5_VL_7B,
+    QWEN_3_4B,
+    QWEN_3_8B,
     T5_XXL,
+    UMT5_XXL,
     TextEncoderShape,
     shape_of,
 )
@@ -43,11 +55,28 @@ AUTOENCODER = {  # of Stable Diffusion 1, 2 and XL, and PixArt
 }
 AUTOENCODER_16 = {**AUTOENCODER, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 VIDEO_AUTOENCODER = {"_class_name": "AutoencoderKLQwenImage", "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
+NORMED_AUTOENCODER = {**AUTOENCODER, "_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "sample_size": 1024}
+WAN_AUTOENCODER = {**VIDEO_AUTOENCODER, "_class_name": "AutoencoderKLWan"}
+BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+DEEP_AUTOENCODER = {  # of Sana
+    "_class_name": "AutoencoderDC",
+    "latent_channels": 32,
+    "encoder_block_types": BLOCKS,
+    "decoder_block_types": BLOCKS,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
 PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
 DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1}
 EULER = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+SANA = ((GEMMA_2_2B,), DEEP_AUTOENCODER, {"_class_name": "DPMSolverMultistepScheduler", **FLOW_SIGMAS})
+WAN = ((UMT5_XXL,), WAN_AUTOENCODER, {"_class_name": "UniPCMultistepScheduler", **FLOW_SIGMAS})
 SD3 = ((CLIP_L_PROJECTED, OPEN_CLIP_G, T5_XXL_256), AUTOENCODER_16, {**FLOW, "shift": 3.0})
+FLUX2 = (NORMED_AUTOENCODER, {**FLOW, "shift": 3.0, "use_dynamic_shifting": True})
+KLEIN_4B, KLEIN_9B = (replace(encoder, has_scores=True) for encoder in (QWEN_3_4B, QWEN_3_8B))
 
 
 class Known(NamedTuple):
@@ -71,6 +100,18 @@ KNOWN = {  # by the short names of `prunekit.models.KNOWN`
     "flux.1-schnell": Known((CLIP_L, T5_XXL_256), AUTOENCODER_16, FLOW),
     "qwen-image": Known((QWEN_2_5_VL_7B,), VIDEO_AUTOENCODER, {**FLOW, "use_dynamic_shifting": True}),
     "pixart-sigma": Known((T5_XXL_300,), AUTOENCODER, {"_class_name": "DPMSolverMultistepScheduler"}),
+    "flux.2-dev": Known((MISTRAL_SMALL_24B,), *FLUX2),
+    "flux.2-klein-4b": Known((KLEIN_4B,), *FLUX2),
+    "flux.2-klein-9b": Known((KLEIN_9B,), *FLUX2),
+    "flux.2-klein-base-4b": Known((KLEIN_4B,), *FLUX2),
+    "flux.2-klein-base-9b": Known((KLEIN_9B,), *FLUX2),
+    "z-image": Known((QWEN_3_4B,), AUTOENCODER_16, {**FLOW, "shift": 6.0}),
+    "z-image-turbo": Known((QWEN_3_4B,), AUTOENCODER_16, {**FLOW, "shift": 3.0}),
+    "sana-1.6b": Known(*SANA),
+    "sana-1.5-1.6b": Known(*SANA),
+    "sana-1.5-4.8b": Known(*SANA),
+    "wan-2.1-1.3b": Known(*WAN),
+    "wan-2.1-14b": Known(*WAN),
 }
 FAMILIES = {768: "sd-1.5", 1024: "sd-2.1", 2048: "sdxl"}  # whose parts a UNet alone is taken to have, by its text width
 TRANSFORMERS = {  # the same of a transformer alone, by its class
@@ -78,22 +119,30 @@ TRANSFORMERS = {  # the same of a transformer alone, by its class
     "FluxTransformer2DModel": "flux.1-dev",
     "QwenImageTransformer2DModel": "qwen-image",
     "PixArtTransformer2DModel": "pixart-sigma",
+    "Flux2Transformer2DModel": "flux.2-dev",
+    "ZImageTransformer2DModel": "z-image-turbo",
+    "SanaTransformer2DModel": "sana-1.5-1.6b",
+    "WanTransformer3DModel": "wan-2.1-1.3b",
 }
 
 
+VIDEO_AUTOENCODERS: dict[Any, Any] = {kind.__name__: kind for kind in (AutoencoderKLQwenImage, AutoencoderKLWan)}
+
+
 class PictureAutoencoder(nn.Module):
-    """Qwen-Image's autoencoder of videos, for pictures: videos of one frame. It has `AutoencoderKL`'s names."""
+    """An autoencoder of videos (Qwen-Image, Wan) for pictures: videos of one frame. It has `AutoencoderKL`'s names."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        self.model = AutoencoderKLQwenImage.from_config(dict(config))
+        self.model = VIDEO_AUTOENCODERS[config["_class_name"]].from_config(dict(config))
         widths = [self.model.config.base_dim * factor for factor in self.model.config.dim_mult]
         names = {"latent_channels": self.model.config.z_dim, "block_out_channels": widths}
+        names["_class_name"] = config["_class_name"]
         self.config = FrozenDict({**self.model.config, **names})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PictureAutoencoder:
-        """Build it by the config of an AutoencoderKLQwenImage."""
+        """Build it by the config of an autoencoder of videos, which names its class."""
         return cls(config)
 
     def encode(self, pixels: Tensor) -> Any:
@@ -105,11 +154,14 @@ class PictureAutoencoder(nn.Module):
         return self.model.decode(latents.unsqueeze(2))
 
 
+AnyAutoencoder: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderDC | PictureAutoencoder
+
+
 @dataclass(frozen=True)
 class Parts:
     """A pipeline's parts beside the denoiser; the autoencoder is on the meta device."""
 
-    autoencoder: AutoencoderKL | PictureAutoencoder
+    autoencoder: AnyAutoencoder
     text_encoders: tuple[TextEncoderShape, ...]
     scheduler: Any
 
@@ -126,7 +178,9 @@ class Parts:
     @cached_property
     def scale(self) -> int:
         """Pixels per latent position."""
-        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        config = self.autoencoder.config
+        widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return 2 ** (len(widths) - 1)
 
     def calls(self, steps: int, texts: int) -> int:
         """Denoiser calls of one picture, one a step for each text; some schedulers make more steps than asked for."""
@@ -184,9 +238,10 @@ def _known_name(source: str | Path, model: ModelMixin) -> str:
     return short_name(source) or TRANSFORMERS.get(kind, by_width)
 
 
-def _autoencoder(config: Mapping[str, Any]) -> AutoencoderKL | PictureAutoencoder:
-    is_video = config.get("_class_name") == VIDEO_AUTOENCODER["_class_name"]
-    kind: Any = PictureAutoencoder if is_video else AutoencoderKL
+def _autoencoder(config: Mapping[str, Any]) -> AnyAutoencoder:
+    named = str(config.get("_class_name"))
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (AutoencoderDC, AutoencoderKLFlux2)}
+    kind = PictureAutoencoder if named in VIDEO_AUTOENCODERS else kinds.get(named, AutoencoderKL)
     return kind.from_config(config).eval()
 
 

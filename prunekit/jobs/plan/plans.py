@@ -46,7 +46,8 @@ def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | Non
         model, content, work = plan_pretraining(recipe)
         precision, latent = recipe.diffusion.precision, model.latent()
     else:
-        model = (models or Models()).get(recipe.model, recipe.single_file_config)
+        lowered = recipe.memory.weights == "bfloat16"
+        model = (models or Models()).get(recipe.model, recipe.single_file_config, lowered)
         rows, data = rows_of(recipe, model), size_of(recipe.data)
         described = {name: describe_row(row, model) for name, row in rows.items()}
         content = {

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from prunekit.core.registry import family_of
+from prunekit.core.registry import texts_of
 from prunekit.jobs.plan.amounts import Work
 from prunekit.jobs.plan.footprints import HOW, checkpoint_bytes
 from prunekit.jobs.plan.planned_models import PlannedModel
@@ -30,7 +30,7 @@ def plan_pretraining(recipe: PretrainRecipe) -> tuple[PlannedModel, dict[str, An
     shape = PipelineShape(recipe.name, denoiser, shapes.image_size // latent[0], tokens)
     model = PlannedModel(shape, Parts(autoencoder, (), build_scheduler(PNDM)))
     (encoding, decoding), dense, params = model.picture_macs(latent), model.dense_macs(), model.params
-    calls = model.parts.calls(recipe.evaluation.steps, family_of(shape).texts(recipe.evaluation.guidance))
+    calls = model.parts.calls(recipe.evaluation.steps, texts_of(shape, recipe.evaluation.guidance))
     images = recipe.evaluation.num_images * (len(recipe.milestones) + 1)
     trainings = (
         ("autoencoder", recipe.autoencoder, 3 * (encoding + decoding), "forward, backward"),

@@ -6,8 +6,11 @@ space of kernels.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from typing import Any
 
 import torch
@@ -18,13 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunekit.core.call import Call, predict, zeros
+from prunekit.core.description import Description
 from prunekit.core.gates import gated
 from prunekit.core.registry import denoiser_of, family_of
+from prunekit.core.slicing import PrunedModel
 from prunekit.core.space import UnitSpace
-from prunekit.training.memory import held
+from prunekit.recovery.fine_tuning import FineTuneConfig
+from prunekit.recovery.low_rank import LAYERS, LoraConfig
+from prunekit.training.memory import held, lower
 from prunekit.training.trainer import TrainerConfig
 
 FLOAT32, LOWERED = 4, 2  # bytes of a number; frozen weights are held in both
+MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 4  # of a list: rehearsed as a whole; of the shorter ones in its place
 KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask
 
 
@@ -60,56 +68,122 @@ class LiveMemory(TorchDispatchMode):
         self._seen.discard(key)
 
 
+@dataclass(frozen=True)
+class Size:
+    """A denoiser that is rehearsed: changes of the config's numbers of blocks, and its share in the figure."""
+
+    blocks: Mapping[str, int]
+    share: float
+
+
+def sizes_of(model: ModelMixin) -> list[Size]:
+    """Return the denoisers to rehearse for a model: itself, or shorter ones whose figures add up to its own.
+
+    Each list of blocks that is long, and whose blocks but the last have the same shapes, is shortened; beside the model
+    with all of them short there is one for each list in which that list is longer.
+    """
+    denoiser = denoiser_of(model)
+    if not isinstance(denoiser, Description) or isinstance(model, PrunedModel):
+        return [Size({}, 1.0)]
+    short: dict[str, int] = {}
+    if len(denoiser.lists) == len(denoiser.layers_in_config):
+        for path, setting in zip(denoiser.lists, denoiser.layers_in_config, strict=True):
+            blocks: Any = model.get_submodule(path)
+            shapes = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in list(blocks)[:-1]}
+            if len(blocks) > MOST_BLOCKS and len(shapes) == 1:
+                short[setting] = FEW_BLOCKS
+    steps = {setting: (model.config[setting] - FEW_BLOCKS) / (MORE_BLOCKS - FEW_BLOCKS) for setting in short}
+    longer = [Size({**short, setting: MORE_BLOCKS}, share) for setting, share in steps.items()]
+    return [Size(short, 1.0 - sum(steps.values())), *longer]
+
+
 class Rehearsal:
     """A pipeline's denoiser and autoencoder as fake tensors; methods return the bytes of a step beyond the weights.
+
+    A transformer with long lists of like blocks is rehearsed with a few of them, and what each one more takes is added
+    for the rest.
 
     latent: (h, w). samples: of one forward pass on one device.
     """
 
-    def __init__(self, model: ModelMixin, autoencoder: AutoencoderKL):
-        """Take the shapes of parts that may be on the meta device."""
-        self.mode = FakeTensorMode()
+    def __init__(self, model: ModelMixin, autoencoder: AutoencoderKL, lowered: bool = False, whole: bool = False):
+        """Take the shapes of parts that may be on the meta device.
+
+        lowered: frozen weights are held in bfloat16. whole: all blocks are rehearsed.
+        """
+        self.mode, self.lowered, self._kind, self._config = FakeTensorMode(), lowered, type(model), model.config
+        self._sizes = [Size({}, 1.0)] if whole else sizes_of(model)
+        self._built: dict[Hashable, Any] = {}
         with self.mode:
-            self.model = type(model).from_config(model.config).eval()
             self.autoencoder = type(autoencoder).from_config(autoencoder.config).eval().requires_grad_(False)
-        for module in self.model.modules():
-            if isinstance(module, KEPT_IN_FLOAT32):
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+    def _measured(self, phases: Callable[[Any], list[int]], lowered: bool, lora: LoraConfig | None = None) -> int:
+        """Return the largest of the peaks that a function measures of the denoiser, by those of shorter ones.
+
+        The peak of each phase, forward or backward, is linear in the number of blocks; the largest of them is not.
+        """
+        measured = [phases(self._model(size, lowered, lora)) for size in self._sizes]
+        shares = [size.share for size in self._sizes]
+        return round(max(sum(map(mul, shares, peaks)) for peaks in zip(*measured, strict=True)))
+
+    def _model(self, size: Size, lowered: bool, lora: LoraConfig | None) -> Any:
+        key = (tuple(size.blocks.items()), lowered, lora and lora.rank)
+        if key not in self._built:
+            with self.mode:
+                model = self._kind.from_config({**self._config, **size.blocks}).eval()
+                if lowered:
+                    lower(model)
+                if lora is not None:
+                    _add_low_rank(model.requires_grad_(False), lora)
+            for module in model.modules():
+                if isinstance(module, KEPT_IN_FLOAT32):
+                    module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            self._built[key] = model
+        return self._built[key]
 
     def search(
         self, space: UnitSpace, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig
     ) -> int:
         """A step that learns soft gates: forward, backward to the gates. A teacher's pass before it takes less."""
-        self.model.requires_grad_(False)
-        memory = LiveMemory(self.model.parameters())
-        with self.mode, memory, _held(config, self.model), gated(self.model, space) as gates:
-            call = zero_call(self.model, latent, tokens, samples)
-            gates.set(torch.rand(samples, space.size, requires_grad=True))
-            with autocast(config.precision):
-                prediction = predict(self.model, call)
-            prediction.float().square().mean().backward()
-        return memory.peak
+
+        def step(model: Any) -> list[int]:
+            model.requires_grad_(False)
+            there = {name for name, _ in model.named_modules()}
+            units = UnitSpace(group for group in space.groups if group.path in there)
+            memory = LiveMemory(model.parameters())
+            with self.mode, memory, _held(config, model), gated(model, units) as gates:
+                call = zero_call(model, latent, tokens, samples)
+                gates.set(torch.rand(samples, units.size, requires_grad=True))
+                return _phases(model, call, config, memory)
+
+        return self._measured(step, self.lowered)
 
     def training(self, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig | None = None) -> int:
         """A step that trains the weights; their gradients are not counted. config None: float32, nothing recomputed."""
         config = config or TrainerConfig(steps=1, batch_size=samples, learning_rate=1.0, precision="float32")
-        self.model.requires_grad_(True)
-        with self.mode, _held(config, self.model):
-            for parameter in self.model.parameters():
+        step = partial(self._step, latent=latent, tokens=tokens, samples=samples, config=config)
+        return self._measured(lambda model: step(model.requires_grad_(True)), lowered=False)
+
+    def low_rank(self, latent: tuple[int, int], tokens: int, samples: int, config: FineTuneConfig) -> int:
+        """A step that trains low-rank changes of frozen weights, which are not counted, nor their gradients."""
+        step = partial(self._step, latent=latent, tokens=tokens, samples=samples, config=config)
+        return self._measured(step, self.lowered, config.lora)
+
+    def _step(self, model: Any, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig) -> list[int]:
+        with self.mode, _held(config, model):
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-            with LiveMemory([*self.model.parameters(), *(p.grad for p in self.model.parameters())]) as memory:
-                call = zero_call(self.model, latent, tokens, samples)
-                with autocast(config.precision):
-                    prediction = predict(self.model, call)
-                prediction.float().square().mean().backward()
-            self.model.zero_grad(set_to_none=True)
-        return memory.peak
+            with LiveMemory([*model.parameters(), *(parameter.grad for parameter in trained)]) as memory:
+                peaks = _phases(model, zero_call(model, latent, tokens, samples), config, memory)
+            model.zero_grad(set_to_none=True)
+        return peaks
 
     @torch.no_grad()
     def sampling(self, latent: tuple[int, int], tokens: int, samples: int, guided: bool, precision: str) -> int:
         """A pipeline's call: the denoiser on all samples, twice under guidance, and the decoder on all samples."""
         channels = self.autoencoder.config.latent_channels
-        rows = family_of(self.model).call_batch(samples, guided)
+        rows = family_of(self._model(self._sizes[0], self.lowered, None)).call_batch(samples, guided)
         with self.mode, LiveMemory(self.autoencoder.parameters()) as decoding, autocast(precision):
             self.autoencoder.decode(torch.zeros(samples, channels, *latent))
         return max(self.forward(latent, tokens, rows, precision), decoding.peak)
@@ -117,9 +191,13 @@ class Rehearsal:
     @torch.no_grad()
     def forward(self, latent: tuple[int, int], tokens: int, samples: int, precision: str) -> int:
         """The denoiser's pass without gradients."""
-        with self.mode, LiveMemory(self.model.parameters()) as memory, autocast(precision):
-            predict(self.model, zero_call(self.model, latent, tokens, samples))
-        return memory.peak
+
+        def run(model: Any) -> list[int]:
+            with self.mode, LiveMemory(model.parameters()) as memory, autocast(precision):
+                predict(model, zero_call(model, latent, tokens, samples))
+            return [memory.peak]
+
+        return self._measured(run, self.lowered)
 
     @torch.no_grad()
     def encoding(self, pixels: tuple[int, int], samples: int) -> int:
@@ -127,6 +205,29 @@ class Rehearsal:
         with self.mode, LiveMemory(self.autoencoder.parameters()) as memory:
             self.autoencoder.encode(torch.zeros(samples, 3, *pixels))
         return memory.peak
+
+
+def _phases(model: ModelMixin, call: Call, config: TrainerConfig, memory: LiveMemory) -> list[int]:
+    """Run a step, and return the peaks of its forward and of its backward pass."""
+    with autocast(config.precision):
+        prediction = predict(model, call)
+    forward, memory.peak = memory.peak, memory.now
+    prediction.float().square().mean().backward()
+    return [forward, memory.peak]
+
+
+def _add_low_rank(model: nn.Module, config: LoraConfig) -> None:
+    """Give each layer the low-rank change that peft gives it, whose layers cannot be made of fake tensors."""
+    for layer in [module for module in model.modules() if isinstance(module, LAYERS)]:
+        if isinstance(layer, nn.Linear):
+            down: nn.Module = nn.Linear(layer.in_features, config.rank, bias=False)
+            up: nn.Module = nn.Linear(config.rank, layer.out_features, bias=False)
+        else:
+            sizes: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding")}
+            down = nn.Conv2d(layer.in_channels, config.rank, bias=False, **sizes)
+            up = nn.Conv2d(config.rank, layer.out_channels, 1, bias=False)
+        layer.add_module("change", nn.Sequential(down, up))
+        layer.register_forward_hook(lambda module, inputs, output: output + module.change(inputs[0].float()))
 
 
 def autocast(precision: str) -> torch.autocast:

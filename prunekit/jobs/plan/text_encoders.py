@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from prunekit.runtime.errors import UserError
@@ -52,7 +52,10 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class T5Shape:
-    """The sizes of a T5 encoder with gated feed-forwards."""
+    """The sizes of a T5 encoder with gated feed-forwards.
+
+    position_tables: layers that have a table of relative positions: T5's first, all of UMT5.
+    """
 
     d_model: int
     d_ff: int
@@ -62,6 +65,7 @@ class T5Shape:
     vocab_size: int = 32128
     relative_attention_num_buckets: int = 32
     tokens: int = 512
+    position_tables: int = 1
 
     @property
     def _layer(self) -> int:
@@ -71,7 +75,7 @@ class T5Shape:
     @property
     def params(self) -> int:
         """The number of weights."""
-        biases = self.relative_attention_num_buckets * self.num_heads
+        biases = self.position_tables * self.relative_attention_num_buckets * self.num_heads
         norms = (2 * self.num_layers + 1) * self.d_model
         return self.vocab_size * self.d_model + self.num_layers * self._layer + biases + norms
 
@@ -84,8 +88,13 @@ class T5Shape:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder-only language model with grouped queries, such as Qwen2.5-VL's.
+    """The sizes of a decoder-only language model with grouped queries, such as Qwen2.5-VL's and Gemma 2.
 
+    head_dim: channels of a head; 0: as many as all heads share of the hidden size.
+    has_biases: of queries, keys and values. has_head_norms: of queries and keys, head by head.
+    is_tied: no output matrix is held beside the words' embeddings.
+    has_scores: a caption's call also computes the words' scores.
+    norms: of the hidden states in a layer.
     others: weights of parts that a text does not go through, which are held in memory all the same.
     """
 
@@ -97,51 +106,100 @@ class DecoderShape:
     vocab_size: int
     tokens: int = 512
     others: int = 0
+    head_dim: int = 0
+    norms: int = 2
+    has_biases: bool = True
+    has_head_norms: bool = False
+    is_tied: bool = False
+    has_scores: bool = False
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Channels of the queries, and of the keys."""
+        head = self.head_dim or self.hidden_size // self.num_attention_heads
+        return head * self.num_attention_heads, head * self.num_key_value_heads
 
     @property
     def _layer(self) -> int:
         """Weights of a layer's matrices."""
-        keys = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
-        return 2 * self.hidden_size * (self.hidden_size + keys) + 3 * self.hidden_size * self.intermediate_size
+        return 2 * self.hidden_size * sum(self._widths) + 3 * self.hidden_size * self.intermediate_size
 
     @property
     def params(self) -> int:
         """The number of weights and biases."""
-        keys = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
-        small = 3 * self.hidden_size + 2 * keys  # two norms, and the biases of queries, keys and values
-        embeddings = 2 * self.vocab_size * self.hidden_size  # in and out
+        queries, keys = self._widths
+        small = self.norms * self.hidden_size
+        small += queries + 2 * keys if self.has_biases else 0
+        small += 2 * queries // self.num_attention_heads if self.has_head_norms else 0
+        embeddings = (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size  # in and out
         return embeddings + self.num_hidden_layers * (self._layer + small) + self.hidden_size + self.others
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one caption, padded to the full length; the words' scores are not computed."""
-        return self.num_hidden_layers * (self.tokens * self._layer + 2 * self.tokens**2 * self.hidden_size)
+        """Multiply-adds of one caption, padded to the full length."""
+        layer = self.tokens * self._layer + 2 * self.tokens**2 * self._widths[0]
+        scores = self.tokens * self.vocab_size * self.hidden_size if self.has_scores else 0
+        return self.num_hidden_layers * layer + scores
 
 
+SANA_TOKENS = 298 + 206  # a prompt's, and about those of the instruction before it: its words, signs and a start
+GEMMA_2: dict[str, Any] = {"norms": 4, "has_biases": False, "is_tied": True}
 CLIP_L = ClipShape(768, 3072, 12)
 OPEN_CLIP_H = ClipShape(1024, 4096, 23)
 OPEN_CLIP_G = ClipShape(1280, 5120, 32, projection_dim=1280)
 CLIP_L_PROJECTED = ClipShape(768, 3072, 12, projection_dim=768)
 T5_XXL = T5Shape(4096, 10240, 24, 64)
+QWEN_3_4B = DecoderShape(
+    2560, 9728, 36, 32, 8, 151936, head_dim=128, has_biases=False, has_head_norms=True, is_tied=True
+)
+QWEN_3_8B = replace(QWEN_3_4B, hidden_size=4096, intermediate_size=12288, is_tied=False)
+MISTRAL_SMALL_24B = DecoderShape(
+    5120, 32768, 40, 32, 8, 131072, head_dim=128, has_biases=False, has_scores=True, others=438_958_080
+)  # the others are its vision tower and what joins that to the words
+UMT5_XXL = T5Shape(4096, 10240, 24, 64, vocab_size=256384, position_tables=24)
+GEMMA_2_2B = DecoderShape(2304, 9216, 26, 8, 4, 256000, SANA_TOKENS, head_dim=256, **GEMMA_2)
 QWEN_2_5_VL_7B = DecoderShape(3584, 18944, 28, 28, 4, 152064, others=676_550_144)  # its vision tower's
 
 
 def shape_of(config: Mapping[str, Any], tokens: int) -> TextEncoderShape:
     """Return the sizes that a text encoder's config states.
 
-    tokens: of a text, where the config does not say.
+    tokens: of a text of T5, whose config does not say.
 
     Raises:
         UserError: a class that is not known.
 
     """
-    known: dict[str, Any] = {"clip_text_model": ClipShape, "t5": T5Shape}
     kind = config.get("model_type", "clip_text_model")
+    if kind == "mistral3":  # its vision tower is taken for the known one's
+        return _decoder(config["text_config"], has_scores=True, others=MISTRAL_SMALL_24B.others)
+    if kind == "qwen3":
+        scores = "Qwen3ForCausalLM" in (config.get("architectures") or ())
+        return _decoder(config, has_scores=scores, has_head_norms=True)
+    known: dict[str, Any] = {"clip_text_model": ClipShape, "t5": T5Shape, "umt5": T5Shape, "gemma2": DecoderShape}
     if kind not in known:
         raise UserError(f"a text encoder of model_type {kind!r} is not known")
-    names = known[kind].__dataclass_fields__.keys() - {"projection_dim", "tokens"}
-    sizes = {name: value for name, value in config.items() if name in names}
+    sizes = _sizes(known[kind], config, {"projection_dim", "tokens"})
     if kind == "t5":
         return T5Shape(**sizes, tokens=tokens)
+    if kind == "umt5":
+        return T5Shape(**sizes, position_tables=sizes["num_layers"])
+    if kind == "gemma2":
+        return DecoderShape(**sizes, **GEMMA_2, tokens=SANA_TOKENS)
     projected = any(name.endswith("WithProjection") for name in config.get("architectures") or ())
     return ClipShape(**sizes, projection_dim=config["projection_dim"] if projected else 0)
+
+
+def _decoder(config: Mapping[str, Any], **more: Any) -> DecoderShape:
+    """Return the sizes of a language model without biases, on texts of the usual length.
+
+    Without scores it has no output matrix.
+    """
+    tied = bool(config.get("tie_word_embeddings")) or not more["has_scores"]
+    return DecoderShape(**_sizes(DecoderShape, config), has_biases=False, is_tied=tied, **more)
+
+
+def _sizes(kind: Any, config: Mapping[str, Any], left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a config states of the fields of a dataclass."""
+    names = kind.__dataclass_fields__.keys() - set(left_out)
+    return {name: value for name, value in config.items() if name in names}

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import BaseModel
 
 from prunekit.jobs.recipe.earlier import as_recorded_now, missing_settings, to_record
 from prunekit.jobs.recipe.reading import load_recipe, parse_recipe
-from prunekit.jobs.recipe.schema import AnyRecipe, PretrainRecipe
+from prunekit.jobs.recipe.schema import AnyRecipe, CommonRecipe, MemoryConfig, PretrainRecipe
 from prunekit.runtime.precision import SLOW, UnscaledPrecision, has_native_bfloat16, resolve_precision, slowdown, why
 
 R = TypeVar("R", bound=AnyRecipe)
@@ -27,7 +27,7 @@ def precisions(recipe: AnyRecipe) -> dict[str, str]:
 def resolve_recipe(
     recipe: R, device: str | torch.device, recorded: AnyRecipe | None = None, meaning: str | None = None
 ) -> R:
-    """Return a recipe in which no precision is `auto`.
+    """Return a recipe in which no precision is `auto`, nor the dtype of frozen weights.
 
     Args:
         recipe: a recipe as it was written.
@@ -37,6 +37,10 @@ def resolve_recipe(
 
     """
     earlier = {} if recorded is None else precisions(recorded)
+    if isinstance(recipe, CommonRecipe):
+        memory = _memory(recipe, device, recorded, meaning)
+        recipe = cast(R, recipe.model_copy(update={"memory": memory}))
+        meaning = "bfloat16" if memory.weights == "bfloat16" else meaning  # what weights of that dtype run in
 
     def choose(name: str, scaled: bool) -> str:
         return earlier.get(name) or resolve_precision(AUTO, device, scaled, meaning)
@@ -44,6 +48,19 @@ def resolve_recipe(
     resolved = to_record(_replaced(recipe, choose))
     assert isinstance(resolved, type(recipe))
     return resolved
+
+
+def _memory(
+    recipe: CommonRecipe, device: str | torch.device, recorded: AnyRecipe | None, meaning: str | None
+) -> MemoryConfig:
+    """Return how a recipe's models are held, with a dtype in place of `auto`; arguments as in `resolve_recipe`."""
+    if recipe.memory.weights != AUTO:
+        return recipe.memory
+    if isinstance(recorded, CommonRecipe):
+        return recorded.memory
+    if resolve_precision(AUTO, device, False, meaning) != "bfloat16":
+        return MemoryConfig()
+    return recipe.memory.model_copy(update={"weights": "bfloat16"})
 
 
 def load_recorded(path: str | Path) -> AnyRecipe:

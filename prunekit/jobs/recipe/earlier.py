@@ -24,6 +24,7 @@ ADDED = {  # fields of a cell that were added later, with the value that every e
     "fine_tune.deltas": None,
     "recover.closed_form": None,
     "recover.fine_tune": True,
+    "memory.weights": "float32",
 }
 
 

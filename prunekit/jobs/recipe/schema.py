@@ -94,6 +94,28 @@ class RecoverConfig(Section):
     )
 
 
+class MemoryConfig(Section):
+    """Storage of models that no stage trains in full, for denoisers that fill a GPU."""
+
+    weights: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="Dtype of frozen weights: those of the dense model, and those of a pruned model that only a refit "
+        "or fine_tune.lora changes. bfloat16 halves their memory, and their forward passes run in bfloat16; auto: "
+        "bfloat16 if `precision: auto` selects it, else float32 without offloading.",
+    )
+    offload: bool = Field(
+        False,
+        description="With weights in bfloat16: text encoders, autoencoder and, during fine-tuning, the teacher stay in "
+        "host memory; each layer is copied to the GPU while it runs.",
+    )
+
+    @model_validator(mode="after")
+    def _offloads_lowered(self) -> "MemoryConfig":
+        if self.offload and self.weights == "float32":
+            raise UserError("memory.offload=true needs memory.weights=bfloat16, or auto")
+        return self
+
+
 class CommonRecipe(Section):
     """Settings of every recipe that prunes a model."""
 
@@ -118,6 +140,7 @@ class CommonRecipe(Section):
     )
     data: DataConfig = DataConfig()
     cache: CacheConfig = Field(CacheConfig(), description="Storage of the frozen encoders' output on disk.")
+    memory: MemoryConfig = Field(MemoryConfig(), description="Storage of models that no stage trains in full.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Trackers that get the figures of log.jsonl too.")
     resolution: int | None = Field(
         None, gt=0, le=2**14, description="Side of training pictures in pixels; unset: the model's own."

@@ -1,0 +1,94 @@
+"""The pipelines of Sana 1.0 and 1.5: their latents and conditions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor
+
+from prunekit.denoisers.flow_matching import AsAsked, FlowFamily, left_out
+
+EMBEDDINGS = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)
+TOKENS = 300  # of a text, by the pipeline's default
+INSTRUCTION = "complex_human_instruction"  # that stands before a prompt, by the pipeline's default; not before others
+
+
+class Sana(AsAsked, FlowFamily):
+    """What `SanaPipeline` does around its transformer. Methods are `Family`'s.
+
+    The pipeline puts an instruction before every prompt, and of its states keeps the last 300 tokens. The empty text,
+    which guidance leads away from, has none.
+    """
+
+    scale: ClassVar[int] = 32
+
+    def refusal(self, pipeline: Any) -> str | None:
+        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        config, vae = pipeline.transformer.config, pipeline.vae
+        if type(vae) is not AutoencoderDC:
+            return f"an autoencoder {type(vae).__name__}, which is not supported"
+        channels = (vae.config.latent_channels, config.in_channels, config.out_channels or config.in_channels)
+        if len(set(channels)) != 1:
+            return (
+                f"latents of {channels[0]} channels, but its transformer takes {channels[1]} and gives {channels[2]}: "
+                "not supported"
+            )
+        return super().refusal(pipeline)
+
+    def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pictures' latents, (n, C, h, w), scaled, and zeros: the autoencoder draws none."""
+        latents = autoencoder.encode(pixels).latent * autoencoder.config.scaling_factor
+        return latents, torch.zeros_like(latents)
+
+    def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
+        """Return pictures, (n, 3, H, W), encoded and decoded."""
+        reconstructed: Tensor = autoencoder.decode(autoencoder.encode(pixels).latent).sample
+        return reconstructed
+
+    def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Return the texts' states "text" (n, 300, E), and "mask" (n, 300), 1 where a token counts."""
+        return self._states(pipeline, texts, _instruction(pipeline))
+
+    def null_states(self, pipeline: Any) -> dict[str, Tensor]:
+        """Return the states of the empty text, (1, 300, …), without an instruction before it."""
+        return self._states(pipeline, [""], None)
+
+    def embeddings(
+        self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+    ) -> dict[str, Tensor]:
+        """Return a pipeline's keyword arguments that take the place of its texts."""
+        encoded = pipeline.encode_prompt(
+            texts,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negatives if negatives is not None else "",
+            device=pipeline._execution_device,
+            **{INSTRUCTION: _instruction(pipeline), **options},
+        )
+        return left_out({name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None})
+
+    def text_length(self, lengths: Mapping[str, int]) -> int:
+        """Return the tokens of a text, to which the pipeline fills it up."""
+        return TOKENS
+
+    def _states(self, pipeline: Any, texts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
+        states, mask, *_ = pipeline.encode_prompt(
+            texts,
+            do_classifier_free_guidance=False,
+            device=pipeline.vae.device,
+            **{INSTRUCTION: instruction},
+        )
+        return {"text": states, "mask": mask}
+
+
+def _instruction(pipeline: Any) -> list[str]:
+    """Return the lines that a pipeline puts before a prompt by default."""
+    return list(inspect.signature(type(pipeline).__call__).parameters[INSTRUCTION].default)
