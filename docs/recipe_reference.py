@@ -1,4 +1,4 @@
-"""Writes docs/recipe_reference.md from the schema: `python docs/recipe_reference.py`. A test checks that it is new."""
+"""Write docs/recipe_reference.md from the schema: `python docs/recipe_reference.py`. A test compares the two."""
 
 import types
 import typing
@@ -17,14 +17,15 @@ from prunekit.jobs.recipe.schema import KINDS, Row
 PAGE = Path(__file__).parent / "recipe_reference.md"
 HEAD = """# Recipe reference
 
-Every setting of every recipe, written from the schema by `python docs/recipe_reference.py`. How recipes are put
-together (`extends`, `scale`, overrides) is in [Recipes](recipes.md). A setting without a default has to be given.
+At the end of this page you know every setting of every recipe. `python docs/recipe_reference.py` writes the page from
+the schema. [Recipes](recipes.md) explains how to combine recipes (`extends`, `scale`, overrides). A setting without a
+default is required.
 """
 WHAT = {
-    "job": "what kind of recipe it is; `prune` where it is left out",
-    "dtype": "of weights and inputs",
-    "mode": "as it is, compiled by regions, or a captured CUDA graph",
-    "memory_format": "of convolutions",
+    "job": "Kind of recipe; `prune` if it is not given.",
+    "dtype": "Dtype of weights and inputs.",
+    "mode": "Execution: eager, compiled by regions, or a captured CUDA graph.",
+    "memory_format": "Memory layout of convolutions.",
 }
 JOBS = {
     "prune": "prune, recover and evaluate: `prunekit run`",
@@ -39,7 +40,8 @@ def page() -> str:
     for job, model in KINDS.items():
         parts.append(f"## job: {job}\n\n{JOBS[job][0].upper()}{JOBS[job][1:]}.\n\n{table(model, sections)}")
     parts.append(f"## Benchmarks\n\nA file for `prunekit bench`; it has no `job`.\n\n{table(BenchRecipe, sections)}")
-    parts.append("## Methods\n\nEach takes the settings of [`prune`](#prunesettings) too, which a recipe gives once.\n")
+    shared = "Every method also has the settings of [`prune`](#prunesettings), which a recipe gives once."
+    parts.append(f"## Methods\n\n{shared}\n")
     common = set(methods.PruneSettings.model_fields)
     for name in methods.names():
         method = methods.get(name)
@@ -58,7 +60,7 @@ def page() -> str:
 
 def table(model: type[BaseModel], sections: dict[str, type[BaseModel]], without: set[str] = frozenset()) -> str:
     """Return a model's settings as a table; the models that they hold are added to `sections`."""
-    rows = ["| Setting | Type | Default | What it is |", "|---|---|---|---|"]
+    rows = ["| Setting | Type | Default | Description |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         if name in without:
             continue
@@ -71,7 +73,7 @@ def table(model: type[BaseModel], sections: dict[str, type[BaseModel]], without:
         text = " ".join(text.split()).replace("|", "\\|")
         kind = ", ".join([shown_type(field.annotation), *limits_of(field)])
         rows.append(f"| `{name}` | {kind} | {default(field)} | {text} |")
-    return "\n".join(rows) + "\n" if len(rows) > 2 else "No settings of its own.\n"
+    return "\n".join(rows) + "\n" if len(rows) > 2 else "No further settings.\n"
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -1,4 +1,4 @@
-"""`python -m prunekit`."""
+"""Entry point of `python -m prunekit`."""
 
 from prunekit.cli import main
 

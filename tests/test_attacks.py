@@ -40,7 +40,7 @@ COMPARE = {**RECIPE, "job": "compare", "prune": {}, "budgets": [{"budget": 0.7}]
         ({**COMPARE, "budgets": [{"budget": 0.5, "seed": 3}]}, "unknown setting"),
         ({**RECIPE, "job": {"a": 1}}, "allowed: prune"),
         ({**RECIPE, "scale": ["smoke"]}, "allowed: full, smoke"),
-        ({**RECIPE, 3: 4}, "named by text"),
+        ({**RECIPE, 3: 4}, "names of settings must be text"),
         ({**RECIPE, "seed": 2**63}, "seed"),
         ({**RECIPE, "prune": {"budget": 0.7, "seed": 10**23}}, "seed"),
         ({**RECIPE, "fine_tune": {**RECIPE["fine_tune"], "learning_rate": float("inf")}}, "finite"),
@@ -166,7 +166,7 @@ def test_a_smoke_runs_page_says_so():
         chosen, results, log, cells, is_comparison = {}, {}, [], [], False
         recipe = parse_recipe({**RECIPE, "scale": "smoke"}).model_dump()
 
-    assert any("figures mean nothing" in line for line in warnings_of(Source()))
+    assert any("figures have no meaning" in line for line in warnings_of(Source()))
 
 
 def test_only_the_users_errors_are_one_line(monkeypatch):

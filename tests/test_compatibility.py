@@ -328,8 +328,8 @@ def test_a_lora_of_another_program_keeps_its_scale_and_what_fits_no_layer_is_ref
     rows = torch.cat([torch.arange(16) + 16 * head for head in architecture.kept(group.name)])
     assert torch.allclose(b @ a, (0.5 * up @ down)[rows])
     for wrong, said in (({f"unet.{layer}.lora_A.weight": torch.zeros(4, 7)}, "does not fit the dense"),
-                        ({"unet.down_blocks.9.x.lora_A.weight": down}, "another model's"),
-                        ({"unet.conv_in.weight": down}, "no LoRA weight of a known form")):  # fmt: skip
+                        ({"unet.down_blocks.9.x.lora_A.weight": down}, "made for another model"),
+                        ({"unet.conv_in.weight": down}, "not a LoRA weight in a known format")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             slice_lora(wrong, unet)
 

@@ -34,6 +34,24 @@ def test_every_setting_is_described():
     assert links <= {heading.lower() for heading in re.findall(r"^### (\w+)$", page, re.MULTILINE)}
 
 
+def test_the_pictures_are_drawn_from_the_code():
+    """Numbers of units come from the models' shapes. The picture of packages changes with imports: only drawn."""
+    pictures = module(DOCS / "pictures.py")
+    for name, draw in pictures.PICTURES.items():
+        drawn, kept = draw(), (pictures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+        assert name == "architecture" or drawn == kept, "run python docs/pictures.py"
+        assert "prefers-color-scheme: dark" in kept and "<title>" in kept
+    assert {path.stem for path in pictures.FOLDER.glob("*.svg")} == set(pictures.PICTURES)
+
+
+def test_every_page_says_what_its_reader_gets():
+    """In its first sentence; but for the front page, and records of results, which are no guides."""
+    for page in DOCS.glob("*.md"):
+        if page.stem not in ("index", "serving"):
+            first = page.read_text(encoding="utf-8").split("\n\n")[1]
+            assert first.startswith("At the end of this page"), page.name
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("furo"), reason="sphinx, furo and myst-parser are not installed")
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]

@@ -96,7 +96,7 @@ def whole(kind: str) -> Path:
 def read(path: Path) -> bytes:
     """Return a file's content; OSError for a link to a device or for a pipe, whose content has no end."""
     if not path.is_file():
-        raise OSError(f"{path} is no file")
+        raise OSError(f"{path} is not a file")
     return path.read_bytes()
 
 

@@ -51,7 +51,7 @@ def test_copying_never_overwrites(tmp_path, monkeypatch):
     ok("recipes", "copy", "aptp_cc3m_base")  # the same content again
     (tmp_path / "base" / "sd21.yaml").write_text("model: emoji\n")
     before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("*.yaml"))
-    assert "base/sd21.yaml exists with another content" in refused("recipes", "copy", "aptp_coco_base")
+    assert "base/sd21.yaml exists with different content" in refused("recipes", "copy", "aptp_coco_base")
     assert sorted((path, path.read_bytes()) for path in tmp_path.rglob("*.yaml")) == before
     assert "did you mean 'quickstart'" in refused("recipes", "copy", "quickstrat")
 

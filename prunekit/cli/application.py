@@ -17,10 +17,13 @@ _BASES: tuple[Any, ...] = typer.BadParameter.__mro__
 UsageError, ClickException = _BASES[1:3]  # of click, which newer typers carry inside
 Recipe = Annotated[
     Path,
-    typer.Argument(metavar="RECIPE", help="a recipe's YAML file, or a name that `prunekit recipes` lists"),
+    typer.Argument(metavar="RECIPE", help="Recipe: a YAML file, or a name that `prunekit recipes` lists."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as fine_tune.steps=100")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that replace those of the file, such as fine_tune.steps=100."
+    ),
 ]
 Engine = Annotated[
     list[str] | None, typer.Argument(metavar="[engine=ENGINE]", help="where the work is done: local or ray")
@@ -68,7 +71,7 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    _fail("interrupted; what is finished stays: `prunekit resume RUN` goes on with a run", INTERRUPTED)
+    _fail("interrupted; finished work is kept: `prunekit resume RUN` resumes a run", INTERRUPTED)
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -76,7 +79,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 
 @app.callback()
 def common(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
 ) -> None:
     """Prune text-to-image diffusion denoisers, recover them, and route prompts to pruned experts."""
     for library in ("transformers", "diffusers"):

@@ -16,9 +16,9 @@ PlannedPrecision = Literal["float32", "bfloat16", "float16"]
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
-    directory: Annotated[Path | None, typer.Option(help="the run's directory; runs/NAME by default")] = None,
+    directory: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME by default.")] = None,
 ) -> None:
-    """Run a recipe; where its directory holds the same run, go on with it."""
+    """Run a recipe; if its directory holds the same run, resume it."""
     recipe = find_recipe(recipe)
     from prunekit.jobs.process_count import process_count
     from prunekit.jobs.recipe import load_recipe
@@ -34,7 +34,7 @@ def run(
 def resume(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")], engine: Engine = None
 ) -> None:
-    """Go on with a run that was stopped; a finished one is shown again."""
+    """Resume a stopped run; print the result of a finished one again."""
     from prunekit.jobs.process_count import process_count
     from prunekit.jobs.run import recorded, resume
     from prunekit.runtime.companions import companions
@@ -50,14 +50,16 @@ def resume(
 def compare(
     recipes: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="comparison recipes or directories, and settings"),
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...", help="Comparison recipes or directories, and settings as KEY=VALUE."
+        ),
     ],
-    output: Annotated[Path | None, typer.Option(help="where cells and table go; runs/NAME by default")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for cells and table; runs/NAME by default.")] = None,
 ) -> None:
     """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
     paths = [Path(text) for text in recipes if "=" not in text]
     if not paths:
-        raise UserError("nothing to compare: give a recipe with job: compare, or a comparison's directory")
+        raise UserError("nothing to compare: give a recipe with job: compare, or the directory of a comparison")
     paths = [path if path.is_dir() else find_recipe(path) for path in paths]
     overrides = [text for text in recipes if "=" in text]
     from prunekit.jobs.compare.comparing import compare
@@ -75,17 +77,22 @@ def compare(
 @app.command()
 def plan(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes' YAML files, and settings")
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes, and settings as KEY=VALUE.")
     ],
     throughput: Annotated[
-        float | None, typer.Option(help="a device's TMAC/s; measured on this machine where it is not given", min=1e-6)
+        float | None,
+        typer.Option(help="Throughput of one device in TMAC/s; measured on this machine by default.", min=1e-6),
     ] = None,
-    measure: Annotated[float, typer.Option(help="seconds of that measurement", min=0.1)] = 1.0,
-    devices: Annotated[int, typer.Option(help="how many devices share the work", min=1)] = 1,
+    measure: Annotated[float, typer.Option(help="Duration of this measurement in seconds.", min=0.1)] = 1.0,
+    devices: Annotated[int, typer.Option(help="Number of devices that share the work.", min=1)] = 1,
     precision: Annotated[
-        PlannedPrecision | None, typer.Option(help="what precision auto means on those devices; as here by default")
+        PlannedPrecision | None,
+        typer.Option(help="Meaning of precision=auto on these devices; that of this machine by default."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plans there")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="File to write the plans to, in addition to the terminal."),
+    ] = None,
 ) -> None:
     """Show what recipes will cut, cost and take, without weights or network."""
     given, overrides = _recipes_and_overrides(recipes)
@@ -98,7 +105,7 @@ def plan(
     paths = [path for path in given if not is_benchmark(path)]
     for path in given:
         if path not in paths:
-            say(f"{path} is a benchmark, which prunes nothing; try it with: prunekit bench {path} --reduced")
+            say(f"{path} is a benchmark and prunes nothing; run it with: prunekit bench {path} --reduced")
     stated = None if throughput is None else throughput * 1e12
     made_for = Devices(devices, stated, measure, precision)
     plans = plan_all([load_recipe(path, overrides) for path in paths], made_for)
@@ -112,7 +119,7 @@ def plan(
         say(f"The plans are in {json_file}")
     if len(plans) == 1:
         command = "compare" if plans[0]["job"] == "compare" else "run"
-        say(f"Nothing was run; start it with: prunekit {command} {' '.join([*map(str, paths), *overrides])}")
+        say(f"Nothing was run. Start it with: prunekit {command} {' '.join([*map(str, paths), *overrides])}")
 
 
 def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -131,7 +138,9 @@ def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(help="how many devices the recipe will run on; one is tried", min=1)] = 1,
+    devices: Annotated[
+        int, typer.Option(help="Number of devices that the recipe will run on; the check uses the share of one.", min=1)
+    ] = 1,
 ) -> None:
     """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole."""
     recipe = find_recipe(recipe)

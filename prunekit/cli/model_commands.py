@@ -16,9 +16,9 @@ recipes = typer.Typer(help="List the recipes that ship with prunekit, or copy on
 @app.command()
 def units(
     model: Model,
-    depth: Annotated[str, typer.Option(help="which whole layers are units: aptp, all, blocks or none")] = "aptp",
-    include: Annotated[list[str] | None, typer.Option(help="glob over module paths: only these (repeatable)")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="glob over module paths: not these (repeatable)")] = None,
+    depth: Annotated[str, typer.Option(help="Whole layers that are units: aptp, all, blocks or none.")] = "aptp",
+    include: Annotated[list[str] | None, typer.Option(help="Glob over module paths to include (repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob over module paths to exclude (repeatable).")] = None,
 ) -> None:
     """List what can be removed from a model."""
     from rich.table import Table
@@ -41,10 +41,14 @@ def units(
 @app.command()
 def macs(
     model: Model,
-    size: Annotated[str | None, typer.Option(help="latent side, or HxW; the model's own by default")] = None,
-    text_length: Annotated[int | None, typer.Option(help="text tokens; the tokenizer's by default", min=1)] = None,
-    convention: Annotated[str, typer.Option(help="exact, conv_linear or aptp")] = "exact",
-    check: Annotated[bool, typer.Option("--check", help="count with FlopCounterMode, thop and fvcore too")] = False,
+    size: Annotated[str | None, typer.Option(help="Latent side, or HxW; the model's own by default.")] = None,
+    text_length: Annotated[
+        int | None, typer.Option(help="Number of text tokens; the tokenizer's maximum by default.", min=1)
+    ] = None,
+    convention: Annotated[str, typer.Option(help="Count: Count: exact, conv_linear or aptp..")] = "exact",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the count with FlopCounterMode, thop and fvcore.")
+    ] = False,
 ) -> None:
     """Count a model's MACs and parameters, exactly."""
     from prunekit.core.cost import CostModel
@@ -77,14 +81,14 @@ def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
         table.add_row(row.counter, "{} x {}".format(*row.sample_size), *numbers, *rest, row.explanation)
     console().print(table)
     if wrong := [row.counter for row in rows if row.unexplained]:
-        raise UserError(f"the counts of {', '.join(wrong)} differ by more than what is known; please report this")
+        raise UserError(f"the counts of {', '.join(wrong)} differ in a way that is not explained; please report this")
     say("Every difference is explained to the integer")
 
 
 @app.command()
 def methods(
     chosen: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="methods whose settings to list")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Methods whose settings to list.")
     ] = None,
 ) -> None:
     """List the pruning methods; with NAMEs, list the settings of these methods."""
@@ -95,7 +99,7 @@ def methods(
         for name, summary in describe().items():
             terminal.print(f"[bold]{name}[/bold]: {summary}")
         say(f"List a method's settings with: prunekit methods {names()[0]}")
-        say("A method of another package registers in the entry-point group prunekit.methods")
+        say("Methods of other packages register in the entry-point group prunekit.methods")
         return
     kinds = {name: get(name) for name in chosen}
     from prunekit.methods import PruneSettings
@@ -154,7 +158,8 @@ def show(context: typer.Context) -> None:
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="a shipped recipe")],
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="a file or a directory; here by default")
+        Path | None,
+        typer.Argument(metavar="[PATH]", help="File or directory to copy to; the working directory by default."),
     ] = None,
 ) -> None:
     """Copy a shipped recipe together with the files that it extends."""

@@ -16,29 +16,43 @@ MOST_ROWS = 50  # of pictures that `generate` lists
 @app.command()
 def generate(
     directory: Annotated[
-        Path, typer.Argument(metavar="RUN", help="a run's directory, an export, or any diffusers pipeline")
+        Path, typer.Argument(metavar="RUN", help="Directory of a run or an export, or any diffusers pipeline.")
     ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt (repeatable)")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="a text file with a prompt a line")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     prompt_list: Annotated[
-        str | None, typer.Option("--list", help="a shipped list: aptp-cc3m, aptp-coco, aptp-parti")
+        str | None, typer.Option("--list", help="Shipped list of prompts: aptp-cc3m, aptp-coco, aptp-parti.")
     ] = None,
     validation: Annotated[
-        int | None, typer.Option(help="the first N captions that the run's training did not see", min=1)
+        int | None, typer.Option(help="First N captions that the run's training did not see.", min=1)
     ] = None,
     extremes: Annotated[
-        int | None, typer.Option(help="of those captions, N of the cheapest expert and N of the dearest", min=1)
+        int | None,
+        typer.Option(
+            help="N captions each for the cheapest and the most expensive expert, from the held-out captions.", min=1
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="whose pruned model; the one that routes by default")] = None,
-    seed: Annotated[int, typer.Option(help="of every prompt's noise", min=0)] = 0,
-    negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Method whose pruned model is used; by default the method with a router, else the first."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed Seed of every prompt's noise..", min=0)] = 0,
+    negative_prompt: Annotated[str | None, typer.Option(help="Text that guidance moves the picture away from.")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's by default", min=0)] = None,
-    batch_size: Annotated[int, typer.Option(help="pictures of one pipeline call", min=1)] = 1,
-    max_resident: Annotated[int | None, typer.Option(help="experts in memory at once; all by default", min=1)] = None,
-    picture_format: Annotated[str, typer.Option("--format", help="png or webp, both without loss")] = "png",
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's by default.", min=0)] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures per pipeline call.", min=1)] = 1,
+    max_resident: Annotated[
+        int | None, typer.Option(help="Number of calibration samples: captioned pictures, each at one timestep.", min=1)
+    ] = None,
+    picture_format: Annotated[
+        str, typer.Option("--format", help="Picture format: png or webp, both lossless.")
+    ] = "png",
     output: Annotated[
-        Path | None, typer.Option(help="where pictures go; by default RUN/generated/METHOD, or METHOD-2, … by request")
+        Path | None,
+        typer.Option(
+            help="Directory for pictures; by default RUN/generated/METHOD, then METHOD-2 for another request, and "
+            "so on."
+        ),
     ] = None,
     engine: Engine = None,
 ) -> None:
@@ -75,17 +89,21 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="TARGET... [KEY=VALUE]...",
-            help="runs, diffusers directories, hub ids or emoji; and settings of the protocol",
+            help="Runs, diffusers directories, hub ids or emoji; and settings of the protocol as KEY=VALUE.",
         ),
     ],
-    protocol: Annotated[str, typer.Option(help="emoji, aptp or bksdm: how pictures are made and measured")] = "emoji",
+    protocol: Annotated[
+        str, typer.Option(help="Protocol by which pictures are made and measured: emoji, aptp or bksdm.")
+    ] = "emoji",
     data: Annotated[
         str | None,
         typer.Option(help='emoji, a folder, a recipe, or "{kind: coco, path: coco, split: val30k}"; a run\'s own'),
     ] = None,
-    images: Annotated[int | None, typer.Option(help="of each model; the protocol's by default", min=2)] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Pictures per model; the protocol's number by default.", min=2)
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="where pictures and table go; runs/evaluate-PROTOCOL by default")
+        Path | None, typer.Option(help="Directory for pictures and table; runs/evaluate-PROTOCOL by default.")
     ] = None,
 ) -> None:
     """Measure runs and any diffusers pipelines under one protocol; processes may share the work, and it resumes."""
@@ -103,9 +121,13 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="directories of runs and comparisons")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs and comparisons.")],
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="first measure each layer's damage, and what an older run lacks")
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="First measure the sensitivity of each layer, and figures that an older run did not record.",
+        ),
     ] = False,
 ) -> None:
     """Write one HTML page a run or comparison: figures, pictures, architectures, routing, training, trust."""
@@ -117,23 +139,28 @@ def report(
 
 @app.command()
 def figure(
-    kind: Annotated[str, typer.Argument(help="experts, extremes, runs, assignment, losses or num-experts")],
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="directories of runs; for losses a comparison too")
+    kind: Annotated[
+        str, typer.Argument(help="Figure: Figure: experts, extremes, runs, assignment, losses or num-experts..")
     ],
-    output: Annotated[Path, typer.Option(help="the picture, a PNG")] = Path("figure.png"),
-    count: Annotated[int, typer.Option(help="prompts: of each expert, of each extreme, or of all runs", min=1)] = 6,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; for losses also of a comparison.")
+    ],
+    output: Annotated[Path, typer.Option(help="File of File of the picture, a PNG..")] = Path("figure.png"),
+    count: Annotated[int, typer.Option(help="Number of prompts: per expert, per extreme, or for all runs.", min=1)] = 6,
     prompt_list: Annotated[
-        str | None, typer.Option("--list", help="a shipped list of prompts; the run's held-out captions by default")
+        str | None, typer.Option("--list", help="Shipped list of prompts; the run's held-out captions by default.")
     ] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's by default", min=0)] = None,
-    seed: Annotated[int, typer.Option(help="of every prompt's noise, and of the batch that is assigned", min=0)] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's by default.", min=0)] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed Seed of every prompt's noise.., and of the batch that is assigned", min=0)
+    ] = 0,
     row: Annotated[
-        list[str] | None, typer.Option(help="losses: what titles of searches begin with (repeatable)")
+        list[str] | None, typer.Option(help="losses: first words of the titles of searches (repeatable).")
     ] = None,
     term: Annotated[
-        list[str] | None, typer.Option(help="losses: a term (repeatable); resource and contrastive")
+        list[str] | None,
+        typer.Option(help="losses: a term (repeatable); resource and contrastive by default. by default."),
     ] = None,
 ) -> None:
     """Draw a figure of the APTP paper for runs: pictures by expert, by budget, by run; a batch's assignment; losses."""
@@ -146,16 +173,23 @@ def figure(
 @app.command()
 def demo(
     directory: Annotated[
-        Path, typer.Argument(metavar="RUN", help="a run's directory, an export, or any diffusers pipeline")
+        Path, typer.Argument(metavar="RUN", help="Directory of a run or an export, or any diffusers pipeline.")
     ],
     method: Annotated[
-        str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
+        str | None,
+        typer.Option(
+            help="Method of a run whose pruned model is used; by default the method with a router, else the first."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0: all of this machine's")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all addresses of this machine.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(help="the first free one from 7860 on by default", min=1, max=65535)
+        int | None, typer.Option(help="Port; by default the first free port from 7860 on.", min=1, max=65535)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; a GPU by default")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device, such as cpu or cuda:1; by default a GPU if there is one.")
+    ] = None,
 ) -> None:
     """Serve a page to try prompts in: the dense model beside the chosen expert, with scores, time and MACs."""
     from prunekit.demo.web_page import serve
@@ -226,29 +260,43 @@ def serve(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|MODEL", help="a run, a pipeline's directory, or a denoiser's folder")
+        Path, typer.Argument(metavar="RUN|MODEL", help="Directory of a run, of a pipeline, or of a denoiser.")
     ],
-    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="where it goes; new or empty")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Directory of the export; it must be new or empty.")
+    ],
     tier: Annotated[
         str,
-        typer.Option(help="stock, class, single-file, onnx, torch; auto: stock where it expresses the cut, else class"),
+        typer.Option(
+            help="Tier: stock, class, single-file, onnx or torch; auto: stock if a stock config expresses the cut, "
+            "else class."
+        ),
     ] = "auto",
     method: Annotated[
-        str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
+        str | None,
+        typer.Option(
+            help="Method of a run whose pruned model is used; by default the method with a router, else the first."
+        ),
     ] = None,
-    expert: Annotated[int | None, typer.Option(help="of a mixture: this expert alone", min=0)] = None,
-    batch: Annotated[int | None, typer.Option(help="onnx, torch: samples of a call; any by default", min=1)] = None,
-    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="then upload it to the hub")] = None,
+    expert: Annotated[
+        int | None, typer.Option(help="Number of one expert of a mixture, to export it alone.", min=0)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="onnx, torch: number of samples per call; any by default.", min=1)
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Repository of the hub to upload the export to.")
+    ] = None,
     fold_modulation: Annotated[
         str | None,
         typer.Option(
             metavar="table=N|rank=R",
-            help="of a transformer: modulation layers as a table of the sampler's N steps, or of rank R; nearest=N: a "
-            "table that rounds timesteps; @WIDTHxHEIGHT behind it: the pictures' size",
+            help="Transformers: modulation layers as a table of the sampler's N steps, or of rank R; nearest=N: a "
+            "table that rounds timesteps; a suffix @WIDTHxHEIGHT gives the size of the pictures.",
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="rank=R: prompts, one a line, that it is fitted to; a shipped list by default")
+        Path | None, typer.Option(help="rank=R: file of prompts for the fit, one per line; a shipped list by default.")
     ] = None,
 ) -> None:
     """Take a pruned model elsewhere; it is opened in a fresh process and compared before this reports success."""
@@ -270,12 +318,12 @@ def export(
 
 @app.command("import")
 def import_(
-    kind: Annotated[str, typer.Argument(metavar="aptp", help="whose format it has: aptp")],
-    release: Annotated[Path, typer.Argument(metavar="DIR", help="a release's directory, such as APTP-Base-COCO")],
-    output: Annotated[Path | None, typer.Option(help="the run that it becomes; runs/NAME by default")] = None,
+    kind: Annotated[str, typer.Argument(metavar="aptp", help="Format of the release: aptp.")],
+    release: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a release, such as APTP-Base-COCO.")],
+    output: Annotated[Path | None, typer.Option(help="Directory of the new run; runs/NAME by default.")] = None,
     model: Annotated[str, typer.Option(help="what was pruned")] = "sd-2.1",
     prompt_encoder: Annotated[
-        str, typer.Option(help="what the router embeds prompts with")
+        str, typer.Option(help="Sentence Transformer of the router.")
     ] = "sentence-transformers/all-mpnet-base-v2",
 ) -> None:
     """Turn the checkpoints that APTP's authors released into a run, which generate, export and macs understand."""
@@ -300,14 +348,22 @@ def import_(
 @app.command()
 def bench(
     target: Annotated[
-        Path, typer.Argument(metavar="RECIPE|RUN", help="a recipe with job: bench, or a run's directory")
+        Path, typer.Argument(metavar="RECIPE|RUN", help="Recipe with job: bench, or the directory of a run.")
     ],
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option(help="where rows and table go; runs/NAME or RUN/bench by default")
+        Path | None, typer.Option(help="Directory for rows and table; runs/NAME or RUN/bench by default.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="begin no row that would end later; start again", min=0)] = None,
-    reduced: Annotated[bool, typer.Option("--reduced", help="32 x 32 latents, batch 1, eager, few repeats")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time limit in minutes: no row starts that would end later. Start the command again for missing rows.",
+            min=0,
+        ),
+    ] = None,
+    reduced: Annotated[
+        bool, typer.Option("--reduced", help="Reduced size: latents of 32 x 32, batch 1, eager mode, few repeats.")
+    ] = False,
 ) -> None:
     """Time pruned models beside the dense one, interleaved, with the noise floor; a row a file, none made twice."""
     from rich.table import Table
@@ -322,4 +378,4 @@ def bench(
     for line in lines:
         table.add_row(*(text.replace("[", r"\[") for text in line))
     console().print(table)
-    say(f"The table is in {path}" + ("" if is_done else "; rows are missing: start the same command again to go on"))
+    say(f"The table is in {path}" + ("" if is_done else "; rows are missing: start the same command again to continue"))

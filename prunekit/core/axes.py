@@ -65,7 +65,7 @@ class Layer:
     path: of the module; "" for what lies in no other layer (both ends of the model, its embeddings).
     stream: whose positions its modules run on; "" where `streams` must name them all.
     streams: exceptions, by the path inside the layer of a module or of what contains it.
-    group: the units that can be removed from it one by one; None where nothing is left to remove.
+    group: the units that can be removed from it one by one; None if nothing is left to remove.
     axes: what these units own.
     products: attention: the streams of the queries and of the keys; of a linear attention, whose keys are summed up
         in a matrix for each head, a stream of as many positions as the matrix has rows stands for the keys.
@@ -115,9 +115,9 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
-    """The bias of a module that holds a weight; None where it has none."""
+    """The bias of a module that holds a weight; None if it has none."""
     bias = module.bias
-    assert bias is None or isinstance(bias, torch.Tensor), f"the bias of a {type(module).__name__} is no tensor"
+    assert bias is None or isinstance(bias, torch.Tensor), f"the bias of a {type(module).__name__} is not a tensor"
     return bias
 
 

@@ -48,7 +48,9 @@ class Call(Mapping[str, Any]):
         self._arguments = {name: _mapped(value, lambda tensor: tensor) for name, value in arguments.items()}
         counts = sorted(set(self._rows()))
         if len(counts) > 1:
-            raise ValueError(f"a call's tensors have {' and '.join(map(str, counts))} rows; all need one a sample")
+            raise ValueError(
+                f"a call's tensors have {' and '.join(map(str, counts))} rows; every tensor needs one row per sample"
+            )
 
     def __getitem__(self, name: str) -> Any:
         return self._arguments[name]
@@ -223,7 +225,7 @@ class NamedCalls:
         return int(model.config.in_channels)
 
     def latent_size(self, model: Any) -> tuple[int, int] | None:
-        """Return the latent's (h, w) that a model was made for; None where its config does not say."""
+        """Return the latent's (h, w) that a model was made for; None if its config does not say."""
         size = model.config.sample_size
         return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
 
@@ -294,5 +296,5 @@ def _joined(values: Sequence[Any], is_shared: bool = False) -> Any:
     if isinstance(first, Tensor) and first.dim() and not is_shared:
         return torch.cat(list(values))
     if any(not (torch.equal(value, first) if isinstance(first, Tensor) else value == first) for value in values):
-        raise ValueError(f"calls that are joined share {first}, and another has something else")
+        raise ValueError(f"joined calls must share {first}; another call has a different value")
     return first

@@ -20,7 +20,7 @@ from .space import Architecture, UnitSpace, near
 
 
 class CostModel:
-    """The cost of every Architecture over a space, at one latent size, batch 1; only shapes of the model are read.
+    """The cost of every Architecture over a space, at one latent size, batch 1. It reads only shapes of the model.
 
     sample_size: of the latent, a side or (h, w); None: the model's own.
     text_length: tokens of the text.
@@ -255,7 +255,9 @@ class RunningCost:
 
     def __init__(self, polynomial: Polynomial, values: torch.Tensor):
         if values.dtype != torch.bool:
-            raise UserError("an exact cost needs a boolean Architecture; decide first: architecture.threshold(0.5)")
+            raise UserError(
+                "an exact cost needs a boolean Architecture; make it boolean first: architecture.threshold(0.5)"
+            )
         space = polynomial.space
         self.bits: list[bool] = values.tolist()
         self._num_width = space.num_width
@@ -308,10 +310,12 @@ class RunningCost:
 def _latent_size(denoiser: Denoiser, model: nn.Module, sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
     size = denoiser.latent_size(model) if sample_size is None else sample_size
     if size is None:
-        raise UserError("the model's config names no sample_size; pass the latent's: a side, or (height, width)")
+        raise UserError(
+            "the model's config has no sample_size; pass sample_size: the latent's side, or (height, width)"
+        )
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"sample_size={sample_size!r}: pass a side of the latent, or (height, width)")
+        raise UserError(f"sample_size={sample_size!r}: pass the side of the latent, or (height, width)")
     return sides
 
 
@@ -399,7 +403,7 @@ def _cost(layer: Layer, parts: Iterable[_Part], counter: Counter, lengths: Mappi
             continue
         if part.stream not in lengths:
             kind = type(part.module).__name__
-            raise UserError(f"a {kind} in {layer.path or 'the model'} is in no layer that is described: not supported")
+            raise UserError(f"a {kind} in {layer.path or 'the model'} belongs to no described layer: not supported")
         if part.module._parameters.keys() <= layer.tables:
             costs["always"] += sum(map(counter.table, part.module._parameters.values()))
             continue

@@ -45,7 +45,7 @@ class Counter:
             return self.linear(module, positions)
         if isinstance(module, _NORMS):
             return self.norm(module, positions), 0
-        raise UserError(f"what a {type(module).__name__} costs is not known, so its MACs cannot be counted")
+        raise UserError(f"the cost of a {type(module).__name__} is unknown, so its MACs cannot be counted")
 
     def conv(self, conv: nn.Conv2d | nn.Conv3d, positions: int) -> tuple[int, int]:
         """(of the weights, of the bias) of a convolution with `positions` output positions."""

@@ -95,7 +95,7 @@ class Denoiser(Structure, Protocol):
         """
 
     def stock(self, model: nn.Module) -> nn.Module | None:
-        """A pruned model in a stock class, with the same function and a copy of the weights; None where there is none.
+        """A pruned model in a stock class, with the same function and a copy of the weights; None if there is none.
 
         A dense model is its own stock form.
         """
@@ -157,7 +157,7 @@ class Denoiser(Structure, Protocol):
             batch: samples B.
             latent: (h, w).
             text_length: tokens T of the text.
-            fill: makes the values. It is asked for "noisy" (B, C, h, w) first, then for the conditions by role, as
+            fill: makes the values. It is requested "noisy" (B, C, h, w) first, then for the conditions by role, as
                 `call` lists them.
             timesteps: (B,) or (); by default one in the middle of the schedule, for all samples.
 
@@ -183,7 +183,7 @@ class Denoiser(Structure, Protocol):
         ...
 
     def latent_size(self, model: nn.Module) -> tuple[int, int] | None:
-        """(h, w) of the latent that the model was made for; None where its config does not say."""
+        """(h, w) of the latent that the model was made for; None if its config does not say."""
 
     def text_width(self, model: nn.Module) -> int:
         """Return E, the width of the text states."""

@@ -21,9 +21,9 @@ def discover(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> UnitSpace:
-    """The UnitSpace of a denoiser: what can be removed from it. Works on the meta device and on a pruned model.
+    """Return the UnitSpace of a denoiser, also of one on the meta device or one that is already pruned.
 
-    Width units are always found. `depth` says which whole layers are units too. Of a UNet:
+    Width units are always included. `depth` selects the whole layers that are units too. Of a UNet:
         "aptp": the last ResBlock and the last Transformer layer of every down and up block (APTP, section 3.2);
         "all": every Transformer layer, every ResBlock whose incoming hidden width is its output width, and every
             inner transformer block of a Transformer layer that has several (SDXL);

@@ -57,7 +57,7 @@ class Family(Protocol):
     scale: ClassVar[int]
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a loaded pipeline is not supported, as "NAME has" goes on; None where it is."""
+        """Return why a loaded pipeline is not supported, as "NAME has" goes on; None if it is."""
         ...
 
     def process(self, scheduler: Any | None) -> NoiseProcess:

@@ -53,7 +53,7 @@ class _State:
 
 
 class Gates:
-    """The handle that `gated` yields: `set` says under which Architectures the next forward passes run."""
+    """The handle that `gated` yields; `set` sets the gates of the next forward passes."""
 
     def __init__(self, model: nn.Module, space: UnitSpace):
         self.space = space
@@ -72,9 +72,9 @@ class Gates:
         self._unit_of_channel = torch.tensor(unit_of_channel, dtype=torch.long, device=self._parameter.device)
 
     def set(self, g: Architecture | torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Gates for the forward passes that follow.
+        """Set the gates of the next forward passes.
 
-        g: an Architecture or (D,): every sample runs under it, whatever the batch. (G, D): sample b runs under row b,
+        g: an Architecture or (D,): every sample runs under it, for any batch. (G, D): sample b runs under row b,
             and the batch must be G; or, with rows (batch,) of integers, under row rows[b]. Under `space.full()` the
             model runs as it is, without a mask.
         RuntimeError where a forward pass under the previous gates still waits for its backward.
@@ -93,7 +93,7 @@ class Gates:
         batch = None
         if values.dim() == 1:
             if rows is not None:
-                raise UserError("rows choose among the rows of (G, D) gates; these gates are one (D,) vector")
+                raise UserError("rows select rows of gates (G, D), but these gates are one vector (D,)")
             values = values[None]
         else:
             if rows is not None:
@@ -121,8 +121,9 @@ class Gates:
         self._state = None
         if self._token is not None and self._token() is not None:
             raise RuntimeError(
-                f"the gates were {action} while a forward pass under them waits for its backward, which would "
-                "see other gates; call backward first, drop its output, or run it under no_grad"
+                f"the gates were {action} while a forward pass with these gates waits for its backward pass, "
+                "which would use the new gates; call backward first, delete the output, or run the forward "
+                "pass under no_grad"
             )
 
     @contextlib.contextmanager
@@ -167,12 +168,12 @@ class Gates:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._state is None:
-                raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the model as it is)")
+                raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the dense model)")
             batch = len(read(args, kwargs)[0])  # a tensor's rows, or one latent for each sample
             if self._state.batch not in (None, batch):
                 raise UserError(
-                    f"the gates are for a batch of {self._state.batch}, the model got {batch}; pass rows=, which "
-                    "gate row each sample uses (for a pipeline: prunekit.pipeline_rows)"
+                    f"the gates are for a batch of {self._state.batch}, but the model got {batch}; pass rows=, "
+                    "the gate row of each sample (for a pipeline: prunekit.pipeline_rows)"
                 )
 
         return hook
@@ -182,7 +183,7 @@ class Gates:
             return None
         mask = self._now.masks[index]
         if mask.shape[0] not in (1, batch):
-            raise UserError(f"the gates have {mask.shape[0]} rows, a layer got a batch of {batch}")
+            raise UserError(f"the gates have {mask.shape[0]} rows, but a layer got a batch of {batch}")
         return mask
 
     def _along(self, index: int, axis: Axis, total: int, batch: int) -> torch.Tensor | None:
@@ -248,7 +249,7 @@ def mix(entered: Sequence[torch.Tensor], output: Any, gate: torch.Tensor) -> Any
     """u·f(x) + (1 - u)·h for every stream (APTP, Eq. 23 and 24), exact at u = 0 and 1.
 
     entered: the hidden states h that entered, one of each stream. output: the layer's: a tensor, or a tuple whose first
-        items are those of the streams, in this order; None where a layer gives a stream no output. gate: (rows,).
+        items are those of the streams, in this order; None if a layer gives a stream no output. gate: (rows,).
     """
     if isinstance(output, tuple):
         mixed = [mix([h], f, gate) for h, f in zip(entered, output, strict=False)]
@@ -295,7 +296,7 @@ def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None
 
 @contextlib.contextmanager
 def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
-    """A context in which a denoiser runs under Architectures: `gates.set(g, rows)`, then call the model as ever.
+    """Run a denoiser with gates in a context: `gates.set(g, rows)`, then call the model as usual.
 
     Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
     forward pass waits for its backward is a RuntimeError. On exit no hook is left.
@@ -388,7 +389,7 @@ def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def pipeline_rows(num_prompts: int, images_per_prompt: int = 1, guidance: bool = True) -> torch.Tensor:
-    """The rows of a diffusers pipeline's batch, int64: which prompt's gates each sample of the denoiser's batch uses.
+    """Return the gate row of each sample of a diffusers pipeline's denoiser batch, int64.
 
     Images of a prompt are neighbours; with classifier-free guidance the unconditional half comes first.
     """

@@ -21,7 +21,7 @@ FORMATS = (1, 2)
 
 
 def kept_units(model: Any, group: str) -> list[int] | None:
-    """Return the dense model's units that an earlier cut left of a group, by its name; None where it was not cut."""
+    """Return the dense model's units that an earlier cut left of a group, by its name; None if it was not cut."""
     kept = (model.config.get("pruning") or {}).get("kept") or {}
     return kept.get(group, kept.get(group.partition(":")[2]))
 
@@ -91,7 +91,7 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
         if not all(isinstance(index, int) and 0 <= index < group.size for index in indices):
             raise UserError(f"pruning.kept[{key!r}] holds indices outside 0 to {group.size - 1}: {indices}")
         if sorted(set(indices)) != indices:
-            raise UserError(f"pruning.kept[{key!r}] is not sorted, or names a unit twice: {indices}")
+            raise UserError(f"pruning.kept[{key!r}] must be sorted and name each unit once: {indices}")
         part = space.slice(group)
         values[part] = False
         values[[part.start + index for index in indices]] = True

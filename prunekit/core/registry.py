@@ -1,4 +1,4 @@
-"""Which `Denoiser` describes a model class. Nothing heavy is imported before a model is asked for."""
+"""Which `Denoiser` describes a model class. Nothing heavy is imported before a model is requested."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register_denoiser(
     attribute: str = "transformer",
     unnamed: str | None = None,
 ) -> None:
-    """Register what describes some model classes; a later registration replaces an earlier one.
+    """Register the description of model classes; a later registration replaces an earlier one.
 
     models: classes, or their names. A subclass is described by its nearest registered base class.
     denoiser: the description, or a function that returns it, which is called once, when it is first needed.
@@ -102,7 +102,7 @@ def _described(model: Any) -> Any:
 
 
 def _attribute(pipeline: Any) -> str | None:
-    """Return the name of the pipeline's attribute that holds a denoiser; None where none does."""
+    """Return the name of the pipeline's attribute that holds a denoiser; None if none does."""
     return next((name for name in _ATTRIBUTES if is_denoiser(getattr(pipeline, name, None))), None)
 
 
@@ -121,8 +121,8 @@ def denoiser_name(pipeline: Any) -> str:
     if (name := _attribute(pipeline)) is not None:
         return name
     raise UserError(
-        f"a pipeline with a supported denoiser, or a denoiser itself, is needed; got {type(pipeline).__name__}. "
-        f"Supported models: {', '.join(supported())}"
+        "expected a pipeline with a supported denoiser, or a supported denoiser; got "
+        f"{type(pipeline).__name__}. Supported models: {', '.join(supported())}"
     )
 
 
@@ -202,7 +202,7 @@ def latent_size(model: nn.Module) -> tuple[int, int]:
     """
     size = denoiser_of(model).latent_size(model)
     if size is None:
-        raise UserError(f"the config of this {type(model).__name__} names no sample_size: state the latent's size")
+        raise UserError(f"the config of this {type(model).__name__} has no sample_size: give the latent's size")
     return size
 
 

@@ -64,7 +64,7 @@ class PrunedModel(ModelMixin):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
-        """As the stock method; `auto_map`, by which diffusers finds a class file, is no part of the model."""
+        """As the stock method; `auto_map`, by which diffusers finds a class file, is not part of the model."""
         return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **options)
 
     @classmethod
@@ -131,8 +131,8 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
         cut = [path for path in cut if kept_units(self, f"attention:{path}") is not None]
         if cut:
             raise UserError(
-                f"an IP-Adapter is made for the dense model's heads, and {', '.join(cut[:3])} lost some; use one with "
-                "a cut that keeps all heads"
+                f"an IP-Adapter needs all heads of the dense model, and {', '.join(cut[:3])} lost some; use a "
+                "cut that keeps all heads"
             )
         super(pruned, self)._load_ip_adapter_weights(*arguments, **options)
 
@@ -150,7 +150,7 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
 
 
 def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "pruned"]:
-    """Save a pruned model in its stock form where it has one, else in its pruned form; says which.
+    """Save a pruned model in its stock form if there is one, else in its pruned form; return which.
 
     The stock form loads without prunekit, by the dense class's `from_pretrained(folder)`; the
     pruned form by the pruned class's.
@@ -169,7 +169,7 @@ def config_signature(dense: type[ModelMixin]) -> inspect.Signature:
 
 
 def slice_model(model: nn.Module, architecture: Architecture) -> Any:
-    """A pruned copy of a denoiser that keeps what a boolean Architecture keeps; the model is left as it is.
+    """Return a pruned copy of a denoiser with the units that a boolean Architecture keeps; the model does not change.
 
     Works on the meta device, on a model that is pruned already, and with an Architecture from another instance of the
     same space; UserError where the Architecture does not fit the model.
@@ -192,7 +192,7 @@ def load_model(folder: str | Path, **options: Any) -> Any:
 
 def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Architecture) -> Any:
     if not architecture.is_boolean:
-        raise UserError("a soft Architecture cannot be cut; decide it first: architecture.threshold(0.5)")
+        raise UserError("a soft Architecture cannot be cut; make it boolean first: architecture.threshold(0.5)")
     structure = pruned_class.structure
     whole = whole_space(structure, model)
     match_in(whole, architecture.space)
@@ -285,7 +285,7 @@ def backbone_of(folder: str | Path) -> Path | None:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} does not name a backbone: {error!r}") from error
     if not backbone.is_dir():
-        raise UserError(f"{path} names {backbone}, which is not there: copy the backbone's folder too")
+        raise UserError(f"{path} names {backbone}, which does not exist: copy the backbone's folder too")
     return backbone
 
 
@@ -343,7 +343,7 @@ def _change(model: nn.Module, path: Path) -> None:
             change = changes[name + UP].double() @ changes[name + DOWN].double() if kind == UP[1:] else value.double()
             weight.copy_(weight.double() + change.reshape(weight.shape).to(weight.device))
         except (AssertionError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit the model of its folder: {key} has no place there") from error
+            raise UserError(f"{path} does not fit the model of its folder: the model has no {key}") from error
 
 
 def keep_saved_module(pruned: type) -> None:

@@ -24,14 +24,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """A set of like parts of a denoiser that can be removed, one by one (width) or as a whole (depth, one unit).
+    """A set of similar parts of a denoiser that can be removed one by one (width) or as a whole (depth, one unit).
 
     kind: such as "attention" (heads), "feedforward" (channel groups), "resnet" (GroupNorm groups); of depth: "layer",
         "block" (a transformer block), "stage" (several blocks).
     path: the module's path in the model. A stage is named by its first block.
     size: the number of units.
     channels: width: channels per unit where the gate sits; depth: channels of the hidden state that enters.
-    covers: depth only: the module paths that go when the unit goes.
+    covers: depth only: the module paths that are removed with the unit.
     """
 
     kind: str
@@ -42,16 +42,16 @@ class UnitGroup:
 
     @property
     def name(self) -> str:
-        """Kind and path with a colon between them, unique in its space."""
+        """Return kind and path, joined by a colon, unique in a space."""
         return f"{self.kind}:{self.path}"
 
     @property
     def is_depth(self) -> bool:
-        """Whether this is one whole layer, block or stage."""
+        """Return whether this is one whole layer, block or stage."""
         return self.kind in DEPTH_KINDS
 
     def removes(self, path: str) -> bool:
-        """Whether the module at `path` goes when this depth unit goes."""
+        """Return whether this depth unit removes the module at `path`."""
         return path in self.covers or path.startswith(self._inside)
 
     @functools.cached_property
@@ -63,8 +63,7 @@ class UnitGroup:
 class UnitSpace:
     """The ordered list of a denoiser's UnitGroups: D units, widths first, depths last.
 
-    Within the widths, and within the depths, groups stand in the order in which a forward pass meets them; stages
-    stand last, outermost first.
+    Widths, and depths, are in the order of a forward pass; stages are last, outermost first.
     """
 
     def __init__(self, groups: Iterable[UnitGroup]):
@@ -95,14 +94,14 @@ class UnitSpace:
         return torch.tensor(positions, dtype=torch.long, device="cpu")
 
     def slice(self, group: UnitGroup | str) -> slice:
-        """Where a group (or its name) lies in a vector over this space."""
+        """Return the slice of a group, given by itself or by name, in a vector over this space."""
         name = group if isinstance(group, str) else group.name
         if name not in self._by_name:
             raise UserError(f"no group {name!r} in this space.{near(name, self._by_name)}")
         return self._slices[self._by_name[name]]
 
     def group(self, name: str) -> UnitGroup:
-        """The group of that name."""
+        """Return the group with this name."""
         self.slice(name)
         return self.groups[self._by_name[name]]
 
@@ -118,11 +117,11 @@ class UnitSpace:
         )
 
     def full(self) -> Architecture:
-        """The Architecture that keeps everything."""
+        """Return the Architecture that keeps every unit."""
         return Architecture(self, torch.ones(self.size, dtype=torch.bool, device="cpu"))
 
     def random(self, keep: float = 0.7, seed: int = 0) -> Architecture:
-        """An Architecture whose every unit stays with probability `keep`, drawn from `seed`."""
+        """Return an Architecture that keeps each unit with probability `keep`, drawn from `seed`."""
         generator = torch.Generator("cpu").manual_seed(seed)
         return Architecture(self, torch.rand(self.size, generator=generator, device="cpu") < keep)
 
@@ -135,7 +134,7 @@ class UnitSpace:
         return values
 
     def difference(self, other: UnitSpace) -> str | None:
-        """One line that names the first difference to another space, or None where they are the same."""
+        """Return one line that names the first difference to another space, or None if there is none."""
         mine = {group.name: group for group in self.groups}
         theirs = {group.name: group for group in other.groups}
         for name, group in theirs.items():
@@ -149,15 +148,15 @@ class UnitSpace:
         for name in mine:
             if name not in theirs:
                 return f"{name!r} is only here"
-        return None if self.groups == other.groups else "the groups stand in another order"
+        return None if self.groups == other.groups else "the groups have another order"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON form, which `from_dict` reads."""
+        """Return a JSON form, which `from_dict` reads."""
         return {"format": FORMAT, "groups": [asdict(group) for group in self.groups]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UnitSpace:
-        """The space that `to_dict` wrote."""
+        """Return the space that `to_dict` wrote."""
         check_format(data, "a UnitSpace")
         return cls(UnitGroup(**{**group, "covers": tuple(group["covers"])}) for group in data["groups"])
 
@@ -175,7 +174,7 @@ class UnitSpace:
 
 
 class Architecture:
-    """Which units of a UnitSpace stay: a vector (D,), boolean, or soft in [0, 1] while it is learned.
+    """The kept units of a UnitSpace: a vector (D,), boolean, or soft in [0, 1] during learning.
 
     Units under a removed layer are ignored: equality, hash and the saved form are canonical.
     """
@@ -188,13 +187,13 @@ class Architecture:
             if not values.is_floating_point():
                 raise UserError(f"an Architecture's values are boolean or floating point, got {values.dtype}")
             if not bool(((values >= 0) & (values <= 1)).all()):
-                raise UserError("an Architecture's soft values lie in [0, 1]")
+                raise UserError("an Architecture's soft values are in [0, 1]")
         self.space = space
         self.values = values.clone()
 
     @property
     def is_boolean(self) -> bool:
-        """Whether it is decided."""
+        """Return whether the Architecture is boolean."""
         return self.values.dtype == torch.bool
 
     @functools.cached_property
@@ -207,12 +206,12 @@ class Architecture:
         return self.values[self.space.slice(name)]
 
     def kept(self, name: str) -> list[int]:
-        """The indices of a group's units that stay (boolean only)."""
+        """Return the indices of a group's kept units (boolean only)."""
         self._need_boolean()
         return self.canonical[self.space.slice(name)].nonzero().flatten().tolist()
 
     def removed(self) -> tuple[UnitGroup, ...]:
-        """The depth groups that go, without those that lie under another that goes (boolean only)."""
+        """Return the removed depth groups, except those under another removed group (boolean only)."""
         self._need_boolean()
         gone = [group for group in self.space.depth_groups if not bool(self[group.name])]
         return tuple(
@@ -220,11 +219,11 @@ class Architecture:
         )
 
     def threshold(self, at: float) -> Architecture:
-        """The boolean Architecture of the values above `at`."""
+        """Return the boolean Architecture of the values above `at`."""
         return Architecture(self.space, self.values > at)
 
     def on(self, space: UnitSpace) -> Architecture:
-        """The same Architecture over another instance of the same space; ValueError that names a difference."""
+        """Return the same Architecture over another instance of the space; raise ValueError if the spaces differ."""
         difference = space.difference(self.space)
         if difference:
             raise UserError(f"this Architecture belongs to another space: {difference}")
@@ -251,7 +250,7 @@ class Architecture:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON form, by name, which `from_dict` reads."""
+        """Return a JSON form by names of groups, which `from_dict` reads."""
         values = self.canonical
         by_name = {group.name: values[self.space.slice(group)] for group in self.space.groups}
         if self.is_boolean:
@@ -263,7 +262,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], space: UnitSpace | None = None) -> Architecture:
-        """The Architecture that `to_dict` wrote; over `space`, where one is given, which must be the same."""
+        """Return the Architecture that `to_dict` wrote; `space`, if given, must be its space."""
         check_format(data, "an Architecture")
         stored_space = UnitSpace.from_dict(data["space"])
         if "kept" in data:
@@ -279,7 +278,7 @@ class Architecture:
         return architecture if space is None else architecture.on(space)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON; the file appears whole or not at all."""
+        """Write `to_dict` as JSON, the whole file or nothing."""
         write_text(Path(path), json.dumps(self.to_dict()) + "\n")
 
     @classmethod
@@ -289,7 +288,7 @@ class Architecture:
 
     def _need_boolean(self) -> None:
         if not self.is_boolean:
-            raise UserError("this Architecture is soft; decide it first: architecture.threshold(0.5)")
+            raise UserError("this Architecture is soft; make it boolean first: architecture.threshold(0.5)")
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -82,7 +82,7 @@ def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
 
 
 class TimestepModel(ModelMixin, ConfigMixin):
-    """Several slices of one denoiser, of which each sample runs through the one of its timestep.
+    """Several slices of one denoiser; each sample runs through the slice of its timestep.
 
     Called as the denoiser is; what it has beside, such as `config` or the parts that a pipeline looks at, is the first
     slice's. It holds no weights of its own.
@@ -99,9 +99,9 @@ class TimestepModel(ModelMixin, ConfigMixin):
         """
         super().__init__()
         if len(slices) != len(bins) or not slices:
-            raise UserError(f"{len(slices)} slices for {len(bins)} bins of timesteps: give one for each")
+            raise UserError(f"{len(slices)} slices for {len(bins)} bins of timesteps: give one slice per bin")
         if len(classes := {type(denoiser_of(model)).__name__ for model in slices}) > 1:
-            raise UserError(f"slices of one denoiser are needed, got {', '.join(sorted(classes))}")
+            raise UserError(f"all slices must be of one denoiser class, got {', '.join(sorted(classes))}")
         self.slices, self.bins = nn.ModuleList(slices), bins
         first: Any = slices[0]
         self._internal_dict = FrozenDict({key: first.config[key] for key in first.config if key != "pruning"})

@@ -137,7 +137,7 @@ def feedforward_layer(
         path: of the feed-forward in the model.
         module: diffusers' `FeedForward`, or a class with other names, or what an earlier cut left of it.
         stream: of its input.
-        groups: how many an earlier cut left; None where it was not cut.
+        groups: how many an earlier cut left; None if it was not cut.
         feeds: paths of modules that only feed it.
         inputs: names of the linear layers that read its input. A gated one may give values and gates together.
         output: name of its last linear layer.

@@ -53,7 +53,7 @@ class Tolerance:
         lost = sum(bad.captions for bad in skipped)
         if not skipped:
             return
-        listed = f"listed in {self.report}" if self.report else "set data.report to a file that shall list them"
+        listed = f"listed in {self.report}" if self.report else "set data.report to a file to list them"
         counts = f"{lost:,} of {lost + used:,} captions cannot be used ({listed})"
         if not used or lost > self.max_bad_share * (lost + used):
             first = skipped[0]
@@ -83,7 +83,7 @@ def file_size(path: Path) -> int:
     except ValueError as error:  # the name holds NUL, or what the file system's encoding does not have
         raise DataError(f"has a name that no file can have ({error})") from error
     if not stat.S_ISREG(status.st_mode):
-        raise DataError("is no file")
+        raise DataError("is not a file")
     if status.st_size > MOST_BYTES:
         raise DataError(f"has {too_large(status.st_size)}")
     return status.st_size

@@ -106,11 +106,11 @@ class Manifest:
                 if content["key"] == self.key and content["format"] == FORMAT:
                     self._records = dict(content["shards"])
                 else:
-                    _say(f"{self.path} is of another format or key; its folder is made again")
+                    _say(f"{self.path} is of another format or key; the folder is computed again")
         except FileNotFoundError:
             self._read_at, self._records = None, {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            _say(f"{self.path} cannot be read ({type(error).__name__}); its folder is made again")
+            _say(f"{self.path} cannot be read ({type(error).__name__}); the folder is computed again")
         return self._records
 
     def add(self, name: str, record: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ class StoredPart:
             self._good[name] = record
         elif name not in self._told:
             self._told.add(name)
-            _say(f"{self.folder / name} {fault}; it is made again")
+            _say(f"{self.folder / name} {fault}; it is computed again")
         return fault is None
 
     def _fault(self, path: Path, record: dict[str, Any]) -> str | None:
@@ -178,7 +178,7 @@ class StoredPart:
             if size != record["bytes"]:
                 return f"has {size:,} bytes of {record['bytes']:,}"
             if self.digests.of_file(path, self.verify) != record["blake2b"]:
-                return "is not what was written: its checksum differs"
+                return "differs from the written file (checksum)"
             if any(tensor.shape[0] != record["rows"] for tensor in stored_tensors(path).values()):
                 return f"does not hold {record['rows']:,} rows"
         except (OSError, ValueError, KeyError) as error:

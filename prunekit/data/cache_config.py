@@ -12,21 +12,23 @@ def _unquoted_off(value: Any) -> Any:
 
 
 class CacheConfig(BaseModel):
-    """How latents, text states and prompt embeddings are kept; all of them are made once and read by every stage."""
+    """Storage of latents, text states and prompt embeddings, which are computed once and read by every stage."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     directory: str | None = Field(
-        None, description="where encoded data lies; runs that share it share the work; unset: the run's own cache"
+        None,
+        description="Directory of encoded data; runs with the same directory share the work. Unset: "
+        "`cache` in the run's directory.",
     )
     latents: Annotated[Literal["means", "moments", "off"], BeforeValidator(_unquoted_off)] = Field(
         "means",
-        description="what of a picture is kept: the posterior's mean; mean and deviation, sampled anew each time it is "
-        "seen; off: nothing, pictures are encoded at every step",
+        description="Stored form of a picture. means: the mean of the posterior; moments: mean and standard deviation, "
+        "sampled again at every step; off: nothing, pictures are encoded at every step.",
     )
-    text: bool = Field(True, description="keep the text encoder's states; false: captions are encoded at every step")
-    precision: Literal["float32", "float16"] = Field("float32", description="what is stored")
-    shard_size: int = Field(4096, gt=0, description="pictures, or captions, of one file")
+    text: bool = Field(True, description="Store the text encoder's states; false: captions are encoded at every step.")
+    precision: Literal["float32", "float16"] = Field("float32", description="Dtype of stored latents and states.")
+    shard_size: int = Field(4096, gt=0, description="Number of pictures or captions per file.")
 
 
 def cache_bytes(

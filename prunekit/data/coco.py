@@ -44,20 +44,20 @@ def coco_files(root: Path, split: str | None, annotations: str | None, images: s
 def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iterator[Sample | BadSample]:
     """Yield each picture with its captions, in the json's order; with `validation` those of `coco_validation`.
 
-    Raises DataError for a file that is no COCO captions json.
+    Raises DataError for a file that is not a COCO captions json.
     """
     try:
         content = json.loads(captions.read_text(encoding="utf-8"))
         annotations = [{key: entry[key] for key in ("id", "image_id", "caption")} for entry in content["annotations"]]
         listed = [(image["id"], image["file_name"]) for image in content.get("images", [])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{captions} is no COCO captions json ({type(error).__name__}: {error})") from error
+        raise DataError(f"{captions} is not a JSON file of COCO captions ({type(error).__name__}: {error})") from error
     names: dict[Any, str] = {}
     for position, (number, name) in enumerate(listed):
         if not isinstance(number, int | str) or not isinstance(name, str):
             yield BadSample(f"images[{position}]", str(captions), "has an id or a file_name of the wrong type", 0)
         elif names.setdefault(number, name) != name:
-            yield BadSample(f"image {number}", str(captions), f"is listed twice; {name} is left out", 0)
+            yield BadSample(f"image {number}", str(captions), f"is listed twice; {name} is skipped", 0)
     usable = []
     for position, entry in enumerate(annotations):
         if isinstance(entry["id"], int | str) and isinstance(entry["image_id"], int | str if listed else int):
@@ -71,7 +71,7 @@ def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iter
     for entry in coco_validation(usable) if validation else usable:
         fault = "comes twice" if entry["id"] in seen else None
         if entry["image_id"] not in names:
-            fault = f"is of image {entry['image_id']}, which the file does not list"
+            fault = f"belongs to image {entry['image_id']}, which the file does not list"
         if fault:
             yield BadSample(f"annotation {entry['id']}", str(captions), fault)
             continue

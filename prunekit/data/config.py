@@ -44,55 +44,67 @@ MOST_COUNTED_BYTES = 256 * 2**20  # of shards, or of a table, that are read to c
 
 
 class DataConfig(BaseModel):
-    """Where captioned images come from."""
+    """Source of the captioned images."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["emoji", "webdataset", "cc3m_tsv", "coco", "folder", "parquet", "csv"] = Field(
-        "emoji", description="the layout: the embedded Emoji-64, or one of those that docs/data.md shows"
+        "emoji", description="Layout of the data: the embedded Emoji-64, or a layout of docs/data.md."
     )
     path: str | None = Field(
-        None, description="folder of *.tar or *.parquet shards, of COCO, of pictures; or the TSV or CSV file"
+        None, description="Folder of *.tar or *.parquet shards, of COCO or of pictures; or the TSV or CSV file."
     )
     split: str | None = Field(
-        None, description='webdataset, parquet: the shards whose name has this word; coco: "train", "val" or "val30k"'
+        None,
+        description="webdataset, parquet: read the shards with this word in their names; coco: train, val or val30k.",
     )
-    annotations: str | None = Field(None, description="coco: the captions' json, from `path`; unset: the split's")
+    annotations: str | None = Field(
+        None, description="coco: JSON file of the captions, relative to `path`; unset: the split's file."
+    )
     images: str | None = Field(
-        None, description="coco, cc3m_tsv, csv: folder of the pictures, from `path` (a file: from its folder)"
+        None,
+        description="coco, cc3m_tsv, csv: folder of the pictures, relative to `path` (if `path` is a file: to its "
+        "folder).",
     )
     image_column: str | None = Field(
-        None, description="column or shard member of the picture; unset: any picture, image, path, file_name"
+        None,
+        description="Column or shard member of the picture; unset: any picture member, or image, path or file_name.",
     )
     text_column: str | None = Field(
-        None, description="column or shard member of the caption; unset: txt, text or caption"
+        None, description="Column or shard member of the caption; unset: txt, text or caption."
     )
     holdout: float = Field(
-        0.1, ge=0, lt=1, description="Share of the pictures, or of the captions, that no training sees."
+        0.1, ge=0, lt=1, description="Fraction of the pictures, or of the captions, that no training sees."
     )
     holdout_by: HoldoutBy = Field(
         "pictures",
         description="What is held out. pictures: whole pictures with all their captions, their near-duplicates and "
-        "the pictures that share a caption; captions: one caption of a picture, which itself stays in training.",
+        "pictures that share a caption; captions: one caption of a picture, while the picture stays in "
+        "training.",
     )
     holdout_split: str | None = Field(
         None,
-        description="webdataset, parquet, coco: the split that is held out in place of a share; cc3m_tsv, csv: the "
-        "other file, from the folder of `path`",
+        description="webdataset, parquet, coco: split to hold out in place of a fraction; cc3m_tsv, csv: another file, "
+        "relative to the folder of `path`.",
     )
     verify: bool = Field(
-        False, description="decode every picture once while reading; false: bad ones are found when they are encoded"
+        False,
+        description="Decode every picture once while the data is read; false: bad pictures are found when they are "
+        "encoded.",
     )
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="share of captions lost to bad samples above which a run stops"
+        0.01,
+        ge=0,
+        le=1,
+        description="Largest fraction of captions that may be lost to bad samples; above it the run stops.",
     )
-    report: str | None = Field(None, description="JSON Lines file that lists the bad samples")
+    report: str | None = Field(None, description="JSON Lines file that lists the bad samples; unset: none.")
 
     @model_validator(mode="after")
     def _layout(self) -> "DataConfig":
         for setting, kinds in LAYOUT_SETTINGS.items():
             if getattr(self, setting) is not None and self.kind not in kinds:
-                raise UserError(f"data.{setting} means nothing for data.kind={self.kind}, only for {', '.join(kinds)}")
+                raise UserError(f"data.{setting} has no effect for data.kind={self.kind}, only for {', '.join(kinds)}")
         if self.kind == "coco":
             allowed = ", ".join(coco.SPLITS)
             if self.split is None and self.annotations is None:
@@ -115,7 +127,7 @@ class DataConfig(BaseModel):
 
     @property
     def held_out_split(self) -> "DataConfig | None":
-        """The data that is held out where it is a split of its own; None where a share is held out."""
+        """The data that is held out where it is a split of its own; None if a share is held out."""
         if self.holdout_split is None:
             return None
         changes: dict[str, Any] = {"split": self.holdout_split, "annotations": None, "images": None}
@@ -136,7 +148,7 @@ def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
 
 
 def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> CaptionedImages:
-    """Read the images and captions that a recipe names; pictures stay on disk until they are asked for.
+    """Read the images and captions that a recipe names; pictures stay on disk until they are requested.
 
     cache: a directory in which it is remembered what tar shards hold and which pictures resemble each other, so that a
     second start does not open them.
@@ -219,7 +231,7 @@ def _webdataset(config: DataConfig, path: Path, indexes: Path | None = None) -> 
 
 def _cc3m_tsv(config: DataConfig, path: Path) -> Found:
     if not path.is_file():
-        raise DataError(f"data.path={path} is no file; give CC3M's TSV, such as Train_GCC-training.tsv")
+        raise DataError(f"data.path={path} is not a file; give CC3M's TSV, such as Train_GCC-training.tsv")
     return grouped(cc3m_rows(path, _images(path, config.images or CC3M_FOLDERS.get(path.name))), path), FilePictures
 
 
@@ -240,7 +252,7 @@ def _parquet(config: DataConfig, path: Path) -> Found:
 
 def _csv(config: DataConfig, path: Path) -> Found:
     if not path.is_file():
-        raise DataError(f"data.path={path} is no file; give a CSV file")
+        raise DataError(f"data.path={path} is not a file; give a CSV file")
     columns = (config.image_column or "path", config.text_column or "caption")
     return grouped(csv_rows(path, _images(path, config.images), *columns), path), FilePictures
 

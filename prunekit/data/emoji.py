@@ -39,7 +39,7 @@ def load_emoji(
             )
         name, keywords = sample["json"]["name"], sample["json"].get("keywords", [])
         if not isinstance(keywords, list) or not all(isinstance(keyword, str) for keyword in keywords):
-            raise DataError(f"{sample['key']} has `keywords` in its json that are no list of texts")
+            raise DataError(f"{sample['key']} has `keywords` in its json that are not a list of texts")
         keywords = [keyword.strip() for keyword in keywords if keyword.strip()]
         fault = next(filter(None, map(caption_fault, [name, *keywords])), None)
         if fault:

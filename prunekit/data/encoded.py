@@ -21,7 +21,7 @@ from prunekit.data.rows import Rows
 class EncodedData:
     """What training on a frozen autoencoder, text encoder and prompt encoder needs, for n images and P pairs.
 
-    What has a row for each image or pair is a tensor, or Rows that are read or made when they are asked for.
+    What has a row for each image or pair is a tensor, or Rows that are read or made when they are requested.
     """
 
     latents: Tensor | Rows  # (n, C, h, w) float32: the posterior's mean, scaled
@@ -45,13 +45,13 @@ class EncodedData:
     def draw_latents(self, pairs: Tensor, noise: Tensor | None) -> Tensor:
         """Return the latents of pairs (k,), (k, C, h, w): the posterior's means, or samples where deviations are kept.
 
-        noise: (k, C, h, w) Gaussian, keyed by what makes the draw unique (law 4); None where there are only means.
+        noise: (k, C, h, w) Gaussian, keyed by what makes the draw unique (law 4); None if there are only means.
         """
         images = self.image_index[pairs]
         means = self.latents[images]
         if self.deviations is None:
             return means
-        assert noise is not None, "latents that are kept as moments are drawn with noise"
+        assert noise is not None, "latents stored as moments need noise to be sampled"
         return means + self.deviations[images] * noise
 
     def training_pairs(self) -> Tensor:
@@ -101,7 +101,7 @@ def encode(
         resolution: pixels of a side.
         cache: a directory, which other processes and other data may use at the same time; None: rows stay in memory,
             in float32.
-        config: what is kept; the rest is made each time it is asked for.
+        config: what is kept; the rest is made each time it is requested.
         verify: compare the checksum of every file of the cache, not only of those that have changed since.
 
     Raises:

@@ -92,7 +92,7 @@ class FrozenEncoders:
 
 
 class LiveLatents(Rows):
-    """Latents (n, C, h, w) that the autoencoder makes of the pictures each time they are asked for."""
+    """Latents (n, C, h, w) that the autoencoder makes of the pictures each time they are requested."""
 
     def __init__(self, encoders: FrozenEncoders, images: CaptionedImages):
         super().__init__(images.num_images, encoders.latent_shape)
@@ -123,7 +123,7 @@ class CaptionStates:
 
 
 class LiveText(Rows):
-    """One part, such as "text" or "pooled", of captions' states, which the text encoders make when it is asked for."""
+    """One part, such as "text" or "pooled", of captions' states, which the text encoders make when it is requested."""
 
     def __init__(self, states: CaptionStates, name: str, row_shape: tuple[int, ...]):
         super().__init__(len(states.captions), row_shape)

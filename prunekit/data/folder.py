@@ -20,7 +20,7 @@ def folder_samples(
     in the order of their paths, with the text files beside them.
     """
     if not folder.is_dir():
-        raise DataError(f"data.path={folder} is no folder")
+        raise DataError(f"data.path={folder} is not a folder")
     files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
     pictures = [path for path in files if path.suffix[1:].lower() in PICTURE_SUFFIXES]
     metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv") and path.is_file()]
@@ -73,15 +73,15 @@ def _json_rows(path: Path, root: Path, image_column: str, text_column: str) -> I
                 name, text = row[image_column], row[text_column]
             except KeyError as error:
                 setting = "image_column" if error.args[0] == image_column else "text_column"
-                reason = f"has no {error} but {listed(map(repr, row))} (name another by data.{setting})"
+                reason = f"has no {error} but {listed(map(repr, row))} (set data.{setting} to another name)"
                 yield BadSample(f"{path.name}:{label}", str(path), reason)
                 continue
             except (ValueError, TypeError, RecursionError) as error:
-                reason = f"is no JSON with {image_column} and {text_column} ({type(error).__name__}: {error})"
+                reason = f"is not JSON with {image_column} and {text_column} ({type(error).__name__}: {error})"
                 yield BadSample(f"{path.name}:{label}", str(path), reason)
                 continue
             if not isinstance(name, str):
-                reason = f"has a {image_column} of type {type(name).__name__}, not a text"
+                reason = f"has a {image_column} of type {type(name).__name__}, not text"
                 yield BadSample(f"{path.name}:{label}", str(path), reason)
                 continue
             yield label, root / name, text

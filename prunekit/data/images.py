@@ -85,7 +85,7 @@ class CaptionedImages:
         return torch.nonzero(~training).flatten()
 
     def pixels(self, indices: Iterable[int], size: int) -> Tensor:
-        """Decode pictures to uint8 (n, 3, size, size): shorter side resized, centre cropped.
+        """Decode pictures to uint8 (n, 3, size, size): shorter side resized, center cropped.
 
         Raises DataError that names the picture when one cannot be decoded.
         """

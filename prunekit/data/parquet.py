@@ -88,11 +88,11 @@ def _open(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     if path.exists() and not path.is_file():  # a device or a pipe may have no end
-        raise DataError(f"{path} is no file")
+        raise DataError(f"{path} is not a file")
     try:
         return pq.ParquetFile(path)
     except _errors() as error:
-        raise DataError(f"{path} is no whole Parquet file ({error})") from error
+        raise DataError(f"{path} is not a complete Parquet file ({error})") from error
 
 
 def _errors() -> tuple[type[Exception], ...]:

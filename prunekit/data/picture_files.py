@@ -79,7 +79,7 @@ def write_image(path: Path, image: Image.Image, **options: Any) -> None:
 def decode(encoded: bytes, size: int) -> Tensor:
     """Decode one compressed picture to uint8 RGB (3, size, size): shorter side resized, center cropped.
 
-    Raises DataError where it cannot be decoded: "cannot be read (why)".
+    Raises DataError if it cannot be decoded: "cannot be read (why)".
     """
     from PIL import Image, ImageOps
 
@@ -102,7 +102,7 @@ def rgb(encoded: bytes) -> Any:
     16-bit gray is scaled, transparent parts show white, palettes and CMYK are resolved; of an animation the first
     frame. Color profiles are not applied, and damaged EXIF data are ignored.
 
-    Raises DataError where it cannot be decoded: "cannot be read (why)".
+    Raises DataError if it cannot be decoded: "cannot be read (why)".
     """
     from PIL import Image
 

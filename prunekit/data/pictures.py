@@ -1,4 +1,4 @@
-"""Compressed pictures that stay on disk: a sequence that reads a picture's bytes when it is asked for."""
+"""Compressed pictures that stay on disk: a sequence that reads a picture's bytes when it is requested."""
 
 import hashlib
 import tarfile

@@ -79,12 +79,14 @@ def refuse_foreign_code(folder: Path) -> None:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     for kind in kinds:
         if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
-            raise UserError(f"{path} names {kind!r}, which is no module of sentence_transformers and may run any code")
+            raise UserError(
+                f"{path} names {kind!r}, which is not a module of sentence_transformers and may run any code"
+            )
 
 
 def load_prompt_encoder(name: str | Path = EMBEDDED) -> PromptEncoder:
     """Load "emoji", the embedded encoder, or any Sentence Transformer by folder or hub name.
 
-    Raises ValueError where there is none of that name.
+    Raises ValueError if there is none of that name.
     """
     return PromptEncoder(name)

@@ -1,4 +1,4 @@
-"""Rows of a data set that are read from memory-mapped files when they are asked for, so that memory holds a batch."""
+"""Rows of a data set that are read from memory-mapped files when they are requested, so that memory holds a batch."""
 
 import json
 import mmap
@@ -37,7 +37,7 @@ class Rows:
             index = torch.arange(len(self))[index]
         flat = index.reshape(-1).long().cpu()
         if len(flat) and not -len(self) <= int(flat.min()) <= int(flat.max()) < len(self):
-            raise IndexError(f"rows {int(flat.min())} to {int(flat.max())} were asked for; there are {len(self)}")
+            raise IndexError(f"rows {int(flat.min())} to {int(flat.max())} were requested; there are {len(self)} rows")
         taken = self._take(torch.where(flat < 0, flat + len(self), flat))
         return taken.view((*index.shape, *self.shape[1:]))
 
@@ -56,13 +56,13 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file. Raises ValueError where it has none, or other bytes than it says."""
+    """Read the header of a safetensors file. Raises ValueError if it has none, or other bytes than it says."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise UserError(f"{path} has no whole header")
+            raise UserError(f"the header of {path} is truncated")
         header = json.loads(file.read(length))
     tensors = {}
     for name, entry in header.items():
@@ -70,7 +70,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             continue
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if stop - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + stop > size:
-            raise UserError(f"{path} does not hold the {shape} of {name} that its header names")
+            raise UserError(f"{path} does not have the {shape} of {name} that its header names")
         tensors[name] = StoredTensor(dtype, shape, 8 + length + start)
     return tensors
 

@@ -44,7 +44,7 @@ def caption_fault(caption: Any) -> str | None:
     if caption is None:
         return "has an empty caption"
     if not isinstance(caption, str):
-        return f"has a caption of type {type(caption).__name__}, not a text"
+        return f"has a caption of type {type(caption).__name__}, not text"
     if not caption.strip():
         return "has an empty caption"
     try:
@@ -70,7 +70,7 @@ def collect(
     A caption that `caption_fault` finds bad is left out; a picture that has no other goes with it. verify: decode every
     picture once, here, and leave out those that cannot be; without it they are found, and left out, when they are
     encoded. cache: as in `hold_out`.
-    Raises DataError where nothing is found, and where more is bad than `tolerance` allows.
+    Raises DataError if nothing is found, and where more is bad than `tolerance` allows.
     """
     files: list[str] = []
     places, image_index = array("q"), array("q")

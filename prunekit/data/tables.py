@@ -65,7 +65,7 @@ def check_columns(path: Path, columns: list[str], image_column: str, text_column
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return names as a message lists them: 500 letters at most, so that a damaged table is no page of text."""
+    """Return names as a message lists them: 500 letters at most, so that a damaged table is not a page of text."""
     text = ", ".join(str(name) for name in names)
     return text if len(text) <= 500 else f"{text[:500]} …"
 
@@ -101,5 +101,5 @@ def _cc3m_row(
     if name is None:
         return BadSample(key, str(images), f"has no picture: no file of the folder is numbered {index}")
     if checksum is not None and int(checksum) != zlib.crc32(link.encode(errors="surrogateescape")):
-        return BadSample(key, str(images / name), "has a picture whose checksum in the name is not its link's")
+        return BadSample(key, str(images / name), "has a picture whose name has the checksum of another link")
     return label, images / name, caption

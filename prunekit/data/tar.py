@@ -81,7 +81,7 @@ def _size(given: int | str, name: str) -> int:
     except ValueError:
         size = -1
     if size < 0:
-        raise tarfile.ReadError(f"the size of {name} is no number of bytes")
+        raise tarfile.ReadError(f"the size of {name} is not a number of bytes")
     return size
 
 

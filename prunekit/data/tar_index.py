@@ -39,7 +39,7 @@ def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
     """
     shard = Shard(path)
     if path.exists() and not path.is_file():  # a device or a pipe may have no end
-        shard.fault = "is no file"
+        shard.fault = "is not a file"
         return shard
     try:
         with path.open("rb") as file:
@@ -48,7 +48,7 @@ def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
                 if matched:
                     _add(shard, matched[1], matched[2].lower(), (member.offset, member.size), file, read)
     except (tarfile.ReadError, OSError) as error:
-        shard.fault = f"is cut short or damaged ({error})"
+        shard.fault = f"is truncated or damaged ({error})"
     if not shard.parts and shard.fault is None:
         shard.fault = "holds no sample"
     return shard
@@ -111,7 +111,7 @@ def _packed(shard: Shard) -> dict[str, Any]:
 
 
 def _unpacked(path: Path, file: Path) -> Shard | None:
-    """Return what `_packed` was made of; None where the file has been damaged, and is removed."""
+    """Return what `_packed` was made of; None if the file has been damaged, and is removed."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         parts = {

@@ -12,14 +12,14 @@ from prunekit.data.tar_index import Part, Shard, index_shard, index_shards
 
 NUMBER = re.compile(r"(?P<series>.*?)(?P<number>\d+)(?P<of>-of-(?P<total>\d+))?(?P<rest>(?:-[0-9a-f]{16,})?\.\w+)")
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-MOST_MISSING = 10_000  # a wider gap is no numbered series: dates, identifiers
+MOST_MISSING = 10_000  # a wider gap is not a numbered series: dates, identifiers
 
 
 def shards_of(path: Path, suffix: str, split: str | None) -> list[Path]:
     """Return the shards `*.suffix` at or below a path in the order of their names, those of one split if it is given.
 
     split: the series' name before the number ("cc3m-train"), or one of its words ("train"). Raises DataError for none,
-    for an unknown split, and for shards of several splits when none is asked for.
+    for an unknown split, and for shards of several splits when none is requested.
     """
     shards = [path] if path.is_file() else sorted(path.glob(f"*.{suffix}")) or sorted(path.rglob(f"*.{suffix}"))
     shards = [file for file in shards if not file.name.startswith(".")]
@@ -89,7 +89,7 @@ def webdataset_samples(
             yield _sample(shard, key, parts, images, text)
         for key, suffix in shard.repeated:
             if suffix in images:
-                yield BadSample(f"{path.name}:{key}", str(path), "has a key that came before in its shard")
+                yield BadSample(f"{path.name}:{key}", str(path), "has a key that occurs earlier in its shard")
         if shard.fault:
             damaged.append((shard, len(shard.parts)))
         else:
@@ -132,7 +132,7 @@ def read_webdataset(shards: list[Path]) -> list[dict]:
     for path in shards:
         shard = index_shard(path, ("txt", "json", *PICTURE_SUFFIXES))
         if shard.fault or shard.repeated:
-            raise DataError(f"{path.name} {shard.fault or f'holds {shard.repeated[0][0]} twice'}")
+            raise DataError(f"{path.name} {shard.fault or f'has {shard.repeated[0][0]} twice'}")
         for key, parts in shard.parts.items():
             sample = _sample(shard, key, parts, PICTURE_SUFFIXES, "txt")
             fault = sample.reason if isinstance(sample, BadSample) else None

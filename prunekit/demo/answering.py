@@ -85,7 +85,7 @@ class Demo:
     def _checked(self, prompt: str, seed: int, steps: int, guidance: float | None) -> tuple[str, int, int, float]:
         prompt = " ".join(str(prompt or "").split())
         if not prompt:
-            raise UserError("the prompt is empty: say what the picture shows")
+            raise UserError("the prompt is empty: describe the picture")
         if len(prompt) > LIMITS.letters:
             raise UserError(f"the prompt has {len(prompt):,} letters: at most {LIMITS.letters:,}")
         guidance = self.pipeline.mixture.guidance if guidance is None else guidance

@@ -48,7 +48,7 @@ def saving(demo: Demo, answer: Answer) -> str:
         )
     elif count > 1:
         text = (
-            f"The prompt encoder knows no word of this prompt, so it goes to the fallback, expert {answer.expert} "
+            f"The prompt encoder knows no word of this prompt, so the fallback draws it: expert {answer.expert} "
             f"of {count}. "
         )
     if answer.dense is None:
@@ -59,13 +59,13 @@ def saving(demo: Demo, answer: Answer) -> str:
 
 
 def scores(answer: Answer) -> str:
-    """Return the router's score of every expert as bars around their mean, the chosen one in colour."""
+    """Return the router's score of every expert as bars around their mean, the chosen one in color."""
     experts, mean = list(range(len(answer.scores))), sum(answer.scores) / len(answer.scores)
     above = [score - mean for score in answer.scores]
     with style():
         figure, panel = new_figure(4.6, 1.1 + 0.28 * len(experts), left=0.8)
-        colours = [colour(1) if expert == answer.expert else OTHERS for expert in experts]
-        bars = panel.barh(experts, above, 0.7, color=colours)
+        colors = [colour(1) if expert == answer.expert else OTHERS for expert in experts]
+        bars = panel.barh(experts, above, 0.7, color=colors)
         panel.bar_label(bars, fmt="{:+.3g}", fontsize=8, padding=3)
         panel.axvline(0, color="#000000", linewidth=0.8)
         panel.set_yticks(experts, [f"expert {expert}" for expert in experts], fontsize=9)

@@ -100,10 +100,10 @@ class TransformerFamily(Guided):
 
 
 class AsAsked(Guided):
-    """The part of a `Family` whose pipelines would draw a picture in a usual size near the one that is asked for."""
+    """The part of a `Family` whose pipelines would draw a picture in a usual size near the requested one."""
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the guidance scale, and that the size is the one that is asked for."""
+        """Return the guidance scale, and that the size is the requested one."""
         return {**super().call_options(pipeline, guidance), "use_resolution_binning": False}
 
 
@@ -119,7 +119,7 @@ class FlowFamily(TransformerFamily):
         """Return why a pipeline is not supported, as "NAME has" goes on."""
         scheduler = pipeline.scheduler.config
         if "shift" not in scheduler and not scheduler.get("use_flow_sigmas"):
-            return f"a {type(pipeline.scheduler).__name__}, which does no flow matching: not supported"
+            return f"a {type(pipeline.scheduler).__name__}, which is not a flow-matching scheduler: not supported"
         return None
 
     def process(self, scheduler: Any | None) -> FlowMatching:

@@ -197,5 +197,5 @@ def placed(rows: int, columns: int) -> dict[str, Any]:
 
 
 def _grid(call: Call) -> tuple[int, int]:
-    assert call.grid is not None, "a call of packed latents says their rows and columns"
+    assert call.grid is not None, "a call with packed latents needs their rows and columns"
     return call.grid

@@ -46,7 +46,7 @@ def agreement_samples(
     """
     if len(latents) != len(conditions["text"]) or not len(latents):
         texts = len(conditions["text"])
-        raise UserError(f"agreement needs one text a latent, got {len(latents)} latents and {texts} texts")
+        raise UserError(f"agreement needs one text per latent, got {len(latents)} latents and {texts} texts")
     indices = epoch_indices(len(latents), count, seed, 0)
     drawn = {role: values[indices] for role, values in conditions.items()}
     return _noised(indices, latents[indices], drawn, pipeline, seed)

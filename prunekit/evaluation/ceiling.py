@@ -82,8 +82,8 @@ def unfit_line(name: str, known: Mapping[str, Mapping[str, float]]) -> str:
     """Return why a figure is left out."""
     held, training = known[REAL][name], known[REAL_TRAINING][name]
     return (
-        f"{name} is left out: the evaluator gives real held-out pictures {held:.3g} and real training pictures "
-        f"{training:.3g}, so it cannot judge held-out ones by it"
+        f"{name} is omitted: the evaluator scores real held-out pictures {held:.3g} and real training pictures "
+        f"{training:.3g}, so it cannot judge held-out pictures"
     )
 
 

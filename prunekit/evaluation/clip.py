@@ -21,7 +21,7 @@ class CLIPEvaluator:
     """The methods of `Evaluator` over a `CLIPModel` and its tokenizer.
 
     Pictures are resized bicubically to the model's size (a picture that is not square is squeezed) and normalised as
-    OpenAI's CLIP asks. `features` are the image embeddings before normalisation: what CMMD is defined on. PickScore's
+    OpenAI's CLIP asks. `features` are the image embeddings before normalization: what CMMD is defined on. PickScore's
     model is one of these too: its score is the cosine times exp(`logit_scale`).
     """
 
@@ -40,7 +40,7 @@ class CLIPEvaluator:
             tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(str(name), name))
             model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
             if info["missing_keys"]:  # such as the text encoder of a pipeline: the rest would be random
-                raise UserError(f"it is no whole CLIP model, {len(info['missing_keys'])} weights are missing")
+                raise UserError(f"it is not a complete CLIP model, {len(info['missing_keys'])} weights are missing")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(": ")
             raise UserError(

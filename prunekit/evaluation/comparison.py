@@ -41,7 +41,7 @@ class Candidate:
     training_passes: float | None = None  # of the dense model for one sample each: what pruning and recovery computed
 
     def used_params(self, shares: Tensor | None = None) -> int:
-        """Return the parameters of the experts that prompts are sent to; a dead expert is no part of the model.
+        """Return the parameters of the experts that prompts are sent to; a dead expert is not part of the model.
 
         shares: (N,) of the training prompts; unknown: all experts count that the router does not name as unused.
         """
@@ -64,7 +64,7 @@ class Candidate:
 
 
 class StoredModels(Sequence[ModelMixin]):
-    """Pruned denoisers in folders, read when they are asked for; the last one that was stays in memory."""
+    """Pruned denoisers in folders, read when they are requested; the last one that was stays in memory."""
 
     def __init__(self, folders: Sequence[Path], hold: Callable[[ModelMixin], ModelMixin]):
         """Take the folders; hold: puts a model that was read onto its device, in the dtype that it runs in."""
@@ -89,8 +89,8 @@ class StoredModels(Sequence[ModelMixin]):
 class Prompts:
     """What every row draws: prompts with their pictures' names, and fixed seeds.
 
-    The first part are names (their pictures are asked for by name: top-k), the rest held-out captions.
-    `images` are the real pictures that the rows are held against: all of the data set, or as many as are asked for.
+    The first part are names (their pictures are requested by name: top-k), the rest held-out captions.
+    `images` are the real pictures that the rows are held against: all of the data set, or as many as are requested.
     """
 
     images: CaptionedImages | None  # None: prompts alone
@@ -103,7 +103,7 @@ class Prompts:
     @property
     def real_images(self) -> CaptionedImages:
         """The real pictures of what has more than prompts."""
-        assert self.images is not None, "these are prompts without pictures"
+        assert self.images is not None, "these prompts have no pictures"
         return self.images
 
     @classmethod

@@ -40,9 +40,9 @@ HEADING = "# Protocol "  # of the table
 FEATURES, PICTURES = "features", "pictures"
 BY_KEY = {column.key: column for column in COLUMNS}
 NOTE = (
-    "MACs are of one denoiser call; over experts, the mean by the evaluated prompts. Each figure: value ± 1.96 "
-    "jackknife errors over the drawn pictures (`docs/evaluation.md`). Figures of other protocols, or other data, do "
-    "not compare."
+    "MACs are of one denoiser call; for a mixture, the mean over the evaluated prompts. Each figure: value ± "
+    "1.96 jackknife errors over the drawn pictures (`docs/evaluation.md`). Figures of other protocols or data "
+    "cannot be compared."
 )
 
 
@@ -80,13 +80,13 @@ def evaluate(
         targets: runs' directories (their dense model and every method), diffusers directories, hub ids, "emoji".
         protocol: "aptp", "bksdm" or "emoji" (`protocols.PROTOCOLS`).
         data: captioned pictures, as `protocols.load_data_config`; by default the runs' own, of which then held-out
-            captions alone are asked for, or the embedded ones under protocol emoji.
+            captions alone are requested, or the embedded ones under protocol emoji.
         num_images: pictures of each model; the protocol's by default.
         overrides: `key=value` over the protocol's settings.
         output: where everything goes; runs/evaluate-PROTOCOL by default.
         say: told of what is done.
 
-    Pictures and features that are there are not made again, and several processes may share the drawing.
+    Existing pictures and features are not computed again, and several processes may share the drawing.
 
     Raises:
         ValueError: one line, for bad input; before anything is drawn, as far as it can be known.
@@ -239,7 +239,7 @@ def _prompts(
     seeds = {recipe.get("seed", 0) for recipe in recipes} if data is None and protocol.seed is None else set()
     if len(seeds) > 1:
         raise ProtocolError(
-            f"the runs have seeds {sorted(seeds)}, which hold out other captions: give --data or seed=N"
+            f"the runs have seeds {sorted(seeds)}, which hold out different captions: give --data or seed=N"
         )
     seed = protocol.seed if protocol.seed is not None else seeds.pop() if seeds else 0
     if protocol.prompts is not None:
@@ -261,7 +261,7 @@ def _own_data(protocol: Protocol, recipes: Sequence[dict[str, Any]]) -> DataConf
     """Return the data of the runs, or the embedded data under protocol emoji."""
     configs = [recorded_data(recipe.get("data") or {}) for recipe in recipes]
     if any(config != configs[0] for config in configs):
-        raise ProtocolError("the runs have different data: give --data, the same for all")
+        raise ProtocolError("the runs have different data: give --data for all of them")
     if configs:
         return configs[0]
     if protocol.name != "emoji":
@@ -269,14 +269,14 @@ def _own_data(protocol: Protocol, recipes: Sequence[dict[str, Any]]) -> DataConf
             f"protocol {protocol.name} needs captioned pictures: give --data, such as "
             '"{kind: coco, path: coco, split: val30k}", or prompts=FILE'
         )
-    return DataConfig(holdout_by="captions")  # the model is no run's: all of the data is asked for
+    return DataConfig(holdout_by="captions")  # the model is not a run's: all of the data is requested
 
 
 def _captions(protocol: Protocol, images: CaptionedImages, seed: int, held_only: bool) -> Prompts:
     """Choose one caption a picture; `held_only`: of those that no training sees."""
     pairs = torch.nonzero(images.held_out).flatten() if held_only else torch.arange(images.num_pairs)
     if not len(pairs):
-        raise UserError("the run's data holds no captions back (data.holdout=0): give --data with other captions")
+        raise UserError("the run's data has no held-out captions (data.holdout=0): give --data with other captions")
     pairs = pairs[torch.randperm(len(pairs), generator=generator(seed, "evaluation captions"))]
     of_picture = dict(zip(images.image_index[pairs].tolist(), pairs.tolist(), strict=True))
     chosen = list(of_picture.values())[: protocol.num_images]
@@ -300,7 +300,7 @@ def read_prompts(path: Path) -> list[str]:
         lines = (row.get("Prompt") or "" for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     prompts = [line.strip() for line in lines if line.strip()]
     if len(prompts) < 2:
-        raise UserError(f"prompts={path} holds {len(prompts)} prompts: give a prompt a line, two at least")
+        raise UserError(f"prompts={path} holds {len(prompts)} prompts: give one prompt per line, at least two")
     return prompts
 
 

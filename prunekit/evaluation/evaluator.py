@@ -192,7 +192,7 @@ def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"pictures must be uint8 (n, 3, H, W), not {images.dtype} {tuple(images.shape)}")
     if not len(images):
-        raise UserError("there is no picture to evaluate")
+        raise UserError("there are no pictures to evaluate")
     missing = -len(images) % BATCH
     filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
     return torch.cat([embed(part).float().cpu() for part in filled.split(BATCH)])[: len(images)]

@@ -97,7 +97,7 @@ def load_evaluator(name: str | Path) -> Any:
     "emoji" has learned all of Emoji-64. "emoji-held-out" has not seen the pictures that `holdout_by: pictures` holds
     out, up to 20 %, at seed 0.
     "inception" is FID's network, which has `features` alone; anything else is a CLIP model's name on the hub. What
-    comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError where there is no such model.
+    comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError if there is no such model.
     """
     if name == INCEPTION:
         from prunekit.evaluation.inception import InceptionFeatures

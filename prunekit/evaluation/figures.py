@@ -23,7 +23,7 @@ REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder, of the rea
 
 @dataclass(frozen=True)
 class Seen:
-    """One model's pictures and what they are held against; what a figure needs is computed when it is asked for."""
+    """One model's pictures and what they are held against; what a figure needs is computed when it is requested."""
 
     protocol: Protocol
     features: Features
@@ -152,13 +152,13 @@ def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
 def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
     """Read mean (F,) and covariance (F, F) of real features from an .npz with `mu` and `sigma`, as pytorch-fid writes.
 
-    Raises ValueError, one line, where there is none, or one of features of another width.
+    Raises ValueError, one line, if there is none, or one of features of another width.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays: list[Any] = [torch.from_numpy(np.asarray(content[name], dtype=np.float64)) for name in _STATISTICS]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"statistics={path} is no .npz with {' and '.join(_STATISTICS)}: {error}") from error
+        raise UserError(f"statistics={path} is not an .npz with {' and '.join(_STATISTICS)}: {error}") from error
     if arrays[0].shape != (width,) or arrays[1].shape != (width, width):
         shapes = " and ".join(str(tuple(array.shape)) for array in arrays)
         raise UserError(f"statistics={path} hold {shapes}, and the features are {width} wide: set feature_model")

@@ -169,6 +169,6 @@ def read_pictures(paths: Sequence[Path], size: int | None = None) -> Tensor:
 
 def _check(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> None:
     if len(prompts) != len(seeds) or not len(prompts):
-        raise UserError(f"generation needs one seed a prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+        raise UserError(f"generation needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")

@@ -23,13 +23,13 @@ class InceptionFeatures:
 
     @classmethod
     def load(cls) -> "InceptionFeatures":
-        """Load the network; ImportError without the extra `metrics`, ValueError where its weights are not at hand."""
+        """Load the network; ImportError without the extra `metrics`, ValueError where its weights are not available."""
         try:
             from cleanfid.inception_pytorch import InceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
             raise MissingPackageError(
-                "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set feature_model=emoji or a "
-                f"CLIP model, or leave kid and frechet out of metrics ({error})"
+                "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set "
+                f"feature_model=emoji or a CLIP model, or remove kid and frechet from metrics ({error})"
             ) from error
         try:
             model = InceptionV3(output_blocks=[3], resize_input=False)

@@ -43,8 +43,9 @@ def refuse_few(count: int, width: int, what: str = "generated pictures") -> None
     """
     if count < FRECHET_SAMPLES * width:
         raise UserError(
-            f"a Fréchet distance of {width:,} features needs at least {FRECHET_SAMPLES * width:,} pictures in each "
-            f"set, and there are {count:,} {what}: ask for more, or leave it out (kid and cmmd serve few pictures)"
+            f"a Fréchet distance of {width:,} features needs at least {FRECHET_SAMPLES * width:,} pictures in "
+            f"each set, and there are {count:,} {what}: ask for more, or remove it (kid and cmmd serve few "
+            "pictures)"
         )
 
 
@@ -141,7 +142,7 @@ def pick_scores(images: Tensor, texts: Tensor, scale: float) -> Tensor:
 
 def _cosines(images: Tensor, texts: Tensor) -> Tensor:
     if images.shape != texts.shape or not len(images):
-        raise UserError(f"a score of pairs needs one text a picture, got {tuple(images.shape)}, {tuple(texts.shape)}")
+        raise UserError(f"a score of pairs needs one text per picture, got {tuple(images.shape)}, {tuple(texts.shape)}")
     return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
 
 
@@ -157,7 +158,9 @@ def ranks(images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
     against the picture, so that a collapsed model gets nothing.
     """
     if len(images) != len(targets) or not len(images):
-        raise UserError(f"retrieval needs one target a picture, got {len(images)} pictures and {len(targets)} targets")
+        raise UserError(
+            f"retrieval needs one target per picture, got {len(images)} pictures and {len(targets)} targets"
+        )
     scores = images.double() @ texts.double().T  # (n, m)
     target_scores = scores.gather(1, targets.to(scores.device)[:, None])
     return (scores >= target_scores).sum(dim=1) - 1

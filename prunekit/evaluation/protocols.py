@@ -15,7 +15,7 @@ from prunekit.runtime.precision import AUTO, Precision
 from prunekit.runtime.yaml_files import FAULTS, load_overrides, resolved
 
 OF_TEXT = ("clip_score", "pick_score")  # metrics that need no real pictures
-OF_NAMES = ("top1", "top5")  # metrics of pictures that are asked for by name
+OF_NAMES = ("top1", "top5")  # metrics of pictures that are requested by name
 MetricName = Literal["cmmd", "kid", "frechet", "clip_score", "top1", "top5", "pick_score"]
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 
@@ -30,45 +30,60 @@ class Protocol(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
-    num_images: int = Field(gt=1, description="pictures of each model, as far as there are prompts")
-    num_references: int | None = Field(None, gt=1, description="real pictures at most; unset: all of the data")
+    num_images: int = Field(gt=1, description="Number of pictures per model; fewer if there are fewer prompts.")
+    num_references: int | None = Field(
+        None, gt=1, description="Largest number of real pictures; unset: all pictures of the data."
+    )
     ask: Literal["names", "captions"] = Field(
-        "captions", description="captions: one of each picture; names: half names, half held-out captions, as runs do"
+        "captions",
+        description="Prompts. captions: one caption of each picture; names: half names, half held-out captions, as in "
+        "runs.",
     )
     prompts: str | None = Field(
-        None, description="a text file with a prompt a line, or PartiPrompts' TSV, instead of the data's captions"
+        None, description="Text file with one prompt per line., or PartiPrompts' TSV, instead of the data's captions"
     )
     steps: int = Field(25, gt=0, description="scheduler steps")
-    guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale")
+    guidance: float = Field(7.5, ge=0, description="Scale of classifier-free guidance.")
     at_steps: list[int] = Field(
-        [], description="of runs: fine-tuning steps whose kept weights get rows too (evaluation.at_steps of the recipe)"
+        [],
+        description="Runs only: fine-tuning steps whose stored weights get rows too (evaluation.at_steps "
+        "of the recipe).",
     )
     scheduler: Literal["own", "pndm"] = Field("pndm", description="own: the pipeline's")
     resolution: int | None = Field(
-        None, gt=0, le=2**14, description="pixels of a side that are drawn; unset: the model's own"
+        None, gt=0, le=2**14, description="Side of drawn pictures in pixels; unset: the model's own."
     )
     compare_at: int | None = Field(
-        None, gt=0, description="pixels of a side, real and drawn, that are measured; unset: as drawn"
+        None, gt=0, description="Side of real and drawn pictures for metrics, in pixels; unset: as drawn."
     )
-    batch_size: int = Field(16, gt=0, description="prompts of one pipeline call; fixed batches by index")
-    precision: Precision = Field("float32", description=f"autocast while drawing; {AUTO}")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="of prompts and noise; unset: the run's, or 0")
+    batch_size: int = Field(16, gt=0, description="Prompts per pipeline call; batches are fixed by index.")
+    precision: Precision = Field("float32", description=f"Autocast dtype of drawing. {AUTO}")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed of prompts and noise; unset: the run's seed, or 0."
+    )
     metrics: list[MetricName] = Field(min_length=1, description="the columns")
-    cmmd_model: str = Field("emoji", description="embeds pictures for cmmd: emoji, a CLIP model's id or path")
-    feature_model: str = Field("emoji", description="features for kid and frechet: emoji, inception, a CLIP model")
-    clip_model: str = Field("emoji", description="embeds pictures and texts for clip_score, top1 and top5")
-    pick_model: str = Field(PICK_SCORE, description="of pick_score: a CLIP model with its logit_scale")
+    cmmd_model: str = Field(
+        "emoji", description="Model that embeds pictures for cmmd: emoji, or a CLIP model's id or path."
+    )
+    feature_model: str = Field(
+        "emoji",
+        description="Model of the features for kid and frechet: emoji, inception, or a CLIP model's id or path.",
+    )
+    clip_model: str = Field("emoji", description="Model that embeds pictures and texts for clip_score, top1 and top5.")
+    pick_model: str = Field(PICK_SCORE, description="Model of pick_score: a CLIP model with a logit_scale.")
     engine: Engine = LOCAL
     statistics: str | None = Field(
-        None, description="an .npz with mu and sigma of real features for frechet, instead of the data's pictures"
+        None, description="File (.npz) with mu and sigma of real features for frechet, in place of the data's pictures."
     )
 
     @model_validator(mode="after")
     def _fits(self) -> "Protocol":
         if self.prompts is not None and (real := [name for name in self.metrics if name not in OF_TEXT]):
-            raise UserError(f"prompts={self.prompts} come without real pictures, which {', '.join(real)} need: {_TEXT}")
+            raise UserError(f"prompts={self.prompts} have no real pictures, which {', '.join(real)} need: {_TEXT}")
         if self.ask == "captions" and (names := [name for name in self.metrics if name in OF_NAMES]):
-            raise UserError(f"{', '.join(names)} are of pictures asked for by name: set ask=names, or leave them out")
+            raise UserError(
+                f"{', '.join(names)} need pictures requested by name: set ask=names, or remove them from metrics"
+            )
         if self.ask == "names" and self.prompts is not None:
             raise UserError(f"prompts={self.prompts} have no names: set ask=captions")
         return self
@@ -144,10 +159,10 @@ def load_data_config(given: str | Path | Mapping[str, Any] | DataConfig) -> Data
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else str(given))
         except FAULTS as error:
-            raise ProtocolError(f"--data {given} is no YAML: {error}") from error
+            raise ProtocolError(f"--data {given} is not YAML: {error}") from error
         content = content.get("data", content) if isinstance(content, dict) else content
     if not isinstance(content, Mapping):
-        raise ProtocolError(f"--data {given} holds no mapping of settings (docs/data.md)")
+        raise ProtocolError(f"--data {given} does not hold a mapping of settings (docs/data.md)")
     return checked(DataConfig, dict(content), "data.")
 
 

@@ -61,8 +61,7 @@ class Target:
             local = local_path(place)
             if local is not None and local.is_dir() and not (local / INDEX).is_file():
                 raise UserError(
-                    f"{place} is nothing to evaluate: it holds neither {RECIPE} (a run) nor {INDEX} (a diffusers "
-                    "pipeline)"
+                    f"{place} cannot be evaluated: it has neither {RECIPE} (a run) nor {INDEX} (a diffusers pipeline)"
                 )
             if local is not None and local.is_dir() and not any((local / part).is_dir() for part in DENOISERS):
                 raise UserError(f"{place} has no unet/: of routed experts that were exported, evaluate their run")
@@ -70,9 +69,9 @@ class Target:
         recipe = read_mapping(path / RECIPE)
         if "model" not in recipe or not (list(path.glob(f"methods/*/{RESULT}")) or list(path.glob(f"{CELLS}/*.json"))):
             raise UserError(
-                f"{place} holds no finished method of a run (methods/*/{RESULT}) and no finished cell of a comparison "
-                f"({CELLS}/*.json): give the directory of `prunekit run` or `prunekit compare`, or go on with it by "
-                "`prunekit resume`"
+                f"{place} holds no finished method of a run (methods/*/{RESULT}) and no finished cell of a "
+                f"comparison ({CELLS}/*.json): give the directory of `prunekit run` or `prunekit compare`, or "
+                "resume it with `prunekit resume`"
             )
         return cls(str(place), path.resolve().name, recipe)
 
@@ -141,7 +140,7 @@ def _pruned(
     for index, place in enumerate(folders):
         if not place.is_dir():
             hint = "resume the run" if step is None else "name steps of the recipe's evaluation.at_steps"
-            raise FileNotFoundError(f"expert {index} of {stored.name} is not there ({place}); {hint}")
+            raise FileNotFoundError(f"expert {index} of {stored.name} does not exist ({place}); {hint}")
     result_cost = CostModel(denoiser_in(pipeline), result.space, cost.sample_size, cost.text_length)
     steps = int(recipe["evaluation"]["steps"])
     candidate = Candidate(

@@ -26,7 +26,9 @@ def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) ->
     if unet.mid_block is not None and inner != last:
         raise UserError(f"this ControlNet does not fit: its last residual is {last}, the UNet's mid block {inner}")
     if unet.mid_block is None:
-        raise UserError("this ControlNet does not fit: its last residual is for a mid block, which this UNet lost")
+        raise UserError(
+            "this ControlNet does not fit: its last residual is for a mid block, which was removed from this UNet"
+        )
 
 
 def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
@@ -51,11 +53,11 @@ def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> 
     Raises ValueError, one line: a dense UNet without an IP-Adapter, or a UNet in its stock form.
     """
     if getattr(dense, "encoder_hid_proj", None) is None:
-        raise UserError("this UNet has no IP-Adapter; load it into the dense pipeline first, by load_ip_adapter")
+        raise UserError("this UNet has no IP-Adapter; load one into the dense pipeline first, with load_ip_adapter")
     if not isinstance(unet, PrunedUNet2DConditionModel):
         raise UserError(
-            "this IP-Adapter does not fit: a UNet in its stock form does not say what was cut, and its layers are "
-            "renumbered; use tier class"
+            "this IP-Adapter does not fit: a UNet in its stock form does not record what was cut, and its "
+            "layers are renumbered; use tier class"
         )
     unet.set_attn_processor(cut_processors(dense.attn_processors, unet))
     unet.encoder_hid_proj = dense.encoder_hid_proj
@@ -77,11 +79,11 @@ def _skips(model: UNet2DConditionModel | ControlNetModel) -> tuple[list[Place], 
 
 
 def _difference(places: list[Place], given: list[Place], what: str) -> str | None:
-    """Return what is wrong with residuals for places, in words; None where they fit."""
+    """Return what is wrong with residuals for places, in words; None if they fit."""
     if len(places) != len(given):
         return (
-            f"it gives {len(given)} residuals, and this UNet has {len(places)} {what}s, since whole layers or stages "
-            "were taken out; of a cut without removed stages use tier class, where the places stay"
+            f"it has {len(given)} residuals, and this UNet has {len(places)} {what}s, because whole layers or "
+            "stages were removed; if no stage was removed, use tier class, which keeps their positions"
         )
     for index, (place, residual) in enumerate(zip(places, given, strict=True)):
         if place != residual:

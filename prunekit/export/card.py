@@ -87,7 +87,7 @@ def model_card(
 ) -> str:
     """Return the card's text.
 
-    Names and figures may come from files that others wrote: what is no number is shown as text, and formats nothing.
+    Names and figures may come from files that others wrote: what is not a number is shown as text, and formats nothing.
 
     Args:
         use: how it is loaded, a key of USES.

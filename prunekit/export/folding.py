@@ -272,8 +272,8 @@ class Directions:
     def of(cls, linears: Iterable[nn.Linear], inputs: Tensor, rank: int) -> Directions:
         """Return the directions by which layers' outputs are kept best, in squares over all layers and vectors.
 
-        Of all linear codes of length `rank` of the centred vectors none errs less on them (Eckart and Young, 1936): the
-        directions are the principal ones of G^½·(u - mean), where G sums WᵀW over the layers.
+        Of all linear codes of length `rank` of the centered vectors none has a smaller error (Eckart and Young, 1936):
+        the directions are the principal ones of G^½·(u - mean), where G sums WᵀW over the layers.
 
         Args:
             linears: the layers.
@@ -407,7 +407,7 @@ def read_basis(folder: str | Path) -> Tensor:
 
     path = Path(folder) / BASIS
     if not path.is_file():
-        raise UserError(f"{folder} holds no {BASIS}: it is no folder of a folded model")
+        raise UserError(f"{folder} holds no {BASIS}: it is not the folder of a folded model")
     return load_file(path)["basis"]
 
 

@@ -38,14 +38,16 @@ def slice_lora(
         alphas: the second that it gives; a layer's scale alpha/rank goes into its B, so the result needs no alphas.
 
     Raises:
-        ValueError: one line: a UNet in its stock form, whose layers are renumbered; a name that is no LoRA's; a matrix
+        ValueError: one line: a UNet in its stock form, whose layers are renumbered; a name that is not a LoRA's; a
+            matrix
             that does not belong to the dense UNet's layer.
 
     """
     if not isinstance(unet, PrunedUNet2DConditionModel):
         raise UserError(
-            "a UNet in its stock form does not say what was cut, and its layers are renumbered, so a LoRA of the dense "
-            "UNet would meet other layers; use tier class, or merge the LoRA before pruning (the recipe's `lora`)"
+            "a UNet in its stock form does not record what was cut, and its layers are renumbered, so a LoRA "
+            "of the dense UNet would change the wrong layers; use tier class, or merge the LoRA before pruning "
+            "(the recipe's `lora`)"
         )
     dense, outs, ins, gone = _channels(unet)
     numbers: dict[str, Tensor | float] = {
@@ -60,7 +62,8 @@ def slice_lora(
         match = LAYER.fullmatch(name)
         if match is None:
             raise UserError(
-                f"{name} is no LoRA weight of a known form; read the file by StableDiffusionPipeline.lora_state_dict"
+                f"{name} is not a LoRA weight in a known format; read the file by "
+                "StableDiffusionPipeline.lora_state_dict"
             )
         layer, is_down = layer_of(name), match["side"] in DOWN
         alpha = None if is_down else scales.get(layer)
@@ -68,14 +71,16 @@ def slice_lora(
         if not name.startswith(_OF_OTHERS):
             path = layer.removeprefix(_PREFIX)
             if path not in dense:
-                raise UserError(f"{name} is of a layer that the dense UNet does not have: the LoRA is another model's")
+                raise UserError(
+                    f"{name} belongs to a layer that the dense UNet does not have: the LoRA was made for another model"
+                )
             if any(path == layer or path.startswith(layer + ".") for layer in gone):
                 continue
             axis, kept = (1, ins.get(path)) if is_down else (0, outs.get(path))
             if value.shape[axis] != dense[path][axis]:
                 raise UserError(
-                    f"{name} is {tuple(value.shape)}, which does not fit the dense UNet's layer {dense[path]}: the "
-                    "LoRA is another model's"
+                    f"{name} is {tuple(value.shape)}, which does not fit the dense UNet's layer {dense[path]}: "
+                    "the LoRA was made for another model"
                 )
             value = value if kept is None else value.index_select(axis, torch.tensor(kept, device=value.device))
         sliced[name] = value

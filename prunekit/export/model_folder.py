@@ -44,7 +44,7 @@ def load_denoiser(
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no UNet's or transformer's folder: it holds no {CONFIG}")
+        raise UserError(f"{folder} is not the folder of a UNet or transformer: it has no {CONFIG}")
     if (bins := read_bins(folder)) is not None:
         slices = [load_denoiser(slice_folder(folder, index), dtype, device, verify) for index in range(len(bins))]
         return TimestepModel(slices, bins).eval().requires_grad_(False)
@@ -66,7 +66,7 @@ def load_denoiser(
     for path in files:
         specification = read_outline(path)[0] if verify else None
         if specification is not None and weights_hash(load_file(path)) != specification["weights"]:
-            raise UserError(f"the weights in {path} are not those that were exported: their hash differs")
+            raise UserError(f"the weights in {path} differ from the exported ones (hash)")
         state |= read_tensors(path, dtype)
     model.load_state_dict(state, assign=True)
     denoiser_of(model).fill_tables(model)
@@ -89,7 +89,7 @@ def _check_specification(folder: Path, config: Mapping[str, Any], specification:
     pruning = config.get("pruning")
     if specification["tier"] != "stock" and pruning != specification["architecture"]:
         raise UserError(
-            f"the architecture in {folder / CONFIG} is not the one that its weights were cut to; the file was changed, "
+            f"the architecture in {folder / CONFIG} does not match the weights beside it; the file was changed, "
             "or comes from another export: copy both again"
         )
     if config_hash(config) != specification["config"]:

@@ -81,6 +81,6 @@ def load_pipeline_directory(
     """
     directory = Path(directory)
     if not (directory / INDEX).is_file():
-        raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
+        raise UserError(f"{directory} is not a diffusers pipeline: it has no {INDEX}")
     parts = Parts.load(directory, dtype)
     return parts.pipeline(load_denoiser(directory / parts.denoiser, dtype, verify=verify))

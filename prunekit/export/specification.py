@@ -81,8 +81,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
         raise UserError(
-            f"{folder} holds pickled weights ({pickles[0]}), which can run code and are not loaded; convert them "
-            "where you trust them, and give safetensors"
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code and are not loaded; if you "
+            "trust them, convert them to safetensors"
         )
     raise UserError(f"{folder} holds no weights: {WEIGHTS} is expected")
 
@@ -97,7 +97,7 @@ def read_outline(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[int
             header = (file.metadata() or {}).get(KEY)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}); copy or export it again") from error
+        raise UserError(f"{path} is not a readable safetensors file ({error}); copy or export it again") from error
     if header is None:
         return None, shapes
     specification = _parsed(header)

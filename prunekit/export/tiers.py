@@ -85,8 +85,8 @@ def save_denoiser(model: ModelMixin, folder: Path, tier: str = "auto") -> dict[s
     form: Any = None if tier == "class" else denoiser_of(model).stock(model)
     if form is None and tier == "stock":
         raise UserError(
-            "no stock diffusers config expresses this cut: widths are cut, or layers that every stock model of this "
-            "class has are gone; use tier class"
+            "no stock diffusers config expresses this cut: widths were cut, or layers that every stock model "
+            "of this class has were removed; use tier class"
         )
     if form is not None:
         form.save_pretrained(folder)

@@ -3,7 +3,7 @@
     recipe.yaml                                model, prompt encoder, how to draw
     methods/aptp/result.json                   the architectures, and router.safetensors where there is a router
     methods/aptp/architectures/0.json …        each by itself
-    methods/aptp/experts/0/unet/ …             its UNet; the config alone where no weights are at hand
+    methods/aptp/experts/0/unet/ …             its UNet; the config alone where no weights are available
 
 The router is the paper's (Eq. 22), folded from the release's predictor and codes. The published code compares other
 vectors, gates with noise that depends on a prompt's place in its batch, so that some prompts go elsewhere there.
@@ -130,7 +130,7 @@ def _info(published: Release, architectures: list[Architecture], cost: CostModel
 
 
 def _dense(published: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:
-    """Return the dense UNet that experts without weights of their own are cut from; None where it is not at hand."""
+    """Return the dense UNet that experts without weights of their own are cut from; None if it is not available."""
     missing = [index for index, path in enumerate(published.weights) if path is None]
     if not missing:
         return None, []
@@ -138,8 +138,8 @@ def _dense(published: Release, model: str) -> tuple[UNet2DConditionModel | None,
     try:
         dense = load_pipeline(model).unet
     except ValueError as error:
-        return None, [f"{who} weights, and the model's are not at hand, so there are configs alone ({error})"]
-    return dense, [f"{who} fine-tuned weights; theirs are cut from {model}, not fine-tuned"]
+        return None, [f"{who} weights, and the model is not on this machine, so only configs were written ({error})"]
+    return dense, [f"{who} fine-tuned weights; their weights are cut from {model} and not fine-tuned"]
 
 
 def _write_expert(

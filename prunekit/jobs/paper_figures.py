@@ -84,7 +84,9 @@ def extremes_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path
         PictureRow(DENSE, _drawn(dense, prompts, drawing, run)),
         PictureRow("routed", _drawn(pipeline, prompts, drawing, run), [expert_note(e, macs[e]) for e in experts]),
     ]
-    return picture_sheet(output, rows, prompts, f"{run.name}: prompts of the cheapest expert, then of the costliest")
+    return picture_sheet(
+        output, rows, prompts, f"{run.name}: prompts of the cheapest expert, then of the most expensive one"
+    )
 
 
 def runs_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
@@ -118,10 +120,10 @@ def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> 
         )
         for position, (title, experts) in enumerate(columns, start=1):
             panel = figure.add_subplot(1, len(columns), position)
-            colours = ListedColormap([colour(expert) for expert in range(int(experts.max()) + 1)])
+            colors = ListedColormap([colour(expert) for expert in range(int(experts.max()) + 1)])
             panel.pcolormesh(
                 experts.view(-1, min(SQUARES, len(experts))).flip(0).numpy(),
-                cmap=colours,
+                cmap=colors,
                 edgecolors="white",
                 linewidth=1.5,
             )
@@ -230,7 +232,7 @@ def _routed(run: Path) -> PromptRoutedPipeline:
 def _macs(pipeline: PromptRoutedPipeline) -> list[int]:
     macs = (pipeline.mixture.info.get("result") or {}).get("macs")
     if not macs:
-        raise UserError("the MACs of these experts are not recorded; give the directory of a run")
+        raise UserError("the MACs of these experts were not recorded; give the directory of a run")
     return list(macs)
 
 
@@ -255,7 +257,7 @@ def _assigned(run: Path, drawing: Drawing) -> dict[str, Tensor]:
     order = order[: len(order) // SQUARES * SQUARES or len(order)]
     router, encoder = pipeline.mixture.router, pipeline.mixture.encoder
     if router is None or encoder is None:
-        raise UserError(f"{run} routes no prompts: there is nothing to assign")
+        raise UserError(f"{run} has no router: there is nothing to assign")
     embeddings = torch.as_tensor(encoder.encode([images.captions[pair] for pair in pairs[order].tolist()]))
     scores = router.scores(embeddings)  # cosines times a length that the router does not keep
     cosines = scores / scores.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)

@@ -25,7 +25,7 @@ def process_count(recipe: AnyRecipe | None) -> int:
     most the smallest batch.
 
     Raises:
-        UserError: PRUNEKIT_PROCESSES is no positive number.
+        UserError: PRUNEKIT_PROCESSES is not a positive number.
 
     """
     if recipe is None:

@@ -179,11 +179,11 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     if recovery.shares:
         if denoiser_in(stages.pipeline).config.get("pruning"):
             raise UserError(
-                "fine_tune.shared_backbone=true needs a dense denoiser; this one is pruned already: set it false"
+                "fine_tune.shared_backbone=true needs a dense denoiser; this one is already pruned: set it to false"
             )
         return [Job(recovery, None, pairs, part, recovery.config, mixture_of(result, data, pairs))]
     if result.bins is not None:
-        raise UserError("architectures that depend on the timestep share their weights: set shared_backbone: true")
+        raise UserError("experts that depend on the timestep must share their weights: set shared_backbone: true")
     config, (_, pairs_of) = recovery.config, routed_pairs(result, data, pairs)
     if recovery.shares_steps and (trained := sum(map(bool, map(len, pairs_of)))):
         factor = len(pairs_of) / trained

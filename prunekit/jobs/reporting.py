@@ -21,7 +21,7 @@ def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Calla
     """Write the page of each run or comparison into its directory; return their paths.
 
     with_sensitivity: first measure each layer's damage, and record what an older run did not; this loads the model
-        and the data. Raises ValueError, one line, for a directory that is no run, before any page is written.
+        and the data. Raises ValueError, one line, for a directory that is not a run, before any page is written.
     """
     sources = [Source(Path(directory)) for directory in directories]
     if with_sensitivity:
@@ -61,11 +61,11 @@ def _measure(source: Source, say: Callable[[str], None]) -> None:
     path = source.directory / RECIPE
     if not path.is_file():
         raise UserError(
-            f"{source.directory} holds no {RECIPE}: its model and data are unknown, nothing can be measured"
+            f"{source.directory} holds no {RECIPE}: its model and data are unknown, so nothing can be measured"
         )
     recipe = load_recorded(path)
     if isinstance(recipe, PretrainRecipe):
-        raise UserError(f"{source.directory} is a pretraining: it has no pruned layers to measure")
+        raise UserError(f"{source.directory} is a pretraining: it has no pruned model to measure")
     stages = Stages(recipe, Saying(say), source.directory)
     if not source.is_comparison:
         record(source.directory, stages)

@@ -1,7 +1,7 @@
 """A run: the stages of a recipe in order, in one directory, each skipped where its result is there already.
 
 A stage's result appears whole or not at all, and every draw is keyed by the recipe's seed; so a run that was killed
-anywhere goes on where it was and ends where it would have ended (law 5).
+anywhere resumes and ends where it would have ended (law 5).
 """
 
 import json
@@ -312,7 +312,7 @@ def work_on(executor: OnePiece, recipe: dict[str, Any], directory: str, stage: S
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return what changes when a file is replaced; None where there is no file."""
+    """Return what changes when a file is replaced; None if there is no file."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -323,7 +323,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
     """Run a recipe from its file, on its engine; return the run directory (`runs/NAME` by default).
 
-    A directory that holds the same recipe's run is resumed. Raises RecipeError where it holds another's.
+    A directory that holds the same recipe's run is resumed. Raises RecipeError if it holds another's.
     """
     recipe = load_recipe(recipe_path, overrides)
     if isinstance(recipe, CompareRecipe):
@@ -334,19 +334,19 @@ def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str
 
 
 def resume(directory: str | Path, engine: EngineConfig = LOCAL) -> Path:
-    """Go on with the run in `directory`, on an engine; return it. Raises RecipeError where there is none."""
+    """Resume the run in `directory`, on an engine; return it. Raises RecipeError if there is none."""
     recipe = recorded(directory, engine)
     return _work_in(Path(directory), lambda others: recipe, engine)
 
 
 def recorded(directory: str | Path, engine: EngineConfig = LOCAL) -> PruneRecipe | PretrainRecipe:
-    """Return the recipe of the run in `directory`, for an engine. Raises RecipeError where there is none."""
+    """Return the recipe of the run in `directory`, for an engine. Raises RecipeError if there is none."""
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
-        raise RecipeError(f"{folder} is no run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
+        raise RecipeError(f"{folder} is not a run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")
     recipe = load_recorded(folder / RECIPE)
     if isinstance(recipe, CompareRecipe):
-        raise RecipeError(f"{folder} is a comparison; go on with: prunekit compare {folder / RECIPE}")
+        raise RecipeError(f"{folder} is a comparison; resume it with: prunekit compare {folder / RECIPE}")
     if isinstance(recipe, PruneRecipe):
         return recipe.model_copy(update={"engine": engine})
     if engine != LOCAL:
@@ -385,8 +385,8 @@ def _claim(folder: Path, recipe: R, others: bool) -> R:
         recipe = resolve_recipe(recipe, current().device, recorded)
         if difference := _difference(recipe.model_dump(mode="json"), recorded.model_dump(mode="json")):
             raise RecipeError(
-                f"{folder} holds the run of another recipe: {difference}; choose another name=… or --directory, or "
-                "remove it"
+                f"{folder} holds the run of another recipe: {difference}; give another name=… or --directory, "
+                "or remove the directory"
             )
         return recipe
     if path.is_file():

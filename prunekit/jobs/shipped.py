@@ -69,7 +69,7 @@ def copy_recipe(name: str, target: str | Path | None = None) -> list[Path]:
         files[path.parent / base.relative_to(source.parent)] = base
     for written, original in files.items():
         if written.exists() and written.read_bytes() != original.read_bytes():
-            raise UserError(f"{written} exists with another content; remove it, or give another PATH")
+            raise UserError(f"{written} exists with different content; remove it, or give another PATH")
     for written, original in reversed(files.items()):  # a recipe is there when all that it extends is
         with replacing(written) as new:
             new.write_bytes(original.read_bytes())

@@ -88,7 +88,7 @@ def _cache(recipe: CommonRecipe, directory: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cache.directory={folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"cache.directory={folder} cannot be created: {error.strerror}") from error
     return folder
 
 
@@ -152,8 +152,8 @@ class Stages:
         self.say(f"{images.num_images:,} images, {images.num_pairs:,} captions ({held_out})")
         if recipe.data.holds_pictures and not images.holds_pictures:
             self.say(
-                "warning: no picture can be held out, since each resembles another or shares a caption with it, and so "
-                "on to all of them; the figures are of training pictures"
+                "warning: no picture can be held out, because chains of similar pictures and shared captions "
+                "connect all of them; all figures are of training pictures"
             )
 
     @cached_property
@@ -186,7 +186,7 @@ class Stages:
 
     @property
     def split(self) -> Split | None:
-        """What the rows are measured on: held-out pictures; None where the data has none, and all of it is used."""
+        """What the rows are measured on: held-out pictures; None if the data has none, and all of it is used."""
         return HELD_OUT if self.data.images.holds_pictures else None
 
     @property
@@ -328,7 +328,7 @@ class Stages:
         return read_pictures(files), experts
 
     def sample_seen(self, candidate: Candidate, folder: Path, seed: int | None = None) -> Tensor | None:
-        """Return the picture of every prompt of a training picture; None where none are asked for."""
+        """Return the picture of every prompt of a training picture; None if none are requested."""
         seen = self.drawn_seen_prompts
         return None if seen is None else self.sample(candidate, folder, seed, seen)[0]
 

@@ -62,7 +62,7 @@ def _events(device: torch.device) -> TimeOf:
 
 
 def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int | None:
-    """Return the bytes that one call takes beyond what was held before it; None where the system does not tell.
+    """Return the bytes that one call takes beyond what was held before it; None if the system does not tell.
 
     CUDA: by the allocator, exact. CPU: the process's peak resident size (Linux), to within what malloc kept.
     """

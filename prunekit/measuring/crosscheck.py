@@ -27,7 +27,7 @@ class Row:
     """What one counter says, batch 1.
 
     counter: its name. sample_size: the latent (h, w) at which it counted.
-    macs: its count; None where it is not installed. ours: the exact MACs by CostModel at that latent.
+    macs: its count; None if it is not installed. ours: the exact MACs by CostModel at that latent.
     unexplained: what is left of the difference once what `explanation` names is added and taken off; 0 is agreement.
     """
 

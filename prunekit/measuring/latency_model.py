@@ -76,7 +76,7 @@ class _Curves(Polynomial):
             known = table.layers[path].units if path in table.layers else 0
             if known != group.size:
                 raise UserError(
-                    f"the latency table has {known} units at {path}, the UNet {group.size}: measure it anew"
+                    f"the latency table has {known} units at {path}, the UNet {group.size}: measure the table again"
                 )
         curves = {path: layer.curve() for path, layer in table.layers.items()}
         fixed = [("", "rest", 0, LayerCost(always=table.rest))]

@@ -85,11 +85,14 @@ class LatencyTable:
         for name, wanted in conditions.items():
             if self.conditions.get(name) != wanted:
                 what = "of another model" if name == "model" else f"for {name} {self.conditions.get(name)}"
-                wish = "" if name == "model" else f", and {wanted} is asked for"
-                raise UserError(f"the latency table is {what}{wish}; measure one there, or here with device: here")
+                wish = "" if name == "model" else f", but {wanted} was requested"
+                raise UserError(
+                    f"the latency table is {what}{wish}; measure a table on that device, or on this machine with "
+                    "device: here"
+                )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON form, which `from_dict` reads."""
+        """Return a JSON form, which `from_dict` reads."""
         layers = {path: asdict(layer) for path, layer in self.layers.items()}
         return {"format": FORMAT, "conditions": self.conditions, "rest": self.rest, "layers": layers}
 
@@ -97,7 +100,7 @@ class LatencyTable:
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
         """The table that `to_dict` wrote; ValueError for another format."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise UserError(f"this is no latency table of format {FORMAT}; measure one anew")
+            raise UserError(f"this is not a latency table of format {FORMAT}; measure the table again")
         layers = {
             path: LayerTimes(layer["kind"], layer["units"], tuple(layer["kept"]), tuple(layer["nanoseconds"]))
             for path, layer in data["layers"].items()

@@ -66,7 +66,7 @@ def measure_table(
     """
     device, space = unet.device, discover(unet, "none")
     if device.type == "meta":
-        raise UserError("a latency table is measured, and this UNet is on the meta device; load it with its weights")
+        raise UserError("a latency table needs weights, and this UNet is on the meta device; load its weights")
     conditions = conditions_of(unet, sample_size, text_length, batch, dtype)
     dense = nn.Module.to(slice_model(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
     inputs = timed_inputs(dense, batch, sample_size, text_length)

@@ -47,7 +47,7 @@ class Method:
 
     @property
     def num_models(self) -> int:
-        """How many Architectures `prune` returns."""
+        """Return the number of Architectures that `prune` returns."""
         return 1
 
     def prune(
@@ -62,7 +62,7 @@ class Method:
         Args:
             pipeline: a pipeline, which stays as it is; its UNet alone, where the method can do without the rest.
             dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder; None
-                where the method needs none.
+                if the method needs none.
             directory: where the result is saved, with what a later call can go on from; None: nowhere.
             log: takes rows of figures while a method trains.
 
@@ -74,8 +74,8 @@ class Method:
         result = self.choose(pipeline, dataset, directory, log)
         if (count := len(result.architectures)) != self.num_models:
             raise UserError(
-                f"{self.name} chose {count} architectures, but its num_models is {self.num_models}: declare as many as "
-                "`choose` returns"
+                f"{self.name} chose {count} architectures, but its num_models is {self.num_models}: num_models "
+                "must equal the number that `choose` returns"
             )
         if directory is not None:
             result.save(directory)
@@ -104,7 +104,7 @@ class Method:
         return 0
 
     def fine_tuning(self) -> dict[str, Any]:
-        """Return fine-tuning settings, by name, that the method asks for in place of a recipe's; none by default."""
+        """Return fine-tuning settings, by name, that replace a recipe's; none by default."""
         return {}
 
     def short_settings(self, devices: int) -> dict[str, Any]:
@@ -223,7 +223,8 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
     """The units that may be removed, and what counts their cost at the resolution and text length of the settings.
 
     Raises:
-        ValueError: a resolution that is no multiple of the pipeline's VAE scale, or one given for a UNet alone, whose
+        ValueError: a resolution that is not a multiple of the pipeline's VAE scale, or one given for a UNet alone,
+            whose
             VAE is unknown.
 
     """
@@ -255,8 +256,8 @@ def _sample_size(
     scale = scale_of(pipeline)
     if scale is None:
         raise UserError(
-            f"resolution={resolution} is in pixels, and a UNet alone does not know its VAE's scale; "
-            "pass the whole pipeline, or leave resolution unset"
+            f"resolution={resolution} is in pixels, and a UNet alone has no VAE scale; pass the whole pipeline, "
+            "or unset resolution"
         )
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
     if any(side < scale or side % scale for side in sides):

@@ -35,23 +35,24 @@ class BKSDMSettings(PruneSettings):
     """Settings of BK-SDM."""
 
     depth: Literal["aptp", "all", "blocks", "none"] = Field(
-        "blocks", description="Does not apply, whatever is given: the family is defined over whole layers and stages."
+        "blocks", description="No effect: the family is defined over whole layers and stages."
     )
     variant: str | None = Field(
         None,
-        description="'base', 'small', 'tiny', or the layers per down block, outermost first, as '2,1,1,1', followed by "
-        "'-mid' where the mid block goes too; unset: the largest member within the budget.",
+        description="Member: 'base', 'small', 'tiny', or the layers per down block, outermost first, "
+        "such as '2,1,1,1', with the suffix '-mid' to remove the mid block too; unset: the "
+        "largest member within the budget.",
     )
     own_distillation: bool = Field(
         False,
-        description="Fine-tune with BK-SDM's distillation: task, output, and down and up blocks, each weighted by 1, "
+        description="Fine-tune with BK-SDM's distillation: task, output, and down and up blocks, each with weight 1, "
         "without min-SNR weights.",
     )
 
     @field_validator("depth")
     @classmethod
     def _whole_layers(cls, value: str) -> str:
-        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is no fault
+        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is not a fault
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -180,7 +181,7 @@ def _share(member: Architecture, cost: CostModel) -> float:
 
 def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -> tuple[str, Architecture]:
     if not members:
-        raise UserError("BK-SDM's rule can remove nothing from this UNet")
+        raise UserError("BK-SDM's rule cannot remove anything from this UNet")
     within = [name for name, member in members.items() if _fits(member, cost, budget)]
     if not within:
         cheapest = sorted(members, key=lambda name: cost.total(members[name]))[:3]

@@ -72,7 +72,7 @@ class Scores:
 
 
 def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int | None = None) -> Architecture:
-    """The Architecture of the highest scores within the budget.
+    """Return the Architecture of the highest scores within the budget.
 
     Args:
         scores: `Scores`, or a tensor (D,), over the cost model's space.
@@ -93,7 +93,7 @@ def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int |
     """
     if isinstance(scores, Scores):
         if difference := cost.space.difference(scores.space):
-            raise UserError(f"the scores belong to another space than the cost model: {difference}")
+            raise UserError(f"the scores belong to a different space than the cost model: {difference}")
         scores = scores.values
     return _select(scores[None], [1], cost, budget, align)[0]
 
@@ -101,7 +101,7 @@ def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int |
 def select_mixture(
     logits: Tensor, counts: Sequence[int] | Tensor, cost: CostModel, budget: float, align: int | None = None
 ) -> list[Architecture]:
-    """The Architectures of N experts whose mean cost over the training prompts is within the budget.
+    """Return the Architectures of N experts whose mean cost over the training prompts is within the budget.
 
     One threshold is common to all experts: the lowest at which sum_i counts_i x cost_i is at most
     budget x dense x sum_i counts_i. The cost falls with the threshold, so passing the logits in order, at O(1) each,
@@ -123,7 +123,8 @@ def select_mixture(
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     if len(counts) != len(logits) or any(n != int(n) or n < 0 for n in counts) or not any(counts):
         raise UserError(
-            f"counts must be one whole number of prompts per expert ({len(logits)} of them), not all 0; got {counts}"
+            f"counts must be one whole number of prompts per expert ({len(logits)} of them), not all of them 0; "
+            f"got {counts}"
         )
     used = [expert for expert, count in enumerate(counts) if count]
     chosen = _select(logits[used], [int(counts[expert]) for expert in used], cost, budget, align)
@@ -141,15 +142,16 @@ def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
 
     """
     if not 0 < budget < 1:
-        raise UserError(f"a budget is a share of the dense cost, above 0 and below 1; got {budget}")
+        raise UserError(f"budget={budget}: must be above 0 and below 1, as a fraction of the dense cost")
     dense = cost.dense_total
     limit = math.floor(Fraction(repr(float(budget))) * dense * prompts)
     floor = cost.total(Architecture(cost.space, torch.zeros(cost.space.size, dtype=torch.bool)))
     if floor * prompts > limit:
         lowest = math.ceil(10_000 * Fraction(floor, dense)) / 10_000
         raise UserError(
-            f"budget {budget} cannot be met: with every unit removed this UNet still costs {lowest} of the dense one. "
-            f"Choose a budget of at least {lowest}, or a space with more units (depth='all', fewer excludes)"
+            f"budget {budget} cannot be met: with every unit removed this UNet still costs {lowest} of the "
+            f"dense one. Choose a budget of at least {lowest}, or a space with more units (depth='all', fewer "
+            "excludes)"
         )
     return limit
 
@@ -267,7 +269,7 @@ class _Mixture:
         return [step for step in steps if step is not None]
 
     def _next_step(self, expert: int, index: int) -> "_Step | None":
-        """The units that come back next in a group, by the order of `put_back`; None where it is whole."""
+        """The units that come back next in a group, by the order of `put_back`; None if it is whole."""
         bits, scores = self.running[expert].bits, self.scores[expert]
         missing = [unit for unit in self._units(self.space.groups[index]) if not bits[unit]]
         if not missing:

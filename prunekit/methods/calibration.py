@@ -27,8 +27,8 @@ PROBE_TEXT_LENGTH = 77
 PIXELS = 8  # a latent position's, on random inputs
 TimestepWeights = Literal["uniform", "noise", "logarithmic"]
 TIMESTEP_WEIGHTS = (
-    "weight of a sample by its timestep: uniform; noise, 1 - alpha_bar; logarithmic, from 0.8 without noise up to 1.2 "
-    "(OBS-Diff)"
+    "Weight of a sample by its timestep. uniform: 1; noise: 1 - alpha_bar; logarithmic: from 0.8 without noise "
+    "to 1.2 (OBS-Diff)."
 )
 LOG_STEPS = 25  # sampling steps over which OBS-Diff's weights rise
 ROW_TOKENS = 8192  # latent positions that run through the denoiser at once while it is measured without gradients
@@ -176,8 +176,8 @@ def _draw_pairs(data: EncodedData, count: int, seed: int) -> Tensor:
     pairs = data.training_pairs()
     if count > len(pairs):
         raise UserError(
-            f"a calibration set smaller than asked: samples={count}, but there are {len(pairs)} training pairs; "
-            f"set samples to {len(pairs)} or fewer"
+            f"the data is smaller than the calibration set: samples={count}, but there are {len(pairs)} "
+            f"training pairs; set samples to {len(pairs)} or fewer"
         )
     return pairs[torch.randperm(len(pairs), generator=generator(seed, "calibration", "pairs"))[:count]]
 

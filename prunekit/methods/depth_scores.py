@@ -83,8 +83,8 @@ def width_scale(widths: Tensor, changes: Tensor, space: UnitSpace) -> float:
     known = (sums > 0) & (changes > 0)
     if not known.any():
         raise UserError(
-            "no width group that has scores changes the UNet's output when it is emptied, so scores of widths and "
-            "depths cannot be compared: are its output layers all zero? Otherwise use depth='none'"
+            "no width group with scores changes the UNet's output when it is emptied, so the scores of widths "
+            "and depths cannot be compared. Are the output layers zero? Otherwise use depth='none'"
         )
     return (changes[known] / sums[known]).median().item()
 
@@ -125,7 +125,7 @@ def output_changes(
             table[batch.index] = torch.cat(list(changes)).cpu()
     processes.sum([table])
     if not table.isfinite().all():
-        raise UserError("the UNet's output is not finite on the calibration inputs; try it in float32")
+        raise UserError("the UNet's output is not finite on the calibration inputs; use float32")
     return table.sum(0) / samples
 
 

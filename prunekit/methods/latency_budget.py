@@ -30,14 +30,18 @@ PAIRS = 9  # interleaved samples of an architecture and the dense UNet
 
 
 class LatencySettings(BaseModel):
-    """What a budget in time is measured on."""
+    """Device and conditions of a budget of time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    device: str = Field(HERE, description="here: the device of the UNet; or a table's file, measured elsewhere.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype used for timing.")
+    device: str = Field(
+        HERE,
+        description="Device to measure: here (the device of the UNet), or the file of a table that was measured on "
+        "another machine.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype used for timing.")
     batch: int = Field(2, ge=1, description="UNet batch size; guidance doubles it.")
-    tables: str = Field("~/.cache/prunekit/latency", description="Folder in which tables are kept, by conditions.")
+    tables: str = Field("~/.cache/prunekit/latency", description="Directory of the tables.")
 
 
 def latency_model(
@@ -46,7 +50,7 @@ def latency_model(
     """Return the cost model in time; where the folder has no table of these conditions, measure and keep one.
 
     Raises:
-        ValueError: a UNet on the meta device; a file that is no table, or one of another model, size or text length.
+        ValueError: a UNet on the meta device; a file that is not a table, or one of another model, size or text length.
 
     """
     path, conditions = Path(settings.device).expanduser(), _conditions(model, cost, settings)

@@ -2,7 +2,7 @@
 
 For a linear layer a sample's inputs are x (d,) and its targets y (o,); for a convolution every output position is a
 sample, and x holds the inputs under the kernel. With a constant for the bias, A = Σ w·x xᵀ and B = Σ w·x yᵀ are all
-that the fit needs: W = (A + λI)⁻¹ (B + λ W₀) minimises Σ w·|Wᵀx − y|² + λ|W − W₀|². So W is W₀ for λ → ∞ and the
+that the fit needs: W = (A + λI)⁻¹ (B + λ W₀) minimizes Σ w·|Wᵀx − y|² + λ|W − W₀|². So W is W₀ for λ → ∞ and the
 least-squares solution for λ → 0; and as W₀ is a candidate of that minimum, the error on the samples never exceeds W₀'s.
 """
 

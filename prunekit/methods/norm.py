@@ -30,14 +30,15 @@ FEW_SAMPLES = 4  # of a check
 class NormSettings(PruneSettings):
     """Settings of Norm."""
 
-    order: Literal[1, 2] = Field(2, description="Power of the weights that is summed: 1 (L1) or 2 (L2).")
+    order: Literal[1, 2] = Field(2, description="Power of the summed weights: 1 (L1) or 2 (L2).")
     scope: Literal["global", "layer"] = Field(
-        "global", description="Rank all units together, or remove the same share of every layer."
+        "global", description="Ranking. global: all units together; layer: remove the same fraction of every layer."
     )
     samples: int | None = Field(
         None,
         gt=0,
-        description=f"Calibration samples on which depth units are measured; unset: {SAMPLES}, or all there are.",
+        description=f"Number of calibration samples for depth units; unset: {SAMPLES}, or all samples if "
+        "there are fewer.",
     )
 
 
@@ -82,7 +83,7 @@ class Norm(ScoreMethod):
         """
         model, space, config = denoiser_in(pipeline), space_of(pipeline, self.config), self.config
         if model.device.type == "meta":
-            raise UserError("Norm reads the weights, and this UNet is on the meta device; load it with its weights")
+            raise UserError("Norm needs weights, and this UNet is on the meta device; load its weights")
         widths = torch.empty(space.num_width, dtype=torch.float64)
         for group in space.width_groups:
             norms = sum_per_unit(model, group, lambda weight: weight.double().abs() ** config.order)

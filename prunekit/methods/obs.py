@@ -59,21 +59,25 @@ class OBSSettings(PruneSettings):
     """Settings of OBS."""
 
     preset: Literal["default", "paper"] = Field(
-        "default", description="paper: what OBS-Diff says, for every setting below that is not given"
+        "default", description="paper: OBS-Diff's value for every setting below that is not given; unset: the defaults."
     )
-    samples: int = Field(256, gt=0, description="Calibration samples: captioned pictures, each at one timestep.")
-    batch_size: int = Field(32, gt=0, description="Samples of one forward pass.")
+    samples: int = Field(
+        256, gt=0, description="Number of calibration samples: captioned pictures, each at one timestep."
+    )
+    batch_size: int = Field(32, gt=0, description="Samples per forward pass.")
     timestep_weights: TimestepWeights = Field("uniform", description=TIMESTEP_WEIGHTS)
     damping: float = Field(
-        0.01, gt=0, description="What is added to the diagonal of H, in units of the mean of its diagonal."
+        0.01, gt=0, description="Value added to the diagonal of H, in units of the mean of the diagonal."
     )
     scope: Literal["global", "layer"] = Field(
-        "global", description="Rank all units together, or remove the same share of every layer."
+        "global", description="Ranking. global: all units together; layer: remove the same fraction of every layer."
     )
     layers_at_once: int = Field(
-        16, gt=0, description="Layers whose H is summed in one pass over the samples; fewer take less memory."
+        16,
+        gt=0,
+        description="Number of layers whose H is summed in one pass over the samples; fewer layers need less memory.",
     )
-    precision: UnscaledPrecision = Field("auto", description=f"Autocast of forward passes; {UNSCALED_AUTO}.")
+    precision: UnscaledPrecision = Field("auto", description=f"Autocast dtype of forward passes. {UNSCALED_AUTO}")
 
     @model_validator(mode="before")
     @classmethod
@@ -85,7 +89,7 @@ class OBSSettings(PruneSettings):
 
 @register("obs")
 class OBS(ScoreMethod):
-    """Remove the units whose loss the other weights make up for best: Optimal Brain Surgeon (OBS-Diff, 2025)."""
+    """Remove the units whose loss the other weights compensate best: Optimal Brain Surgeon (OBS-Diff, 2025)."""
 
     Config = OBSSettings
     config: OBSSettings
@@ -132,7 +136,7 @@ class OBS(ScoreMethod):
         if dataset is None:
             raise UserError("obs needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         if model.device.type == "meta":
-            raise UserError("obs reads the weights, and this UNet is on the meta device; load it with its weights")
+            raise UserError("obs needs weights, and this UNet is on the meta device; load its weights")
         data, groups = as_encoded(pipeline, dataset), space.width_groups
         widths = torch.zeros(space.num_width, dtype=torch.float64)
         with Progress(f"{self.name} calibration", len(groups), enabled=current().is_main) as progress:

@@ -36,13 +36,15 @@ from prunekit.training.trainer import Log
 class OneMaskSettings(PruneSettings):
     """Settings of one mask."""
 
-    experts: int = Field(1, gt=0, description="N, groups of prompts")
-    bins: int = Field(3, gt=0, le=100, description="K, bins of as many of the sampler's timesteps each")
-    sampling_steps: int = Field(25, gt=1, description="steps of the sampler whose timesteps are cut into bins")
-    choice: Literal["norm", "obs", "random", "taylor_sp", "uniarch"] = Field(
-        "taylor_sp", description="the method that chooses the architecture"
+    experts: int = Field(1, gt=0, description="Number of groups of prompts, N.")
+    bins: int = Field(
+        3, gt=0, le=100, description="Number of bins, K, each with the same number of the sampler's timesteps."
     )
-    choice_settings: dict[str, Any] = Field({}, description="settings of that method")
+    sampling_steps: int = Field(25, gt=1, description="Number of sampler steps whose timesteps are divided into bins.")
+    choice: Literal["norm", "obs", "random", "taylor_sp", "uniarch"] = Field(
+        "taylor_sp", description="Method that chooses the architecture."
+    )
+    choice_settings: dict[str, Any] = Field({}, description="Settings of this method.")
 
 
 @register("one_mask")
@@ -129,11 +131,11 @@ class OneMask(Method):
         return registry.get(self.config.choice)(**{**settings, **self.config.choice_settings})
 
     def _router(self, data: EncodedData) -> Router:
-        """Return what sends a prompt to the nearest centre of the training prompts, by cosine similarity."""
+        """Return what sends a prompt to the nearest center of the training prompts, by cosine similarity."""
         pairs, config = data.training_pairs(), self.config
         if config.experts > len(pairs):
-            raise UserError(f"experts={config.experts} exceed the {len(pairs)} training prompts")
+            raise UserError(f"experts={config.experts} is more than the {len(pairs)} training prompts")
         embeddings = data.prompts[clustered_pairs(pairs, config.seed)]
-        centres = spherical_kmeans(embeddings, config.experts, config.seed)
-        directions = nn.functional.normalize(centres.double(), dim=1)
+        centers = spherical_kmeans(embeddings, config.experts, config.seed)
+        directions = nn.functional.normalize(centers.double(), dim=1)
         return Router(directions, directions.new_zeros(len(directions)))

@@ -15,7 +15,7 @@ from prunekit.runtime.randomness import generator
 
 @register("random")
 class Random(ScoreMethod):
-    """Remove units at random, by the seed alone: parts and whole layers alike, without data."""
+    """Remove units at random, widths and whole layers alike, without data."""
 
     needs_data = False
 

@@ -34,7 +34,7 @@ _methods: dict[str, Any] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method available as `name` to recipes and commands.
+    """Decorate a class: make a method available as `name` to recipes and commands.
 
     Raises:
         ValueError: the name is taken by another class, or is not lower case letters, digits and underscores.
@@ -58,7 +58,7 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def get(name: str) -> type["Method"]:
-    """Method class registered as `name`.
+    """Return the method class registered as `name`.
 
     Raises:
         ValueError: no such method (the message has the nearest names and all of them), a name that two packages

@@ -24,7 +24,7 @@ MOST_SHARE = 0.9  # of the training prompts: an expert with more leaves nearly n
 
 @dataclass
 class ResultInfo:
-    """How a result was reached, and what it costs. Lists have one entry per architecture, in their order.
+    """Settings, costs and figures of a result. Lists have one entry per architecture, in their order.
 
     On disk these are the keys of `info` in result.json; a field that is empty or None has no key there.
 
@@ -105,7 +105,7 @@ class ResultInfo:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ResultInfo":
-        """Read what `to_dict` returned; a key that is no field goes to `extra`."""
+        """Read what `to_dict` returned; a key that is not a field goes to `extra`."""
         known = {name: value for name, value in content.items() if name in FIELDS}
         if known.get("sample_size") is not None:
             known["sample_size"] = tuple(known["sample_size"])
@@ -117,9 +117,9 @@ FIELDS = tuple(field.name for field in fields(ResultInfo) if field.name != "extr
 
 @dataclass
 class PruneResult:
-    """What a method chose.
+    """The result of a method.
 
-    architectures: one, or N of a mixture. router: sends a prompt to one of the N; None where there is one.
+    architectures: one, or N of a mixture. router: sends a prompt to one of the N; None if there is one.
     info: the method, its settings and what was reached; a mapping is read by `ResultInfo.from_dict`.
     bins: where an expert is another architecture at other timesteps: expert i has those from i·K to (i + 1)·K - 1, one
     for each of the K bins; None: an expert is one architecture.
@@ -135,14 +135,14 @@ class PruneResult:
             self.info = ResultInfo.from_dict(self.info)
 
     def notes(self) -> list[str]:
-        """What a person should know beside the MACs, a line each: the predicted time."""
+        """Return notes for people, one line each, such as the predicted time."""
         if ratios := self.info.latency_ratio:
             device = self.info.latency_table["device"]
             return [f"predicted at {self._mean(ratios):.4f} of the dense time on {device}"]
         return []
 
     def warnings(self) -> list[str]:
-        """What may be wrong, a line each.
+        """Return warnings, one line each.
 
         Widths that stay unaligned, a search that ended before its gates closed, experts that are the same architecture,
         experts without training prompts, and an expert with nearly all of them.
@@ -151,10 +151,13 @@ class PruneResult:
         left = {f"{path} ({channels})" for widths in info.unaligned for path, channels in widths.items()}
         if left:
             few = ", ".join(sorted(left)[:3]) + (", …" if len(left) > 3 else "")
-            lines.append(f"{len(left)} width(s) are no multiple of {info.settings['align']} channels: {few}")
+            lines.append(f"{len(left)} width(s) are not multiples of {info.settings['align']} channels: {few}")
         if info.gates_ratio and (mean := self._mean(info.gates_ratio)) > OPEN_GATES * info.settings["budget"]:
             more = "raise search.steps or search.learning_rate" + ", or lower warmup" * ("warmup" in info.settings)
-            lines.append(f"gates kept {mean:.2f} of the cost when the search ended, so the cut goes by little: {more}")
+            lines.append(
+                f"gates kept {mean:.2f} of the dense cost when the search ended, so the final cut is nearly "
+                f"arbitrary: {more}"
+            )
         lines += [
             f"experts {_listed(same)} of {len(self.architectures)} have the same architecture" for same in self._alike()
         ]
@@ -180,12 +183,12 @@ class PruneResult:
 
     @property
     def space(self) -> UnitSpace:
-        """The space of all its architectures."""
+        """Return the space of the architectures."""
         return self.architectures[0].space
 
     @property
     def num_experts(self) -> int:
-        """How many models prompts are sent to."""
+        """Return the number of models that prompts are sent to."""
         return len(self.architectures) // (len(self.bins) if self.bins else 1)
 
     def expert_macs(self, cost: CostModel, expert: int, scheduler: Any, steps: int) -> int:

@@ -24,7 +24,7 @@ from prunekit.runtime.tensors import read_tensors, write_tensors
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
 GRID = 64  # steps of a component between 0 and 1, to which a `RandomRouter` rounds
-MOST_CLUSTERED = 16_384  # prompts among whose embeddings centres are sought
+MOST_CLUSTERED = 16_384  # prompts among whose embeddings centers are sought
 ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
 
 
@@ -43,7 +43,7 @@ def cosine_scores(embeddings: Tensor, codes: Tensor) -> Tensor:
 
 
 class Router:
-    """Sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
+    """The router: it sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
 
     Experts that no training prompt was routed to (`unused`) were not fine-tuned, so no prompt is sent to them.
 
@@ -96,7 +96,7 @@ class Router:
             raise UserError(f"codes must be (experts, {predictor.out_features}); got {tuple(codes.shape)}")
         norms = codes.norm(dim=1, keepdim=True)
         if not (norms > 0).all():
-            raise UserError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero: they have no direction")
+            raise UserError(f"codes {(norms[:, 0] == 0).nonzero()[:, 0].tolist()} are zero, so they have no direction")
         directions = codes / norms  # (N, D)
         weight = predictor.weight.detach().to("cpu", torch.float64)  # (D, Z)
         bias = codes.new_zeros(len(weight)) if predictor.bias is None else predictor.bias.detach().to(codes)  # (D,)
@@ -104,12 +104,12 @@ class Router:
 
     @property
     def num_experts(self) -> int:
-        """The number N of experts, unused ones included."""
+        """Return the number of experts, N, unused ones included."""
         return len(self.bias)
 
     @property
     def embedding_size(self) -> int:
-        """Z, the width of a prompt's embedding."""
+        """Return the width of a prompt's embedding, Z."""
         return self.weight.shape[1]
 
     def scores(self, z: Tensor) -> Tensor:
@@ -159,13 +159,13 @@ class Router:
         return torch.cat([self.route(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
 
     def with_fallback(self, fallback: int) -> "Router":
-        """The same router with another expert for prompts without an embedding."""
+        """Return the same router with another expert for prompts without an embedding."""
         other = copy(self)
         other.fallback = self._checked(fallback)
         return other
 
     def shifted(self, shift: Tensor) -> "Router":
-        """The same router with `shift` (N,) added to the experts' scores.
+        """Return the same router with `shift` (N,) added to the experts' scores.
 
         A score is |e| times the cosine, so the shift counts for less where e is long. Whether a shift of the cosines
         themselves would route better is not measured.
@@ -175,7 +175,7 @@ class Router:
         return other
 
     def without(self, unused: Sequence[int]) -> "Router":
-        """The same router, which sends no prompt to the experts `unused`; its fallback must be another expert."""
+        """Return the same router without the experts `unused`; its fallback must be another expert."""
         other = copy(self)
         other.unused = self._checked_unused(unused)
         other.fallback = other._checked(self.fallback)
@@ -210,7 +210,7 @@ class Router:
         if not 0 <= fallback < self.num_experts:
             raise UserError(f"fallback must be one of the experts 0..{self.num_experts - 1}; got {fallback}")
         if fallback in self.unused:
-            raise UserError(f"fallback={fallback}: this expert is unused; give one that prompts are sent to")
+            raise UserError(f"fallback={fallback}: the router sends no prompts to this expert; give another one")
         return int(fallback)
 
     def _checked_unused(self, unused: Sequence[int]) -> tuple[int, ...]:
@@ -278,7 +278,7 @@ class HardenedRouter(Router):
 
     @property
     def embedding_size(self) -> int:
-        """Z, the width of a prompt's embedding."""
+        """Return the width of a prompt's embedding, Z."""
         return self.predictor.embedding_size
 
     def _similarities(self, z: Tensor) -> Tensor:
@@ -388,9 +388,9 @@ def clustered_pairs(pairs: Tensor, seed: int) -> Tensor:
 
 
 def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
-    """Return `count` centres (N, D) of embeddings (P, D) by cosine similarity; deterministic.
+    """Return `count` centers (N, D) of embeddings (P, D) by cosine similarity; deterministic.
 
-    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a centre keeps the mean length of its members, and
+    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a center keeps the mean length of its members, and
     an empty one stays where it was.
     """
     unit = F.normalize(embeddings.double(), dim=1)
@@ -401,17 +401,17 @@ def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int 
         if not bool(distance.sum() > 0):
             distance = torch.ones_like(distance)
         chosen.append(int(torch.multinomial(distance, 1, generator=source)))
-    centres = unit[chosen]
+    centers = unit[chosen]
     for _ in range(iterations):
-        nearest = (unit @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        nearest = (unit @ centers.T).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, unit)
         counts = torch.bincount(nearest, minlength=count)[:, None]
-        centres = torch.where(counts > 0, F.normalize(sums, dim=1), centres)
-    nearest = (unit @ centres.T).argmax(1)
+        centers = torch.where(counts > 0, F.normalize(sums, dim=1), centers)
+    nearest = (unit @ centers.T).argmax(1)
     members = torch.bincount(nearest, minlength=count).clamp(min=1)
     lengths = torch.zeros(count, dtype=unit.dtype, device=unit.device)
     lengths.index_add_(0, nearest, embeddings.double().norm(dim=1))
-    return (centres * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)
+    return (centers * (lengths / members).clamp(min=1e-6)[:, None]).to(embeddings)
 
 
 def _tree_sum(x: Tensor) -> Tensor:

@@ -59,33 +59,34 @@ CHECKPOINTS = "checkpoints"  # folder of a search's checkpoints in the directory
 class SearchSettings(PruneSettings):
     """Settings of every method that learns gates; defaults are APTP's paper's where it names one that works."""
 
-    temperature: float = Field(0.4, gt=0, description="gamma of the Gumbel-sigmoid gates (Eq. 9)")
-    offset: float = Field(3.0, description="added to every logit, so that all gates start open")
+    temperature: float = Field(0.4, gt=0, description="Temperature of the gates, gamma of Eq. 9.")
+    offset: float = Field(3.0, description="Constant added to every logit, so that all gates start open.")
     noise: Noise = Field(
         "gumbel",
-        description="of the gates: gumbel as in the paper, logistic as of a coin, hard_concrete: logistic, stretched "
-        "and clipped so that gates reach 0 and 1",
+        description="Noise of the gates. gumbel: as in the paper; logistic: of a Bernoulli variable; hard_concrete: "
+        "logistic, stretched and clipped so that gates reach 0 and 1.",
     )
     depth_gates: DepthGates = Field(
         "independent",
-        description="whole layers each by a logit of their own, or cumulative: by one softmax, dropped in a fixed "
-        "order from the middle of the UNet outwards, as in APTP's published code",
+        description="Gates of whole layers. independent: one logit per layer; cumulative: one softmax, which removes "
+        "layers in a fixed order from the middle of the UNet outwards, as in APTP's published code.",
     )
     feature_blocks: FeatureBlocks = Field(
         "none",
-        description="blocks whose outputs are distilled beside the UNet's own; all: as in the paper, where their "
-        "unscaled errors may outweigh the resource term, so that gates stay open and the last cut is blind",
+        description="Blocks whose outputs are distilled in addition to the denoiser's output. all: as in "
+        "the paper; the unscaled errors may outweigh the resource term, so that gates stay "
+        "open and the final cut is nearly arbitrary.",
     )
     feature_scale: FeatureScale = Field("sum", description=FEATURE_SCALE)
     distillation_weight: float = Field(
-        0.2, ge=0, description="lambda_distill of Eq. 25; 0 searches without a teacher's pass"
+        0.2, ge=0, description="Weight of distillation, lambda_distill of Eq. 25; 0: no pass of the teacher."
     )
-    resource_weight: float = Field(2.0, ge=0, description="lambda_res of Eq. 25")
+    resource_weight: float = Field(2.0, ge=0, description="Weight of the resource term, lambda_res of Eq. 25.")
     snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
     snr_form: SNRForm = Field("velocity", description=SNR_FORM)
     search: TrainerConfig = Field(
         default_factory=lambda: TrainerConfig(**SEARCH),
-        description="how what decides the gates is trained",
+        description="Training of the parameters that determine the gates.",
     )
 
 
@@ -264,7 +265,7 @@ class SearchMethod(Method, Generic[ObjectiveT]):
 
         """
         if getattr(pipeline, "scheduler", None) is None:
-            raise UserError(f"{self.name} needs the whole pipeline: its scheduler says what the UNet predicts")
+            raise UserError(f"{self.name} needs the whole pipeline: its scheduler determines what the UNet predicts")
         if dataset is None:
             raise UserError(f"{self.name} needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         data = as_encoded(pipeline, dataset)

@@ -11,7 +11,7 @@ from prunekit.runtime.errors import UserError
 
 
 class PruneSettings(BaseModel):
-    """The settings that all methods have; a method's own `Config` adds to them."""
+    """Settings of all methods; the `Config` of a method adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -19,25 +19,29 @@ class PruneSettings(BaseModel):
         0.8,
         gt=0,
         lt=1,
-        description="Cost to reach, as a share of the dense UNet's MACs; or {latency: 0.7, device: here}: of its time.",
+        description="Fraction of the dense model's exact MACs to keep, averaged over training prompts; or "
+        "{latency: 0.7, device: here}: fraction of the dense model's time.",
     )
     latency: LatencySettings | None = Field(
-        None, description="What the budget's time is measured on; unset: the budget counts MACs."
+        None,
+        description="Device and conditions of the measured time for a budget of time; unset: the budget counts MACs.",
     )
     align: Literal[8, 16, 32, 64] | None = Field(
-        None, description="Channels of which every cut width is a multiple; unset: any. Methods of whole layers: none."
+        None,
+        description="Every cut width is a multiple of this number of channels; unset: any width. No effect on methods "
+        "that remove only whole layers.",
     )
-    depth: Literal["aptp", "all", "blocks", "none"] = Field("aptp", description="Which whole layers may be removed.")
-    include: str | list[str] | None = Field(
-        None, description="Globs over module paths: prune only these; all if unset."
-    )
-    exclude: str | list[str] | None = Field(None, description="Globs over module paths: leave these as they are.")
-    convention: Literal["exact", "conv_linear", "aptp"] = Field("exact", description="How MACs are counted.")
+    depth: Literal["aptp", "all", "blocks", "none"] = Field("aptp", description="Whole layers that may be removed.")
+    include: str | list[str] | None = Field(None, description="Globs over module paths to prune; unset: all.")
+    exclude: str | list[str] | None = Field(None, description="Globs over module paths that are not pruned.")
+    convention: Literal["exact", "conv_linear", "aptp"] = Field("exact", description="Count of MACs.")
     resolution: int | tuple[int, int] | None = Field(
-        None, description="Image side or (height, width) in pixels at which MACs count; unset: the model's own."
+        None, description="Image side, or (height, width), in pixels at which MACs are counted; unset: the model's own."
     )
-    text_length: int | None = Field(None, ge=1, description="Text tokens at which MACs count; unset: the tokenizer's.")
-    seed: int = Field(0, ge=0, lt=2**63, description="What all randomness of the method is keyed by.")
+    text_length: int | None = Field(
+        None, ge=1, description="Number of text tokens at which MACs are counted; unset: the tokenizer's maximum."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of all random numbers of the method.")
 
     @model_validator(mode="before")
     @classmethod

@@ -57,18 +57,22 @@ Gradients = dict[nn.Parameter, Tensor]  # of a weight's shape, float32
 class TaylorSPSettings(PruneSettings):
     """Settings of Taylor-SP."""
 
-    samples: int = Field(128, gt=0, description="Calibration samples, the same ones at every timestep.")
-    batch_size: int = Field(8, gt=0, description="Samples of one forward and backward pass.")
-    num_timesteps: int = Field(50, gt=0, description="Timesteps visited, evenly spaced over the schedule from 0.")
+    samples: int = Field(128, gt=0, description="Number of calibration samples, the same at every timestep.")
+    batch_size: int = Field(8, gt=0, description="Samples per forward and backward pass.")
+    num_timesteps: int = Field(50, gt=0, description="Number of timesteps, evenly spaced over the schedule from 0.")
     threshold: float = Field(
-        0.05, ge=0, lt=1, description="The sum ends where the loss falls below this share of the largest one so far."
+        0.05,
+        ge=0,
+        lt=1,
+        description="The sum over timesteps ends when the loss falls below this fraction of its maximum so far.",
     )
     aggregation: Literal["sum_abs", "abs_sum"] = Field(
         "sum_abs",
-        description="sum_abs: sum of |w·g| over a unit's weights (Diff-Pruning); abs_sum: |sum of w·g| of each layer's "
-        "channel (torch-pruning's multivariable=True), then their sum.",
+        description="Sum over a unit's weights. sum_abs: sum of |w·g| (Diff-Pruning); abs_sum: |sum of "
+        "w·g| per channel of each layer, then the sum of these (torch-pruning's "
+        "multivariable=True).",
     )
-    precision: UnscaledPrecision = Field("auto", description=f"Autocast of forward passes; {UNSCALED_AUTO}.")
+    precision: UnscaledPrecision = Field("auto", description=f"Autocast dtype of forward passes. {UNSCALED_AUTO}")
 
 
 @register("taylor_sp")
@@ -116,7 +120,7 @@ class TaylorSP(ScoreMethod):
         if dataset is None:
             raise UserError("taylor_sp needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         if getattr(pipeline, "scheduler", None) is None:
-            raise UserError("taylor_sp needs the whole pipeline: its scheduler says what the loss is")
+            raise UserError("taylor_sp needs the whole pipeline: its scheduler determines the loss")
         data = as_encoded(pipeline, dataset)
         gradients, losses, used = self._gradients(pipeline, space, data)
         with torch.no_grad():
@@ -225,6 +229,6 @@ def _check(widths: Tensor, used: list[int]) -> None:
         raise UserError("Taylor scores are not finite: the gradients overflow; use precision=float32")
     if len(widths) and not widths.any():
         raise UserError(
-            f"all Taylor scores are zero at the timesteps {used}: the loss does not depend on any prunable weight, as "
-            "where the UNet's output layer is zero or its weights are; load a trained UNet"
+            f"all Taylor scores are zero at the timesteps {used}: the loss does not depend on any prunable "
+            "weight, for example because the UNet's output layer or its weights are zero; load a trained UNet"
         )

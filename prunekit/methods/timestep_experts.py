@@ -41,21 +41,25 @@ SCORES: dict[str, type[ScoreMethod]] = {"obs": OBS, "taylor_sp": TaylorSP}
 class TimestepExpertsSettings(PruneSettings):
     """Settings of timestep experts."""
 
-    bins: int = Field(3, gt=1, le=100, description="K, bins of as many of the sampler's timesteps each")
-    sampling_steps: int = Field(25, gt=1, description="steps of the sampler over whose timesteps MACs are averaged")
-    scores: Literal["obs", "taylor_sp"] = Field("obs", description="the method that scores units, over all timesteps")
-    score: dict[str, Any] = Field({}, description="settings of that method")
+    bins: int = Field(
+        3, gt=1, le=100, description="Number of bins, K, each with the same number of the sampler's timesteps."
+    )
+    sampling_steps: int = Field(25, gt=1, description="Number of sampler steps over whose timesteps MACs are averaged.")
+    scores: Literal["obs", "taylor_sp"] = Field("obs", description="Method that scores units, over all timesteps.")
+    score: dict[str, Any] = Field({}, description="Settings of this method.")
     nested: bool = Field(
         True,
-        description="a bin multiplies all scores by one factor, so that it keeps all that a bin with fewer units does; "
-        "off: by a factor for each group of units",
+        description="Nested masks: a bin multiplies all scores by one factor, so it keeps every unit "
+        "that a smaller bin keeps; false: one factor per group of units.",
     )
-    samples: int = Field(32, gt=0, description="calibration samples of each bin, on which groups are left out")
+    samples: int = Field(
+        32, gt=0, description="Number of calibration samples per bin, on which groups are removed one by one."
+    )
 
 
 @register("timestep_experts")
 class TimestepExperts(Method):
-    """One architecture for each bin of timesteps, on shared weights, with free budgets (after ALTER, MosaicDiff)."""
+    """One architecture per bin of timesteps on shared weights, each with its own budget (after ALTER, MosaicDiff)."""
 
     Config = TimestepExpertsSettings
     config: TimestepExpertsSettings
@@ -116,7 +120,7 @@ class TimestepExperts(Method):
             raise UserError(f"{self.name} needs data: pass EncodedData or CaptionedImages (norm and random need none)")
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
-            raise UserError(f"{self.name} needs the whole pipeline: its scheduler says which timesteps are visited")
+            raise UserError(f"{self.name} needs the whole pipeline: its scheduler determines the visited timesteps")
         data, cost = as_encoded(pipeline, dataset), budget_cost(pipeline, config)
         scores = self._scoring().kept_scores(pipeline, data, directory)
         timesteps = sampled_timesteps(scheduler, config.sampling_steps)

@@ -22,15 +22,17 @@ class EmojiModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image_size: int = Field(64, ge=8, le=1024, multiple_of=8, description="pixels a side")
-    latent_channels: Size = Field(8, description="channels of the 8x smaller latent")
-    autoencoder_channels: Levels = Field((32, 48, 96, 96), description="widths of the autoencoder's levels")
-    unet_channels: Levels = Field((64, 96, 96, 96), description="widths of the UNet's levels")
-    unet_heads: Levels = Field((4, 6, 6, 6), description="attention heads of the UNet's levels")
-    norm_groups: Size = Field(16, description="GroupNorm groups of the UNet: the units of a ResBlock")
-    text_width: Size = Field(128, description="width of the text encoder")
-    text_layers: int = Field(3, ge=1, le=100, description="layers of the text encoder")
-    vocabulary: int = Field(2000, description="BPE vocabulary at most")
+    image_size: int = Field(64, ge=8, le=1024, multiple_of=8, description="Side of a picture in pixels.")
+    latent_channels: Size = Field(
+        8, description="Channels of the latent, whose sides are 8 times smaller than the picture's."
+    )
+    autoencoder_channels: Levels = Field((32, 48, 96, 96), description="Channels of the autoencoder's levels.")
+    unet_channels: Levels = Field((64, 96, 96, 96), description="Channels of the UNet's levels.")
+    unet_heads: Levels = Field((4, 6, 6, 6), description="Attention heads of the UNet's levels.")
+    norm_groups: Size = Field(16, description="GroupNorm groups of the UNet, which are the units of a ResBlock.")
+    text_width: Size = Field(128, description="Channels of the text encoder.")
+    text_layers: int = Field(3, ge=1, le=100, description="Layers of the text encoder.")
+    vocabulary: int = Field(2000, description="Largest size of the BPE vocabulary.")
 
     @model_validator(mode="after")
     def _divisible(self) -> "EmojiModelConfig":

@@ -27,12 +27,14 @@ class EmojiSD3Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    layers: int = Field(6, ge=1, le=100, description="transformer blocks")
-    heads: Size = Field(6, description="attention heads of each block")
-    head_channels: Size = Field(32, description="channels of a head")
-    dual_layers: list[int] = Field([0], description="blocks with a second attention of the image alone (SD 3.5 medium)")
-    patch: int = Field(1, ge=1, le=8, description="side of the latent's square that makes a token")
-    shift: float = Field(2.0, gt=0, description="shift of the noise levels towards noise, of training and sampling")
+    layers: int = Field(6, ge=1, le=100, description="Number of transformer blocks.")
+    heads: Size = Field(6, description="Attention heads per block.")
+    head_channels: Size = Field(32, description="Channels per head.")
+    dual_layers: list[int] = Field(
+        [0], description="Blocks with a second attention over the image only (SD 3.5 medium)."
+    )
+    patch: int = Field(1, ge=1, le=8, description="Side of the square of latent positions that forms a token.")
+    shift: float = Field(2.0, gt=0, description="Shift of the noise levels towards noise, in training and sampling.")
 
 
 @dataclass(frozen=True)

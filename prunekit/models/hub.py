@@ -70,7 +70,7 @@ def fetch_file(repository: str, file: str, local: str) -> Path:
 def asking(repository: str, what: str = "it", local: str = LOCAL) -> Iterator[Hub]:
     """Turn what the hub or its cache fails with into a ValueError, one line; a new cache without weights is removed.
 
-    what: is asked for, for the message. local: what can be given in its place. Whole weight files stay, so that a new
+    what: is requested, for the message. local: what can be given in its place. Whole weight files stay, so that a new
     start goes on.
     """
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
@@ -107,6 +107,6 @@ def _reason(repository: str, error: BaseException, what: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no model {repository!r}, or it is private (then set HF_TOKEN)"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"the hub's {repository!r} is not what was asked for: {first_line(error)}"
+        return f"the hub's {repository!r} is not a supported model: {first_line(error)}"
     offline = "offline mode is on, HF_HUB_OFFLINE" if constants.is_offline_mode() else first_line(error)
-    return f"model {repository!r}: the hub cannot be reached, and {what} is not whole in the local cache ({offline})"
+    return f"model {repository!r}: the hub cannot be reached, and {what} is not complete in the local cache ({offline})"

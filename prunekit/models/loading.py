@@ -68,7 +68,9 @@ def load_pipeline(
     if path is not None and path.is_file():
         pipeline = load_single_file(path, single_file_config, dtype, say)
     elif single_file_config is not None:
-        raise UserError(f"single_file_config={single_file_config} is for a model in a single file, and {name} is none")
+        raise UserError(
+            f"single_file_config={single_file_config} is for a model in a single file, and {name} is not a single file"
+        )
     else:
         pipeline = load_directory(path or fetch(name, unet_from_config), name, dtype, say)
     _check(pipeline, name)
@@ -93,10 +95,10 @@ def load_directory(
     """Load a diffusers pipeline's directory, safetensors alone; a pruned denoiser by prunekit's class, no code is run.
 
     name: what errors call it. with_denoiser: without, its denoiser is None, and need not be there.
-    Raises ValueError, one line, for a directory that is no pipeline's, or does not load.
+    Raises ValueError, one line, for a directory that is not a pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
-        raise UserError(f"{directory} is no diffusers pipeline: it holds no {INDEX}")
+        raise UserError(f"{directory} is not a diffusers pipeline: it has no {INDEX}")
     index = read_object(directory / INDEX)
     part = PIPELINES.get(str(index.get("_class_name")), "unet")
     check_index(index if with_denoiser else {**index, part: ["left out"]}, name)

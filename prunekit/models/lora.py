@@ -64,7 +64,7 @@ def merge_lora(
                 pipeline.unload_lora_weights()
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"LoRA {weights.path} cannot be merged into this model: {_reason(error)}") from error
-        rest = f"; it has {named}, the others fit no layer of this model" if merged < named else ""
+        rest = f"; it has {named}, the other weights fit no layer of this model" if merged < named else ""
         say(f"LoRA {weights.path} is merged into {merged} layer(s) at scale {weights.scale:g}{rest}")
 
 

@@ -56,7 +56,7 @@ SUPPORTED = (
 )
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CONVERT = (
-    "pickles can run code and are not loaded: convert it where you trust it, by "
+    "pickles can run code and are not loaded: if you trust the file, convert it with "
     "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY), and give the directory"
 )
 
@@ -81,7 +81,7 @@ def local_path(name: str | Path) -> Path | None:
             return path
         raise UserError(f"no file {text!r}; a model is one of {NAMES}, or {LOCAL}")
     if path.is_file():
-        raise UserError(f"{text} is no .safetensors file; give one, or {LOCAL}")
+        raise UserError(f"{text} is not a .safetensors file; give one, or {LOCAL}")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise UserError(f"no directory {text!r}; a model is one of {NAMES}, or {LOCAL}")
     if text not in KNOWN and (text.count("/") != 1 or not all(text.split("/"))):

@@ -61,7 +61,7 @@ def resolution_of(pipeline: Any) -> int:
     """
     height, width = pixels_of(pipeline)
     if height != width:
-        raise UserError(f"the model is made for {height} x {width} pixels; set resolution=SIDE, of squares")
+        raise UserError(f"the model is made for {height} x {width} pixels; set resolution=SIDE for square pictures")
     return height
 
 
@@ -132,7 +132,7 @@ def _most_tokens(tokenizer: Path) -> int:
     """Return the most tokens of a text by a tokenizer's config; what it does not say is CLIP's number."""
     tokens = read_object(tokenizer).get("model_max_length", CLIP_TOKENS)
     if type(tokens) is not int or tokens < 1:
-        raise UserError(f"{tokenizer}: model_max_length={tokens!r} is no positive integer")
+        raise UserError(f"{tokenizer}: model_max_length={tokens!r} is not a positive integer")
     return min(tokens, MOST)
 
 
@@ -144,7 +144,7 @@ def _scale(autoencoder: Path) -> int:
         return scale
     levels = next((config[name] for name in LEVELS if name in config), None)
     if not isinstance(levels, list) or not 1 <= len(levels) <= MOST_LEVELS:
-        raise UserError(f"{autoencoder}: block_out_channels={levels!r} is no list of 1 to {MOST_LEVELS} sizes")
+        raise UserError(f"{autoencoder}: block_out_channels={levels!r} is not a list of 1 to {MOST_LEVELS} sizes")
     return 2 ** (len(levels) - 1)
 
 

@@ -32,8 +32,8 @@ def load_single_file(
         if not any(name.startswith(prefix) for name in outline):
             raise UserError(f"{path} holds no {part}; give a file with the whole model, or a pipeline's directory")
     if config is None:
-        also = ", or single_file_config=sd-2.1-base where it predicts epsilon at 512 px" if source == "sd-2.1" else ""
-        say(f"{path.name} is read with the configs of {source}; single_file_config=NAME sets others{also}")
+        also = ", or single_file_config=sd-2.1-base if it predicts epsilon at 512 px" if source == "sd-2.1" else ""
+        say(f"{path.name} is read with the configs of {source}; single_file_config=NAME selects others{also}")
     directory = local_path(source) or fetch_configs(source, f"the configs of {path.name}")
     if directory.is_file() or not (directory / "model_index.json").is_file():
         raise UserError(f"single_file_config={source}: no diffusers pipeline's directory")
@@ -52,8 +52,8 @@ def load_single_file(
         raise UserError(f"{path} does not fit the configs of {source}: {first_line(error)}") from error
     if V_PREDICTION in outline and pipeline.scheduler.config.prediction_type != "v_prediction":
         raise UserError(
-            f"{path} says that it predicts v, and the scheduler of {source} does not: give single_file_config a "
-            "pipeline's directory whose scheduler has prediction_type v_prediction"
+            f"{path} says that it predicts v, and the scheduler of {source} does not: set single_file_config to "
+            "the directory of a pipeline whose scheduler has prediction_type v_prediction"
         )
     return pipeline
 
@@ -65,7 +65,7 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
     """
     outline = _outline(path)
     if UNET not in outline:
-        raise UserError(f"{path} holds no whole Stable Diffusion model (no tensor {UNET}); {SUPPORTED}")
+        raise UserError(f"{path} does not hold a complete Stable Diffusion model (no tensor {UNET}); {SUPPORTED}")
     if config is not None:
         return config
     kind = infer_diffusers_model_type(outline)
@@ -80,8 +80,8 @@ def check_size(path: Path, model: torch.nn.Module, source: str | Path) -> None:
     expected = sum(parameter.numel() for parameter in model.parameters())
     if num_weights != expected:
         raise UserError(
-            f"{path} does not fit the configs of {source}: its UNet has {num_weights:,} weights, not {expected:,}; "
-            "name the pipeline that it is one of by single_file_config"
+            f"{path} does not fit the configs of {source}: its UNet has {num_weights:,} weights, not "
+            f"{expected:,}; set single_file_config to the pipeline that it belongs to"
         )
 
 
@@ -92,4 +92,4 @@ def _outline(path: Path) -> dict[str, torch.Tensor]:
             names = file.keys()
             return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable .safetensors file: {first_line(error)}") from error
+        raise UserError(f"{path} is not a readable .safetensors file: {first_line(error)}") from error

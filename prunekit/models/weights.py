@@ -33,8 +33,8 @@ def variant_of(names: Iterable[str]) -> str | None:
             variants_by_part.setdefault(match["part"], set()).add(match["variant"] or match["late"])
     if missing := sorted(pickled - set(variants_by_part)):
         raise UserError(
-            f"{', '.join(missing)}: only pickled weights (.bin), which can run code and are not loaded; convert them "
-            "where you trust them, by DiffusionPipeline.from_pretrained(IT).save_pretrained(DIRECTORY)"
+            f"{', '.join(missing)}: only pickled weights (.bin), which can run code and are not loaded; if you "
+            "trust them, convert them with DiffusionPipeline.from_pretrained(IT).save_pretrained(DIRECTORY)"
         )
     needed = [variants for variants in variants_by_part.values() if None not in variants]
     common = set.intersection(*needed) if needed else set()

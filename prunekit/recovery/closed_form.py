@@ -44,31 +44,36 @@ LEFT_OUT = 4  # one sample of so many, the last of each, chooses the ridge
 
 
 class ClosedFormConfig(BaseModel):
-    """How layers are refitted."""
+    """Settings of the closed-form refit."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    samples: int = Field(512, gt=1, description="calibration samples: captioned pictures, each at one timestep")
-    batch_size: int = Field(32, gt=0, description="samples of one forward pass")
+    samples: int = Field(
+        512, gt=1, description="Number of calibration samples: captioned pictures, each at one timestep."
+    )
+    batch_size: int = Field(32, gt=0, description="Samples per forward pass.")
     ridges: list[float] = Field(
         [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
         min_length=1,
-        description="ridges that are tried, in units of the mean square of a layer's inputs; the best on a quarter of "
-        "the samples is taken, or none where the cut weights are better there; of fewer than 4 samples the first",
+        description="Candidate ridges, in units of the mean square of a layer's inputs. The best ridge on a quarter of "
+        "the samples is used, or no refit if the cut weights are better there; with fewer than 4 samples, "
+        "the first ridge.",
     )
     inputs: Literal["pruned", "dense"] = Field(
         "pruned",
-        description="what a layer is fitted on: what the pruned model gives it now, or what the dense one does",
+        description="Inputs on which a layer is fitted: those in the pruned model at this point, or those in the dense "
+        "model.",
     )
     timestep_weights: TimestepWeights = Field("uniform", description=TIMESTEP_WEIGHTS)
     layers_at_once: int = Field(
         1,
         gt=0,
-        description="layers that are fitted from the same passes over the samples: more take less time and more "
-        "memory, and see the layers before them of the same passes as they were cut",
+        description="Number of layers that are fitted from the same passes over the samples. More layers "
+        "take less time and more memory, but a layer then does not see the refit of earlier "
+        "layers of the same passes.",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="autocast of the forward passes; sums and solutions are float64"
+        "float32", description="Autocast dtype of the forward passes; sums and solutions are float64."
     )
 
     def dense_passes(self, layers: int, ratio: float) -> float:

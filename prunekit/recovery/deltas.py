@@ -22,13 +22,20 @@ from prunekit.runtime.randomness import generator
 
 
 class DeltaConfig(BaseModel):
-    """What an expert changes of the weights that it shares."""
+    """Difference of an expert's weights to the shared weights."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(8, ge=0, le=4096, description="of the change of each matrix and kernel; 0: none of them changes")
+    rank: int = Field(
+        8,
+        ge=0,
+        le=4096,
+        description="Rank of the change of each matrix and kernel; 0: matrices and kernels do not change.",
+    )
     scale: float = Field(
-        2.0, gt=0, description="what a low-rank change is multiplied by; more lets it learn faster than shared weights"
+        2.0,
+        gt=0,
+        description="Factor of a low-rank change; a larger factor lets it learn faster than the shared weights.",
     )
 
 

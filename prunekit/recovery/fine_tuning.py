@@ -41,38 +41,43 @@ from prunekit.training.trainer import Log, Trainer, TrainerConfig
 
 
 class FineTuneConfig(TrainerConfig):
-    """How sliced models are fine-tuned."""
+    """Settings of the fine-tuning of sliced models."""
 
-    denoising_weight: float = Field(1e-4, ge=0, description="alpha_DDPM of Eq. 30")
-    distillation_weight: float = Field(1.0, ge=0, description="alpha_distill of Eq. 30; 0 trains without a teacher")
+    denoising_weight: float = Field(1e-4, ge=0, description="Weight of the denoising error, alpha_DDPM of Eq. 30.")
+    distillation_weight: float = Field(
+        1.0, ge=0, description="Weight of distillation, alpha_distill of Eq. 30; 0: no teacher."
+    )
     feature_blocks: FeatureBlocks = Field(
         "all",
-        description="blocks whose outputs are distilled: all (Eq. 29); down_up leaves out the mid block, which with "
-        "denoising_weight=1 is BK-SDM's own distillation (Kim et al., 2023); none distils the output alone",
+        description="Blocks whose outputs are distilled. all: Eq. 29; down_up: without the mid block, which with "
+        "denoising_weight=1 is BK-SDM's distillation (Kim et al., 2023); none: only the output.",
     )
     feature_scale: FeatureScale = Field("sum", description=FEATURE_SCALE)
     shared_backbone: bool = Field(
         False,
-        description="experts of a mixture share one set of weights, trained under all their masks, and are sliced from "
-        "it; off: each trains its own",
+        description="Share one set of weights among the experts of a mixture: it is trained under all "
+        "masks, and experts are sliced from it; false: separate weights.",
     )
     experts_per_step: int | None = Field(
         None,
         gt=0,
-        description="with shared_backbone: how many experts a step trains, drawn by their shares of the prompts; 1 "
-        "runs a step's whole batch through one of them, unset: every prompt through its own",
+        description="With shared_backbone: number of experts that a step trains, drawn by their shares of the prompts; "
+        "1: the whole batch runs through one expert; unset: every prompt runs through its own expert.",
     )
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for classifier-free guidance")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Fraction of captions replaced by the empty caption, for classifier-free guidance."
+    )
     snr_gamma: float | None = Field(None, gt=0, description=SNR_GAMMA)
     snr_form: SNRForm = Field("velocity", description=SNR_FORM)
     lora: LoraConfig | None = Field(
-        None, description="train low-rank changes of the layers alone, and merge them afterwards; unset: all weights"
+        None,
+        description="Train only low-rank changes of the layers, and merge them afterwards; unset: train all weights.",
     )
 
     deltas: DeltaConfig | None = Field(
         None,
-        description="with shared_backbone: each expert adds low-rank changes of its own, and of biases and norms, to "
-        "the shared weights; unset: none",
+        description="With shared_backbone: each expert adds its own low-rank changes, and changes of biases and norms, "
+        "to the shared weights; unset: none.",
     )
 
     @model_validator(mode="after")
@@ -80,7 +85,7 @@ class FineTuneConfig(TrainerConfig):
         if self.deltas is not None and not self.shared_backbone:
             raise UserError("fine_tune.deltas needs fine_tune.shared_backbone=true: they change shared weights")
         if self.lora is not None and self.shared_backbone:
-            raise UserError("fine_tune.lora and fine_tune.shared_backbone exclude each other: leave one of them out")
+            raise UserError("fine_tune.lora and fine_tune.shared_backbone exclude each other: remove one of them")
         return self
 
     def dense_passes(self, ratio: float) -> float:
@@ -167,7 +172,7 @@ def fine_tune(
     objective: Callable[..., FineTuningObjective] = FineTuningObjective,
     offload_teacher: bool = False,
 ) -> dict[str, float]:
-    """Train a sliced denoiser in place (Eq. 30), resuming from `directory` where an earlier call was cut off.
+    """Train a sliced denoiser in place (Eq. 30), resuming an interrupted call from `directory`.
 
     student: usually from `slice_unet`, float32; for low-rank changes it may be one that `training.memory.lower` holds.
     teacher: the dense model, left as it is. scheduler: the pipeline's.
@@ -180,11 +185,9 @@ def fine_tune(
     """
     pairs = data.training_pairs() if pairs is None else pairs
     if not len(pairs):
-        raise UserError(f"{title}: no training pair to learn from")
+        raise UserError(f"{title}: there are no training pairs")
     if is_lowered(student) and config.lora is None:
-        raise UserError(
-            f"{title}: weights that are held in bfloat16 change by fine_tune.lora alone; train float32 ones"
-        )
+        raise UserError(f"{title}: weights in bfloat16 can change only by fine_tune.lora; train float32 weights")
     device = student.device
     student.train().requires_grad_(True)
     if config.lora is not None:

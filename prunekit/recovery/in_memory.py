@@ -33,7 +33,7 @@ def recover_experts(
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
     What a run does, in memory: returns the models, frozen, on the device of the pipeline's UNet, which stays as it is.
-    directory: where trainings are kept, so that a call that was cut off goes on; a temporary one if None.
+    directory: where trainings are kept, so that an interrupted call resumes; None: a temporary directory.
     Raises ValueError as `fine_tune`, and for a directory with the training of another result.
     """
     if directory is None:
@@ -51,7 +51,7 @@ def recover_experts(
         parts = [slices[start : start + count] for start in range(0, len(slices), count)]
         return [part[0] if result.bins is None else TimestepModel(part, result.bins) for part in parts]
     if result.bins is not None:
-        raise UserError("architectures that depend on the timestep share their weights: set shared_backbone=true")
+        raise UserError("experts that depend on the timestep must share their weights: set shared_backbone=true")
     experts, (_, pairs_of) = [], routed_pairs(result, data, pairs)
     for index, (architecture, served) in enumerate(zip(result.architectures, pairs_of, strict=True)):
         experts.append(slice_model(dense, architecture).eval().requires_grad_(False))

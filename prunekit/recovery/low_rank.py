@@ -28,9 +28,9 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(16, gt=0, le=4096, description="of each layer's change; its scale alpha / rank is 1")
+    rank: int = Field(16, gt=0, le=4096, description="Rank of each layer's change; the scale alpha / rank is 1.")
     learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate of the changes; unset: fine_tune.learning_rate"
+        None, gt=0, description="Peak learning rate of the changes; unset: fine_tune.learning_rate."
     )
 
 

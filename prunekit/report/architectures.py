@@ -25,7 +25,7 @@ NOTE = (
 def architectures(source: Source) -> Section:
     """Return the section. Raises MissingError before a method has chosen, or where the model is not here."""
     if not source.chosen:
-        raise MissingError("no method's choice lies in this directory (result.json)")
+        raise MissingError("this directory has no method's choice (result.json)")
     drawings: list[str] = []
     tables: list[dict[str, Any]] = []
     denoiser = denoiser_of(source.shape)

@@ -64,7 +64,7 @@ def html_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], tit
 
 def _of_run(source: Source) -> tuple[list[Table], list[Row], str]:
     if "table" not in source.results:
-        raise MissingError("the run has measured nothing yet: `prunekit resume` goes on with it")
+        raise MissingError("the run has no measurements yet: `prunekit resume` continues it")
     rows = source.results["table"]["rows"]
     errors = {row["name"]: source.metrics(row["name"], "errors") or {} for row in rows}
     lines = [_with_intervals(row, errors[row["name"]]) for row in rows]
@@ -115,7 +115,7 @@ def _point(row: Mapping[str, Any], errors: Mapping[str, float]) -> Row:
 
 def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
     if not source.cells:
-        raise MissingError("no cell of the comparison is finished yet: `prunekit compare` goes on with it")
+        raise MissingError("no cell of the comparison is finished yet: `prunekit compare` continues it")
     path = source.directory / TIMINGS
     rows, tables = rows_of(source.cells, read_json(path) if path.is_file() else {}), []
     for protocol in dict.fromkeys(row.protocol for row in rows):

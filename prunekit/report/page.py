@@ -36,7 +36,7 @@ def write_report(directory: str | Path) -> Path:
     """Write `report.html` of a run or a comparison into its directory, from what lies there; return its path.
 
     A section whose data is not there is left out, with one line that says why. Raises ValueError, one line, for a
-    directory that is no run.
+    directory that is not a run.
     """
     source = Source(Path(directory))
     path = source.directory / REPORT

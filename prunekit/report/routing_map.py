@@ -29,7 +29,7 @@ NO_ASSIGNMENT = "Prompts before balancing, with and without transport, are not d
 
 
 def routing(source: Source) -> Section:
-    """Return the section. Raises MissingError where nothing routes."""
+    """Return the section. Raises MissingError if nothing routes."""
     if source.is_comparison:
         cells = [cell for cell in source.cells if cell["experts"]]
         if not cells:

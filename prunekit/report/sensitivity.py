@@ -15,7 +15,7 @@ NOTE = (
 
 
 def sensitivity(source: Source) -> Section:
-    """Return the section. Raises MissingError where it was not measured."""
+    """Return the section. Raises MissingError if it was not measured."""
     path = source.directory / FILE
     if not path.is_file():
         raise MissingError("not measured; `prunekit report RUN --sensitivity` does, and keeps it in the run")

@@ -34,17 +34,17 @@ class Section:
 
 @dataclass(frozen=True)
 class Source:
-    """A directory that is reported on. Raises ValueError, one line, for one that is no run."""
+    """A directory that is reported on. Raises ValueError, one line, for one that is not a run."""
 
     directory: Path
 
     def __post_init__(self):
         if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is no directory; give a run's or a comparison's")
+            raise UserError(f"{self.directory} is not a directory; give the directory of a run or a comparison")
         if not any((self.directory / name).exists() for name in (RECIPE, RESULTS, "cells")):
             raise UserError(
-                f"{self.directory} is no run and no comparison: it holds none of {RECIPE}, {RESULTS} and cells/; "
-                "start one with `prunekit run RECIPE`"
+                f"{self.directory} is neither a run nor a comparison: it has none of {RECIPE}, {RESULTS} and "
+                "cells/; start one with `prunekit run RECIPE`"
             )
 
     @cached_property
@@ -75,7 +75,7 @@ class Source:
         return str(self.recipe.get("name") or self.results.get("recipe") or self.directory.resolve().name)
 
     def metrics(self, name: str, kind: str) -> Any:
-        """Return a row's record of a kind, such as "errors"; None where the run has none."""
+        """Return a row's record of a kind, such as "errors"; None if the run has none."""
         path = self.directory / "metrics" / f"{name}.{kind}.json"
         return read_json(path) if path.is_file() else None
 

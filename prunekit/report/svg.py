@@ -1,4 +1,4 @@
-"""Drawing for the page: matplotlib figures as inline SVG that take the page's font and its light or dark colours."""
+"""Drawing for the page: matplotlib figures as inline SVG that take the page's font and its light or dark colors."""
 
 import io
 import itertools
@@ -32,7 +32,7 @@ STYLE: Any = {  # matplotlib's own type names every setting
 
 
 def colour(index: int) -> str:
-    """Return the colour of line, expert or method `index`; they come again after eight."""
+    """Return the color of line, expert or method `index`; they come again after eight."""
     return COLOURS[index % len(COLOURS)]
 
 
@@ -87,7 +87,7 @@ def plain_log_axis(panel: Any) -> None:
 def inline_svg(figure: Any, label: str) -> str:
     """Return a figure as SVG for use within HTML; `label` says what it shows to those who cannot see it.
 
-    Names inside are made unique in the page; black becomes the text's colour and light grey the grid's. Use within
+    Names inside are made unique in the page; black becomes the text's color and light gray the grid's. Use within
     `style`.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -112,7 +112,7 @@ def inline_svg(figure: Any, label: str) -> str:
 
 
 def ink_on(value: float) -> str:
-    """Return the colour of text that can be read on viridis at `value` in 0..1."""
+    """Return the color of text that can be read on viridis at `value` in 0..1."""
     return "#fffffe" if value < 0.55 else "#010101"
 
 

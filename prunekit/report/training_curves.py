@@ -7,7 +7,7 @@ from prunekit.report.source import MissingError, Section, Source
 from prunekit.report.svg import COLOURS, colour, inline_svg, legend_below, new_figure, plain_log_axis, style
 from prunekit.runtime.run_directory import LOG
 
-OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # of a row's figures, what is no term of the loss
+OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # of a row's figures, what is not a term of the loss
 MOST_TRAININGS = 24
 SHORT = 14  # letters of a name of which three fit beside each other
 APART = 30  # from this ratio on, curves of one figure share a logarithmic axis
@@ -35,7 +35,7 @@ def training(source: Source) -> Section:
         "times": _together(times, "time", "Time of a step", "time (s)"),
         "memory": _together(shown, "memory", "Memory", "memory (GiB)", 2**-30),
         "table": {"header": ["training", "steps", "time (min)", "step (s)", "last loss"], "rows": _table(trainings)},
-        "note": NOTE + (f" {rest} further trainings stand in the table alone." if rest else ""),
+        "note": NOTE + (f" {rest} further trainings are only in the table." if rest else ""),
     }
     return Section("training", "Training", content)
 
@@ -94,7 +94,7 @@ def _losses(title: str, rows: Sequence[Row]) -> str:
 
 
 def _together(trainings: dict[str, list[Row]], key: str, title: str, unit: str, scale: float = 1.0) -> str | None:
-    """Return one figure of the first eight trainings over their steps; None where none recorded it."""
+    """Return one figure of the first eight trainings over their steps; None if none recorded it."""
     curves: dict[str, list[tuple[Any, Any]]] = {}
     for name, rows in trainings.items():
         points = [(row["step"], row[key] * scale) for row in rows if row.get(key) is not None]

@@ -45,7 +45,7 @@ def warnings_of(source: Source) -> list[str]:
     if rows and not ran:
         warnings.append("The evaluator's ceiling on known pictures was not measured.")
     if str(source.recipe.get("name", "")).endswith(SMOKE_SUFFIX):
-        warnings.append("scale=smoke: a try of the recipe, whose figures mean nothing.")
+        warnings.append("scale=smoke: this run only tests the recipe; its figures have no meaning.")
     missing = source.results.get("missing") or []
     if missing:
         warnings.append(f"{len(missing)} cells of the comparison are missing.")

@@ -35,11 +35,11 @@ class Painter:
 
 
 def wall(source: Source) -> Section:
-    """Return the section. Raises MissingError where no pictures were kept."""
+    """Return the section. Raises MissingError if no pictures were kept."""
     painters, note = _of_comparison(source) if source.is_comparison else _of_run(source)
     painters = [painter for painter in painters if painter.drawn]
     if not painters:
-        raise MissingError("the directory holds no pictures (samples/), as a copy without them does")
+        raise MissingError("the directory has no pictures (samples/); a copy may lack them")
     shared = [key for key in painters[0].drawn if all(key in painter.drawn for painter in painters)]
     cards, size = [], 0
     most = MOST_PROMPTS if len(painters) <= FEW_MODELS else MOST_PROMPTS // 2

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, processes, shared work, progress, logs, precision and randomness."""
+"""Functions of every package: errors, files, processes, shared work, progress, logs, precision and randomness."""

@@ -138,7 +138,7 @@ def _meet(others: list[_Companion]) -> None:
 
 def _alone(others: list[_Companion], reason: str) -> NoReturn:
     """Replace this process, which waits for others that do not come, by the same command in one process."""
-    console.print(f"going on in one process: {reason}", highlight=False, markup=False)
+    console.print(f"continuing in one process: {reason}", highlight=False, markup=False)
     for other in others:
         other.kill()
     kept = {name: value for name, value in os.environ.items() if name not in _launch_variables(1)}

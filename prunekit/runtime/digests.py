@@ -32,7 +32,7 @@ class FileGroup:
 
 
 class Digests:
-    """Digests of files' contents, remembered in `digests.jsonl` of a directory; without a directory, made anew.
+    """Digests of files' contents, remembered in `digests.jsonl` of a directory; without a directory, computed again.
 
     Several processes may use one directory: they share the reading, and what one has found the others take over.
     """

@@ -104,7 +104,7 @@ def staged(directory: Path) -> Iterator[Path]:
     and OSError, which names it, where the disk is full.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} holds something already; give a directory that is new or empty")
+        raise UserError(f"{directory} is not empty; give a new or empty directory")
     temporary = temporary_for(directory.absolute())
     try:
         with full_disk_named(directory):

@@ -140,18 +140,19 @@ def check_launch(environment: Mapping[str, str], count: int) -> None:
     if asked is not None:
         if int(asked) != count:
             raise LaunchError(
-                f"{asked} processes were started, but each would run as one of {count}; start them with: {START}"
+                f"{asked} processes were started, but each process would run alone, as one of {count}; start "
+                f"them with: {START}"
             )
         return
     if "MASTER_PORT" in environment and "ACCELERATE_MIXED_PRECISION" in environment:
         raise LaunchError(
-            f"`accelerate launch` was asked for several processes and started one (--cpu does so); use: {START}"
+            f"`accelerate launch` started one process instead of several (because of --cpu); use: {START}"
         )
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if int(environment.get(name, 1)) > max(1, count):
             raise LaunchError(
-                f"{environment[name]} processes were started ({name}), and each thinks itself alone; start one a node, "
-                f"and in it: {START}"
+                f"{environment[name]} processes were started ({name}), and none of them knows of the others; "
+                f"start one per node, and in it: {START}"
             )
 
 

@@ -1,5 +1,5 @@
-"""What a command says of its progress: one bar for whatever takes long (step, loss, time left; lines where output is no
-terminal), log lines and rows, and the memory in use.
+"""What a command shows of its progress: a bar for long work (step, loss, time left; lines if output is not a terminal),
+log lines and rows, and the memory in use.
 """
 
 import resource

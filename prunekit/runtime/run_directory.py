@@ -23,7 +23,7 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     """Return the settings of a run; FileNotFoundError for a directory without a recipe."""
     path = directory / RECIPE
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no run directory: it holds no {RECIPE}")
+        raise FileNotFoundError(f"{directory} is not a run directory: it has no {RECIPE}")
     return read_mapping(path)
 
 

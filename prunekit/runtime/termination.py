@@ -19,7 +19,9 @@ class Termination:
 
     def leave(self) -> None:
         """Leave the process with the code to start it again on, and say so."""
-        print(f"prunekit: asked to end; start the same command again to resume (status {REQUEUE})", file=sys.stderr)
+        print(
+            f"prunekit: stopped by a signal; start the same command again to resume (status {REQUEUE})", file=sys.stderr
+        )
         raise SystemExit(REQUEUE)
 
 

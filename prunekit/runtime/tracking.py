@@ -23,18 +23,18 @@ NO_TERMS = ("stage", "step", "event")  # keys of a row that are no figures
 
 
 class TrackingConfig(BaseModel):
-    """Which trackers get a run's figures; `log.jsonl` always has them."""
+    """Trackers that get a run's figures; `log.jsonl` always has them."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="each needs its package; the extra `tracking` has them"
+        [], description="Trackers, beside log.jsonl; the extra `tracking` installs their packages."
     )
-    project: str = Field("prunekit", description="the trackers' project")
+    project: str = Field("prunekit", description="Project name for the trackers.")
 
 
 class Trackers:
-    """The trackers of one run; started again on its directory, they go on with the same run.
+    """The trackers of one run; started again on its directory, they continue the same run.
 
     TensorBoard's files are in `directory`/tensorboard. Only the main process of a launch tracks; in the others, as
     where no trackers are named, every call does nothing.
@@ -103,8 +103,7 @@ def require_installed(config: TrackingConfig) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise MissingPackageError(
-                f"tracking.trackers has {name}, which is not installed: pip install 'prunekit[{EXTRA}]', or leave "
-                "it out"
+                f"tracking.trackers has {name}, which is not installed: pip install 'prunekit[{EXTRA}]', or remove it"
             )
 
 
@@ -149,7 +148,7 @@ def _try(name: str, directory: Path, do: Callable[[], Any]) -> None:
             do()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name} does not start: {lines[0]}; mend it, or leave it out of tracking.trackers") from error
+        raise UserError(f"{name} does not start: {lines[0]}; repair it, or remove it from tracking.trackers") from error
 
 
 def _is_finite(value: Any) -> bool:

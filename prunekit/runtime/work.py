@@ -109,7 +109,7 @@ def refuse_foreign(folder: Path, is_ours: bool, what: str, option: str = "--outp
     what: what the command writes, in the error. option: by which the user chooses another directory.
     """
     if not is_ours and folder.is_dir() and any(entry.name != USERS for entry in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {what}; choose another directory with {option}")
+        raise UserError(f"{folder} is not empty and has no {what}; choose another directory with {option}")
 
 
 def is_held(path: Path) -> bool:

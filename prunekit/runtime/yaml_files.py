@@ -30,7 +30,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FAULTS as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping of settings")
+        raise UserError(f"{path} does not hold a mapping of settings")
     return content
 
 
@@ -41,7 +41,7 @@ def load_settings(path: Path) -> DictConfig:
     except FAULTS as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, DictConfig):
-        raise UserError(f"{path} holds no mapping of settings")
+        raise UserError(f"{path} does not hold a mapping of settings")
     return content
 
 

@@ -1,7 +1,7 @@
 """Many pictures into one directory, by any number of processes, in any order, through any number of kills.
 
 Pictures are cut into fixed batches: by expert, then by prompt and seed. So no byte depends on the order in which they
-are asked for, or on which process makes what; processes that are given the same work share it by lock files.
+are requested, or on which process makes what; processes that are given the same work share it by lock files.
 """
 
 from __future__ import annotations
@@ -56,13 +56,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(picture.getexif()[_DESCRIPTION] if path.suffix == ".webp" else picture.info[KEY])
     except Exception as error:  # Pillow's EXIF parser raises whatever it comes across
-        raise UserError(f"{path} does not say how it was made: it is no picture of `prunekit generate`") from error
+        raise UserError(
+            f"{path} has no record of how it was made: it is not a picture of `prunekit generate`"
+        ) from error
     return metadata
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: prompts with their seeds, and how all of them are drawn.
+    """What is requested: prompts with their seeds, and how all of them are drawn.
 
     size: pixels (height, width); None: the model's own. picture_format: "png" or "webp".
     """
@@ -78,7 +80,7 @@ class Request:
 
     def __post_init__(self):
         if len(self.prompts) != len(self.seeds) or not self.prompts:
-            raise UserError(f"one seed a prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
+            raise UserError(f"one seed per prompt is needed: {len(self.prompts)} prompts, {len(self.seeds)} seeds")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.picture_format not in FORMATS:
@@ -176,7 +178,7 @@ def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request,
 
 
 def _claim(directory: Path, content: dict[str, Any]) -> None:
-    """Write down what is asked for; ValueError that names a difference to what was asked for before."""
+    """Write down what is requested; ValueError that names a difference to the earlier request."""
     refuse_foreign(directory, (directory / WORK / REQUEST).is_file(), "generated pictures")
     if different := _differences(directory, content):
         raise UserError(

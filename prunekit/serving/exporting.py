@@ -64,7 +64,7 @@ class _Work:
         return "graph" if self.tier in GRAPHS else self.tier if self.tier in ALONE else ""
 
     def folded(self, pipeline: PromptRoutedPipeline, model: ModelMixin, what: str) -> tuple[ModelMixin, Folded | None]:
-        """Fold an expert's modulation layers where that is asked for; return what is saved, and the folding."""
+        """Fold an expert's modulation layers if requested; return what is saved, and the folding."""
         if self.folding is None:
             return model, None
         if isinstance(model, TimestepModel):
@@ -157,7 +157,7 @@ def export(
         with pipeline.mixture.experts.use(expert or 0) as model:
             is_sliced = isinstance(model, TimestepModel)
         if is_sliced and expert is not None:
-            raise UserError(f"expert={expert} is several slices, one for each bin of timesteps: export all experts")
+            raise UserError(f"expert={expert} consists of several slices, one per bin of timesteps: export all experts")
         if is_sliced:  # no stock class selects by timestep
             return _export_all(pipeline, directory, work, table)
         return _export_one(pipeline, expert or 0, directory, work, table)

@@ -47,7 +47,7 @@ class RoutedOutput(BaseOutput):
 
 
 class PromptRoutedPipeline(DiffusionPipeline):
-    """A base pipeline whose denoiser is, prompt by prompt, the expert that the router chooses.
+    """A base pipeline that draws each prompt with the expert that the router chooses.
 
     Called as the base pipeline is. Prompts of one expert run together, `batch_size` of them in one call of
     the stock pipeline; images come back in the order asked for, each from its own noise. Any diffusers scheduler may
@@ -71,7 +71,7 @@ class PromptRoutedPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if parts is None or mixture is None:
-            raise UserError("make a PromptRoutedPipeline by from_pretrained(RUN or DIRECTORY), or by from_experts")
+            raise UserError("create a PromptRoutedPipeline with from_pretrained(RUN or DIRECTORY) or from_experts")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -105,12 +105,12 @@ class PromptRoutedPipeline(DiffusionPipeline):
         """Serve denoisers that are in memory, in place of a pipeline's own, whose other parts are shared.
 
         experts: denoisers; they are put into evaluation mode and frozen, and move where the pipeline moves.
-        router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None where there is one.
+        router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None if there is one.
         guidance: where a call asks for none. Raises ValueError for a router of another number of experts.
         """
         if (1 if router is None else router.num_experts) != len(experts):
             known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
-            raise UserError(f"{len(experts)} experts with {known}: give one expert for each of the router's")
+            raise UserError(f"{len(experts)} experts with {known}: give as many experts as the router has")
         models = [model.eval().requires_grad_(False) for model in experts]
         held = Experts(
             lambda index, device, dtype: models[index].to(device=device, dtype=dtype),

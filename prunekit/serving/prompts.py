@@ -26,10 +26,10 @@ def collect(
     validation: int | None = None,
     extremes: int | None = None,
 ) -> list[str]:
-    """Return all prompts that are asked for: given ones, a file's, a shipped list's, the run's validation captions.
+    """Return all prompts that are requested: given ones, a file's, a shipped list's, the run's validation captions.
 
     directory: the run. extremes: as in `extreme_prompts`, of the validation captions, all or the first `validation`.
-    Raises ValueError, one line, where nothing is asked for.
+    Raises ValueError, one line, if nothing is requested.
     """
     for text in prompts:
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -40,7 +40,7 @@ def collect(
         texts += held if extremes is None else extreme_prompts(pipeline, held, extremes)
     if not texts:
         raise UserError(
-            "nothing to draw: give --prompt TEXT, --prompts-file FILE with a prompt a line, --list NAME of "
+            "nothing to draw: give --prompt TEXT, --prompts-file FILE with one prompt per line, --list NAME of "
             f"{', '.join(prompt_lists())}, or --validation N"
         )
     return texts
@@ -76,20 +76,22 @@ def validation_prompts(settings: dict[str, Any], count: int | None = None) -> li
     held = torch.nonzero(images.held_out).flatten().tolist()
     if (count is not None and count > len(held)) or not held:
         raise UserError(
-            f"the run's data holds {len(held)} captions back (data.holdout), {count or 'some'} are asked for"
+            f"the run's data has {len(held)} held-out captions (data.holdout), but {count or 'some'} were requested"
         )
     return [images.captions[index] for index in held[:count]]
 
 
 def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], count: int) -> list[str]:
-    """Return the first `count` prompts of the cheapest expert and of the dearest, among the experts that are used.
+    """Return `count` prompts each for the cheapest and the most expensive of the used experts.
 
     As the APTP paper's Figure 4 shows them. Raises ValueError, one line, for one expert, or unknown costs.
     """
     macs = (pipeline.mixture.info.get("result") or {}).get("macs")
     experts = pipeline.route(prompts).tolist()
     if not macs or len(set(experts)) < 2:
-        raise UserError("the cheapest and the dearest expert: the prompts go to one expert, or costs are unknown")
+        raise UserError(
+            "there is no cheapest and most expensive expert: all prompts go to one expert, or costs are unknown"
+        )
     used = sorted(set(experts), key=lambda expert: macs[expert])
     rows = [
         [row for row, assigned in enumerate(experts) if assigned == expert][:count] for expert in (used[0], used[-1])

@@ -50,7 +50,7 @@ def images_of(
     seeds: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[Image]:
-    """Return the images that are asked for, a prompt's own side by side.
+    """Return the images that are requested, a prompt's own side by side.
 
     seeds: one a prompt or one an image; of a prompt's k images with one seed the j-th takes seed + j. One int counts
     for every prompt. generator: one an image, or a single one, from which each image's seed is drawn, in this order.
@@ -64,12 +64,14 @@ def images_of(
         raise UserError(f"num_images_per_prompt={count!r}: a whole number, at least 1")
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str | None) else list(negative_prompt)
     if not all(isinstance(text, str | None) for text in negatives) or len({text is None for text in negatives}) > 1:
-        raise UserError("negative_prompt must be a text or a list of texts; an empty text asks for nothing")
+        raise UserError("negative_prompt must be a text or a list of texts; an empty text means none")
     if len(negatives) != len(prompts):
-        raise UserError(f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: one, or one each")
+        raise UserError(
+            f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts: give one text, or one per prompt"
+        )
     total = len(prompts) * count
     if seeds is not None and generator is not None:
-        raise UserError("seeds and generator are both given: an image's noise comes from one of them")
+        raise UserError("seeds and generator are both given: give only one of them")
     generators: list[torch.Generator | None] = [None] * total
     if generator is None:
         numbers = _seeds(seeds, len(prompts), count)
@@ -79,7 +81,7 @@ def images_of(
     else:
         given = [generator] if isinstance(generator, torch.Generator) else list(generator)
         if len(given) != total:
-            raise UserError(f"generator has {len(given)} entries for {total} images: one, or one each")
+            raise UserError(f"generator has {len(given)} entries for {total} images: give one, or one per image")
         generators, numbers = [*given], [rng.initial_seed() for rng in given]
     rows = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(count)]
     return [Image(*row, seed, rng) for row, seed, rng in zip(rows, numbers, generators, strict=True)]
@@ -104,4 +106,4 @@ def check_options(kind: type[DiffusionPipeline], options: Mapping[str, Any]) -> 
             raise UserError(f"{name} cannot be given to a prompt-routed pipeline, which batches prompts by expert")
         if name not in known:
             allowed = ", ".join(item for item in known if item not in PER_PROMPT)
-            raise UserError(f"{name} is no argument of {kind.__name__}; allowed: {allowed}")
+            raise UserError(f"{name} is not an argument of {kind.__name__}; allowed: {allowed}")

@@ -59,7 +59,7 @@ def load(
         mixture = Mixture(_experts(lambda index: directory / parts.denoiser, 1, place, dtype, bounds))
     else:
         raise FileNotFoundError(
-            f"{directory} is no run directory and no pipeline: it holds none of {RECIPE}, {ROUTED} and {INDEX}"
+            f"{directory} is neither a run directory nor a pipeline: it has none of {RECIPE}, {ROUTED} and {INDEX}"
         )
     for part in parts.components.values():
         if isinstance(part, torch.nn.Module):
@@ -83,7 +83,7 @@ def _from_run(
     def place_of(index: int) -> Path:
         expert = folder / "experts" / str(index) / parts.denoiser
         if not expert.is_dir():
-            raise FileNotFoundError(f"expert {index} of {method} is not there yet ({expert}); resume the run")
+            raise FileNotFoundError(f"expert {index} of {method} does not exist yet ({expert}); resume the run")
         return expert
 
     experts = _experts(place_of, result.num_experts, device, dtype, bounds)

@@ -16,11 +16,14 @@ from prunekit.core.family import NoiseProcess
 from prunekit.runtime.randomness import epoch_indices, generator
 
 SNRForm = Literal["velocity", "published"]
-SNR_GAMMA = "min-SNR weights of the denoising error (Hang et al., 2023); 5 is usual, unset: all weights are 1"
+SNR_GAMMA = (
+    "Gamma of the min-SNR weights of the denoising error (Hang et al., 2023), usually 5; unset: all weights are 1."
+)
 SNR_FORM = (  # the setting's description
-    "form of the min-SNR weight of a velocity, with snr_gamma set. velocity: min(SNR, gamma)/(SNR + 1), of the min-SNR "
-    "paper and current diffusers; published: min(SNR + 1, gamma)/(SNR + 1), of APTP's published code, which weights "
-    "the noisiest timesteps by 1. For a noise prediction both are min(SNR, gamma)/SNR"
+    "Form of the min-SNR weight for velocity prediction, if snr_gamma is set. velocity: min(SNR, gamma)/(SNR + "
+    "1), of the min-SNR paper and current diffusers; published: min(SNR + 1, gamma)/(SNR + 1), of APTP's "
+    "published code, with weight 1 for the noisiest timesteps. For noise prediction both are min(SNR, "
+    "gamma)/SNR."
 )
 SHORT_ATTENTION = 256  # tokens up to which plain matrix products train faster on a CPU than its flash kernel
 
@@ -58,8 +61,8 @@ def attention_kernel(model: nn.Module, latents: Tensor, recomputed: bool = False
     latents, heads of 16 channels, bfloat16) they are 4 times as fast as torch's own, which computes in float32, and 14
     times as fast as its flash kernel with the backward pass; for many tokens flash is faster. Results agree to
     rounding. A step of the embedded transformer (80 tokens, heads of 32 channels) takes 0.83 of its time.
-    recomputed: activations are made anew in the backward pass, outside of this context, where another kernel would not
-    fit what the first one saved; then the choice is torch's.
+    recomputed: activations are computed again in the backward pass, outside of this context, where another kernel
+        would not fit the saved activations; then the choice is torch's.
     """
     few = latents.shape[-2] * latents.shape[-1] <= SHORT_ATTENTION
     if not few or latents.device.type != "cpu" or recomputed:

@@ -12,8 +12,8 @@ from prunekit.training.diffusion import per_sample_mse
 FeatureBlocks = Literal["all", "down_up", "none"]  # every block; all but the mid block; no block
 FeatureScale = Literal["sum", "mean", "normalised"]
 FEATURE_SCALE = (  # the setting's description
-    "how the blocks' errors are added: sum, as the paper prints it (Eq. 28); mean, as its published code takes it; "
-    "normalised: each divided by the mean square of the teacher's output, then their mean"
+    "Sum over the blocks' errors. sum: as in the paper (Eq. 28); mean: as in its published code; normalised: "
+    "mean of the errors, each divided by the mean square of the teacher's output."
 )
 
 

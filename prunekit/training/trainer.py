@@ -25,32 +25,45 @@ from prunekit.training.checkpoint import Checkpoints, flatten_optimizer, restore
 
 
 class TrainerConfig(BaseModel):
-    """How to optimise; what is optimised is the objective's."""
+    """Settings of a training; the objective is defined elsewhere."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(gt=0, le=2**24, description="samples of a step, over all processes")
-    micro_batch: int | None = Field(None, gt=0, description="samples of one forward pass (all that a process has)")
-    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero")
+    steps: int = Field(gt=0, description="Number of optimizer steps.")
+    batch_size: int = Field(gt=0, le=2**24, description="Samples per step, over all processes.")
+    micro_batch: int | None = Field(
+        None, gt=0, description="Samples per forward pass; unset: all samples of a process."
+    )
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(0, ge=0, description="Number of steps of the linear warm-up from zero.")
     decay_share: float = Field(
-        0.0, ge=0, le=1, description="last share of the steps, over which the rate falls to zero"
+        0.0, ge=0, le=1, description="Fraction of the steps, at the end, over which the learning rate falls to zero."
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="gradient clipping by global norm")
-    precision: Precision = Field("auto", description=f"autocast of forward passes; float16 scales the loss; {AUTO}")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Largest global norm of the gradient; unset: no clipping."
+    )
+    precision: Precision = Field(
+        "auto", description=f"Autocast dtype of forward passes; float16 scales the loss. {AUTO}"
+    )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, about a third more time"
+        False, description="Recompute activations in the backward pass, for less memory and about a third more time."
     )
-    channels_last: bool = Field(False, description="keep convolutions' tensors channels-last, faster on GPUs")
+    channels_last: bool = Field(
+        False, description="Store tensors of convolutions in channels-last layout, which is faster on GPUs."
+    )
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the moving average that replaces the weights at the end"
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average that replaces the weights at the end; unset: no average.",
     )
-    checkpoint_minutes: float = Field(2.0, gt=0, description="minutes between checkpoints")
-    checkpoint_steps: int | None = Field(None, gt=0, description="steps between checkpoints, beside the minutes")
-    keep_checkpoints: int = Field(1, gt=0, description="how many of the last checkpoints stay while it trains")
-    log_every: int = Field(10, gt=0, description="steps between log rows")
+    checkpoint_minutes: float = Field(2.0, gt=0, description="Minutes between checkpoints.")
+    checkpoint_steps: int | None = Field(
+        None, gt=0, description="Steps between checkpoints, in addition to checkpoint_minutes; unset: only by minutes."
+    )
+    keep_checkpoints: int = Field(1, gt=0, description="Number of latest checkpoints to keep during training.")
+    log_every: int = Field(10, gt=0, description="Steps between log rows.")
 
 
 Log = Callable[[dict[str, Any]], None]  # takes one row of a run's log
@@ -61,7 +74,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Objective(Protocol):
-    """What a training optimises. Only `modules`' parameters that require gradients are trained."""
+    """What a training optimizes. Only `modules`' parameters that require gradients are trained."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -100,8 +113,8 @@ class Trainer:
         self.checkpoints = Checkpoints(directory, config.keep_checkpoints)
         if config.batch_size < self.processes.count:
             raise UserError(
-                f"{title}: batch_size={config.batch_size} is less than one sample for each of the "
-                f"{self.processes.count} processes; raise it, or start fewer"
+                f"{title}: batch_size={config.batch_size} is smaller than the {self.processes.count} processes; "
+                "raise it, or start fewer processes"
             )
         self.parameters = [p for m in objective.modules.values() for p in m.parameters() if p.requires_grad]
         if not self.parameters:
@@ -146,7 +159,7 @@ class Trainer:
                     self._save(step, seconds, terms)
                     last_save = time.monotonic()
                 if stop and step < self.config.steps:
-                    console.print(f"{self.title}: asked to end; saved step {step} in {self.checkpoints.folder}")
+                    console.print(f"{self.title}: stopped by a signal; saved step {step} in {self.checkpoints.folder}")
                     termination.leave()
         if self.average is not None:
             self.average.copy_to(self.parameters)
@@ -256,8 +269,8 @@ class Trainer:
         kept = [tensors.get(f"parameter.{index}") for index in range(len(self.parameters))]
         if any(tensor is None or tensor.shape != p.shape for tensor, p in zip(kept, self.parameters, strict=True)):
             raise UserError(
-                f"{self.title}: the checkpoint in {self.checkpoints.folder} is of another model; choose another "
-                "directory, or remove it"
+                f"{self.title}: the checkpoint in {self.checkpoints.folder} belongs to another model; choose "
+                "another directory, or remove the checkpoint"
             )
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters):

@@ -114,7 +114,7 @@ def test_generate_refuses(run_directory, tmp_path):
         "generate", run_directory, "--method", "aptp", "--prompt", "cat"
     )
     assert "--prompt TEXT" in refused("generate", run_directory, "--method", "norm")
-    assert "no run directory" in refused("generate", tmp_path / "nowhere", "--prompt", "cat")
+    assert "neither a run directory" in refused("generate", tmp_path / "nowhere", "--prompt", "cat")
     assert "nowhere.txt" in refused(
         "generate", run_directory, "--method", "norm", "--prompts-file", tmp_path / "nowhere.txt"
     )
@@ -145,7 +145,7 @@ def test_wrong_arguments_are_one_line(recipe, tmp_path):
     assert "did you mean" in refused("plan", recipe.with_name("smal.yaml"))
     assert "no recipe" in refused("run", tmp_path / "nowhere" / "x.yaml")
     line = refused("run", recipe, f"cache.directory={recipe}/cache", "--directory", tmp_path / "run")
-    assert f"cache.directory={recipe}/cache cannot be made: Not a directory" in line
+    assert f"cache.directory={recipe}/cache cannot be created: Not a directory" in line
     assert "No such command" in refused("prnue")
     assert "Missing argument" in refused("plan")
     assert "No such option" in refused("units", "sd-2.1", "--dept", "all")
@@ -153,7 +153,7 @@ def test_wrong_arguments_are_one_line(recipe, tmp_path):
     assert "choose one of" in refused("units", "sd-2.1", "--depth", "some")
     assert "choose one of" in refused("macs", "sd-2.1", "--convention", "exakt")
     assert "did you mean 'emoji'" in refused("units", "emojy")
-    assert "is no run directory" in refused("resume", tmp_path)
+    assert "is not a run directory" in refused("resume", tmp_path)
 
 
 def test_an_unsupported_model_is_one_line(tmp_path):

@@ -104,7 +104,7 @@ def test_a_call_is_a_mapping_that_does_not_change():
         call["sample"] = torch.zeros(2, 1)
     with pytest.raises(ValueError, match="2 and 3 rows"):
         Call({"sample": torch.zeros(2, 1), "timestep": torch.zeros(3)})
-    with pytest.raises(ValueError, match="another has something else"):
+    with pytest.raises(ValueError, match="another call has a different value"):
         Call.cat([call_of(1, scalar=True), call_of(1, scalar=True).replace(timestep=torch.tensor(8))])
     assert "(2, 1) torch.float32" in repr(call)
 

@@ -196,7 +196,7 @@ def test_refusals():
     space = discover(unet)
     with pytest.raises(ValueError, match="choose one of exact, conv_linear, aptp"):
         CostModel(unet, space, 8, convention="exakt")
-    with pytest.raises(ValueError, match="pass a side of the latent"):
+    with pytest.raises(ValueError, match="pass the side of the latent"):
         CostModel(unet, space, (8, 8, 8))
     with pytest.raises(
         ValueError, match=r"'resnet:down_blocks\.0\.resnets\.0' has 8 units of 4 channels in this model"

@@ -59,7 +59,7 @@ def test_batches_that_do_not_match_are_refused(unet):
         with pytest.raises(RuntimeError, match="no gates are set"):
             unet(**inputs(unet))
         gates.set(torch.rand(2, space.size))
-        with pytest.raises(ValueError, match=r"for a batch of 2, the model got 3; pass rows="):
+        with pytest.raises(ValueError, match=r"for a batch of 2, but the model got 3; pass rows="):
             unet(**inputs(unet, 3))
         gates.set(torch.rand(2, space.size), rows=torch.tensor([0, 1, 1]))
         assert unet(**inputs(unet, 3)).sample.shape[0] == 3
@@ -67,7 +67,7 @@ def test_batches_that_do_not_match_are_refused(unet):
         assert unet(**inputs(unet, 3)).sample.shape[0] == 3
         with pytest.raises(ValueError, match="rows name gate rows 0 to 1, got 0 to 2"):
             gates.set(torch.rand(2, space.size), rows=torch.tensor([0, 2]))
-        with pytest.raises(ValueError, match="one \\(D,\\) vector"):
+        with pytest.raises(ValueError, match="one vector \\(D,\\)"):
             gates.set(torch.rand(space.size), rows=torch.tensor([0, 0]))
         with pytest.raises(ValueError, match=f"gates have shape \\({space.size},\\)"):
             gates.set(torch.rand(3))
@@ -119,7 +119,9 @@ def test_setting_again_before_backward_is_an_error(unet):
     with gated(unet, space) as gates:
         gates.set(values)
         loss = unet(**inputs(unet)).sample.mean()
-        with pytest.raises(RuntimeError, match="set again while a forward pass under them waits for its backward"):
+        with pytest.raises(
+            RuntimeError, match="set again while a forward pass with these gates waits for its backward pass"
+        ):
             gates.set(space.full())
         loss.backward()
         gates.set(space.full())

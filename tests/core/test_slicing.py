@@ -214,7 +214,7 @@ def test_fused_projections_are_refused():
 def test_a_soft_architecture_is_refused():
     unet = build("sd2", "meta")
     space = discover(unet)
-    with pytest.raises(ValueError, match="decide it first"):
+    with pytest.raises(ValueError, match="make it boolean first"):
         slice_unet(unet, Architecture(space, torch.rand(space.size)))
 
 
@@ -236,8 +236,8 @@ def test_an_architecture_of_another_unet_is_refused():
         ({"format": 1, "kept": {"down_blocks.0.resnet.0": [0]}}, r"Near names: down_blocks\.0\.resnets\.0"),
         ({"format": 1, "kept": {"down_blocks.0.resnets.0": [0, 8]}}, "outside 0 to 7"),
         ({"format": 1, "kept": {"down_blocks.0.resnets.0": [-1]}}, "outside 0 to 7"),
-        ({"format": 1, "kept": {"down_blocks.0.resnets.0": [1, 1]}}, "names a unit twice"),
-        ({"format": 1, "kept": {"down_blocks.0.resnets.0": [2, 1]}}, "not sorted"),
+        ({"format": 1, "kept": {"down_blocks.0.resnets.0": [1, 1]}}, "name each unit once"),
+        ({"format": 1, "kept": {"down_blocks.0.resnets.0": [2, 1]}}, "must be sorted"),
         ({"format": 1, "removed": ["up_blocks.3.resnets.0"]}, "not a layer that can be removed"),
         ({"format": 1, "removed": ["down_blocks.1"]}, "not a layer that can be removed"),
         ({"format": 1, "removed": ["nothing"]}, "not a layer that can be removed"),

@@ -70,7 +70,7 @@ def test_a_damaged_header_ends_a_shard(kind, tmp_path):
     whole = sample_members("1", RED, "red") + sample_members("2", LIME, "lime")
     (tmp_path / "0.tar").write_bytes(whole + damage)
     bad = left_out({"kind": "webdataset", "path": str(tmp_path)})
-    assert bad.sample == "0.tar" and "cut short or damaged" in bad.reason and words in bad.reason
+    assert bad.sample == "0.tar" and "truncated or damaged" in bad.reason and words in bad.reason
     broken = sample_members("0", RED[:50], "cut") + whole + damage
     (tmp_path / "0.tar").write_bytes(broken)
     data = load({"kind": "webdataset", "path": str(tmp_path)}, max_bad_share=0.7, verify=True)
@@ -189,7 +189,7 @@ def test_own_pictures_are_opened_in_the_same_way(tmp_path):
             read(tmp_path / "a.png")
         with pytest.raises(DataError, match=r"c.png is missing"):
             read(tmp_path / "c.png")
-    with pytest.raises(ValueError, match="no picture of `prunekit generate`"):
+    with pytest.raises(ValueError, match="not a picture of `prunekit generate`"):
         read_metadata(tmp_path / "b.webp")
 
 
@@ -212,17 +212,17 @@ ROWS = {  # a row of metadata.jsonl, and what is said of it
     "a surrogate in the path": (named("\ud800.png"), "a name that no file can have"),
     "NUL in the path": (named("\0.png"), "a name that no file can have"),
     "a long path": (named("a" * 5000), "is missing"),
-    "a directory": (named("../" * 3), "is no file"),
+    "a directory": (named("../" * 3), "is not a file"),
     "a number as path": (named(5), "a file_name of type int"),
     "a list as path": (named(["../blue.png"]), "a file_name of type list"),
     "a number as caption": (named("../blue.png", 5), "a caption of type int"),
     "a list as caption": (named("../blue.png", ["a", "b"]), "a caption of type list"),
-    "a text": ('"file_name, text"', "is no JSON with file_name and text"),
-    "deep": (DEEP, "is no JSON with file_name and text"),
-    "deep within": ('{"file_name": "../blue.png", "text": ' + DEEP, "is no JSON with file_name and text"),
+    "a text": ('"file_name, text"', "is not JSON with file_name and text"),
+    "deep": (DEEP, "is not JSON with file_name and text"),
+    "deep within": ('{"file_name": "../blue.png", "text": ' + DEEP, "is not JSON with file_name and text"),
     "a number of 10,000 digits": (
         '{"file_name": "../blue.png", "text": ' + "9" * 10_000 + "}",
-        "is no JSON with|of type int",
+        "is not JSON with|of type int",
     ),
 }
 
@@ -304,14 +304,14 @@ def test_coco_images_of_a_wrong_type(tmp_path):
         assert [(bad.sample, bad.captions) for bad in data.skipped] == [("images[1]", 0), ("annotation 1", 1)]
     for images in (5, "text", [5], [[]], {"id": 1}):
         path.write_text(json.dumps({**content, "images": images}), encoding="utf-8")
-        with pytest.raises(DataError, match="is no COCO captions json"):
+        with pytest.raises(DataError, match="is not a JSON file of COCO captions"):
             load(settings)
     content["annotations"][1]["image_id"] = "text"
     path.write_text(json.dumps({"annotations": content["annotations"]}), encoding="utf-8")
     assert left_out(settings).sample == "annotations[1]"
     for text in (DEEP, "[]", "5", '"annotations"', '{"annotations": ' + "9" * 10_000 + "}"):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(DataError, match="is no COCO captions json") as error:
+        with pytest.raises(DataError, match="is not a JSON file of COCO captions") as error:
             load(settings)
         assert len(str(error.value).splitlines()) == 1
 
@@ -334,7 +334,7 @@ def test_bad_captions_in_parquet(tmp_path):
     assert bad.sample == "a.parquet:row 1" and "utf-8" in bad.reason
     lists = pa.array([["red"], [None], ["lime"]])
     assert left_out(parquet(tmp_path / "b", images, lists)).reason == "has an empty caption"
-    with pytest.raises(DataError, match="a caption of type int, not a text"):
+    with pytest.raises(DataError, match="a caption of type int, not text"):
         load(parquet(tmp_path / "c", images, [1, 2, 3]))
 
 
@@ -348,9 +348,9 @@ def test_a_parquet_file_without_the_columns_is_damaged(tmp_path):
 
 
 OUTSIDE = {  # a path, and what is said of it
-    "device": ("/dev/zero", "is no file"),
-    "directory": ("..", "is no file"),
-    "pipe": ("../pipe", "is no file"),
+    "device": ("/dev/zero", "is not a file"),
+    "directory": ("..", "is not a file"),
+    "pipe": ("../pipe", "is not a file"),
     "missing": ("nothing.png", "is missing"),
     "too long": ("a" * 5000, "is missing"),
     "too large": ("../large.png", f"has {MOST_BYTES + 1:,} bytes, more than {MOST_BYTES:,}"),
@@ -398,11 +398,11 @@ def test_shards_and_captions_that_are_no_files(tmp_path):
     write_tar(tmp_path / "s" / "a.tar", [*members("1", RED, "red"), *members("2", LIME, "lime")])
     os.mkfifo(tmp_path / "s" / "b.tar")
     bad = left_out({"kind": "webdataset", "path": str(tmp_path / "s")})
-    assert (bad.sample, bad.reason) == ("b.tar", "is no file")
+    assert (bad.sample, bad.reason) == ("b.tar", "is not a file")
     parquet(tmp_path / "p", [RED, LIME], ["red", "lime"])
     os.mkfifo(tmp_path / "p" / "b.parquet")
     data = load({"kind": "parquet", "path": str(tmp_path / "p")}, max_bad_share=0.5)
-    assert pairs(data) == [("red", "red"), ("lime", "lime")] and "is no file" in data.skipped[0].reason
+    assert pairs(data) == [("red", "red"), ("lime", "lime")] and "is not a file" in data.skipped[0].reason
     folder = tmp_path / "f"
     folder.mkdir()
     for name, image in (("a", RED), ("b", BLUE), ("c", LIME)):
@@ -411,10 +411,10 @@ def test_shards_and_captions_that_are_no_files(tmp_path):
     (folder / "c.txt").write_text("lime")
     (folder / "metadata.jsonl").mkdir()
     os.mkfifo(folder / "b.txt")
-    assert "is no file" in left_out({"kind": "folder", "path": str(folder)}).reason
+    assert "is not a file" in left_out({"kind": "folder", "path": str(folder)}).reason
     (folder / "b.txt").unlink()
     (folder / "b.txt").symlink_to("/dev/zero")
-    assert "is no file" in left_out({"kind": "folder", "path": str(folder)}).reason
+    assert "is not a file" in left_out({"kind": "folder", "path": str(folder)}).reason
 
 
 def test_a_picture_of_a_wrong_type_in_parquet(tmp_path):
@@ -434,8 +434,8 @@ EMOJI = {
     "a surrogate": (json.dumps({"name": "\ud800"}), "not UTF-8"),
     "a surrogate in keywords": (json.dumps({"name": "red", "keywords": ["a", "\ud800"]}), "not UTF-8"),
     "a number as name": (json.dumps({"name": 5}), "a caption of type int"),
-    "numbers as keywords": (json.dumps({"name": "red", "keywords": [1, 2]}), "no list of texts"),
-    "a number for keywords": (json.dumps({"name": "red", "keywords": 5}), "no list of texts"),
+    "numbers as keywords": (json.dumps({"name": "red", "keywords": [1, 2]}), "not a list of texts"),
+    "a number for keywords": (json.dumps({"name": "red", "keywords": 5}), "not a list of texts"),
 }
 
 

@@ -152,11 +152,11 @@ def test_bad_entries_of_a_captions_file(tmp_path):
     assert pairs(data) == [("red", "red"), ("red", "red, seen 1"), ("blue", "blue, seen 1")]
     assert [bad.reason for bad in data.skipped] == [
         "comes twice",
-        "is of image 5, which the file does not list",
+        "belongs to image 5, which the file does not list",
         "has an empty caption",
     ]
     path.write_text(path.read_text()[:100])
-    with pytest.raises(DataError, match="is no COCO captions json"):
+    with pytest.raises(DataError, match="is not a JSON file of COCO captions"):
         load(settings)
 
 
@@ -169,7 +169,7 @@ def test_duplicate_keys_in_a_shard_keep_the_first(order, tmp_path):
     data = load({"kind": "webdataset", "path": str(tmp_path)}, max_bad_share=0.34)
     assert pairs(data) == [("red", "red"), ("lime", "lime")]
     (bad,) = data.skipped
-    assert bad.sample == "0.tar:7" and bad.reason == "has a key that came before in its shard"
+    assert bad.sample == "0.tar:7" and bad.reason == "has a key that occurs earlier in its shard"
 
 
 def test_incomplete_samples_and_other_members(tmp_path):
@@ -233,7 +233,7 @@ def test_a_tar_cut_short_anywhere_gives_what_came_before(tmp_path):
         assert found[-6:] == [(colour, colour) for _, colour in SIX]
         assert found[:-6] == found[-6:][: len(found) - 6]  # a prefix, rightly paired
         (cut,) = (bad for bad in data.skipped if bad.sample == path.name)
-        assert "cut short or damaged" in cut.reason
+        assert "truncated or damaged" in cut.reason
         used.add(len(found))
     assert used >= {6, 7, 8, 9, 10, 11}
     with pytest.raises(DataError, match=r"cc3m-train-0000.tar"):
@@ -248,9 +248,9 @@ def test_damage_within_a_tar_is_found(tmp_path):
     content[second : second + 512] = b"\xff" * 512
     path.write_bytes(content)
     data = load(settings, max_bad_share=0.9)
-    assert pairs(data) == [("red", "red")] and "cut short or damaged" in data.skipped[0].reason
+    assert pairs(data) == [("red", "red")] and "truncated or damaged" in data.skipped[0].reason
     path.write_bytes(b"<html>Too many requests</html>" * 100)
-    with pytest.raises(DataError, match=r"cc3m-train-0000.tar is cut short or damaged"):
+    with pytest.raises(DataError, match=r"cc3m-train-0000.tar is truncated or damaged"):
         load(settings, max_bad_share=1)
 
 

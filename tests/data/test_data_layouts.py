@@ -167,8 +167,8 @@ def test_cc3m_rows_find_their_pictures(tmp_path):
         ({"kind": "coco", "path": "x"}, "needs data.split .*or data.annotations"),
         ({"kind": "coco", "path": "x", "split": "test"}, "choose one of train, val, val30k"),
         ({"kind": "coco", "path": "x", "annotations": "a.json"}, "needs data.images"),
-        ({"kind": "folder", "path": "x", "split": "train"}, "data.split means nothing for data.kind=folder"),
-        ({"kind": "emoji", "images": "x"}, "data.images means nothing for data.kind=emoji"),
+        ({"kind": "folder", "path": "x", "split": "train"}, "data.split has no effect for data.kind=folder"),
+        ({"kind": "emoji", "images": "x"}, "data.images has no effect for data.kind=emoji"),
         ({"kind": "csv", "path": "x", "max_bad_share": 2}, "max_bad_share"),
     ],
 )
@@ -184,7 +184,7 @@ def test_nothing_to_read_is_said(kind, tmp_path):
         load({"kind": kind, **split})
     with pytest.raises(DataError, match=r"does not exist; give "):
         load({"kind": kind, "path": str(tmp_path / "nowhere"), **split})
-    with pytest.raises(DataError, match=r"no sample|no shard|no COCO captions|is no file"):
+    with pytest.raises(DataError, match=r"no sample|no shard|no COCO captions|is not a file"):
         load({"kind": kind, "path": str(tmp_path), **split})
     assert data_size(DataConfig(kind=kind, path="nowhere", **split)) is None
 

@@ -100,13 +100,13 @@ def test_a_faulty_folder_is_one_line(run, tmp_path):
         return
     (tmp_path / "empty").mkdir()
     assert "no directory" in refused("demo", tmp_path / "nowhere")
-    assert "no run directory" in refused("demo", tmp_path / "empty")
+    assert "not a run directory" in refused("demo", tmp_path / "empty")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     assert "has no result of method 'norm'" in refused("demo", copy, "--method", "norm")
-    assert "not usable here" in refused("demo", copy, "--device", "cuda:99")
+    assert "not usable on this machine" in refused("demo", copy, "--device", "cuda:99")
     shutil.rmtree(copy / "methods" / "aptp" / "experts" / "1" / "unet")
-    assert "expert 1 of aptp is not there yet" in refused("demo", copy)
+    assert "expert 1 of aptp does not exist yet" in refused("demo", copy)
     shutil.rmtree(copy / "methods")
     assert "has no result of a method yet; resume it first" in refused("demo", copy)
 

@@ -111,7 +111,7 @@ def test_generate_to_resumes_and_refuses(pipeline, pictures, tmp_path):
     assert torch.equal(read_pictures(paths), pictures)
     with pytest.raises(ValueError, match="other guidance"):
         generate_to(folder, pipeline, PROMPTS, SEEDS, batch_size=2, **{**SETTINGS, "guidance": 4.0})
-    with pytest.raises(ValueError, match="one seed a prompt"):
+    with pytest.raises(ValueError, match="one seed per prompt"):
         generate(pipeline, PROMPTS, SEEDS[:2])
 
 

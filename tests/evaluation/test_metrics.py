@@ -137,7 +137,7 @@ def test_clip_score():
     images = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     texts = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
     assert metrics.clip_score(images, texts) == pytest.approx(100 * (1 + math.sqrt(0.5) + 0) / 3)
-    with pytest.raises(ValueError, match="one text a picture"):
+    with pytest.raises(ValueError, match="one text per picture"):
         metrics.clip_score(images, texts[:2])
 
 
@@ -157,5 +157,5 @@ def test_wrong_shapes_are_refused():
         metrics.cmmd(torch.zeros(3, 4), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="2 samples"):
         metrics.frechet_distance(torch.zeros(1, 4), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="one target a picture"):
+    with pytest.raises(ValueError, match="one target per picture"):
         metrics.retrieval(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))

@@ -284,10 +284,10 @@ def _newer_header(folder):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (_truncated, "no readable safetensors file"),
+        (_truncated, "not a readable safetensors file"),
         (_pickled, "pickled weights"),
-        (_disguised, "no readable safetensors file"),
-        (_other_architecture, "not the one that its weights were cut to"),
+        (_disguised, "not a readable safetensors file"),
+        (_other_architecture, "does not match the weights beside it"),
         (_other_unet, "was cut|were cut|was changed|do not belong"),
         (_without_header, "do not belong to its config's model"),
         (_config(lambda config: config["pruning"].update(format=3)), "reads formats 1 and 2"),
@@ -297,7 +297,7 @@ def _newer_header(folder):
         (_config(lambda config: config.update(_class_name="FluxTransformer2DModel")), "not supported"),
         (_newer_header, "has a specification of format 2"),
         (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read"),
-        (lambda folder: (folder / CONFIG).unlink(), "no UNet's or transformer's folder"),
+        (lambda folder: (folder / CONFIG).unlink(), "not the folder of a UNet or transformer"),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
     ],
 )
@@ -323,7 +323,7 @@ def test_changed_weights_are_noticed_where_it_is_asked_for(tmp_path):
     tensors["conv_in.bias"] += 1
     save_file(tensors, path, metadata)
     load_denoiser(tmp_path / "unet")
-    with pytest.raises(ValueError, match="their hash differs"):
+    with pytest.raises(ValueError, match="differ from the exported ones"):
         load_denoiser(tmp_path / "unet", verify=True)
 
 
@@ -372,11 +372,11 @@ def test_arguments_that_do_not_fit(run, tmp_path):
         ((run, tmp_path / "out", "auto", "aptp", 9), "expert 9: there are 3"),
         ((run, tmp_path / "out", "stock", "aptp", 0), "use tier class"),
         ((run, tmp_path / "out", "auto", "aptp", None, 2), "is for the tiers onnx and torch"),
-        ((run, tmp_path / "used"), "holds something already"),
+        ((run, tmp_path / "used"), "is not empty; give a new"),
     ):
         with pytest.raises(ValueError, match=expected):
             export(*arguments)
-    with pytest.raises(FileNotFoundError, match="no pipeline"):
+    with pytest.raises(FileNotFoundError, match="nor a pipeline"):
         export(tmp_path / "used", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

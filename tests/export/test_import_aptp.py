@@ -73,7 +73,7 @@ def test_the_papers_model_on_its_config_alone(tmp_path):
     (tmp_path / "release").mkdir()
     torch.save(vector[None], tmp_path / "release" / "quantizer_embeddings.pt")
     done = import_aptp(tmp_path / "release", tmp_path / "run")
-    assert done.weights == ["none"] and "configs alone" in done.notes[0]
+    assert done.weights == ["none"] and "only configs" in done.notes[0]
     macs = f"{done.result.info.macs[0]:,} MACs"
     assert macs in ok("macs", tmp_path / "run" / "methods" / "aptp" / "experts" / "0")
 

@@ -144,7 +144,7 @@ def test_what_cannot_be_checked(tmp_path):
     training = "{steps: 1, batch_size: 1, learning_rate: 1.0}"
     parts = "".join(f"{part}: {training}\n" for part in ("autoencoder", "decoder", "diffusion", "evaluator"))
     path.write_text(f"job: pretrain\nname: tiny\n{parts}")
-    with pytest.raises(ValueError, match="check is for prune and compare; see it through with"):
+    with pytest.raises(ValueError, match="check is for prune and compare; use instead"):
         check(load_recipe(path))
 
 

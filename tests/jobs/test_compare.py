@@ -223,7 +223,7 @@ def test_bad_comparisons_are_refused(recipe, tmp_path):
     for override, message in (
         ("budgets=[{budget: 'bksdm:huge'}]", "huge"),
         ("budgets=[{budget: base}]", "bksdm:VARIANT"),
-        ("prune.budget=0.7", "`budgets` has budgets"),
+        ("prune.budget=0.7", "give budgets and seeds in `budgets`"),
         ("methods.plain.distillation=maybe", "valid boolean"),
         ("methods.norm.method=nrom", "did you mean 'norm'"),
         ("budgets=[{budget: 0.8, methods: [nrm]}]", "did you mean 'norm'"),

@@ -185,7 +185,7 @@ def test_what_cannot_be_extended_is_one_line(tmp_path):
         ("a", r"a\.yaml extends itself: .*a\.yaml -> .*b\.yaml -> .*c\.yaml -> .*a\.yaml"),
         ("missing", r"missing\.yaml extends a missing file: no recipe at .*d\.yaml; did you mean .*\.yaml"),
         ("odd", "give a file, or a list of files"),
-        ("of_items", "holds no mapping"),
+        ("of_items", "does not hold a mapping"),
     ):
         with pytest.raises(RecipeError, match=message) as error:
             load_recipe(tmp_path / f"{name}.yaml")

@@ -110,5 +110,5 @@ def test_a_benchmark_of_a_run_refuses_rectangles(models, tmp_path):
         if name == "square":
             assert run_recipe(tmp_path).resolution == 64
         else:
-            with pytest.raises(UserError, match="made for 128 x 192 pixels; a benchmark takes squares"):
+            with pytest.raises(UserError, match="made for 128 x 192 pixels; a benchmark needs square pictures"):
                 run_recipe(tmp_path)

@@ -37,7 +37,7 @@ def test_every_stage_leaves_its_result(finished):
     warnings = json.loads((finished / "results.json").read_text())["warnings"]
     chosen = [f"aptp: {line}" for line in PruneResult.load(finished / "methods" / "aptp").warnings()]
     assert warnings[: len(chosen)] == chosen
-    assert all(" is left out: the evaluator gives real held-out pictures" in line for line in warnings[len(chosen) :])
+    assert all(" is omitted: the evaluator scores real held-out pictures" in line for line in warnings[len(chosen) :])
     assert "gates kept" in warnings[0]  # six steps close no gate
     assert f"## Warnings\n\n- {warnings[0]}.\n" in (finished / "table.md").read_text()
     assert (finished / "comparison.png").stat().st_size > 5_000
@@ -99,9 +99,9 @@ def test_a_directory_of_another_recipe_is_refused(recipe, finished, tmp_path):
     _claim(stillborn, load_recipe(recipe, ["prune.budget=0.6"]), others=False)
     assert load_recipe(stillborn / "recipe.yaml").prune.budget == 0.6 and not (stillborn / "log.jsonl").exists()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="not empty and holds no run"):
+    with pytest.raises(UserError, match="not empty and has no run"):
         start(recipe, (), tmp_path)
-    with pytest.raises(RecipeError, match="is no run directory"):
+    with pytest.raises(RecipeError, match="is not a run directory"):
         resume(tmp_path)
 
 

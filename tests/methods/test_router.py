@@ -134,7 +134,7 @@ def test_an_unused_expert_gets_no_prompt(router, tmp_path):
     for change, message in (
         (lambda: router.without(range(router.num_experts)), "not all of them"),
         (lambda: router.without([99]), "unused=.99."),
-        (lambda: used.with_fallback(0), "fallback=0: this expert is unused"),
+        (lambda: used.with_fallback(0), "fallback=0: the router sends no prompts to this expert"),
     ):
         with pytest.raises(UserError, match=message):
             change()

@@ -96,7 +96,7 @@ def test_a_search_that_ends_before_its_gates_close_is_said(searched):
     (ratio,) = result.info.gates_ratio
     assert 0.9 < ratio <= 1, "four steps close nothing"
     (line,) = result.warnings()
-    assert f"gates kept {ratio:.2f} of the cost when the search ended" in line and "warmup" not in line
+    assert f"gates kept {ratio:.2f} of the dense cost when the search ended" in line and "warmup" not in line
     assert not PruneResult(result.architectures, info=replace(result.info, gates_ratio=[0.62])).warnings()
 
 
@@ -211,7 +211,7 @@ def test_a_budget_below_the_floor_is_refused_before_the_search(unet):
 def test_a_unet_alone_is_refused_and_a_pipelines_stays_as_it_was(unet):
     """Without the scheduler nobody knows whether the UNet predicts noise or velocity."""
     method = UniArch(**SETTINGS, search={**SEARCH, "steps": 1})
-    with pytest.raises(UserError, match="needs the whole pipeline: its scheduler says what the UNet predicts"):
+    with pytest.raises(UserError, match="needs the whole pipeline: its scheduler determines what the UNet predicts"):
         method.prune(unet, encoded_for(unet))
     with pytest.raises(UserError, match="EncodedData"):
         method.prune(stub(unet), None)

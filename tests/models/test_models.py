@@ -134,12 +134,12 @@ def test_other_files_are_refused(sd1, tmp_path):
         (tmp_path / name).write_bytes(b"pickle")
         assert "pickles can run code" in refused(tmp_path / name) and "save_pretrained" in refused(tmp_path / name)
     save_file({"lora_unet.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    assert "holds no whole Stable Diffusion model" in refused(tmp_path / "lora.safetensors")
+    assert "does not hold a complete Stable Diffusion model" in refused(tmp_path / "lora.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"12")
-    assert "no readable .safetensors" in refused(tmp_path / "broken.safetensors")
+    assert "not a readable .safetensors" in refused(tmp_path / "broken.safetensors")
     assert "no file" in refused(tmp_path / "missing.safetensors")
     (tmp_path / "notes.txt").write_text("a")
-    assert "is no .safetensors file" in refused(tmp_path / "notes.txt")
+    assert "is not a .safetensors file" in refused(tmp_path / "notes.txt")
     inpainting = {UNET: torch.zeros(320, 9, 3, 3)}
     save_file(inpainting, tmp_path / "inpainting.safetensors")
     assert "'inpainting'" in refused(tmp_path / "inpainting.safetensors", say=print)
@@ -198,9 +198,9 @@ def test_a_hub_id(sd1, online, monkeypatch):
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     assert_same_weights(load_pipeline("some/model"), load_pipeline(sd1))
     next(cache.rglob("snapshots/*/unet/*.safetensors")).unlink()
-    assert "not whole in the local cache" in refused("some/model")
+    assert "not complete in the local cache" in refused("some/model")
     shutil.rmtree(next(cache.rglob("trees")))  # as an older version leaves the cache
-    assert "not whole in the local cache" in refused("some/model")
+    assert "not complete in the local cache" in refused("some/model")
 
 
 def test_an_unsupported_hub_id_is_refused_before_its_weights_are_fetched(sd1, online, tmp_path):
@@ -254,7 +254,9 @@ def test_lora_that_does_not_fit_is_refused(sd1, tmp_path):
     assert "pickles" in refused(sd1, lora=[{"path": "lora.ckpt"}])
     assert "no such file" in refused(sd1, lora=[{"path": str(tmp_path / "missing")}])
     line = refused(sd1, lora=[{"path": "some/lora"}])
-    assert "its pytorch_lora_weights.safetensors is not whole in the local cache" in line and "give a .safeten" in line
+    assert (
+        "its pytorch_lora_weights.safetensors is not complete in the local cache" in line and "give a .safeten" in line
+    )
 
 
 def test_without_peft(sd1, monkeypatch):

@@ -223,12 +223,12 @@ def test_a_collapsed_mixture_is_among_the_warnings(run, tmp_path):
 
 def test_no_run_is_one_line(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"is no (run|directory)") as error:
+        with pytest.raises(ValueError, match=r"is (neither a run|not a directory)") as error:
             write_report(place)
         assert "\n" not in str(error.value)
     said = []
     finish(tmp_path, said.append)
-    assert len(said) == 1 and said[0].startswith(f"no report ({tmp_path} is no run")
+    assert len(said) == 1 and said[0].startswith(f"no report ({tmp_path} is neither a run")
 
 
 def test_curves():

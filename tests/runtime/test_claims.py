@@ -118,17 +118,17 @@ def test_a_comparison_does_not_overwrite_a_run(world, run, tmp_path):
         compare([path], (), run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.md").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no comparison"):
+    with pytest.raises(UserError, match="is not empty and has no comparison"):
         compare([path], (), tmp_path / "mine")
     assert contents(run) == before and len(contents(tmp_path / "mine")) == 1
 
 
 def test_an_evaluation_and_pictures_do_not_overwrite_a_run(run, tmp_path):
     before = contents(run)
-    with pytest.raises(UserError, match="holds no evaluation"):
+    with pytest.raises(UserError, match="has no evaluation"):
         evaluate("emoji", "emoji", output=run)
     pipeline = PromptRoutedPipeline.from_pretrained(write_pipeline(tmp_path / "model", layers=1), device="cpu")
-    with pytest.raises(UserError, match="holds no generated pictures"):
+    with pytest.raises(UserError, match="has no generated pictures"):
         generate_to(run, pipeline, Request(["red apple"], [0], 1))
     assert contents(run) == before
 

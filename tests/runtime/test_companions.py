@@ -159,7 +159,7 @@ subprocess.Popen = lambda command, **given: begin([sys.executable, "-c", "raise 
 main()
 """
     (said,) = finish(launch(["-c", code]))
-    assert "going on in one process: another process of this command ended with status 9" in said
+    assert "continuing in one process: another process of this command ended with status 9" in said
     assert (tmp_path / "run" / "results.json").is_file()
 
 

@@ -128,7 +128,7 @@ def test_a_log_without_room_for_the_last_line_loses_no_run(number, tmp_path):
 
     with nullcontext() if number == errno.ENOSPC else pytest.raises(OSError, match="x"):
         finish(tmp_path, say)
-    assert len(said) == 1 and "is no run" in said[0]
+    assert len(said) == 1 and "is neither a run" in said[0]
 
 
 @pytest.fixture(scope="module")

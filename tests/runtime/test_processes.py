@@ -65,7 +65,7 @@ def test_the_same_budget_and_units_in_the_end(trained, other):
 
 
 REFUSED = {
-    "each thinks itself alone": {"WORLD_SIZE": "2"},
+    "none of them knows of the others": {"WORLD_SIZE": "2"},
     "accelerate launch --cpu": {"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"},
     "srun without a launcher": {"SLURM_STEP_NUM_TASKS": "8"},
     "mpirun": {"OMPI_COMM_WORLD_SIZE": "4"},
@@ -105,4 +105,4 @@ def test_accelerates_silent_single_process_is_refused_in_one_line(tmp_path):
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     lines = [line for line in done.stderr.splitlines() if line.startswith("prunekit:")]
-    assert len(lines) == 1 and "asked for several processes and started one" in lines[0], done.stderr
+    assert len(lines) == 1 and "started one process instead of several" in lines[0], done.stderr

@@ -104,7 +104,7 @@ def test_an_unknown_tracker_is_refused():
 def test_a_tracker_that_fails_is_one_line(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / TENSORBOARD).write_text("a file where the folder goes")
-    with pytest.raises(ValueError, match=r"tensorboard does not start: .*leave it out of tracking\.trackers"):
+    with pytest.raises(ValueError, match=r"tensorboard does not start: .*remove it from tracking\.trackers"):
         trackers(tmp_path, "tensorboard")
 
 

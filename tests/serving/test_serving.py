@@ -127,7 +127,7 @@ def test_pictures_say_how_they_were_made(run, pipeline, tmp_path, picture_format
     with Image.open(png / "00000.png") as one, Image.open(tmp_path / "out" / f"00000.{picture_format}") as other:
         assert np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB")))
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    with pytest.raises(ValueError, match="no picture of `prunekit generate`"):
+    with pytest.raises(ValueError, match="not a picture of `prunekit generate`"):
         read_metadata(tmp_path / "plain.png")
 
 

@@ -179,5 +179,5 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     train(tmp_path)
     wider = Regression()
     wider.model = nn.Linear(6, 4)
-    with pytest.raises(ValueError, match=r"checkpoint in .* is of another model; choose another directory"):
+    with pytest.raises(ValueError, match=r"checkpoint in .* belongs to another model; choose another directory"):
         train(tmp_path, wider)

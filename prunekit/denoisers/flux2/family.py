@@ -46,7 +46,7 @@ class FLUX2(FlowFamily):
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each.
 
-        The autoencoder's batch norm, by its running statistics, normalises channels of 2 x 2 neighbours.
+        The autoencoder's batch norm, by its running statistics, normalizes channels of 2 x 2 neighbours.
         """
         posterior, norm = autoencoder.encode(pixels).latent_dist, autoencoder.bn
         mean, rows, columns = pack(posterior.mean)

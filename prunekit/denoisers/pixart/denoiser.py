@@ -53,7 +53,7 @@ class PixArtTransformer(TransformerDescription):
         ]
 
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """As those of other transformers, and two."""
+        """Return the arguments of other transformers, and two more."""
         return {**super().lengths(model, latent, text_length), "two": 2}
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:

@@ -37,13 +37,14 @@ class AttachableUNet(UNet2DConditionModel):
         for target in () if isinstance(targets, str) else sorted(targets):
             if (layer := removed_layer(self, target)) is not None:
                 raise UserError(
-                    f"target_modules names {target!r}, but {layer} was removed from this UNet. Take the name out of "
-                    "target_modules."
+                    f"target_modules names {target!r}, but {layer} was removed from this UNet. Remove the name "
+                    "from target_modules."
                 )
         if targets and not _matching(self, targets) and (gone := _matching(blank_copy(self), targets)):
             raise UserError(
-                f"target_modules matches no layer of this UNet. All {len(gone)} layers that it matches in the dense "
-                f"UNet were removed: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)}. Name layers that are left."
+                f"target_modules matches no layer of this UNet. All {len(gone)} layers that it matches in the "
+                f"dense UNet were removed: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)}. Name remaining "
+                "layers."
             )
         super().add_adapter(adapter_config, adapter_name)
 

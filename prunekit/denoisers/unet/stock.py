@@ -41,7 +41,7 @@ _PER_LEVEL_REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")
 
 
 def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
-    """A stock UNet with the same function and a copy of the weights, or None where no stock config expresses it.
+    """Return a stock UNet with the same function and copied weights, or None if no stock config expresses the cut.
 
     None for a UNet with any width cut, with a layer of which only the ResBlock or only the attention is gone (unless a
     block lost all its attentions), with a part of the mid block gone, or whose skips do not pair up.
@@ -65,7 +65,7 @@ class _Form:
 
     @classmethod
     def of(cls, unet: UNet2DConditionModel) -> _Form | None:
-        """Read it off a UNet's modules; None where the layers that stay are not those of a stock UNet."""
+        """Read it off a UNet's modules; None if the layers that stay are not those of a stock UNet."""
         blocks = [*unet.down_blocks, *reversed(unet.up_blocks)]
         live = [layers for block in blocks if (layers := _live_layers(block)) is not None]
         mid = [_is_live(module) for module in _layer_modules(unet.mid_block)]
@@ -127,7 +127,7 @@ def _skips_pair_up(unet: UNet2DConditionModel, down: list[list[int]], up: list[l
 
 
 def _config(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
-    """The stock config; None where the mid block and the innermost level need different transformer blocks."""
+    """The stock config; None if the mid block and the innermost level need different transformer blocks."""
     config = dense_config(unet)
     gone = len(unet.down_blocks) - len(form.down)
     for key in _PER_LEVEL:

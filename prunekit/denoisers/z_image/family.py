@@ -20,7 +20,7 @@ class ZImageFamily(FlowFamily):
     """What `ZImagePipeline` does around its transformer. Methods are `Family`'s.
 
     The pipeline adds `guidance_scale` times the difference to the text's own prediction: its scale is one less than
-    other pipelines', and 0 is no guidance.
+    other pipelines', and 0 switches guidance off.
     """
 
     def refusal(self, pipeline: Any) -> str | None:

@@ -95,7 +95,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no readable safetensors file ({error}); copy it again") from error
+            raise UserError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
     content = _unpickled(path)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
@@ -107,8 +107,8 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} cannot be read as plain tensors (torch.load with weights_only=True refuses it); a pickle that "
-            "holds more can run code and is not loaded: save its tensors alone where you trust it"
+            f"{path} cannot be read as plain tensors (torch.load with weights_only=True refuses it); a pickle "
+            "that holds more can run code and is not loaded: if you trust it, save its tensors alone"
         ) from error
 
 
@@ -124,7 +124,7 @@ def _checked(values: Tensor, path: Path) -> Tensor:
     """Return gates (n, D) in float32; the published code may leave up to 1.5 in a group that it held open."""
     values = values.detach().float().reshape(-1, values.shape[-1])
     if not bool(((values >= 0) & (values <= 1.5)).all()):
-        raise UserError(f"{path} holds values outside 0 to 1, which are no gates of an architecture")
+        raise UserError(f"{path} holds values outside 0 to 1, so they are not the gates of an architecture")
     return values
 
 
@@ -139,7 +139,7 @@ def _part(folder: Path) -> dict[str, Tensor]:
 
 
 def _weights(folder: Path) -> Path | None:
-    """Return a part's weight file; None where it has none."""
+    """Return a part's weight file; None if it has none."""
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 

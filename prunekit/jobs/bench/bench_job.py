@@ -1,4 +1,4 @@
-"""`prunekit bench`: time a recipe's architectures, or a run's pruned models, on the device at hand."""
+"""`prunekit bench`: time a recipe's architectures, or a run's pruned models, on this machine's device."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,7 +51,7 @@ def bench(
     quiet_libraries()
     if target.is_dir():
         if list(overrides):
-            raise UserError(f"{target} is a run, which takes no KEY=VALUE; write a recipe with job: {JOB} instead")
+            raise UserError(f"{target} is a run and takes no KEY=VALUE; write a recipe with job: {JOB} instead")
         recipe, default = run_recipe(target), target / "bench"
     else:
         recipe = load_bench_recipe(target, overrides)
@@ -81,7 +81,7 @@ def run_recipe(directory: Path) -> BenchRecipe:
     settings = read_recipe(directory)
     folders = sorted(directory.glob(f"{METHODS}/*/experts/[0-9]*/unet/config.json"))
     if not folders:
-        raise UserError(f"{directory} has no finished expert yet; go on with it first: prunekit resume {directory}")
+        raise UserError(f"{directory} has no finished expert yet; resume it first: prunekit resume {directory}")
     experts = {}
     for config in folders:
         unet = config.parent
@@ -89,7 +89,7 @@ def run_recipe(directory: Path) -> BenchRecipe:
         experts[name] = ArchitectureConfig(path=str(unet))
     height, width = load_shape(settings["model"], settings.get("single_file_config")).resolution
     if height != width:
-        raise UserError(f"{settings['model']} is made for {height} x {width} pixels; a benchmark takes squares")
+        raise UserError(f"{settings['model']} is made for {height} x {width} pixels; a benchmark needs square pictures")
     cells = [CellConfig(workload="unet"), CellConfig(workload="image", repeats=10)]
     if torch.cuda.is_available():
         cells.insert(1, CellConfig(workload="unet", dtype="bfloat16", mode="compiled"))

@@ -47,8 +47,9 @@ def random_pipeline(model: ModelMixin, seed: int) -> DiffusionPipeline:
     width, pooled = denoiser.text_width(model), denoiser.pooled_width(model)
     if width not in TEXT_ENCODERS or pooled:
         raise UserError(
-            f"no text encoder is known for a model with text of width {width} and pooled text of width {pooled}; time "
-            "its calls alone (workload: unet), or give a pipeline's directory and weights=own"
+            f"no text encoder is known for a model with text of width {width} and pooled text of width "
+            f"{pooled}; time only its calls (workload: unet), or give the directory of a pipeline and "
+            "weights=own"
         )
     tokenizer = build_tokenizer([PROMPT], VOCABULARY)
     tokenizer.model_max_length = TOKENS
@@ -89,7 +90,7 @@ def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Diffus
 def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_length: int, seed: int) -> Any:
     """Return (Architecture, its cost model) of a budget: a function of the model's shapes, the settings and the seed.
 
-    The scores are Random's. Where widths or depths alone are asked for, the others' scores lie above all of theirs.
+    The scores are Random's. Where widths or depths alone are requested, the others' scores lie above all of theirs.
     """
     method = Random(seed=seed, depth=DEPTH_OF[config.choose])
     scores = method.score(model)

@@ -25,19 +25,22 @@ class _Section(BaseModel):
 
 
 class ArchitectureConfig(_Section):
-    """One pruned denoiser: chosen for a budget without data, or read from a folder."""
+    """One pruned denoiser, chosen for a budget without data or read from a folder."""
 
-    budget: float | None = Field(None, gt=0, lt=1, description="share of the dense exact MACs at `resolution`")
+    budget: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the dense model's exact MACs at `resolution`."
+    )
     choose: Literal["random", "width", "depth"] = Field(
         "random",
-        description="what goes, by random scores: random: parts, and the layers that are units under depth=aptp; "
-        "width: parts alone; depth: whole layers (depth=all), and of the parts only what must",
+        description="Units to remove, by random scores. random: widths, and the layers that are units "
+        "under depth=aptp; width: widths only; depth: whole layers (depth=all), and widths "
+        "only where necessary.",
     )
     align: Literal[8, 16, 32, 64] | None = Field(
-        None, description="channels of which every cut width is a multiple; unset: any"
+        None, description="Every cut width is a multiple of this number of channels; unset: any width."
     )
-    path: str | None = Field(None, description="instead of a budget: a folder that holds a pruned or stock denoiser")
-    published_seconds: float | None = Field(None, gt=0, description="seconds an image, as published")
+    path: str | None = Field(None, description="In place of a budget: folder of a pruned or stock denoiser.")
+    published_seconds: float | None = Field(None, gt=0, description="Published seconds per image; unset: none.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "ArchitectureConfig":
@@ -49,41 +52,55 @@ class ArchitectureConfig(_Section):
 
 
 class CellConfig(_Section):
-    """One way to run the architectures; each makes one row of it."""
+    """One way to run the architectures, with one row per architecture."""
 
     workload: Literal["unet", "sampling", "image"] = Field(
-        description="unet: one call; sampling: the pipeline's loop, all calls and the scheduler; image: the pipeline "
-        "as a user calls it, with text encoder and decoder"
+        description="Timed work. unet: one call; sampling: the pipeline's loop with all calls and the "
+        "scheduler; image: a whole pipeline call with text encoder and decoder."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mode: Mode = "eager"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    repeats: int = Field(30, gt=0, description="samples of each arm that count")
-    architectures: list[str] | None = Field(None, description="names; unset: all")
+    repeats: int = Field(30, gt=0, description="Number of samples per arm, after warm-up.")
+    architectures: list[str] | None = Field(None, description="Names of the architectures; unset: all.")
 
 
 class BenchRecipe(_Section):
-    """Time a model and pruned forms of it, interleaved, on the device at hand."""
+    """Time a model and pruned forms of it, interleaved, on this machine's device."""
 
     job: Literal["bench"]
     name: Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))] = Field(
-        description="names the results' directory"
+        description="Name of the results' directory."
     )
-    seed: int = Field(0, ge=0, description="of weights, scores, inputs and the arms' order")
-    model: str = Field("sd-2.1", description="sd-1.4, sd-1.5, sd-2.1, …, or a diffusers directory")
+    seed: int = Field(0, ge=0, description="Seed of weights, scores, inputs and the order of the arms.")
+    model: str = Field("sd-2.1", description="Model: sd-1.4, sd-1.5, sd-2.1, …, or a diffusers directory.")
     weights: Literal["random", "own"] = Field(
-        "random", description="random: from the model's configs alone, which is enough for times; own: loaded"
+        "random", description="Weights. random: drawn from the model's configs, sufficient for times; own: loaded."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    resolution: int = Field(768, gt=0, le=2**14, description="pixels of a side")
-    batch: int = Field(1, gt=0, description="images of one pipeline call")
-    guidance: float = Field(7.5, ge=0, description="classifier-free guidance; above 1 the denoiser's batch is doubled")
-    steps: int = Field(25, gt=0, description="scheduler steps; PNDM calls the denoiser once more than it has steps")
-    warmup_seconds: float = Field(60.0, gt=0, description="where warming up ends, settled or not")
-    published: str | None = Field(None, description="what the architectures' published_seconds are, and where from")
-    published_dense_seconds: float | None = Field(None, gt=0, description="the dense model's, from the same source")
-    architectures: dict[str, ArchitectureConfig] = Field({}, description="by name; `dense` is always there")
-    cells: list[CellConfig] = Field(min_length=1, description="how they are run, one after another")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device: auto (a GPU if there is one), cpu or cuda."
+    )
+    resolution: int = Field(768, gt=0, le=2**14, description="Side of pictures in pixels.")
+    batch: int = Field(1, gt=0, description="Images per pipeline call.")
+    guidance: float = Field(
+        7.5, ge=0, description="Scale of classifier-free guidance; above 1 the denoiser's batch is doubled."
+    )
+    steps: int = Field(
+        25, gt=0, description="Number of scheduler steps; PNDM calls the denoiser once more than it has steps."
+    )
+    warmup_seconds: float = Field(
+        60.0, gt=0, description="Largest duration of the warm-up in seconds, whether or not times have settled."
+    )
+    published: str | None = Field(None, description="Meaning and source of the architectures' published_seconds.")
+    published_dense_seconds: float | None = Field(
+        None, gt=0, description="Published seconds of the dense model, from the same source."
+    )
+    architectures: dict[str, ArchitectureConfig] = Field(
+        {}, description="Architectures by name; `dense` is always included."
+    )
+    cells: list[CellConfig] = Field(
+        min_length=1, description="Cells: how the architectures are run, one after another."
+    )
 
     @field_validator("architectures")
     @classmethod
@@ -140,7 +157,7 @@ def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchR
     except FAULTS as error:
         raise BenchRecipeError(f"{path} cannot be read: {error}") from error
     if content.get("job") != JOB:
-        raise BenchRecipeError(f"{path} is no benchmark: it lacks job: {JOB}")
+        raise BenchRecipeError(f"{path} is not a benchmark: it has no job: {JOB}")
     try:
         return BenchRecipe.model_validate(content)
     except ValidationError as error:

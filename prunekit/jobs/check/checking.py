@@ -76,11 +76,11 @@ def check(recipe: AnyRecipe, devices: int = 1, say: Callable[[Checked], Any] = l
     """
     if isinstance(recipe, PretrainRecipe):
         raise UserError(
-            f"{recipe.name} has job=pretrain, and check is for prune and compare; see it through with: "
-            "prunekit run RECIPE scale=smoke"
+            f"{recipe.name} has job=pretrain, and check is for prune and compare; use instead: prunekit run "
+            "RECIPE scale=smoke"
         )
     if current().count > 1:
-        raise UserError("check is for one process: start it without a launcher, and say --devices N")
+        raise UserError("check runs in one process: start it without a launcher, and give --devices N")
     with TemporaryDirectory(prefix="prunekit-check-") as directory:
         return _Check(recipe, devices, Path(directory), say).run()
 
@@ -192,7 +192,7 @@ def explained(error: Exception, stage: str, setting: str, batch: str = "") -> st
     text = " ".join(lines[0].split())
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         lower = f"lower {batch}" if batch else "use a larger device"
-        lower += ", or set gradient_checkpointing=true beside it" if batch.endswith("micro_batch") else ""
+        lower += ", or set gradient_checkpointing=true as well" if batch.endswith("micro_batch") else ""
         return f"{stage} does not fit into memory: {lower} ({text})"
     explains = type(error).__module__.partition(".")[0] == "prunekit" or isinstance(error, ValueError | OSError)
     return f"{stage} failed: {text if explains else f'{type(error).__name__}: {text}'} (settings: {setting})"

@@ -26,7 +26,7 @@ def call_ratio(dense: nn.Module, pruned: nn.Module, call: Call) -> float:
 
 
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
-    """Return a cell's call ratio, the mean over its experts by their training prompts; None where models are gone."""
+    """Return a cell's call ratio, the mean over its experts by their training prompts; None if models are gone."""
     models = directory / WORK / cell["models_folder"]
     shares = [expert["training_share"] for expert in cell["experts"]] or [1.0]
     folders = [models / str(index) / denoiser_name(stages.pipeline) for index in range(len(shares))]

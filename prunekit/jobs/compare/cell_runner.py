@@ -165,7 +165,7 @@ class CellRunner:
         return flat(fields)
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Make a cell, or go on with it, unless it is there; return its result."""
+        """Compute a cell, or resume it, unless it exists; return its result."""
         if result := self.finished(cell):
             return result
         stages, fields = self.stages, self.fields(cell)
@@ -243,7 +243,7 @@ class CellRunner:
         """Return a mixture whose prompts go to its experts at random, with the shares that its router gives them."""
         data, router = self.stages.data, chosen.router
         if router is None:
-            raise RecipeError("partition=random is for mixtures: this row's method has no router")
+            raise RecipeError("partition=random needs a mixture: this row's method has no router")
         shares = comparison.shares_of(router.route_rows(data.prompts, data.training_pairs()), router.num_experts)
         unused, fallback = router.unused, int(shares.argmax())
         return replace(chosen, router=RandomRouter(shares, router.embedding_size, seed, fallback, unused=unused))

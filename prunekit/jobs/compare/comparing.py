@@ -154,7 +154,8 @@ def compare(
     paths: comparison recipes, whose missing cells are made in `runs/NAME`, and directories with finished `cells/`.
     output: where the table goes; the first comparison's directory by default.
     Several processes may share a directory: each makes the cells that no other is making, and then shows what is there.
-    Returns the output directory. Raises RecipeError for what is no comparison, ValueError for cells that cannot share
+    Returns the output directory. Raises RecipeError for what is not a comparison, ValueError for cells that cannot
+    share
     a table, by the field that differs.
     """
     overrides, sources = list(overrides), [Path(path) for path in paths]

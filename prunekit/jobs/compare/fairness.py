@@ -14,7 +14,7 @@ AXES = {"seed"}
 
 
 def refuse_unfair(cells: Sequence[Result]) -> None:
-    """Raise ValueError, by the field's name, where two cells differ in what is no axis of the comparison.
+    """Raise ValueError, by the field's name, where two cells differ in what is not an axis of the comparison.
 
     Axes are the method with its own settings, the budget, the seed, distillation and the protocol. All else must be
     equal: model, data, resolution, convention, fine-tuning and evaluation.
@@ -29,7 +29,7 @@ def refuse_unfair(cells: Sequence[Result]) -> None:
             if earlier != value:
                 raise UserError(
                     f"{title(other)} and {title(cell)} cannot share a table: {field} is {earlier!r} there and "
-                    f"{value!r} here; run one of them again, or make it an axis"
+                    f"{value!r} here; run one of them again with equal settings, or make the setting an axis"
                 )
 
 
@@ -39,7 +39,7 @@ def title(cell: Result) -> str:
 
 
 def _group(field: str, cell: Result) -> Hashable | None:
-    """Return the set of cells among which `field` must be equal; None where it may differ."""
+    """Return the set of cells among which `field` must be equal; None if it may differ."""
     axes = cell["cell"]
     if field in AXES:
         return None

@@ -135,7 +135,7 @@ def disk(
     data: DataSize | None,
     devices: int,
 ) -> dict[str, Any]:
-    """Return the bytes of what a run writes; None where they are not known before the data is read."""
+    """Return the bytes of what a run writes; None if they are not known before the data is read."""
     lowered = model.lowered and all(row.tuning.lora is not None or not row.tuning_steps for row in rows.values())
     experts = sum(rows[name].models * row["params_kept"] for name, row in described.items())
     experts *= LOWERED if lowered else FLOAT32

@@ -49,7 +49,7 @@ def measure_speed(
         return Speed(BATCH * macs / fastest, f"measured on {name} for {seconds:g} s: {what}")
     a, b = (torch.ones(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     fastest = _time(lambda: a @ b, device, seconds)
-    what = f"a {SIDE} x {SIDE} matrix product in {precision}, which no denoiser reaches: take times as lower bounds"
+    what = f"a {SIDE} x {SIDE} matrix product in {precision}, which no denoiser reaches: times are lower bounds"
     return Speed(SIDE**3 / fastest, f"measured on {name} for {seconds:g} s: {what}")
 
 

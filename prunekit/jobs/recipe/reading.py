@@ -35,7 +35,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     try:
         changes = load_overrides(overrides)
         if wrong := next((str(key) for key in changes if _is_for_files(str(key))), None):
-            raise RecipeError(f"{wrong} is for recipe files: write it there, and override the setting itself")
+            raise RecipeError(f"{wrong} is for recipe files: write it in the file, and override the setting itself")
         files = _merged(path, ())
         scale = changes.pop(SCALE, files.pop(SCALE, "full"))
         shrunk = OmegaConf.create(_scaled(_resolved(files, path), scale, str(path)))
@@ -57,7 +57,7 @@ def parse_recipe(content: dict[str, Any], where: str = "recipe") -> AnyRecipe:
     content = _scaled(content, content.pop(SCALE, "full"), where)
     if not all(isinstance(key, str) for key in content):
         raise RecipeError(
-            f"{where}: settings are named by text; got {next(k for k in content if not isinstance(k, str))!r}"
+            f"{where}: names of settings must be text; got {next(k for k in content if not isinstance(k, str))!r}"
         )
     try:
         return TypeAdapter(Recipe).validate_python(content)
@@ -83,7 +83,9 @@ def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
     given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     bases: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(base, str) for base in bases):
-        raise RecipeError(f"{path}: {EXTENDS}={given!r}; give a file, or a list of files, from the recipe's folder")
+        raise RecipeError(
+            f"{path}: {EXTENDS}={given!r}; give a file, or a list of files, relative to the recipe's folder"
+        )
     extended = [_merged(path.parent / base, (*above, path)) for base in bases]
     return merged(*extended, settings) if extended else settings
 

@@ -48,27 +48,32 @@ class Section(BaseModel):
 
 
 class EvaluationConfig(Section):
-    """What is generated and compared, the same for every row of the table."""
+    """Settings of generation and evaluation, equal for every row of the table."""
 
-    num_images: int = Field(500, gt=1, description="generated images of each row")
+    num_images: int = Field(500, gt=1, description="Number of generated images per row.")
     num_references: int = Field(
-        10_000, gt=1, description="real images at most that they are held against; each prompt's own is among them"
+        10_000,
+        gt=1,
+        description="Largest number of real images to compare with; they include the image of each prompt.",
     )
     num_seen_images: int | None = Field(
         None,
         ge=0,
-        description="generated images of each row whose prompts are of training pictures, for the figures in "
-        "parentheses; unset: as many as num_images. Only where data.holdout_by=pictures",
+        description="Number of generated images per row for prompts of training pictures (the figures in parentheses), "
+        "if data.holdout_by=pictures; unset: num_images.",
     )
     at_steps: list[int] = Field(
-        [], description="fine-tuning steps whose weights are kept and get rows of their own, beside the last one's"
+        [],
+        description="Fine-tuning steps whose weights are stored and get their own rows, in addition to the last step.",
     )
-    steps: int = Field(25, gt=0, description="sampling steps, of the pipeline's own scheduler")
-    guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale")
-    batch_size: int = Field(50, gt=0, description="prompts of one pipeline call; fixed batches by index")
-    precision: Precision = Field("auto", description=f"autocast while generating; {AUTO}")
-    num_predictions: int = Field(256, gt=0, description="(image, t, noise) triples of the agreement with dense")
-    num_pictures: int = Field(10, gt=0, description="columns of the comparison picture")
+    steps: int = Field(25, gt=0, description="Number of sampling steps of the pipeline's own scheduler.")
+    guidance: float = Field(3.0, ge=0, description="Scale of classifier-free guidance.")
+    batch_size: int = Field(50, gt=0, description="Prompts per pipeline call; batches are fixed by index.")
+    precision: Precision = Field("auto", description=f"Autocast dtype of generation. {AUTO}")
+    num_predictions: int = Field(
+        256, gt=0, description="Number of (image, t, noise) triples for the agreement with the dense model."
+    )
+    num_pictures: int = Field(10, gt=0, description="Number of columns of the comparison picture.")
 
     def seen_images(self, holds_pictures: bool) -> int:
         """Return how many of a row's pictures are of training pictures' prompts; none where no picture is held out."""
@@ -78,29 +83,31 @@ class EvaluationConfig(Section):
 
 
 class RecoverConfig(Section):
-    """What follows the cut."""
+    """Recovery after the cut."""
 
     closed_form: ClosedFormConfig | None = Field(
         None,
-        description="refit the layers that lost inputs, by ridge regression, without back-propagation; {} takes the "
-        "defaults, unset: no refit",
+        description="Refit the layers that lost inputs by ridge regression, without back-propagation; {} selects the "
+        "defaults; unset: no refit.",
     )
-    fine_tune: bool = Field(True, description="fine-tune, as the section fine_tune says")
+    fine_tune: bool = Field(
+        True, description="Fine-tune with the settings of the section fine_tune; false: no fine-tuning."
+    )
 
 
 class MemoryConfig(Section):
-    """How models are held that no stage trains in full; for denoisers that fill a GPU."""
+    """Storage of models that no stage trains in full, for denoisers that fill a GPU."""
 
     weights: Literal["float32", "bfloat16", "auto"] = Field(
         "float32",
-        description="dtype of frozen weights: the model's own, and those of a pruned model that a refit or "
-        "fine_tune.lora alone changes; bfloat16 halves their memory, and their forward passes run in bfloat16; auto: "
-        "bfloat16 where `precision: auto` means it, else float32 without offloading",
+        description="Dtype of frozen weights: those of the dense model, and those of a pruned model that only a refit "
+        "or fine_tune.lora changes. bfloat16 halves their memory, and their forward passes run in bfloat16; auto: "
+        "bfloat16 if `precision: auto` selects it, else float32 without offloading.",
     )
     offload: bool = Field(
         False,
-        description="with weights in bfloat16: text encoders, autoencoder and, while pruned models are fine-tuned, the "
-        "teacher stay in host memory; each layer is copied to the GPU while it runs",
+        description="With weights in bfloat16: text encoders, autoencoder and, during fine-tuning, the teacher stay in "
+        "host memory; each layer is copied to the GPU while it runs.",
     )
 
     @model_validator(mode="after")
@@ -111,26 +118,36 @@ class MemoryConfig(Section):
 
 
 class CommonRecipe(Section):
-    """What every recipe that prunes a model says."""
+    """Settings of every recipe that prunes a model."""
 
-    name: Name = Field(description="names the run directory")
-    seed: Seed = Field(0, description="what all randomness is keyed by")
-    model: str = Field("emoji", description="the embedded model, a directory, a .safetensors file, or a hub id")
-    single_file_config: str | None = Field(None, description="with a single file: the pipeline whose configs it has")
+    name: Name = Field(description="Name of the run's directory.")
+    seed: Seed = Field(0, description="Seed of all random numbers.")
+    model: str = Field(
+        "emoji",
+        description="Model to prune: an embedded model, a diffusers directory, a .safetensors file, or a hub id.",
+    )
+    single_file_config: str | None = Field(
+        None, description="Single files only: pipeline from which to take the configs; unset: by the file's tensors."
+    )
     lora: Annotated[list[LoraWeights], BeforeValidator(as_lora)] = Field(
-        [], description="LoRA weights merged into the model first: a path, or a list of paths or {path, scale}"
+        [], description="LoRA weights to merge into the model first: a path, or a list of paths or {path, scale}."
     )
-    prompt_encoder: str = Field("emoji", description="the embedded one, or a Sentence Transformer's id or path")
-    evaluator: str = Field("emoji", description="the embedded evaluator, or a CLIP model's id or path")
+    prompt_encoder: str = Field(
+        "emoji",
+        description="Prompt encoder of the router: the embedded one (emoji), or a Sentence Transformer's id or path.",
+    )
+    evaluator: str = Field(
+        "emoji", description="Evaluator of pictures: the embedded one (emoji), or a CLIP model's id or path."
+    )
     data: DataConfig = DataConfig()
-    cache: CacheConfig = Field(CacheConfig(), description="what of the frozen parts' output is kept on disk, and how")
-    memory: MemoryConfig = Field(MemoryConfig(), description="how models are held that no stage trains in full")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="where figures go beside log.jsonl")
+    cache: CacheConfig = Field(CacheConfig(), description="Storage of the frozen encoders' output on disk.")
+    memory: MemoryConfig = Field(MemoryConfig(), description="Storage of models that no stage trains in full.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Trackers that get the figures of log.jsonl too.")
     resolution: int | None = Field(
-        None, gt=0, le=2**14, description="pixels of a side while training; unset: the model's own"
+        None, gt=0, le=2**14, description="Side of training pictures in pixels; unset: the model's own."
     )
-    prune: PruneSettings = Field(PruneSettings(), description="what may be removed, and the budget")
-    recover: RecoverConfig = Field(RecoverConfig(), description="what follows the cut")
+    prune: PruneSettings = Field(PruneSettings(), description="Units that may be removed, and the budget.")
+    recover: RecoverConfig = Field(RecoverConfig(), description="Recovery after the cut.")
     fine_tune: FineTuneConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: Engine = LOCAL
@@ -145,8 +162,8 @@ class PruneRecipe(CommonRecipe):
     """Prune one model by one or more methods, fine-tune, generate, and compare."""
 
     job: Literal["prune"] = "prune"
-    prune: PruneSettings = Field(description="what may be removed, and the budget")
-    methods: dict[str, dict[str, Any]] = Field(description="methods by name, each with its own settings")
+    prune: PruneSettings = Field(description="Units that may be removed, and the budget.")
+    methods: dict[str, dict[str, Any]] = Field(description="Methods by name, each with its settings.")
 
     @model_validator(mode="after")
     def _methods(self) -> "PruneRecipe":
@@ -181,12 +198,12 @@ class BudgetEntry(Section):
     """One budget of a comparison."""
 
     budget: float | str = Field(
-        description='share of the dense MACs, or "bksdm:base", "bksdm:2,1,1,1": that member\'s own'
+        description='Fraction of the dense MACs; or "bksdm:base", "bksdm:2,1,1,1": the MACs of this BK-SDM member.'
     )
     seeds: list[Seed] = Field(
-        [0], min_length=1, description="repetitions: search, fine-tuning and noise are keyed by it"
+        [0], min_length=1, description="Seeds of the repetitions; each one keys search, fine-tuning and noise."
     )
-    methods: list[str] | None = Field(None, description="labels of the methods at this budget; unset: all")
+    methods: list[str] | None = Field(None, description="Labels of the methods at this budget; unset: all methods.")
 
     @field_validator("budget")
     @classmethod
@@ -202,20 +219,22 @@ class BudgetEntry(Section):
 
 
 class Row(Section):
-    """What a row of a comparison says beside its method's own settings."""
+    """Settings of a row of a comparison, in addition to those of its method."""
 
-    method: str | None = Field(None, description="the method's name; unset: the row's label")
-    distillation: bool = Field(True, description="false: the denoising error alone counts, in full")
-    shared_backbone: bool | None = Field(None, description="as fine_tune has it")
-    lora: LoraConfig | None = Field(None, description="as fine_tune has it")
-    deltas: DeltaConfig | None = Field(None, description="as fine_tune has it")
-    closed_form: bool | ClosedFormConfig | None = Field(
-        None, description="as recover has it; true takes the settings there, or the defaults"
+    method: str | None = Field(None, description="Name of the method; unset: the label of the row.")
+    distillation: bool = Field(
+        True, description="Distill from the dense model; false: only the denoising error, with weight 1."
     )
-    fine_tune: bool | None = Field(None, description="as recover has it")
+    shared_backbone: bool | None = Field(None, description="Unset: as in `fine_tune`.")
+    lora: LoraConfig | None = Field(None, description="Unset: as in `fine_tune`.")
+    deltas: DeltaConfig | None = Field(None, description="Unset: as in `fine_tune`.")
+    closed_form: bool | ClosedFormConfig | None = Field(
+        None, description="Closed-form refit; unset: as in `recover`; true: with the settings there, or the defaults."
+    )
+    fine_tune: bool | None = Field(None, description="Unset: as in `recover`.")
     partition: Literal["router", "random"] = Field(
         "router",
-        description="random: a control whose experts train on and serve prompts at random, with the router's shares",
+        description="random: a control; its experts train on and serve random prompts, with the router's shares.",
     )
 
 
@@ -227,33 +246,38 @@ class CompareRecipe(CommonRecipe):
 
     job: Literal["compare"]
     methods: dict[str, dict[str, Any]] = Field(
-        description="rows by label: the method's settings, and those of the section Row"
+        description="Rows by label: settings of the method, and settings of the section Row."
     )
-    budgets: list[BudgetEntry] = Field(min_length=1, description="budgets, each with its seeds")
+    budgets: list[BudgetEntry] = Field(min_length=1, description="Budgets, each with its seeds.")
     protocols: list[Literal["equal_steps", "equal_total", "equal_compute"]] = Field(
         ["equal_steps", "equal_total"],
         min_length=1,
-        description="equal_steps: every model trains for fine_tune.steps, as the papers do; equal_total: every row "
-        "computes as much as the costliest one does so, calibration and search included, by training longer; "
-        "equal_compute: the N experts of a mixture share fine_tune.steps, 1/N each, and searches are not charged",
+        description="Training protocols. equal_steps: every model trains for fine_tune.steps, as in the papers; "
+        "equal_total: every row gets as much compute as the most expensive row has under equal_steps, "
+        "calibration and search included, by longer training; equal_compute: the N experts of a mixture share "
+        "fine_tune.steps, 1/N each, and searches are not charged.",
     )
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
-        [], description="pairs of rows whose agreement and KID are tested, paired by seed, with Holm's correction"
+        [],
+        description="Pairs of rows whose differences in agreement and KID are tested, paired by seed, with Holm's "
+        "correction.",
     )
-    published: list[dict[str, float | str]] = Field([], description="figures of a paper, printed beside ours")
+    published: list[dict[str, float | str]] = Field([], description="Published figures, printed below the table.")
 
     @model_validator(mode="after")
     def _rows(self) -> "CompareRecipe":
         twice = PER_CELL & self.prune.model_fields_set
         if twice:
             raise UserError(
-                f"prune.{min(twice)} does not belong into a comparison: `budgets` has budgets and seeds (of the time: "
-                "add prune.latency={device: here})"
+                f"prune.{min(twice)} is not allowed in a comparison: give budgets and seeds in `budgets` (for a "
+                "budget of time, add prune.latency={device: here})"
             )
         if self.prune.latency is not None and (named := [e.budget for e in self.budgets if isinstance(e.budget, str)]):
-            raise UserError(f"budget {named[0]!r} is a member's MACs; with prune.latency give shares of the time")
+            raise UserError(
+                f"budget {named[0]!r} means the MACs of a BK-SDM member; with prune.latency give fractions of the time"
+            )
         if self.evaluation.at_steps:
-            raise UserError("evaluation.at_steps does not belong into a comparison: its rows are of the last step")
+            raise UserError("evaluation.at_steps is not allowed in a comparison: its rows are of the last step")
         if unknown := next((label for pair in self.pairs for label in pair if label not in self.methods), None):
             raise UserError(f"pairs name an unknown row {unknown!r}{nearest(unknown, self.methods)}")
         for label in self.methods:
@@ -358,31 +382,37 @@ class PretrainRecipe(Section):
     """Train an embedded model from nothing: the UNet's with all its parts and its evaluator, or SD 3's transformer."""
 
     job: Literal["pretrain"]
-    name: Name = Field(description="names the run directory")
-    seed: Seed = Field(0, description="what all randomness is keyed by")
-    data: DataConfig = Field(DataConfig(holdout_by="captions"), description="what it learns from: every picture")
+    name: Name = Field(description="Name of the run's directory.")
+    seed: Seed = Field(0, description="Seed of all random numbers.")
+    data: DataConfig = Field(DataConfig(holdout_by="captions"), description="Training data: every picture.")
     transformer: EmojiSD3Config | None = Field(
         None,
-        description="Stable Diffusion 3's transformer in miniature, on the frozen autoencoder and text encoder of the "
-        "embedded model; unset: a UNet, with a new autoencoder, text encoder and evaluator",
+        description="Small Stable Diffusion 3 transformer on the frozen autoencoder and text encoder of the embedded "
+        "model; unset: a UNet with a new autoencoder, text encoder and evaluator.",
     )
-    shapes: EmojiModelConfig = Field(EmojiModelConfig(), description="shapes of the UNet and its parts")
-    autoencoder: TrainerConfig | None = Field(None, description="training of the autoencoder, of a UNet's model")
-    decoder: TrainerConfig | None = Field(None, description="further training of its decoder alone")
+    shapes: EmojiModelConfig = Field(EmojiModelConfig(), description="Shapes of the UNet and of the models around it.")
+    autoencoder: TrainerConfig | None = Field(None, description="Training of the autoencoder, for a UNet.")
+    decoder: TrainerConfig | None = Field(
+        None, description="Further training of the autoencoder's decoder alone, for a UNet."
+    )
     diffusion: TrainerConfig
-    evaluator: TrainerConfig | None = Field(None, description="training of the evaluator, of a UNet's model")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of empty captions, for guidance")
-    timestep_shift: float = Field(
-        1.0, ge=1, description="above 1: more of the noisiest timesteps in `diffusion` of a UNet"
+    evaluator: TrainerConfig | None = Field(None, description="Training of the evaluator, for a UNet.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Fraction of captions replaced by the empty caption, for classifier-free guidance."
     )
-    milestones: list[int] = Field([], description="steps of `diffusion` whose weights are kept for the quality curve")
+    timestep_shift: float = Field(
+        1.0, ge=1, description="Shift of the timesteps of `diffusion` towards noise, for a UNet; 1: no shift."
+    )
+    milestones: list[int] = Field(
+        [], description="Steps of `diffusion` whose weights are stored for the quality curve."
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _parts(self) -> "PretrainRecipe":
         for name in ("autoencoder", "decoder", "evaluator"):
             if (getattr(self, name) is None) == (self.transformer is None):
-                needed = "is needed" if self.transformer is None else "does not belong beside `transformer`"
+                needed = "is needed" if self.transformer is None else "is not allowed with `transformer`"
                 raise UserError(
                     f"{name} {needed}: a transformer takes the embedded model's parts, a UNet trains its own"
                 )
@@ -394,7 +424,7 @@ class PretrainRecipe(Section):
         if "holdout_by" not in data.model_fields_set:
             return data.model_copy(update={"holdout_by": "captions"})
         if data.holdout_by == "pictures":
-            raise UserError("pretraining learns from every picture: leave data.holdout_by=captions")
+            raise UserError("pretraining uses every picture: set data.holdout_by=captions")
         return data
 
 

@@ -41,45 +41,60 @@ class APTPConfig(SearchSettings):
 
     preset: Literal["default", "paper", "published_code"] = Field(
         "default",
-        description="source of the settings that are not given. default: what measured best; paper: the paper, and its "
-        "published code where the paper is silent; published_code: the code, also where it differs from the paper",
+        description="Source of settings that are not given. default: the best measured values; paper: "
+        "the paper, and its published code where the paper gives no value; published_code: "
+        "the code, also where it differs from the paper.",
     )
 
-    experts: int = Field(8, gt=0, description="N, the number of experts")
-    epsilon: float = Field(0.05, gt=0, description="entropy weight of the transport (Eq. 5)")
-    sinkhorn_iterations: int = Field(3, gt=0, description="Sinkhorn iterations (Eq. 7)")
-    contrastive_temperature: float = Field(0.03, gt=0, description="tau of the contrastive loss (Eq. 12)")
-    contrastive_weight: float = Field(100.0, ge=0, description="lambda_cont of Eq. 25")
+    experts: int = Field(8, gt=0, description="Number of experts, N.")
+    epsilon: float = Field(0.05, gt=0, description="Entropy weight of the transport, epsilon of Eq. 5.")
+    sinkhorn_iterations: int = Field(3, gt=0, description="Number of Sinkhorn iterations (Eq. 7).")
+    contrastive_temperature: float = Field(
+        0.03, gt=0, description="Temperature of the contrastive loss, tau of Eq. 12."
+    )
+    contrastive_weight: float = Field(100.0, ge=0, description="Weight of the contrastive loss, lambda_cont of Eq. 25.")
     transport: bool = Field(
         True,
-        description="assign a batch's prompts by optimal transport (Eq. 5-7, 20-21); off: each to its nearest code",
+        description="Assign the prompts of a batch by optimal transport (Eq. 5-7, 20-21); false: each prompt to its "
+        "nearest code.",
     )
     similarity: Literal["cosine", "hardened"] = Field(
         "cosine",
-        description="similarity that assigns prompts to codes in training. cosine: of e and a (Eq. 5); hardened: of "
-        "their gates at 0 or 1, weighted by 1/sqrt(width), as in the published code",
+        description="Similarity that assigns prompts to codes in training. cosine: of e and a (Eq. 5); hardened: of "
+        "their gates rounded to 0 or 1, weighted by 1/sqrt(width), as in the published code.",
     )
     routing: Literal["cosine", "hardened"] = Field(
         "cosine",
-        description="similarity that routes prompts at inference. cosine: of e and a (Eq. 22); hardened: of "
-        "their gates at 0 or 1, as in the published code, without its noise. With similarity=hardened and "
-        "routing=cosine one expert may take every prompt (docs/aptp.md)",
+        description="Similarity that routes prompts at inference. cosine: of e and a (Eq. 22); hardened: "
+        "of their gates rounded to 0 or 1, as in the published code, without its noise. With "
+        "similarity=hardened and routing=cosine one expert may get every prompt "
+        "(docs/aptp.md).",
     )
     codes: Literal["random", "kmeans"] = Field(
-        "random", description="where codes start: at random (orthogonal), or at the centres of the predicted embeddings"
+        "random",
+        description="Initial codes. random: random orthogonal directions; kmeans: the k-means centers of the predicted "
+        "embeddings.",
     )
     spread_weight: float = Field(
-        0.0, ge=0, description="of the spread of the batch's costs, which is rewarded; published code: 0.1"
+        0.0, ge=0, description="Weight of a term that rewards the spread of costs in a batch; published code: 0.1."
     )
     maximum_weight: float = Field(
-        0.0, ge=0, description="weight of the gap between the costliest sample and the dense cost; published code: 0.1"
+        0.0,
+        ge=0,
+        description="Weight of the gap between the most expensive sample and the dense cost; published code: 0.1.",
     )
     balance: bool = Field(
         True,
-        description="shift the experts' routing scores so that the training prompts spread as transport spreads them; "
-        "off: Eq. 22 as printed, under which one expert may take every prompt",
+        description="Shift the experts' routing scores so that training prompts are distributed as by "
+        "transport; false: Eq. 22 without a shift, with which one expert may get every "
+        "prompt.",
     )
-    warmup: int = Field(500, ge=0, description="first steps, in which a prompt's own embedding is its architecture")
+    warmup: int = Field(
+        500,
+        ge=0,
+        description="Number of first steps in which a prompt's embedding is its architecture, before the "
+        "codes are used.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -139,7 +154,7 @@ class SearchObjective(GateSearchObjective):
         return {"predictor": self.predictor, "codes": self.codes}
 
     def batch(self, step: int) -> RoutedBatch:
-        """Draw a step; at the first step with codes, place them at the centres of the predicted embeddings."""
+        """Draw a step; at the first step with codes, place them at the centers of the predicted embeddings."""
         config, drawn = self.config, self.draw(step)
         if step == config.warmup:
             self._place_codes()
@@ -174,7 +189,7 @@ class SearchObjective(GateSearchObjective):
     def micro_loss(self, batch: RoutedBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions` under their experts' gates (Eq. 25).
 
-        During the warm-up embeddings are computed anew: the graph of the whole batch stays with the shared terms.
+        During the warm-up embeddings are computed again: the graph of the whole batch stays with the shared terms.
         """
         logits = self._embeddings(batch) if batch.step < self.config.warmup else self.codes.values
         return self.sample_terms(batch, positions, logits, batch.assignment[positions], batch.weights[positions])

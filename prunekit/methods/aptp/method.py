@@ -62,7 +62,7 @@ class APTP(SearchMethod[SearchObjective]):
     ) -> SearchObjective:
         num_prompts = len(data.training_pairs())
         if self.config.experts > num_prompts:
-            raise UserError(f"experts={self.config.experts} exceed the {num_prompts} training prompts")
+            raise UserError(f"experts={self.config.experts} is more than the {num_prompts} training prompts")
         predictor, codes = self._parameters(data.prompts.shape[1], cost.space.size)
         return SearchObjective(model, gates, predictor, codes, cost, process, data, self.config, model.device)
 
