@@ -67,6 +67,10 @@ def command(arguments: list[str], settings: Settings, variables: dict[str, str] 
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             status = process.wait()
+        finally:
+            if process.poll() is None:  # this process is asked to end itself
+                process.terminate()
+                process.wait()
     if status in (REQUEUE, -signal.SIGTERM):
         raise UnfinishedError("out of time; its state is saved, and the same command goes on")
     if status:

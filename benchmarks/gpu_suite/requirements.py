@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_suite.requirements --collect wheels    the wheels of a machine without a network
 
 A machine image that has torch may lack the rest, or have older versions. `--collect` resolves the packages for the
-machine's Python and torch, leaves out what the image has (`--has torch,numpy`), and downloads the others, with a wheel
-of this checkout. There: pip install --no-index --no-deps --find-links wheels wheels/*.whl
+machine's Python and torch, leaves out what the image has (`--has numpy,scipy`), and downloads the others. prunekit's
+own wheel holds its version alone: the code runs from the checkout. There: pip install --no-index --no-deps wheels/*.whl
 """
 
 import argparse
@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -29,12 +30,17 @@ PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)), "ma
 IMAGE = "image"  # local version of the empty wheel that stands for the machine's torch
 
 
-def requirements(extras: Iterable[str] = ()) -> list[Requirement]:
-    """Return the packages that pyproject.toml asks for, those of some extras too."""
+def project() -> dict[str, Any]:
+    """Return what pyproject.toml says of the project."""
     import tomllib  # from Python 3.11 on
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name])]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(extras: Iterable[str] = ()) -> list[Requirement]:
+    """Return the packages that pyproject.toml asks for, those of some extras too."""
+    said = project()
+    lines = [*said["dependencies"], *(line for name in extras for line in said["optional-dependencies"][name])]
     return [Requirement(line) for line in lines]
 
 
@@ -72,7 +78,7 @@ def collect(folder: Path, python: str, torch: str, has: Iterable[str]) -> list[s
     with tempfile.TemporaryDirectory() as temporary:
         pins, report = Path(temporary) / "constraints.txt", Path(temporary) / "report.json"
         pins.write_text(constraints(torch, known), encoding="utf-8")
-        write_stand_in(Path(temporary), torch)
+        write_metadata(Path(temporary), "torch", f"{torch}+{IMAGE}")  # or pip would look for all that torch needs
         found = ["--find-links", temporary, "--find-links", str(folder)]
         pip("wheel", "--no-deps", "-w", str(folder), "-c", str(pins), *PURE)
         resolving = ["--dry-run", "--ignore-installed", "--target", f"{temporary}/site", "--report", str(report)]
@@ -81,9 +87,7 @@ def collect(folder: Path, python: str, torch: str, has: Iterable[str]) -> list[s
         versions = {canonicalize_name(item["name"]): item["version"] for item in resolved}
         names = [f"{name}=={number}" for name, number in versions.items() if name not in known | set(PURE)]
         pip("download", "--no-deps", *target, "-d", str(folder), *found, *names)
-    for path in folder.glob("prunekit-*.whl"):
-        path.unlink()
-    pip("wheel", "--no-deps", "-w", str(folder), str(ROOT))
+    write_metadata(folder, "prunekit", project()["version"])
     return sorted(path.name for path in folder.glob("*.whl"))
 
 
@@ -94,15 +98,14 @@ def constraints(torch: str, known: Iterable[str]) -> str:
     return "\n".join([*kept, f"torch=={torch}+{IMAGE}"]) + "\n"
 
 
-def write_stand_in(folder: Path, torch: str) -> None:
-    """Write an empty wheel in the place of the machine's torch, so that pip does not look for what torch needs."""
-    name = f"torch-{torch}+{IMAGE}"
-    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
-        metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}+{IMAGE}\n"
+def write_metadata(folder: Path, name: str, number: str) -> None:
+    """Write a wheel that holds a package's name and version, and no code."""
+    stem = f"{name}-{number}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
         tags = "Wheel-Version: 1.0\nGenerator: prunekit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        files = {"METADATA": metadata, "WHEEL": tags, "RECORD": ""}
-        for file, content in files.items():
-            wheel.writestr(f"{name}.dist-info/{file}", content)
+        for file, content in {"METADATA": metadata, "WHEEL": tags, "RECORD": ""}.items():
+            wheel.writestr(f"{stem}.dist-info/{file}", content)
 
 
 def pip(*arguments: str) -> None:

@@ -24,6 +24,7 @@ from benchmarks.gpu_suite.reference import (
     running,
 )
 from prunekit.core.registry import denoiser_in, latent_size, text_length
+from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.jobs.bench.modes import Mode
 from prunekit.measuring.clock import timed_inputs
 from prunekit.methods.router import Router
@@ -63,9 +64,10 @@ def mixture(pipeline: Any, experts: int = EXPERTS, keep: float = 0.6) -> pk.Prom
 
 
 def router(experts: int) -> Router:
-    """Return a router that spreads the embedded encoder's prompts."""
-    draw = torch.Generator().manual_seed(0)
-    return Router(torch.randn(experts, 128, generator=draw), torch.zeros(experts))
+    """Return a router that spreads the prompts, as the embedded encoder embeds them."""
+    z = load_prompt_encoder().encode(PROMPTS)
+    weight = torch.randn(experts, z.shape[1], generator=torch.Generator().manual_seed(0))
+    return Router(weight, -(z @ weight.T).mean(dim=0))
 
 
 def drawing(settings: Settings, dtype: str, mode: Mode) -> Found:

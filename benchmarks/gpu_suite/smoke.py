@@ -1,5 +1,7 @@
 """Every public operation on the device, in three precisions, eager, compiled by regions and as a CUDA graph."""
 
+import subprocess
+import sys
 from functools import cache, partial
 from typing import Any
 
@@ -9,7 +11,7 @@ import unets
 from torch import Tensor
 
 import prunekit as pk
-from benchmarks.gpu_suite import routed, training_terms
+from benchmarks.gpu_suite import ROOT, routed, training_terms
 from benchmarks.gpu_suite.record import Found, Piece, Settings
 from benchmarks.gpu_suite.reference import (
     DTYPES,
@@ -29,6 +31,7 @@ from prunekit.jobs.bench.modes import Mode
 TITLE = "Smoke: every public operation, equal to the CPU"
 FAMILIES = ("sd1", "sd2", "sdxl", "pixart", "sd3", "sd35", "flux", "qwen_image")
 COMPILED = ("sd35", "flux", "sd2")  # compiling takes the time: one of each kind of block, that with the fewest first
+GPU_TESTS = ROOT / "tests" / "jobs" / "test_benchmark.py"
 LATENT, TOKENS, KEEP = (8, 6), 5, 0.6
 
 
@@ -40,7 +43,23 @@ def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
         for dtype in precisions(mode, settings.reduced)
     ]
     found += training_terms.pieces(settings) + routed.pieces(settings)
+    if not settings.reduced:
+        found.append(Piece("the project's tests that need a GPU", tests))
     return TITLE, found
+
+
+def tests() -> Found:
+    """Run the tests that are skipped where there is no GPU.
+
+    Raises:
+        RuntimeError: one of them fails.
+
+    """
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", "cuda", str(GPU_TESTS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-400:])
+    return Found(rows=[{"tests": line} for line in done.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED"))])
 
 
 @cache

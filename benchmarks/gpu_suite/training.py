@@ -36,7 +36,7 @@ class Amount:
 
 
 FULL = Amount("sd-2.1", 32, (8, 32, 4, 16), 4, 5, WarmUp(max_rounds=6, max_seconds=20.0))
-SMALL = Amount("emoji", 4, (2,), 2, 2, WarmUp(max_rounds=1))
+SMALL = Amount("emoji", 4, (2,), 2, 1, WarmUp(max_rounds=1))
 
 
 def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
@@ -82,7 +82,8 @@ def first_terms(own: peers.World, stage: str) -> dict[str, torch.Tensor]:
     """
     with ExitStack() as stack:
         terms = STAGES[stage](own, stack)["prunekit"]()
-    return {**terms, SAMPLES: sum(terms.pop(name) for name in ("denoising", "distillation"))}
+    samples = torch.stack([terms.pop(name) for name in ("denoising", "distillation")]).sum()
+    return {**terms, SAMPLES: samples}
 
 
 def speed_of(settings: Settings, amount: Amount, stage: str, micro: int, recomputed: bool) -> Found:
