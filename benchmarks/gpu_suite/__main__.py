@@ -6,6 +6,7 @@ python -m benchmarks.gpu_suite [--minutes 9] [--steps smoke,table] [--output run
 import argparse
 import importlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -47,8 +48,16 @@ def main() -> int:
     states = {}
     for step in given.steps:
         left = deadline - time.monotonic()
+        before = _processor_seconds()
         states[step] = _start(step, given, min(left, 60 * MOST_MINUTES)) if left > LEAST_SECONDS else RESUME
+        print(f"== {step}: {_processor_seconds() - before:.0f} s of CPU time", flush=True)
     return summarise(given.output, given.steps, states)
+
+
+def _processor_seconds() -> float:
+    """Return the CPU time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _arguments() -> argparse.Namespace:

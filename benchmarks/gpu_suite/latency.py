@@ -27,6 +27,7 @@ from benchmarks.gpu_suite.reference import (
     free,
     on_cpu,
     running,
+    with_exact_guidance,
 )
 from prunekit.core.call import Call, predict
 from prunekit.core.registry import family_of
@@ -148,7 +149,7 @@ def subjects(settings: Settings, recipe: BenchRecipe, dtype: str) -> Iterable[tu
     latent = resolution // shape.vae_scale_factor
     model = random_unet(source, settings.device, DTYPES[dtype], recipe.seed)
     batch = family_of(model).call_batch(recipe.batch, recipe.guidance > 1)
-    call = timed_inputs(model, batch, latent, shape.text_length, recipe.seed)
+    call = with_exact_guidance(timed_inputs(model, batch, latent, shape.text_length, recipe.seed))
     yield DENSE if source == recipe.model else f"{DENSE}, {SHALLOW['num_layers']} blocks of a kind", model, call
     name, config = next(iter(recipe.architectures.items()))
     architecture, _ = choose(config, shape.denoiser, latent, shape.text_length, recipe.seed)

@@ -16,6 +16,7 @@ from benchmarks.gpu_suite.record import Found, Piece, Settings
 from benchmarks.gpu_suite.reference import (
     DTYPES,
     MODES,
+    TIMES,
     TOLERANCES,
     applies,
     compared,
@@ -23,6 +24,7 @@ from benchmarks.gpu_suite.reference import (
     precisions,
     rounded,
     running,
+    with_exact_guidance,
 )
 from prunekit.core.call import Call, normal, predict
 from prunekit.core.registry import denoiser_of
@@ -71,9 +73,9 @@ def model_of(family: str) -> Any:
 
 def call_of(model: Any, batch: int = 2) -> Call:
     """Return a call with random values, a timestep for each sample."""
-    denoiser, times = denoiser_of(model), torch.tensor([137.0, 348.0][:batch])
+    denoiser, times = denoiser_of(model), torch.tensor(TIMES[:batch])
     fill = normal(torch.Generator().manual_seed(1))
-    return denoiser.example(model, batch, LATENT, TOKENS, fill, times)
+    return with_exact_guidance(denoiser.example(model, batch, LATENT, TOKENS, fill, times))
 
 
 def calls(settings: Settings, dtype: str, mode: Mode) -> Found:
