@@ -22,7 +22,7 @@ def encode(pipeline: Any, pictures: Tensor, captions: list[str]) -> tuple[Tensor
         latents = pipeline.vae.encode(pictures).latent_dist.mean * pipeline.vae.config.scaling_factor
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = pipeline.tokenizer(captions, max_length=pipeline.tokenizer.model_max_length, **options).input_ids
-        return latents, pipeline.text_encoder(ids)[0]
+        return latents, pipeline.text_encoder(ids.to(latents.device))[0]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

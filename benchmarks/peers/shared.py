@@ -35,9 +35,11 @@ def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return other.eval().requires_grad_(False)
 
 
-def compare(title: str, arms: Mapping[str, Callable[[], Any]], pairs: int, warmup_seconds: float = 20.0) -> Measurement:
-    """Time arms side by side and print them, the ratios to the first, and the noise floor."""
-    measured = measure(arms, pairs, warm_up=WarmUp(max_seconds=warmup_seconds))
+def compare(
+    title: str, arms: Mapping[str, Callable[[], Any]], pairs: int, warmup_seconds: float = 20.0, device: Any = "cpu"
+) -> Measurement:
+    """Time arms side by side on a device and print them, the ratios to the first, and the noise floor."""
+    measured = measure(arms, pairs, device, WarmUp(max_seconds=warmup_seconds))
     print(f"\n{title}", *measured.lines(), sep="\n", flush=True)
     return measured
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import plain
 import torch
@@ -39,25 +40,35 @@ SEED, EXPERTS, BUDGET = 0, 4, 0.66
 class World:
     """A pipeline, its data encoded once, and the pictures and captions as they are."""
 
-    def __init__(self, name: str, batch: int, micro: int, recompute: bool = False):
-        self.pipeline = load_pipeline("emoji") if name == "emoji" else sd21_pipeline()
+    def __init__(
+        self,
+        name: str,
+        batch: int,
+        micro: int,
+        recompute: bool = False,
+        precision: str = "bfloat16",
+        device: str | torch.device = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.pipeline = (load_pipeline("emoji") if name == "emoji" else sd21_pipeline()).to(self.device)
         self.resolution = 64 if name == "emoji" else 256
         images = load_emoji(None, 0.0).take(list(range(batch)))
         self.data: EncodedData = encode(self.pipeline, images, load_prompt_encoder("emoji"), self.resolution)
         self.pictures = images.pixels(list(range(batch)), self.resolution) / 127.5 - 1
         sizes = {"steps": 10**6, "batch_size": batch, "micro_batch": micro, "learning_rate": 1e-4}
-        self.ours = {**sizes, "precision": "bfloat16", "gradient_checkpointing": recompute}
+        self.ours = {**sizes, "precision": precision, "gradient_checkpointing": recompute}
         self.unet = self.pipeline.unet.eval().requires_grad_(False)
         self.process = process_of(self.pipeline)
 
     def inputs(self, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a batch's pictures and captions, as the plain step does."""
         captions = [self.data.images.captions[i] for i in pairs.tolist()]
-        return plain.encode(self.pipeline, self.pictures[self.data.image_index[pairs]], captions)
+        pictures = self.pictures[self.data.image_index[pairs]].to(self.device)
+        return plain.encode(self.pipeline, pictures, captions)
 
 
-def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
-    """Return both search steps."""
+def search(world: World, stack: ExitStack) -> dict[str, Callable[[], Any]]:
+    """Return both search steps; ours gives its terms."""
     method = APTP(budget=BUDGET, experts=EXPERTS, warmup=1, search=world.ours)
     space, cost = space_and_cost(world.pipeline, method.config)
     unet, own, config = world.unet, twin(world.unet), method.config
@@ -65,14 +76,15 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
     stack.enter_context(held(config.search, own))
     if config.search.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+        stack.callback(unet.disable_gradient_checkpointing)
     objective = method._objective(own, own_gates, cost, world.process, world.data)
     trainer = Trainer(config.search, objective, Path(stack.enter_context(TemporaryDirectory())), "search")
     objective.batch(1)
     optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-4)
     steps = iter(range(2, 10**6))
 
-    def ours() -> None:
-        trainer._step(next(steps), False)
+    def ours() -> dict[str, torch.Tensor]:
+        return trainer._step(next(steps), False)[0]
 
     def plainly() -> None:
         step, size = next(steps), config.search.batch_size
@@ -80,15 +92,16 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
         for part in torch.arange(size).split(config.search.micro_batch):
             pairs = drawn.pairs[part]
             noises = [
-                gumbel((rows, space.size), generator(SEED, purpose, step))
+                gumbel((rows, space.size), generator(SEED, purpose, step)).to(world.device)
                 for purpose, rows in (("gates", EXPERTS), ("embeddings", len(part)))
             ]
             loss = plain.search_loss(
                 *(unet, gates, objective.predictor, objective.codes.values, cost, world.process.scheduler, config),
                 *world.inputs(pairs),
-                world.data.prompts[pairs],
-                drawn.plan.timesteps[part],
-                drawn.plan.noise[part],
+                *(
+                    values.to(world.device)
+                    for values in (world.data.prompts[pairs], drawn.plan.timesteps[part], drawn.plan.noise[part])
+                ),
                 *noises,
             )
             (loss * len(part) / size).backward()
@@ -98,8 +111,8 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
     return {"plain": plainly, "prunekit": ours}
 
 
-def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]:
-    """Return both fine-tuning steps of a UNet sliced to the budget."""
+def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], Any]]:
+    """Return both fine-tuning steps of a UNet sliced to the budget; ours gives its terms."""
     unet, config = world.unet, FineTuneConfig(**world.ours, feature_blocks="none")
     space, cost = space_and_cost(world.pipeline, APTP(budget=BUDGET).config)
     scores = torch.randn(space.size, generator=generator(SEED, "step"))
@@ -111,15 +124,15 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], None]]
     trainer = Trainer(config, objective, Path(stack.enter_context(TemporaryDirectory())), "fine-tuning")
     steps = iter(range(10**6))
 
-    def ours() -> None:
-        trainer._step(next(steps), False)
+    def ours() -> dict[str, torch.Tensor]:
+        return trainer._step(next(steps), False)[0]
 
     def plainly() -> None:
         drawn = objective.batch(next(steps))
         with pk.gated(unet, space) as gates:
             for part in torch.arange(config.batch_size).split(config.micro_batch):
                 pairs = objective.pairs[drawn.indices[part]]
-                noise = (drawn.timesteps[part], drawn.noise[part])
+                noise = (drawn.timesteps[part].to(world.device), drawn.noise[part].to(world.device))
                 models = (student, unet, gates, world.process.scheduler, config)
                 loss = plain.fine_tuning_loss(*models, *world.inputs(pairs), *noise)
                 (loss * len(part) / config.batch_size).backward()
@@ -133,12 +146,14 @@ def main() -> None:
     """Print the tables."""
     given = options(__doc__.splitlines()[0], model="emoji", batch=48, micro=48, stage="both", recompute=0)
     where()
-    world = World(given.model, given.batch, given.micro, bool(given.recompute))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = World(given.model, given.batch, given.micro, bool(given.recompute), device=device)
     for stage in (search, fine_tuning):
         if given.stage in ("both", stage.__name__):
             with ExitStack() as stack:
                 arms = stage(world, stack)
-                compare(f"{given.model}, {given.batch} samples: {stage.__name__} step", arms, given.pairs)
+                title = f"{given.model}, {given.batch} samples: {stage.__name__} step"
+                compare(title, arms, given.pairs, device=device)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ class Gates:
             raise UserError(
                 f"gates have shape ({self.space.size},) or (G, {self.space.size}), got {tuple(values.shape)}"
             )
-        values = values.to(self._parameter.device)
-        values = values if values.is_floating_point() else values.to(self._parameter.dtype)
+        if not opens:
+            values = values.to(self._parameter.device)
+            values = values if values.is_floating_point() else values.to(self._parameter.dtype)
         batch = None
         if values.dim() == 1:
             if rows is not None:

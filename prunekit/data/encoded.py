@@ -15,6 +15,7 @@ from prunekit.data.encoders import CaptionStates, FrozenEncoders, LiveLatents, L
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.images import CaptionedImages
 from prunekit.data.rows import Rows
+from prunekit.runtime.tensors import to_device
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class EncodedData:
 
         def chosen(values: Tensor | Rows, null: Tensor) -> Tensor:
             mask = dropped.view(-1, *[1] * null.dim())
-            return torch.where(mask, null, values[pairs]).to(device)
+            return to_device(torch.where(mask, null, values[pairs]), device)
 
         conditions = {"text": chosen(self.text, self.null_text)}
         if self.pooled is not None:
@@ -77,7 +78,7 @@ class EncodedData:
             conditions["pooled"] = chosen(self.pooled, self.null_pooled)
         conditions |= {role: chosen(values, null) for role, (values, null) in self.others.items()}
         if self.time_ids is not None:
-            conditions["sizes"] = self.time_ids.expand(len(pairs), -1).to(device)
+            conditions["sizes"] = to_device(self.time_ids.expand(len(pairs), -1), device)
         return conditions
 
 

@@ -22,6 +22,7 @@ from prunekit.core.registry import denoiser_of
 from prunekit.data.encoded import EncodedData
 from prunekit.embedded.unet_training import TrainingPairs
 from prunekit.runtime.randomness import generator
+from prunekit.runtime.tensors import to_device
 from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse
 
 ZERO_TOKENS = (1, 1, 16, 256)  # how many zero tokens a step stands for, drawn uniformly
@@ -95,8 +96,8 @@ class FlowObjective:
         indices, drop = plan.indices[positions], plan.drop[positions] < self.caption_dropout
         pairs = self.training.choose(indices, plan.choice[positions])
         conditions = self.data.conditions(pairs, self.device, drop)
-        latents, noise = self.data.latents[indices].to(self.device), plan.noise[positions].to(self.device)
-        timesteps = plan.timesteps[positions].to(self.device)
+        drawn = (self.data.latents[indices], plan.noise[positions], plan.timesteps[positions])
+        latents, noise, timesteps = (to_device(values, self.device) for values in drawn)
         noisy = self.process.noised(latents, noise, timesteps)
         denoiser = denoiser_of(self.model)
         height, width = latents.shape[-2:]

@@ -11,6 +11,7 @@ from prunekit.core.call import predict
 from prunekit.core.family import NoiseProcess
 from prunekit.core.registry import denoiser_of
 from prunekit.data.images import CaptionedImages
+from prunekit.runtime.tensors import to_device
 from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse, shift_timesteps
 
 
@@ -85,11 +86,11 @@ class PretrainingObjective:
         """Return the denoising error of `positions`, divided by the batch size."""
         indices = batch.indices[positions]
         ids = self.captions.choose(indices, batch.choice[positions], batch.drop[positions], self.caption_dropout)
-        latents, noise = self.latents[indices].to(self.device), batch.noise[positions].to(self.device)
-        timesteps = batch.timesteps[positions].to(self.device)
+        drawn = (self.latents[indices], batch.noise[positions], batch.timesteps[positions])
+        latents, noise, timesteps = (to_device(values, self.device) for values in drawn)
         noisy = self.process.noised(latents, noise, timesteps)
         with attention_kernel(self.model, noisy):
-            text = self.text_encoder(ids.to(self.device)).last_hidden_state
+            text = self.text_encoder(to_device(ids, self.device)).last_hidden_state
             prediction = predict(self.model, denoiser_of(self.model).call(noisy, timesteps, {"text": text}))
         error = per_sample_mse(prediction, self.process.target(latents, noise, timesteps))
         return {"denoising": error.sum() / self.batch_size}

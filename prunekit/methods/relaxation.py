@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prunekit.runtime.tensors import to_device
+
 Noise = Literal["gumbel", "logistic", "hard_concrete"]
 DepthGates = Literal["independent", "cumulative"]
 
@@ -62,7 +64,7 @@ class Relaxation:
         noise: Tensor | float = 0.0
         if source is not None:
             draw = gumbel if self.noise == "gumbel" else logistic
-            noise = draw(tuple(logits.shape), source).to(logits)
+            noise = to_device(draw(tuple(logits.shape), source), logits.device).to(logits.dtype)
         gates = gumbel_sigmoid(scores + self.offset, self.temperature, noise)
         if self.noise == "hard_concrete":
             low, high = STRETCH
@@ -74,7 +76,7 @@ class Relaxation:
         if self.depth == "independent":
             return logits
         inner = logits[:, self.num_width :].to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 rounds to 1
-        order = torch.tensor(drop_order(inner.shape[1]), device=logits.device)  # of the layers, first dropped first
+        order = to_device(torch.tensor(drop_order(inner.shape[1])), logits.device)  # of the layers, first dropped first
         kept = inner.index_select(1, order).softmax(dim=1).cumsum(dim=1).clamp(CLOSEST, 1 - CLOSEST)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return torch.cat([logits[:, : self.num_width], kept.logit().index_select(1, back)], dim=1)

@@ -32,6 +32,7 @@ from prunekit.methods.settings import PruneSettings
 from prunekit.methods.workload import MethodWork, Search
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
+from prunekit.runtime.tensors import to_device
 from prunekit.training.checkpoint import Checkpoints
 from prunekit.training.diffusion import (
     SNR_FORM,
@@ -185,9 +186,10 @@ class GateSearchObjective:
             Scalars: "denoising", and "distillation" from the ungated model, which does not run where its weight is 0.
 
         """
-        pairs, weights = batch.pairs[positions], weights.to(self.device)
-        latents = self.data.draw_latents(pairs, batch.plan.posterior_at(positions)).to(self.device)
-        noise, timesteps = (values[positions].to(self.device) for values in (batch.plan.noise, batch.plan.timesteps))
+        pairs, weights = batch.pairs[positions], to_device(weights, self.device)
+        latents = to_device(self.data.draw_latents(pairs, batch.plan.posterior_at(positions)), self.device)
+        drawn = (batch.plan.noise, batch.plan.timesteps)
+        noise, timesteps = (to_device(values[positions], self.device) for values in drawn)
         noisy = self.process.noised(latents, noise, timesteps)
         call = denoiser_of(self.model).call(noisy, timesteps, self.data.conditions(pairs, self.device))
         weight = self.config.distillation_weight
@@ -197,8 +199,8 @@ class GateSearchObjective:
         kernel = attention_kernel(self.model, noisy, self.config.search.gradient_checkpointing)
         with kernel, block_outputs(self.model, which) as blocks:
             prediction = predict(self.model, call)
-        drawn = (latents, noise, timesteps)
-        denoising = denoising_errors(prediction, self.process, *drawn, self.config.snr_gamma, self.config.snr_form)
+        sample = (latents, noise, timesteps)
+        denoising = denoising_errors(prediction, self.process, *sample, self.config.snr_gamma, self.config.snr_form)
         terms = {"denoising": (weights * denoising).sum()}
         if teacher is not None:
             error = distillation_error(prediction, teacher[0], blocks, teacher[1], self.config.feature_scale)
@@ -221,7 +223,7 @@ def resource_loss(mean_cost: Tensor, target: Tensor | float) -> Tensor:
         target: in the same unit, above 0.
 
     """
-    target = torch.as_tensor(target, dtype=mean_cost.dtype, device=mean_cost.device)
+    target = target.to(mean_cost) if isinstance(target, Tensor) else mean_cost.new_full((), target)
     return (mean_cost.log() - target.log()).abs()
 
 

@@ -55,8 +55,8 @@ class UniArchObjective(GateSearchObjective):
 
     def micro_loss(self, batch: SearchBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions`; every sample runs under the one code."""
-        rows = torch.zeros(len(positions), dtype=torch.long)
-        weights = torch.full((len(positions),), 1 / len(batch.pairs))
+        rows = torch.zeros(len(positions), dtype=torch.long, device=self.device)
+        weights = torch.full((len(positions),), 1 / len(batch.pairs), device=self.device)
         return self.sample_terms(batch, positions, self.codes.values, rows, weights)
 
 

@@ -21,6 +21,7 @@ from prunekit.data.encoded import EncodedData
 from prunekit.recovery.deltas import DeltaConfig
 from prunekit.recovery.low_rank import LoraConfig, attach, merge, merged
 from prunekit.runtime.errors import UserError
+from prunekit.runtime.tensors import to_device
 from prunekit.training.diffusion import (
     SNR_FORM,
     SNR_GAMMA,
@@ -133,10 +134,10 @@ class FineTuningObjective:
     def terms(self, student: ModelMixin, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
         """Return the terms of one model."""
         pairs = self.pairs[batch.indices[positions]]
-        latents = self.data.draw_latents(pairs, batch.posterior_at(positions)).to(self.device)
+        latents = to_device(self.data.draw_latents(pairs, batch.posterior_at(positions)), self.device)
         dropped = batch.drop[positions] < self.config.caption_dropout
         conditions = self.data.conditions(pairs, self.device, dropped)
-        noise, timesteps = batch.noise[positions].to(self.device), batch.timesteps[positions].to(self.device)
+        noise, timesteps = (to_device(values[positions], self.device) for values in (batch.noise, batch.timesteps))
         noisy = self.process.noised(latents, noise, timesteps)
         call = denoiser_of(student).call(noisy, timesteps, conditions)
         weight, size = self.config.distillation_weight, self.config.batch_size

@@ -1,9 +1,10 @@
-"""Tensors in safetensors files, with JSON beside them: no pickle, and complete or absent."""
+"""Tensors in safetensors files, with JSON beside them: no pickle, and complete or absent; and copies to a device."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,6 +13,20 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import replacing
 
 FORMAT = 1
+UNWAITED = ("cuda", "meta")  # devices to which `to_device` copies without a wait; meta stands for a GPU in tests
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device; to a GPU it goes through pinned memory, so that the host does not wait.
+
+    A plain `.to` from the host's memory first waits for all work that is queued on the GPU.
+    """
+    device = torch.device(device)
+    if tensor.device.type != "cpu" or device.type not in UNWAITED:
+        return tensor.to(device)
+    if device.type == "cuda":
+        tensor = tensor.contiguous().pin_memory()  # the allocator keeps it until the copy is made
+    return tensor.to(device, non_blocking=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

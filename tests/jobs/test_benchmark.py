@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small_transformers
 import torch
 import unets
 from small_model import write_pipeline
@@ -20,7 +21,7 @@ from prunekit.jobs.bench.bench_models import choose, random_pipeline, random_une
 from prunekit.jobs.bench.bench_recipe import BenchRecipe, BenchRecipeError, load_bench_recipe, reduced
 from prunekit.jobs.bench.bench_rows import Piece, Subject, row_of
 from prunekit.jobs.bench.bench_table import markdown
-from prunekit.jobs.bench.modes import in_mode
+from prunekit.jobs.bench.modes import in_mode, refill
 from prunekit.jobs.bench.runner import Bench
 from prunekit.jobs.bench.workloads import denoiser_calls
 from prunekit.measuring.clock import peak_memory, timed_inputs
@@ -167,6 +168,15 @@ def test_modes_that_cannot_be_are_refused():
         pass
     with pytest.raises(ValueError, match="needs a CUDA device"), in_mode(unet, "cuda_graph", {}):
         pass
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd35", "flux", "qwen_image"])
+def test_a_graphs_call_takes_the_values_of_another(family):
+    model = unets.build(family) if family in unets.SHAPES else small_transformers.build(family)
+    static, other = (timed_inputs(model, 2, 8, 5, seed=seed).map(torch.Tensor.clone) for seed in (0, 1))
+    assert not torch.equal(next(static.tensors()), next(other.tensors()))
+    refill(static, {**other, "return_dict": False})
+    assert all(torch.equal(a, b) for a, b in zip(static.tensors(), other.tensors(), strict=True))
 
 
 @needs_cuda

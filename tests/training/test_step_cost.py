@@ -1,6 +1,6 @@
-"""What a step does not do: read a tensor of the device on the host, which would make the one wait for the other.
+"""What a step does not do: read a tensor of the device on the host, or copy to the device by a copy that waits.
 
-And what it saves changes no bit.
+Either would make the host wait for the device. And what a step saves changes no bit.
 """
 
 from collections import Counter
@@ -69,6 +69,70 @@ def test_a_search_step_reads_nothing_of_the_device(method):
                 {"_local_scalar_dense"},
                 {torch.int64},
             )  # ranges of indices, checked on CPUs
+
+
+class Copies(TorchDispatchMode):
+    """Keeps the operations that take a tensor with axes from the host to the device and wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited, self.unwaited = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        flat = [part for value in args for part in (value if isinstance(value, list | tuple) else [value])]
+        entering = any(isinstance(part, torch.Tensor) and part.device.type == "cpu" and part.dim() for part in flat)
+        if entering and isinstance(output, torch.Tensor) and output.device.type == "meta":
+            self.unwaited += kwargs.get("non_blocking") is True
+            self.waited += [] if kwargs.get("non_blocking") else [function.overloadpacket.__name__]
+        return output
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """The meta device in place of a GPU: nothing of it can be read, and what lies on the host is another device's."""
+    autocast = torch.autocast
+
+    def of(kind, *arguments, **options):
+        return nullcontext() if kind == "meta" else autocast(kind, *arguments, **options)
+
+    monkeypatch.setattr(torch, "autocast", of)
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(APTP(experts=2, warmup=1, search=SEARCH), id="aptp"),
+        pytest.param(APTP(preset="paper", experts=2, warmup=1, search=SEARCH), id="paper", marks=pytest.mark.long),
+        pytest.param(UniArch(search=SEARCH), id="uniarch", marks=pytest.mark.long),
+    ],
+)
+def test_a_search_step_on_another_device_waits_for_no_copy(method, meta):
+    unet = build("sd2").requires_grad_(False)
+    data, scheduler = encoded_for(unet, num=12), stub(unet)
+    space, cost = space_and_cost(unet.to(meta), method.config)
+    with pk.gated(unet, space) as gates:
+        objective = method._objective(unet, gates, cost, process_of(scheduler), data)
+        for step in (0, 2, 3):
+            with Copies() as copies:
+                batch = objective.batch(step)
+                sum(objective.shared_loss(batch).values()).backward()
+                sum(objective.micro_loss(batch, torch.arange(6)).values()).backward()
+        assert copies.waited == [] and copies.unwaited >= 4  # the last step: tables are there by then
+
+
+def test_a_fine_tuning_step_on_another_device_waits_for_no_copy(meta):
+    unet = build("sd2")
+    student = pk.slice_unet(unet, pk.discover(unet).random(0.6, seed=0)).requires_grad_(True)
+    data, config = encoded_for(unet, num=12), FineTuneConfig(**SEARCH)
+    parts = (student.to(meta), unet.to(meta), process_of(stub(unet)), data, data.training_pairs(), config, 0)
+    objective = FineTuningObjective(*parts, meta)
+    for step in (0, 1):
+        with Copies() as copies:
+            sum(objective.micro_loss(objective.batch(step), torch.arange(6)).values()).backward()
+    assert copies.waited == [] and copies.unwaited >= 4
 
 
 def test_a_full_architecture_costs_nothing_and_changes_no_bit():

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prunekit.core.cost import CostModel
 from prunekit.core.discovery import discover
-from prunekit.core.registry import denoiser_of
+from prunekit.core.registry import denoiser_of, is_denoiser
 from prunekit.core.slicing import load_model
 from prunekit.core.space import Architecture
 from prunekit.jobs.bench.bench_recipe import ArchitectureConfig
@@ -127,19 +127,22 @@ def kept_units(architecture: Architecture) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def _filled(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Give a module on the meta device random weights of a size that keeps activations near 1."""
-    module = nn.Module.to(module, dtype).to_empty(device=device)  # diffusers' own `to` warns of a dtype's change
+    """Give a module on the meta device random weights of a size that keeps activations near 1, and its own tables."""
+    if is_denoiser(module):
+        denoiser_of(module).fill_tables(module)
+    blank = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    module = nn.Module.to(module, dtype)  # diffusers' own `to` warns of a dtype's change
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     generator = torch.Generator(device).manual_seed(seed)
-    for child in module.modules():
-        is_norm = isinstance(child, nn.GroupNorm | nn.LayerNorm)
-        for name, parameter in child.named_parameters(recurse=False):
-            if name == "bias" or is_norm:
-                parameter.fill_(float(is_norm and name == "weight"))
-            else:
-                bound = math.sqrt(3 / max(1, parameter[0].numel()))
-                parameter.uniform_(-bound, bound, generator=generator)
-    for name, buffer in module.named_buffers():
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:  # a bias, or the weight of a norm
+            parameter.fill_(float(name.endswith("weight")))
+        else:
+            bound = math.sqrt(3 / max(1, parameter[0].numel()))
+            parameter.uniform_(-bound, bound, generator=generator)
+    for name in blank:
         if not name.endswith("position_ids"):
             raise UserError(f"{type(module).__name__} has a buffer {name!r}, which random weights cannot fill")
+        buffer = module.get_buffer(name)
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand(buffer.shape))
     return module.eval().requires_grad_(False)

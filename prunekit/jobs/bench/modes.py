@@ -1,7 +1,7 @@
 """How a denoiser is run while it is timed: eager, compiled by regions, or replayed as a CUDA graph."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -76,14 +76,11 @@ def _graphed(model: ModelMixin, call: Call) -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        output = predict(model, static)
-    signature = inspect.signature(model.forward)
+        output = model(**static, return_dict=False)[0]  # as the model gives it; `predict` finishes it
+    signature, before = inspect.signature(model.forward), vars(model).get("forward")
 
     def replay(*positional: Any, **named: Any) -> tuple[Tensor]:
-        given = signature.bind(*positional, **named).arguments
-        new_call = Call({name: given[name] for name in static})
-        for target, value in zip(static.tensors(), new_call.tensors(), strict=True):
-            target.copy_(value)
+        refill(static, signature.bind(*positional, **named).arguments)
         graph.replay()
         return (output.clone(),)
 
@@ -91,4 +88,14 @@ def _graphed(model: ModelMixin, call: Call) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.forward
+        if before is None:
+            del model.forward
+        else:  # the model runs under gates, which wrap it
+            model.forward = before
+
+
+def refill(static: Call, arguments: Mapping[str, Any]) -> None:
+    """Copy a forward pass's arguments into the tensors of a call, which has the same names and shapes."""
+    given = Call({name: arguments[name] for name in static}, shared=static.shared)
+    for target, value in zip(static.tensors(), given.tensors(), strict=True):
+        target.copy_(value)

@@ -33,6 +33,7 @@ from prunekit.methods.search import SEARCH, Codes, GateSearchObjective, SearchBa
 from prunekit.methods.transport import assign
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
+from prunekit.runtime.tensors import to_device
 from prunekit.training.trainer import TrainerConfig
 
 
@@ -192,7 +193,8 @@ class SearchObjective(GateSearchObjective):
         During the warm-up embeddings are computed again: the graph of the whole batch stays with the shared terms.
         """
         logits = self._embeddings(batch) if batch.step < self.config.warmup else self.codes.values
-        return self.sample_terms(batch, positions, logits, batch.assignment[positions], batch.weights[positions])
+        own = to_device(positions, self.device)
+        return self.sample_terms(batch, positions, logits, batch.assignment[own], batch.weights[own])
 
     @torch.no_grad()
     def _place_codes(self) -> None:
@@ -227,4 +229,4 @@ class SearchObjective(GateSearchObjective):
 
     def _prompts(self, batch: SearchBatch) -> Tensor:
         """Return z (B, Z) of the whole batch."""
-        return self.data.prompts[batch.pairs].to(self.device)
+        return to_device(self.data.prompts[batch.pairs], self.device)

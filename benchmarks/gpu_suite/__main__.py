@@ -1,0 +1,118 @@
+"""The command: each step in a process of its own, the most valuable first, within a budget of time.
+
+python -m benchmarks.gpu_suite [--minutes 9] [--steps smoke,table] [--output runs/gpu_suite] [--reduced]
+"""
+
+import argparse
+import importlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_suite.requirements import refuse_old
+from benchmarks.gpu_suite.summary import FAILED, RESUME, summarise
+
+STEPS = {  # the most valuable first: what each settles
+    "smoke": "smoke",
+    "table": "latency",
+    "widths": "latency",
+    "training": "training",
+    "emoji": "jobs",
+    "transformers": "latency",
+    "serving": "serving",
+}
+MOST_MINUTES = 9.0  # of one step in one call
+LEAST_SECONDS = 30.0  # below which no step is begun
+GRACE = 25.0  # seconds in which a step that was asked to end saves what it has
+
+
+def main() -> int:
+    """Run the steps that are asked for, or one of them in this process; return the exit status."""
+    given = _arguments()
+    if problem := refuse_old():
+        print(f"gpu_suite: {problem}", file=sys.stderr)
+        return FAILED
+    if given.child:
+        return _work(given)
+    import torch
+
+    if not torch.cuda.is_available() and not given.reduced:
+        print("gpu_suite: torch sees no CUDA device here; --reduced runs everything small on a CPU", file=sys.stderr)
+        return FAILED
+    deadline = time.monotonic() + 60 * given.minutes
+    states = {}
+    for step in given.steps:
+        left = deadline - time.monotonic()
+        before = _processor_seconds()
+        states[step] = _start(step, given, min(left, 60 * MOST_MINUTES)) if left > LEAST_SECONDS else RESUME
+        print(f"== {step}: {_processor_seconds() - before:.0f} s of CPU time", flush=True)
+    return summarise(given.output, given.steps, states)
+
+
+def _processor_seconds() -> float:
+    """Return the CPU time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.gpu_suite")
+    parser.add_argument("--minutes", type=float, default=MOST_MINUTES, help="time budget of this call; default 9")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"comma-separated; default: {','.join(STEPS)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite"), help="where results go, and are resumed")
+    parser.add_argument("--reduced", action="store_true", help="every step small, on the CPU")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.steps = [step for step in given.steps.split(",") if step]
+    if unknown := [step for step in given.steps if step not in STEPS]:
+        parser.error(f"no step {unknown[0]!r}; the steps are {', '.join(STEPS)}")
+    return given
+
+
+def _start(step: str, given: argparse.Namespace, seconds: float) -> int:
+    """Run one step in a process of its own; return its exit status. One that hangs is ended, and the others go on."""
+    print(f"== {step}: at most {seconds / 60:.1f} minutes", flush=True)
+    command = [sys.executable, "-m", __package__, "--child", "--steps", step, "--output", str(given.output)]
+    command += ["--minutes", str(seconds / 60), *(["--reduced"] if given.reduced else [])]
+    variables = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if given.reduced:
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "PRUNEKIT_PRECISION": "float32", "PRUNEKIT_PROCESSES": "1"}
+    process = subprocess.Popen(command, env={**os.environ, **variables})
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return RESUME
+
+
+def _work(given: argparse.Namespace) -> int:
+    """Work on one step in this process."""
+    import torch
+
+    from benchmarks.gpu_suite.record import Record, Settings
+    from prunekit.models import quiet_libraries
+    from prunekit.runtime.termination import graceful
+
+    quiet_libraries()
+    (step,) = given.steps
+    module: Any = importlib.import_module(f"{__package__}.{STEPS[step]}")
+    device = torch.device("cuda" if torch.cuda.is_available() and not given.reduced else "cpu")
+    settings = Settings(device, given.reduced, given.output, time.monotonic() + 60 * given.minutes)
+    title, pieces = module.step(step, settings)
+    with graceful():
+        is_whole = Record(step, title, settings).work(pieces, lambda text: print(f"   {text}", flush=True))
+    return 0 if is_whole else RESUME
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Whole jobs on the embedded models: the transformer's pre-training, and the comparison of methods with more seeds.
+
+Both are commands of prunekit, which are ended when the time is up and go on where they were in the next call. Before
+them, the same jobs at the size of a smoke test are compared with those of a process that sees no GPU.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import small_model
+import yaml
+
+from benchmarks.gpu_suite import ROOT
+from benchmarks.gpu_suite.record import Comparison, Found, Piece, Row, Settings, UnfinishedError
+from benchmarks.gpu_suite.reference import GRADIENT, TOLERANCES
+from prunekit.runtime.files import read_json, write_text
+from prunekit.runtime.run_directory import CELLS, LOG, RESULTS
+from prunekit.runtime.termination import REQUEUE
+
+TITLE = "Jobs: pre-training of the embedded transformer, and the comparison on Emoji-64 with more seeds"
+PRETRAIN, COMPARE = (ROOT / "recipes" / name for name in ("pretrain_emoji_sd3.yaml", "compare_emoji.yaml"))
+MORE_SEEDS = 2  # times the seeds of the shipped comparison
+PRECISION = "bfloat16"  # of the smoke tests on the device
+STEPS = {"steps": 8, "batch_size": 8, "warmup_steps": 0, "decay_share": 0.0, "log_every": 1}  # of pre-training: its
+# output begins at zero, so that the first losses are the same in any precision
+DRAWING = {"num_images": 4, "steps": 2, "batch_size": 4}
+LOSS = 0.02  # how far a loss of pre-training may lie from the CPU's, relative
+SMOKE_COMPARE = ["scale=smoke", "pairs=[]", "budgets=[{budget: 0.5, seeds: [0], methods: [norm]}]"]
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "PRUNEKIT_PROCESSES": "1"}
+PICTURES = 24  # of the smoke tests' data
+MARGIN = 30.0  # seconds before the deadline at which a job is asked to end
+
+
+def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
+    """Return the step's title, and its pieces."""
+    found = [
+        Piece("pre-training: first steps", partial(first_steps, settings)),
+        Piece("comparison: one cell", partial(one_cell, settings)),
+    ]
+    if not settings.reduced:
+        found += [
+            Piece("pre-training", partial(pretrained, settings)),
+            Piece("comparison", partial(compared, settings)),
+        ]
+    return TITLE, found
+
+
+def command(arguments: list[str], settings: Settings, variables: dict[str, str] | None = None) -> None:
+    """Run a command of prunekit; what it prints goes to a log beside the results.
+
+    Raises:
+        UnfinishedError: the time was up, and the command has saved its state.
+
+    """
+    log = settings.output / "jobs.log"
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prunekit", *arguments],
+            env={**os.environ, **(variables or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
+        try:
+            status = process.wait(max(1.0, 60 * settings.minutes_left - MARGIN))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            status = process.wait()
+        finally:
+            if process.poll() is None:  # this process is asked to end itself
+                process.terminate()
+                process.wait()
+    if status in (REQUEUE, -signal.SIGTERM):
+        raise UnfinishedError("out of time; its state is saved, and the same command goes on")
+    if status:
+        raise RuntimeError(f"prunekit {' '.join(arguments[:2])} ended with status {status}: see {log}")
+
+
+def twice(arguments: list[str], name: str, option: str, settings: Settings, float32: list[str]) -> tuple[Path, Path]:
+    """Run a command on the device and on the CPU; return both directories. float32: settings of the reference."""
+    folders = settings.output / "smoke" / name, settings.output / "smoke" / f"{name}_cpu"
+    command([*arguments, option, str(folders[0].absolute())], settings)
+    command([*arguments, *float32, option, str(folders[1].absolute())], settings, ON_CPU)
+    return folders
+
+
+def small_data(settings: Settings) -> str:
+    """Return the setting of a few pictures in place of a recipe's data, whose encoding would take the time."""
+    folder = settings.output / "small" / "pictures"
+    if not folder.is_dir():
+        names = [f"{small_model.CAPTIONS[index % 12]} number {index}" for index in range(PICTURES)]
+        colours = [small_model.COLOURS[index % 4] for index in range(PICTURES)]
+        samples = [(small_model.picture(colour), name) for colour, name in zip(colours, names, strict=True)]
+        small_model.write_shard(folder / "0.tar", samples)
+    return f"data={{kind: webdataset, path: {folder.absolute()}, holdout: 0.25}}"
+
+
+def first_steps(settings: Settings) -> Found:
+    """Compare the losses of the first steps of pre-training."""
+    small = {"diffusion": {**STEPS, "precision": PRECISION}, "evaluation": DRAWING, "milestones": []}
+    changes = [f"{name}={json.dumps(value)}" for name, value in small.items()]
+    arguments = ["run", str(PRETRAIN), *changes, small_data(settings)]
+    folders = twice(arguments, "pretrain", "--directory", settings, ["diffusion.precision=float32"])
+    here, there = (losses(folder / LOG) for folder in folders)
+    assert here.keys() == there.keys() and here, (here, there)
+    return Found(
+        comparisons=[
+            Comparison(f"loss of step {step}, {PRECISION}, relative", abs(here[step] / there[step] - 1), LOSS)
+            for step in there
+        ]
+    )
+
+
+def losses(path: Path) -> dict[int, float]:
+    """Return the losses in a run's log by step."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def one_cell(settings: Settings) -> Found:
+    """Compare a cell of the comparison in small, one method at one budget: what it chose, and how far it lies off."""
+    precision = [f"fine_tune.precision={PRECISION}", f"evaluation.precision={PRECISION}"]
+    float32 = ["fine_tune.precision=float32", "evaluation.precision=float32"]
+    arguments = ["compare", str(COMPARE), *SMOKE_COMPARE, small_data(settings), *precision]
+    here, there = map(cell, twice(arguments, "compare", "--output", settings, float32))
+    difference = abs(here["agreement"] / there["agreement"] - 1)
+    return Found(
+        rows=[{"on": "device", **here}, {"on": "CPU", **there}],
+        comparisons=[
+            Comparison("MACs of the cut, difference", float(abs(here["macs"] - there["macs"])), 0.5),
+            Comparison(
+                f"agreement with the dense model, {PRECISION}, relative", difference, GRADIENT * TOLERANCES[PRECISION]
+            ),
+        ],
+    )
+
+
+def cell(folder: Path) -> dict[str, float]:
+    """Return what is compared of the one pruned cell of a comparison."""
+    results = [read_json(path) for path in sorted((folder / CELLS).glob("*.json"))]
+    (figures,) = [result["figures"] for result in results if result["cell"]["method"] != "dense"]
+    return {"agreement": figures["agreement"], "macs": figures["macs"]}
+
+
+def pretrained(settings: Settings) -> Found:
+    """Run the pre-training, or go on with it; return its quality curve."""
+    folder = settings.output / "pretrain_emoji_sd3"
+    command(["run", str(PRETRAIN), "--directory", str(folder.absolute())], settings)
+    return Found(rows=read_json(folder / "curve.json"))
+
+
+def compared(settings: Settings) -> Found:
+    """Make the cells of the comparison that are missing; return its rows."""
+    recipe = yaml.safe_load(COMPARE.read_text(encoding="utf-8"))
+    recipe["name"] = "compare_emoji_seeds"
+    for entry in recipe["budgets"]:
+        entry["seeds"] = list(range(MORE_SEEDS * len(entry["seeds"])))
+    path, folder = settings.output / "compare_emoji_seeds.yaml", settings.output / "compare_emoji_seeds"
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+    try:
+        command(["compare", str(path.absolute()), "--output", str(folder.absolute())], settings)
+    except UnfinishedError as left:
+        made = len(list((folder / CELLS).glob("*.json")))
+        raise UnfinishedError(f"{made} cells are made; {left}") from left
+    return Found(rows=[flat(row) for row in read_json(folder / RESULTS)["rows"]])
+
+
+def flat(row: dict[str, Any]) -> Row:
+    """Return the plain values of a row."""
+    return {name: value for name, value in row.items() if isinstance(value, str | int | float)}

@@ -1,0 +1,135 @@
+"""Which packages the suite needs: versions that are too old are refused by name, and wheels of the others collected.
+
+    python -m benchmarks.gpu_suite.requirements                     what is missing or too old here
+    python -m benchmarks.gpu_suite.requirements --collect wheels    the wheels of a machine without a network
+
+A machine image that has torch may lack the rest, or have older versions. `--collect` resolves the packages for the
+machine's Python and torch, leaves out what the image has (`--has numpy,scipy`), and downloads the others. prunekit's
+own wheel holds its version alone: the code runs from the checkout. There: pip install --no-index --no-deps wheels/*.whl
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+EXTRAS = ("check",)  # fvcore and thop, which count MACs beside ours
+TESTS = ("pytest>=8", "setuptools")  # the small models of the tests import pytest; thop imports distutils
+PURE = ("fvcore", "iopath")  # packages that are published as source alone, all of pure Python
+PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)), "manylinux2014_x86_64")
+IMAGE = "image"  # local version of the empty wheel that stands for the machine's torch
+
+
+def project() -> dict[str, Any]:
+    """Return what pyproject.toml says of the project."""
+    import tomllib  # from Python 3.11 on
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(extras: Iterable[str] = ()) -> list[Requirement]:
+    """Return the packages that pyproject.toml asks for, those of some extras too."""
+    said = project()
+    lines = [*said["dependencies"], *(line for name in extras for line in said["optional-dependencies"][name])]
+    return [Requirement(line) for line in lines]
+
+
+def faults() -> list[str]:
+    """Return what is missing or too old in this environment, a sentence each."""
+    found = []
+    for needed in [*requirements(), *map(Requirement, TESTS)]:
+        try:
+            here = version(needed.name)
+        except PackageNotFoundError:
+            found.append(f"{needed.name} is not installed, and {needed} is needed")
+            continue
+        if not needed.specifier.contains(here, prereleases=True):
+            found.append(f"{needed.name} {here} is installed, and {needed} is needed")
+    return found
+
+
+def refuse_old() -> str | None:
+    """Return one line about the first package that is missing or too old; None where all are there."""
+    found = faults()
+    more = f" (and {len(found) - 1} more: python -m {__package__}.requirements)" if len(found) > 1 else ""
+    return f"{found[0]}{more}; install it, or collect wheels as docs/gpu.md says" if found else None
+
+
+def collect(folder: Path, python: str, torch: str, has: Iterable[str]) -> list[str]:
+    """Download the wheels of what another machine lacks into a folder; return their names.
+
+    python: of the machine, such as "3.12". torch: its version there. has: names of packages that are there already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {canonicalize_name(name) for name in (*has, "torch")}
+    wanted = [str(line) for line in requirements(EXTRAS)] + list(TESTS)
+    target = ["--python-version", python, "--implementation", "cp", "--only-binary=:all:"]
+    target += [part for name in PLATFORMS for part in ("--platform", name)]
+    with tempfile.TemporaryDirectory() as temporary:
+        pins, report = Path(temporary) / "constraints.txt", Path(temporary) / "report.json"
+        pins.write_text(constraints(torch, known), encoding="utf-8")
+        write_metadata(Path(temporary), "torch", f"{torch}+{IMAGE}")  # or pip would look for all that torch needs
+        found = ["--find-links", temporary, "--find-links", str(folder)]
+        pip("wheel", "--no-deps", "-w", str(folder), "-c", str(pins), *PURE)
+        resolving = ["--dry-run", "--ignore-installed", "--target", f"{temporary}/site", "--report", str(report)]
+        pip("install", *resolving, *target, "-c", str(pins), *found, *wanted)
+        resolved = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+        versions = {canonicalize_name(item["name"]): item["version"] for item in resolved}
+        names = [f"{name}=={number}" for name, number in versions.items() if name not in known | set(PURE)]
+        pip("download", "--no-deps", *target, "-d", str(folder), *found, *names)
+    write_metadata(folder, "prunekit", project()["version"])
+    return sorted(path.name for path in folder.glob("*.whl"))
+
+
+def constraints(torch: str, known: Iterable[str]) -> str:
+    """Return constraints.txt with the machine's torch, and without what the machine has."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if "==" in line and canonicalize_name(line.partition("==")[0]) not in known]
+    return "\n".join([*kept, f"torch=={torch}+{IMAGE}"]) + "\n"
+
+
+def write_metadata(folder: Path, name: str, number: str) -> None:
+    """Write a wheel that holds a package's name and version, and no code."""
+    stem = f"{name}-{number}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+        tags = "Wheel-Version: 1.0\nGenerator: prunekit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        for file, content in {"METADATA": metadata, "WHEEL": tags, "RECORD": ""}.items():
+            wheel.writestr(f"{stem}.dist-info/{file}", content)
+
+
+def pip(*arguments: str) -> None:
+    """Run pip of this interpreter."""
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet"], check=True, cwd=tempfile.gettempdir())
+
+
+def main() -> int:
+    """Say what is missing here, or collect wheels."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog=f"python -m {__package__}.requirements")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="download wheels for another machine")
+    parser.add_argument("--python", default="3.12", help="that machine's Python; default 3.12")
+    parser.add_argument("--torch", default="2.11.0", help="that machine's torch; default 2.11.0")
+    parser.add_argument("--has", default="", help="comma-separated: other packages that are there, new enough")
+    given = parser.parse_args()
+    if given.collect is None:
+        found = faults()
+        print("\n".join(found) or "all packages are there, and new enough")
+        return 1 if found else 0
+    names = collect(given.collect.absolute(), given.python, given.torch, filter(None, given.has.split(",")))
+    size = sum((given.collect / name).stat().st_size for name in names)
+    print("\n".join(names), f"{len(names)} wheels, {size / 1e6:.0f} MB", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
