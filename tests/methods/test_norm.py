@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import small_transformers
 import torch
 import torch_pruning as tp
 from diffusers import StableDiffusionPipeline
@@ -214,3 +215,19 @@ def test_scores_are_made_once_for_all_budgets(tmp_path, monkeypatch):
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] += 1
     assert prune(encoded_for(unet, seed=1), order=1)[1] and not prune(encoded_for(unet, seed=1), order=1)[1]
+
+
+def test_a_depthwise_convolutions_weights_belong_to_its_units():
+    """Sana: a unit owns channels in both halves of two convolutions and in a third one; norms are left out."""
+    model = small_transformers.build("sana15")
+    space = discover(model, "none")
+    group = space.group("feedforward:transformer_blocks.0.ff")
+    ff, width = model.transformer_blocks[0].ff, group.size * group.channels
+    values = sum_per_unit(model, group, lambda weight: weight.detach() ** 2)
+    for unit in (0, group.size - 1):
+        own = list(range(unit * group.channels, (unit + 1) * group.channels))
+        both = own + [width + channel for channel in own]
+        rows = (ff.conv_inverted.weight[both], ff.conv_depth.weight[both], ff.conv_point.weight[:, own])
+        assert values[unit].item() == pytest.approx(sum(part.square().sum().item() for part in rows), rel=1e-5)
+    heads = space.group("attention:transformer_blocks.0.attn1")
+    assert len(owned_weights(model, heads)) == 4
