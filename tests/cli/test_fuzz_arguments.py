@@ -41,7 +41,7 @@ OPTIONS = {  # of each command; none is worked through with a valid argument
     "evaluate": ["--protocol", "--data", "--images", "--output"],
     "report": ["--sensitivity"],
     "demo": ["--method", "--host", "--port", "--device"],
-    "export": ["--tier", "--method", "--expert", "--batch", "--push"],
+    "export": ["--tier", "--method", "--expert", "--batch", "--push", "--fold-modulation", "--prompts-file"],
     "import": ["--output", "--model", "--prompt-encoder"],
     "bench": ["--output", "--minutes", "--reduced"],
 }
