@@ -301,15 +301,21 @@ class Directions:
 
 
 def errors_by_rank(
-    model: Any, recorded: Recorded, held_out: Recorded, ranks: Sequence[int]
+    model: Any,
+    recorded: Recorded,
+    held_out: Recorded,
+    ranks: Sequence[int],
+    kept_for: Sequence[nn.Linear] | None = None,
 ) -> list[dict[str, float | int]]:
     """Return, for each rank, the relative L2 error of the modulation layers' outputs on vectors that were not used.
 
     One row a rank: `error` of all layers together, `worst_layer` of the layer with the largest, `parameters` of the
     folded layers and the code.
+
+    kept_for: the layers whose outputs the directions keep; by default the model's.
     """
     linears = modulation_of(model).linears(model).values()
-    directions = Directions.of(linears, recorded.inputs, max(ranks))
+    directions = Directions.of(kept_for or linears, recorded.inputs, max(ranks))
     shifted = held_out.inputs - directions.mean
     rests = [shifted - (shifted @ directions.code[:rank].T) @ directions.basis[:rank] for rank in ranks]
     squares = torch.zeros(len(ranks), len(linears), dtype=torch.float64)

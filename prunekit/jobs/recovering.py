@@ -267,7 +267,7 @@ def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin
         content = {"seconds": time.monotonic() - started, "layers": [asdict(fit) for fit in fits]}
         if processes.is_main:
             write_json(job.folder / REFIT, content)
-            write_folder(folder / job.part, lambda temporary: export_model(student, temporary))
+            write_folder(folder / job.part, student.save_pretrained)  # whose blocks keep their places
         processes.wait()
         stages.say(f"{job.title}: {len(fits)} layers refitted on {config.samples:,} samples")
     content = read_json(job.folder / REFIT)

@@ -46,7 +46,7 @@ OPTIONS = {  # of each command; none is worked through with a valid argument
         *("--max-queued", "--max-steps", "--max-images", "--max-letters", "--max-pixels", "--request-timeout"),
         "--api-key",
     ],
-    "export": ["--tier", "--method", "--expert", "--batch", "--push"],
+    "export": ["--tier", "--method", "--expert", "--batch", "--push", "--fold-modulation", "--prompts-file"],
     "import": ["--output", "--model", "--prompt-encoder"],
     "bench": ["--output", "--minutes", "--reduced"],
 }

@@ -54,7 +54,7 @@ def masked(model, architecture):
         return Expected.of(model, 5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "sd3" else ()) for n in CONFIGS])
 def test_every_cut_of_whole_blocks_is_a_stock_model(name):
     model = build(name)
     call, paths = call_of(model), list(denoiser_of(model).blocks(model))
