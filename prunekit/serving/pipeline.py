@@ -277,7 +277,8 @@ class PromptRoutedPipeline(DiffusionPipeline):
             bins = model.bins.of(torch.as_tensor(base.scheduler.timesteps)).tolist()
             calls = sum(self._call_macs((expert, index), model.slices[index], size) for index in bins)
         else:
-            calls = self._call_macs((expert, 0), model, size) * base.num_timesteps
+            steps = getattr(base, "num_timesteps", None) or len(base.scheduler.timesteps)  # PixArt does not say it
+            calls = self._call_macs((expert, 0), model, size) * steps
         macs = calls * texts
         return {row: (image, macs) for row, image in zip(rows, drawn, strict=True)}
 
@@ -307,13 +308,14 @@ class PromptRoutedPipeline(DiffusionPipeline):
 def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_skip: int | None) -> dict[str, Any]:
     """Return the texts of a batch as the stock pipeline's embeddings.
 
-    Negative prompts are left out where no image has one, as the stock pipelines tell that from an empty text.
+    Negative prompts are left out where no image has one, as the stock pipelines tell that from an empty text. None
+    takes the place of the argument's default, which is the empty text in PixArt's, and refused beside embeddings.
     """
     negatives = [image.negative_prompt for image in images]
     negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]
     texts = [image.prompt for image in images]
     skipped = {} if clip_skip is None else {"clip_skip": clip_skip}
-    return family_of(base).embeddings(base, texts, negative, guided, **skipped)
+    return {**family_of(base).embeddings(base, texts, negative, guided, **skipped), "negative_prompt": None}
 
 
 def _joined(images: list[Any]) -> Any:
