@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.run_directory import RECIPE, method_directory
 from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
 
+WARM_UP_STEPS = 2  # PixArt draws a single one by another rule, which most schedulers do not know
 PIXELS = 8  # of which stock pipelines want sides to be multiples, whatever their autoencoder's scale
 
 
@@ -35,7 +37,7 @@ class Picture:
 
 
 class Drawer:
-    """What draws with a pipeline's experts; an expert's first batch follows an untimed step, which loads it."""
+    """What draws with a pipeline's experts; each expert's first batch follows an untimed one, which loads it."""
 
     def __init__(self, pipeline: PromptRoutedPipeline):
         pipeline.set_progress_bar_config(disable=True)
@@ -80,29 +82,26 @@ class Drawer:
         options["experts"] = [expert] * len(prompts)
         with self.pipeline.mixture.experts.use(expert):  # loading is not drawing
             if expert not in self._warm:
-                self.pipeline(prompts, num_inference_steps=1, **options)
+                self.pipeline(prompts, num_inference_steps=WARM_UP_STEPS, **options)
                 self._warm.add(expert)
             started = time.perf_counter()
-            output = self.pipeline(
-                prompts,
-                num_inference_steps=steps,
-                callback_on_step_end=None if on_step is None else _told(on_step),
-                **options,
-            )
+            told: dict[str, Any] = {} if on_step is None else self._told(on_step)
+            output = self.pipeline(prompts, num_inference_steps=steps, **told, **options)
             seconds = time.perf_counter() - started
         assert isinstance(output, RoutedOutput)
         drawn = zip(output.images, output.seeds, output.macs, strict=True)
         return [Picture(*one, len(prompts), seconds) for one in drawn]
 
+    def _told(self, on_step: Callable[[int, int], None]) -> dict[str, Any]:
+        """Return the stock pipeline's argument for a callback that changes nothing."""
 
-def _told(on_step: Callable[[int, int], None]) -> Callable[..., dict[str, Any]]:
-    """Return a callback of the stock pipelines, which changes nothing."""
+        def at_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, pipeline.num_timesteps)
+            return {}
 
-    def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1, pipeline.num_timesteps)
-        return {}
-
-    return callback
+        if "callback_on_step_end" in inspect.signature(self.pipeline.parts.kind.__call__).parameters:
+            return {"callback_on_step_end": at_step_end}
+        return {"callback": lambda step, timestep, latents: on_step(step + 1, step + 1)}  # PixArt's, without a total
 
 
 def open_pipeline(

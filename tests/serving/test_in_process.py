@@ -74,6 +74,7 @@ def test_jobs_are_what_the_pipeline_draws(drawer, pipeline):
             assert [p.image.tobytes() for p in answer.pictures] == [image.tobytes() for image in expected.images]
             assert [p.seed for p in answer.pictures] == expected.seeds and answer.expert == expected.experts[0]
             assert [p.macs for p in answer.pictures] == expected.macs
+            assert pickle.loads(pickle.dumps((own, answer))) == (own, answer)  # as it would cross to another process
         await backend.drain()
 
     running(work())

@@ -10,10 +10,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from small_mixture import PROMPTS, write_mixture
+from small_transformer_pipelines import write
 
 from prunekit import CostModel, PromptRoutedPipeline, discover
 from prunekit.export.model_folder import load_denoiser
 from prunekit.models import load_pipeline
+from prunekit.serving.drawer import Drawer
 from prunekit.serving.experts import Experts
 
 STEPS = 2
@@ -133,6 +135,22 @@ def test_arguments_of_the_stock_pipelines(served):
     assert len(set(pipeline(PROMPTS[:2], num_inference_steps=1).seeds)) == 2
     images, experts, *_ = pipeline(PROMPTS[:2], seeds=[5, 6], num_inference_steps=1, return_dict=False)
     assert len(images) == 2 and experts == plain.experts
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux", "pixart"])
+def test_transformers(name, tmp_path):
+    pipeline = opened(write(tmp_path / "model", name, load_pipeline("emoji")))
+    options = {"use_resolution_binning": False} if name == "pixart" else {}
+    seen, drawer = [], Drawer(pipeline)
+    drawn = pipeline(
+        PROMPTS[:2], num_inference_steps=2, guidance_scale=3.0, height=16, width=32, seeds=0, batch_size=2, **options
+    )
+    assert all(image.size == (32, 16) for image in drawn.images) and drawn.macs[0] > 0
+    assert drawer.multiple == (16 if name == "sd35" else 8)
+    if name != "pixart":  # which draws at a size of its own table
+        size, negatives = (drawer.multiple, 2 * drawer.multiple), ["", "a dog"]
+        pictures = drawer.draw(PROMPTS[:2], [0, 1], 0, 2, 3.0, negatives, size, lambda *given: seen.append(given))
+        assert seen == [(1, 2), (2, 2)] and {picture.image.size for picture in pictures} == {size[::-1]}
 
 
 def test_callbacks_see_each_batch(served):
