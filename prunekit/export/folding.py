@@ -272,8 +272,8 @@ class Directions:
     def of(cls, linears: Iterable[nn.Linear], inputs: Tensor, rank: int) -> Directions:
         """Return the directions by which layers' outputs are kept best, in squares over all layers and vectors.
 
-        Of all linear codes of length `rank` of the centered vectors none has a smaller error (Eckart and Young, 1936):
-        the directions are the principal ones of G^½·(u - mean), where G sums WᵀW over the layers.
+        Of all linear codes of length `rank` of the centered vectors, this one has the least error (Eckart and Young,
+        1936): the directions are the principal ones of G^½·(u - mean), where G sums WᵀW over the layers.
 
         Args:
             linears: the layers.

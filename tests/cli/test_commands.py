@@ -211,7 +211,11 @@ FIRST = {tuple(words): page for page in reversed(PROGRAMS) for words in prunekit
 
 
 ELSEWHERE = ("check", "compare", "bench")  # commands that other tests of `make test` run
-FAST = [pytest.param(page, ELSEWHERE, id=f"{page.stem} in short") for page in PROGRAMS if page.stem == "README"]
+FAST = [
+    pytest.param(page, ELSEWHERE, id=f"{page.stem} in short")
+    for page in PROGRAMS
+    if page.stem in ("README", "commands")
+]
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_lora_is_projected(tmp_path):
             project_lora(wrong, folded.model, folded.basis)
     with pytest.raises(UserError, match="not folded"):
         project_lora(state, model, folded.basis)
-    with pytest.raises(UserError, match="no folder of a folded model"):
+    with pytest.raises(UserError, match="not the folder of a folded model"):
         project_lora(state, folded.model, tmp_path / "none")
 
 
