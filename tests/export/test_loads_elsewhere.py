@@ -1,6 +1,7 @@
 """Cuts of whole blocks open without prunekit: as stock models, and as single files in the original layout."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -57,12 +58,17 @@ def masked(model, architecture):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "sd3" else ()) for n in CONFIGS])
 def test_every_cut_of_whole_blocks_is_a_stock_model(name):
     model = build(name)
-    call, paths = call_of(model), list(denoiser_of(model).blocks(model))
+    denoiser = denoiser_of(model)
+    call, paths = call_of(model), list(denoiser.blocks(model))
+    settings = dict(zip(denoiser.lists, denoiser.layers_in_config, strict=True))
     for count in range(1, len(paths) + 1):
         for removed in itertools.combinations(range(len(paths)), count):
             architecture = without(model, removed)
-            stock = denoiser_of(model).stock(pk.slice_model(model, architecture))
-            if name.startswith("sd3") and len(paths) - 1 in removed and count < len(paths):  # it ends the text's stream
+            stock = denoiser.stock(pk.slice_model(model, architecture))
+            left = Counter(path.partition(".")[0] for index, path in enumerate(paths) if index not in removed)
+            counts = {(setting, left[blocks]) for blocks, setting in settings.items()}
+            ends_text = name.startswith("sd3") and len(paths) - 1 in removed and count < len(paths)
+            if ends_text or len(counts) > len(set(settings.values())):  # or one setting counts lists of two lengths
                 assert stock is None
                 continue
             assert type(stock) is type(model) and "pruning" not in stock.config
@@ -78,9 +84,10 @@ def test_every_cut_of_whole_blocks_is_a_stock_model(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_carries_over(name):
     model = build(name).double().train()
-    first = next(iter(denoiser_of(model).blocks(model)))
-    model.get_submodule(first.replace("0", "1")).requires_grad_(False)
-    pruned = pk.slice_model(model, without(model, [0]))
+    paths, blocks = list(denoiser_of(model).blocks(model)), denoiser_of(model).lists[-1]
+    first = f"{blocks}.0"
+    model.get_submodule(f"{blocks}.1").requires_grad_(False)
+    pruned = pk.slice_model(model, without(model, [paths.index(first)]))
     stock = denoiser_of(model).stock(pruned)
     assert stock.training and stock.dtype == torch.float64
     frozen = {name for name, parameter in stock.named_parameters() if not parameter.requires_grad}
