@@ -31,8 +31,9 @@ class PromptEncoder:
         self.name = str(name)
         path = PROMPT_ENCODER_DIRECTORY if self.name == EMBEDDED else name
         refuse_foreign_code(Path(path))
-        try:
-            self.model = SentenceTransformer(str(path), device="cpu" if self.name == EMBEDDED else None)
+        device, is_here = "cpu" if self.name == EMBEDDED else None, Path(path).is_dir()
+        try:  # of a folder, the library would ask the hub for a model of that name
+            self.model = SentenceTransformer(str(path), device=device, local_files_only=is_here)
         except Exception as error:  # a damaged folder makes libraries raise almost anything
             raise UserError(
                 f'cannot load the prompt encoder {self.name!r}: use "{EMBEDDED}", a folder, or the name of a Sentence '

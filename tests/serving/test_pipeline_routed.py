@@ -281,6 +281,15 @@ def test_saved_and_opened_again(run, tmp_path):
         pipeline.save_pretrained(tmp_path / "model.v1")
 
 
+def test_an_export_under_a_relative_path_asks_no_hub(served, tmp_path, monkeypatch):
+    """`model/prompt_encoder` was looked up as the name of a model on the hub."""
+    served.save_pretrained(tmp_path / "model")
+    asked = []
+    monkeypatch.setattr("sentence_transformers.base.model_card.get_model_info", asked.append)
+    monkeypatch.chdir(tmp_path)
+    assert opened("model").route(PROMPTS).tolist() == served.route(PROMPTS).tolist() and asked == []
+
+
 def test_other_types_and_devices(four):
     pipeline = opened(four)
     expected = pipeline(PROMPTS[:3], seeds=0, num_inference_steps=1, output_type="np")
