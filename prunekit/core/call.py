@@ -212,6 +212,11 @@ class NamedCalls:
         """Return the noisy latents of a call."""
         return call[self.arguments["noisy"]]
 
+    def starting(self, call: Call) -> Tensor:
+        """Return the noisy latents of a call in the form in which a pipeline takes those that it starts from."""
+        latents: Tensor = call[self.latent]
+        return latents
+
     def text_length(self, call: Call) -> int:
         """Return the tokens of a call's text."""
         return int(call[self.arguments["text"]].shape[1])

@@ -172,6 +172,10 @@ class Denoiser(Structure, Protocol):
         """Return the noisy latents of a call, (B, C, h, w)."""
         ...
 
+    def starting(self, call: Call) -> Tensor:
+        """Return the noisy latents of a call in the form in which a pipeline takes those that it starts from."""
+        ...
+
     def text_length(self, call: Call) -> int:
         """Return the tokens of a call's text."""
         ...

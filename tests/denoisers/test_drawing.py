@@ -8,14 +8,15 @@ import torch
 from small_transformer_pipelines import make
 
 import prunekit as pk
-from prunekit.core.registry import call_options, denoiser_in, denoiser_of, family_of, scale_of, text_length
+from prunekit.core.registry import call_options, denoiser_in, denoiser_of, scale_of, text_length, texts_of
 from prunekit.evaluation.ceiling import reconstruct
 from prunekit.evaluation.generate import generate
 from prunekit.jobs.bench.workloads import pipeline_call
 from prunekit.models import load_pipeline
 
 TEXTS, SEEDS, SIDE, GUIDANCE = ["red apple", "a blue house"], [3, 4], 64, 3.0
-NAMES = ["sana15", "wan", *(pytest.param(name, marks=pytest.mark.long) for name in ("flux", "pixart"))]
+LATER = ("flux", "pixart", "flux2", "flux2_klein_base")
+NAMES = ["sana15", "wan", "z_image", *(pytest.param(name, marks=pytest.mark.long) for name in LATER)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -29,7 +30,7 @@ def stock(pipeline, index):
     """One picture of the stock pipeline, (H, W, 3)."""
     generator = torch.Generator().manual_seed(SEEDS[index])
     sizes = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "np"}
-    output = pipeline(TEXTS[index], generator=[generator], **sizes, **call_options(pipeline, GUIDANCE))
+    output = pipeline(prompt=TEXTS[index], generator=[generator], **sizes, **call_options(pipeline, GUIDANCE))
     pictures = output.frames[:, 0] if hasattr(output, "frames") else output.images
     return pictures[0]
 
@@ -59,7 +60,7 @@ def test_a_served_picture_is_the_stock_pipelines(kind, pipeline):
         assert np.allclose(drawn.images[1].permute(1, 2, 0).numpy(), expected, atol=1e-6)
     model, side = denoiser_in(pipeline), SIDE // scale_of(pipeline)
     cost = pk.CostModel(model, pk.discover(model, "none"), side, text_length(pipeline))
-    assert drawn.macs == [cost.dense_macs * 2 * family_of(pipeline).texts(GUIDANCE)] * 2
+    assert drawn.macs == [cost.dense_macs * 2 * texts_of(pipeline, GUIDANCE)] * 2
 
 
 @pytest.mark.parametrize("workload", ["sampling", pytest.param("image", marks=pytest.mark.long)])

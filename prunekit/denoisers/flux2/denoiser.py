@@ -122,6 +122,12 @@ class Flux2(PackedCalls, TransformerDescription):
         ids = {"img_ids": image, "txt_ids": text}
         return Call({**call, **ids}, shared=tuple(ids), **placed(rows, columns))
 
+    def starting(self, call: Call) -> Tensor:
+        """Return the noisy latents as the pipeline takes them: packed, and each in its place, (B, 4·C, h/2, w/2)."""
+        assert call.grid is not None, "a call of packed latents says their rows and columns"
+        tokens: Tensor = call[self.latent]
+        return tokens.transpose(1, 2).unflatten(2, call.grid)
+
 
 def _parallel(model: Any, path: str, attention: Any) -> list[Layer]:
     """The groups of a parallel attention, which both lie at its path."""

@@ -52,7 +52,7 @@ class ZImage(TransformerDescription):
     lists = tuple(STREAMS)
     inputs = ("x",)
     arguments: ClassVar[Mapping[str, str]] = {"noisy": "x", "timestep": "t", "text": "cap_feats"}
-    layers_in_config = ("n_layers", "n_refiner_layers")
+    layers_in_config = ("n_refiner_layers", "n_refiner_layers", "n_layers")
     classes: ClassVar = dict.fromkeys(STREAMS, (ZImageTransformerBlock,))
     attentions = (Attention,)
     processors = (ZSingleStreamAttnProcessor,)
@@ -116,6 +116,10 @@ class ZImage(TransformerDescription):
     def noisy(self, call: Call) -> Tensor:
         """Return the noisy latents of a call, (B, C, h, w)."""
         return super().noisy(call).squeeze(2)
+
+    def starting(self, call: Call) -> Tensor:
+        """Return the noisy latents of a call as the pipeline takes them: pictures, (B, C, h, w)."""
+        return self.noisy(call)
 
     def text_length(self, call: Call) -> int:
         """Return the tokens of a call's longest text."""

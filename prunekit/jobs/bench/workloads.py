@@ -43,7 +43,7 @@ def pipeline_call(
     generator = torch.Generator().manual_seed(seed)
     denoiser = denoiser_of(model)
     example = denoiser.example(model, batch, (side, side), 1, normal(generator))
-    latents = example[denoiser.latent].to(model.device, model.dtype)  # as the pipeline's loop has them
+    latents = denoiser.starting(example).to(model.device, model.dtype)
     prompts = [PROMPT] * batch
     common = {
         "height": resolution,
