@@ -90,7 +90,7 @@ def twice(arguments: list[str], name: str, option: str, settings: Settings, floa
     return folders
 
 
-def small_data(settings: Settings) -> str:
+def small_data(settings: Settings, holdout: float) -> str:
     """Return the setting of a few pictures in place of a recipe's data, whose encoding would take the time."""
     folder = settings.output / "small" / "pictures"
     if not folder.is_dir():
@@ -98,14 +98,14 @@ def small_data(settings: Settings) -> str:
         colours = [small_model.COLOURS[index % 4] for index in range(PICTURES)]
         samples = [(small_model.picture(colour), name) for colour, name in zip(colours, names, strict=True)]
         small_model.write_shard(folder / "0.tar", samples)
-    return f"data={{kind: webdataset, path: {folder.absolute()}, holdout: 0.25}}"
+    return f"data={{kind: webdataset, path: {folder.absolute()}, holdout: {holdout}}}"
 
 
 def first_steps(settings: Settings) -> Found:
     """Compare the losses of the first steps of pre-training."""
     small = {"diffusion": {**STEPS, "precision": PRECISION}, "evaluation": DRAWING, "milestones": []}
     changes = [f"{name}={json.dumps(value)}" for name, value in small.items()]
-    arguments = ["run", str(PRETRAIN), *changes, small_data(settings)]
+    arguments = ["run", str(PRETRAIN), *changes, small_data(settings, 0.0)]
     folders = twice(arguments, "pretrain", "--directory", settings, ["diffusion.precision=float32"])
     here, there = (losses(folder / LOG) for folder in folders)
     assert here.keys() == there.keys() and here, (here, there)
@@ -127,7 +127,7 @@ def one_cell(settings: Settings) -> Found:
     """Compare a cell of the comparison in small, one method at one budget: what it chose, and how far it lies off."""
     precision = [f"fine_tune.precision={PRECISION}", f"evaluation.precision={PRECISION}"]
     float32 = ["fine_tune.precision=float32", "evaluation.precision=float32"]
-    arguments = ["compare", str(COMPARE), *SMOKE_COMPARE, small_data(settings), *precision]
+    arguments = ["compare", str(COMPARE), *SMOKE_COMPARE, small_data(settings, 0.25), *precision]
     here, there = map(cell, twice(arguments, "compare", "--output", settings, float32))
     difference = abs(here["agreement"] / there["agreement"] - 1)
     return Found(
