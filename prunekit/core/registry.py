@@ -21,6 +21,7 @@ _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
 _UNNAMED: list[str] = []  # the class of configs that name none
 _ATTRIBUTE_OF: dict[str, str] = {}  # by model class
+_PIPELINES: dict[str, str] = {}  # classes, and which attribute holds the denoiser
 _ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
 
 
@@ -29,6 +30,7 @@ def register_denoiser(
     denoiser: Denoiser | Callable[[], Denoiser],
     attribute: str = "transformer",
     unnamed: str | None = None,
+    pipelines: Iterable[str] = (),
 ) -> None:
     """Register the description of model classes; a later registration replaces an earlier one.
 
@@ -36,7 +38,9 @@ def register_denoiser(
     denoiser: the description, or a function that returns it, which is called once, when it is first needed.
     attribute: a pipeline's attribute that holds such a model: "unet" or "transformer".
     unnamed: the class among them whose old configs name no class.
+    pipelines: names of the diffusers pipelines that may be loaded with such a model in that attribute.
     """
+    _PIPELINES.update(dict.fromkeys(pipelines, attribute))
     _UNNAMED[:] = [unnamed] if unnamed is not None else _UNNAMED
     for model in models:
         name = model if isinstance(model, str) else model.__name__
@@ -50,6 +54,11 @@ def register_denoiser(
 def supported() -> list[str]:
     """Return the names of the model classes that are described."""
     return sorted(_LOADERS)
+
+
+def pipeline_parts() -> Mapping[str, str]:
+    """Return the pipelines that can be loaded, by the names of their classes: which attribute holds the denoiser."""
+    return MappingProxyType(_PIPELINES)
 
 
 def denoiser_of(model: nn.Module | type) -> Denoiser:

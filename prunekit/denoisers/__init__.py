@@ -1,4 +1,4 @@
-"""One folder per family of denoisers. A folder's `__init__` names its model classes and imports nothing heavy."""
+"""One folder per family of denoisers. A folder's `__init__` names its models and pipelines and imports nothing heavy."""
 
 import importlib
 import pkgutil
@@ -12,4 +12,5 @@ def register() -> None:
         if not folder.ispkg:  # what several families share
             continue
         family = importlib.import_module(f"{__name__}.{folder.name}")
-        register_denoiser(family.MODELS, family.denoiser, family.ATTRIBUTE, getattr(family, "UNNAMED", None))
+        unnamed = getattr(family, "UNNAMED", None)
+        register_denoiser(family.MODELS, family.denoiser, family.ATTRIBUTE, unnamed, family.PIPELINES)

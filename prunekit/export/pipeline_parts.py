@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from prunekit.core.registry import pipeline_parts
 from prunekit.export.model_folder import load_denoiser
 from prunekit.export.tiers import index_entry, save_denoiser
 from prunekit.models import quiet_libraries
 from prunekit.models.hub import INDEX
 from prunekit.models.loading import OPTIONS, SETTINGS, freeze, load_directory
-from prunekit.models.names import PIPELINES
 from prunekit.models.weights import WITHOUT
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
@@ -34,14 +34,14 @@ class Parts:
         """Take a pipeline's parts; they are shared, not copied. A safety checker is left out."""
         kind = type(pipeline)
         parts = {name: None if name in WITHOUT else part for name, part in pipeline.components.items()}
-        del parts[PIPELINES[kind.__name__]]
+        del parts[pipeline_parts()[kind.__name__]]
         settings = {name: pipeline.config[name] for name in SETTINGS if name in pipeline.config}
         return cls(kind, parts, settings | OPTIONS.get(kind.__name__, {}))
 
     @property
     def denoiser(self) -> str:
         """The name of the pipeline's attribute that holds its denoiser."""
-        return PIPELINES[self.kind.__name__]
+        return pipeline_parts()[self.kind.__name__]
 
     @classmethod
     def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Parts:

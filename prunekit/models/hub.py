@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from prunekit.models.names import LOCAL, PIPELINES, check_index, hub_id, read_object
+from prunekit.core.registry import pipeline_parts
+from prunekit.models.names import LOCAL, check_index, hub_id, read_object
 from prunekit.models.weights import WITHOUT, missing_parts, variant_of
 from prunekit.runtime.errors import UserError, first_line
 
@@ -44,7 +45,7 @@ def fetch(name: str | Path, check_denoiser: Callable[[dict[str, Any], str], Any]
     with asking(repository) as hub:
         index = read_object(Path(hf_hub_download(repository, INDEX, **hub.options)))
         check_index(index, name)
-        config = f"{PIPELINES[index['_class_name']]}/config.json"
+        config = f"{pipeline_parts()[index['_class_name']]}/config.json"
         check_denoiser(read_object(Path(hf_hub_download(repository, config, **hub.options))), repository)
         options = {part: None for part in WITHOUT if part in index} | {"use_safetensors": True, **hub.options}
         directory = Path(DiffusionPipeline.download(repository, variant=variant_of(hub.names), **options))

@@ -9,10 +9,10 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from prunekit.core.registry import denoiser_in, denoiser_named, denoiser_of, family_of
+from prunekit.core.registry import denoiser_in, denoiser_named, denoiser_of, family_of, pipeline_parts
 from prunekit.models.hub import INDEX, fetch
 from prunekit.models.lora import LoraWeights, merge_lora
-from prunekit.models.names import LOCAL, PIPELINES, SUPPORTED, check_index, local_path, read_object
+from prunekit.models.names import LOCAL, check_index, loadable, local_path, read_object
 from prunekit.models.shapes import check_sizes, unet_from_config
 from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
@@ -100,7 +100,7 @@ def load_directory(
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} is not a diffusers pipeline: it has no {INDEX}")
     index = read_object(directory / INDEX)
-    part = PIPELINES.get(str(index.get("_class_name")), "unet")
+    part = pipeline_parts().get(str(index.get("_class_name")), "unet")
     check_index(index if with_denoiser else {**index, part: ["left out"]}, name)
     if with_denoiser and (config := directory / part / "config.json").is_file():
         check_sizes(read_object(config), name)
@@ -136,12 +136,12 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
     """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
-    if type(pipeline).__name__ not in PIPELINES:
-        raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {SUPPORTED}")
+    if type(pipeline).__name__ not in pipeline_parts():
+        raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {loadable()}")
     model = denoiser_in(pipeline)
     denoiser_of(model).check(model)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and any(parameter.is_meta for parameter in module.parameters()):
             raise UserError(f"the files of {name} lack weights of its {part}")
     if (reason := family_of(pipeline).refusal(pipeline)) is not None:
-        raise UserError(f"{name} has {reason}; {SUPPORTED}")
+        raise UserError(f"{name} has {reason}; {loadable()}")

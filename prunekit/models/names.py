@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prunekit.core.registry import pipeline_parts
 from prunekit.runtime.errors import UserError, first_line, nearest
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -42,18 +43,7 @@ SETTINGS = {  # of a known model's pipeline, that say how it is called
     f"flux.2-klein-{size}": {"is_distilled": "base" not in size} for size in ("4b", "9b", "base-4b", "base-9b")
 }
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
-PIPELINES = {  # classes, and which part is the denoiser
-    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), "unet"),
-    **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline"), "transformer"),
-    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), "transformer"),
-    **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline"), "transformer"),
-    **dict.fromkeys(("SanaPipeline", "WanPipeline"), "transformer"),
-}
 DENOISERS = {"unet": "UNet", "transformer": "transformer"}  # parts of pipelines, and how people write them
-SUPPORTED = (
-    f"supported: {', '.join(PIPELINES)} (Stable Diffusion 1.x, 2.x and XL with epsilon or v-prediction, Stable "
-    "Diffusion 3 and 3.5, FLUX.1, Qwen-Image, PixArt, FLUX.2, Z-Image, Sana, Wan 2.1 for pictures)"
-)
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CONVERT = (
     "pickles can run code and are not loaded: if you trust the file, convert it with "
@@ -99,6 +89,13 @@ def short_name(name: str | Path) -> str | None:
     return {**{hub: short for short, hub in KNOWN.items()}, **{short: short for short in KNOWN}}.get(str(name))
 
 
+def loadable() -> str:
+    """Return the end of an error's line that says which pipelines can be loaded, those of UNets first."""
+    names = sorted(pipeline_parts().items(), key=lambda item: (item[1] != "unet", item[0]))
+    listed = ", ".join(name for name, _ in names)
+    return f"supported: {listed} (of Stable Diffusion 1.x, 2.x and XL, epsilon or v-prediction)"
+
+
 def unknown(name: str | Path) -> UserError:
     """Return the error of a name that means no model, with the nearest one that does."""
     names = [*EMBEDDED_DIRECTORIES, *KNOWN, *KNOWN.values()]
@@ -109,10 +106,10 @@ def unknown(name: str | Path) -> UserError:
 def check_index(index: dict[str, Any], name: str | Path) -> None:
     """Check the content of a model_index.json: ValueError, one line, for a pipeline that is not supported."""
     kind = index.get("_class_name")
-    if not isinstance(kind, str) or kind not in PIPELINES:
-        raise UserError(f"{kind} of {name} is not supported; {SUPPORTED}")
-    if not any(index.get(PIPELINES[kind]) or ()):
-        raise UserError(f"{kind} of {name} has no {DENOISERS[PIPELINES[kind]]}; {SUPPORTED}")
+    if not isinstance(kind, str) or kind not in pipeline_parts():
+        raise UserError(f"{kind} of {name} is not supported; {loadable()}")
+    if not any(index.get(pipeline_parts()[kind]) or ()):
+        raise UserError(f"{kind} of {name} has no {DENOISERS[pipeline_parts()[kind]]}; {loadable()}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_
 from safetensors import SafetensorError, safe_open
 
 from prunekit.models.hub import fetch_configs
-from prunekit.models.names import SUPPORTED, check_index, local_path, read_object
+from prunekit.models.names import check_index, loadable, local_path, read_object
 from prunekit.runtime.errors import UserError, first_line
 
 FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' name of a file's kind: whose configs it has
@@ -65,12 +65,12 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
     """
     outline = _outline(path)
     if UNET not in outline:
-        raise UserError(f"{path} does not hold a complete Stable Diffusion model (no tensor {UNET}); {SUPPORTED}")
+        raise UserError(f"{path} does not hold a complete Stable Diffusion model (no tensor {UNET}); {loadable()}")
     if config is not None:
         return config
     kind = infer_diffusers_model_type(outline)
     if kind not in FAMILIES:
-        raise UserError(f"{path} holds a model of the kind {kind!r}, which is not supported; {SUPPORTED}")
+        raise UserError(f"{path} holds a model of the kind {kind!r}, which is not supported; {loadable()}")
     return FAMILIES[kind]
 
 

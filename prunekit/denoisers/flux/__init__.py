@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("FluxTransformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("FluxPipeline",)
 
 
 def denoiser() -> Denoiser:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("Flux2Transformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline")
 
 
 def denoiser() -> Denoiser:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("PixArtTransformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
 def denoiser() -> Denoiser:

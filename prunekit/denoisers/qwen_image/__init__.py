@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("QwenImageTransformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("QwenImagePipeline",)
 
 
 def denoiser() -> Denoiser:

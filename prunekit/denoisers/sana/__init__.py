@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("SanaTransformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("SanaPipeline",)
 
 
 def denoiser() -> Denoiser:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("SD3Transformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("StableDiffusion3Pipeline",)
 
 
 def denoiser() -> Denoiser:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("UNet2DConditionModel",)
 ATTRIBUTE = "unet"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 UNNAMED = "UNet2DConditionModel"  # old configs of it name no class
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("WanTransformer3DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("WanPipeline",)
 
 
 def denoiser() -> Denoiser:

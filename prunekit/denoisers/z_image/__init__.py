@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 MODELS = ("ZImageTransformer2DModel",)
 ATTRIBUTE = "transformer"
+PIPELINES = ("ZImagePipeline",)
 
 
 def denoiser() -> Denoiser:
