@@ -1,4 +1,4 @@
-"""One folder per family of denoisers. A folder's `__init__` names its models and pipelines and imports nothing heavy."""
+"""One folder per family of denoisers, whose `__init__` names models and pipelines and imports nothing heavy."""
 
 import importlib
 import pkgutil

@@ -24,6 +24,7 @@ from prunekit.core.call import Call, predict, zeros
 from prunekit.core.description import Description
 from prunekit.core.gates import gated
 from prunekit.core.registry import denoiser_of, family_of
+from prunekit.core.renumbering import fewer_layers
 from prunekit.core.slicing import PrunedModel
 from prunekit.core.space import UnitSpace
 from prunekit.recovery.fine_tuning import FineTuneConfig
@@ -32,7 +33,7 @@ from prunekit.training.memory import held, lower
 from prunekit.training.trainer import TrainerConfig
 
 FLOAT32, LOWERED = 4, 2  # bytes of a number; frozen weights are held in both
-MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 4  # of a list: rehearsed as a whole; of the shorter ones in its place
+MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 4  # of a kind in a list: rehearsed as they are; those left of more of them
 KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask
 
 
@@ -70,31 +71,45 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Size:
-    """A denoiser that is rehearsed: changes of the config's numbers of blocks, and its share in the figure."""
+    """A denoiser that is rehearsed: what its config changes, and its share in the figure."""
 
-    blocks: Mapping[str, int]
+    changes: Mapping[str, Any]
     share: float
 
 
 def sizes_of(model: ModelMixin) -> list[Size]:
     """Return the denoisers to rehearse for a model: itself, or shorter ones whose figures add up to its own.
 
-    Each list of blocks that is long, and whose blocks but the last have the same shapes, is shortened; beside the model
-    with all of them short there is one for each list in which that list is longer.
+    Of many blocks in one list with the same shapes few are left; beside the model with all of them few there is one for
+    each such kind of block that has more of it.
     """
-    denoiser = denoiser_of(model)
+    denoiser, whole = denoiser_of(model), [Size({}, 1.0)]
     if not isinstance(denoiser, Description) or isinstance(model, PrunedModel):
-        return [Size({}, 1.0)]
-    short: dict[str, int] = {}
-    if len(denoiser.lists) == len(denoiser.layers_in_config):
-        for path, setting in zip(denoiser.lists, denoiser.layers_in_config, strict=True):
-            blocks: Any = model.get_submodule(path)
-            shapes = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in list(blocks)[:-1]}
-            if len(blocks) > MOST_BLOCKS and len(shapes) == 1:
-                short[setting] = FEW_BLOCKS
-    steps = {setting: (model.config[setting] - FEW_BLOCKS) / (MORE_BLOCKS - FEW_BLOCKS) for setting in short}
-    longer = [Size({**short, setting: MORE_BLOCKS}, share) for setting, share in steps.items()]
-    return [Size(short, 1.0 - sum(steps.values())), *longer]
+        return whole
+    live: dict[str, list[int]] = {path: [] for path in denoiser.lists}
+    kinds: dict[tuple[str, Hashable], list[int]] = {}
+    for path in denoiser.lists:
+        blocks: Any = model.get_submodule(path)
+        for index, block in enumerate(blocks):
+            shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+            kinds.setdefault((path, shapes), []).append(index)
+    many = {kind: indices for kind, indices in kinds.items() if len(indices) > MOST_BLOCKS}
+    for kind, indices in kinds.items():
+        live[kind[0]] += indices[:FEW_BLOCKS] if kind in many else indices
+
+    def size(share: float, more: tuple[str, Hashable] | None = None) -> Size | None:
+        left = {path: list(indices) for path, indices in live.items()}
+        if more is not None:
+            left[more[0]] += many[more][FEW_BLOCKS:MORE_BLOCKS]
+        counts, named = denoiser.layers_in_config, denoiser.indices_in_config
+        ordered = {path: sorted(indices) for path, indices in left.items()}
+        config = fewer_layers(dict(model.config), ordered, counts, named)
+        return None if config is None else Size({key: config[key] for key in (*counts, *named)}, share)
+
+    steps = {kind: (len(indices) - FEW_BLOCKS) / (MORE_BLOCKS - FEW_BLOCKS) for kind, indices in many.items()}
+    sizes = [size(1.0 - sum(steps.values())), *(size(share, kind) for kind, share in steps.items())]
+    found = [one for one in sizes if one is not None]
+    return found if many and len(found) == len(sizes) else whole
 
 
 class Rehearsal:
@@ -127,10 +142,10 @@ class Rehearsal:
         return round(max(sum(map(mul, shares, peaks)) for peaks in zip(*measured, strict=True)))
 
     def _model(self, size: Size, lowered: bool, lora: LoraConfig | None) -> Any:
-        key = (tuple(size.blocks.items()), lowered, lora and lora.rank)
+        key = (tuple(size.changes.items()), lowered, lora and lora.rank)
         if key not in self._built:
             with self.mode:
-                model = self._kind.from_config({**self._config, **size.blocks}).eval()
+                model = self._kind.from_config({**self._config, **size.changes}).eval()
                 if lowered:
                     lower(model)
                 if lora is not None:
