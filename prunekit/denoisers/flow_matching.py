@@ -13,6 +13,12 @@ from prunekit.core.family import Guided
 from prunekit.core.timesteps import middle_shift
 
 STEPS = 1000  # of a schedule, where none is given
+MASKED = (  # what pipelines call texts with masks
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)
 DRAW_MEAN, DRAW_STD = 0.0, 1.0  # of the logit of a training sigma, before the shift
 
 
@@ -105,6 +111,36 @@ class AsAsked(Guided):
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
         """Return the guidance scale, and that the size is the requested one."""
         return {**super().call_options(pipeline, guidance), "use_resolution_binning": False}
+
+
+def unfitting(pipeline: Any, kind: Any, latent_channels: str = "latent_channels") -> str | None:
+    """Return why a pipeline's autoencoder or latents are not supported, as "NAME has" goes on; None where they are.
+
+    kind: the class of autoencoder that is supported. latent_channels: what its config calls the latents' channels.
+    """
+    config, vae = pipeline.transformer.config, pipeline.vae
+    if type(vae) is not kind:
+        return f"an autoencoder {type(vae).__name__}, which is not supported"
+    made, taken = vae.config[latent_channels], config.in_channels
+    given = config.out_channels or taken
+    if made == taken == given:
+        return None
+    return f"latents of {made} channels, but its transformer takes {taken} and gives {given}: not supported"
+
+
+def masked_embeddings(
+    pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
+) -> dict[str, Tensor]:
+    """Return the keyword arguments that take the place of texts, for a pipeline whose texts have masks."""
+    encoded = pipeline.encode_prompt(
+        texts,
+        do_classifier_free_guidance=guided,
+        negative_prompt=negatives if negatives is not None else "",
+        device=pipeline._execution_device,
+        **options,
+    )
+    given = {name: value for name, value in zip(MASKED, encoded, strict=True) if value is not None}
+    return left_out(given)
 
 
 def left_out(embeddings: dict[str, Any]) -> dict[str, Any]:

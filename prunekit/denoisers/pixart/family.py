@@ -9,15 +9,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import AsAsked, FlowMatching, TransformerFamily, left_out
+from prunekit.denoisers.flow_matching import AsAsked, FlowMatching, TransformerFamily, masked_embeddings
 from prunekit.denoisers.unet.family import DDPM
 
-EMBEDDINGS = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-)
 MOST_TOKENS = 300  # of a text (PixArt-Σ; 120 of PixArt-α)
 NOISE_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -47,14 +41,7 @@ class PixArt(AsAsked, TransformerFamily):
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
         """Return a pipeline's keyword arguments that take the place of its texts."""
-        encoded = pipeline.encode_prompt(
-            texts,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negatives if negatives is not None else "",
-            device=pipeline._execution_device,
-            **options,
-        )
-        return left_out({name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None})
+        return masked_embeddings(pipeline, texts, negatives, guided, **options)
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text: T5's."""

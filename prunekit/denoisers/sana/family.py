@@ -10,14 +10,8 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import AsAsked, FlowFamily, left_out
+from prunekit.denoisers.flow_matching import AsAsked, FlowFamily, masked_embeddings, unfitting
 
-EMBEDDINGS = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-)
 TOKENS = 300  # of a text, by the pipeline's default
 INSTRUCTION = "complex_human_instruction"  # that stands before a prompt, by the pipeline's default; not before others
 
@@ -33,16 +27,7 @@ class Sana(AsAsked, FlowFamily):
 
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
-        config, vae = pipeline.transformer.config, pipeline.vae
-        if type(vae) is not AutoencoderDC:
-            return f"an autoencoder {type(vae).__name__}, which is not supported"
-        channels = (vae.config.latent_channels, config.in_channels, config.out_channels or config.in_channels)
-        if len(set(channels)) != 1:
-            return (
-                f"latents of {channels[0]} channels, but its transformer takes {channels[1]} and gives {channels[2]}: "
-                "not supported"
-            )
-        return super().refusal(pipeline)
+        return unfitting(pipeline, AutoencoderDC) or super().refusal(pipeline)
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return pictures' latents, (n, C, h, w), scaled, and zeros: the autoencoder draws none."""
@@ -66,14 +51,8 @@ class Sana(AsAsked, FlowFamily):
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
         """Return a pipeline's keyword arguments that take the place of its texts."""
-        encoded = pipeline.encode_prompt(
-            texts,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negatives if negatives is not None else "",
-            device=pipeline._execution_device,
-            **{INSTRUCTION: _instruction(pipeline), **options},
-        )
-        return left_out({name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None})
+        given = {INSTRUCTION: _instruction(pipeline), **options}
+        return masked_embeddings(pipeline, texts, negatives, guided, **given)
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the tokens of a text, to which the pipeline fills it up."""

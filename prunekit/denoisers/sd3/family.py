@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowFamily
+from prunekit.denoisers.flow_matching import FlowFamily, unfitting
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 CLIP_TOKENS, MOST_TOKENS = 77, 256  # of CLIP, and of T5 by the pipeline's default
@@ -20,16 +20,7 @@ class StableDiffusion3(FlowFamily):
 
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
-        config, vae = pipeline.transformer.config, pipeline.vae
-        if type(vae) is not AutoencoderKL:
-            return f"an autoencoder {type(vae).__name__}, which is not supported"
-        channels = (vae.config.latent_channels, config.in_channels, config.out_channels or config.in_channels)
-        if len(set(channels)) != 1:
-            return (
-                f"latents of {channels[0]} channels, but its transformer takes {channels[1]} and gives {channels[2]}: "
-                "not supported"
-            )
-        return super().refusal(pipeline)
+        return unfitting(pipeline, AutoencoderKL) or super().refusal(pipeline)
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states: "text" (n, T, E), those of both CLIPs, then of T5, and "pooled" (n, P)."""

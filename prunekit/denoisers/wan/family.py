@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed
+from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed, unfitting
 
 TOKENS = 512  # of a text, by the pipeline's default
 
@@ -18,20 +18,11 @@ class WanFamily(FlowFamily):
 
     def refusal(self, pipeline: Any) -> str | None:
         """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
-        config, vae = pipeline.transformer.config, pipeline.vae
         if pipeline.transformer_2 is not None or pipeline.config.boundary_ratio is not None:
             return "two transformers, one for each part of the schedule (Wan 2.2): not supported"
         if pipeline.config.expand_timesteps:
             return "a timestep for each token (Wan 2.2): not supported"
-        if type(vae) is not AutoencoderKLWan:
-            return f"an autoencoder {type(vae).__name__}, which is not supported"
-        channels = (vae.config.z_dim, config.in_channels, config.out_channels or config.in_channels)
-        if len(set(channels)) != 1:
-            return (
-                f"latents of {channels[0]} channels, but its transformer takes {channels[1]} and gives {channels[2]}: "
-                "not supported"
-            )
-        return super().refusal(pipeline)
+        return unfitting(pipeline, AutoencoderKLWan, "z_dim") or super().refusal(pipeline)
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
