@@ -81,7 +81,11 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
 ) -> None:
-    """Prune text-to-image diffusion denoisers, recover them, and route prompts to pruned experts."""
+    """Prune text-to-image diffusion denoisers, recover them, and route prompts to pruned experts.
+
+    Start with `prunekit run quickstart`: it prunes the embedded model on this machine, in minutes. For your own model,
+    `prunekit recipes` lists recipes, and `prunekit plan RECIPE` says what one takes.
+    """
     for library in ("transformers", "diffusers"):
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
         if library in sys.modules:  # then it has read its variable already

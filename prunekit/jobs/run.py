@@ -35,6 +35,7 @@ from prunekit.evaluation.table import (
     terminal_table,
     warning_lines,
 )
+from prunekit.evaluation.verdict import verdict
 from prunekit.jobs.recipe import (
     CompareRecipe,
     PretrainRecipe,
@@ -55,6 +56,7 @@ from prunekit.measuring.latency_model import LatencyModel
 from prunekit.methods.base import budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
 from prunekit.methods.result import PruneResult
+from prunekit.report.source import Source
 from prunekit.runtime.engines import LOCAL, EngineConfig, executor_of
 from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import clear_killed, read_json, write_json, write_text
@@ -211,9 +213,14 @@ class Run:
         evaluator = [{"name": name, **figures} for name, figures in stages.known.items()]
         left_out = [unfit_line(name, stages.known) for name in unfit(stages.known)]
         self.write(rows, experts_of, evaluator, self.latency(stages), routing, stages.environment, left_out)
+        if sentence := verdict(rows, Source(self.directory).errors):
+            self.log.say(sentence)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
         finish(self.directory, self.log.say, stages)
+        self.log.say(
+            f'next: prunekit generate {self.directory} --prompt "red apple", or prunekit export {self.directory} OUT'
+        )
 
     def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
         """Return a row's figures, measured once."""

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
 
+from prunekit.evaluation.verdict import verdict
 from prunekit.report.architectures import architectures
 from prunekit.report.headline import headline
 from prunekit.report.routing_map import routing
@@ -74,7 +75,8 @@ def _summary(source: Source) -> str:
         return f"{len(source.cells)} finished cells: {', '.join(names)}." if names else "No cell is finished yet."
     rows = source.results.get("table", {}).get("rows") or []
     pruned = [f"{row['name']} keeps {100 * row['macs_ratio']:.1f} %" for row in rows if row["macs_ratio"] < 1]
-    return f"Of the dense model's MACs {', '.join(pruned)}." if pruned else ""
+    kept = f"Of the dense model's MACs {', '.join(pruned)}." if pruned else ""
+    return " ".join(filter(None, (verdict(rows, source.errors), kept)))
 
 
 def _with_code(text: str) -> Markup:

@@ -16,6 +16,7 @@ from prunekit.runtime.run_directory import LOG, METHODS, RECIPE, RESULT, RESULTS
 from prunekit.runtime.yaml_files import read_mapping
 
 ENVIRONMENT = "environment.json"
+ERRORS = ".errors.json"  # end of the name of a row's file in metrics/
 
 
 class MissingError(UserError):
@@ -58,6 +59,12 @@ class Source:
         """What the run measured; empty before it has."""
         path = self.directory / RESULTS
         return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def errors(self) -> dict[str, dict[str, float]]:
+        """The standard errors of each row's figures over its pictures, by the row's name."""
+        files = sorted((self.directory / "metrics").glob(f"*{ERRORS}"))
+        return {path.name.removesuffix(ERRORS): read_json(path) for path in files}
 
     @cached_property
     def cells(self) -> list[dict[str, Any]]:
