@@ -26,7 +26,7 @@ Overrides = Annotated[
     ),
 ]
 Engine = Annotated[
-    list[str] | None, typer.Argument(metavar="[engine=ENGINE]", help="where the work is done: local or ray")
+    list[str] | None, typer.Argument(metavar="[engine=ENGINE]", help="Engine that does the work: local or ray.")
 ]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help='"emoji", a diffusers directory, sd-1.4, sd-1.5, sd-2.1, sdxl, …')

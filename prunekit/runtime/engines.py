@@ -18,14 +18,14 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     kind: Literal["local", "ray"] = Field(
-        "local", description="local: by the processes that share the directory; ray: as tasks of a Ray cluster"
+        "local", description="local: by the processes that share the directory; ray: as tasks of a Ray cluster."
     )
     address: str = Field(
-        "auto", description='of the Ray cluster: "auto" is the one of this machine, "local" starts one here'
+        "auto", description='Address of the Ray cluster. "auto": the one of this machine; "local": start one here.'
     )
-    cpus: float = Field(1, gt=0, description="CPUs of a Ray task, and the threads that it computes with")
+    cpus: float = Field(1, gt=0, description="CPUs of a Ray task, and the threads that it computes with.")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs of a Ray task, or a share of one; unset: 1 where the cluster has GPUs, else 0"
+        None, ge=0, description="GPUs of a Ray task, or a share of one; unset: 1 if the cluster has GPUs, else 0."
     )
 
 
@@ -39,7 +39,7 @@ def _as_engine(value: Any) -> Any:
 Engine = Annotated[
     EngineConfig,
     BeforeValidator(_as_engine),
-    Field(exclude=True, description="where independent pieces of work are done: local, ray, or {kind: ray, gpus: 1}"),
+    Field(exclude=True, description="Engine of independent pieces of work: local, ray, or {kind: ray, gpus: 1}."),
 ]
 
 

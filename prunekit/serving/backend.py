@@ -15,7 +15,7 @@ from prunekit.serving.drawer import Picture
 class Refused(Exception):  # noqa: N818 - it is an answer, not a fault
     """A job that was not accepted, and will not be drawn.
 
-    retry_after: seconds after which it may be asked for again.
+    retry_after: seconds after which a client may try again.
     """
 
     def __init__(self, message: str, retry_after: int):
@@ -24,7 +24,7 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not a fault
 
 
 class DrawingError(Exception):
-    """A job that failed by no fault of who asked for it; whoever drew has logged why."""
+    """A job that failed for a reason other than its request, which the log has."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Backend(Protocol):
 
         Raises:
             Refused: there is no room, or it is about to end.
-            UserError: the model cannot draw what is asked for.
+            UserError: the model cannot draw the job.
             DrawingError: drawing failed.
 
         """

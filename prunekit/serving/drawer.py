@@ -119,7 +119,7 @@ def open_pipeline(
 
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory; give a run's, or an export's")
+        raise FileNotFoundError(f"{directory} is not a directory; give the directory of a run or an export")
     if device is not None:
         _check_device(device)
     if (directory / RECIPE).is_file():

@@ -53,7 +53,7 @@ class ServerSettings:
         max_queued: images that wait for a device; more are refused with status 503.
         deterministic: draw every image alone, so that its bytes depend on its request alone.
         request_seconds: after which a request is given up with status 504.
-        api_key: that requests must carry; None: none is asked for.
+        api_key: that requests must carry; None: none is needed.
         limits: of one request.
 
     """
