@@ -216,8 +216,8 @@ def _row(
     subject: Subject, protocol: Protocol, features: Features, prompts: Prompts, folder: Path, sharing: Sharing
 ) -> dict[str, Any]:
     """Draw and measure one model."""
-    candidate, drawn = subject.candidate, _draw(subject, protocol, prompts, folder, sharing)
-    size = protocol.compare_at or protocol.resolution or resolution_of(subject.pipeline)
+    candidate, size = subject.candidate, protocol.compare_at or protocol.resolution or resolution_of(subject.pipeline)
+    drawn = _draw(subject, protocol, prompts, folder, sharing)
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[drawn.experts].mean())
     return {
         "name": candidate.name,

@@ -9,13 +9,24 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from prunekit.runtime.errors import UserError, nearest
 from prunekit.serving.limits import MOST_SEED, Limits
 
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 SHOWN = 80  # letters of a wrong value in a message
+
+
+def _only(kind: type) -> BeforeValidator:
+    """Return what refuses a value of another type: to Python, 0.0 equals False, and False equals 0."""
+
+    def check(value: Any) -> Any:
+        if value is not None and type(value) is not kind:
+            raise ValueError(f"must be of the type {kind.__name__}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class GenerationRequest(BaseModel):
@@ -40,8 +51,10 @@ class GenerationRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp")] = None
     background: Literal["auto", "opaque"] | None = None
-    stream: Annotated[Literal[False] | None, Field(description="images are sent when they are finished")] = None
-    partial_images: Annotated[Literal[0] | None, Field(description="as stream")] = None
+    stream: Annotated[
+        Literal[False] | None, _only(bool), Field(description="images are sent when they are finished")
+    ] = None
+    partial_images: Annotated[Literal[0] | None, _only(int), Field(description="as stream")] = None
     quality: Annotated[str | None, Field(max_length=16, description="ignored: say num_inference_steps")] = None
     style: Annotated[str | None, Field(max_length=16, description="ignored")] = None
     moderation: Annotated[str | None, Field(max_length=16, description="ignored: nothing is filtered")] = None

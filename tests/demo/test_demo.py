@@ -100,7 +100,7 @@ def test_a_faulty_folder_is_one_line(run, tmp_path):
         return
     (tmp_path / "empty").mkdir()
     assert "no directory" in refused("demo", tmp_path / "nowhere")
-    assert "not a run directory" in refused("demo", tmp_path / "empty")
+    assert "neither a run directory" in refused("demo", tmp_path / "empty")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     assert "has no result of method 'norm'" in refused("demo", copy, "--method", "norm")

@@ -221,7 +221,7 @@ def test_the_shipped_recipe():
         ("architectures.a={}", "either a budget or a path"),
         ("architectures.a={path: folder, align: 8}", "align goes with a budget"),
         ("cells=[{workload: unet, architectures: [b]}]", "'b'; there are dense, mixed_0.85"),
-        ("job=prune", "lacks job: bench"),
+        ("job=prune", "it has no job: bench"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(change, message):

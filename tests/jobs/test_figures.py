@@ -49,7 +49,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         (["experts", run, run], "of one run"),
         (["losses", run, "--row", "nothing"], "has no search"),
         (["num-experts", run], "no finished cells"),
-        (["experts", tmp_path], "holds"),
+        (["experts", tmp_path], "it has none of"),
     ):
         assert message in refused("figure", *given, "--output", tmp_path / "x.png")
 

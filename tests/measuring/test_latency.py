@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused(unet, file):
 
     with pytest.raises(ValueError, match="of another model"):
         cost(build("sdxl"))
-    with pytest.raises(ValueError, match=r"for sample_size \[8, 8\], and \[16, 16\]"):
+    with pytest.raises(ValueError, match=r"for sample_size \[8, 8\], but \[16, 16\] was requested"):
         cost(build("sd2"))
     with pytest.raises(ValueError, match="give 'here', or the file"):
         cost(device="there")

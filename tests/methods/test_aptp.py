@@ -325,7 +325,7 @@ def test_kmeans_finds_separate_directions():
 def test_too_short_a_search_and_too_many_experts_are_refused(pipeline):
     with pytest.raises(ValueError, match=r"search\.steps=6 must exceed warmup=9"):
         APTP(**{**SETTINGS, "warmup": 9}, search=SEARCH)
-    with pytest.raises(ValueError, match="experts=99 exceed the 24 training prompts"):
+    with pytest.raises(ValueError, match="experts=99 is more than the 24 training prompts"):
         APTP(**{**SETTINGS, "experts": 99}, search=SEARCH).prune(pipeline, encoded())
     with pytest.raises(ValueError, match=r"floor|lowest|least"):
         APTP(**{**SETTINGS, "budget": 0.01}, search=SEARCH).prune(pipeline, encoded())

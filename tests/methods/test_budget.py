@@ -247,7 +247,7 @@ def test_errors():
     for budget in (0, 1, -0.5, 85):
         with pytest.raises(ValueError, match="above 0 and below 1"):
             select(scores[0], cost, budget)
-    with pytest.raises(ValueError, match="another space"):
+    with pytest.raises(ValueError, match="a different space"):
         select(Scores(other.space, draw(other, "normal", 0)[0]), cost, 0.8)
     with pytest.raises(ValueError, match="one value for each"):
         select(scores[0, :-1], cost, 0.8)
@@ -280,7 +280,7 @@ def test_scores_round_trip(tmp_path):
     path = scores.save(tmp_path / "deep" / "scores.safetensors")
     loaded = Scores.load(path, cost.space)
     assert torch.equal(loaded.values, scores.values) and loaded.info == scores.info and loaded.space == cost.space
-    with pytest.raises(ValueError, match="another space"):
+    with pytest.raises(ValueError, match="a different space"):
         Scores.load(path, other.space)
     with pytest.raises(FileNotFoundError, match="no file of scores"):
         Scores.load(tmp_path / "none.safetensors")

@@ -173,7 +173,7 @@ def test_validation_prompts_and_lists_by_command(trained, tmp_path):
     assert len(prompts) == 22 and prompts[:20] == shipped_prompts("aptp-parti")
     assert all("number" in prompt for prompt in prompts[20:])
     for arguments, expected in (
-        (["--validation", 500], "holds 3 captions back"),
+        (["--validation", 500], "has 3 held-out captions"),
         (["--extremes", 1], "go to one expert"),
         (["--list", "aptp"], "Near names"),
         (["--prompt", "a", "--format", "gif"], "png, webp"),
