@@ -139,12 +139,10 @@ def _fvcore_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours
     extra = {name: operators[name] for name in CHARGED if name in operators}
     charged = ", ".join(f"{name} {count:,}" for name, count in extra.items())
     explanation = f"omits QKᵀ and AV, {attention:,}; charges also {charged}"
-    idle = analysis.uncalled_modules()
-    unread = 0
-    if idle:
-        counts = _flops(model, size, text_length).get_flop_counts()
-        leaves = [name for name in idle if not any(other.startswith(f"{name}.") for other in idle)]
-        unread = sum(sum(counts.get(f"{_Called.__name__}.{name}", {}).values()) // 2 for name in leaves)
+    found, counts = analysis.by_module(), _flops(model, size, text_length).get_flop_counts()
+    leaves = [name for name, module in called.named_modules() if not any(module.children())]
+    run = {name: sum(counts.get(f"{_Called.__name__}.{name}", {}).values()) // 2 for name in leaves}
+    unread = sum(macs - int(found[name]) for name, macs in run.items() if macs > found[name])
     if unread:
         explanation += f"; omits layers whose output nothing reads, {unread:,}"
     if is_smaller:

@@ -21,8 +21,9 @@ NEEDED = {
     "z_image": {"text", "mask"},
     "sana15": {"text", "mask"},
     "wan": {"text"},
+    "cogview4": {"text", "sizes"},
 }
-NEWER = ("flux2", "z_image", "sana15", "wan")
+NEWER = ("flux2", "z_image", "sana15", "wan", "cogview4")
 
 
 class Letters:

@@ -18,7 +18,7 @@ from prunekit.runtime.errors import UserError
 
 MODELS = {}
 KEEPS = (0.2, 0.5, 0.8, 0.95)
-UNFUSED = ("qwen_image", "z_image", "sana", "sana15")  # models whose attentions diffusers does not fuse
+UNFUSED = ("qwen_image", "z_image", "sana", "sana15", "cogview4")  # models whose attentions diffusers does not fuse
 COUNTS = (12, pytest.param(int(os.environ.get("PRUNEKIT_ARCHITECTURES", "50")), marks=pytest.mark.long))
 
 

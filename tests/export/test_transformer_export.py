@@ -128,7 +128,10 @@ def test_an_image_is_the_stock_pipelines(routed):
     assert (stock(PROMPTS[1], generator=generator, **given).images[0] == drawn.images[1]).all()
 
 
-OTHERS = ["z_image", *(pytest.param(name, marks=pytest.mark.long) for name in ("flux2", "flux2_klein_base"))]
+OTHERS = [
+    "z_image",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("flux2", "flux2_klein_base", "cogview4")),
+]
 
 
 @pytest.mark.parametrize("name", OTHERS)

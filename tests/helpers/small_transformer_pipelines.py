@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogView4Pipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -27,13 +28,15 @@ from diffusers import (
     ZImagePipeline,
 )
 from small_transformers import build, randomise
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -168,6 +171,23 @@ def small_wan(transformer: Any) -> WanPipeline:
     return WanPipeline(tokenizer, UMT5EncoderModel(config).eval(), autoencoder, scheduler, transformer)
 
 
+def small_cogview4(transformer: Any) -> CogView4Pipeline:
+    """A pipeline with a GLM that reads bytes, padded on the left as its own are, and an autoencoder."""
+    tokenizer = small_chat_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<sop>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<sop> $A", special_tokens=[("<sop>", tokenizer.bos_token_id)]
+    )
+    tokenizer.padding_side = "left"
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    encoder = GlmModel(GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **sizes, **heads)).eval()
+    shift = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear", **shift)
+    return CogView4Pipeline(tokenizer, encoder, small_autoencoder(shift=None), transformer, scheduler)
+
+
 @torch.no_grad()
 def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """A stock pipeline around a small transformer, and arguments of its call.
@@ -216,6 +236,8 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
         return small_sana(build(name, sample_size=32)), options  # sides of 64 pixels
     if name == "wan":
         return small_wan(transformer), {"guidance_scale": 3.0, "height": 32, "width": 16, "num_frames": 1}
+    if name == "cogview4":
+        return small_cogview4(transformer), {"guidance_scale": 3.0, "height": 32, "width": 16}
     flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=name.startswith("flux2"), shift=3.0)
     if name == "z_image":
         parts = (flow, small_autoencoder(), small_language_model(32, 2), small_chat_tokenizer(), transformer)

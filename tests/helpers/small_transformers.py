@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogView4Transformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -115,6 +116,21 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "rope_max_seq_len": 64,
         },
     ),
+    "cogview4": (
+        CogView4Transformer2DModel,
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "text_embed_dim": 32,
+            "time_embed_dim": 48,
+            "condition_dim": 8,
+            "rope_axes_dim": (16, 16),
+        },
+    ),
 }
 UNITS = {
     "pixart": (120, 3),
@@ -127,6 +143,7 @@ UNITS = {
     "wan": (120, 3),
     "flux2": (208, 4),
     "z_image": (144, 4),
+    "cogview4": (144, 4),
 }
 
 

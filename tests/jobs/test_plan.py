@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2Config,
@@ -326,6 +328,20 @@ def test_language_models_are_counted_as_their_configs_say(kind, is_tied):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(7)[None])
     assert shape.macs == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_a_glm_is_counted_as_its_config_says(has_biases):
+    config = GlmConfig(
+        **SMALL_QWEN, head_dim=16, pad_token_id=0, attention_bias=has_biases, attn_implementation="eager"
+    )
+    with torch.device("meta"):
+        model = GlmModel(config)
+        shape = shape_of(config.to_dict(), 7)
+        assert shape.params == sum(parameter.numel() for parameter in model.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 7, dtype=torch.long))
+    assert replace(shape, tokens=7).macs == counter.get_total_flops() // 2
 
 
 def test_text_encoders_of_a_directory_are_read_from_its_configs():

@@ -143,6 +143,7 @@ class DecoderShape:
 
 
 SANA_TOKENS = 298 + 206  # a prompt's, and about those of the instruction before it: its words, signs and a start
+GLM_TOKENS = 224  # of a text of CogView4
 GEMMA_2: dict[str, Any] = {"norms": 4, "has_biases": False, "is_tied": True}
 CLIP_L = ClipShape(768, 3072, 12)
 OPEN_CLIP_H = ClipShape(1024, 4096, 23)
@@ -176,6 +177,9 @@ def shape_of(config: Mapping[str, Any], tokens: int) -> TextEncoderShape:
     if kind == "qwen3":
         scores = "Qwen3ForCausalLM" in (config.get("architectures") or ())
         return _decoder(config, has_scores=scores, has_head_norms=True)
+    if kind == "glm":
+        decoder = _decoder(config, has_scores=False)
+        return replace(decoder, has_biases=bool(config.get("attention_bias")), tokens=GLM_TOKENS)
     known: dict[str, Any] = {"clip_text_model": ClipShape, "t5": T5Shape, "umt5": T5Shape, "gemma2": DecoderShape}
     if kind not in known:
         raise UserError(f"a text encoder of model_type {kind!r} is not known")
