@@ -136,4 +136,4 @@ def _check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or give cpu") from error
+        raise UserError(f"--device {device}: not usable on this machine ({reason}); omit it, or give cpu") from error

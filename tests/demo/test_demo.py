@@ -99,7 +99,7 @@ def test_a_faulty_folder_is_one_line(run, tmp_path):
         assert "pip install 'prunekit[demo]'" in refused("demo", run)
         return
     (tmp_path / "empty").mkdir()
-    assert "no directory" in refused("demo", tmp_path / "nowhere")
+    assert "not a directory" in refused("demo", tmp_path / "nowhere")
     assert "neither a run directory" in refused("demo", tmp_path / "empty")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -99,7 +99,7 @@ def test_what_cannot_be_served_is_one_line(run, tmp_path):
     assert "cannot listen on no.host" in refused("serve", run, "--host", "no.host", "--port", 0)
     assert "not a directory" in refused("serve", tmp_path / "nowhere", "--port", 0)
     assert "neither a run directory" in refused("serve", tmp_path, "--port", 0)
-    assert "not usable here" in refused("serve", run, "--port", 0, "--device", "cuda:99")
+    assert "not usable on this machine" in refused("serve", run, "--port", 0, "--device", "cuda:99")
     assert "raise --max-queued" in refused("serve", run, "--max-queued", 3)
     assert "has no result of method 'norm'" in refused("serve", run, "--port", 0, "--method", "norm")
 
