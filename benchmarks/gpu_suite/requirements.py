@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("check",)  # fvcore and thop, which count MACs beside ours
+EXTRAS = ("check", "serve")  # fvcore and thop, which count MACs beside ours; the server
 TESTS = ("pytest>=8", "setuptools")  # the small models of the tests import pytest; thop imports distutils
 PURE = ("fvcore", "iopath")  # packages that are published as source alone, all of pure Python
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)), "manylinux2014_x86_64")
