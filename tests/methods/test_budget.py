@@ -280,7 +280,7 @@ def test_scores_round_trip(tmp_path):
     path = scores.save(tmp_path / "deep" / "scores.safetensors")
     loaded = Scores.load(path, cost.space)
     assert torch.equal(loaded.values, scores.values) and loaded.info == scores.info and loaded.space == cost.space
-    with pytest.raises(ValueError, match="a different space"):
+    with pytest.raises(ValueError, match="another space"):
         Scores.load(path, other.space)
     with pytest.raises(FileNotFoundError, match="no file of scores"):
         Scores.load(tmp_path / "none.safetensors")

@@ -261,7 +261,7 @@ def test_opened_by_settings(run, tmp_path):
     backend = InProcessBackend.open(run, settings)
     assert backend.served.name == "run" and backend.served.num_experts == 2
     assert backend._queue.max_batch == 1 and len(backend._drawers) == 2
-    with pytest.raises(FileNotFoundError, match="no directory"):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
         InProcessBackend.open(tmp_path / "nowhere", settings)
     with pytest.raises(UserError, match="raise --max-queued"):
         ServerSettings(max_queued=5)
