@@ -90,11 +90,12 @@ def cast_frozen(model: ModelMixin, dtype: torch.dtype) -> Iterator[None]:
 class _Autocast:
     """Hooks that run a module's forward under bfloat16 autocast, whoever calls it."""
 
-    def __init__(self, device_type: str):
-        self.device_type, self.contexts = device_type, list[torch.autocast]()
+    def __init__(self) -> None:
+        self.contexts = list[torch.autocast]()
 
-    def enter(self, *_: Any) -> None:
-        self.contexts.append(torch.autocast(self.device_type, torch.bfloat16))
+    def enter(self, model: ModelMixin, *_: Any) -> None:
+        device = model.device  # where it computes now: it may have moved since, or its weights are in host memory
+        self.contexts.append(torch.autocast(device.type, torch.bfloat16))
         self.contexts[-1].__enter__()
 
     def leave(self, *_: Any) -> None:
@@ -114,7 +115,7 @@ def lower(model: M) -> M:
         lowered = id(parameter) in cast or id(parameter) in biases
         parameter.data = parameter.data.to(torch.bfloat16 if lowered else torch.float32)
     if not is_lowered(model):
-        hooks = _Autocast(next(model.parameters()).device.type)
+        hooks = _Autocast()
         setattr(model, LOWERED, hooks)
         model.register_forward_pre_hook(hooks.enter, prepend=True)
         model.register_forward_hook(hooks.leave, always_call=True)
