@@ -309,14 +309,13 @@ class PromptRoutedPipeline(DiffusionPipeline):
 def _encoded(base: DiffusionPipeline, images: list[Image], guided: bool, clip_skip: int | None) -> dict[str, Any]:
     """Return the texts of a batch as the stock pipeline's embeddings.
 
-    Negative prompts are left out where no image has one, as the stock pipelines tell that from an empty text. None
-    takes the place of the argument's default, which is the empty text in PixArt's, and refused beside embeddings.
+    Negative prompts are left out where no image has one, as the stock pipelines tell that from an empty text.
     """
     negatives = [image.negative_prompt for image in images]
     negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]
     texts = [image.prompt for image in images]
     skipped = {} if clip_skip is None else {"clip_skip": clip_skip}
-    return {**family_of(base).embeddings(base, texts, negative, guided, **skipped), "negative_prompt": None}
+    return family_of(base).embeddings(base, texts, negative, guided, **skipped)
 
 
 def _joined(images: list[Any]) -> Any:

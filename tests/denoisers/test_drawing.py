@@ -15,8 +15,8 @@ from prunekit.jobs.bench.workloads import pipeline_call
 from prunekit.models import load_pipeline
 
 TEXTS, SEEDS, SIDE, GUIDANCE = ["red apple", "a blue house"], [3, 4], 64, 3.0
-LATER = ("flux", "pixart", "flux2", "flux2_klein_base")
-NAMES = ["sana15", "wan", "z_image", "cogview4", *(pytest.param(name, marks=pytest.mark.long) for name in LATER)]
+LATER = ("flux", "pixart", "flux2_klein_base")
+NAMES = ["sana15", "wan", "z_image", "cogview4", "flux2", *(pytest.param(name, marks=pytest.mark.long) for name in LATER)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
