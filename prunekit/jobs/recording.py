@@ -27,6 +27,7 @@ from prunekit.runtime.files import write_json
 from prunekit.runtime.progress import Progress
 from prunekit.runtime.randomness import generator
 from prunekit.runtime.run_directory import METHODS, RESULT
+from prunekit.training.memory import held_like, is_lowered
 
 CHECKED_SAMPLES = 2
 SAMPLES = 8
@@ -61,8 +62,8 @@ def record(directory: Path, stages: Stages) -> None:
 def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[str, Any]:
     """Hold each architecture's cut model against the dense one under its masks, and its cost against a count.
 
-    errors: greatest difference of the outputs over the greatest output, in the dense model's precision, before any
-    fine-tuning. predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut model.
+    errors: greatest difference of the outputs over the greatest output, in `dtype`, before any fine-tuning.
+    predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut model.
     """
     denoiser = denoiser_of(model)
     noisy, length = denoiser.noisy(samples.call), denoiser.text_length(samples.call)
@@ -71,6 +72,7 @@ def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     hollow = denoiser.from_config(config, "the run")
     certificate: dict[str, Any] = {
+        "dtype": "bfloat16" if is_lowered(model) else "float32",
         "errors": [],
         "predicted": [],
         "counted": [],
@@ -81,7 +83,8 @@ def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[
         with gated(model, result.space) as gates:
             gates.set(architecture)
             masked = predictions(model, samples)
-        difference = (predictions(slice_model(model, architecture).eval(), samples) - masked).abs().max()
+        cut = held_like(slice_model(model, architecture), model).eval()
+        difference = (predictions(cut, samples) - masked).abs().max()
         certificate["errors"].append(float(difference / masked.abs().max().clamp_min(1e-12)))
         certificate["predicted"].append(cost.macs(architecture))
         certificate["counted"].append(_counted(slice_model(hollow, architecture), samples))

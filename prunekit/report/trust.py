@@ -8,11 +8,12 @@ from prunekit.runtime.files import read_json
 from prunekit.runtime.run_directory import RECIPE, SMOKE_SUFFIX
 from prunekit.serving.routed_directory import recipe_hash
 
-TOLERANCE = 1e-5  # of law 1, in float32
+TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}  # of law 1, by the dtype of the dense model's products
 HEADER = ["model", "masked against cut", "", "predicted MACs", "counted MACs", ""]
 ABOUT = (
     f"Masked against cut: the dense denoiser under the masks and the cut denoiser, before fine-tuning, on the same "
-    f"noised pictures; relative error of the output, allowed {TOLERANCE:.0e} in float32. Counted: torch's "
+    f"noised pictures; relative error of the output, allowed "
+    f"{TOLERANCES['float32']:.0e} in float32 and {TOLERANCES['bfloat16']:.0e} in bfloat16. Counted: torch's "
     "FlopCounterMode / 2 on the cut denoiser."
 )
 NO_CERTIFICATE = (
@@ -66,10 +67,11 @@ def _certificates(source: Source) -> list[dict[str, Any]]:
         certificate = None if source.is_comparison else source.metrics(name, "certificate")
         if not certificate:
             continue
+        allowed = TOLERANCES[certificate.get("dtype", "float32")]
         for index, error in enumerate(certificate["errors"]):
             title = f"{name}, expert {index}" if len(certificate["errors"]) > 1 else name
             predicted, counted = certificate["predicted"][index], certificate["counted"][index]
-            cells = [title, f"{error:.1e}", _verdict(error <= TOLERANCE), f"{predicted:,}", f"{counted:,}"]
+            cells = [title, f"{error:.1e}", _verdict(error <= allowed), f"{predicted:,}", f"{counted:,}"]
             rows.append({"cells": [*cells, _verdict(predicted == counted, "equal", "differs")]})
     return rows
 

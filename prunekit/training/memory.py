@@ -127,6 +127,11 @@ def is_lowered(model: nn.Module) -> bool:
     return hasattr(model, LOWERED)
 
 
+def held_like(cut: M, dense: nn.Module) -> M:
+    """Hold a slice of a model as that model is held, and return the slice."""
+    return lower(cut) if is_lowered(dense) else cut
+
+
 def offload(module: nn.Module, device: torch.device) -> None:
     """Keep a frozen module's weights in host memory; each layer's are copied to the device while it runs.
 

@@ -16,7 +16,8 @@ from prunekit.models import load_pipeline
 
 TEXTS, SEEDS, SIDE, GUIDANCE = ["red apple", "a blue house"], [3, 4], 64, 3.0
 LATER = ("flux", "pixart", "flux2_klein_base")
-NAMES = ["sana15", "wan", "z_image", "cogview4", "flux2", *(pytest.param(name, marks=pytest.mark.long) for name in LATER)]
+SOON = ("sana15", "wan", "z_image", "cogview4", "flux2")
+NAMES = [*SOON, *(pytest.param(name, marks=pytest.mark.long) for name in LATER)]
 
 
 @pytest.fixture(scope="module", params=NAMES)

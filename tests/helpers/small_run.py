@@ -8,6 +8,7 @@ from small_model import TRAINING, write_world
 
 from prunekit.jobs.recipe import load_recipe
 from prunekit.models import EMBEDDED
+from prunekit.report.trust import TOLERANCES
 
 STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9, "log_every": 1}
 RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json")
@@ -46,6 +47,10 @@ def check_table(directory: Path) -> None:
     """Hold what a finished run or comparison left against its recipe: every row is there, and within its budget."""
     content = json.loads((directory / "results.json").read_text())
     assert (directory / "table.md").is_file() and not content.get("missing")
+    for path in (directory / "metrics").glob("*.certificate.json"):
+        certificate = json.loads(path.read_text())
+        assert max(certificate["errors"]) <= TOLERANCES[certificate["dtype"]]
+        assert certificate["predicted"] == certificate["counted"]
     if (directory / "cells").is_dir() or not (directory / "recipe.yaml").is_file():  # a comparison, or several
         return
     recipe = load_recipe(directory / "recipe.yaml")

@@ -55,6 +55,7 @@ QUICK = {
     "pretrain_emoji",
     "aptp_emoji_sd3",
 }  # beside what test_commands.py runs of the README
+WRITES_REPORTS = True
 PAIRS = 24
 OTHER_COLOURS = ("#123456", "#fedcba", "#456723")
 WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed((*LAYOUTS, emoji))}
@@ -104,6 +105,7 @@ def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
         assert list(directory.rglob("model_index.json"))
         return
     check_table(directory)
+    assert (directory / "report.html").is_file()
 
 
 @pytest.mark.long
