@@ -20,7 +20,7 @@ import torch
 from diffusers import ModelMixin
 
 from prunekit.data.fingerprint import Fingerprint
-from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.data.prompt_encoder import PromptEncoder, load_prompt_encoder
 from prunekit.export.model_folder import load_denoiser, num_weights
 from prunekit.export.pipeline_parts import Parts
 from prunekit.export.tiers import save_expert
@@ -67,6 +67,14 @@ def load(
     return parts, mixture
 
 
+def load_router(directory: Path, method: str | None) -> tuple[Router | None, PromptEncoder | None]:
+    """Read only what routes prompts; None and None where one expert draws all. Arguments and errors as `load`."""
+    if (directory / RECIPE).is_file():
+        result = PruneResult.load(method_directory(directory, method))
+        return _router_of_run(result, read_recipe(directory))
+    return _router_of_routed(directory, *_read_routed(directory)) if (directory / ROUTED).is_file() else (None, None)
+
+
 def recipe_hash(directory: Path) -> str:
     """Return the hash of a run's recipe, which names it in what is made from it."""
     return Fingerprint((directory / RECIPE).read_text(encoding="utf-8")).key()
@@ -87,19 +95,32 @@ def _from_run(
         return expert
 
     experts = _experts(place_of, result.num_experts, device, dtype, bounds)
-    encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
+    router, encoder = _router_of_run(result, settings)
     info = {
         "recipe": recipe_hash(directory),
         "method": method,
         "model": settings["model"],
         "result": result.info.to_dict(),
     }
-    return parts, Mixture(experts, result.router, encoder, settings["evaluation"]["guidance"], info)
+    return parts, Mixture(experts, router, encoder, settings["evaluation"]["guidance"], info)
+
+
+def _router_of_run(result: PruneResult, settings: dict[str, Any]) -> tuple[Router | None, PromptEncoder | None]:
+    return result.router, None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
 
 
 def _from_routed(
     directory: Path, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
 ) -> tuple[Parts, Mixture]:
+    content, count = _read_routed(directory)
+    experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
+    router, encoder = _router_of_routed(directory, content, count)
+    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
+    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+
+
+def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
+    """Return what `routed.json` says, and the number of experts, which are all there."""
     content = read_object(directory / ROUTED)
     if content.get("format") != FORMAT:
         raise UserError(
@@ -109,17 +130,21 @@ def _from_routed(
     count = content.get("num_experts")
     if not isinstance(count, int) or not all((directory / "experts" / str(index)).is_dir() for index in range(count)):
         raise UserError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
-    experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
-    router = encoder = None
-    if content.get("has_router"):
-        router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
-        if (router.num_experts, router.embedding_size) != (count, encoder.size):
-            raise UserError(
-                f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
-                f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
-            )
-    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
-    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+    return content, count
+
+
+def _router_of_routed(
+    directory: Path, content: dict[str, Any], count: int
+) -> tuple[Router | None, PromptEncoder | None]:
+    if not content.get("has_router"):
+        return None, None
+    router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
+    if (router.num_experts, router.embedding_size) != (count, encoder.size):
+        raise UserError(
+            f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
+            f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
+        )
+    return router, encoder
 
 
 def _experts(
