@@ -278,19 +278,20 @@ def serve(
         api_key=api_key,
         limits=Limits(max_letters, max_steps, max_images, pixels=max_pixels),
     )
-    if on_ray:
+    if write_config is not None:
+        from prunekit.serving.ray_config import write
+
+        write(directory, settings, pool, write_config)
+        say(f"{write_config} is written; deploy it with: serve deploy {write_config}")
+    elif engine == "ray":
         check_packages("ray")
-        from prunekit.serving import ray_server
+        from prunekit.serving.ray_server import serve_on_ray
 
-        if write_config is None:
-            ray_server.serve_on_ray(directory, settings, pool, say)
-        else:
-            ray_server.write_config(directory, settings, pool, write_config)
-            say(f"{write_config} is written; deploy it with: serve deploy {write_config}")
-        return
-    from prunekit.serving.server import serve
+        serve_on_ray(directory, settings, pool, say)
+    else:
+        from prunekit.serving.server import serve
 
-    serve(directory, settings, say)
+        serve(directory, settings, say)
 
 
 @app.command()

@@ -142,9 +142,9 @@ class ResidentFirst(RequestRouter):
     Replicas say what they hold by `Pool.record_routing_stats`.
     """
 
-    def initialize_state(self, max_batch: int = 8) -> None:  # type: ignore[override]
-        """Take the setting. max_batch: images that may wait at a replica that is preferred."""
-        self._most = max_batch
+    def initialize_state(self, **settings: Any) -> None:
+        """Take the setting `max_batch`: images that may wait at a replica that is preferred."""
+        self._most = int(settings["max_batch"])
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -1,4 +1,4 @@
-"""`prunekit serve --engine ray`: the server on a Ray cluster until it is asked to end, and the file for `serve deploy`."""
+"""`prunekit serve --engine ray`: the server on a Ray cluster, until it is asked to end."""
 
 from __future__ import annotations
 
@@ -11,27 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prunekit.runtime.errors import UserError, first_line
-from prunekit.runtime.files import write_text
 from prunekit.runtime.ray_connection import connected
 from prunekit.serving.limits import PoolSettings, ServerSettings
+from prunekit.serving.ray_config import APPLICATION, INGRESS, QUIET, Arguments, deployment_options
 from prunekit.serving.routed_directory import load_router
 from prunekit.serving.server import listening, served_line
 
 ENGINE = "--engine ray"
-APPLICATION = "prunekit"
-IMPORT_PATH = "prunekit.serving.ray_app:build"
 HEAD = "node:__internal_head__"  # a resource of the head node alone
-QUIET = {"enable_access_log": False}
 WAKE_SECONDS = 1.0
-HEADER = """\
-# Written by `prunekit serve --write-config`. On a node of a running cluster:
-#     serve deploy FILE
-# On Kubernetes, this file is the text of a RayService's spec.serveConfigV2.
-# Every node needs prunekit[serve,ray] and the directory below. A changed `deployments` restarts no replica.
-"""
 
 
 def serve_on_ray(directory: Path, settings: ServerSettings, pool: PoolSettings, say: Callable[[str], None]) -> None:
@@ -51,7 +40,7 @@ def serve_on_ray(directory: Path, settings: ServerSettings, pool: PoolSettings, 
         import ray
         from ray import serve
 
-        from prunekit.serving.ray_app import INGRESS, Arguments, application, deployment_options
+        from prunekit.serving.ray_app import application
 
         _check_cluster(ray)
         if pool.gpus is None:
@@ -97,38 +86,3 @@ def _check_cluster(ray: Any) -> None:
     except ValueError:
         return
     raise UserError("Ray Serve already runs on this cluster: deploy the file that --write-config writes")
-
-
-def write_config(directory: Path, settings: ServerSettings, pool: PoolSettings, path: Path) -> None:
-    """Write the file that `serve deploy` takes.
-
-    Raises:
-        UserError: the settings leave open how many GPUs a replica has, or the directory has no model. One that does
-            not exist here is taken as it is, if its path is absolute: it may exist on the nodes alone.
-
-    """
-    if pool.gpus is None:
-        raise UserError("--write-config needs --gpus-per-replica: GPUs of a replica, 0 for CPUs alone")
-    if directory.is_dir():
-        load_router(directory, settings.method)
-        directory = directory.resolve()
-    elif not directory.is_absolute():
-        raise UserError(f"{directory} is not a directory here: give the absolute path that the nodes see")
-    from prunekit.serving.ray_app import Arguments, deployment_options
-
-    arguments = Arguments(directory=directory, settings=settings, needs_api_key=settings.api_key is not None)
-    options = deployment_options(settings, pool)
-    application = {
-        "name": APPLICATION,
-        "route_prefix": "/",
-        "import_path": IMPORT_PATH,
-        "args": arguments.to_json(),
-        "deployments": [{"name": name, **own} for name, own in options.items()],
-    }
-    content = {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": settings.host, "port": settings.port},
-        "logging_config": QUIET,
-        "applications": [application],
-    }
-    write_text(path, HEADER.replace("FILE", path.name) + yaml.safe_dump(content, sort_keys=False))
