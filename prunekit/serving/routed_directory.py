@@ -50,17 +50,14 @@ def load(
     """Read a pipeline's parts and its experts; arguments and errors as `PromptRoutedPipeline.from_pretrained`."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bounds = {"max_resident": max_resident, "max_bytes": max_bytes}
-    if (directory / RECIPE).is_file():
+    kind = _kind(directory)
+    if kind == RECIPE:
         parts, mixture = _from_run(directory, method, place, dtype, bounds)
-    elif (directory / ROUTED).is_file():
+    elif kind == ROUTED:
         parts, mixture = _from_routed(directory, place, dtype, bounds)
-    elif (directory / INDEX).is_file():
+    else:
         parts = Parts.load(directory, dtype)
         mixture = Mixture(_experts(lambda index: directory / parts.denoiser, 1, place, dtype, bounds))
-    else:
-        raise FileNotFoundError(
-            f"{directory} is neither a run directory nor a pipeline: it has none of {RECIPE}, {ROUTED} and {INDEX}"
-        )
     for part in parts.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(place)
@@ -69,10 +66,21 @@ def load(
 
 def load_router(directory: Path, method: str | None) -> tuple[Router | None, PromptEncoder | None]:
     """Read only what routes prompts; None and None where one expert draws all. Arguments and errors as `load`."""
-    if (directory / RECIPE).is_file():
+    kind = _kind(directory)
+    if kind == RECIPE:
         result = PruneResult.load(method_directory(directory, method))
         return _router_of_run(result, read_recipe(directory))
-    return _router_of_routed(directory, *_read_routed(directory)) if (directory / ROUTED).is_file() else (None, None)
+    return _router_of_routed(directory, *_read_routed(directory)) if kind == ROUTED else (None, None)
+
+
+def _kind(directory: Path) -> str:
+    """Return which of the files that mark a model the directory has."""
+    for name in (RECIPE, ROUTED, INDEX):
+        if (directory / name).is_file():
+            return name
+    raise FileNotFoundError(
+        f"{directory} is neither a run directory nor a pipeline: it has none of {RECIPE}, {ROUTED} and {INDEX}"
+    )
 
 
 def recipe_hash(directory: Path) -> str:

@@ -78,6 +78,7 @@ def test_what_is_wrong_is_one_line(run, tmp_path):
     assert "of --engine ray" in refused("serve", run, "--replicas", "2")
     assert "give local or ray" in refused("serve", run, "--engine", "rya")
     assert "such as 0.5" in refused("serve", run, "--engine", "ray", "--gpus-per-replica", "1.5")
+    assert "neither a run directory" in refused("serve", tmp_path, *file, *NEEDED)
     ok("serve", "/models/elsewhere", *file, *NEEDED)  # which the nodes have
     (application,) = yaml.safe_load(file[1].read_text())["applications"]
     assert application["args"]["directory"] == "/models/elsewhere"
