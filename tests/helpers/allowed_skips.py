@@ -42,6 +42,7 @@ ALLOWED_SKIPS: dict[str, str] = {
             "a_killed_node_loses_no_request",
             "a_job_is_stopped_when_its_client_leaves",
             "a_full_queue_refuses_with_503",
+            "replicas_that_hold_the_expert_are_preferred",
             "sigterm_under_load",
             "the_written_file_can_be_deployed",
             "what_the_cluster_cannot_serve_is_one_line",
