@@ -128,7 +128,7 @@ class RayBackend:
         try:
             answers = await self._pool.broadcast("load").results_async(timeout_s=POLL_TIMEOUT, return_exceptions=True)
             self._loads, self._silent = [answer for answer in answers if isinstance(answer, Load)], 0
-        except (TimeoutError, RayError, RayServeException) as error:
+        except Exception as error:  # the next look may succeed
             self._silent += 1
             log.warning("replicas did not say how busy they are: %s", first_line(error))
             if self._silent >= SILENT:

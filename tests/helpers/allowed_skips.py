@@ -40,6 +40,7 @@ ALLOWED_SKIPS: dict[str, str] = {
         for name in (
             "a_killed_replica_loses_no_request",
             "a_killed_node_loses_no_request",
+            "a_killed_ingress_answers_with_errors_and_comes_back",
             "a_job_is_stopped_when_its_client_leaves",
             "a_full_queue_refuses_with_503",
             "replicas_that_hold_the_expert_are_preferred",

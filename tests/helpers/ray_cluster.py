@@ -49,7 +49,7 @@ class Cluster:
         _until(lambda: ",UP" in self.run("ip", "link", "show", "lo").output())
 
     def __enter__(self) -> "Cluster":
-        self._node("--head", "--port", ADDRESS.rpartition(":")[2], cpus=0)
+        self._head = self._node("--head", "--port", ADDRESS.rpartition(":")[2], cpus=0)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,6 +76,10 @@ class Cluster:
     def nodes(self) -> list["Command"]:
         """The nodes that live, without the head."""
         return [node for node in self._nodes if node.is_alive]
+
+    def family(self) -> list[psutil.Process]:
+        """Return the processes of the head and of the nodes that live."""
+        return [process for node in (self._head, *self.nodes) for process in node.family()]
 
     def start(self, *command: str, folder: Path | None = None) -> "Command":
         """Start a command that finds the cluster, in a folder."""

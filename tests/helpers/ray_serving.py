@@ -16,7 +16,8 @@ from ray_cluster import Cluster, Command
 from prunekit.serving.api import GENERATIONS
 
 PORT = 8000
-REPLICA = "ray::ServeReplica:prunekit:Pool"  # what the process of a replica is called
+REPLICA = "ray::ServeReplica:prunekit:Pool"  # the title of a replica's process
+INGRESS = "ray::ServeReplica:prunekit:Ingress"
 LIMIT = 240  # seconds
 
 
@@ -64,14 +65,19 @@ class Served:
     def replicas(self, node: Command | None = None) -> list[psutil.Process]:
         """Return the processes of replicas of a node, or of all nodes."""
         nodes = self.cluster.nodes if node is None else [node]
-        return [process for one in nodes for process in one.family() if _title(process).startswith(REPLICA)]
+        return [process for one in nodes for process in one.family() if title(process).startswith(REPLICA)]
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Return the processes of the cluster, its head included, whose title begins with a name."""
+        return [process for process in self.cluster.family() if title(process).startswith(name)]
 
     def running(self) -> list[dict]:
         """Return the batches that are being drawn."""
         return self.get("/health").json()["running"]
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """Return a process's command line, which Ray sets; empty once it has ended."""
     with suppress(psutil.Error):  # it has just ended
         return " ".join(process.cmdline())
     return ""

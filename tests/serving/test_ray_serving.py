@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 from ray_cluster import Cluster, why_not
-from ray_serving import Served
+from ray_serving import INGRESS, Served, title
 from small_mixture import PROMPTS, write_mixture
 
 from prunekit import PromptRoutedPipeline
@@ -155,7 +155,18 @@ def test_a_killed_node_loses_no_request(ready, cluster, expected):
 
 
 def holds_ingress(node):
-    return any("prunekit:Ingress" in " ".join(process.cmdline()) for process in node.family())
+    return any(title(process).startswith(INGRESS) for process in node.family())
+
+
+def test_a_killed_ingress_answers_with_errors_and_comes_back(ready, expected):
+    asked = Asked(ready, bodies(4, LONG))
+    ready.until(lambda: len(ready.running()) == 2)
+    (ingress,) = ready.processes(INGRESS)
+    ingress.kill()
+    later = {"prompt": PROMPTS[5], "num_inference_steps": 4, "seed": 2}
+    check(later, ready.draw(**later), expected)  # which waits for the next ingress
+    for answer in asked.wait():
+        assert isinstance(answer, httpx.Response) and 500 <= answer.status_code < 600, answer
 
 
 def test_a_job_is_stopped_when_its_client_leaves(ready, expected):
@@ -193,7 +204,6 @@ def test_what_the_cluster_cannot_serve_is_one_line(ready, cluster, run, tmp_path
     assert "already runs on this cluster" in line(str(run), *SERVER, *free)
     assert "cannot listen on" in line(str(run), *SERVER)
     assert "neither a run" in line(str(tmp_path), *SERVER, *free)
-    assert "no Ray cluster at --ray-address" in line(str(run), *SERVER, *free, "--ray-address", "127.0.0.1:9")
 
 
 def test_replicas_that_hold_the_expert_are_preferred():
