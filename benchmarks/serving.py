@@ -2,6 +2,9 @@
 
     python benchmarks/serving.py                        the embedded model cut into two experts, about 15 minutes
     python benchmarks/serving.py --model runs/quickstart --clients 1 16 --rates --json serving.json
+    python benchmarks/serving.py --engine ray --clients 16 --rates      by one replica on a Ray cluster of this machine
+
+Ray listens on all of a machine's addresses; `unshare --net sh -c "ip link set lo up && python …"` keeps it local.
 
 Closed loop: N clients, each asking again as soon as it is answered. Open loop: requests come at a rate, by a Poisson
 process, whether or not earlier ones are answered; latency counts from when a request was due. Prompts are captions of
@@ -31,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 
 import prunekit as pk
@@ -43,6 +47,12 @@ from prunekit.serving.drawer import open_pipeline
 
 PATH = "/v1/images/generations"
 START_LIMIT = 600  # seconds
+RAY_PROCESSES = {  # by a part of their titles
+    "ServeReplica:prunekit:Pool": "replicas",
+    "ServeReplica:prunekit:Ingress": "ingress",
+    "ServeController": "Serve",
+    "ProxyActor": "Serve",
+}
 
 
 @dataclass
@@ -55,7 +65,7 @@ class Load:
     seconds: float
     latencies: list[float]
     mean_batch: float
-    cpu: float  # seconds of the process that draws
+    cpu: float  # seconds of the process that draws, with those that it started
 
     @property
     def throughput(self) -> float:
@@ -87,32 +97,64 @@ def captions(count: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
-    """Start `prunekit serve`; yield its address, and what starting took."""
-    command = [sys.executable, "-m", "prunekit", "serve", str(model), "--port", "0", "--device", given.device]
+def server(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Start `prunekit serve`; yield its address, its process, and what starting took."""
+    command = [sys.executable, "-m", "prunekit", "serve", str(model), "--port", "0"]
     command += ["--max-batch", str(given.max_batch), "--max-queued", str(given.max_queued)]
+    if given.engine == "ray":
+        command += ["--engine", "ray", "--ray-address", "local", "--replicas", str(given.replicas)]
+    else:
+        command += ["--device", given.device]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    equal = {"RAY_worker_niceness": "0"}  # or Ray gives the replicas less of the processor than the pipeline has
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | equal)
     try:
-        url = re.search(r"http://\S+", process.stdout.readline())[0]
+        while not (found := re.search(r" is served at (http://\S+)", process.stdout.readline())):
+            if process.poll() is not None:
+                raise RuntimeError("the server has ended")
+        url = found[1]
         listening = time.perf_counter() - started
         while httpx.get(f"{url}/health").status_code != 200:
             if time.perf_counter() - started > START_LIMIT:
                 raise TimeoutError(f"the server is not ready within {START_LIMIT} s")
             time.sleep(0.05)
         start = {"listening_seconds": listening, "ready_seconds": time.perf_counter() - started}
-        start["ready_pss_mb"] = pss(process.pid)
-        yield url, start
-        start["loaded_pss_mb"] = pss(process.pid)
+        start |= {f"ready_pss_mb {name}": size for name, size in memory(process.pid).items()}
+        yield url, process.pid, start
+        start |= {f"loaded_pss_mb {name}": size for name, size in memory(process.pid).items()}
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(120)
 
 
-def pss(pid: int | str) -> float:
-    """Return a process's proportional set size in MB."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it started."""
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
+
+
+def memory(pid: int) -> dict[str, float]:
+    """Return the proportional set sizes in MB of a server's processes, by what they are."""
+    sizes: dict[str, float] = {}
+    for process in family(pid):
+        with contextlib.suppress(psutil.Error, OSError, TypeError):  # it has just ended
+            title = " ".join(process.cmdline())
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            size = int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
+            own = "the command" if process.pid == pid else "Ray"
+            name = next((what for title_part, what in RAY_PROCESSES.items() if title_part in title), own)
+            sizes[name] = sizes.get(name, 0.0) + size
+    return sizes
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process and of all that it started."""
+    total = 0.0
+    for process in family(pid):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 class Client:
@@ -152,31 +194,29 @@ class Client:
         times = [due := due + generator.expovariate(rate) for _ in prompts]
         await asyncio.gather(*(self.ask(*one) for one in zip(prompts, times, strict=True)))
 
-    async def counters(self) -> tuple[float, float, float]:
+    async def counters(self, pid: int) -> tuple[float, float, float]:
         """Return the images and batches that the server has drawn, and its CPU time.
 
         An image of a batch of b is 1/b of a batch.
         """
-        images = batches = cpu = 0.0
+        images = batches = 0.0
         for line in (await self.http.get("/metrics")).text.splitlines():
-            if line.startswith("process_cpu_seconds_total"):
-                cpu = float(line.split()[1])
             if found := re.match(r'prunekit_image_batch_size_bucket\{le="([\d.]+)"\} (\S+)', line):
                 size, below, images = float(found[1]), images, float(found[2])
                 batches += (images - below) / size
-        return images, batches, cpu
+        return images, batches, cpu_seconds(pid)
 
 
-def loaded(url: str, what: str, given: argparse.Namespace, work: Callable[[Client], Awaitable[None]]) -> Load:
+def loaded(url: str, pid: int, what: str, given: argparse.Namespace, work: Callable[[Client], Awaitable[None]]) -> Load:
     """Put a load on the server."""
 
     async def main() -> Load:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
             client = Client(http, given)
-            before, started = await client.counters(), time.perf_counter()
+            before, started = await client.counters(pid), time.perf_counter()
             await work(client)
-            seconds, after = time.perf_counter() - started, await client.counters()
+            seconds, after = time.perf_counter() - started, await client.counters(pid)
             images, batches, cpu = (new - old for new, old in zip(after, before, strict=True))
             mean = images / max(batches, 1e-9)
             return Load(what, len(client.latencies), client.refused, seconds, client.latencies, mean, cpu)
@@ -202,7 +242,7 @@ def clients_of(count: int) -> str:
     return f"server, {count} client{'s' * (count > 1)}"
 
 
-def compare(url: str, pipeline: pk.PromptRoutedPipeline, given: argparse.Namespace) -> dict[str, list[Load]]:
+def compare(url: str, pid: int, pipeline: pk.PromptRoutedPipeline, given: argparse.Namespace) -> dict[str, list[Load]]:
     """Measure every round; the loads by name, one a round."""
     loads: dict[str, list[Load]] = {}
     many, few = captions(given.images), captions(given.images)[: given.single]
@@ -211,7 +251,7 @@ def compare(url: str, pipeline: pk.PromptRoutedPipeline, given: argparse.Namespa
         arms.append(lambda: direct(pipeline, "pipeline, one by one", few, 1, given.steps))
         for clients in given.clients:
             work = partial(Client.closed_loop, clients=clients, prompts=few if clients == 1 else many)
-            arms.append(partial(loaded, url, clients_of(clients), given, work))
+            arms.append(partial(loaded, url, pid, clients_of(clients), given, work))
         for arm in arms if turn % 2 == 0 else reversed(arms):
             load = arm()
             loads.setdefault(load.what, []).append(load)
@@ -219,7 +259,7 @@ def compare(url: str, pipeline: pk.PromptRoutedPipeline, given: argparse.Namespa
     capacity = statistics.median(load.throughput for load in loads[f"pipeline, batch {given.max_batch}"])
     for share in given.rates:
         work = partial(Client.open_loop, rate=share * capacity, prompts=many)
-        load = loaded(url, f"server, open loop, {share:g} of the pipeline's throughput", given, work)
+        load = loaded(url, pid, f"server, open loop, {share:g} of the pipeline's throughput", given, work)
         loads[load.what] = [load]
     return loads
 
@@ -261,6 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a run, an export or a pipeline; by default one is made")
     parser.add_argument("--experts", type=int, default=2, help="of the model that is made")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local")
+    parser.add_argument("--replicas", type=int, default=1, help="of the engine ray")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 0.8], help="of the pipeline's throughput")
@@ -275,12 +317,12 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or make_model(Path(folder) / "model", given.experts)
-        with server(model, given) as (url, start):
+        with server(model, given) as (url, pid, start):
             pipeline = open_pipeline(model, None, given.device)
             pipeline.set_progress_bar_config(disable=True)
             for prompt in captions(8 * pipeline.num_experts):  # loads experts, and counts their MACs
                 pipeline(prompt, num_inference_steps=1, seeds=0)
-            loads = compare(url, pipeline, given)
+            loads = compare(url, pid, pipeline, given)
     found = ratios(loads, given)
     where = environment(given.device)
     print(f"{where['device']}, load {where['load']}; {pipeline.num_experts} experts, {given.steps} steps\n")

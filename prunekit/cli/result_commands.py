@@ -8,7 +8,7 @@ import typer
 from prunekit.cli.application import Engine, Overrides, app, console, say
 from prunekit.jobs.shipped import find_recipe
 from prunekit.runtime.errors import UserError
-from prunekit.serving.limits import Limits, ServerSettings, check_packages
+from prunekit.serving.limits import API_KEY, Limits, PoolSettings, ServerSettings, check_packages
 
 MOST_ROWS = 50  # of pictures that `generate` lists
 
@@ -233,11 +233,37 @@ def serve(
         ServerSettings.request_seconds
     ),
     api_key: Annotated[
-        str | None, typer.Option(envvar="PRUNEKIT_API_KEY", help="that requests must carry; none by default")
+        str | None, typer.Option(envvar=API_KEY, help="that requests must carry; none by default")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: this process draws; ray: replicas on a Ray cluster", metavar="local|ray")
+    ] = "local",
+    replicas: Annotated[
+        str, typer.Option(help="of the model, for engine ray; MIN:MAX scales with the load", metavar="N|MIN:MAX")
+    ] = "1",
+    gpus_per_replica: Annotated[
+        float | None, typer.Option(help="for engine ray; 1 where the cluster has GPUs, else 0, by default", min=0)
+    ] = None,
+    cpus_per_replica: Annotated[float, typer.Option(help="for engine ray, and threads of a replica", min=0)] = (
+        PoolSettings.cpus
+    ),
+    ray_address: Annotated[
+        str, typer.Option(help="of the cluster; auto: this machine's; local: start one here for this command")
+    ] = PoolSettings.address,
+    write_config: Annotated[
+        Path | None, typer.Option(help="only write the YAML file that `serve deploy` and KubeRay take", metavar="FILE")
     ] = None,
 ) -> None:
     """Serve OpenAI's image API over HTTP: prompts are batched by expert; SIGTERM answers what was accepted first."""
     check_packages()
+    pool = PoolSettings.of(replicas, cpus_per_replica, gpus_per_replica, ray_address)
+    if engine not in ("local", "ray"):
+        raise UserError(f"--engine {engine}: give local or ray")
+    on_ray = engine == "ray" or write_config is not None
+    if on_ray and device:
+        raise UserError("--device is for --engine local: Ray gives replicas their GPUs, see --gpus-per-replica")
+    if not on_ray and pool != PoolSettings():
+        raise UserError("replicas, their CPUs and GPUs, and the cluster's address are of --engine ray: give it too")
     settings = ServerSettings(
         method=method,
         host=host,
@@ -252,9 +278,20 @@ def serve(
         api_key=api_key,
         limits=Limits(max_letters, max_steps, max_images, pixels=max_pixels),
     )
-    from prunekit.serving.server import serve
+    if write_config is not None:
+        from prunekit.serving.ray_config import write
 
-    serve(directory, settings, say)
+        write(directory, settings, pool, write_config)
+        say(f"{write_config} is written; deploy it with: serve deploy {write_config}")
+    elif engine == "ray":
+        check_packages("ray")
+        from prunekit.serving.ray_server import serve_on_ray
+
+        serve_on_ray(directory, settings, pool, say)
+    else:
+        from prunekit.serving.server import serve
+
+        serve(directory, settings, say)
 
 
 @app.command()

@@ -5,9 +5,6 @@ piece's lock file. So a node that is cut off, but lives, still keeps its piece t
 lock, and its piece is done by another task. What tasks say is shown and logged by the command that started them.
 """
 
-import logging
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,15 +17,15 @@ from uuid import uuid4
 from filelock import FileLock
 
 from prunekit.runtime.companions import END_SECONDS
-from prunekit.runtime.errors import MissingPackageError, UserError, first_line
+from prunekit.runtime.errors import UserError, first_line
 from prunekit.runtime.executors import SETTING, Call
 from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Log, Progress, console
+from prunekit.runtime.ray_connection import connected
 from prunekit.runtime.ray_tasks import STOPPED, TAKEN, Mailbox, Place, perform
 from prunekit.runtime.termination import deferred
 from prunekit.runtime.work import POLL_SECONDS, Piece
 
-EXTRA = "ray"
 ATTEMPTS = 5  # of a piece whose process or node is lost; more losses are a fault of the piece, such as its memory
 AHEAD = 2  # tasks that are submitted, for each that can run at once
 WAITING_SECONDS = 60.0  # between lines that say that no node can take a task
@@ -226,27 +223,5 @@ def cluster(address: str, cpus: float, gpus: float | None, log: Log) -> Iterator
             f"{SETTING}=ray starts tasks itself: start one process, without torchrun; a search that torchrun has "
             "finished in the directory is not repeated"
         )
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingPackageError(f"{SETTING}=ray needs Ray: pip install 'prunekit[{EXTRA}]'") from error
-    before = signal.getsignal(signal.SIGTERM)
-    if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=False,  # what tasks say comes by the mailbox
-            logging_level=logging.ERROR,
-            include_dashboard=False if address == "local" else None,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"no Ray cluster at {SETTING}.address={address} ({first_line(error)}); start one with `ray start "
-            f"--head`, or set {SETTING}.address=local"
-        ) from error
-    signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
-    try:
+    with connected(address, f"{SETTING}=ray", f"{SETTING}.address="):
         yield RayExecutor(cpus, gpus, log)
-    finally:
-        ray.shutdown()

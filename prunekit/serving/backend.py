@@ -6,10 +6,16 @@ pickled, and a job that is no longer wanted is cancelled as every asyncio task i
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from prunekit.serving.drawer import Picture
+
+READY, DRAINING = "ready", "draining"  # states
+DRAINING_RETRY = 5  # seconds, in which another server may take over
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer, not a fault
@@ -32,6 +38,7 @@ class Job:
     """Images of one prompt, each by its seed; all that the API leaves open is filled in.
 
     size: pixels (height, width). negative_prompt: None is not the empty text: see `PromptRoutedPipeline`.
+    expert: draws the images; None: the expert that the router chooses.
     """
 
     prompt: str
@@ -40,6 +47,7 @@ class Job:
     guidance: float
     size: tuple[int, int]
     negative_prompt: str | None = None
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,35 @@ class Load:
 
     waiting: int
     running: tuple[Running, ...]
+
+
+class Admission:
+    """Counts a backend's jobs under way and, once draining begins, refuses new ones; belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.images = 0  # of jobs under way
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def job(self, job: Job) -> Iterator[None]:
+        """Give a context in which a job is under way; Refused once draining has begun."""
+        if self.draining:
+            raise Refused("the server is about to end", DRAINING_RETRY)
+        self.images += len(job.seeds)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.images -= len(job.seeds)
+            if not self.images:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Refuse new jobs, and wait until none is under way."""
+        self.draining = True
+        await self._idle.wait()
 
 
 class Backend(Protocol):

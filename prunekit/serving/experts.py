@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,3 +130,14 @@ class Mixture:
     encoder: PromptEncoder | None = None
     guidance: float = DEFAULT_GUIDANCE
     info: dict[str, Any] = field(default_factory=dict)
+
+    def route(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the expert of each prompt, LongTensor (n,); see `route`."""
+        return route(prompts, self.router, self.encoder)
+
+
+def route(prompts: Sequence[str], router: Router | None, encoder: PromptEncoder | None) -> torch.Tensor:
+    """Return the expert of each prompt, LongTensor (n,); the same for a prompt in any company; not safe for threads."""
+    if router is None or encoder is None:
+        return torch.zeros(len(prompts), dtype=torch.long)
+    return router.route(encoder.encode(list(prompts)))

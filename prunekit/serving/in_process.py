@@ -14,16 +14,27 @@ from functools import partial
 from pathlib import Path
 
 from prunekit.runtime.errors import UserError
-from prunekit.serving.backend import DrawingError, Drawn, Job, Load, Refused, Running, Served
+from prunekit.serving.backend import (
+    DRAINING,
+    READY,
+    Admission,
+    DrawingError,
+    Drawn,
+    Job,
+    Load,
+    Refused,
+    Running,
+    Served,
+)
 from prunekit.serving.batching import Batcher, QueueFullError
 from prunekit.serving.drawer import Drawer, Picture, open_pipeline
 from prunekit.serving.limits import ServerSettings
 
-READY = "ready"
+WARMING = "warming up"  # a state
+FAILING = "failing"  # a state
 WARM_UP = "warm up"  # a prompt
 FAILURES = 3  # batches in a row after which a device counts as faulty
 MOST_RETRY = 60  # seconds that a client is asked to wait
-DRAINING_RETRY = 5  # seconds, in which another server may take over
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +98,7 @@ class InProcessBackend:
         self._running: dict[int, Running] = {}  # by device
         self._failures = [0] * len(drawers)  # in a row, of each device
         self._cold = set(range(len(drawers)))  # devices whose experts have not drawn yet
-        self._accepted = 0  # jobs under way
-        self._draining = False
+        self._admission = Admission()
         self._seconds = 0.0  # that an image took lately
         self._threads: list[threading.Thread] = []
 
@@ -105,8 +115,7 @@ class InProcessBackend:
 
     async def start(self) -> None:
         """Begin to draw, each device with a step of every expert."""
-        self._loop, self._idle = asyncio.get_running_loop(), asyncio.Event()
-        self._idle.set()
+        self._loop = asyncio.get_running_loop()
         for device in range(len(self._drawers)):
             thread = threading.Thread(target=self._work, args=(device,), name=f"device {device}", daemon=True)
             self._threads.append(thread)
@@ -118,11 +127,15 @@ class InProcessBackend:
 
     def state(self) -> str:
         """Return "ready", "warming up", "failing" where every device failed lately, or "draining"."""
-        if self._draining:
-            return "draining"
+        if self._admission.draining:
+            return DRAINING
         if self._cold:
-            return "warming up"
-        return "failing" if min(self._failures) >= FAILURES else READY
+            return WARMING
+        return FAILING if min(self._failures) >= FAILURES else READY
+
+    def resident(self) -> set[int]:
+        """Return the experts that are in a device's memory."""
+        return {expert for drawer in self._drawers for expert in drawer.pipeline.mixture.experts.resident}
 
     def load(self) -> Load:
         """Return how busy it is."""
@@ -130,30 +143,23 @@ class InProcessBackend:
 
     async def draw(self, job: Job) -> Drawn:
         """Draw a job, as `Backend.draw` says."""
-        if self._draining:
-            raise Refused("the server is about to end", DRAINING_RETRY)
-        if not self._queue.has_room(len(job.seeds)):  # before the prompt is embedded
-            raise self._full()
-        self._accepted += 1
-        self._idle.clear()
-        try:
+        with self._admission.job(job):
+            if not self._queue.has_room(len(job.seeds)):  # before the prompt is embedded
+                raise self._full()
             return await self._draw(job)
-        finally:
-            self._accepted -= 1
-            if not self._accepted:
-                self._idle.set()
 
     async def drain(self) -> None:
         """Refuse new jobs, answer the accepted ones, and end."""
-        self._draining = True
-        await self._idle.wait()
+        await self._admission.drain()
         self._queue.close()
         self._router.shutdown()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
     async def _draw(self, job: Job) -> Drawn:
-        expert = await self._loop.run_in_executor(self._router, self._expert_of, job.prompt)
+        expert = job.expert
+        if expert is None:
+            expert = await self._loop.run_in_executor(self._router, self._expert_of, job.prompt)
         key = Key(expert, job.steps, job.guidance, job.size, job.negative_prompt is not None)
         task = _Task(job, key, self._loop.create_future())
         images = [_Image(task, index) for index in range(len(job.seeds))]
@@ -188,7 +194,7 @@ class InProcessBackend:
     def _warm_up(self, device: int) -> None:
         """Draw one step with every expert, so that the first request finds it loaded."""
         for expert in range(self.served.num_experts):
-            if self._draining:
+            if self._admission.draining:
                 break
             try:
                 self._drawers[device].draw([WARM_UP], [0], expert, 1, self.served.guidance)

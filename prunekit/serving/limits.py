@@ -9,6 +9,7 @@ from prunekit.runtime.errors import MissingPackageError, UserError
 
 MOST_SEED = 2**63 - 1
 LETTER_BYTES = 12  # of a letter in JSON at most: two escapes of six
+API_KEY = "PRUNEKIT_API_KEY"  # a variable of the environment
 OTHER_BYTES = 16_384  # of a request's body beside its prompts
 
 
@@ -86,8 +87,36 @@ class ServerSettings:
         return 1 if self.deterministic else self.max_batch
 
 
-def check_packages() -> None:
-    """ImportError that names the extra where a package of the server is missing."""
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
+@dataclass(frozen=True)
+class PoolSettings:
+    """Where the server draws on a Ray cluster.
+
+    Args:
+        replicas: the fewest and the most copies of the model; equal numbers: no autoscaling.
+        cpus: CPUs of a replica, and the threads that it computes with.
+        gpus: GPUs of a replica, or a share of one; None: 1 where the cluster has GPUs, else 0.
+        address: of the cluster; "auto": of this machine; "local": one is started here.
+
+    """
+
+    replicas: tuple[int, int] = (1, 1)
+    cpus: float = 1.0
+    gpus: float | None = None
+    address: str = "auto"
+
+    @classmethod
+    def of(cls, replicas: str, cpus: float, gpus: float | None, address: str) -> PoolSettings:
+        """Return the settings; replicas: "2", or "1:4" for autoscaling. UserError for another text."""
+        least, _, most = replicas.partition(":")
+        if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+            raise UserError(f"--replicas {replicas}: give a number such as 2, or the fewest and the most as 1:4")
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise UserError(f"--gpus-per-replica {gpus:g}: give a whole number, or a share of one GPU such as 0.5")
+        return cls((int(least), int(most or least)), cpus, gpus, address)
+
+
+def check_packages(extra: str = "serve") -> None:
+    """ImportError that names the extra, "serve" or "ray", where a package of it is missing."""
+    for package in {"serve": ("fastapi", "uvicorn", "prometheus_client"), "ray": ("ray",)}[extra]:
         if find_spec(package) is None:
-            raise MissingPackageError(f"the server needs {package}; pip install 'prunekit[serve]'")
+            raise MissingPackageError(f"the server needs {package}; pip install 'prunekit[{extra}]'")

@@ -175,10 +175,8 @@ class PromptRoutedPipeline(DiffusionPipeline):
 
     def route(self, prompts: Sequence[str]) -> Tensor:
         """Return the expert of each prompt, LongTensor (n,); the same for a prompt in any company."""
-        if self.mixture.router is None or self.mixture.encoder is None:
-            return torch.zeros(len(prompts), dtype=torch.long)
         with self._texts:
-            return self.mixture.router.route(self.mixture.encoder.encode(list(prompts)))
+            return self.mixture.route(prompts)
 
     @torch.no_grad()
     def __call__(  # noqa: D417

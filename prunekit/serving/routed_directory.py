@@ -20,7 +20,7 @@ import torch
 from diffusers import ModelMixin
 
 from prunekit.data.fingerprint import Fingerprint
-from prunekit.data.prompt_encoder import load_prompt_encoder
+from prunekit.data.prompt_encoder import PromptEncoder, load_prompt_encoder
 from prunekit.export.model_folder import load_denoiser, num_weights
 from prunekit.export.pipeline_parts import Parts
 from prunekit.export.tiers import save_expert
@@ -50,21 +50,37 @@ def load(
     """Read a pipeline's parts and its experts; arguments and errors as `PromptRoutedPipeline.from_pretrained`."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bounds = {"max_resident": max_resident, "max_bytes": max_bytes}
-    if (directory / RECIPE).is_file():
+    kind = _kind(directory)
+    if kind == RECIPE:
         parts, mixture = _from_run(directory, method, place, dtype, bounds)
-    elif (directory / ROUTED).is_file():
+    elif kind == ROUTED:
         parts, mixture = _from_routed(directory, place, dtype, bounds)
-    elif (directory / INDEX).is_file():
+    else:
         parts = Parts.load(directory, dtype)
         mixture = Mixture(_experts(lambda index: directory / parts.denoiser, 1, place, dtype, bounds))
-    else:
-        raise FileNotFoundError(
-            f"{directory} is neither a run directory nor a pipeline: it has none of {RECIPE}, {ROUTED} and {INDEX}"
-        )
     for part in parts.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(place)
     return parts, mixture
+
+
+def load_router(directory: Path, method: str | None) -> tuple[Router | None, PromptEncoder | None]:
+    """Read only what routes prompts; None and None where one expert draws all. Arguments and errors as `load`."""
+    kind = _kind(directory)
+    if kind == RECIPE:
+        result = PruneResult.load(method_directory(directory, method))
+        return _router_of_run(result, read_recipe(directory))
+    return _router_of_routed(directory, *_read_routed(directory)) if kind == ROUTED else (None, None)
+
+
+def _kind(directory: Path) -> str:
+    """Return which of the files that mark a model the directory has."""
+    for name in (RECIPE, ROUTED, INDEX):
+        if (directory / name).is_file():
+            return name
+    raise FileNotFoundError(
+        f"{directory} is neither a run directory nor a pipeline: it has none of {RECIPE}, {ROUTED} and {INDEX}"
+    )
 
 
 def recipe_hash(directory: Path) -> str:
@@ -87,19 +103,32 @@ def _from_run(
         return expert
 
     experts = _experts(place_of, result.num_experts, device, dtype, bounds)
-    encoder = None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
+    router, encoder = _router_of_run(result, settings)
     info = {
         "recipe": recipe_hash(directory),
         "method": method,
         "model": settings["model"],
         "result": result.info.to_dict(),
     }
-    return parts, Mixture(experts, result.router, encoder, settings["evaluation"]["guidance"], info)
+    return parts, Mixture(experts, router, encoder, settings["evaluation"]["guidance"], info)
+
+
+def _router_of_run(result: PruneResult, settings: dict[str, Any]) -> tuple[Router | None, PromptEncoder | None]:
+    return result.router, None if result.router is None else load_prompt_encoder(settings["prompt_encoder"])
 
 
 def _from_routed(
     directory: Path, device: torch.device, dtype: torch.dtype, bounds: Mapping[str, int | None]
 ) -> tuple[Parts, Mixture]:
+    content, count = _read_routed(directory)
+    experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
+    router, encoder = _router_of_routed(directory, content, count)
+    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
+    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+
+
+def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
+    """Return what `routed.json` says, and the number of experts, which are all there."""
     content = read_object(directory / ROUTED)
     if content.get("format") != FORMAT:
         raise UserError(
@@ -109,17 +138,21 @@ def _from_routed(
     count = content.get("num_experts")
     if not isinstance(count, int) or not all((directory / "experts" / str(index)).is_dir() for index in range(count)):
         raise UserError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
-    experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
-    router = encoder = None
-    if content.get("has_router"):
-        router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
-        if (router.num_experts, router.embedding_size) != (count, encoder.size):
-            raise UserError(
-                f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
-                f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
-            )
-    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
-    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+    return content, count
+
+
+def _router_of_routed(
+    directory: Path, content: dict[str, Any], count: int
+) -> tuple[Router | None, PromptEncoder | None]:
+    if not content.get("has_router"):
+        return None, None
+    router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
+    if (router.num_experts, router.embedding_size) != (count, encoder.size):
+        raise UserError(
+            f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
+            f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
+        )
+    return router, encoder
 
 
 def _experts(

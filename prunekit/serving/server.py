@@ -69,6 +69,13 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
+def served_line(name: str, host: str, port: int, settings: ServerSettings) -> str:
+    """Return what a server that has started says."""
+    open_to = "" if settings.api_key or ipaddress.ip_address(host).is_loopback else " to everybody who reaches it"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{name} is served{open_to} at {url} ; Ctrl-C stops it"
+
+
 def serve(directory: Path, settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Serve a run, an export or any diffusers pipeline until SIGTERM or Ctrl-C.
 
@@ -78,11 +85,9 @@ def serve(directory: Path, settings: ServerSettings, say: Callable[[str], None])
     with listening(settings.host, settings.port) as listener:  # before the model is read, which takes long
         backend = InProcessBackend.open(directory, settings)
         host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        open_to = "" if settings.api_key or ipaddress.ip_address(host).is_loopback else " to everybody who reaches it"
 
         def started() -> None:
-            say(f"{backend.served.name} is served{open_to} at {url} ; Ctrl-C stops it")
+            say(served_line(backend.served.name, host, port, settings))
 
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         app = build(backend, settings)

@@ -35,6 +35,20 @@ ALLOWED_SKIPS: dict[str, str] = {
             "what_does_not_fit_the_cluster_is_refused_in_one_line",
         )
     },
+    **{
+        f"serving/test_ray_serving.py::test_{name}": RAY
+        for name in (
+            "a_killed_replica_loses_no_request",
+            "a_killed_node_loses_no_request",
+            "a_killed_ingress_answers_with_errors_and_comes_back",
+            "a_job_is_stopped_when_its_client_leaves",
+            "a_full_queue_refuses_with_503",
+            "replicas_that_hold_the_expert_are_preferred",
+            "sigterm_under_load",
+            "the_written_file_can_be_deployed",
+            "what_the_cluster_cannot_serve_is_one_line",
+        )
+    },
     **{f"{LOSS}[{moment}]": RAY for moment in ("while it trains", "when a model is there", "while pictures are drawn")},
     f"{CLIP_SCORES}[openai/clip-vit-large-patch14-336]": WEIGHTS,
     f"{CLIP_SCORES}[yuvalkirstain/PickScore_v1]": WEIGHTS,

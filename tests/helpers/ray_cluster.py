@@ -34,9 +34,10 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """A head, and nodes that are started and lost; a context."""
+    """A head, and nodes that are started and lost; a context. dashboard: with the one that `serve deploy` asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, dashboard: bool = False) -> None:
+        self._dashboard = dashboard
         # Ray's sockets need a short path, and its token a home that is not the user's
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self._nodes: list[Command] = []
@@ -48,7 +49,7 @@ class Cluster:
         _until(lambda: ",UP" in self.run("ip", "link", "show", "lo").output())
 
     def __enter__(self) -> "Cluster":
-        self._node("--head", "--port", ADDRESS.rpartition(":")[2], cpus=0)
+        self._head = self._node("--head", "--port", ADDRESS.rpartition(":")[2], cpus=0)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,11 +66,20 @@ class Cluster:
     def holder(self, lock: Path, command: "Command") -> tuple["Command", psutil.Process]:
         """Return the node and the process that hold a lock file, whose name may be a pattern, while a command works."""
         while command.is_alive:
-            for node in filter(lambda node: node.is_alive, self._nodes):
+            for node in self.nodes:
                 for process in node.family():
                     if any(Path(name).match(str(lock)) for name in _open_files(process)):
                         return node, process
         raise AssertionError(f"no node held {lock}: {command.output()}")
+
+    @property
+    def nodes(self) -> list["Command"]:
+        """The nodes that live, without the head."""
+        return [node for node in self._nodes if node.is_alive]
+
+    def family(self) -> list[psutil.Process]:
+        """Return the processes of the head and of the nodes that live."""
+        return [process for node in (self._head, *self.nodes) for process in node.family()]
 
     def start(self, *command: str, folder: Path | None = None) -> "Command":
         """Start a command that finds the cluster, in a folder."""
@@ -86,7 +96,8 @@ class Cluster:
         return ["nsenter", "--target", str(self._space), *spaces, "env", f"--chdir={folder}"]
 
     def _node(self, *options: str, cpus: int) -> "Command":
-        more = [] if "--address" in options else ["--include-dashboard", "false", "--temp-dir", str(self.folder)]
+        dashboard = ["--include-dashboard", str(self._dashboard).lower(), "--dashboard-host", "127.0.0.1"]
+        more = [] if "--address" in options else [*dashboard, "--temp-dir", str(self.folder)]
         common = ["--node-ip-address", "127.0.0.1", "--object-store-memory", str(MEMORY), "--disable-usage-stats"]
         command = [str(BIN / "ray"), "start", *options, *more, *common, "--num-cpus", str(cpus), "--block"]
         node = self.start(*command)
