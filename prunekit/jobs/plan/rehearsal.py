@@ -33,7 +33,7 @@ from prunekit.training.memory import held, lower
 from prunekit.training.trainer import TrainerConfig
 
 FLOAT32, LOWERED = 4, 2  # bytes of a number; frozen weights are held in both
-MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 4  # of a kind in a list: rehearsed as they are; those left of more of them
+MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 3  # of a kind in a list: rehearsed as they are; those left of more of them
 KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask
 
 
