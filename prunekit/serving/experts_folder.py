@@ -75,4 +75,4 @@ class ExpertsFolder:
 
 
 def _no_size(index: int) -> int:
-    raise AssertionError("sizes are asked for where bytes are bounded")
+    raise AssertionError("only a bound on bytes needs sizes")

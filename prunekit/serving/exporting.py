@@ -205,15 +205,14 @@ def _export_all(
                     folded.save(place)
             del expert
             del model  # or it would stay in memory while the next one is loaded
-        if not work.use:
+        use = work.use
+        if not use:
             is_one_pipeline = write_shared(pipeline.parts, pipeline.mixture, folder)
-            routes = _routes(pipeline)
+            use, routes = "routed" if is_one_pipeline else "sliced", _routes(pipeline)
             work.claims.append(Claim("routed", "router", folder, routes, with_prunekit=True))
             if is_one_pipeline:
                 work.claims.append(Claim("mixture", "router", folder, routes, with_prunekit=False))
-        return _finish(
-            folder, directory, work, work.use or "routed", pipeline.parts.denoiser, pipeline.mixture.info, table
-        )
+        return _finish(folder, directory, work, use, pipeline.parts.denoiser, pipeline.mixture.info, table)
 
 
 def _routes(pipeline: PromptRoutedPipeline) -> Expected:
