@@ -37,13 +37,14 @@ from prunekit.export import load_pipeline_directory
 
 pipeline = load_pipeline_directory(DIRECTORY)
 ```"""
-_ROUTED = """```python
+_OWN = """```python
 from prunekit import PromptRoutedPipeline
 
 pipeline = PromptRoutedPipeline.from_pretrained(DIRECTORY)
 output = pipeline(["a red apple", "a city at night"], seeds=0, batch_size=4)
 output.images, output.experts
-```
+```"""
+_ROUTED = f"""{_OWN}
 
 Without prunekit, by diffusers and sentence-transformers. The classes come from `pipeline.py`, `experts/mixture.py` and
 `experts/*/modeling_pruned.py` here; read them first:
@@ -56,13 +57,7 @@ output = pipeline("a red apple", num_inference_steps=25)
 output.images, output.experts
 expert = pipeline.stock_pipeline(0)  # a stock pipeline with one expert
 ```"""
-_SLICED = """```python
-from prunekit import PromptRoutedPipeline
-
-pipeline = PromptRoutedPipeline.from_pretrained(DIRECTORY)
-output = pipeline(["a red apple", "a city at night"], seeds=0, batch_size=4)
-output.images, output.experts
-```
+_SLICED = f"""{_OWN}
 
 Each expert consists of slices, one for each bin of timesteps. Only prunekit chooses among them."""
 _DENOISER = """```python
