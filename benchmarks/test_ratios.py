@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import prunekit as pk
+from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.jobs.plan import Devices, plan, plan_all
 from prunekit.jobs.recipe import load_recipe
 from prunekit.jobs.run import start
@@ -25,7 +26,7 @@ def routed(pipeline):
     """The embedded model as four random experts, to which a random router spreads prompts."""
     space, draw = pk.discover(pipeline.unet), torch.Generator().manual_seed(0)
     experts = [pk.slice_unet(pipeline.unet, space.random(0.7, seed=seed)).eval() for seed in range(4)]
-    router = Router(torch.randn(4, 128, generator=draw), torch.zeros(4))
+    router = Router(torch.randn(4, load_prompt_encoder().size, generator=draw), torch.zeros(4))
     made = pk.PromptRoutedPipeline.from_experts(pipeline, experts, router)
     made.set_progress_bar_config(disable=True)
     return made

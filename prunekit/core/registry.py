@@ -22,6 +22,7 @@ _LOADED: dict[str, Denoiser] = {}
 _UNNAMED: list[str] = []  # the class of configs that name none
 _ATTRIBUTE_OF: dict[str, str] = {}  # by model class
 _PIPELINES: dict[str, str] = {}  # classes, and which attribute holds the denoiser
+_MODEL_OF: dict[str, str] = {}  # the same classes, and a model class of their denoisers
 _ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
 
 
@@ -40,10 +41,11 @@ def register_denoiser(
     unnamed: the class among them whose old configs name no class.
     pipelines: names of the diffusers pipelines that may be loaded with such a model in that attribute.
     """
-    _PIPELINES.update(dict.fromkeys(pipelines, attribute))
+    names = [model if isinstance(model, str) else model.__name__ for model in models]
+    for pipeline in pipelines:
+        _PIPELINES[pipeline], _MODEL_OF[pipeline] = attribute, names[0]
     _UNNAMED[:] = [unnamed] if unnamed is not None else _UNNAMED
-    for model in models:
-        name = model if isinstance(model, str) else model.__name__
+    for name in names:
         _LOADED.pop(name, None)
         _ATTRIBUTE_OF[name] = attribute
         _LOADERS[name] = denoiser if callable(denoiser) else lambda: denoiser
@@ -157,6 +159,11 @@ def family_of(pipeline: Any) -> Family:
     return denoiser_of(denoiser_in(pipeline)).family
 
 
+def family_named(pipeline: str) -> Family:
+    """Return the family of a pipeline by the name of its class, one of `pipeline_parts()`."""
+    return _loaded(_MODEL_OF[pipeline]).family
+
+
 def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
     """Return the keyword arguments of a pipeline's calls with texts for a guidance scale, beside sizes and steps."""
     if not has_denoiser(pipeline):  # no family describes it
@@ -185,13 +192,16 @@ def scale_of(pipeline: Any) -> int | None:
     return next((int(getattr(pipeline, name)) for name in SCALES if hasattr(pipeline, name)), None)
 
 
-def text_length(pipeline: Any) -> int:
-    """Return the tokens of a text that a pipeline's denoiser takes; of a denoiser alone, its family's usual number."""
+def text_length(pipeline: Any, family: Family | None = None) -> int:
+    """Return the tokens of a text that a pipeline's denoiser takes; of a denoiser alone, its family's usual number.
+
+    family: of a pipeline that holds no denoiser; by default that of its denoiser.
+    """
     if (stated := getattr(pipeline, "text_length", None)) is not None:  # the shape of a pipeline
         return int(stated)
     tokenizers = {name: getattr(pipeline, name, None) for name in TOKENIZERS}
     lengths = {name: int(part.model_max_length) for name, part in tokenizers.items() if part is not None}
-    return family_of(pipeline).text_length(lengths)
+    return (family or family_of(pipeline)).text_length(lengths)
 
 
 def process_of(pipeline: Any) -> NoiseProcess:

@@ -54,6 +54,11 @@ class CaptionedImages:
         """Return the indices of the pairs that training may use, (P_train,)."""
         return torch.nonzero(~self.held_out).flatten()
 
+    def training_pictures(self) -> "CaptionedImages":
+        """Return the pictures that have a caption which training may use, and all captions of these."""
+        kept = self.image_index[self.training_pairs()].unique()
+        return self if len(kept) == self.num_images else self.take(kept.tolist())
+
     @property
     def holds_pictures(self) -> bool:
         """Whether whole pictures are held out, so that the data has a split that no training has seen."""

@@ -70,10 +70,14 @@ class PretrainSettings(Protocol):
 
 
 def pretrain(recipe: PretrainSettings, directory: Path) -> Path:
-    """Run the stages that are not done; return the directory."""
+    """Run the stages that are not done; return the directory.
+
+    They see the pictures with a training caption alone: without the held-out ones, and where captions are held out,
+    without those whose only caption is.
+    """
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_data(recipe.data, recipe.seed)
+    data = load_data(recipe.data, recipe.seed).training_pictures()
 
     def log(row: dict[str, Any]) -> None:
         append_row(directory / LOG, row)

@@ -16,13 +16,14 @@ from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_
 
 
 class TrainingPairs:
-    """The training captions of each image."""
+    """The training captions of each image, of which each must have one."""
 
     def __init__(self, data: CaptionedImages):
         pairs = data.training_pairs()
         order = pairs[torch.argsort(data.image_index[pairs], stable=True)]
         self.pairs = order  # training pairs, grouped by image
         self.count = torch.bincount(data.image_index[order], minlength=data.num_images)  # (n,)
+        assert bool(self.count.all()), "an image without a training caption would get another image's"
         self.first = self.count.cumsum(0) - self.count
 
     def choose(self, images: Tensor, choice: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ class _Module:
         return {node.attr for node in ast.walk(self.tree) if isinstance(node, ast.Attribute)}
 
 
-def bundle(roots: Iterable[Key], instead: Mapping[Key, Key], title: str, last: str = "") -> str:
+def bundle(
+    roots: Iterable[Key], instead: Mapping[Key, Key], title: str, last: str = "", enclosed: str | None = None
+) -> str:
     """Return the source of one file that defines some names and all of prunekit that they need.
 
     Args:
@@ -47,9 +49,12 @@ def bundle(roots: Iterable[Key], instead: Mapping[Key, Key], title: str, last: s
         instead: definitions that others take the place of, {(module, name): (module, name)}.
         title: the file's docstring.
         last: a statement at the end, which may use the roots' names.
+        enclosed: the one name that the file defines; all others are a function's. diffusers runs files of the same name
+            from several folders in one module, where definitions of one would take the place of another's. A class of
+            such a file cannot be pickled.
 
     """
-    return _Bundle(instead).write(roots, title, last)
+    return _Bundle(instead).write(roots, title, last, enclosed)
 
 
 class _Bundle:
@@ -60,19 +65,24 @@ class _Bundle:
         self.imports: set[str] = set()
         self.order: list[str] = []  # modules, what others need first
 
-    def write(self, roots: Iterable[Key], title: str, last: str) -> str:
+    def write(self, roots: Iterable[Key], title: str, last: str, enclosed: str | None) -> str:
         for root in roots:
             self._reach(root)
         for module in sorted({module for module, _ in self.reached}):
             self._put(module, set())
         self._name()
+        bound = [statement.split()[-1] for statement in self.imports]
+        assert len(set(bound)) == len(bound), f"two imports give one name: {sorted(self.imports)}"
         body = [
-            ast.unparse(self._renamed(self.modules[module], statement))
+            self._renamed(self.modules[module], statement)
             for module in self.order
             for statement in self._statements(module)
         ]
-        parts = [f'"""{title}"""', "from __future__ import annotations", "\n".join(sorted(self.imports)), *body]
-        return "\n\n".join([*parts, *filter(None, [last])]) + "\n"
+        body += ast.parse(last).body
+        if enclosed is not None:
+            body = _function("_defined", body, enclosed)
+        parts = [f'"""{title}"""', "from __future__ import annotations", "\n".join(sorted(self.imports))]
+        return "\n\n".join([*parts, *map(ast.unparse, body)]) + "\n"
 
     def module(self, name: str) -> _Module:
         """Parse a module, once."""
@@ -105,6 +115,9 @@ class _Bundle:
             return
         self.reached[key] = set()
         owner = self.module(module)
+        for other, statement in owner.definitions.items():
+            if statement is owner.definitions[name]:  # defined by one statement
+                self._reach((module, other))
         for statement in [owner.definitions[name], *owner.attached.get(name, ())]:
             for reference in _references(statement, owner):
                 self._follow(owner, *reference)
@@ -195,11 +208,20 @@ def _enter(module: _Module, statement: ast.stmt) -> None:
         module.definitions[statement.name] = statement
     elif isinstance(statement, ast.Assign | ast.AnnAssign):
         for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
-            if isinstance(target, ast.Name):
-                module.definitions[target.id] = statement
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            if all(isinstance(name, ast.Name) for name in names):
+                module.definitions |= {name.id: statement for name in names if isinstance(name, ast.Name)}
             else:
                 root = next(node.id for node in ast.walk(target) if isinstance(node, ast.Name))
                 module.attached.setdefault(root, []).append(statement)
+
+
+def _function(name: str, body: list[ast.stmt], result: str) -> list[ast.stmt]:
+    """Return a function of statements that returns one of its names, and the statement that defines that name by it."""
+    made = ast.parse(f"def {name}():\n    return {result}\n\n{result} = {name}()").body
+    assert isinstance(made[0], ast.FunctionDef)
+    made[0].body[:0] = body
+    return made
 
 
 def _spec(name: str) -> ModuleSpec:

@@ -37,22 +37,29 @@ from prunekit.export import load_pipeline_directory
 
 pipeline = load_pipeline_directory(DIRECTORY)
 ```"""
-_ROUTED = """```python
+_OWN = """```python
 from prunekit import PromptRoutedPipeline
 
 pipeline = PromptRoutedPipeline.from_pretrained(DIRECTORY)
 output = pipeline(["a red apple", "a city at night"], seeds=0, batch_size=4)
 output.images, output.experts
-```
+```"""
+_ROUTED = f"""{_OWN}
 
-Without prunekit, one expert at a time:
+Without prunekit, by diffusers and sentence-transformers. The classes come from `pipeline.py`, `experts/mixture.py` and
+`experts/*/modeling_pruned.py` here; read them first:
 
 ```python
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-expert = AutoModel.from_pretrained(DIRECTORY + "/experts/0", trust_remote_code=True)  # of a stock expert: without
-pipeline = DiffusionPipeline.from_pretrained(DIRECTORY, {part}=expert)
+pipeline = DiffusionPipeline.from_pretrained(DIRECTORY, custom_pipeline="pipeline", trust_remote_code=True)
+output = pipeline("a red apple", num_inference_steps=25)
+output.images, output.experts
+expert = pipeline.stock_pipeline(0)  # a stock pipeline with one expert
 ```"""
+_SLICED = f"""{_OWN}
+
+Each expert consists of slices, one for each bin of timesteps. Only prunekit chooses among them."""
 _DENOISER = """```python
 from diffusers import AutoModel
 
@@ -69,6 +76,7 @@ USES = {
     "stock": _STOCK,
     "class": _CLASS,
     "routed": _ROUTED,
+    "sliced": _SLICED,
     "denoiser": _DENOISER,
     "single-file": _SINGLE_FILE,
     "graph": _GRAPH,

@@ -41,8 +41,11 @@ def open_model(form: str, folder: str):
     if form == "routed":
         import prunekit
 
-        pipeline = prunekit.PromptRoutedPipeline.from_pretrained(folder, device="cpu", max_resident=1)
-        return lambda inputs: pipeline.route(bytes(inputs["prompts"].tolist()).decode().split("\n")).double() + 1
+        return routes(prunekit.PromptRoutedPipeline.from_pretrained(folder, device="cpu", max_resident=1))
+    if form == "mixture":
+        from diffusers import DiffusionPipeline
+
+        return routes(DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True))
     if form in ("stock", "single-file"):
         import diffusers
 
@@ -66,6 +69,11 @@ def open_model(form: str, folder: str):
         model = load_model(folder)
     model.eval()
     return lambda inputs: first_output(model, inputs)
+
+
+def routes(pipeline):
+    """Return a function from prompts, as bytes, to one more than their experts."""
+    return lambda inputs: pipeline.route(bytes(inputs["prompts"].tolist()).decode().split("\n")).double() + 1
 
 
 def first_output(model, arguments):

@@ -44,10 +44,13 @@ class Parts:
         return pipeline_parts()[self.kind.__name__]
 
     @classmethod
-    def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Parts:
-        """Load all but the denoiser of a pipeline's directory, in evaluation mode; UserError where it fails."""
+    def load(cls, directory: Path, dtype: torch.dtype = torch.float32, kind: str | None = None) -> Parts:
+        """Load all but the denoiser of a pipeline's directory, in evaluation mode; UserError where it fails.
+
+        kind: the name of the pipeline's class; by default the one that its `model_index.json` has.
+        """
         quiet_libraries()
-        return cls.of(freeze(load_directory(directory, directory, dtype, with_denoiser=False)))
+        return cls.of(freeze(load_directory(directory, directory, dtype, with_denoiser=False, kind=kind)))
 
     def pipeline(self, model: ModelMixin | None, **replaced: Any) -> DiffusionPipeline:
         """Return a stock pipeline around a denoiser, whose other parts are these, or `replaced` by name."""

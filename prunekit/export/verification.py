@@ -38,6 +38,7 @@ SAID = {
     "class": "AutoModel with the class file, without prunekit",
     "pipeline": "DiffusionPipeline without prunekit",
     "routed": "PromptRoutedPipeline of prunekit: the expert of each of 17 prompts",
+    "mixture": "DiffusionPipeline without prunekit: the expert of each of 17 prompts",
     "prunekit": "prunekit's own class",
     "onnx": "onnxruntime",
     "torch": "torch.export.load without prunekit",

@@ -31,7 +31,7 @@ class LatencyModel(CostModel):
     0 and 1.
 
     cost: whose space, latent size, text length and convention it has.
-    table: of the same UNet; ValueError where a layer is missing in it, or has another number of units there.
+    table: of the same model; ValueError where a layer is missing in it, or has another number of units there.
     step_of: the units by which a group's number changes where widths are aligned; others are then not counted on.
     """
 
@@ -52,7 +52,7 @@ class LatencyModel(CostModel):
 
     @property
     def dense_total(self) -> int:
-        """Nanoseconds of the dense UNet's call."""
+        """Nanoseconds of the dense model's call."""
         return self._dense
 
     @property
@@ -60,7 +60,7 @@ class LatencyModel(CostModel):
         return self._counted
 
     def latency_ratio(self, architecture: Architecture) -> float:
-        """The predicted time of a boolean Architecture as a share of the dense UNet's."""
+        """The predicted time of a boolean Architecture as a share of the dense model's."""
         return self._predicted.count(self._vector(architecture)) / self.dense_total
 
 
@@ -76,7 +76,7 @@ class _Curves(Polynomial):
             known = table.layers[path].units if path in table.layers else 0
             if known != group.size:
                 raise UserError(
-                    f"the latency table has {known} units at {path}, the UNet {group.size}: measure the table again"
+                    f"the latency table has {known} units at {path}, the model {group.size}: measure the table again"
                 )
         curves = {path: layer.curve() for path, layer in table.layers.items()}
         fixed = [("", "rest", 0, LayerCost(always=table.rest))]

@@ -1,4 +1,4 @@
-"""The latency table of a UNet on a device, as plain data: what each layer takes by the number of units it keeps."""
+"""The latency table of a denoiser on a device, as plain data: what each layer takes by the number of units it keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ DEFAULT_WIDTHS = 32  # numbers of kept units that are measured of each width gro
 class LayerTimes:
     """What one layer takes.
 
-    kind: "resnet", "attention", "feedforward"; "transformer" (without its blocks), "downsampler", "upsampler".
+    kind: "resnet", "attention", "feedforward"; "transformer" (without its blocks), "downsampler", "upsampler"; of a
+        transformer model "block" (without its layers).
     units: of its width group; 0 where it has none, and one time.
     kept: the numbers of units at which it was measured, ascending. nanoseconds: at each of them; more units may take
         less, since a kernel for an odd width can be half as fast.
@@ -61,7 +62,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """A UNet's layers by path, in the order of a forward pass, and the rest of a call, which no layer has.
+    """A denoiser's layers by path, in the order of a forward pass, and the rest of a call, which no layer has.
 
     conditions: what the times depend on: device, torch, dtype, batch, sample_size, text_length, and the model's shape.
     """
@@ -72,7 +73,7 @@ class LatencyTable:
 
     @property
     def dense(self) -> int:
-        """What a call of the whole UNet takes, in nanoseconds."""
+        """What a call of the whole model takes, in nanoseconds."""
         return self.rest + sum(layer.full for layer in self.layers.values())
 
     @property
@@ -111,7 +112,7 @@ class LatencyTable:
 def conditions_of(
     model: ModelMixin, sample_size: tuple[int, int], text_length: int, batch: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return what the times of a UNet's call depend on, as JSON."""
+    """Return what the times of a denoiser's call depend on, as JSON."""
     plain = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "sample_size"}
     return {
         "model": hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=8).hexdigest(),

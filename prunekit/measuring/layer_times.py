@@ -1,14 +1,18 @@
-"""What every layer of a UNet takes at several widths, measured in place: inside whole calls, by hooks.
+"""What every layer of a denoiser takes at several widths, measured in place: inside whole calls, by hooks.
 
 A layer alone, called again and again, finds its weights in the cache and looks faster than it is; inside a call it
-finds what the call leaves it. So the UNet is sliced to several widths, all layers at once, and one call of such a UNet
-times every layer at that width. Its calls take turns with the dense UNet's, by whose time theirs are divided, so that
-drift from width to width cancels. A layer's time is a median, over the layers of the same shape too, so that on a busy
-machine what interrupts now one layer, now another does not count.
+finds what the call leaves it. So the model is sliced to several widths, all layers at once, and one call of such a
+model times every layer at that width. Its calls take turns with the dense model's, by whose time theirs are divided, so
+that drift from width to width cancels. A layer's time is a median, over the layers of the same shape too, so that on a
+busy machine what interrupts now one layer, now another does not count.
+
+In a UNet, blocks lie inside a layer, and its time is without them. In a transformer they lie in none. A block is then
+timed itself, without its layers: its norms and modulations, which are removed with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -34,7 +38,7 @@ FEWEST, MOST = 3, 25  # rounds of one width
 REST = ""  # in place of a path: what a call takes beside its layers
 BEGIN, END = "begin", "end"
 
-Marks = dict[tuple[str, str], Any]  # (path, BEGIN or END) -> an instant
+Marks = dict[tuple[str, str], list[Any]]  # (path, BEGIN or END) -> instants in one call
 Seconds = dict[str, float]  # of a layer by its path, and of the rest
 
 
@@ -48,25 +52,26 @@ def measure_table(
     seconds: float = 3.0,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> LatencyTable:
-    """Measure a UNet on its device, eager.
+    """Measure a denoiser on its device, eager.
 
     Args:
-        unet: with its weights, whose values do not matter; it may be pruned. It is left as it is.
+        unet: a UNet or transformer with its weights, whose values do not matter; it may be pruned. It is left as it is.
         sample_size: (h, w) of the latent.
         text_length: tokens of the text.
-        batch: of one UNet call; guidance doubles the images'.
-        dtype: that the UNet runs in.
+        batch: of one call; guidance doubles the images'.
+        dtype: of the timed model.
         widths: at how many numbers of kept units each width group is measured, besides none.
         seconds: for one width, where calls are short; where they are long, three rounds.
         progress: is told how many widths are done, of `widths` + 1.
 
     Raises:
-        ValueError: a UNet on the meta device, or on one that cannot be timed.
+        ValueError: a model on the meta device, or on one that cannot be timed, or that `check_timed` refuses.
 
     """
     device, space = unet.device, discover(unet, "none")
     if device.type == "meta":
-        raise UserError("a latency table needs weights, and this UNet is on the meta device; load its weights")
+        raise UserError("a latency table needs weights, and this model is on the meta device; load its weights")
+    check_timed(unet)
     conditions = conditions_of(unet, sample_size, text_length, batch, dtype)
     dense = nn.Module.to(slice_model(unet, space.full()), dtype).eval()  # diffusers' own `to` warns
     inputs = timed_inputs(dense, batch, sample_size, text_length)
@@ -89,9 +94,22 @@ def measure_table(
     times_of = {
         layer.path: LayerTimes.fitted(layer.kind, _units(layer), samples[shapes[layer.path]])
         for layer in layers
-        if layer.kind != "block"
+        if shapes[layer.path] in samples  # not a block inside a layer
     }
     return LatencyTable(conditions, max(0, round(1e9 * statistics.median(samples[REST][0]))), times_of)
+
+
+def check_timed(model: ModelMixin) -> None:
+    """UserError for a model with heads and feed-forward units in one layer, as in FLUX's single blocks.
+
+    They run in common products, whose time is not the sum of the two.
+    """
+    for first, second in itertools.pairwise(layer for layer in _timed(model) if layer.group is not None):
+        if first.path == second.path:
+            raise UserError(
+                f"latency budgets need layers that can be timed one by one, and {first.path} of this "
+                f"{type(model).__name__} computes {first.kind} and {second.kind} together: give the budget in MACs"
+            )
 
 
 def _timed(model: nn.Module) -> list[Layer]:
@@ -142,60 +160,76 @@ def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 @contextmanager
 def in_place(unet: ModelMixin) -> Iterator[Marks]:
-    """A context in which a call of the UNet marks where its layers begin and end; each call overwrites the marks.
+    """A context in which a call of the model marks where its layers begin and end; each call overwrites the marks.
 
-    An attention or feed-forward begins with the norm that feeds it and ends where the next one, or the block, does.
+    Where a block lies inside a layer, its attentions and feed-forwards begin with the norm that feeds them and end
+    where the next one, or the block, does. A layer may run several times in a call.
     """
     marks: Marks = {}
     device = unet.device
 
     def begin(path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            marks[path, BEGIN] = _instant(device)
+            marks.setdefault((path, BEGIN), []).append(_instant(device))
 
         return hook
 
     def end(path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            marks[path, END] = _instant(device)
+            marks.setdefault((path, END), []).append(_instant(device))
 
         return hook
 
     with ExitStack() as stack:
-        for layer in _timed(unet):
-            if _is_part(layer):
+        stack.callback(unet.register_forward_pre_hook(lambda *_: marks.clear()).remove)
+        for layer, container in _contained(unet):
+            if container and _is_part(layer):
                 norm = unet.get_submodule(layer.feeds[0])
                 stack.callback(norm.register_forward_pre_hook(begin(layer.path)).remove)
                 continue
             module = unet.get_submodule(layer.path)
-            if layer.kind != "block":
+            if not container or layer.kind != "block":
                 stack.callback(module.register_forward_pre_hook(begin(layer.path)).remove)
             stack.callback(module.register_forward_hook(end(layer.path)).remove)
         yield marks
 
 
 def layer_seconds(unet: ModelMixin, marks: Marks) -> Seconds:
-    """Return what each layer took in the last call; a transformer layer without its blocks."""
+    """Return what each layer took in the last call, without the blocks or layers inside it."""
     if unet.device.type == "cuda":
         torch.cuda.synchronize(unet.device)
     seconds: Seconds = {}
-    parts: dict[str, list[str]] = {}  # of a block, in order
-    containers = {}  # of a block, the layer in whose time it lies
-    container = ""
-    for layer in _timed(unet):
-        if layer.kind == "block":
+    parts: dict[str, list[str]] = {}  # of a block inside a layer, in order
+    containers = {}  # of such a block, the layer
+    block = ""
+    for layer, container in _contained(unet):
+        if container and layer.kind == "block":
             parts[layer.path], containers[layer.path] = [], container
-        elif _is_part(layer):
+        elif container and _is_part(layer):
             parts[layer.path.rpartition(".")[0]].append(layer.path)
         else:
-            container = layer.path
-            seconds[layer.path] = _elapsed(marks[layer.path, BEGIN], marks[layer.path, END])
-    for block, paths in parts.items():
-        ends = [*(marks[path, BEGIN] for path in paths[1:]), marks[block, END]]
+            spans = zip(marks[layer.path, BEGIN], marks[layer.path, END], strict=True)
+            seconds[layer.path] = sum(_elapsed(begin, end) for begin, end in spans)
+            if layer.kind == "block":
+                block = layer.path
+            elif block and layer.path.startswith(f"{block}."):
+                seconds[block] -= seconds[layer.path]
+    for inside, paths in parts.items():
+        ends = [*(marks[path, BEGIN][-1] for path in paths[1:]), marks[inside, END][-1]]
         for path, stop in zip(paths, ends, strict=True):
-            seconds[path] = _elapsed(marks[path, BEGIN], stop)
-            seconds[containers[block]] -= seconds[path]
+            seconds[path] = _elapsed(marks[path, BEGIN][-1], stop)
+            seconds[containers[inside]] -= seconds[path]
     return seconds
+
+
+def _contained(model: nn.Module) -> Iterator[tuple[Layer, str]]:
+    """Yield each timed layer, and the layer in which it, or the block that it is part of, lies; "" for none."""
+    container = ""
+    for layer in _timed(model):
+        inside = container if layer.path.startswith(f"{container}.") else ""
+        yield layer, inside
+        if not inside and layer.kind != "block" and not _is_part(layer):
+            container = layer.path
 
 
 def _is_part(layer: Layer) -> bool:

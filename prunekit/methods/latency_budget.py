@@ -1,4 +1,4 @@
-"""A budget in time instead of MACs: the latency table of the UNet on a device, measured once and kept as JSON."""
+"""A budget in time instead of MACs: the latency table of the denoiser on a device, measured once and kept as JSON."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from prunekit.measuring.clock import timed_call, timed_inputs
 from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.measuring.latency_model import LatencyModel
 from prunekit.measuring.latency_table import DEFAULT_WIDTHS, LatencyTable, conditions_of
-from prunekit.measuring.layer_times import measure_table
+from prunekit.measuring.layer_times import check_timed, measure_table
 from prunekit.methods.budget import unit_step
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_json
@@ -26,7 +26,7 @@ from prunekit.runtime.progress import Progress
 
 HERE = "here"
 ANYWHERE = ("model", "sample_size", "text_length")  # conditions that a table from elsewhere must have too
-PAIRS = 9  # interleaved samples of an architecture and the dense UNet
+PAIRS = 9  # interleaved samples of an architecture and the dense model
 
 
 class LatencySettings(BaseModel):
@@ -36,11 +36,11 @@ class LatencySettings(BaseModel):
 
     device: str = Field(
         HERE,
-        description="Device to measure: here (the device of the UNet), or the file of a table that was measured on "
+        description="Device to measure: here (the device of the model), or the file of a table that was measured on "
         "another machine.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype used for timing.")
-    batch: int = Field(2, ge=1, description="UNet batch size; guidance doubles it.")
+    batch: int = Field(2, ge=1, description="Samples of a call; guidance doubles it.")
     tables: str = Field("~/.cache/prunekit/latency", description="Directory of the tables.")
 
 
@@ -50,9 +50,11 @@ def latency_model(
     """Return the cost model in time; where the folder has no table of these conditions, measure and keep one.
 
     Raises:
-        ValueError: a UNet on the meta device; a file that is not a table, or one of another model, size or text length.
+        ValueError: a model on the meta device, or one that cannot be timed layer by layer; a file that is not a table,
+            or one of another model, size or text length.
 
     """
+    check_timed(model)
     path, conditions = Path(settings.device).expanduser(), _conditions(model, cost, settings)
     if settings.device == HERE:
         path = Path(settings.tables).expanduser() / f"{Fingerprint(*sorted(conditions.items())).key()[:16]}.json"
@@ -67,10 +69,10 @@ def latency_model(
 def predicted_and_measured(
     model: ModelMixin, architectures: list[Architecture], cost: LatencyModel, settings: LatencySettings
 ) -> list[dict[str, Any]]:
-    """Time architectures beside the dense UNet, under the table's conditions; a row for each, JSON values.
+    """Time architectures beside the dense model, under the table's conditions; a row for each, JSON values.
 
-    macs_ratio, predicted, measured: shares of the dense UNet. error: of the prediction, relative. noise: the dense
-    UNet's against itself, as a distance from 1. Of a table from elsewhere nothing can be measured here: None.
+    macs_ratio, predicted, measured: shares of the dense model. error: of the prediction, relative. noise: the dense
+    model's against itself, as a distance from 1. Of a table from elsewhere nothing can be measured here: None.
     """
     rows = []
     for index, architecture in enumerate(architectures):

@@ -4,23 +4,27 @@ The predictor starts with the default weights of torch's linear layer; the publi
 The paper says nothing, and which start is better is not measured.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.core.space import UnitSpace
 from prunekit.methods.relaxation import Relaxation
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
 from prunekit.runtime.run_directory import ROUTER
 from prunekit.runtime.tensors import read_tensors, write_tensors
+
+if TYPE_CHECKING:  # not in an export's file
+    from prunekit.core.space import UnitSpace
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
 GRID = 64  # steps of a component between 0 and 1, to which a `RandomRouter` rounds
@@ -84,7 +88,7 @@ class Router:
         self.fallback = self._checked(fallback)
 
     @classmethod
-    def from_codes(cls, predictor: nn.Linear, codes: Tensor, fallback: int = 0, info: dict | None = None) -> "Router":
+    def from_codes(cls, predictor: nn.Linear, codes: Tensor, fallback: int = 0, info: dict | None = None) -> Router:
         """Fold a predictor (Z -> D) and codes a (N, D) into a router.
 
         Raises:
@@ -158,13 +162,13 @@ class Router:
         """`route` of rows of all prompts, LongTensor (R,); read as in `scores_of`."""
         return torch.cat([self.route(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
 
-    def with_fallback(self, fallback: int) -> "Router":
+    def with_fallback(self, fallback: int) -> Router:
         """Return the same router with another expert for prompts without an embedding."""
         other = copy(self)
         other.fallback = self._checked(fallback)
         return other
 
-    def shifted(self, shift: Tensor) -> "Router":
+    def shifted(self, shift: Tensor) -> Router:
         """Return the same router with `shift` (N,) added to the experts' scores.
 
         A score is |e| times the cosine, so the shift counts for less where e is long. Whether a shift of the cosines
@@ -174,7 +178,7 @@ class Router:
         other.bias = self.bias + shift.to(self.bias)
         return other
 
-    def without(self, unused: Sequence[int]) -> "Router":
+    def without(self, unused: Sequence[int]) -> Router:
         """Return the same router without the experts `unused`; its fallback must be another expert."""
         other = copy(self)
         other.unused = self._checked_unused(unused)
@@ -188,7 +192,7 @@ class Router:
         return write_tensors(_file(path), "router", self._tensors(), metadata)
 
     @staticmethod
-    def load(path: str | Path) -> "Router":
+    def load(path: str | Path) -> Router:
         """Read what `save` wrote; a ValueError for a file that is something else."""
         tensors, metadata = read_tensors(_file(path), "router")
         kind: Any = HardenedRouter if "codes" in tensors else RandomRouter if "shares" in tensors else Router
@@ -259,9 +263,7 @@ class HardenedRouter(Router):
         self.relaxation = Relaxation(**relaxation)
 
     @classmethod
-    def of(
-        cls, predictor: nn.Linear, codes: Tensor, hardening: "Hardening", relaxation: Relaxation
-    ) -> "HardenedRouter":
+    def of(cls, predictor: nn.Linear, codes: Tensor, hardening: Hardening, relaxation: Relaxation) -> HardenedRouter:
         """Return the router of a predictor (Z -> D) and codes a (N, D)."""
         hardening = Hardening(hardening.over.cpu(), hardening.sizes.cpu())
         hardened = F.normalize(hardening.of_logits(codes.detach().to("cpu", torch.float64), relaxation), dim=1)
@@ -357,7 +359,7 @@ class Hardening:
     sizes: Tensor
 
     @classmethod
-    def of(cls, space: UnitSpace, device: torch.device | str = "cpu") -> "Hardening":
+    def of(cls, space: UnitSpace, device: torch.device | str = "cpu") -> Hardening:
         """Return the hardening of a space's gates."""
         over = [space.depth_units_over(group.path, group.kind) for group in space.width_groups]
         none, longest = space.num_depth, max(map(len, over), default=0)  # the layer that always stays fills the rows

@@ -91,23 +91,26 @@ def load_directory(
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], Any] = logger.warning,
     with_denoiser: bool = True,
+    kind: str | None = None,
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline's directory, safetensors alone; a pruned denoiser by prunekit's class, no code is run.
 
-    name: what errors call it. with_denoiser: without, its denoiser is None, and need not be there.
+    name: what errors call it. with_denoiser: without, its denoiser is None, and need not be there. kind: the name of
+    the pipeline's class; by default the one that its `model_index.json` has.
     Raises ValueError, one line, for a directory that is not a pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} is not a diffusers pipeline: it has no {INDEX}")
-    index = read_object(directory / INDEX)
+    index = {**read_object(directory / INDEX), **({} if kind is None else {"_class_name": kind})}
     part = pipeline_parts().get(str(index.get("_class_name")), "unet")
     check_index(index if with_denoiser else {**index, part: ["left out"]}, name)
     if with_denoiser and (config := directory / part / "config.json").is_file():
         check_sizes(read_object(config), name)
     is_pruned = with_denoiser and str(index[part][-1]).startswith("Pruned")
     left_out = WITHOUT if with_denoiser and not is_pruned else (*WITHOUT, part)
-    kind, options = getattr(diffusers, index["_class_name"]), {part: None for part in left_out if part in index}
-    plain = OPTIONS.get(kind.__name__, {})
+    made = getattr(diffusers, index["_class_name"])
+    options = {name: None for name in left_out if name in (*index, part)}
+    plain = OPTIONS.get(made.__name__, {})
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     try:
         names = weight_names(directory)
@@ -115,12 +118,12 @@ def load_directory(
         if variant is not None:
             say(f"{name} has only {variant} weights; they are read as {str(dtype).removeprefix('torch.')}")
             weights["variant"] = variant
-        pipeline = kind.from_pretrained(directory, **weights, **plain, **options)
+        pipeline = made.from_pretrained(directory, **weights, **plain, **options)
         if is_pruned:  # put in afterwards: diffusers would ask for trust_remote_code
             pruned: Any = denoiser_named(index[part][-1]).pruned_class()
             model = pruned.from_pretrained(directory / part, **weights)
             settings = {key: value for key, value in pipeline.config.items() if key in SETTINGS}
-            pipeline = kind(**{**pipeline.components, part: model}, **plain, **settings)
+            pipeline = made(**{**pipeline.components, part: model}, **plain, **settings)
         return pipeline
     except Exception as error:  # damaged files make libraries raise almost anything
         raise UserError(f"cannot load model {str(name)!r}: {first_line(error)}. Give {LOCAL}") from error

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from prunekit.serving.bulk import read_metadata
     from prunekit.serving.drawer import Picture
     from prunekit.serving.in_process import InProcessBackend
-    from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
+    from prunekit.serving.pipeline import PromptRoutedPipeline
+    from prunekit.serving.routed_call import RoutedOutput
 
 __all__ = [
     "Backend",
@@ -31,7 +32,7 @@ _MODULE_OF = {
     "Job": "backend",
     "Picture": "drawer",
     "PromptRoutedPipeline": "pipeline",
-    "RoutedOutput": "pipeline",
+    "RoutedOutput": "routed_call",
     "read_metadata": "bulk",
 }
 

@@ -32,7 +32,7 @@ from prunekit.serving.openai_types import (
     fault_of,
     request_model,
 )
-from prunekit.serving.pipeline import DEFAULT_STEPS
+from prunekit.serving.routed_call import DEFAULT_STEPS
 
 GENERATIONS = "/v1/images/generations"
 PATHS = (GENERATIONS, "/v1/models", "/health", "/metrics", "/openapi.json", "/")

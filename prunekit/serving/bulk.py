@@ -27,7 +27,8 @@ from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.progress import Progress
 from prunekit.runtime.work import Piece, Sharing, occupied, refuse_foreign, share
-from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
+from prunekit.serving.pipeline import PromptRoutedPipeline
+from prunekit.serving.routed_call import RoutedOutput
 
 FORMATS = ("png", "webp")  # both without loss
 KEY = "prunekit"

@@ -16,7 +16,8 @@ from PIL import Image
 from prunekit.core.registry import latent_size
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.run_directory import RECIPE, method_directory
-from prunekit.serving.pipeline import PromptRoutedPipeline, RoutedOutput
+from prunekit.serving.pipeline import PromptRoutedPipeline
+from prunekit.serving.routed_call import RoutedOutput
 
 WARM_UP_STEPS = 2  # PixArt draws a single one by another rule, which most schedulers do not know
 PIXELS = 8  # of which stock pipelines want sides to be multiples, whatever their autoencoder's scale

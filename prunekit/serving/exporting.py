@@ -28,9 +28,10 @@ from prunekit.models.names import DENOISERS
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, staged
 from prunekit.runtime.run_directory import RECIPE, RESULTS
+from prunekit.serving.experts_folder import ROUTED
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import read_prompts, shipped_prompts
-from prunekit.serving.routed_directory import ROUTED, write_shared
+from prunekit.serving.routed_directory import write_shared
 
 HELD_OUT = 5  # one prompt of so many measures the error of a folding to a rank
 GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
@@ -204,12 +205,14 @@ def _export_all(
                     folded.save(place)
             del expert
             del model  # or it would stay in memory while the next one is loaded
-        if not work.use:
-            write_shared(pipeline.parts, pipeline.mixture, folder)
-            work.claims.append(Claim("routed", "router", folder, _routes(pipeline), with_prunekit=True))
-        return _finish(
-            folder, directory, work, work.use or "routed", pipeline.parts.denoiser, pipeline.mixture.info, table
-        )
+        use = work.use
+        if not use:
+            is_one_pipeline = write_shared(pipeline.parts, pipeline.mixture, folder)
+            use, routes = "routed" if is_one_pipeline else "sliced", _routes(pipeline)
+            work.claims.append(Claim("routed", "router", folder, routes, with_prunekit=True))
+            if is_one_pipeline:
+                work.claims.append(Claim("mixture", "router", folder, routes, with_prunekit=False))
+        return _finish(folder, directory, work, use, pipeline.parts.denoiser, pipeline.mixture.info, table)
 
 
 def _routes(pipeline: PromptRoutedPipeline) -> Expected:

@@ -5,9 +5,10 @@ diffusers directory.
     experts/0/ 1/ …                                               denoisers, each in its own tier
     router.safetensors  prompt_encoder/                           which expert a prompt goes to
     routed.json                                                   what belongs together
+    pipeline.py  experts/mixture.py                               the mixture as one pipeline of diffusers
 
-Without prunekit, diffusers opens it with one expert, put in by the name of the pipeline's denoiser:
-`DiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`.
+Without prunekit, diffusers opens it by the last two, and its stock class with one expert, put in by the name of the
+pipeline's denoiser: `StableDiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`. prunekit runs neither file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from prunekit.core.registry import latent_size
+from prunekit.core.timesteps import read_bins
 from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.prompt_encoder import PromptEncoder, load_prompt_encoder
 from prunekit.export.model_folder import load_denoiser, num_weights
@@ -33,10 +36,10 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import staged, write_json
 from prunekit.runtime.run_directory import RECIPE, ROUTER, method_directory, read_recipe
 from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
+from prunekit.serving.experts_folder import PROMPT_ENCODER, ROUTED, read_router
+from prunekit.serving.standalone import write_own_code
 
-ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
-FORMAT = 1
-PROMPT_ENCODER = "prompt_encoder"
+FORMAT = 2  # with the pipeline's class and the latent's size; files of format 1 have a stock class in model_index.json
 
 
 def load(
@@ -124,15 +127,16 @@ def _from_routed(
     experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
     router, encoder = _router_of_routed(directory, content, count)
     guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
-    return Parts.load(directory, dtype), Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+    parts = Parts.load(directory, dtype, content.get("pipeline"))
+    return parts, Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
 
 
 def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
     """Return what `routed.json` says, and the number of experts, which are all there."""
     content = read_object(directory / ROUTED)
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (1, FORMAT):
         raise UserError(
-            f"{directory / ROUTED} has format {content.get('format')!r}; this version of prunekit reads format "
+            f"{directory / ROUTED} has format {content.get('format')!r}; this version of prunekit reads formats 1 and "
             f"{FORMAT}: use the version that wrote it, or a newer one"
         )
     count = content.get("num_experts")
@@ -144,15 +148,7 @@ def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
 def _router_of_routed(
     directory: Path, content: dict[str, Any], count: int
 ) -> tuple[Router | None, PromptEncoder | None]:
-    if not content.get("has_router"):
-        return None, None
-    router, encoder = Router.load(directory / ROUTER), load_prompt_encoder(directory / PROMPT_ENCODER)
-    if (router.num_experts, router.embedding_size) != (count, encoder.size):
-        raise UserError(
-            f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
-            f"of a prompt; there are {count} experts, and the prompt encoder gives {encoder.size}"
-        )
-    return router, encoder
+    return read_router(directory, count) if content.get("has_router") else (None, None)
 
 
 def _experts(
@@ -185,17 +181,29 @@ def write(parts: Parts, mixture: Mixture, folder: Path, tier: str = "auto") -> l
     return specifications
 
 
-def write_shared(parts: Parts, mixture: Mixture, folder: Path) -> None:
-    """Write all but the experts."""
+def write_shared(parts: Parts, mixture: Mixture, folder: Path) -> bool:
+    """Write all but the experts, which are there; return whether diffusers can open the folder as one pipeline.
+
+    It cannot where an expert is several slices for bins of timesteps, among which prunekit alone chooses.
+    """
     parts.save(folder)
     if mixture.router is not None and mixture.encoder is not None:
         mixture.router.save(folder / ROUTER)
         mixture.encoder.model.save(str(folder / PROMPT_ENCODER), create_model_card=False, safe_serialization=True)
+    folders = [folder / "experts" / str(index) for index in range(mixture.experts.num_experts)]
+    is_one_pipeline = all(read_bins(place) is None for place in folders)
+    if is_one_pipeline:
+        write_own_code(parts, folder)
+    with mixture.experts.use(0) as model:
+        size = latent_size(model)
     content = {
         "format": FORMAT,
+        "pipeline": parts.kind.__name__,
+        "latent_size": size,
         "num_experts": mixture.experts.num_experts,
         "has_router": mixture.router is not None,
         "guidance": mixture.guidance,
         "info": mixture.info,
     }
     write_json(folder / ROUTED, content)
+    return is_one_pipeline

@@ -44,7 +44,7 @@ class Forbidden:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Forbidden())
 import json, numpy as np, torch
-from diffusers import AutoModel, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoModel, StableDiffusionPipeline, UNet2DConditionModel
 folder, jobs = sys.argv[1], json.loads(sys.argv[2])
 for expert, tier, prompt in jobs:
     path = f"{folder}/experts/{expert}"
@@ -52,7 +52,7 @@ for expert, tier, prompt in jobs:
         unet = UNet2DConditionModel.from_pretrained(path)
     else:
         unet = AutoModel.from_pretrained(path, trust_remote_code=True)
-    pipeline = DiffusionPipeline.from_pretrained(folder, unet=unet)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, unet=unet)
     generator = torch.Generator().manual_seed(7)
     options = dict(num_inference_steps=2, guidance_scale=3.0, output_type="np", generator=generator)
     np.save(f"{folder}/{expert}.npy", pipeline(prompt, **options).images[0])
@@ -151,6 +151,7 @@ def test_a_mixture_is_exported_checked_and_opens_without_prunekit(run, tmp_path)
     result = CliRunner().invoke(app, ["export", str(run), str(folder)])
     assert result.exit_code == 0, result.output
     assert "tier class, stock" in result.stdout and "without prunekit" in result.stdout
+    assert "DiffusionPipeline without prunekit: the expert of each of 17 prompts" in " ".join(result.stdout.split())
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
     check_rights(folder)
     pipeline = PromptRoutedPipeline.from_pretrained(run, device="cpu")

@@ -9,9 +9,12 @@ import yaml
 from small_data import encoded_for, stub
 from small_methods import SMALL, weights_of
 from small_model import TRAINING, write_world
+from small_transformers import CONFIGS
+from small_transformers import build as build_transformer
 from unets import build, inputs
 
 import prunekit as pk
+from prunekit.core.registry import denoiser_of, latent_size
 from prunekit.denoisers.unet.walk import walk
 from prunekit.jobs.recipe import load_recipe
 from prunekit.jobs.run import start
@@ -20,6 +23,7 @@ from prunekit.measuring.latency_table import LatencyTable, LayerTimes, condition
 from prunekit.measuring.layer_times import in_place, layer_seconds, measure_table
 from prunekit.methods import PruneSettings, get, names, select
 from prunekit.methods.base import budget_cost
+from prunekit.methods.latency_budget import LatencySettings, latency_model
 from prunekit.models import load_pipeline
 
 SIZE, TEXT, BATCH = (8, 8), 7, 2
@@ -69,6 +73,38 @@ def test_a_measured_table_has_every_layer_and_survives_saving(unet):
     assert table.dense > table.rest >= 0
     again = LatencyTable.from_dict(json.loads(json.dumps(table.to_dict())))
     assert again == table and again.digest == table.digest
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"flux", "flux2"}))
+def test_a_transformer_has_a_table_too(name):
+    transformer = build_transformer(name)
+    size = SIZE if name in ("qwen_image", "z_image", "wan") else latent_size(transformer)  # which is large there
+    own = measure_table(transformer, size, TEXT, batch=1, widths=2, seconds=0.01)
+    layers = [layer for layer in denoiser_of(transformer).layers(transformer) if layer.path]
+    assert {path: times.kind for path, times in own.layers.items()} == {layer.path: layer.kind for layer in layers}
+    assert all(times.full > 0 for times in own.layers.values()) and 0 <= own.rest < own.dense
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in transformer.modules())
+    space = pk.discover(transformer, "all")
+    timed = LatencyModel(transformer, pk.CostModel(transformer, space, size, TEXT), own)
+    full, block = space.full(), space.depth_groups[0]
+    assert timed.total(full) == own.dense
+    without = space.full()
+    without.values[space.slice(block)] = False
+    inside = [
+        times.full for path, times in own.layers.items() if path == block.path or path.startswith(f"{block.path}.")
+    ]
+    assert len(inside) > 1 and timed.latency_ratio(without) == (own.dense - sum(inside)) / own.dense
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_layers_in_common_products_are_refused(name, tmp_path):
+    transformer = build_transformer(name)
+    cost = pk.CostModel(transformer, pk.discover(transformer, "all"), latent_size(transformer), TEXT)
+    with pytest.raises(
+        ValueError, match="computes attention and feedforward together: give the budget in MACs"
+    ) as error:
+        latency_model(transformer, cost, LatencySettings(tables=str(tmp_path)))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shape", ["sd1", "sdxl"])

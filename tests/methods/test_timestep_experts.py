@@ -127,6 +127,8 @@ def test_a_run_serves_it_in_a_routed_pipeline(tmp_path):
     assert routed.mixture.experts.size(0) == 4 * sum(p.numel() for p in model.parameters())
     exported = export(run, tmp_path / "exported")
     assert len(exported.tiers) == 2 and len(exported.checked) > 2
+    assert not (tmp_path / "exported" / "pipeline.py").exists()  # prunekit alone chooses by timestep
+    assert "Only prunekit chooses among them" in (tmp_path / "exported" / "README.md").read_text()
     again = pk.PromptRoutedPipeline.from_pretrained(tmp_path / "exported")
     options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 1.0, "seeds": 0}
     assert (again(["red apple"], **options).images == routed(["red apple"], **options).images).all()

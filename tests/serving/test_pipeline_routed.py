@@ -137,6 +137,12 @@ def test_arguments_of_the_stock_pipelines(served):
     assert len(images) == 2 and experts == plain.experts
 
 
+def test_the_length_of_a_text_needs_no_expert(four):
+    pipeline = opened(four)
+    assert pipeline.text_length == pipeline.tokenizer.model_max_length
+    assert pipeline.mixture.experts.resident == []
+
+
 @pytest.mark.parametrize("name", ["sd35", "flux", "pixart"])
 def test_transformers(name, tmp_path):
     pipeline = opened(write(tmp_path / "model", name, load_pipeline("emoji")))

@@ -384,7 +384,9 @@ class PretrainRecipe(Section):
     job: Literal["pretrain"]
     name: Name = Field(description="Name of the run's directory.")
     seed: Seed = Field(0, description="Seed of all random numbers.")
-    data: DataConfig = Field(DataConfig(holdout_by="captions"), description="Training data: every picture.")
+    data: DataConfig = Field(
+        DataConfig(holdout_by="captions"), description="Training data: pictures with training captions."
+    )
     transformer: EmojiSD3Config | None = Field(
         None,
         description="Small Stable Diffusion 3 transformer on the frozen autoencoder and text encoder of the embedded "

@@ -1,0 +1,78 @@
+"""Where an exported mixture lies: its experts, router and prompt encoder, for a pipeline without prunekit.
+
+An export's `experts/mixture.py` is written from this module and what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel, ModelMixin
+
+from prunekit.data.prompt_encoder import PromptEncoder
+from prunekit.methods.router import Router
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.run_directory import ROUTER
+from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
+
+ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
+PROMPT_ENCODER = "prompt_encoder"
+
+
+def read_router(directory: Path, num_experts: int) -> tuple[Router, PromptEncoder]:
+    """Read the router of a mixture's directory, and the encoder of its prompts.
+
+    Raises:
+        UserError: they do not fit each other or the number of experts.
+
+    """
+    router, encoder = Router.load(directory / ROUTER), PromptEncoder(directory / PROMPT_ENCODER)
+    if (router.num_experts, router.embedding_size) != (num_experts, encoder.size):
+        raise UserError(
+            f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
+            f"of a prompt; there are {num_experts} experts, and the prompt encoder gives {encoder.size}"
+        )
+    return router, encoder
+
+
+class ExpertsFolder:
+    """Where an exported mixture lies: the component `experts` of its pipeline; experts are read when they are used."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.content: dict[str, Any] = json.loads((folder.parent / ROUTED).read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> ExpertsFolder:
+        """Take the folder `experts` of an export."""
+        return cls(Path(folder))
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """The latent's (h, w) that the experts were made for."""
+        height, width = self.content["latent_size"]
+        return height, width
+
+    def mixture(self, device: torch.device, dtype: torch.dtype, max_resident: int | None) -> Mixture:
+        """Return the experts, which are loaded where and in which type they are used, and their router."""
+        count: int = self.content["num_experts"]
+        experts = Experts(self._load, _no_size, count, device, dtype, max_resident)
+        router = encoder = None
+        if self.content["has_router"]:
+            router, encoder = read_router(self.folder.parent, count)
+        guidance = float(self.content.get("guidance", DEFAULT_GUIDANCE))
+        return Mixture(experts, router, encoder, guidance, dict(self.content.get("info") or {}))
+
+    def _load(self, index: int, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+        place = self.folder / str(index)
+        own_class = "auto_map" in json.loads((place / "config.json").read_text(encoding="utf-8"))
+        model = AutoModel.from_pretrained(str(place), trust_remote_code=own_class)
+        torch.nn.Module.to(model, device=device, dtype=dtype)  # all weights; diffusers' own `to` warns about some
+        return model.eval().requires_grad_(False)
+
+
+def _no_size(index: int) -> int:
+    raise AssertionError("only a bound on bytes needs sizes")
