@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -93,11 +94,20 @@ def common(
 
 
 def console() -> Any:
-    """Return a console on stdout that keeps tables whole where there is no terminal."""
-    from rich.console import Console
+    """Return a console on stdout; see `stdout_console`."""
+    from prunekit.runtime.screen import stdout_console
 
-    rich_console = Console(highlight=False)
-    return rich_console if rich_console.is_terminal else Console(highlight=False, width=160)
+    return stdout_console()
+
+
+def print_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[str] = (), title: str | None = None
+) -> None:
+    """Print a table on stdout that fits its width; numeric: titles of the columns that are numbers."""
+    from prunekit.runtime.screen import fitted_table
+
+    terminal = console()
+    terminal.print(fitted_table(header, lines, [name in numeric for name in header], terminal.width, title))
 
 
 def say(text: str) -> None:

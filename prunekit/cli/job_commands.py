@@ -1,5 +1,6 @@
 """The commands about recipes: run, resume, compare, plan, check."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -119,7 +120,7 @@ def plan(
         say(f"The plans are in {json_file}")
     if len(plans) == 1:
         command = "compare" if plans[0]["job"] == "compare" else "run"
-        say(f"Nothing was run. Start it with: prunekit {command} {' '.join([*map(str, paths), *overrides])}")
+        say(f"Nothing was run. Start it with:\n  prunekit {command} {shlex.join(recipes)}")
 
 
 def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunekit.cli.application import Engine, Overrides, app, console, say
+from prunekit.cli.application import Engine, Overrides, app, console, print_table, say
 from prunekit.jobs.shipped import find_recipe
 from prunekit.runtime.errors import UserError
 from prunekit.serving.limits import API_KEY, Limits, PoolSettings, ServerSettings, check_packages
@@ -57,8 +57,6 @@ def generate(
     engine: Engine = None,
 ) -> None:
     """Draw prompts, each by the expert that serves it; several processes may share the work, and it can be resumed."""
-    from rich.table import Table
-
     from prunekit.runtime.engines import executor_of, load_engine
     from prunekit.runtime.progress import Saying
     from prunekit.serving.bulk import Request, Source, free_directory, generate_to, weights_digest
@@ -75,10 +73,10 @@ def generate(
     folder = output or free_directory(directory / "generated" / method, pipeline, request, weights)
     with executor_of(drawn_on, Saying(say)) as executor:
         pictures = generate_to(folder, pipeline, request, weights, executor, source)
-    table = Table("picture", "expert", "prompt")
-    for text, (path, expert) in list(zip(prompts, pictures, strict=True))[:MOST_ROWS]:
-        table.add_row(path.name, str(expert), text[:100])
-    console().print(table)
+    drawn = [[path.name, str(expert), text] for text, (path, expert) in zip(prompts, pictures, strict=True)]
+    print_table(["picture", "expert", "prompt"], drawn[:MOST_ROWS], ["expert"])
+    if len(drawn) > MOST_ROWS:
+        say(f"{len(drawn) - MOST_ROWS} more pictures are not listed")
     of = f"by {method} ({pipeline.num_experts} experts), seed {seed}"
     say(f"{len(prompts)} pictures {of}, are in {folder}")
 
@@ -337,17 +335,16 @@ def export(
     ] = None,
 ) -> None:
     """Take a pruned model elsewhere; it is opened in a fresh process and compared before this reports success."""
-    from rich.table import Table
-
     from prunekit.export.card import push_to_hub
     from prunekit.serving.exporting import export
 
     done = export(source, directory, tier, method, expert, batch, fold_modulation, prompts_file)
-    table = Table("checked", "opened by", "relative error", "allowed")
-    for line in done.checked:
-        errors = (f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}")
-        table.add_row(line["what"], line["opened_by"], *errors)
-    console().print(table)
+    numeric = ("relative error", "allowed")
+    lines = [
+        [line["what"], line["opened_by"], f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}"]
+        for line in done.checked
+    ]
+    print_table(["checked", "opened by", *numeric], lines, numeric)
     say(f"{len(done.tiers)} denoiser(s), tier {', '.join(dict.fromkeys(done.tiers))}, are in {done.directory}")
     if push is not None:
         say(f"They are also at {push_to_hub(done.directory, push)}")
@@ -364,18 +361,17 @@ def import_(
     ] = "sentence-transformers/all-mpnet-base-v2",
 ) -> None:
     """Turn the checkpoints that APTP's authors released into a run, which generate, export and macs understand."""
-    from rich.table import Table
-
     from prunekit.jobs.import_aptp import import_aptp
 
     if kind != "aptp":
         raise UserError(f"import {kind}: choose aptp")
     done = import_aptp(release, output or Path("runs") / release.resolve().name, model, prompt_encoder)
-    table, info = Table("expert", "MACs", "% of dense", "parameters", "weights"), done.result.info
-    for index, source in enumerate(done.weights):
-        numbers = (f"{info.macs[index]:,}", f"{100 * info.ratio[index]:.2f}", f"{info.params[index]:,}")
-        table.add_row(str(index), *numbers, source)
-    console().print(table)
+    numeric, info = ("expert", "MACs", "% of dense", "parameters"), done.result.info
+    lines = [
+        [str(index), f"{info.macs[index]:,}", f"{100 * info.ratio[index]:.2f}", f"{info.params[index]:,}", source]
+        for index, source in enumerate(done.weights)
+    ]
+    print_table([*numeric, "weights"], lines, numeric)
     for note in done.notes:
         say(note)
     router = "a router" if done.result.router is not None else "no router"
@@ -403,16 +399,14 @@ def bench(
     ] = False,
 ) -> None:
     """Time pruned models beside the dense one, interleaved, with the noise floor; a row a file, none made twice."""
-    from rich.table import Table
-
     target = target if target.is_dir() else find_recipe(target)
     from prunekit.jobs.bench.bench_job import bench
-    from prunekit.jobs.bench.bench_table import BRIEF, shown
+    from prunekit.jobs.bench.bench_table import BRIEF, WORDS, shown
 
     path, recipe, rows, is_done = bench(target, overrides or (), output, minutes, reduced, say)
     header, lines = shown(rows, recipe, BRIEF)
-    table = Table(*header)
-    for line in lines:
-        table.add_row(*(text.replace("[", r"\[") for text in line))
-    console().print(table)
-    say(f"The table is in {path}" + ("" if is_done else "; rows are missing: start the same command again to continue"))
+    print_table(header, lines, [name for name in header if name not in WORDS])
+    say(
+        f"The table with all columns is in {path}"
+        + ("" if is_done else "; rows are missing: start the same command again to continue")
+    )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from prunekit.core.registry import denoiser_in
@@ -63,6 +62,7 @@ from prunekit.runtime.files import clear_killed, read_json, write_json, write_te
 from prunekit.runtime.processes import apart, current, is_companion, threads_of
 from prunekit.runtime.progress import Log
 from prunekit.runtime.run_directory import LOCKS, LOG, METHODS, RECIPE, RESULTS
+from prunekit.runtime.screen import stdout_console
 from prunekit.runtime.work import USERS, Piece, Sharing, occupied, refuse_foreign
 
 R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
@@ -285,7 +285,7 @@ class Run:
         results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
         warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)] + left_out
-        screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
+        screen, parts = stdout_console(), [f"# {self.recipe.name}\n"]
         tables: list[tuple[str | None, list[dict], Sequence[Column]]] = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", members, EXPERT_COLUMNS) for name, members in experts.items()]
         tables += [("Latency as the budget", latency, LATENCY_COLUMNS)] if latency else []

@@ -7,8 +7,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from prunekit.evaluation.table import Column, markdown_table, terminal_table, warning_lines
 from prunekit.jobs.compare.call_ratios import cell_ratio
 from prunekit.jobs.compare.cell_runner import CellRunner
@@ -47,10 +45,10 @@ from prunekit.runtime.files import read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion
 from prunekit.runtime.progress import Log
 from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULTS, WORK
+from prunekit.runtime.screen import stdout_console
 from prunekit.runtime.work import Piece, occupied, refuse_foreign
 
 TABLE_CSV = "table.csv"  # of a comparison's directory
-PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± seeds / pictures, half of its 95 % intervals over the seeds (Student's t; – for one seed) and "
     "over the pictures of one seed (1.96 jackknife errors). **Bold**: the best pruned row. ≈: it cannot be told from "
@@ -216,8 +214,7 @@ def _write(
     pairs: list[list[str]],
 ) -> Path:
     """Write and print the tables of the finished cells."""
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = stdout_console()
     rows = rows_of(cells, timings)
     warnings, tested = warnings_of(cells), paired_rows(rows, pairs)
     content: dict[str, Any] = {
