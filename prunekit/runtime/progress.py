@@ -5,7 +5,8 @@ log lines and rows, and the memory in use.
 import resource
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from rich.progress import Progress as RichProgress
 
 console = Console(file=sys.stderr)
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal to redraw
+
+Watcher = Callable[[float, float, float], None]  # takes seconds, the share done before, and the share done, in [0, 1]
+_watchers: list[Watcher] = []
 
 
 class Log(Hashable, Protocol):
@@ -62,6 +66,9 @@ class Progress:
 
     def update(self, done: int, value: float | None = None) -> None:
         """Say that `done` of the total are finished, with the current value (a loss)."""
+        if self.enabled and self.total:
+            for watcher in _watchers:
+                watcher(time.monotonic() - self.start, self.first / self.total, done / self.total)
         text = "" if value is None else f"{value:.4g}"
         if self.bar is not None:
             self.bar.update(self.task, completed=done, value=text)
@@ -75,6 +82,16 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """A context in which a function is told of every progress."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 def peak_memory() -> int:

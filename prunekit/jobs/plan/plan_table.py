@@ -9,6 +9,7 @@ from prunekit.jobs.recipe import precision_text
 from prunekit.runtime.screen import fitted_table
 
 NOT_KNOWN = "–"
+DENSE_AND_CUT, TIMES = ("MACs dense", "MACs at most", "experts"), ("device-hours", "wall-clock time")  # of a summary
 Lines = list[list[str]]
 
 
@@ -57,11 +58,9 @@ def show_summary(plans: Sequence[dict[str, Any]], console: Console) -> None:
                 duration(plan["wall_seconds"]),
             ]
         )
-    numeric = ("MACs dense", "MACs at most", "experts")
-    _show(console, ["recipe", *numeric], models, numeric, "all plans: models")
-    numeric = ("device-hours", "wall-clock time")
+    _show(console, ["recipe", *DENSE_AND_CUT], models, DENSE_AND_CUT, "all plans: models")
     title = f"all plans: what they take on {plans[0]['devices']} device(s)"
-    _show(console, ["recipe", "memory, largest stage", "disk", *numeric], takes, numeric, title)
+    _show(console, ["recipe", "memory, largest stage", "disk", *TIMES], takes, TIMES, title)
 
 
 def show_checked(stage: Any, console: Console) -> None:
@@ -105,8 +104,9 @@ def _show_methods(rows: dict[str, dict[str, Any]], console: Console) -> None:
         height, width = row["sample_size"]
         of_time = row["budget_of"] == "time"
         dense = (
-            f"dense: {row['dense_macs']:,} MACs, {quantity(row['dense_params']).strip()} parameters; lowest possible budget "
-            f"{row['floor']:.4f}; MACs are {row['convention']}, latent {height} x {width}, {row['text_length']} tokens"
+            f"dense: {row['dense_macs']:,} MACs, {quantity(row['dense_params']).strip()} parameters; "
+            f"lowest possible budget {row['floor']:.4f}; MACs are {row['convention']}, "
+            f"latent {height} x {width}, {row['text_length']} tokens"
         )
         tables.setdefault(dense, []).append(
             [
