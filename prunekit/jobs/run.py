@@ -128,12 +128,12 @@ class Run:
     @cached_property
     def recovering(self) -> Recovering:
         """The models to train; the methods have chosen their architectures first."""
-        recipe, recoveries = self.recipe, []
+        recipe, stages, recoveries = self.recipe, self.stages, []
         for name in recipe.methods:
             folder = self.directory / METHODS / name
             if not (folder / RESULT).is_file():
                 self._begin(CHOICE, name)
-            result = self.stages.choose(recipe.method(name), folder)
+            result = stages.choose(recipe.method(name), folder)
             config, passes = recipe.fine_tuning(name), recipe.method(name).work(result.space).dense_passes
             recoveries.append(
                 Recovery(
@@ -151,7 +151,7 @@ class Run:
         def begins(name: str, index: int, trains: bool) -> None:
             self._begin(TUNING if trains else REFIT, name, index)
 
-        return Recovering(self.stages, recoveries, begins)
+        return Recovering(stages, recoveries, begins)
 
     @cached_property
     def candidates(self) -> list[Candidate]:

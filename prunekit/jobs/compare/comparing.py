@@ -36,6 +36,7 @@ from prunekit.report.comparison_table import (
     paired_rows,
     rows_of,
     shown_rows,
+    verdict,
     warnings_of,
 )
 from prunekit.report.pareto import pareto_picture
@@ -162,6 +163,7 @@ def compare(
     missing: list[Cell] = []
     published: list[dict[str, Any]] = []
     pairs: list[list[str]] = []
+    names: list[str] = []
     recipes = {path: _load(path, overrides) for path in sources if not path.is_dir()}
     if empty := next((path for path in sources if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
         raise RecipeError(f"{empty} holds no cells of a comparison")
@@ -190,12 +192,13 @@ def compare(
                 times = comparison.timings(finished) if not lacking else {}
                 published += comparison.recipe.published
                 pairs += comparison.recipe.pairs
+                names.append(comparison.recipe.name)
             cells += finished
             timings |= times
         if is_companion():
             return folders[0]
         refuse_unfair(cells)
-        return _write(folders[0], cells, timings, missing, published, pairs)
+        return _write(folders[0], names, cells, timings, missing, published, pairs)
 
 
 def _load(path: Path, overrides: list[str]) -> CompareRecipe:
@@ -207,6 +210,7 @@ def _load(path: Path, overrides: list[str]) -> CompareRecipe:
 
 def _write(
     folder: Path,
+    recipes: list[str],
     cells: list[Result],
     timings: dict[str, float],
     missing: list[Cell],
@@ -218,6 +222,7 @@ def _write(
     rows = rows_of(cells, timings)
     warnings, tested = warnings_of(cells), paired_rows(rows, pairs)
     content: dict[str, Any] = {
+        "recipes": recipes,
         "rows": json_rows(rows),
         "missing": [cell.name for cell in missing],
         "published": published,
@@ -235,6 +240,7 @@ def _write(
                 heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
                 parts += [f"## {heading}\n", markdown_table(lines, columns)]
                 console.print(terminal_table(lines, columns, heading, console.width))
+    console.print("**: the best pruned row of a figure. ≈: a row that cannot be told from the best.", markup=False)
     if tested:
         lines = paired_lines(tested)
         parts += ["## Pairs\n", f"{PAIRS_NOTE}\n", markdown_table(lines, PAIR_COLUMNS)]
@@ -252,6 +258,8 @@ def _write(
     write_text(folder / "table.md", "\n".join(parts))
     if any(row.method != DENSE for row in rows):
         pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
+    if sentence := verdict(rows):
+        console.print(sentence, markup=False)
     finish(folder, partial(console.print, highlight=False, markup=False))
     return folder
 
