@@ -65,17 +65,18 @@ class Progress:
         return self
 
     def update(self, done: int, value: float | None = None) -> None:
-        """Say that `done` of the total are finished, with the current value (a loss)."""
+        """Show that `done` of the total are finished, with the current value of the loss."""
         if self.enabled and self.total:
             for watcher in _watchers:
                 watcher(time.monotonic() - self.start, self.first / self.total, done / self.total)
-        text = "" if value is None else f"{value:.4g}"
+        text = "" if value is None else f"loss {value:.4g}"
         if self.bar is not None:
             self.bar.update(self.task, completed=done, value=text)
         elif self.enabled and (time.monotonic() - self.last_line > PLAIN_SECONDS):
             self.last_line = time.monotonic()
             left = (self.last_line - self.start) / max(1, done - self.first) * (self.total - done)
-            console.print(f"{self.title}: {done}/{self.total} {text} ({left / 60:.1f} min left)", highlight=False)
+            line = ", ".join(filter(None, (f"{self.title}: {done}/{self.total}", text, f"{left / 60:.1f} min left")))
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
