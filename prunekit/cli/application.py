@@ -30,7 +30,11 @@ Engine = Annotated[
     list[str] | None, typer.Argument(metavar="[engine=ENGINE]", help="Engine that does the work: local or ray.")
 ]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help='"emoji", a diffusers directory, sd-1.4, sd-1.5, sd-2.1, sdxl, …')
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Model: emoji, a diffusers directory, or the name of a known shape, such as sd-2.1, sdxl, flux.1-dev.",
+    ),
 ]
 
 
@@ -84,8 +88,8 @@ def common(
 ) -> None:
     """Prune text-to-image diffusion denoisers, recover them, and route prompts to pruned experts.
 
-    Start with `prunekit run quickstart`: it prunes the embedded model on this machine, in minutes. For your own model,
-    `prunekit recipes` lists recipes, and `prunekit plan RECIPE` says what one takes.
+    Start with `prunekit run quickstart`, which prunes the embedded model on this machine in minutes. For your own
+    model, `prunekit recipes` lists recipes, and `prunekit plan RECIPE` shows the time and memory that a recipe takes.
     """
     for library in ("transformers", "diffusers"):
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")

@@ -20,7 +20,7 @@ def units(
     include: Annotated[list[str] | None, typer.Option(help="Glob over module paths to include (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob over module paths to exclude (repeatable).")] = None,
 ) -> None:
-    """List what can be removed from a model."""
+    """List the groups of units that prunekit can remove from a model."""
     from prunekit.core.discovery import discover
     from prunekit.models import load_shape
 
@@ -40,7 +40,9 @@ def macs(
     text_length: Annotated[
         int | None, typer.Option(help="Number of text tokens; the tokenizer's maximum by default.", min=1)
     ] = None,
-    convention: Annotated[str, typer.Option(help="Count: Count: exact, conv_linear or aptp..")] = "exact",
+    convention: Annotated[
+        str, typer.Option(help="What is counted: exact, conv_linear or aptp; see the page on units.")
+    ] = "exact",
     check: Annotated[
         bool, typer.Option("--check", help="Compare the count with FlopCounterMode, thop and fvcore.")
     ] = False,
@@ -144,7 +146,7 @@ def show(context: typer.Context) -> None:
 
 @recipes.command()
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="a shipped recipe")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
     path: Annotated[
         Path | None,
         typer.Argument(metavar="[PATH]", help="File or directory to copy to; the working directory by default."),
