@@ -31,10 +31,7 @@ Engine = Annotated[
 ]
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Model: emoji, a diffusers directory, or the name of a known shape, such as sd-2.1, sdxl, flux.1-dev.",
-    ),
+    typer.Argument(metavar="MODEL", help="emoji, a diffusers directory, or a known shape: sd-2.1, sdxl, flux.1-dev, …"),
 ]
 
 

@@ -41,7 +41,7 @@ def macs(
         int | None, typer.Option(help="Number of text tokens; the tokenizer's maximum by default.", min=1)
     ] = None,
     convention: Annotated[
-        str, typer.Option(help="What is counted: exact, conv_linear or aptp; see the page on units.")
+        str, typer.Option(help="Convention of the count: exact, conv_linear or aptp (docs/units.md).")
     ] = "exact",
     check: Annotated[
         bool, typer.Option("--check", help="Compare the count with FlopCounterMode, thop and fvcore.")

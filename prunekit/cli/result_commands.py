@@ -94,7 +94,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help='Data: emoji, a folder, a recipe, or "{kind: coco, path: coco, split: val30k}"; the run\'s by default.'
+            help='emoji, a folder, a recipe, or "{kind: coco, path: coco, split: val30k}"; by default the run\'s data.'
         ),
     ] = None,
     images: Annotated[
