@@ -88,7 +88,7 @@ class Timeline:
         """Return the seconds of a whole item, by the pace of its part, else by that of the part measured last."""
         if item.planned is None:
             return None
-        usual = [ratio for part, ratio in self.ratios.items() if part != ENCODING]
+        usual = [ratio for part, ratio in self.ratios.items() if part not in (ENCODING, MEASURING)]
         return item.planned * self.ratios.get(item.key[0], usual[-1] if usual else 1.0)
 
     def _left(self) -> float | None:
