@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -29,7 +30,8 @@ Engine = Annotated[
     list[str] | None, typer.Argument(metavar="[engine=ENGINE]", help="Engine that does the work: local or ray.")
 ]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help='"emoji", a diffusers directory, sd-1.4, sd-1.5, sd-2.1, sdxl, …')
+    str,
+    typer.Argument(metavar="MODEL", help="emoji, a diffusers directory, or a known shape: sd-2.1, sdxl, flux.1-dev, …"),
 ]
 
 
@@ -83,8 +85,8 @@ def common(
 ) -> None:
     """Prune text-to-image diffusion denoisers, recover them, and route prompts to pruned experts.
 
-    Start with `prunekit run quickstart`: it prunes the embedded model on this machine, in minutes. For your own model,
-    `prunekit recipes` lists recipes, and `prunekit plan RECIPE` says what one takes.
+    Start with `prunekit run quickstart`, which prunes the embedded model on this machine in minutes. For your own
+    model, `prunekit recipes` lists recipes, and `prunekit plan RECIPE` shows the time and memory that a recipe takes.
     """
     for library in ("transformers", "diffusers"):
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
@@ -93,11 +95,20 @@ def common(
 
 
 def console() -> Any:
-    """Return a console on stdout that keeps tables whole where there is no terminal."""
-    from rich.console import Console
+    """Return a console on stdout; see `stdout_console`."""
+    from prunekit.runtime.screen import stdout_console
 
-    rich_console = Console(highlight=False)
-    return rich_console if rich_console.is_terminal else Console(highlight=False, width=160)
+    return stdout_console()
+
+
+def print_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[str] = (), title: str | None = None
+) -> None:
+    """Print a table on stdout that fits its width; numeric: titles of the columns that are numbers."""
+    from prunekit.runtime.screen import fitted_table
+
+    terminal = console()
+    terminal.print(fitted_table(header, lines, [name in numeric for name in header], terminal.width, title))
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """The commands about recipes: run, resume, compare, plan, check."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +33,7 @@ def run(
 
 @app.command()
 def resume(
-    directory: Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")], engine: Engine = None
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")], engine: Engine = None
 ) -> None:
     """Resume a stopped run; print the result of a finished one again."""
     from prunekit.jobs.process_count import process_count
@@ -56,7 +57,7 @@ def compare(
     ],
     output: Annotated[Path | None, typer.Option(help="Directory for cells and table; runs/NAME by default.")] = None,
 ) -> None:
-    """Compare methods x budgets x seeds x protocols in one fair table; several processes may share the work."""
+    """Compare methods, budgets, seeds and protocols in one table; several processes may share the work."""
     paths = [Path(text) for text in recipes if "=" not in text]
     if not paths:
         raise UserError("nothing to compare: give a recipe with job: compare, or the directory of a comparison")
@@ -94,7 +95,7 @@ def plan(
         typer.Option("--json", metavar="FILE", help="File to write the plans to, in addition to the terminal."),
     ] = None,
 ) -> None:
-    """Show what recipes will cut, cost and take, without weights or network."""
+    """Show the units, costs, memory, disk and time of recipes before they run, without weights or network."""
     given, overrides = _recipes_and_overrides(recipes)
     from prunekit.jobs.bench.bench_recipe import is_benchmark
     from prunekit.jobs.plan import Devices, plan_all
@@ -119,7 +120,7 @@ def plan(
         say(f"The plans are in {json_file}")
     if len(plans) == 1:
         command = "compare" if plans[0]["job"] == "compare" else "run"
-        say(f"Nothing was run. Start it with: prunekit {command} {' '.join([*map(str, paths), *overrides])}")
+        say(f"Nothing was run. Start it with:\n  prunekit {command} {shlex.join(recipes)}")
 
 
 def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -142,7 +143,7 @@ def check(
         int, typer.Option(help="Number of devices that the recipe will run on; the check uses the share of one.", min=1)
     ] = 1,
 ) -> None:
-    """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole."""
+    """Open a recipe's data and model, run one batch of each stage, and estimate the hours of the whole recipe."""
     recipe = find_recipe(recipe)
     from prunekit.jobs.check import check
     from prunekit.jobs.plan.plan_table import show_check, show_checked

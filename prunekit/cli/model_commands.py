@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunekit.cli.application import Model, app, console, say
+from prunekit.cli.application import Model, app, console, print_table, say
 from prunekit.jobs.shipped import copy_recipe, shipped_recipes, summary
 from prunekit.runtime.errors import UserError
 
@@ -20,20 +20,15 @@ def units(
     include: Annotated[list[str] | None, typer.Option(help="Glob over module paths to include (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob over module paths to exclude (repeatable).")] = None,
 ) -> None:
-    """List what can be removed from a model."""
-    from rich.table import Table
-
+    """List the groups of units that prunekit can remove from a model."""
     from prunekit.core.discovery import discover
     from prunekit.models import load_shape
 
     unet = load_shape(model).denoiser
     space = discover(unet, depth, include, exclude)
-    table = Table("kind", "path")
-    for column in ("units", "channels a unit"):
-        table.add_column(column, justify="right")
-    for group in space.groups:
-        table.add_row(group.kind, group.path, str(group.size), str(group.channels))
-    console().print(table)
+    numeric = ("units", "channels per unit")
+    lines = [[group.kind, group.path, str(group.size), str(group.channels)] for group in space.groups]
+    print_table(["kind", "path", *numeric], lines, numeric)
     sizes = f"{space.num_width:,} width + {space.num_depth:,} depth = {space.size:,} units"
     say(f"{type(unet).__name__} of {model}, depth={depth}: {sizes} in {len(space.groups):,} groups")
 
@@ -45,7 +40,9 @@ def macs(
     text_length: Annotated[
         int | None, typer.Option(help="Number of text tokens; the tokenizer's maximum by default.", min=1)
     ] = None,
-    convention: Annotated[str, typer.Option(help="Count: Count: exact, conv_linear or aptp..")] = "exact",
+    convention: Annotated[
+        str, typer.Option(help="Convention of the count: exact, conv_linear or aptp (docs/units.md).")
+    ] = "exact",
     check: Annotated[
         bool, typer.Option("--check", help="Compare the count with FlopCounterMode, thop and fvcore.")
     ] = False,
@@ -66,20 +63,15 @@ def macs(
 
 
 def _check(unet: Any, size: tuple[int, int], text_length: int) -> None:
-    from rich.table import Table
-
     from prunekit.measuring.crosscheck import crosscheck
 
-    table = Table("counter")
-    for column in ("latent", "MACs", "exact MACs", "difference", "unexplained"):
-        table.add_column(column, justify="right")
-    table.add_column("what explains it")
-    rows = crosscheck(unet, size, text_length)
+    numeric = ("latent", "MACs", "exact MACs", "difference", "unexplained")
+    rows, lines = crosscheck(unet, size, text_length), []
     for row in rows:
-        numbers = (f"{number:,}" if number is not None else "–" for number in (row.macs, row.ours))
-        rest = (f"{number:,}" if number is not None else "–" for number in (row.difference, row.unexplained))
-        table.add_row(row.counter, "{} x {}".format(*row.sample_size), *numbers, *rest, row.explanation)
-    console().print(table)
+        numbers = (row.macs, row.ours, row.difference, row.unexplained)
+        shown = [f"{number:,}" if number is not None else "–" for number in numbers]
+        lines.append([row.counter, "{} x {}".format(*row.sample_size), *shown, row.explanation])
+    print_table(["counter", *numeric, "what explains it"], lines, numeric)
     if wrong := [row.counter for row in rows if row.unexplained]:
         raise UserError(f"the counts of {', '.join(wrong)} differ in a way that is not explained; please report this")
     say("Every difference is explained to the integer")
@@ -106,21 +98,19 @@ def methods(
 
     for name, method in kinds.items():
         terminal.print(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}", style="bold", highlight=False)
-        _settings(terminal, method.Config, PruneSettings)
+        _settings(method.Config, PruneSettings)
     terminal.print("All methods share these, in the recipe's section `prune`:", style="bold")
-    _settings(terminal, PruneSettings, None)
+    _settings(PruneSettings, None)
 
 
-def _settings(terminal: Any, config: Any, without: Any) -> None:
-    from rich.table import Table
-
-    table = Table("setting", "default", "what it is")
+def _settings(config: Any, without: Any) -> None:
+    lines = []
     for key, field in config.model_fields.items():
         if without is None or key not in without.model_fields:
             default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            table.add_row(key, default, field.description or "")
-    if table.row_count:
-        terminal.print(table)
+            lines.append([key, default, field.description or ""])
+    if lines:
+        print_table(["setting", "default", "what it is"], lines)
 
 
 def _default(value: Any) -> str:
@@ -156,7 +146,7 @@ def show(context: typer.Context) -> None:
 
 @recipes.command()
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="a shipped recipe")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
     path: Annotated[
         Path | None,
         typer.Argument(metavar="[PATH]", help="File or directory to copy to; the working directory by default."),

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunekit.cli.application import Engine, Overrides, app, console, say
+from prunekit.cli.application import Engine, Overrides, app, console, print_table, say
 from prunekit.jobs.shipped import find_recipe
 from prunekit.runtime.errors import UserError
 from prunekit.serving.limits import API_KEY, Limits, PoolSettings, ServerSettings, check_packages
@@ -18,31 +18,29 @@ def generate(
     directory: Annotated[
         Path, typer.Argument(metavar="RUN", help="Directory of a run or an export, or any diffusers pipeline.")
     ],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt (repeatable)")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt to draw (repeatable).")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     prompt_list: Annotated[
         str | None, typer.Option("--list", help="Shipped list of prompts: aptp-cc3m, aptp-coco, aptp-parti.")
     ] = None,
     validation: Annotated[
-        int | None, typer.Option(help="First N captions that the run's training did not see.", min=1)
+        int | None, typer.Option(help="Draw the first N held-out captions of the run.", min=1)
     ] = None,
     extremes: Annotated[
         int | None,
-        typer.Option(
-            help="N captions each for the cheapest and the most expensive expert, from the held-out captions.", min=1
-        ),
+        typer.Option(help="Draw N held-out captions each of the cheapest and of the most expensive expert.", min=1),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="Method whose pruned model is used; by default the method with a router, else the first."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed Seed of every prompt's noise..", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every prompt's noise.", min=0)] = 0,
     negative_prompt: Annotated[str | None, typer.Option(help="Text that guidance moves the picture away from.")] = None,
-    steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
+    steps: Annotated[int, typer.Option(help="Number of scheduler steps.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's by default.", min=0)] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures per pipeline call.", min=1)] = 1,
     max_resident: Annotated[
-        int | None, typer.Option(help="Number of calibration samples: captioned pictures, each at one timestep.", min=1)
+        int | None, typer.Option(help="Number of experts in memory at the same time; all by default.", min=1)
     ] = None,
     picture_format: Annotated[
         str, typer.Option("--format", help="Picture format: png or webp, both lossless.")
@@ -56,9 +54,7 @@ def generate(
     ] = None,
     engine: Engine = None,
 ) -> None:
-    """Draw prompts, each by the expert that serves it; several processes may share the work, and it can be resumed."""
-    from rich.table import Table
-
+    """Draw prompts with a run's pruned model; several processes may share the work; a stopped one can be resumed."""
     from prunekit.runtime.engines import executor_of, load_engine
     from prunekit.runtime.progress import Saying
     from prunekit.serving.bulk import Request, Source, free_directory, generate_to, weights_digest
@@ -75,10 +71,10 @@ def generate(
     folder = output or free_directory(directory / "generated" / method, pipeline, request, weights)
     with executor_of(drawn_on, Saying(say)) as executor:
         pictures = generate_to(folder, pipeline, request, weights, executor, source)
-    table = Table("picture", "expert", "prompt")
-    for text, (path, expert) in list(zip(prompts, pictures, strict=True))[:MOST_ROWS]:
-        table.add_row(path.name, str(expert), text[:100])
-    console().print(table)
+    drawn = [[path.name, str(expert), text] for text, (path, expert) in zip(prompts, pictures, strict=True)]
+    print_table(["picture", "expert", "prompt"], drawn[:MOST_ROWS], ["expert"])
+    if len(drawn) > MOST_ROWS:
+        say(f"{len(drawn) - MOST_ROWS} more pictures are not listed")
     of = f"by {method} ({pipeline.num_experts} experts), seed {seed}"
     say(f"{len(prompts)} pictures {of}, are in {folder}")
 
@@ -97,7 +93,9 @@ def evaluate(
     ] = "emoji",
     data: Annotated[
         str | None,
-        typer.Option(help='emoji, a folder, a recipe, or "{kind: coco, path: coco, split: val30k}"; a run\'s own'),
+        typer.Option(
+            help='emoji, a folder, a recipe, or "{kind: coco, path: coco, split: val30k}"; by default the run\'s data.'
+        ),
     ] = None,
     images: Annotated[
         int | None, typer.Option(help="Pictures per model; the protocol's number by default.", min=2)
@@ -106,7 +104,7 @@ def evaluate(
         Path | None, typer.Option(help="Directory for pictures and table; runs/evaluate-PROTOCOL by default.")
     ] = None,
 ) -> None:
-    """Measure runs and any diffusers pipelines under one protocol; processes may share the work, and it resumes."""
+    """Measure runs and diffusers pipelines by one protocol; processes may share the work; a stopped one resumes."""
     from prunekit.evaluation.evaluate import TABLE, evaluate
     from prunekit.evaluation.table import terminal_table
     from prunekit.runtime.termination import graceful
@@ -130,7 +128,7 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """Write one HTML page a run or comparison: figures, pictures, architectures, routing, training, trust."""
+    """Write an HTML page for each run or comparison: figures, pictures, architectures, routing, training, checks."""
     from prunekit.jobs.reporting import report
 
     for path in report(runs, sensitivity, say):
@@ -139,31 +137,29 @@ def report(
 
 @app.command()
 def figure(
-    kind: Annotated[
-        str, typer.Argument(help="Figure: Figure: experts, extremes, runs, assignment, losses or num-experts..")
-    ],
+    kind: Annotated[str, typer.Argument(help="Figure: experts, extremes, runs, assignment, losses or num-experts.")],
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; for losses also of a comparison.")
     ],
-    output: Annotated[Path, typer.Option(help="File of File of the picture, a PNG..")] = Path("figure.png"),
+    output: Annotated[Path, typer.Option(help="File to write the picture to, a PNG.")] = Path("figure.png"),
     count: Annotated[int, typer.Option(help="Number of prompts: per expert, per extreme, or for all runs.", min=1)] = 6,
     prompt_list: Annotated[
         str | None, typer.Option("--list", help="Shipped list of prompts; the run's held-out captions by default.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="scheduler steps", min=1)] = 25,
+    steps: Annotated[int, typer.Option(help="Number of scheduler steps.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's by default.", min=0)] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed Seed of every prompt's noise.., and of the batch that is assigned", min=0)
+        int, typer.Option(help="Seed of every prompt's noise, and of the batch that is assigned.", min=0)
     ] = 0,
     row: Annotated[
-        list[str] | None, typer.Option(help="losses: first words of the titles of searches (repeatable).")
+        list[str] | None, typer.Option(help="losses: searches whose titles begin with this text (repeatable).")
     ] = None,
     term: Annotated[
         list[str] | None,
-        typer.Option(help="losses: a term (repeatable); resource and contrastive by default. by default."),
+        typer.Option(help="losses: term to draw (repeatable); resource and contrastive by default."),
     ] = None,
 ) -> None:
-    """Draw a figure of the APTP paper for runs: pictures by expert, by budget, by run; a batch's assignment; losses."""
+    """Draw a figure of the APTP paper for your runs, such as pictures by expert, assignments or losses."""
     from prunekit.jobs.paper_figures import Drawing, draw_figure
 
     drawing = Drawing(count, steps, guidance, seed, prompt_list)
@@ -200,61 +196,81 @@ def demo(
 @app.command()
 def serve(
     directory: Annotated[
-        Path, typer.Argument(metavar="RUN|EXPORT", help="a run's directory, an export, or any diffusers pipeline")
+        Path,
+        typer.Argument(metavar="RUN|EXPORT", help="Directory of a run or an export, or any diffusers pipeline."),
     ],
     method: Annotated[
-        str | None, typer.Option(help="of a run: whose pruned model; the one that routes by default")
+        str | None,
+        typer.Option(
+            help="Method of a run whose pruned model is used; by default the method with a router, else the first."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0: all of this machine's")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all addresses of this machine.")] = (
         ServerSettings.host
     ),
-    port: Annotated[int, typer.Option(help="0: any free one", min=0, max=65535)] = ServerSettings.port,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0: any free port.", min=0, max=65535)
+    ] = ServerSettings.port,
     device: Annotated[
-        list[str] | None, typer.Option(help="such as cpu or cuda:1; a GPU by default (repeatable: a copy on each)")
+        list[str] | None,
+        typer.Option(help="Device, such as cpu or cuda:1 (repeatable: one copy per device); by default a GPU if any."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="the model's name in the API; the directory's by default")] = None,
-    max_batch: Annotated[int, typer.Option(help="images of one pipeline call", min=1)] = ServerSettings.max_batch,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the API; the directory's name by default.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Images per pipeline call, at most.", min=1)] = (
+        ServerSettings.max_batch
+    ),
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="draw each image alone: its bytes depend on its request alone")
+        bool,
+        typer.Option("--deterministic", help="Draw each image alone, so that its bytes depend only on its request."),
     ] = False,
     max_resident: Annotated[
-        int | None, typer.Option(help="experts in a device's memory at once; all by default", min=1)
+        int | None, typer.Option(help="Experts in a device's memory at the same time; all by default.", min=1)
     ] = None,
-    max_queued: Annotated[int, typer.Option(help="images that may wait; more get status 503", min=1)] = (
-        ServerSettings.max_queued
-    ),
-    max_steps: Annotated[int, typer.Option(help="scheduler steps of a request at most", min=1)] = Limits.steps,
-    max_images: Annotated[int, typer.Option(help="images of a request (n) at most", min=1)] = Limits.images,
-    max_letters: Annotated[int, typer.Option(help="letters of a prompt at most", min=1)] = Limits.letters,
+    max_queued: Annotated[
+        int, typer.Option(help="Images that may wait; further requests get status 503.", min=1)
+    ] = ServerSettings.max_queued,
+    max_steps: Annotated[int, typer.Option(help="Scheduler steps of a request, at most.", min=1)] = Limits.steps,
+    max_images: Annotated[int, typer.Option(help="Images (n) of a request, at most.", min=1)] = Limits.images,
+    max_letters: Annotated[int, typer.Option(help="Characters of a prompt, at most.", min=1)] = Limits.letters,
     max_pixels: Annotated[
-        int | None, typer.Option(help="pixels of an image at most; those of the model's own size by default", min=1)
+        int | None, typer.Option(help="Pixels of an image, at most; by default those of the model's own size.", min=1)
     ] = None,
-    request_timeout: Annotated[float, typer.Option(help="seconds; after them a request gets status 504", min=0.1)] = (
-        ServerSettings.request_seconds
-    ),
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds after which a request gets status 504.", min=0.1)
+    ] = ServerSettings.request_seconds,
     api_key: Annotated[
-        str | None, typer.Option(envvar=API_KEY, help="that requests must carry; none by default")
+        str | None,
+        typer.Option(envvar=API_KEY, help="API key that requests must carry; none by default."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="local: this process draws; ray: replicas on a Ray cluster", metavar="local|ray")
+        str,
+        typer.Option(help="Engine: local: this process draws; ray: replicas on a Ray cluster.", metavar="local|ray"),
     ] = "local",
     replicas: Annotated[
-        str, typer.Option(help="of the model, for engine ray; MIN:MAX scales with the load", metavar="N|MIN:MAX")
+        str,
+        typer.Option(
+            help="Number of replicas of the model, for engine ray; MIN:MAX scales with the load.", metavar="N|MIN:MAX"
+        ),
     ] = "1",
     gpus_per_replica: Annotated[
-        float | None, typer.Option(help="for engine ray; 1 where the cluster has GPUs, else 0, by default", min=0)
+        float | None,
+        typer.Option(help="GPUs per replica, for engine ray; by default 1 if the cluster has GPUs, else 0.", min=0),
     ] = None,
-    cpus_per_replica: Annotated[float, typer.Option(help="for engine ray, and threads of a replica", min=0)] = (
-        PoolSettings.cpus
-    ),
+    cpus_per_replica: Annotated[
+        float, typer.Option(help="CPU cores and threads per replica, for engine ray.", min=0)
+    ] = PoolSettings.cpus,
     ray_address: Annotated[
-        str, typer.Option(help="of the cluster; auto: this machine's; local: start one here for this command")
+        str,
+        typer.Option(help="Address of the Ray cluster; auto: the one of this machine; local: start one for this run."),
     ] = PoolSettings.address,
     write_config: Annotated[
-        Path | None, typer.Option(help="only write the YAML file that `serve deploy` and KubeRay take", metavar="FILE")
+        Path | None,
+        typer.Option(help="Only write the YAML file for `serve deploy` and KubeRay to this file.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Serve OpenAI's image API over HTTP: prompts are batched by expert; SIGTERM answers what was accepted first."""
+    """Serve OpenAI's image API over HTTP, in batches per expert; after SIGTERM, finish the accepted requests."""
     check_packages()
     pool = PoolSettings.of(replicas, cpus_per_replica, gpus_per_replica, ray_address)
     if engine not in ("local", "ray"):
@@ -336,18 +352,17 @@ def export(
         Path | None, typer.Option(help="rank=R: file of prompts for the fit, one per line; a shipped list by default.")
     ] = None,
 ) -> None:
-    """Take a pruned model elsewhere; it is opened in a fresh process and compared before this reports success."""
-    from rich.table import Table
-
+    """Write a pruned model for other programs; check it by opening it in a new process and comparing outputs."""
     from prunekit.export.card import push_to_hub
     from prunekit.serving.exporting import export
 
     done = export(source, directory, tier, method, expert, batch, fold_modulation, prompts_file)
-    table = Table("checked", "opened by", "relative error", "allowed")
-    for line in done.checked:
-        errors = (f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}")
-        table.add_row(line["what"], line["opened_by"], *errors)
-    console().print(table)
+    numeric = ("relative error", "allowed")
+    lines = [
+        [line["what"], line["opened_by"], f"{line['relative_error']:.1e}", f"{line['tolerance']:.0e}"]
+        for line in done.checked
+    ]
+    print_table(["checked", "opened by", *numeric], lines, numeric)
     say(f"{len(done.tiers)} denoiser(s), tier {', '.join(dict.fromkeys(done.tiers))}, are in {done.directory}")
     if push is not None:
         say(f"They are also at {push_to_hub(done.directory, push)}")
@@ -358,24 +373,23 @@ def import_(
     kind: Annotated[str, typer.Argument(metavar="aptp", help="Format of the release: aptp.")],
     release: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a release, such as APTP-Base-COCO.")],
     output: Annotated[Path | None, typer.Option(help="Directory of the new run; runs/NAME by default.")] = None,
-    model: Annotated[str, typer.Option(help="what was pruned")] = "sd-2.1",
+    model: Annotated[str, typer.Option(help="Dense model that the release was pruned from.")] = "sd-2.1",
     prompt_encoder: Annotated[
         str, typer.Option(help="Sentence Transformer of the router.")
     ] = "sentence-transformers/all-mpnet-base-v2",
 ) -> None:
-    """Turn the checkpoints that APTP's authors released into a run, which generate, export and macs understand."""
-    from rich.table import Table
-
+    """Turn the checkpoints that APTP's authors released into a run, for generate, export and macs."""
     from prunekit.jobs.import_aptp import import_aptp
 
     if kind != "aptp":
         raise UserError(f"import {kind}: choose aptp")
     done = import_aptp(release, output or Path("runs") / release.resolve().name, model, prompt_encoder)
-    table, info = Table("expert", "MACs", "% of dense", "parameters", "weights"), done.result.info
-    for index, source in enumerate(done.weights):
-        numbers = (f"{info.macs[index]:,}", f"{100 * info.ratio[index]:.2f}", f"{info.params[index]:,}")
-        table.add_row(str(index), *numbers, source)
-    console().print(table)
+    numeric, info = ("expert", "MACs", "% of dense", "parameters"), done.result.info
+    lines = [
+        [str(index), f"{info.macs[index]:,}", f"{100 * info.ratio[index]:.2f}", f"{info.params[index]:,}", source]
+        for index, source in enumerate(done.weights)
+    ]
+    print_table([*numeric, "weights"], lines, numeric)
     for note in done.notes:
         say(note)
     router = "a router" if done.result.router is not None else "no router"
@@ -402,17 +416,15 @@ def bench(
         bool, typer.Option("--reduced", help="Reduced size: latents of 32 x 32, batch 1, eager mode, few repeats.")
     ] = False,
 ) -> None:
-    """Time pruned models beside the dense one, interleaved, with the noise floor; a row a file, none made twice."""
-    from rich.table import Table
-
+    """Time pruned models against the dense one in interleaved calls, with the noise floor; finished rows are kept."""
     target = target if target.is_dir() else find_recipe(target)
     from prunekit.jobs.bench.bench_job import bench
-    from prunekit.jobs.bench.bench_table import BRIEF, shown
+    from prunekit.jobs.bench.bench_table import BRIEF, WORDS, shown
 
     path, recipe, rows, is_done = bench(target, overrides or (), output, minutes, reduced, say)
     header, lines = shown(rows, recipe, BRIEF)
-    table = Table(*header)
-    for line in lines:
-        table.add_row(*(text.replace("[", r"\[") for text in line))
-    console().print(table)
-    say(f"The table is in {path}" + ("" if is_done else "; rows are missing: start the same command again to continue"))
+    print_table(header, lines, [name for name in header if name not in WORDS])
+    say(
+        f"The table with all columns is in {path}"
+        + ("" if is_done else "; rows are missing: start the same command again to continue")
+    )

@@ -20,15 +20,18 @@ from .space import Architecture, UnitSpace, near
 
 
 class CostModel:
-    """The cost of every Architecture over a space, at one latent size, batch 1. It reads only shapes of the model.
+    """Cost of every Architecture over a space, at one latent size and batch 1. Only the model's shapes are read.
 
-    sample_size: of the latent, a side or (h, w); None: the model's own.
-    text_length: tokens of the text.
-    convention:
-        "exact": convolutions, linear layers, QKᵀ and AV; equals torch's FlopCounterMode / 2 on the sliced model;
-        "conv_linear": the weights of convolutions and linear layers alone;
-        "aptp" (UNets): the count behind the MACs that the APTP paper prints, which also charges biases, norms and SiLU,
-            takes a text of one token, and charges cross-attention as if the text were as long as the image.
+    Args:
+        model: the denoiser, which may be on the meta device.
+        space: its units.
+        sample_size: side of the latent, or (h, w); None: the model's own.
+        text_length: number of text tokens.
+        convention: "exact": convolutions, linear layers, QKᵀ and AV; equals torch's FlopCounterMode / 2 on the sliced
+            model. "conv_linear": only the weights of convolutions and linear layers. "aptp" (UNets): the count behind
+            the MACs in the APTP paper, which also charges biases, norms and SiLU, assumes a text of one token, and
+            charges cross-attention as if the text were as long as the image.
+
     """
 
     unit = "MACs"  # of what a budget counts
@@ -76,7 +79,7 @@ class CostModel:
         return self._evaluate(self._macs, architecture)
 
     def expected_macs(self, gates: torch.Tensor) -> torch.Tensor:
-        """Return the expected MACs (...) for gates (..., D), where every gate is an independent coin.
+        """Return the expected MACs (...) for gates (..., D), each the probability that its unit stays, independently.
 
         The result is differentiable, equals the integer at 0 and 1, and has the gates' dtype (float64 for boolean
         gates): float64 holds every integer exactly.
@@ -109,7 +112,7 @@ class CostModel:
     @overload
     def total(self, architecture: torch.Tensor) -> int | torch.Tensor: ...
     def total(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
-        """Return what a budget counts, here MACs; types as in `macs`."""
+        """Return the quantity that a budget limits, here MACs; types as in `macs`."""
         return self._evaluate(self._budgeted, architecture)
 
     def expected_total(self, gates: torch.Tensor) -> torch.Tensor:
@@ -121,7 +124,7 @@ class CostModel:
         return RunningCost(self._budgeted, self._vector(architecture))
 
     def marginal(self, architecture: Architecture) -> torch.Tensor:
-        """Per unit, int64 (D,): how the `total` would change (signed) if that one unit were flipped."""
+        """Return the signed change of `total` for flipping each unit alone, int64 (D,)."""
         running = self.running(architecture)
         return torch.tensor([running.change(unit) for unit in range(self.space.size)], dtype=torch.int64, device="cpu")
 

@@ -297,12 +297,13 @@ def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None
 
 @contextlib.contextmanager
 def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
-    """Run a denoiser with gates in a context: `gates.set(g, rows)`, then call the model as usual.
+    """Open a context in which a denoiser runs with gates: `gates.set(g, rows)`, then call the model as usual.
 
-    Gates are differentiable. One set, forward, backward happens inside the context: setting again or leaving while a
-    forward pass waits for its backward is a RuntimeError. On exit no hook is left.
-    Gradient checkpointing recomputes under the gates of its own forward pass. What torch.compile has made of the model
-    stays for later, and under gates another graph is made once; nothing else is compiled again.
+    Gates are differentiable. Set, forward and backward belong together and happen inside the context: a RuntimeError
+    is raised for another `set`, or for leaving the context, between a forward pass and its backward pass. All hooks are
+    removed on exit.
+    Gradient checkpointing recomputes with the gates of its own forward pass. Graphs that torch.compile made before stay
+    valid for later; with gates, one more graph is compiled once.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     match(model, space)
@@ -390,9 +391,9 @@ def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def pipeline_rows(num_prompts: int, images_per_prompt: int = 1, guidance: bool = True) -> torch.Tensor:
-    """Return the gate row of each sample of a diffusers pipeline's denoiser batch, int64.
+    """Return the gate row of each sample in the denoiser batch of a diffusers pipeline, int64.
 
-    Images of a prompt are neighbours; with classifier-free guidance the unconditional half comes first.
+    Images of one prompt follow each other; with classifier-free guidance the unconditional half comes first.
     """
     rows = torch.arange(num_prompts).repeat_interleave(images_per_prompt)
     return rows.repeat(2) if guidance else rows

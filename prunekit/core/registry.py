@@ -35,11 +35,13 @@ def register_denoiser(
 ) -> None:
     """Register the description of model classes; a later registration replaces an earlier one.
 
-    models: classes, or their names. A subclass is described by its nearest registered base class.
-    denoiser: the description, or a function that returns it, which is called once, when it is first needed.
-    attribute: a pipeline's attribute that holds such a model: "unet" or "transformer".
-    unnamed: the class among them whose old configs name no class.
-    pipelines: names of the diffusers pipelines that may be loaded with such a model in that attribute.
+    Args:
+        models: classes, or their names. A subclass is described by its nearest registered base class.
+        denoiser: the description, or a function that returns it; the function is called once, at the first use.
+        attribute: attribute of a pipeline that holds such a model: "unet" or "transformer".
+        unnamed: class of old configs that name no class.
+        pipelines: names of the diffusers pipelines that may be loaded with such a model in this attribute.
+
     """
     names = [model if isinstance(model, str) else model.__name__ for model in models]
     for pipeline in pipelines:

@@ -26,12 +26,14 @@ FORMAT = 1
 class UnitGroup:
     """A set of similar parts of a denoiser that can be removed one by one (width) or as a whole (depth, one unit).
 
-    kind: such as "attention" (heads), "feedforward" (channel groups), "resnet" (GroupNorm groups); of depth: "layer",
-        "block" (a transformer block), "stage" (several blocks).
-    path: the module's path in the model. A stage is named by its first block.
-    size: the number of units.
-    channels: width: channels per unit where the gate sits; depth: channels of the hidden state that enters.
-    covers: depth only: the module paths that are removed with the unit.
+    Args:
+        kind: width: such as "attention" (heads), "feedforward" (channel groups), "resnet" (GroupNorm groups); depth:
+            "layer", "block" (a transformer block), "stage" (several blocks).
+        path: path of the module in the model; a stage is named by its first block.
+        size: number of units.
+        channels: width: channels per unit at the gate; depth: channels of the hidden state that enters.
+        covers: depth only: paths of the modules that are removed with the unit.
+
     """
 
     kind: str
@@ -106,9 +108,9 @@ class UnitSpace:
         return self.groups[self._by_name[name]]
 
     def depth_units_over(self, path: str, kind: str | None = None) -> tuple[int, ...]:
-        """The depth units (0 .. num_depth-1) whose removal removes the module at `path`, in the space's order.
+        """Return the depth units (0 .. num_depth-1) whose removal also removes the module at `path`, in order.
 
-        kind: of the group at `path`, where the path is a depth group's own: that group is not over itself.
+        kind: kind of the depth group at `path`, if there is one; it is left out of the result.
         """
         return tuple(
             index

@@ -28,7 +28,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TimestepBins:
-    """Timesteps cut into K bins; bin b has those from bounds[b - 1] up to bounds[b], which is the next one's.
+    """Timesteps divided into K bins; bin b has those t with bounds[b - 1] <= t < bounds[b].
 
     bounds: (K - 1), ascending, in the unit of the noise process.
     """
@@ -60,7 +60,7 @@ class TimestepBins:
         return torch.bucketize(sign * times.double().cpu(), sign * bounds, right=True)
 
     def shares(self, timesteps: Iterable[float]) -> list[Fraction]:
-        """Return the share of a sampler's timesteps that each bin has, exactly; (K)."""
+        """Return the exact fraction of a sampler's timesteps in each bin, (K)."""
         counts = torch.bincount(self.of(torch.tensor([float(t) for t in timesteps])), minlength=len(self)).tolist()
         return [Fraction(count, sum(counts)) for count in counts]
 
@@ -84,8 +84,8 @@ def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
 class TimestepModel(ModelMixin, ConfigMixin):
     """Several slices of one denoiser; each sample runs through the slice of its timestep.
 
-    Called as the denoiser is; what it has beside, such as `config` or the parts that a pipeline looks at, is the first
-    slice's. It holds no weights of its own.
+    Call it like the denoiser. Its other attributes, such as `config` and the parts that a pipeline reads, are those of
+    the first slice. It holds no weights of its own.
     """
 
     config_name = CONFIG
@@ -135,7 +135,7 @@ class TimestepModel(ModelMixin, ConfigMixin):
         return _joined(outputs, lambda values: torch.cat(values)[order])
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the slices below a folder, each in its stock form where it has one, and what says when each runs."""
+        """Write each slice into a subfolder, as a stock model if possible, and a file with the bins."""
         for model, folder in saved_parts(self, Path(save_directory)):
             export_model(model, folder)
 

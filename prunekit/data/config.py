@@ -122,7 +122,7 @@ class DataConfig(BaseModel):
 
     @property
     def holds_pictures(self) -> bool:
-        """Whether pictures are held out, so that the evaluation uses them."""
+        """Return whether pictures, not only captions, are held out for the evaluation."""
         return self.holdout_by == "pictures" and (self.holdout > 0 or self.holdout_split is not None)
 
     @property
@@ -150,11 +150,17 @@ def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
 def load_data(config: DataConfig, seed: int, cache: Path | None = None) -> CaptionedImages:
     """Read the images and captions that a recipe names; pictures stay on disk until they are requested.
 
-    cache: a directory in which it is remembered what tar shards hold and which pictures resemble each other, so that a
-    second start does not open them.
+    Bad samples are left out with their captions: they are listed in `skipped` of the result and in `data.report`.
 
-    Bad samples are left out with their captions: `skipped` of the result has them, and `data.report` lists them.
-    Raises DataError for a path that is missing or empty, and for more bad samples than `data.max_bad_share` allows.
+    Args:
+        config: the recipe's section `data`.
+        seed: seed of the held-out part.
+        cache: directory for the index of tar shards and for the groups of similar pictures, so that a second start does
+            not read the shards again.
+
+    Raises:
+        DataError: a path that is missing or empty, or more bad samples than `data.max_bad_share` allows.
+
     """
     path = Path(config.path).expanduser() if config.path else None
     if path is not None and not path.exists():

@@ -91,19 +91,19 @@ def encode(
     config: CacheConfig | None = None,
     verify: bool = False,
 ) -> EncodedData:
-    """Run the frozen encoders over a data set, or read what an earlier call with the same input left in `cache`.
+    """Run the frozen encoders over a data set, or read the result of an earlier call with the same input from `cache`.
 
     Pictures that cannot be decoded are left out with their captions, so that `images` of the result may be fewer.
 
     Args:
-        pipeline: whose autoencoder and text encoders run, on their device.
+        pipeline: pipeline whose autoencoder and text encoders run, on their device.
         images: the data.
-        prompt_encoder: has `.encode(list of str) -> (n, Z)`.
-        resolution: pixels of a side.
-        cache: a directory, which other processes and other data may use at the same time; None: rows stay in memory,
-            in float32.
-        config: what is kept; the rest is made each time it is requested.
-        verify: compare the checksum of every file of the cache, not only of those that have changed since.
+        prompt_encoder: object with `.encode(list of str) -> (n, Z)`.
+        resolution: side of the pictures in pixels.
+        cache: directory of encoded data; other processes and other data may use it at the same time. None: the rows
+            stay in memory, in float32.
+        config: which parts are stored; the other parts are computed each time that they are requested.
+        verify: compare the checksum of every file of the cache, not only of files that changed since the last start.
 
     Raises:
         DataError: more pictures that cannot be decoded than the images' tolerance allows.

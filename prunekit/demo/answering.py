@@ -36,9 +36,9 @@ class Demo:
     """A run, a routed export, or a pipeline, opened to answer prompts.
 
     Args:
-        directory: where it is.
-        method: of a run: whose pruned model; by default the one that routes, else the first by name.
-        device: where it runs; by default a GPU where there is one.
+        directory: directory of the run, the export or the pipeline.
+        method: method of a run whose pruned model is shown; by default the one with a router, else the first.
+        device: device of the models; by default a GPU if there is one.
 
     Raises FileNotFoundError or ValueError, one line, for a folder that holds nothing to show or lacks an expert.
 
@@ -67,7 +67,7 @@ class Demo:
         return example_prompts(self.directory, self.pipeline)
 
     def answer(self, prompt: str, seed: int = 0, steps: int = 25, guidance: float | None = None) -> Answer:
-        """Draw a prompt by both models from the same noise.
+        """Draw a prompt with both models, from the same noise.
 
         guidance: the run's by default. Raises ValueError, one line, for what cannot be drawn.
         """

@@ -54,8 +54,8 @@ def saving(demo: Demo, answer: Answer) -> str:
     if answer.dense is None:
         return text + demo.no_dense
     share = 100 * answer.pruned.macs / answer.dense.macs
-    times = f"{answer.pruned.seconds:.2f} s instead of {answer.dense.seconds:.2f} s, measured once"
-    return f"{text}It takes {share:.1f} % of the dense model's MACs; the picture took {times}."
+    times = f"{answer.pruned.seconds:.2f} s, the dense model's {answer.dense.seconds:.2f} s (each measured once)"
+    return f"{text}It takes {share:.1f} % of the dense model's MACs. The picture took {times}."
 
 
 def scores(answer: Answer) -> str:

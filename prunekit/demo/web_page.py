@@ -23,8 +23,8 @@ STYLE = """
 .dark .prunekit { --grid: #3a3f48; }
 .prunekit svg text { fill: currentColor; }
 .prunekit .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
-.prunekit .figures figure { margin: 0; flex: 0 1 auto; width: min(100%, 26rem); }
-.prunekit figure svg { display: block; width: 100%; height: auto; }
+.prunekit .figures figure { margin: 0; flex: 0 1 auto; max-width: min(100%, 26rem); }
+.prunekit figure svg { display: block; max-width: 100%; height: auto; }
 #dense-image img, #pruned-image img { width: 100%; height: 100%; object-fit: contain; }
 .prunekit p { margin: .4rem 0; overflow-wrap: anywhere; }
 .prunekit .small { font-size: .8rem; opacity: .75; max-width: 78ch; }

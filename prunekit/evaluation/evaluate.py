@@ -79,12 +79,12 @@ def evaluate(
     Args:
         targets: runs' directories (their dense model and every method), diffusers directories, hub ids, "emoji".
         protocol: "aptp", "bksdm" or "emoji" (`protocols.PROTOCOLS`).
-        data: captioned pictures, as `protocols.load_data_config`; by default the runs' own, of which then held-out
-            captions alone are requested, or the embedded ones under protocol emoji.
-        num_images: pictures of each model; the protocol's by default.
+        data: captioned pictures, as `protocols.load_data_config`; by default the held-out captions of the runs' data,
+            or the embedded data under protocol emoji.
+        num_images: number of pictures per model; by default the protocol's.
         overrides: `key=value` over the protocol's settings.
-        output: where everything goes; runs/evaluate-PROTOCOL by default.
-        say: told of what is done.
+        output: directory of pictures and tables; runs/evaluate-PROTOCOL by default.
+        say: takes a line for each finished step.
 
     Existing pictures and features are not computed again, and several processes may share the drawing.
 

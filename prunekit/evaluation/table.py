@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import JustifyMethod
-from rich.table import Table
+from rich.console import RenderableType
 
 from prunekit.runtime.errors import UserError, markdown_cell, nearest
+from prunekit.runtime.screen import fitted_table
 
 Row = Mapping[str, Any]
 MISSING = "–"
@@ -114,21 +114,11 @@ def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Colu
 
 def terminal_table(
     rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, title: str | None = None, width: int = 80
-) -> Table:
-    """Return a rich table that fits `width` letters: where one line a row does not, one line a column."""
+) -> RenderableType:
+    """Return a table for a terminal of `width` letters; see `fitted_table`."""
     columns = shown(rows, columns)
-    table = Table(title=title, title_justify="left")
-    lines = [[column.header for column in columns]]
-    lines += [[column.show(row).replace("[", r"\[") for column in columns] for row in rows]
-    justify: list[JustifyMethod] = ["right" if column.format else "left" for column in columns]
-    if sum(max(map(len, cells)) + 3 for cells in zip(*lines, strict=True)) > width:
-        lines = [list(cells) for cells in zip(*lines, strict=True)]
-        justify = ["left" if index == 0 else "right" for index in range(len(rows) + 1)]
-    for header, side in zip(lines[0], justify, strict=True):
-        table.add_column(header, justify=side)
-    for line in lines[1:]:
-        table.add_row(*line)
-    return table
+    lines = [[column.show(row) for column in columns] for row in rows]
+    return fitted_table([c.header for c in columns], lines, [bool(c.format) for c in columns], width, title)
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:

@@ -19,7 +19,7 @@ Place = tuple[int, int]  # channels, and how many times smaller than the latent
 
 
 def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) -> None:
-    """Raise ValueError, one line with the reason, unless a ControlNet's residuals fit the UNet's skips, one for one."""
+    """Raise ValueError, one line, if a ControlNet's residuals do not fit the UNet's skips one to one."""
     (skips, inner), (given, last) = _skips(unet), _skips(controlnet)
     if (reason := _difference(skips, given, "skip")) is not None:
         raise UserError(f"this ControlNet does not fit: {reason}")

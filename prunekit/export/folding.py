@@ -160,14 +160,14 @@ def modulation_of(model: Any) -> Modulation:
 def record_modulation(
     pipeline: Any, prompts: Sequence[str] | None, guidance: float, batch: int = 8, **options: Any
 ) -> Recorded:
-    """Run a pipeline without its denoiser's blocks, and record what the modulation layers would read.
+    """Run a pipeline without its denoiser's blocks, and record the inputs of the modulation layers.
 
     Args:
         pipeline: a stock pipeline.
         prompts: texts; None where `options` holds their embeddings.
-        guidance: scale of the guidance, under the pipeline's name for it.
-        batch: prompts in one call.
-        options: of the pipeline's call, such as num_inference_steps, height and width.
+        guidance: guidance scale, passed by the pipeline's name for it.
+        batch: number of prompts per call.
+        options: further arguments of the pipeline's call, such as num_inference_steps, height and width.
 
     """
     model = denoiser_in(pipeline)

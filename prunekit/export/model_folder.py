@@ -34,13 +34,20 @@ def load_denoiser(
     device: str | torch.device = "cpu",
     verify: bool = False,
 ) -> ModelMixin:
-    """Load a denoiser, stock or pruned, that prunekit or diffusers saved; in evaluation mode, its weights frozen.
+    """Load a stock or pruned denoiser from a folder, in evaluation mode with frozen weights.
 
     A folder of slices for bins of timesteps gives a `TimestepModel`.
 
-    dtype: of the weights; the files' own by default. verify: also hash the weights, which reads them once more.
-    Raises ValueError, one line: no config or weights, pickled weights, a file that is truncated, a config that was
-    changed or is of a newer format, weights of another model or architecture.
+    Args:
+        folder: folder that prunekit or diffusers saved.
+        dtype: dtype of the weights; by default that of the files.
+        device: device of the weights.
+        verify: also hash the weights, which reads them a second time.
+
+    Raises:
+        ValueError: one line: no config or weights, pickled weights, a truncated file, a changed config or one of a
+            newer format, weights of another model or architecture.
+
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():

@@ -77,7 +77,7 @@ def save_pipeline(parts: Parts, model: ModelMixin, directory: Path, tier: str = 
 def load_pipeline_directory(
     directory: str | Path, dtype: torch.dtype = torch.float32, verify: bool = False
 ) -> DiffusionPipeline:
-    """Load a diffusers pipeline's directory, its denoiser stock or pruned, by prunekit's own class; runs no code of it.
+    """Load a diffusers pipeline with a stock or pruned denoiser from a directory, without running code from there.
 
     verify: also hash the denoiser's weights. Raises ValueError, one line, as `load_denoiser` and for other parts'
     faults.

@@ -42,6 +42,7 @@ from prunekit.training.checkpoint import Checkpoints
 
 FIGURES, REFIT = "figures.json", "refit.json"
 REFITTED = "refitted"
+Begins = Callable[[str, int, bool], None]  # takes a method's name, the number of its model, and whether it is trained
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,11 @@ class Recovering:
     share; where a launch has more processes than there are models, it trains one after another with all of them.
     """
 
-    def __init__(self, stages: Stages, recoveries: Sequence[Recovery]):
-        self.stages, self.recoveries = stages, recoveries
+    def __init__(
+        self, stages: Stages, recoveries: Sequence[Recovery], begins: Begins = lambda name, index, trains: None
+    ):
+        """Take what is recovered, and a function that is called when the work on a model begins."""
+        self.stages, self.recoveries, self.begins = stages, recoveries, begins
         self.jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
 
     def train(self, meanwhile: Callable[[Candidate], None] | None = None, sharing: Sharing | None = None) -> None:
@@ -126,10 +130,10 @@ class Recovering:
         jobs = list(chain.from_iterable(self.jobs_of))
         if len(jobs) < current().count:
             for job in jobs:
-                _fine_tune_together(self.stages, job)
+                _fine_tune_together(self.stages, job, self.begins)
             return
         with apart():
-            pieces = [Piece(job.lock, job.done, partial(_fine_tune, self.stages, job)) for job in jobs]
+            pieces = [Piece(job.lock, job.done, partial(_fine_tune, self.stages, job, self.begins)) for job in jobs]
             if meanwhile is not None:
                 pieces.append(_follow(lambda: [self.stages.dense], [], jobs, meanwhile))
                 for recovery, needed in zip(self.recoveries, self.jobs_of, strict=True):
@@ -192,7 +196,7 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
     return [Job(recovery, index, served, part, config) for index, served in enumerate(pairs_of)]
 
 
-def _fine_tune_together(stages: Stages, job: Job) -> None:
+def _fine_tune_together(stages: Stages, job: Job, begins: Begins) -> None:
     """Make one model's folder with all processes of the launch, unless another launch on the directory makes it."""
     processes = current()
     while not processes.agree(job.done()):
@@ -201,10 +205,10 @@ def _fine_tune_together(stages: Stages, job: Job) -> None:
             if not processes.agree(is_mine):
                 time.sleep(POLL_SECONDS)
             elif not processes.agree(job.done()):
-                _fine_tune(stages, job)
+                _fine_tune(stages, job, begins)
 
 
-def _fine_tune(stages: Stages, job: Job) -> None:
+def _fine_tune(stages: Stages, job: Job, begins: Begins) -> None:
     """Make one model's folder; an expert without prompts stays as sliced."""
     recovery, folder, processes = job.recovery, job.folder, current()
     dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
@@ -213,6 +217,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
     if job.mixture is not None:
         objective = kept_objective(job.mixture, objectives)
     architecture = architectures[0].space.full() if job.index is None else architectures[job.index]
+    begins(recovery.name, job.index or 0, False)
     student, figures = _refitted(stages, job, stages.held(slice_model(dense, architecture), job.trains_all))
     at_steps = stages.recipe.evaluation.at_steps
 
@@ -220,6 +225,7 @@ def _fine_tune(stages: Stages, job: Job) -> None:
         if processes.is_main:
             _keep(student, recovery, job, name, objectives[0].members if objectives else ())
 
+    begins(recovery.name, job.index or 0, True)
     if job.trains:
         milestones: dict[int, Callable[[], None]] = {
             step: partial(keep, f"step-{step}/{job.part}") for step in at_steps

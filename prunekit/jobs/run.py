@@ -7,13 +7,12 @@ anywhere resumes and ends where it would have ended (law 5).
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from prunekit.core.registry import denoiser_in
@@ -36,6 +35,7 @@ from prunekit.evaluation.table import (
     warning_lines,
 )
 from prunekit.evaluation.verdict import verdict
+from prunekit.jobs.plan.amounts import CHOICE, ENCODING, GENERATION, REFIT, TUNING
 from prunekit.jobs.recipe import (
     CompareRecipe,
     PretrainRecipe,
@@ -52,6 +52,7 @@ from prunekit.jobs.recipe import (
 from prunekit.jobs.recovering import Recovering, Recovery
 from prunekit.jobs.reporting import finish, prepare
 from prunekit.jobs.stages import RunLog, Stages
+from prunekit.jobs.timeline import MEASURING, TABLE, Timeline, timeline_of
 from prunekit.measuring.latency_model import LatencyModel
 from prunekit.methods.base import budget_cost
 from prunekit.methods.latency_budget import predicted_and_measured
@@ -61,8 +62,9 @@ from prunekit.runtime.engines import LOCAL, EngineConfig, executor_of
 from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import clear_killed, read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion, threads_of
-from prunekit.runtime.progress import Log
-from prunekit.runtime.run_directory import LOCKS, LOG, METHODS, RECIPE, RESULTS
+from prunekit.runtime.progress import Log, watched
+from prunekit.runtime.run_directory import LOCKS, LOG, METHODS, RECIPE, RESULT, RESULTS
+from prunekit.runtime.screen import stdout_console
 from prunekit.runtime.work import USERS, Piece, Sharing, occupied, refuse_foreign
 
 R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
@@ -85,6 +87,7 @@ class Run:
     def __init__(self, recipe: PruneRecipe, directory: Path, log: Log):
         self.recipe, self.directory, self.log = recipe, directory, log
         self.before = _stamp(directory / RESULTS)
+        self.timeline: Timeline | None = None  # of the process that the person watches, unless the run is finished
 
     def execute(self, executor: Executor) -> Path:
         """Run every stage that is not done; print the table; return the directory."""
@@ -93,6 +96,12 @@ class Run:
             self.log.say(line)
         if (count := current().count) > 1:
             self.log.say(f"{count} processes, {torch.get_num_threads()} thread(s) each")
+        if current().is_main and not is_companion() and self.before is None:
+            self.timeline = timeline_of(self.recipe, self.log.say, count)
+        with watched(self.timeline.watch) if self.timeline else nullcontext():
+            return self._make(executor)
+
+    def _make(self, executor: Executor) -> Path:
         self.train(executor)
         with apart():  # from here on processes share work by files alone, so that one may be lost
             self.draw(executor)
@@ -104,9 +113,14 @@ class Run:
                 self.stages.share([Piece("table", lambda: False, self._compare_once)])
         return self.directory
 
+    def _begin(self, part: str, name: str = "", index: int = 0) -> None:
+        if self.timeline is not None:
+            self.timeline.begin((part, name, index))
+
     @cached_property
     def stages(self) -> Stages:
         """The model and the data, loaded when they are first asked for."""
+        self._begin(ENCODING)
         stages = Stages(self.recipe, self.log, self.directory)
         stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
         return stages
@@ -114,10 +128,12 @@ class Run:
     @cached_property
     def recovering(self) -> Recovering:
         """The models to train; the methods have chosen their architectures first."""
-        recipe, recoveries = self.recipe, []
+        recipe, stages, recoveries = self.recipe, self.stages, []
         for name in recipe.methods:
             folder = self.directory / METHODS / name
-            result = self.stages.choose(recipe.method(name), folder)
+            if not (folder / RESULT).is_file():
+                self._begin(CHOICE, name)
+            result = stages.choose(recipe.method(name), folder)
             config, passes = recipe.fine_tuning(name), recipe.method(name).work(result.space).dense_passes
             recoveries.append(
                 Recovery(
@@ -131,7 +147,11 @@ class Run:
                     dense_passes=passes,
                 )
             )
-        return Recovering(self.stages, recoveries)
+
+        def begins(name: str, index: int, trains: bool) -> None:
+            self._begin(TUNING if trains else REFIT, name, index)
+
+        return Recovering(stages, recoveries, begins)
 
     @cached_property
     def candidates(self) -> list[Candidate]:
@@ -147,6 +167,7 @@ class Run:
         sharing, seen = self._sharing(executor, "draw"), self.stages.drawn_seen_prompts
         with executor.together():
             for candidate in self.candidates:
+                self._begin(GENERATION, candidate.name)
                 self.stages.draw(candidate, self.samples(candidate), sharing=sharing)
                 if seen is not None:
                     folder = self.samples(candidate, SEEN_SAMPLES)
@@ -154,6 +175,7 @@ class Run:
 
     def measure(self, executor: Executor) -> None:
         """Measure the pictures of all rows."""
+        self._begin(MEASURING)
         sharing = self._sharing(executor, "measure")
         sharing([self._measuring(candidate, self.stages) for candidate in self.candidates])
 
@@ -165,6 +187,7 @@ class Run:
     def _compare_once(self) -> None:
         """Write the tables, unless another process has written them since this one started."""
         if _stamp(self.directory / RESULTS) in (None, self.before):
+            self._begin(TABLE)
             self.compare(self.candidates, self.stages)
 
     def _draw_and_measure(self, stages: Stages, candidate: Candidate) -> None:
@@ -218,9 +241,8 @@ class Run:
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
         finish(self.directory, self.log.say, stages)
-        self.log.say(
-            f'next: prunekit generate {self.directory} --prompt "red apple", or prunekit export {self.directory} OUT'
-        )
+        self.log.say(f'next: prunekit generate {self.directory} --prompt "red apple"')
+        self.log.say(f"  or: prunekit export {self.directory} OUT")
 
     def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
         """Return a row's figures, measured once."""
@@ -285,7 +307,7 @@ class Run:
         results |= {"evaluator": json_table(ceiling, CEILING_COLUMNS)}
         results |= {"latency": json_table(latency, LATENCY_COLUMNS)} if latency else {}
         warnings = [f"{name}: {line}" for name in self.recipe.methods for line in self.warnings(name)] + left_out
-        screen, parts = Console(highlight=False), [f"# {self.recipe.name}\n"]
+        screen, parts = stdout_console(), [f"# {self.recipe.name}\n"]
         tables: list[tuple[str | None, list[dict], Sequence[Column]]] = [(None, rows, COLUMNS)]
         tables += [(f"Experts of {name}", members, EXPERT_COLUMNS) for name, members in experts.items()]
         tables += [("Latency as the budget", latency, LATENCY_COLUMNS)] if latency else []

@@ -76,7 +76,8 @@ class RunLog:
         if not current().is_main:
             return
         seconds = time.monotonic() - self.started
-        console.print(f"[{int(seconds // 60):3d}:{int(seconds % 60):02d}] {text}", highlight=False, markup=False)
+        line = f"[{int(seconds // 60):3d}:{int(seconds % 60):02d}] {text}"
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
         self.log({"event": text, "seconds": round(seconds, 1)})
 
 

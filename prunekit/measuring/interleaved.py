@@ -166,13 +166,13 @@ def measure(
     """Time callables side by side.
 
     Args:
-        callables: by name; the first is what the others are compared with. What they return is dropped.
-        repeats: samples of each arm that count, in as many rounds.
-        device: where they run. CPU: a monotonic clock around calls. CUDA: events on the current stream, after a write
-            that empties the L2 cache; a sample is one call, and the device is idle before it.
-        warm_up: when samples begin to count.
-        seed: of the arms' order.
-        progress: is told how many rounds are done.
+        callables: functions by name; the first one is the reference. Their return values are ignored.
+        repeats: number of counted samples per function; each round takes one sample of every function.
+        device: device on which the functions compute. CPU: a monotonic clock around calls. CUDA: events on the current
+            stream, after a write that empties the L2 cache; a sample is one call, and the device is idle before it.
+        warm_up: rule for the end of the warm-up, whose samples are not counted.
+        seed: seed of the functions' order in each round.
+        progress: takes the number of finished rounds.
 
     Raises:
         ValueError: nothing to time, or fewer than one repeat.

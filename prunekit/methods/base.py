@@ -96,7 +96,7 @@ class Method:
         """Remove from a directory what is of no use once the result is saved there, such as checkpoints."""
 
     def work(self, space: UnitSpace) -> MethodWork:
-        """Return what the method computes before it can choose among the units of a space; nothing by default."""
+        """Return the work that the method computes before it chooses among the units of a space; none by default."""
         return MethodWork()
 
     def calibration_bytes(self, model: ModelMixin) -> int:
@@ -108,19 +108,19 @@ class Method:
         return {}
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return the settings to change so that the method runs through in moments at its full batches.
+        """Return changed settings with which the method takes seconds, at its full batch sizes.
 
-        `prunekit check` measures memory and time by them. By default every training among the settings gets two steps.
-        devices: how many share a batch; what one of them has at once is run at once.
+        `prunekit check` measures memory and time with them. By default every training among the settings gets two
+        steps. devices: number of devices that share a batch; the samples of one device run at once.
         """
         return {name: two_steps(value, devices) for name, value in self.config if isinstance(value, TrainerConfig)}
 
     @classmethod
     def smoke_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings as a recipe gives them, at the size of a smoke test.
+        """Return a recipe's settings of the method, reduced to the size of a smoke test.
 
-        Every number in `smoke` becomes at most what it says there, also one that is not given, and so does every
-        training. What is of a wrong type stays as it is, for `Config` to refuse.
+        A number that `smoke` names is capped at the value there, also if the recipe does not give it. Trainings are
+        capped as well. A setting of a wrong type is left unchanged, and `Config` refuses it.
         """
         most = {name: value for name, value in cls.smoke.items() if value is not None}
         unset = {name: None for name, value in cls.smoke.items() if value is None}
@@ -215,7 +215,7 @@ class ScoreMethod(Method):
 
 
 def space_of(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> UnitSpace:
-    """The units that the settings allow to remove."""
+    """Return the units that the settings allow to remove."""
     return discover(denoiser_in(pipeline), settings.depth, settings.include, settings.exclude)
 
 
@@ -234,7 +234,7 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
 
 
 def budget_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> CostModel:
-    """What counts the budget: MACs, or the time on a device, whose table is then measured unless it is there.
+    """Return the cost model of the budget: MACs, or the time on a device, whose latency table is measured if missing.
 
     Raises:
         ValueError: as `space_and_cost` and `latency_model`.

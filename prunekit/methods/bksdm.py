@@ -79,12 +79,12 @@ class BKSDM(Method):
     smoke: ClassVar[Mapping[str, int | None]] = {"variant": None}
 
     def members(self, pipeline: DiffusionPipeline | ModelMixin) -> dict[str, Architecture]:
-        """The family on this UNet, which may be on the meta device: Architectures over the "blocks" space, by name.
+        """Return the family's members on a UNet, also on meta: Architectures over the "blocks" space, by name.
 
         "base", "small" and "tiny" first, then the layers per down block ("2,1,1,1", outermost first), with "-mid"
-        where the mid block goes too. A level goes from two layers to one: the second layer of its down block and the
-        second of its up block. What the UNet or the settings' include and exclude do not allow is left out, as "tiny"
-        where the two innermost levels differ in width.
+        where the mid block is removed as well. A level is reduced from two layers to one by removing the second layer
+        of its down block and of its up block. Members that the UNet or the settings' include and exclude do not allow
+        are left out, such as "tiny" where the two innermost levels differ in width.
 
         Raises:
             ValueError: a UNet with a level of other than one or two layers.
@@ -94,7 +94,7 @@ class BKSDM(Method):
         return _members(denoiser_in(pipeline), space_of(pipeline, self.config))
 
     def architecture(self, pipeline: DiffusionPipeline | ModelMixin) -> Architecture:
-        """The Architecture of the `variant` of the settings, whatever it costs; without one, what `prune` would take.
+        """Return the Architecture of the settings' `variant`, at any cost; if unset, the one that `prune` chooses.
 
         Args:
             pipeline: a pipeline or its UNet, which may be on the meta device.
@@ -144,7 +144,7 @@ class BKSDM(Method):
         return PruneResult([architecture], info=info)
 
     def fine_tuning(self) -> dict[str, Any]:
-        """With `own_distillation`: task, output and feature losses, each weighted by 1 (Kim et al., 2023).
+        """Return BK-SDM's losses if `own_distillation`: task, output, features, each of weight 1 (Kim et al., 2023).
 
         BK-SDM has no min-SNR weights, so a recipe's `snr_gamma` does not apply.
         """

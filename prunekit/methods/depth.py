@@ -50,7 +50,7 @@ class Depth(ScoreMethod):
         return MethodWork(depth_calibrations(space, space.depth_groups, self.config.samples), memory_setting="samples")
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return a few samples."""
+        """Return settings with few calibration samples, for checks and smoke runs."""
         return {"samples": min(self.config.samples, FEW_SAMPLES)}
 
     def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:

@@ -57,7 +57,7 @@ class Norm(ScoreMethod):
         return MethodWork(depth_calibrations(space, groups, self.config.samples or SAMPLES), memory_setting="samples")
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return a few samples."""
+        """Return settings with few calibration samples, for checks and smoke runs."""
         return {"samples": min(self.config.samples or FEW_SAMPLES, FEW_SAMPLES)}
 
     @torch.no_grad()

@@ -105,7 +105,7 @@ class OBS(ScoreMethod):
         return MethodWork((summing, *measured), memory_setting="layers_at_once")
 
     def calibration_bytes(self, model: ModelMixin) -> int:
-        """Return the bytes of the sums and the inverses of the layers that are summed at once, at most."""
+        """Return the peak bytes of the sums and inverses of the layers that are calibrated at the same time."""
         sizes = sorted(
             sum(sums_bytes(weight_of(layer.module(model, axis))) for axis in layer.axes if axis.side == "in")
             for layer in width_layers(model).values()

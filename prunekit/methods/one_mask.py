@@ -57,11 +57,11 @@ class OneMask(Method):
 
     @property
     def num_models(self) -> int:
-        """The number N·K of experts."""
+        """Return the number of experts, N·K."""
         return self.config.experts * self.config.bins
 
     def fine_tuning(self) -> dict[str, Any]:
-        """Return that all experts train one set of weights, each sample through its own."""
+        """Return settings by which all experts share one set of weights, with changes per expert."""
         return {"shared_backbone": True, "experts_per_step": None} if self.num_models > 1 else {}
 
     def work(self, space: UnitSpace) -> MethodWork:
@@ -89,12 +89,12 @@ class OneMask(Method):
         directory: Path | None,
         log: Log | None,
     ) -> PruneResult:
-        """Choose one architecture, and sort prompts and timesteps.
+        """Choose one architecture, and assign prompts and timesteps to experts.
 
         Args:
-            pipeline: a pipeline; its scheduler says which timesteps are visited.
+            pipeline: a pipeline, whose scheduler gives the timesteps of sampling.
             dataset: EncodedData, or CaptionedImages, which are then encoded.
-            directory: where the method that chooses keeps what it can go on from; None: nowhere.
+            directory: directory for the checkpoints of the method that chooses; None: no checkpoints.
             log: as of the method that chooses.
 
         Raises:

@@ -192,7 +192,7 @@ class PruneResult:
         return len(self.architectures) // (len(self.bins) if self.bins else 1)
 
     def expert_macs(self, cost: CostModel, expert: int, scheduler: Any, steps: int) -> int:
-        """Return an expert's exact MACs: where they depend on the timestep, the mean over a sampler's, rounded."""
+        """Return an expert's exact MACs; if they depend on the timestep, the rounded mean over a sampler's."""
         macs = [cost.macs(architecture) for architecture in self.members(expert)]
         if self.bins is None:
             return macs[0]
@@ -211,7 +211,7 @@ class PruneResult:
         return self.architectures[expert * count : (expert + 1) * count]
 
     def save(self, directory: str | Path) -> Path:
-        """Write `result.json` and, where there is a router, `router.safetensors`; returns the directory."""
+        """Write `result.json`, and `router.safetensors` if there is a router; return the directory."""
         directory = Path(directory)
         if self.router is not None:
             self.router.save(directory)

@@ -47,7 +47,7 @@ def cosine_scores(embeddings: Tensor, codes: Tensor) -> Tensor:
 
 
 class Router:
-    """The router: it sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
+    """Router that sends a prompt to the expert whose code has the highest cosine similarity to e(z) (Eq. 22).
 
     Experts that no training prompt was routed to (`unused`) were not fine-tuned, so no prompt is sent to them.
 
@@ -55,7 +55,7 @@ class Router:
     length Z and N offsets. It does change which expert wins after `shifted`, which adds to |e| times the cosine.
 
     Weights and offsets are kept in float64 on the CPU, and a score is a fixed tree of element-wise sums: the same
-    prompt gets the same bits whatever else is in its batch, on any machine and number of threads.
+    prompt gets the same bits in any batch, on any machine and with any number of threads.
 
     Args:
         weight: (N, Z), row i is W^T a_i / |a_i|.
@@ -117,9 +117,9 @@ class Router:
         return self.weight.shape[1]
 
     def scores(self, z: Tensor) -> Tensor:
-        """(B, N) float64: each prompt's cosine similarity to each code, times |e|, which is common to a row.
+        """Return each prompt's cosine similarity to each code, times |e|, which is common to a row; (B, N) float64.
 
-        Unused experts have their scores too; `route` passes over them.
+        Unused experts have scores as well; `route` ignores them.
 
         Args:
             z: (B, Z) prompt embeddings of any floating type and device.

@@ -75,7 +75,7 @@ class TimestepExperts(Method):
         return {"shared_backbone": True, "experts_per_step": None}
 
     def work(self, space: UnitSpace) -> MethodWork:
-        """Return what scores the units, and the forward passes that measure the bins."""
+        """Return the work that scores the units, and the forward passes that measure the bins."""
         scoring, config = self._scoring().work(space), self.config
         passes = len(space.groups) + 1
         words = f"{passes} forward passes"

@@ -58,11 +58,11 @@ class Search:
 
 @dataclass(frozen=True)
 class MethodWork:
-    """All that a method computes before it can choose; nothing by default.
+    """Work that a method computes before it chooses; none by default.
 
     Args:
         calibrations: in the order in which they run.
-        search: the training that decides; None: there is none.
+        search: the training that learns the architectures; None: there is none.
         memory_setting: name of the method's setting to lower where this work does not fit into memory; None: no setting
             helps.
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' own bars and notices; prunekit shows its own."""
+    """Switch off the progress bars and notices of diffusers and transformers; prunekit shows its own."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
@@ -49,17 +49,17 @@ def load_pipeline(
     """Load a text-to-image pipeline with its weights, on the CPU, in evaluation mode, without a safety checker.
 
     Args:
-        name: "emoji" or "emoji-sd3" (the embedded models), a diffusers directory (its denoiser stock or pruned), a
+        name: "emoji" or "emoji-sd3" (the embedded models), a diffusers directory (with a stock or a pruned denoiser), a
             .safetensors file with a whole model, a hub id, or a short name in `KNOWN`.
-        dtype: of all weights, whatever the files hold; training needs float32.
-        lora: merged into the weights, in this order.
-        single_file_config: with a file only: the directory or hub id of the pipeline whose configs and tokenizers the
-            file is read with; by default the one that its tensors tell.
-        say: told what a user should know, a line each: that only half-precision files were there, which configs a
-            single file is read with, how many layers a LoRA changed.
+        dtype: dtype of all weights, for any dtype in the files; training needs float32.
+        lora: LoRAs to merge into the weights, in this order.
+        single_file_config: only for a single file: directory or hub id of the pipeline whose configs and tokenizers are
+            used; by default it is derived from the tensors of the file.
+        say: takes lines for the user: files that exist only in half precision, the configs of a single file, and the
+            number of layers that a LoRA changed.
 
     Raises:
-        ValueError: one line: no such model, one that cannot be fetched, or one that is not supported.
+        ValueError: one line: no such model, a model that cannot be fetched, or one that is not supported.
         ImportError: LoRA weights without peft.
 
     """

@@ -30,7 +30,7 @@ class LoraWeights:
 
 
 def as_lora(value: Any) -> Any:
-    """Return the list of LoRAs that a setting means: None, one path, or a list of paths and {path, scale}."""
+    """Return a setting as a list of LoRAs; the setting is None, one path, or a list of paths and {path, scale}."""
     if value is None:
         return []
     items = value if isinstance(value, list | tuple) else [value]
@@ -42,7 +42,7 @@ def merge_lora(
 ) -> None:
     """Add LoRAs to the weights of a pipeline's UNet and text encoders, W + scale·(alpha/rank)·B·A, one after the other.
 
-    say: told, in a line, which LoRA was merged into how many layers.
+    say: takes a line that names each LoRA and the number of layers that it changed.
     Raises ImportError where peft is missing, and ValueError, one line: no such file, a pickle, or one that does not
     fit the model.
     """

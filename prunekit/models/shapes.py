@@ -55,9 +55,9 @@ class PipelineShape:
 
 
 def resolution_of(pipeline: Any) -> int:
-    """Return the side in pixels of the squares that a pipeline was made for.
+    """Return the side in pixels of the square pictures that a pipeline was trained for.
 
-    Raises UserError for a pipeline that was made for other rectangles, which training does not support.
+    Raises UserError for a pipeline of other rectangles, which training does not support.
     """
     height, width = pixels_of(pipeline)
     if height != width:
@@ -105,10 +105,10 @@ def _described(config: dict[str, Any], name: str | Path) -> Denoiser:
 
 
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:
-    """Return what counting needs of a model, without weights; arguments and errors as in `load_unet_on_meta`.
+    """Return a model's shapes for counting, without weights; arguments and errors as in `load_unet_on_meta`.
 
-    A denoiser's directory without the rest of its pipeline is taken to have its family's usual parts, such as Stable
-    Diffusion's: scale 8, 77 tokens.
+    For a denoiser's directory without the rest of its pipeline, the usual parts of its family are assumed, such as
+    Stable Diffusion's: scale 8, 77 tokens.
     """
     source = _configured(name, single_file_config)
     directory = local_path(source)

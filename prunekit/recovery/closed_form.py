@@ -112,16 +112,16 @@ def refit(
     seed: int = 0,
     title: str = "refit",
 ) -> list[LayerFit]:
-    """Refit a pruned model in place; return what was done, in the order of the forward pass.
+    """Refit a pruned model in place; return the refitted layers, in the order of the forward pass.
 
     Args:
-        student: sliced from the pipeline's denoiser, on its device.
-        pipeline: whose denoiser is the dense model, which stays as it is and may be held in a lower precision than the
-            student (with `precision` set to it), and whose scheduler noises.
-        data: the calibration samples' source; None: Gaussian latents and texts.
-        config: how; the defaults without it.
-        seed: of the calibration samples.
-        title: of the progress line.
+        student: pruned model, sliced from the pipeline's denoiser, on its device.
+        pipeline: pipeline with the dense denoiser and the scheduler that adds noise. The denoiser does not change; it
+            may have a lower precision than the student if `precision` is set to it.
+        data: source of the calibration samples; None: Gaussian latents and texts.
+        config: settings of the refit; the defaults if None.
+        seed: seed of the calibration samples.
+        title: title of the progress line.
 
     Raises:
         UserError: fewer training pairs than samples.

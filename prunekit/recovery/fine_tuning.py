@@ -173,16 +173,29 @@ def fine_tune(
     objective: Callable[..., FineTuningObjective] = FineTuningObjective,
     offload_teacher: bool = False,
 ) -> dict[str, float]:
-    """Train a sliced denoiser in place (Eq. 30), resuming an interrupted call from `directory`.
+    """Train a sliced denoiser in place (Eq. 30); resume an interrupted call from `directory`.
 
-    student: usually from `slice_unet`, float32; for low-rank changes it may be one that `training.memory.lower` holds.
-    teacher: the dense model, left as it is. scheduler: the pipeline's.
-    pairs: indices (P_i,) of the pairs that this student serves; all training pairs by default.
-    objective: made from what FineTuningObjective is made from, which is the default; for a backbone of several experts,
-    partial(BackboneObjective, mixture=...), and the student is a dense model to be sliced to each of them afterwards.
-    offload_teacher: its weights stay in host memory, and each layer's are copied to the device while it runs.
-    milestones: called after these steps, with the (averaged) weights of then in the student.
-    Returns the trainer's figures: steps, seconds, loss and its terms.
+    Args:
+        student: the sliced denoiser, float32; with low-rank changes, its frozen weights may be lowered
+            (`training.memory.lower`).
+        teacher: the dense model; it does not change.
+        data: the encoded pairs.
+        config: settings of the training and of the losses.
+        directory: folder of the checkpoints.
+        scheduler: scheduler of the pipeline, which defines the noise process.
+        pairs: indices (P_i,) of the training pairs that this student serves; all training pairs by default.
+        seed: seed of the order of pairs and of the noise.
+        title: title of the training in the log and the progress line.
+        log: takes the rows of the log.
+        milestones: functions to call after these steps, with the current (averaged) weights in the student.
+        objective: class of the losses; for a backbone of several experts partial(BackboneObjective, mixture=...), where
+            the student is a dense model that is sliced afterwards.
+        offload_teacher: keep the teacher's weights in host memory, and copy those of a layer to the device while it
+            runs.
+
+    Returns:
+        The trainer's figures: steps, seconds, loss and its terms.
+
     """
     pairs = data.training_pairs() if pairs is None else pairs
     if not len(pairs):

@@ -32,9 +32,22 @@ def recover_experts(
 ) -> list[ModelMixin]:
     """Slice a pipeline's UNet to a result's architectures and fine-tune each on the prompts that are routed to it.
 
-    What a run does, in memory: returns the models, frozen, on the device of the pipeline's UNet, which stays as it is.
-    directory: where trainings are kept, so that an interrupted call resumes; None: a temporary directory.
-    Raises ValueError as `fine_tune`, and for a directory with the training of another result.
+    This is the recovery of a run, in memory. The pipeline's UNet does not change.
+
+    Args:
+        result: architectures, and the router if there is one.
+        pipeline: the dense pipeline.
+        data: the encoded pairs.
+        config: settings of the fine-tuning.
+        directory: folder of the checkpoints, from which an interrupted call resumes; None: a temporary folder.
+        seed: seed of the training.
+
+    Returns:
+        The fine-tuned models, frozen, on the device of the pipeline's UNet.
+
+    Raises:
+        ValueError: as `fine_tune`, and for a directory with the training of another result.
+
     """
     if directory is None:
         with TemporaryDirectory() as temporary:

@@ -23,6 +23,7 @@ TIMES = (
 )
 QUALITY = ("cmmd", "cmmd_above", "kid", "kid_above", "clip_score", "top1", "top5", "frechet", "agreement")
 BY_KEY = {column.key: column for column in (*COLUMNS, *TIMES)}
+AGREEMENT = "agreement"
 EQUAL_TOTAL = "equal_total"
 PROTOCOLS = {
     "equal_steps": "equal steps per model (the papers' protocol)",
@@ -239,6 +240,43 @@ def inseparable(row: Row, rows: Sequence[Row]) -> set[str]:
         if adjusted.get(id(row), LEVEL if row.estimates[key].overlaps(top.estimates[key]) else 0.0) >= LEVEL:
             tied_figures.add(key)
     return tied_figures
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Return the result in a sentence per budget, under the first protocol: the best row, and which ones equal it.
+
+    It is about the agreement with the dense model. "" without a pruned row that has it.
+    """
+    first = [row for row in rows if row.protocol == rows[0].protocol and AGREEMENT in row.estimates]
+    sentences = []
+    for budget in dict.fromkeys(row.budget for row in first):
+        section = [row for row in first if row.budget == budget]
+        if pruned := [row for row in section if row.method != DENSE]:
+            sentences.append(_sentence(pruned, section, budget))
+    return " ".join(sentences)
+
+
+def _sentence(pruned: Sequence[Row], section: Sequence[Row], budget: str) -> str:
+    top, *others = sorted(pruned, key=lambda row: row.estimates[AGREEMENT].mean)
+    value = BY_KEY[AGREEMENT].shown(top.estimates[AGREEMENT].mean)
+    if not others:
+        return f"At budget {budget}, {top.method} has an agreement MSE of {value}."
+    said = f"At budget {budget}, {top.method} has the lowest agreement MSE, {value}"
+    equal = [row for row in others if AGREEMENT in inseparable(row, section)]
+    worse = [row for row in others if row not in equal]
+    held = (top, *(equal or others[:1]))
+    count = min(len(row.seeds) for row in held)
+    if count == 1 and not all(row.errors.get(AGREEMENT) for row in held):  # of an earlier version's cells
+        return f"{said}; the next is {_named(others[0])}; with one seed and no recorded errors, the noise is unknown."
+    noise = f"noise of {count} seeds" if count > 1 else "noise of the samples (one seed)"
+    if not equal:
+        return f"{said}; the next is {_named(others[0])}, a difference beyond the {noise}."
+    rest = "" if not worse else f"; {len(worse)} of the other rows {'is' if len(worse) == 1 else 'are'} worse beyond it"
+    return f"{said}; the {noise} does not separate it from {', '.join(row.method for row in equal)}{rest}."
+
+
+def _named(row: Row) -> str:
+    return f"{row.method}, {BY_KEY[AGREEMENT].shown(row.estimates[AGREEMENT].mean)}"
 
 
 def paired_rows(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

@@ -31,10 +31,10 @@ RUN_NOTE = (
 )
 PLAIN_NOTE = "This run recorded no intervals; a run of this version does. Arrows: which way is better."
 COMPARE_NOTE = (
-    "Mean ± seeds / pictures, half of the 95 % intervals over the seeds (Student's t; – for one seed) and over the "
-    "pictures of one seed (1.96 jackknife errors). Bold: the best pruned row. ≈: it cannot be told from the best row "
-    "(paired by seed, Holm's correction over the rows; with one seed: the intervals overlap). In the pictures a bar "
-    "that leaves the frame is longer than shown."
+    "Each figure is the mean over the seeds. Below it, after ±: half of its 95 % interval over the seeds (Student's t; "
+    "– for one seed), and after the slash half of that over one seed's pictures (1.96 jackknife errors). Bold: the "
+    "best pruned row. ≈: the row cannot be told from the best one (paired by seed, Holm's correction over the rows; "
+    "with one seed: the intervals overlap). In the charts, a bar that leaves the frame is longer than shown."
 )
 PAIRS_TITLE = "Pairs, paired by seed: mean and 95 % interval, p with Holm's correction over all of them"
 MINOR_TICKS = (1.5, 2, 3, 4, 5, 7)  # between the powers of ten of a logarithmic axis

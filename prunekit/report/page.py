@@ -10,7 +10,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
 
 from prunekit.evaluation.verdict import verdict
+from prunekit.report import comparison_table
 from prunekit.report.architectures import architectures
+from prunekit.report.comparison_table import rows_of
 from prunekit.report.headline import headline
 from prunekit.report.routing_map import routing
 from prunekit.report.sensitivity import sensitivity
@@ -72,7 +74,10 @@ def _summary(source: Source) -> str:
     """Return the page's first sentence."""
     if source.is_comparison:
         names = list(dict.fromkeys(cell["cell"]["method"] for cell in source.cells))
-        return f"{len(source.cells)} finished cells: {', '.join(names)}." if names else "No cell is finished yet."
+        if not names:
+            return "No cell is finished yet."
+        cells = f"{len(source.cells)} finished cells: {', '.join(names)}."
+        return " ".join(filter(None, (comparison_table.verdict(rows_of(source.cells)), cells)))
     rows = source.results.get("table", {}).get("rows") or []
     pruned = [f"{row['name']} keeps {100 * row['macs_ratio']:.1f} %" for row in rows if row["macs_ratio"] < 1]
     kept = f"Of the dense model's MACs {', '.join(pruned)}." if pruned else ""

@@ -10,9 +10,10 @@ from diffusers import ModelMixin
 
 from prunekit.methods.result import PruneResult
 from prunekit.models import load_unet_on_meta
+from prunekit.report.comparison_table import Cell
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json
-from prunekit.runtime.run_directory import LOG, METHODS, RECIPE, RESULT, RESULTS
+from prunekit.runtime.run_directory import CELLS, DENSE, LOG, METHODS, RECIPE, RESULT, RESULTS, WORK
 from prunekit.runtime.yaml_files import read_mapping
 
 ENVIRONMENT = "environment.json"
@@ -49,10 +50,17 @@ class Source:
             )
 
     @cached_property
+    def recipes(self) -> list[dict[str, Any]]:
+        """The resolved recipes that the page is of; of comparisons that share a directory, those measured last."""
+        paths = [self.directory / RECIPE, *sorted(self.directory.glob("recipe-*.yaml"))]
+        known = [read_mapping(path) for path in paths if path.is_file()]
+        last = [recipe for recipe in known if recipe.get("name") in self.results.get("recipes", ())]
+        return last or known[:1]
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe; empty where there is none."""
-        path = self.directory / RECIPE
-        return read_mapping(path) if path.is_file() else {}
+        return self.recipes[0] if self.recipes else {}
 
     @cached_property
     def results(self) -> dict[str, Any]:
@@ -68,8 +76,23 @@ class Source:
 
     @cached_property
     def cells(self) -> list[dict[str, Any]]:
-        """The finished cells of a comparison."""
-        return [read_json(path) for path in sorted((self.directory / "cells").glob("*.json"))]
+        """The finished cells of a comparison; where it has a recipe, those of other recipes are left out."""
+        paths = sorted((self.directory / CELLS).glob("*.json"))
+        cells = [(path, read_json(path)) for path in paths]
+        comparisons = [recipe for recipe in self.recipes if recipe.get("job") == "compare"]
+        if not comparisons:
+            return [cell for _, cell in cells]
+        return [cell for path, cell in cells if any(self._is_of(recipe, path, cell) for recipe in comparisons)]
+
+    def _is_of(self, recipe: dict[str, Any], path: Path, cell: dict[str, Any]) -> bool:
+        """Whether a cell is one of a recipe's: of its own making, or made by another recipe with the same settings."""
+        name = recipe.get("name")
+        if _place(cell) not in _places(recipe):
+            return False
+        if cell.get("recipe", name) == name:
+            return True
+        has_own = path.with_name(f"{path.stem}__{name}{path.suffix}").is_file()
+        return not has_own and path.stem not in self.results.get("missing", ())
 
     @property
     def is_comparison(self) -> bool:
@@ -88,26 +111,27 @@ class Source:
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:
-        """The rows of the log; a line that a kill cut off is left out."""
-        path, rows = self.directory / LOG, []
+        """The rows of the log; a line that a kill cut off is left out, and so are trainings of other recipes' cells."""
+        path, rows = self.directory / LOG, list[dict[str, Any]]()
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return rows
+        titles = tuple(f"{Cell(*place, '').title} " for recipe in self.recipes for place in _places(recipe))
+        return [row for row in rows if not titles or f"{row.get('stage', titles[0])} ".startswith(titles)]
 
     @cached_property
     def chosen(self) -> dict[str, PruneResult]:
         """What each method chose, by a name that a person reads."""
         if self.is_comparison:
-            folders = sorted((self.directory / "work").glob(f"*-chosen-*/{RESULT}"))
-            results = {}
-            for path in folders:
-                result = PruneResult.load(path.parent)
-                label = path.parent.name.partition("-chosen-")[0]
-                share, seed = result.info.mean_ratio, result.info.settings["seed"]
-                results[f"{label}, {100 * share:.1f} % of the MACs, seed {seed}"] = result
+            results: dict[str, PruneResult] = {}
+            for cell in self.cells:  # the models of a choice lie with it, under each protocol
+                folder = self.directory / WORK / cell.get("models_folder", "")
+                if (folder / RESULT).is_file():
+                    result, (label, _, seed) = PruneResult.load(folder), _place(cell)
+                    title = f"{label}, {100 * result.info.mean_ratio:.1f} % of the MACs, seed {seed}"
+                    results.setdefault(title, result)
             return results
         folders = [self.directory / METHODS / name for name in self.recipe.get("methods", ())]
         return {folder.name: PruneResult.load(folder) for folder in folders if (folder / RESULT).is_file()}
@@ -121,3 +145,19 @@ class Source:
             return load_unet_on_meta(self.recipe["model"], self.recipe.get("single_file_config"))
         except (OSError, ValueError) as error:
             raise MissingError(f"the model {self.recipe['model']!r} cannot be read here ({error})") from error
+
+
+def _place(cell: dict[str, Any]) -> tuple[str, str, int]:
+    """Return a cell's row, budget and seed."""
+    axes = cell["cell"]
+    return axes["method"], axes["budget"], axes["seed"]
+
+
+def _places(recipe: dict[str, Any]) -> set[tuple[str, str, int]]:
+    """Return the rows, budgets and seeds of a comparison's recipe."""
+    places = set()
+    for entry in recipe.get("budgets") or ():
+        labels = [*(entry.get("methods") or recipe.get("methods", ()))]
+        for seed in entry.get("seeds") or [0]:
+            places |= {(DENSE, "", seed), *((label, str(entry["budget"]), seed) for label in labels)}
+    return places

@@ -5,7 +5,8 @@ log lines and rows, and the memory in use.
 import resource
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from rich.progress import Progress as RichProgress
 
 console = Console(file=sys.stderr)
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal to redraw
+
+Watcher = Callable[[float, float, float], None]  # takes seconds, the share done before, and the share done, in [0, 1]
+_watchers: list[Watcher] = []
 
 
 class Log(Hashable, Protocol):
@@ -61,20 +65,34 @@ class Progress:
         return self
 
     def update(self, done: int, value: float | None = None) -> None:
-        """Say that `done` of the total are finished, with the current value (a loss)."""
-        text = "" if value is None else f"{value:.4g}"
+        """Show that `done` of the total are finished, with the current value of the loss."""
+        if self.enabled and self.total:
+            for watcher in _watchers:
+                watcher(time.monotonic() - self.start, self.first / self.total, done / self.total)
+        text = "" if value is None else f"loss {value:.4g}"
         if self.bar is not None:
             self.bar.update(self.task, completed=done, value=text)
         elif self.enabled and (time.monotonic() - self.last_line > PLAIN_SECONDS):
             self.last_line = time.monotonic()
             left = (self.last_line - self.start) / max(1, done - self.first) * (self.total - done)
-            console.print(f"{self.title}: {done}/{self.total} {text} ({left / 60:.1f} min left)", highlight=False)
+            line = ", ".join(filter(None, (f"{self.title}: {done}/{self.total}", text, f"{left / 60:.1f} min left")))
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """A context in which a function is told of every progress."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 def peak_memory() -> int:

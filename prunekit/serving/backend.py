@@ -141,7 +141,7 @@ class Backend(Protocol):
         ...
 
     def load(self) -> Load:
-        """Return how busy it is."""
+        """Return the current load of the backend."""
         ...
 
     async def draw(self, job: Job) -> Drawn:

@@ -78,13 +78,13 @@ class _Image:
 
 
 class InProcessBackend:
-    """Draws with the experts of one model on one or several devices of this machine.
+    """Backend that draws with the experts of one model on one or several devices of this machine.
 
     Args:
-        drawers: one a device.
-        name: of the model.
-        max_batch: images of one call of the stock pipeline.
-        max_queued: images that may wait.
+        drawers: one drawer per device.
+        name: name of the model in the API.
+        max_batch: largest number of images per call of the stock pipeline.
+        max_queued: largest number of waiting images.
 
     """
 
@@ -114,7 +114,7 @@ class InProcessBackend:
         return cls([Drawer(pipeline) for pipeline in pipelines], name, settings.batch, settings.max_queued)
 
     async def start(self) -> None:
-        """Begin to draw, each device with a step of every expert."""
+        """Start the devices; each one first draws one step with every expert, to warm up."""
         self._loop = asyncio.get_running_loop()
         for device in range(len(self._drawers)):
             thread = threading.Thread(target=self._work, args=(device,), name=f"device {device}", daemon=True)

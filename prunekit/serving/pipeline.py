@@ -28,9 +28,10 @@ PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", *OPTIONAL)
 class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
     """A base pipeline that draws each prompt with the expert that the router chooses.
 
-    Called as the base pipeline is. Prompts of one expert run together, `batch_size` of them in one call of
-    the stock pipeline; images come back in the order asked for, each from its own noise. Any diffusers scheduler may
-    be put on `.scheduler`. Many threads may call one pipeline. Made by `from_pretrained` or `from_experts`.
+    Call it like the base pipeline. Prompts of one expert run together, `batch_size` of them per call of the stock
+    pipeline. Images are returned in the order of the prompts, and the noise of each depends only on its seed. Assign
+    any diffusers scheduler to `.scheduler`. Many threads may call one pipeline. Create it by `from_pretrained` or
+    `from_experts`.
     """
 
     _optional_components = list(OPTIONAL)  # noqa: RUF012 (as diffusers has it)
@@ -131,7 +132,7 @@ class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, tier: str = "auto") -> None:
         """Write base pipeline, experts, router and prompt encoder as one directory of safetensors and JSON.
 
-        tier: of the experts, as `prunekit export` has it.
+        tier: tier of the experts' files, as in `prunekit export`.
         """
         save(self.parts, self.mixture, Path(save_directory), tier)
 

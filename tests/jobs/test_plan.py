@@ -113,9 +113,14 @@ def recipe_named(stem: str, *overrides: str):
 @pytest.mark.parametrize("name", PLANNED)
 def test_every_recipe_passes(name, plans):
     content = plans[name]
-    console = Console(record=True, width=160, file=io.StringIO())
-    show_plan(content, console)
-    assert content["recipe"] in console.export_text()
+    for width in (60, 80, 160):
+        console = Console(record=True, width=width, file=io.StringIO(), highlight=False)
+        show_plan(content, console)
+        show_summary([content, content], console)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width and "…" not in text
+        assert content["recipe"] in text and all(f"{stage['samples']:,}" in text for stage in content["work"])
+        assert all(f"{row['target_macs']:,}" in text for row in content.get("methods", {}).values())
     assert content["seconds"] > 0 and all(stage["samples"] > 0 for stage in content["work"])
     assert content["memory"]["peak"] and content["disk"]["total"] > 0
     assert json.loads(json.dumps(content)) == content

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from prunekit.jobs.compare.comparing import compare
 from prunekit.jobs.reporting import finish, report
 from prunekit.jobs.run import start
 from prunekit.report import REPORT, write_report
+from prunekit.report.comparison_table import rows_of, verdict
 from prunekit.report.page import MOST_BYTES, SECTIONS
 from prunekit.report.routing_map import MOST_POINTS, mapped_rows, prompt_map
 from prunekit.report.source import Source
@@ -22,6 +24,7 @@ from prunekit.report.training_curves import by_training, step_times, thinned
 from prunekit.report.trust import warnings_of
 
 WRITES_REPORTS = True
+RECORDED = Path(__file__).parents[2] / "docs" / "results"
 VOID = {"meta", "link", "img", "input", "br"}
 FREE = {"p", "li", "td", "th", "tr", "thead", "tbody", "dt", "dd"}  # whose end HTML lets out
 
@@ -63,7 +66,9 @@ def read(directory):
         assert link.startswith("data:") or link.removeprefix("#") in page.ids, link[:80]
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     without = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
-    assert without.count("<script") == 0 and len(without) > 0.9 * len(text)  # all but the filter is there without it
+    assert without.count("<script") == 0 and len(without) > 0.9 * len(
+        text
+    )  # all but the filter and the enlarging is there without it
     return text, page
 
 
@@ -137,6 +142,13 @@ def test_it_fits_screens_and_paper(run):
         page.fill(".filter input", "red")
         count = page.locator(".map path:not(.hidden)").count()
         assert 0 < count < page.locator(".map path").count() and f"{count} prompts" in page.inner_text("output")
+        page.locator("#wall .zoom").first.click()
+        assert page.locator("dialog img").bounding_box()["width"] > 700
+        page.keyboard.press("Escape")
+        page.locator("#headline .zoom").first.press("Enter")
+        assert page.locator("dialog svg").bounding_box()["width"] > 700 and not page.locator("dialog img").count()
+        page.locator("dialog").click()
+        assert not page.evaluate("document.querySelector('dialog').open")
         page.set_viewport_size({"width": 390, "height": 900})  # tables scroll by themselves, the page does not
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.set_viewport_size({"width": 1040, "height": 700})  # A4 across
@@ -200,6 +212,87 @@ def test_a_comparison(world, tmp_path):
     text, _ = read(tmp_path / "compared")
     assert "Budget 0.7, equal steps" in text and text.count("<article") == 4 and "random, " in text
     assert len(reasons(text)) == 2 + ("Memory was not" in text), reasons(text)  # no routing, no sensitivity
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A directory with finished cells of two recipes, and the recipe of one of them."""
+    folder = tmp_path / "recorded"
+    shutil.copytree(RECORDED / "compare_emoji" / "cells", folder / "cells")
+    budgets = [{"budget": 0.5, "seeds": [0, 1], "methods": ["norm", "uniarch", "random"]}]
+    rows = {name: {} for name in ("norm", "uniarch", "random", "aptp")}
+    write(folder, "recipe", {"job": "compare", "name": "mine", "budgets": budgets, "methods": rows})
+    for path in sorted((folder / "cells").glob("*.json")):
+        cell = json.loads(path.read_text())
+        if cell["cell"]["method"] in ("norm", "uniarch"):  # random's are shared: another recipe made the same
+            path.write_text(json.dumps({**cell, "recipe": "mine"}))
+    return folder
+
+
+def test_a_comparison_shows_the_cells_of_its_recipe(recorded):
+    shown = {cell["cell"]["method"] for cell in Source(recorded).cells}
+    assert shown == {"dense", "norm", "uniarch", "random"}
+    theirs = next((recorded / "cells").glob("norm__*equal_steps.json"))
+    mine = theirs.with_name(f"{theirs.stem}__mine.json")
+    content = json.loads(theirs.read_text())
+    mine.write_text(json.dumps({**content, "figures": {**content["figures"], "agreement": 0.5}}))
+    theirs.write_text(json.dumps({**content, "recipe": "theirs"}))
+    norm = [
+        cell for cell in Source(recorded).cells if (cell["cell"]["method"], cell["steps"]) == ("norm", content["steps"])
+    ]
+    assert [cell["figures"]["agreement"] for cell in norm] == [0.5]
+    (recorded / "results.json").write_text(json.dumps({"missing": ["random__0.5__seed0__equal_steps"]}))
+    rows = [(cell["cell"]["method"], cell["cell"]["protocol"]) for cell in Source(recorded).cells]
+    assert ("random", "equal_total") in rows and ("random", "equal_steps") not in rows
+    write(
+        recorded,
+        "recipe-theirs",
+        {"job": "compare", "name": "theirs", "budgets": [{"budget": 0.5}], "methods": {"aptp": {}}},
+    )
+    (recorded / "results.json").write_text(json.dumps({"recipes": ["theirs"]}))
+    assert {cell["cell"]["method"] for cell in Source(recorded).cells} == {"dense", "aptp"}
+
+
+def test_a_comparison_logs_only_its_trainings(recorded):
+    lines = [{"stage": f"{name} 0.5 seed 0 equal_steps 0", "step": 1} for name in ("norm", "aptp")]
+    (recorded / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*lines, {"event": "said"}]))
+    assert [row.get("stage", row.get("event")) for row in Source(recorded).log] == [lines[0]["stage"], "said"]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "expected"),
+    [
+        (
+            "compare_emoji_captions",
+            "0.5",
+            "aptp has the lowest agreement MSE, 0.0433; the next is uniarch, 0.0570, a diff",
+        ),
+        (
+            "compare_emoji_base",
+            "bksdm:base",
+            "does not separate it from uniarch, taylor_sp, random; 3 of the other rows",
+        ),
+        ("compare_emoji_base", "bksdm:2,1,1,1", "with one seed and no recorded errors, the noise is unknown."),
+        ("compare_emoji", "0.5", "the noise of the samples (one seed) does not separate it from aptp; 4 of the other"),
+    ],
+)
+def test_the_verdict_of_a_comparison(name, budget, expected):
+    cells = [json.loads(path.read_text()) for path in sorted((RECORDED / name / "cells").glob("*.json"))]
+    sentence = verdict(rows_of([cell for cell in cells if cell["cell"]["budget"] in ("", budget)]))
+    assert sentence.startswith(f"At budget {budget}, ") and expected in sentence
+    dense = [cell for cell in cells if cell["cell"]["method"] == "dense"]
+    assert verdict(rows_of(dense)) == ""
+
+
+@pytest.mark.parametrize("name", ["compare_emoji", "compare_emoji_captions", "ablation_emoji"])
+def test_the_tables_of_a_comparison_fit_a_wide_screen(name, tmp_path):
+    need_browser()
+    shutil.copytree(RECORDED / name / "cells", tmp_path / "cells")
+    with open_page() as (page, faults, _asked):
+        page.goto(write_report(tmp_path).as_uri())
+        boxes = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{boxes}.length") == 0
+    assert faults == []
 
 
 def test_a_collapsed_mixture_is_among_the_warnings(run, tmp_path):

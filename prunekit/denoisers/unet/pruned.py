@@ -18,10 +18,12 @@ from .structure import UNetStructure
 class PrunedUNet2DConditionModel(PrunedModel, AttachableUNet):
     """A UNet2DConditionModel without the units that an Architecture removed; built from its config alone.
 
-    pruning: None, or {format: 1, kept, removed} as described in `prunekit.core.slicing`; UserError where it does not
-        fit.
-    folding: None; UserError for anything else, which a UNet has not.
-    **config: as UNet2DConditionModel's, of the dense UNet.
+    Args:
+        pruning: None, or {format: 1, kept, removed} as described in `prunekit.core.slicing`; UserError if it does not
+            fit.
+        folding: None; UserError for any other value, because UNets have no modulation to fold.
+        **config: the arguments of UNet2DConditionModel, of the dense UNet.
+
     """
 
     structure = UNetStructure()

@@ -43,8 +43,8 @@ _PER_LEVEL_REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")
 def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
     """Return a stock UNet with the same function and copied weights, or None if no stock config expresses the cut.
 
-    None for a UNet with any width cut, with a layer of which only the ResBlock or only the attention is gone (unless a
-    block lost all its attentions), with a part of the mid block gone, or whose skips do not pair up.
+    No stock config expresses a width cut, a layer that lost only its ResBlock or only its attention (unless the block
+    lost all attentions), a mid block that lost a part, or skips that do not pair up.
     Works on the meta device. The result has the UNet's dtype, device, training mode, frozen parameters and attention
     processors.
     """

@@ -25,6 +25,7 @@ COLUMNS = (
     "published, of dense",
     "note",
 )
+WORDS = ("architecture", "what", "how", "note")  # columns that are text
 BRIEF = ("architecture", "what", "how", "MACs of dense", "p50 (ms)", "n", *COLUMNS[9:12], "published, of dense", "note")
 
 
@@ -86,7 +87,7 @@ def markdown(rows: Sequence[Row], recipe: BenchRecipe) -> str:
         device_rows = [row for row in rows if row["environment"]["device"] == device]
         header, lines = shown(device_rows, recipe)
         parts.append(f"\n## {device}\n\n{environment_line(device_rows[0])}\n\n")
-        rule = ["---" if index < 3 or name == "note" else "---:" for index, name in enumerate(header)]
+        rule = ["---" if name in WORDS else "---:" for name in header]
         parts += [f"| {' | '.join(line)} |\n" for line in (header, rule, *lines)]
     if recipe.published:
         parts.append(f"\nPublished: {recipe.published}.\n")

@@ -71,7 +71,7 @@ class CheckLog(RunLog):
 def check(recipe: AnyRecipe, devices: int = 1, say: Callable[[Checked], Any] = lambda stage: None) -> dict[str, Any]:
     """Run one batch of every stage; return the stages, and the estimate of the whole recipe as `scheduled` has it.
 
-    devices: how many the whole recipe will run on; one of them is tried here. say: told of every stage.
+    devices: number of devices of the whole recipe; the check tries the share of one. say: takes each finished stage.
     Raises CheckError at the first stage that fails; ValueError for a recipe that cannot be checked.
     """
     if isinstance(recipe, PretrainRecipe):

@@ -7,8 +7,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from prunekit.evaluation.table import Column, markdown_table, terminal_table, warning_lines
 from prunekit.jobs.compare.call_ratios import cell_ratio
 from prunekit.jobs.compare.cell_runner import CellRunner
@@ -38,6 +36,7 @@ from prunekit.report.comparison_table import (
     paired_rows,
     rows_of,
     shown_rows,
+    verdict,
     warnings_of,
 )
 from prunekit.report.pareto import pareto_picture
@@ -47,10 +46,10 @@ from prunekit.runtime.files import read_json, write_json, write_text
 from prunekit.runtime.processes import apart, current, is_companion
 from prunekit.runtime.progress import Log
 from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULTS, WORK
+from prunekit.runtime.screen import stdout_console
 from prunekit.runtime.work import Piece, occupied, refuse_foreign
 
 TABLE_CSV = "table.csv"  # of a comparison's directory
-PLAIN_WIDTH = 160  # letters of a line where there is no terminal
 NOTE = (
     "Each figure: mean ± seeds / pictures, half of its 95 % intervals over the seeds (Student's t; – for one seed) and "
     "over the pictures of one seed (1.96 jackknife errors). **Bold**: the best pruned row. ≈: it cannot be told from "
@@ -164,6 +163,7 @@ def compare(
     missing: list[Cell] = []
     published: list[dict[str, Any]] = []
     pairs: list[list[str]] = []
+    names: list[str] = []
     recipes = {path: _load(path, overrides) for path in sources if not path.is_dir()}
     if empty := next((path for path in sources if path.is_dir() and not list((path / CELLS).glob("*.json"))), None):
         raise RecipeError(f"{empty} holds no cells of a comparison")
@@ -192,12 +192,13 @@ def compare(
                 times = comparison.timings(finished) if not lacking else {}
                 published += comparison.recipe.published
                 pairs += comparison.recipe.pairs
+                names.append(comparison.recipe.name)
             cells += finished
             timings |= times
         if is_companion():
             return folders[0]
         refuse_unfair(cells)
-        return _write(folders[0], cells, timings, missing, published, pairs)
+        return _write(folders[0], names, cells, timings, missing, published, pairs)
 
 
 def _load(path: Path, overrides: list[str]) -> CompareRecipe:
@@ -209,6 +210,7 @@ def _load(path: Path, overrides: list[str]) -> CompareRecipe:
 
 def _write(
     folder: Path,
+    recipes: list[str],
     cells: list[Result],
     timings: dict[str, float],
     missing: list[Cell],
@@ -216,11 +218,11 @@ def _write(
     pairs: list[list[str]],
 ) -> Path:
     """Write and print the tables of the finished cells."""
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = stdout_console()
     rows = rows_of(cells, timings)
     warnings, tested = warnings_of(cells), paired_rows(rows, pairs)
     content: dict[str, Any] = {
+        "recipes": recipes,
         "rows": json_rows(rows),
         "missing": [cell.name for cell in missing],
         "published": published,
@@ -238,6 +240,7 @@ def _write(
                 heading = f"Budget {budget}, {PROTOCOLS[protocol]}"
                 parts += [f"## {heading}\n", markdown_table(lines, columns)]
                 console.print(terminal_table(lines, columns, heading, console.width))
+    console.print("**: the best pruned row of a figure. ≈: a row that cannot be told from the best.", markup=False)
     if tested:
         lines = paired_lines(tested)
         parts += ["## Pairs\n", f"{PAIRS_NOTE}\n", markdown_table(lines, PAIR_COLUMNS)]
@@ -255,6 +258,8 @@ def _write(
     write_text(folder / "table.md", "\n".join(parts))
     if any(row.method != DENSE for row in rows):
         pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
+    if sentence := verdict(rows):
+        console.print(sentence, markup=False)
     finish(folder, partial(console.print, highlight=False, markup=False))
     return folder
 

@@ -1,60 +1,66 @@
 """Plans on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from prunekit.jobs.recipe import precision_text
+from prunekit.runtime.screen import fitted_table
 
 NOT_KNOWN = "–"
+DENSE_AND_CUT, TIMES = ("MACs dense", "MACs at most", "experts"), ("device-hours", "wall-clock time")  # of a summary
+Lines = list[list[str]]
 
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what `prunekit.jobs.plan.plan` returned."""
     model = plan["model"]
     sides = {key: f"{model[key][0]} x {model[key][1]}" for key in ("resolution", "training_resolution")}
-    console.print(
+    _say(
+        console,
         f"{plan['recipe']} ({plan['job']}): {model['unet']} of {model['name']}, "
         f"{quantity(model['params']).strip()} parameters, {quantity(model['macs'])}MACs; "
         f"used at {sides['resolution']}, trained at {sides['training_resolution']} pixels, "
-        f"{model['text_length']} text tokens"
+        f"{model['text_length']} text tokens",
     )
     if "units" in plan:
         kinds = (f"{kind} {row['units']:,} in {row['groups']:,} groups" for kind, row in plan["units"].items())
         total = sum(row["units"] for row in plan["units"].values())
-        console.print(f"{total:,} units: {', '.join(kinds)}")
-        console.print(_methods(plan["methods"]))
-        console.print("* estimate: parameters where every layer gives up the same share; what is chosen will differ")
-    console.print(_work(plan))
-    console.print(f"Precision: {precision_text(plan['precision'])}")
-    console.print(f"Speed of a device: {quantity(plan['speed']['macs_per_second'])}MACs/s, {plan['speed']['how']}")
-    console.print(_sizes(plan))
-    console.print(f"Memory counts {plan['memory']['how']}")
+        _say(console, f"{total:,} units: {', '.join(kinds)}")
+        _show_methods(plan["methods"], console)
+        _say(console, "* estimate: parameters where every layer gives up the same share; what is chosen will differ")
+    _show_work(plan, console)
+    _say(console, f"Precision: {precision_text(plan['precision'])}")
+    _say(console, f"Speed of a device: {quantity(plan['speed']['macs_per_second'])}MACs/s, {plan['speed']['how']}")
+    _show(console, ["memory and disk", "size"], _sizes(plan), ["size"], "sizes", strong_end=True)
+    _say(console, f"Memory counts {plan['memory']['how']}")
     if data := plan["disk"].get("data"):
-        console.print(f"Data: {data['images']:,} images, {data['captions']:,} captions, {data['source']}")
+        _say(console, f"Data: {data['images']:,} images, {data['captions']:,} captions, {data['source']}")
 
 
 def show_summary(plans: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print one line for each plan."""
-    table = Table("recipe", title="all plans", title_justify="left")
-    for column in ("MACs dense", "MACs at most", "experts", "memory, largest stage", "disk", "GPU-hours", "wall-clock"):
-        table.add_column(column, justify="right")
+    """Print a line for each plan in each of two tables: the models, and what the recipe takes."""
+    models, takes = [], []
     for plan in plans:
         rows = list(plan.get("methods", {}).values())
         stage, peak = max(plan["memory"]["peak"].items(), key=lambda item: item[1])
-        table.add_row(
-            plan["recipe"],
-            _each(f"{row['dense_macs']:,}" for row in rows) or f"{plan['model']['macs']:,}",
-            _each(f"{row['target_macs']:,}" for row in rows),
-            _each(str(row["experts"]) for row in rows),
-            f"{in_bytes(peak)} ({stage})",
-            in_bytes(plan["disk"]["total"]) + ("" if plan["disk"].get("encoded", {}) is not None else " + data"),
-            f"{plan['gpu_hours']:,.3g}",
-            f"{duration(plan['wall_seconds'])} on {plan['devices']}",
+        dense = _each(f"{row['dense_macs']:,}" for row in rows) or f"{plan['model']['macs']:,}"
+        at_most, experts = _each(f"{row['target_macs']:,}" for row in rows), _each(str(row["experts"]) for row in rows)
+        models.append([plan["recipe"], dense, at_most or NOT_KNOWN, experts or NOT_KNOWN])
+        known = plan["disk"].get("encoded", {}) is not None
+        takes.append(
+            [
+                plan["recipe"],
+                f"{in_bytes(peak)} ({stage})",
+                in_bytes(plan["disk"]["total"]) + ("" if known else " + data"),
+                three_figures(plan["gpu_hours"]),
+                duration(plan["wall_seconds"]),
+            ]
         )
-    console.print(table)
+    _show(console, ["recipe", *DENSE_AND_CUT], models, DENSE_AND_CUT, "all plans: models")
+    title = f"all plans: what they take on {plans[0]['devices']} device(s)"
+    _show(console, ["recipe", "memory, largest stage", "disk", *TIMES], takes, TIMES, title)
 
 
 def show_checked(stage: Any, console: Console) -> None:
@@ -65,59 +71,88 @@ def show_checked(stage: Any, console: Console) -> None:
 def show_check(content: dict[str, Any], console: Console) -> None:
     """Print the precisions of a check, and the hours that it estimated for the whole recipe."""
     for line in content["precision"]:
-        console.print(line, markup=False)
-    console.print(_work(content))
-    console.print("Estimated from the batches above, by the multiply-adds of each stage; without evaluation")
+        _say(console, line)
+    _show_work(content, console)
+    _say(console, "Estimated from the batches above, by the multiply-adds of each stage; without evaluation")
 
 
-def _each(values: Any) -> str:
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False)
+
+
+def _show(
+    console: Console,
+    header: Sequence[str],
+    lines: Lines,
+    numeric: Sequence[str],
+    title: str,
+    strong_end: bool = False,
+) -> None:
+    """Print a table that fits; numeric: titles of the columns that are numbers."""
+    numbers = [name in numeric for name in header]
+    console.print(fitted_table(header, lines, numbers, console.width, title, strong_end))
+
+
+def _each(values: Iterable[str]) -> str:
     return "\n".join(dict.fromkeys(values))
 
 
-def _methods(rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table("method", title="before and after", title_justify="left")
-    columns = (
-        "experts",
-        "budget",
-        "floor",
-        "MACs dense",
-        "MACs at most",
-        "parameters dense",
-        "parameters *",
-        "MACs of",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "MACs of" else "right")
+def _show_methods(rows: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print a table for the methods whose costs are counted alike, below a line that says how."""
+    tables: dict[str, Lines] = {}
     for name, row in rows.items():
         height, width = row["sample_size"]
-        table.add_row(
-            name,
-            str(row["experts"]),
-            f"{row['budget']:g}" + (" of the time" if row["budget_of"] == "time" else ""),
-            f"{row['floor']:.4f}",
-            f"{row['dense_macs']:,}",
-            ("about " if row["budget_of"] == "time" else "") + f"{row['target_macs']:,}",
-            quantity(row["dense_params"]),
-            quantity(row["params_estimate"]),
-            f"{row['convention']}, latent {height} x {width}, {row['text_length']} tokens",
+        of_time = row["budget_of"] == "time"
+        dense = (
+            f"dense: {row['dense_macs']:,} MACs, {quantity(row['dense_params']).strip()} parameters; "
+            f"lowest possible budget {row['floor']:.4f}; MACs are {row['convention']}, "
+            f"latent {height} x {width}, {row['text_length']} tokens"
         )
-    return table
+        tables.setdefault(dense, []).append(
+            [
+                name,
+                str(row["experts"]),
+                f"{row['budget']:g}" + (" of the time" if of_time else ""),
+                ("about " if of_time else "") + f"{row['target_macs']:,}",
+                quantity(row["params_estimate"]).strip(),
+            ]
+        )
+    numeric = ("experts", "budget", "MACs at most", "parameters *")
+    for number, (dense, lines) in enumerate(tables.items()):
+        _show(console, ["method", *numeric], lines, numeric, "before and after" if number == 0 else "")
+        _say(console, dense)
 
 
-def _work(plan: dict[str, Any]) -> Table:
-    table = Table("stage", title="work", title_justify="left")
-    for column in ("samples", "MACs", "estimated time"):
-        table.add_column(column, justify="right")
-    table.add_column("of each sample")
+def _show_work(plan: dict[str, Any], console: Console) -> None:
+    """Print the stages, and below them what each of their samples takes."""
+    numeric = ("samples", "MACs", "time, about")
+    lines: Lines = []
     for row in plan["work"]:
         macs = NOT_KNOWN if row["macs"] is None else quantity(row["macs"])
         seconds = NOT_KNOWN if row["seconds"] is None else duration(row["seconds"])
-        table.add_row(row["stage"], f"{row['samples']:,}", macs, seconds, row["passes"])
-    total = f"{plan['gpu_hours']:.3g} device-hours"
+        lines.append([row["stage"], f"{row['samples']:,}", macs.strip(), seconds])
+    lines.append(["all", "", "", duration(plan["seconds"])])
+    _show(console, ["stage", *numeric], lines, numeric, "work", strong_end=True)
+    total = f"All: {three_figures(plan['gpu_hours'])} device-hours"
     if plan["devices"] > 1:
         total += f"; {duration(plan['wall_seconds'])} on {plan['devices']} devices"
-    table.add_row("all", "", "", duration(plan["seconds"]), total, style="bold")
-    return table
+    _say(console, total)
+    _say(console, "Passes of each sample:")
+    for title, passes in _passes(plan["work"]):
+        _say(console, f"- {title}: {passes}")
+
+
+def _passes(work: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return (stages, passes of a sample) once for each kind of stage, or for its rows where their passes differ."""
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for row in work:
+        name, _, kind = row["stage"].rpartition(": ")
+        kinds.setdefault(kind, {}).setdefault(row["passes"], []).append(name)
+    found = []
+    for kind, alike in kinds.items():
+        for passes, names in alike.items():
+            found.append((kind if len(alike) == 1 else f"{kind} of {', '.join(names)}", passes))
+    return found
 
 
 DISK = {
@@ -130,32 +165,35 @@ DISK = {
 ENCODED = {"latents": "latents", "text": "text states", "prompts": "prompt embeddings", "pooled": "pooled text"}
 
 
-def _sizes(plan: dict[str, Any]) -> Table:
-    table = Table("memory and disk", "", title="sizes", title_justify="left")
-    table.columns[1].justify = "right"
+def _sizes(plan: dict[str, Any]) -> Lines:
+    lines: Lines = []
     memory, disk = plan["memory"], plan["disk"]
     for key, label in (("dense_weights", "dense denoiser"), ("expert_weights", "largest expert *")):
         for dtype, size in memory.get(key, {}).items():
-            table.add_row(f"{label}, {dtype}", in_bytes(size))
+            lines.append([f"{label}, {dtype}", in_bytes(size)])
     for stage, size in memory["peak"].items():
-        table.add_row(f"peak of {stage}, each device (estimate)", in_bytes(size))
+        lines.append([f"peak of {stage}, each device (estimate)", in_bytes(size)])
     for key, label in DISK.items():
         if disk.get(key):
-            table.add_row(label, in_bytes(disk[key]))
+            lines.append([label, in_bytes(disk[key])])
     if "encoded" in disk and disk["encoded"] is None:
-        table.add_row("disk: encoded data", "not known before the data is read")
+        lines.append(["disk: encoded data (not known before the data is read)", NOT_KNOWN])
     for key, size in (disk.get("encoded") or {}).items():
         if size:
-            table.add_row(f"disk: encoded data, {ENCODED[key]}", in_bytes(size))
-    table.add_row("disk: all", in_bytes(disk["total"]), style="bold")
-    return table
+            lines.append([f"disk: encoded data, {ENCODED[key]}", in_bytes(size)])
+    return [*lines, ["disk: all", in_bytes(disk["total"])]]
+
+
+def three_figures(value: float) -> str:
+    """Return a number with three significant figures and no exponent, unless it is tiny: "164,000", "0.255"."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def quantity(value: float) -> str:
     """Return a number with its decimal prefix, with a blank at the end before the unit: "1.07 T"."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
-            return f"{value / factor:.3g} {prefix}" if value < 1e18 else f"{value:.2e} "
+            return f"{three_figures(value / factor)} {prefix}"
     return f"{value:.3g} "
 
 
@@ -172,5 +210,5 @@ def duration(seconds: float) -> str:
     """Return a time in its largest fitting unit."""
     for factor, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * factor:
-            return f"{seconds / factor:.3g} {unit}"
+            return f"{three_figures(seconds / factor)} {unit}"
     return f"{seconds:.2g} s"

@@ -23,7 +23,7 @@ Plan = dict[str, Any]  # JSON values; MACs are multiply-adds, sizes bytes, times
 
 @dataclass(frozen=True)
 class Devices:
-    """What a plan is made for."""
+    """The devices that a plan is for."""
 
     count: int = 1
     throughput: float | None = None  # MACs per second of each, as stated; None: measured here

@@ -20,7 +20,7 @@ BEFORE_AUTO = "float32"  # the default of runs and cells that were recorded befo
 
 
 def precisions(recipe: AnyRecipe) -> dict[str, str]:
-    """Return every setting of a recipe that is the precision of forward passes, by its dotted name."""
+    """Return the precision of forward passes in every section of a recipe, by dotted name."""
     return {".".join(place): value for place, _, value in _precisions_of(recipe)}
 
 
@@ -64,7 +64,7 @@ def _memory(
 
 
 def load_recorded(path: str | Path) -> AnyRecipe:
-    """Read the recipe that a run wrote; what an older run did not write down has the default of its time."""
+    """Read the recipe that a run wrote; a setting that an older run did not write has its default of that time."""
     path = Path(path)
     recipe = load_recipe(path, missing_settings(path) if path.is_file() else ())
     return _replaced(as_recorded_now(recipe), lambda name, scaled: BEFORE_AUTO)

@@ -29,7 +29,7 @@ ADDED = {  # fields of a cell that were added later, with the value that every e
 
 
 def without_added(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cell's fields without those that say what every earlier cell did; the key of an earlier cell stays."""
+    """Return a cell's fields without settings that were added later and have their earlier value, so that keys stay."""
     return {name: value for name, value in fields.items() if name not in ADDED or value != ADDED[name]}
 
 

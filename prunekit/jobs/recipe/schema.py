@@ -76,7 +76,7 @@ class EvaluationConfig(Section):
     num_pictures: int = Field(10, gt=0, description="Number of columns of the comparison picture.")
 
     def seen_images(self, holds_pictures: bool) -> int:
-        """Return how many of a row's pictures are of training pictures' prompts; none where no picture is held out."""
+        """Return the number of pictures per row for prompts of training pictures; 0 if no pictures are held out."""
         if not holds_pictures:
             return 0
         return self.num_images if self.num_seen_images is None else self.num_seen_images
@@ -182,7 +182,7 @@ class PruneRecipe(CommonRecipe):
         return self
 
     def method(self, name: str) -> Method:
-        """Return the method `name` with the recipe's common settings and its own."""
+        """Return the method `name`, with the settings of the section `prune` and those of the method."""
         return build_method(name, self.prune, self.methods[name] or {}, f"methods.{name}")
 
     def method_of(self, label: str) -> Method:
@@ -190,7 +190,7 @@ class PruneRecipe(CommonRecipe):
         return self.method(label)
 
     def fine_tuning(self, name: str) -> FineTuneConfig:
-        """Return how the method's architectures are fine-tuned: the recipe's settings, under what the method asks."""
+        """Return the settings for fine-tuning a method's architectures, with the changes that the method requires."""
         return FineTuneConfig.model_validate({**self.fine_tune.model_dump(), **self.method(name).fine_tuning()})
 
 

@@ -37,7 +37,7 @@ class APTP(SearchMethod[SearchObjective]):
 
     @property
     def num_models(self) -> int:
-        """The number N of experts."""
+        """Return the number of experts, N."""
         return self.config.experts
 
     def short_settings(self, devices: int) -> dict[str, Any]:

@@ -17,3 +17,18 @@ document.querySelectorAll(".filter").forEach(function (box) {
     output.textContent = word ? total + " prompts" + (total ? " – " + counts.join(", ") : "") : "";
   });
 });
+var dialog = document.querySelector("dialog");
+function enlarge(box) {
+  dialog.replaceChildren(box.firstElementChild.cloneNode(true));
+  dialog.showModal();
+}
+document.querySelectorAll(".zoom").forEach(function (box) {
+  box.classList.add("ready");
+  box.addEventListener("click", function () { enlarge(box); });
+  box.addEventListener("keydown", function (event) {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    enlarge(box);
+  });
+});
+dialog.addEventListener("click", function () { dialog.close(); });
