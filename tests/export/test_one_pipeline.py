@@ -1,5 +1,6 @@
 """The export of a mixture is one pipeline of diffusers, in a process where prunekit cannot be imported."""
 
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import prunekit as pk
 from prunekit import PromptRoutedPipeline
 from prunekit.data.prompt_encoder import load_prompt_encoder
 from prunekit.export.bundle import bundle
+from prunekit.export.fresh import Forbidden
 from prunekit.methods.router import Router
 from prunekit.models import load_pipeline
 from prunekit.runtime.files import read_json, write_json
@@ -22,13 +24,12 @@ from prunekit.runtime.files import read_json, write_json
 CALL = {"num_inference_steps": 2, "output_type": "np"}
 LOADED = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 NEEDED = ("torch", "diffusers", "numpy", "safetensors", "sentence_transformers")
-OPENED = """
-import sys
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "prunekit":
-            raise ModuleNotFoundError(name)
+OPENED = f"""
+import importlib.abc, sys
+{inspect.getsource(Forbidden)}
 sys.meta_path.insert(0, Forbidden())
+"""
+OPENED += """
 import json, numpy as np, torch
 from diffusers import DiffusionPipeline
 jobs = json.loads(sys.argv[1])
