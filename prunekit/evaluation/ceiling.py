@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from prunekit.core.family import Family, Guided
 from prunekit.data.images import CaptionedImages
 from prunekit.evaluation.metrics import clip_score, retrieval
-from prunekit.evaluation.table import SEEN
+from prunekit.evaluation.table import SEEN, TEXT
 from prunekit.runtime.randomness import generator
 
 REAL, REAL_TRAINING = "real", "real, of training"  # rows
@@ -80,10 +80,12 @@ def fit(row: dict[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
 
 def unfit_line(name: str, known: Mapping[str, Mapping[str, float]]) -> str:
     """Return why a figure is left out."""
-    held, training = known[REAL][name], known[REAL_TRAINING][name]
+    column = next(column for column in TEXT if column.key == name)
+    unit = f" {column.unit}" if column.unit else ""
+    held, training = (f"{column.shown(known[pictures][name])}{unit}" for pictures in (REAL, REAL_TRAINING))
     return (
-        f"{name} is omitted: the evaluator scores real held-out pictures {held:.3g} and real training pictures "
-        f"{training:.3g}, so it cannot judge held-out pictures"
+        f"{column.title} is omitted: the evaluator scores real held-out pictures {held} and real training pictures "
+        f"{training}, so it cannot judge held-out pictures"
     )
 
 

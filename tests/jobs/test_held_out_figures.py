@@ -106,7 +106,7 @@ def test_what_the_evaluator_cannot_judge_is_left_out():
     assert ceiling.unfit(known) == ["clip_score", "top5"] and ceiling.unfit({ceiling.REAL: bad}) == []
     row = {"name": "x", "top1": 0.1, "top5": 0.2, "seen_top5": 0.3, "clip_score": 1.0}
     assert ceiling.fit(row, ["clip_score", "top5"]) == {"name": "x", "top1": 0.1}
-    assert "real held-out pictures 0.2 and real training pictures 0.9" in ceiling.unfit_line("top5", known)
+    assert "real held-out pictures 20.0 % and real training pictures 90.0 %" in ceiling.unfit_line("top5", known)
 
 
 def test_a_frechet_distance_of_few_pictures_is_none():
