@@ -255,6 +255,8 @@ def test_no_other_commands():
         "curl",
         "ray",
         "serve",  # Ray's
+        "sglang",  # another server, which needs a GPU
+        "vllm",  # another one
         "make",
         "pip",
         "python",

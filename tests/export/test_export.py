@@ -148,7 +148,7 @@ def test_plain_cutting_is_cutting(kind):
 
 def test_a_mixture_is_exported_checked_and_opens_without_prunekit(run, tmp_path):
     folder = tmp_path / "exported"
-    result = CliRunner().invoke(app, ["export", str(run), str(folder)])
+    result = CliRunner().invoke(app, ["export", str(run), str(folder)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "tier class, stock" in result.stdout and "without prunekit" in result.stdout
     assert "DiffusionPipeline without prunekit: the expert of each of 17 prompts" in " ".join(result.stdout.split())

@@ -10,10 +10,10 @@ from diffusers import ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import (
     SEQ_MULTI_OF,
-    FeedForward,
     ZImageTransformerBlock,
     ZSingleStreamAttnProcessor,
 )
+from diffusers.models.transformers.transformer_z_image import FeedForward as ZImageFeedForward
 from torch import Tensor
 
 from prunekit.core.axes import Layer
@@ -56,7 +56,7 @@ class ZImage(TransformerDescription):
     classes: ClassVar = dict.fromkeys(STREAMS, (ZImageTransformerBlock,))
     attentions = (Attention,)
     processors = (ZSingleStreamAttnProcessor,)
-    feedforwards = (FeedForward,)
+    feedforwards = (ZImageFeedForward,)
     feedforward_inputs = ("w1", "w3")
     feedforward_output = "w2"
 
