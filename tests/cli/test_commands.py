@@ -211,11 +211,7 @@ FIRST = {tuple(words): page for page in reversed(PROGRAMS) for words in prunekit
 
 
 ELSEWHERE = ("check", "compare", "bench")  # commands that other tests of `make test` run
-FAST = [
-    pytest.param(page, ELSEWHERE, id=f"{page.stem} in short")
-    for page in PROGRAMS
-    if page.stem in ("README", "commands")
-]
+FAST = [pytest.param(page, ELSEWHERE, id=f"{page.stem} in short") for page in PROGRAMS if page.stem == "README"]
 
 
 @pytest.mark.parametrize(
@@ -242,10 +238,13 @@ def test_the_commands_of_a_page(page, without, place, finished, monkeypatch):
             check_table(Path(left[1]))
 
 
+COMPATIBILITY = "tests/test_compatibility.py"  # `make test` runs it already
+
+
 def others(first: str) -> list:
     """The commands of all pages that begin with a word, each once."""
     found = {" ".join(words): words for page in PAGES for words in commands(page) if words[0] == first}
-    slow = {text: pytest.mark.long for text, words in found.items() if "--nnodes" in words}
+    slow = {text: pytest.mark.long for text, words in found.items() if {"--nnodes", COMPATIBILITY} & set(words)}
     return [pytest.param(words, id=text, marks=slow.get(text, ())) for text, words in found.items()]
 
 

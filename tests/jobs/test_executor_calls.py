@@ -18,6 +18,9 @@ from prunekit.serving.bulk import Request, Source, generate_to
 EVALUATION = {"num_images": 4, "steps": 1, "batch_size": 2, "num_predictions": 4, "num_pictures": 2}
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")

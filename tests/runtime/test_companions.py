@@ -139,6 +139,7 @@ def test_the_users_number_is_checked(quickstart, monkeypatch, given):
     assert process_count.process_count(quickstart) == 3
 
 
+@pytest.mark.long
 def test_two_processes_end_where_one_does(recipe, alone, tmp_path, two):
     (said,) = finish(launch(run_recipe(recipe, tmp_path / "run")))
     said = " ".join(said.split())

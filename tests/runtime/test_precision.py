@@ -130,6 +130,7 @@ def test_slowdown_is_a_ratio():
     assert 0.05 < precision.slowdown("bfloat16") < 1000
 
 
+@pytest.mark.long
 def test_plans_count_in_the_precision_of_the_device(tmp_path):
     model = str(write_pipeline(tmp_path / "model", layers=1))
     recipe = parse_recipe({**RECIPE, "model": model})

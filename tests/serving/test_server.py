@@ -48,6 +48,7 @@ def started(run):
         process.send(signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_sigterm_under_load(started):
     """Every request is answered or refused: 200, 503, or a connection that is refused once the server has ended."""
     process, url = started("--max-batch", 2)
