@@ -36,6 +36,7 @@ def recorded(tmp_path):
     return shutil.copytree(RECORDED, tmp_path / "recorded")
 
 
+@pytest.mark.long
 def test_every_recorded_name_is_found_in_a_fresh_process():
     names = {name for path in TEXTS for name in NAME.findall(path.read_text(encoding="utf-8"))}
     assert names == {"prunekit.slicing"}

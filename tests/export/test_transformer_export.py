@@ -171,6 +171,7 @@ def test_a_mixture_is_exported(routed, tmp_path):
     assert "{" not in (tmp_path / "routed" / "README.md").read_text().replace("{DIRECTORY}", "")
 
 
+@pytest.mark.long
 def test_one_expert_is_a_plain_pipeline(routed, tmp_path):
     routed.save_pretrained(tmp_path / "saved")
     export(tmp_path / "saved", tmp_path / "one", expert=1)

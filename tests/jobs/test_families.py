@@ -81,6 +81,7 @@ def test_a_plan_counts_it(run):
     assert counted["methods"]["norm"]["dense_macs"] == ratio
 
 
+@pytest.mark.long
 def test_a_comparison_of_xl_reaches_its_table(tmp_path):
     """The timing of its pruned calls left out the added conditions, after every cell was trained."""
     samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]

@@ -51,7 +51,6 @@ LESS = {  # rows of the comparisons, which have them in common, for time
 }
 QUICK = {
     "norm_cc3m",
-    "uniarch_coco",
     "pretrain_emoji",
     "aptp_emoji_sd3",
 }  # beside what test_commands.py runs of the README

@@ -94,6 +94,7 @@ def test_low_rank_fine_tuning_is_a_run(world):
     assert not any("lora" in name for name in names) and figures_of(run)["steps"] == 2
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_refit(world):
     refit, tuned, low = (
         plan(load_recipe(write(world, f"plan-{name}", **changes)), Devices(throughput=1e12))

@@ -88,6 +88,7 @@ json.dump(dict(zip(captions, experts)), open(f"{folder}/experts-{rank}-of-{count
 """
 
 
+@pytest.mark.long
 def test_10000_captions_keep_their_expert_on_two_processes(tmp_path):
     """From text to expert: one process in order, and two that share them shuffled."""
     words = load_emoji().captions

@@ -30,6 +30,7 @@ def shown(*wrapper, **given):
     return count, {name: value for name, value in variables.items() if value is not None}
 
 
+@pytest.mark.long
 def test_a_short_spin_unless_the_user_says_otherwise():
     assert shown()[1] == {"GOMP_SPINCOUNT": threads.SPIN_TURNS}
     assert shown(OMP_WAIT_POLICY="PASSIVE")[1] == {"OMP_WAIT_POLICY": "PASSIVE"}
