@@ -1,8 +1,9 @@
 """The queue in front of a device: what waits is cut into batches of one key, the oldest first.
 
 Plain Python: the server, a test or a worker of another engine may own one. A batch is cut when a device asks for it,
-so that it holds whatever has come by then; nothing waits for a batch to fill. The batch of the oldest item is always
-the next one, so an item waits for no more batches than there are items before it.
+so that it holds whatever has come by then. A device that has just answered a batch may ask to settle: clients who ask
+again at once then get into the next batch. A device that was idle never waits for a batch to fill. The batch of the
+oldest item is always the next one, so an item waits for no more batches than there are items before it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Batcher(Generic[K, T]):
         with self._changed:
             if not self._waiting:
                 return []
-            key = min(self._waiting, key=lambda key: self._waiting[key][0][0])
+            key = self._oldest()
             line = self._waiting[key]
             batch = [line.popleft()[1] for _ in range(min(self.max_batch, len(line)))]
             if not line:
@@ -83,11 +84,23 @@ class Batcher(Generic[K, T]):
             self._size -= len(batch)
             return batch
 
-    def take(self) -> list[T] | None:
-        """Wait for the next batch; None once the queue is closed and empty."""
+    def take(self, settle: float = 0.0) -> list[T] | None:
+        """Wait for the next batch; None once the queue is closed and empty.
+
+        settle: seconds that items which wait already may go on waiting until their batch is full.
+        """
         with self._changed:
+            if self._waiting and settle:
+                self._changed.wait_for(self._is_settled, settle)
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return self.cut() or None
+
+    def _oldest(self) -> K:
+        return min(self._waiting, key=lambda key: self._waiting[key][0][0])
+
+    def _is_settled(self) -> bool:
+        """Whether no later item would get into the next batch."""
+        return self._closed or not self._waiting or len(self._waiting[self._oldest()]) >= self.max_batch
 
     def remove(self, items: Collection[T]) -> int:
         """Drop those of the items that still wait, by identity; return how many there were."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ WARMING = "warming up"  # a state
 FAILING = "failing"  # a state
 WARM_UP = "warm up"  # a prompt
 FAILURES = 3  # batches in a row after which a device counts as faulty
+SETTLE = 0.05  # of a batch's time: how long the next one waits for clients who were just answered to ask again
 MOST_RETRY = 60  # seconds that a client is asked to wait
 
 log = logging.getLogger(__name__)
@@ -188,8 +190,11 @@ class InProcessBackend:
     def _work(self, device: int) -> None:
         """Be the thread of a device."""
         self._warm_up(device)
-        while (batch := self._queue.take()) is not None:
+        settle = 0.0
+        while (batch := self._queue.take(settle)) is not None:
+            began = time.monotonic()
             self._draw_batch(device, batch)
+            settle = SETTLE * (time.monotonic() - began)
 
     def _warm_up(self, device: int) -> None:
         """Draw one step with every expert, so that the first request finds it loaded."""

@@ -102,3 +102,27 @@ def test_threads_take_everything_once():
 def test_bounds_are_positive(bounds):
     with pytest.raises(ValueError, match="at least 1"):
         Batcher(*bounds)
+
+
+def test_a_batch_that_settles_takes_what_comes_and_ends_when_it_is_full():
+    queue: Batcher[str, int] = Batcher(MAX_BATCH, MAX_WAITING)
+    queue.put("a", [0])
+    later = threading.Timer(0.05, lambda: [queue.put("b", [1]), queue.put("a", [2, 3, 4])])
+    later.start()
+    assert queue.take(settle=60.0) == [0, 2, 3]  # full: it waits no longer
+    later.join()
+    assert queue.take(settle=0.01) == [1]  # nobody came
+    assert queue.take(settle=0.01) == [4]
+    closing = threading.Timer(0.05, queue.close)
+    queue.put("a", [5])
+    closing.start()
+    assert queue.take(settle=60.0) == [5] and queue.take(settle=60.0) is None
+
+
+def test_a_full_batch_and_an_idle_device_do_not_wait():
+    queue: Batcher[str, int] = Batcher(1, MAX_WAITING)
+    queue.put("a", [0, 1])
+    assert queue.take(settle=1e9) == [0] and queue.take(settle=1e9) == [1]
+    later = threading.Timer(0.05, lambda: queue.put("a", [2]))
+    later.start()
+    assert Batcher.take(queue, settle=1e9) == [2]  # it waited for the item, not for the batch to fill
