@@ -104,11 +104,10 @@ def console() -> Any:
 def print_table(
     header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[str] = (), title: str | None = None
 ) -> None:
-    """Print a table on stdout that fits its width; numeric: titles of the columns that are numbers."""
-    from prunekit.runtime.screen import fitted_table
+    """Print a table on stdout; see `screen.print_table`."""
+    from prunekit.runtime import screen
 
-    terminal = console()
-    terminal.print(fitted_table(header, lines, [name in numeric for name in header], terminal.width, title))
+    screen.print_table(console(), header, lines, numeric, title)
 
 
 def say(text: str) -> None:

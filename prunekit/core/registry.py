@@ -21,8 +21,7 @@ _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
 _UNNAMED: list[str] = []  # the class of configs that name none
 _ATTRIBUTE_OF: dict[str, str] = {}  # by model class
-_PIPELINES: dict[str, str] = {}  # classes, and which attribute holds the denoiser
-_MODEL_OF: dict[str, str] = {}  # the same classes, and a model class of their denoisers
+_MODEL_OF: dict[str, str] = {}  # by class of a pipeline: a model class of its denoiser
 _ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
 
 
@@ -44,8 +43,7 @@ def register_denoiser(
 
     """
     names = [model if isinstance(model, str) else model.__name__ for model in models]
-    for pipeline in pipelines:
-        _PIPELINES[pipeline], _MODEL_OF[pipeline] = attribute, names[0]
+    _MODEL_OF.update(dict.fromkeys(pipelines, names[0]))
     _UNNAMED[:] = [unnamed] if unnamed is not None else _UNNAMED
     for name in names:
         _LOADED.pop(name, None)
@@ -62,7 +60,7 @@ def supported() -> list[str]:
 
 def pipeline_parts() -> Mapping[str, str]:
     """Return the pipelines that can be loaded, by the names of their classes: which attribute holds the denoiser."""
-    return MappingProxyType(_PIPELINES)
+    return {pipeline: _ATTRIBUTE_OF[model] for pipeline, model in _MODEL_OF.items()}
 
 
 def denoiser_of(model: nn.Module | type) -> Denoiser:

@@ -9,6 +9,7 @@ from typing import Any
 from prunekit.evaluation.ceiling import REAL, REAL_TRAINING, TEXT_FIGURES, unfit, unfit_line
 from prunekit.evaluation.table import COLUMNS, MISSING, SEEN, SEEN_NOTE, Column
 from prunekit.evaluation.uncertainty import NORMAL_975, Estimate, estimate
+from prunekit.evaluation.verdict import FIGURE
 from prunekit.methods.result import share_warnings
 from prunekit.report.paired import LEVEL, TESTED, Difference, difference, holm
 from prunekit.runtime.run_directory import DENSE
@@ -23,7 +24,6 @@ TIMES = (
 )
 QUALITY = ("cmmd", "cmmd_above", "kid", "kid_above", "clip_score", "top1", "top5", "frechet", "agreement")
 BY_KEY = {column.key: column for column in (*COLUMNS, *TIMES)}
-AGREEMENT = "agreement"
 EQUAL_TOTAL = "equal_total"
 PROTOCOLS = {
     "equal_steps": "equal steps per model (the papers' protocol)",
@@ -247,7 +247,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
     It is about the agreement with the dense model. "" without a pruned row that has it.
     """
-    first = [row for row in rows if row.protocol == rows[0].protocol and AGREEMENT in row.estimates]
+    first = [row for row in rows if row.protocol == rows[0].protocol and FIGURE in row.estimates]
     sentences = []
     for budget in dict.fromkeys(row.budget for row in first):
         section = [row for row in first if row.budget == budget]
@@ -257,16 +257,16 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _sentence(pruned: Sequence[Row], section: Sequence[Row], budget: str) -> str:
-    top, *others = sorted(pruned, key=lambda row: row.estimates[AGREEMENT].mean)
-    value = BY_KEY[AGREEMENT].shown(top.estimates[AGREEMENT].mean)
+    top, *others = sorted(pruned, key=lambda row: row.estimates[FIGURE].mean)
+    value = BY_KEY[FIGURE].shown(top.estimates[FIGURE].mean)
     if not others:
         return f"At budget {budget}, {top.method} has an agreement MSE of {value}."
     said = f"At budget {budget}, {top.method} has the lowest agreement MSE, {value}"
-    equal = [row for row in others if AGREEMENT in inseparable(row, section)]
+    equal = [row for row in others if FIGURE in inseparable(row, section)]
     worse = [row for row in others if row not in equal]
     held = (top, *(equal or others[:1]))
     count = min(len(row.seeds) for row in held)
-    if count == 1 and not all(row.errors.get(AGREEMENT) for row in held):  # of an earlier version's cells
+    if count == 1 and not all(row.errors.get(FIGURE) for row in held):  # of an earlier version's cells
         return f"{said}; the next is {_named(others[0])}; with one seed and no recorded errors, the noise is unknown."
     noise = f"noise of {count} seeds" if count > 1 else "noise of the samples (one seed)"
     if not equal:
@@ -276,7 +276,7 @@ def _sentence(pruned: Sequence[Row], section: Sequence[Row], budget: str) -> str
 
 
 def _named(row: Row) -> str:
-    return f"{row.method}, {BY_KEY[AGREEMENT].shown(row.estimates[AGREEMENT].mean)}"
+    return f"{row.method}, {BY_KEY[FIGURE].shown(row.estimates[FIGURE].mean)}"
 
 
 def paired_rows(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

@@ -78,6 +78,19 @@ def fitted_table(
     return _blocks(grid, width, title)
 
 
+def print_table(
+    console: Console,
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    numeric: Sequence[str] = (),
+    title: str | None = None,
+    strong_end: bool = False,
+) -> None:
+    """Print a table that fits the console; numeric: titles of the columns that are numbers; else as `fitted_table`."""
+    numbers = [name in numeric for name in header]
+    console.print(fitted_table(header, lines, numbers, console.width, title, strong_end))
+
+
 def _widths(grid: Grid, width: int) -> list[int] | None:
     """Return the columns' widths; None where they do not fit."""
     wanted = [max(cell.width for cell in column) for column in zip(*grid, strict=True)]

@@ -22,20 +22,32 @@ ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
 PROMPT_ENCODER = "prompt_encoder"
 
 
-def read_router(directory: Path, num_experts: int) -> tuple[Router, PromptEncoder]:
-    """Read the router of a mixture's directory, and the encoder of its prompts.
+def read_router(directory: Path, content: dict[str, Any]) -> tuple[Router | None, PromptEncoder | None]:
+    """Read the router of a mixture's directory, and the encoder of its prompts; None and None where it has none.
+
+    content: of the directory's `routed.json`.
 
     Raises:
         UserError: they do not fit each other or the number of experts.
 
     """
+    if not content.get("has_router"):
+        return None, None
     router, encoder = Router.load(directory / ROUTER), PromptEncoder(directory / PROMPT_ENCODER)
+    num_experts = content["num_experts"]
     if (router.num_experts, router.embedding_size) != (num_experts, encoder.size):
         raise UserError(
             f"the router in {directory} has {router.num_experts} experts and takes {router.embedding_size} values "
             f"of a prompt; there are {num_experts} experts, and the prompt encoder gives {encoder.size}"
         )
     return router, encoder
+
+
+def read_mixture(directory: Path, content: dict[str, Any], experts: Experts) -> Mixture:
+    """Return a directory's experts with their router; arguments and errors as `read_router`."""
+    router, encoder = read_router(directory, content)
+    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
+    return Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
 
 
 class ExpertsFolder:
@@ -60,11 +72,7 @@ class ExpertsFolder:
         """Return the experts, which are loaded where and in which type they are used, and their router."""
         count: int = self.content["num_experts"]
         experts = Experts(self._load, _no_size, count, device, dtype, max_resident)
-        router = encoder = None
-        if self.content["has_router"]:
-            router, encoder = read_router(self.folder.parent, count)
-        guidance = float(self.content.get("guidance", DEFAULT_GUIDANCE))
-        return Mixture(experts, router, encoder, guidance, dict(self.content.get("info") or {}))
+        return read_mixture(self.folder.parent, self.content, experts)
 
     def _load(self, index: int, device: torch.device, dtype: torch.dtype) -> ModelMixin:
         place = self.folder / str(index)

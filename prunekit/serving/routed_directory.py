@@ -35,8 +35,8 @@ from prunekit.models.names import read_object
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import staged, write_json
 from prunekit.runtime.run_directory import RECIPE, ROUTER, method_directory, read_recipe
-from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
-from prunekit.serving.experts_folder import PROMPT_ENCODER, ROUTED, read_router
+from prunekit.serving.experts import Experts, Mixture
+from prunekit.serving.experts_folder import PROMPT_ENCODER, ROUTED, read_mixture, read_router
 from prunekit.serving.standalone import write_own_code
 
 FORMAT = 2  # with the pipeline's class and the latent's size; files of format 1 have a stock class in model_index.json
@@ -73,7 +73,7 @@ def load_router(directory: Path, method: str | None) -> tuple[Router | None, Pro
     if kind == RECIPE:
         result = PruneResult.load(method_directory(directory, method))
         return _router_of_run(result, read_recipe(directory))
-    return _router_of_routed(directory, *_read_routed(directory)) if kind == ROUTED else (None, None)
+    return read_router(directory, _read_routed(directory)[0]) if kind == ROUTED else (None, None)
 
 
 def _kind(directory: Path) -> str:
@@ -125,10 +125,8 @@ def _from_routed(
 ) -> tuple[Parts, Mixture]:
     content, count = _read_routed(directory)
     experts = _experts(lambda index: directory / "experts" / str(index), count, device, dtype, bounds)
-    router, encoder = _router_of_routed(directory, content, count)
-    guidance = float(content.get("guidance", DEFAULT_GUIDANCE))
-    parts = Parts.load(directory, dtype, content.get("pipeline"))
-    return parts, Mixture(experts, router, encoder, guidance, dict(content.get("info") or {}))
+    mixture = read_mixture(directory, content, experts)
+    return Parts.load(directory, dtype, content.get("pipeline")), mixture
 
 
 def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
@@ -143,12 +141,6 @@ def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(count, int) or not all((directory / "experts" / str(index)).is_dir() for index in range(count)):
         raise UserError(f"{directory} lacks experts: {ROUTED} says {count!r}; copy or export it again")
     return content, count
-
-
-def _router_of_routed(
-    directory: Path, content: dict[str, Any], count: int
-) -> tuple[Router | None, PromptEncoder | None]:
-    return read_router(directory, count) if content.get("has_router") else (None, None)
 
 
 def _experts(

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from prunekit.jobs.recipe import precision_text
-from prunekit.runtime.screen import fitted_table
+from prunekit.runtime.screen import print_table
 
 NOT_KNOWN = "–"
 DENSE_AND_CUT, TIMES = ("MACs dense", "MACs at most", "experts"), ("device-hours", "wall-clock time")  # of a summary
@@ -33,7 +33,7 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     _show_work(plan, console)
     _say(console, f"Precision: {precision_text(plan['precision'])}")
     _say(console, f"Speed of a device: {quantity(plan['speed']['macs_per_second'])}MACs/s, {plan['speed']['how']}")
-    _show(console, ["memory and disk", "size"], _sizes(plan), ["size"], "sizes", strong_end=True)
+    print_table(console, ["memory and disk", "size"], _sizes(plan), ["size"], "sizes", strong_end=True)
     _say(console, f"Memory counts {plan['memory']['how']}")
     if data := plan["disk"].get("data"):
         _say(console, f"Data: {data['images']:,} images, {data['captions']:,} captions, {data['source']}")
@@ -58,9 +58,9 @@ def show_summary(plans: Sequence[dict[str, Any]], console: Console) -> None:
                 duration(plan["wall_seconds"]),
             ]
         )
-    _show(console, ["recipe", *DENSE_AND_CUT], models, DENSE_AND_CUT, "all plans: models")
+    print_table(console, ["recipe", *DENSE_AND_CUT], models, DENSE_AND_CUT, "all plans: models")
     title = f"all plans: what they take on {plans[0]['devices']} device(s)"
-    _show(console, ["recipe", "memory, largest stage", "disk", *TIMES], takes, TIMES, title)
+    print_table(console, ["recipe", "memory, largest stage", "disk", *TIMES], takes, TIMES, title)
 
 
 def show_checked(stage: Any, console: Console) -> None:
@@ -78,19 +78,6 @@ def show_check(content: dict[str, Any], console: Console) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False)
-
-
-def _show(
-    console: Console,
-    header: Sequence[str],
-    lines: Lines,
-    numeric: Sequence[str],
-    title: str,
-    strong_end: bool = False,
-) -> None:
-    """Print a table that fits; numeric: titles of the columns that are numbers."""
-    numbers = [name in numeric for name in header]
-    console.print(fitted_table(header, lines, numbers, console.width, title, strong_end))
 
 
 def _each(values: Iterable[str]) -> str:
@@ -119,7 +106,7 @@ def _show_methods(rows: dict[str, dict[str, Any]], console: Console) -> None:
         )
     numeric = ("experts", "budget", "MACs at most", "parameters *")
     for number, (dense, lines) in enumerate(tables.items()):
-        _show(console, ["method", *numeric], lines, numeric, "before and after" if number == 0 else "")
+        print_table(console, ["method", *numeric], lines, numeric, "before and after" if number == 0 else "")
         _say(console, dense)
 
 
@@ -132,7 +119,7 @@ def _show_work(plan: dict[str, Any], console: Console) -> None:
         seconds = NOT_KNOWN if row["seconds"] is None else duration(row["seconds"])
         lines.append([row["stage"], f"{row['samples']:,}", macs.strip(), seconds])
     lines.append(["all", "", "", duration(plan["seconds"])])
-    _show(console, ["stage", *numeric], lines, numeric, "work", strong_end=True)
+    print_table(console, ["stage", *numeric], lines, numeric, "work", strong_end=True)
     total = f"All: {three_figures(plan['gpu_hours'])} device-hours"
     if plan["devices"] > 1:
         total += f"; {duration(plan['wall_seconds'])} on {plan['devices']} devices"
