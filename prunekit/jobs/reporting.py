@@ -36,11 +36,13 @@ def prepare(directory: Path, stages: Stages) -> None:
         record(directory, stages)
 
 
-def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = None) -> None:
+def finish(
+    directory: Path, say: Callable[[str], None], stages: Stages | None = None, last_lines: Iterable[str] = ()
+) -> None:
     """Write the page at the end of a run or comparison. What goes wrong is said in one line and stops nothing.
 
     say: shows a line before it writes it to the run's log, which a full disk may have no room for.
-    stages: of a run, to record what the page needs.
+    stages: of a run, to record what the page needs. last_lines: what to say after the page's path.
     """
     try:
         if stages is not None:
@@ -50,11 +52,12 @@ def finish(directory: Path, say: Callable[[str], None], stages: Stages | None = 
         kind = "" if isinstance(error, UserError) or no_room(error) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
         line = f"no report ({kind}{text}); `prunekit report {directory}` tries again"
-    try:
-        say(line)
-    except OSError as error:
-        if not no_room(error):
-            raise
+    for text in (line, *last_lines):
+        try:
+            say(text)
+        except OSError as error:
+            if not no_room(error):
+                raise
 
 
 def _measure(source: Source, say: Callable[[str], None]) -> None:

@@ -240,9 +240,11 @@ class Run:
             self.log.say(sentence)
         self.log.say(f"table: {self.directory / 'table.md'}")
         self.log.say(f"picture: {picture}")
-        finish(self.directory, self.log.say, stages)
-        self.log.say(f'next: prunekit generate {self.directory} --prompt "red apple"')
-        self.log.say(f"  or: prunekit export {self.directory} OUT")
+        commands = (
+            f'next: prunekit generate {self.directory} --prompt "red apple"',
+            f"  or: prunekit export {self.directory} OUT",
+        )
+        finish(self.directory, self.log.say, stages, commands)
 
     def figures(self, candidate: Candidate, pictures: Tensor, stages: Stages) -> dict[str, Any]:
         """Return a row's figures, measured once."""
