@@ -106,9 +106,13 @@ def _at_door(users: Path) -> Iterator[None]:
 def refuse_foreign(folder: Path, is_ours: bool, what: str, option: str = "--output") -> None:
     """Raise UserError where a directory holds files and they are not those of what a command writes there.
 
-    what: what the command writes, in the error. option: by which the user chooses another directory.
+    Empty folders are nobody's: a command that finds no room for its first file leaves some. what: what the command
+    writes, in the error. option: by which the user chooses another directory.
     """
-    if not is_ours and folder.is_dir() and any(entry.name != USERS for entry in folder.iterdir()):
+    if is_ours or not folder.is_dir():
+        return
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    if any(path.parent != folder / USERS for path in files):
         raise UserError(f"{folder} is not empty and has no {what}; choose another directory with {option}")
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from launching import finish, launch
 from PIL import Image
+from small_disk import full_at, small_disk
 from small_mixture import PROMPTS, write_mixture
 from small_model import TRAINING, write_world
 from typer.testing import CliRunner
@@ -105,6 +106,25 @@ def test_of_two_processes_one_is_killed(run, pipeline, pictures, tmp_path):
     before = (folder / "00001.png").stat().st_mtime_ns
     assert drawn(pipeline, folder, PROMPTS[:64]) == pictures
     assert (folder / "00001.png").stat().st_mtime_ns == before
+
+
+def test_a_disk_that_gets_full_stops_with_one_line_and_the_same_command_goes_on(run, pipeline, pictures, tmp_path):
+    prompts = PROMPTS[:64]
+    with small_disk(tmp_path) as disk:
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        folder = disk.folder / "out"
+        words = ["generate", run, "--prompts-file", tmp_path / "prompts.txt", "--output", folder, "--steps", STEPS]
+        for place in ("out/.work/request.json", "out/000?7.png"):
+            with full_at(disk, place, left=0) as met:
+                result = CliRunner().invoke(app, [str(word) for word in words])
+            assert met and result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+            (said,) = result.stderr.strip().splitlines()
+            assert said.startswith("prunekit: ") and f"{disk.full}: " in said and f"'{met[0]}'" in said
+            assert not met[0].exists()
+        kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+        assert 0 < len(kept) < len(prompts)
+        assert drawn(pipeline, folder, prompts) == pictures
+        assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
 def test_another_request_for_the_same_directory_is_refused(pipeline, tmp_path):
