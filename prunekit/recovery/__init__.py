@@ -1,1 +1,1 @@
-"""What follows the cut: fine-tuning with distillation, in memory or on a shared backbone."""
+"""Recovery of quality after the cut: closed-form refit, and fine-tuning with distillation."""

@@ -1,7 +1,8 @@
-"""Experts that share a backbone: each runs sliced, on weights that are cut from the backbone's within the graph.
+"""Train experts that share one set of weights, the backbone.
 
-A masked UNet predicts what the sliced one does (law 1), so training the backbone under the experts' masks and training
-it through its slices have the same gradients; the slices cost an expert's MACs, not the dense UNet's.
+Each expert runs as a slice of the backbone. The slice's weights are cut from the backbone's inside the autograd graph,
+so gradients reach the backbone. A masked UNet and the sliced UNet give the same output (law 1), so training through the
+slices has the same gradients as training under the experts' masks. A slice costs only its expert's MACs.
 """
 
 from collections.abc import Sequence
@@ -21,39 +22,40 @@ from prunekit.recovery.fine_tuning import FineTuningObjective
 from prunekit.runtime.randomness import generator
 from prunekit.training.diffusion import NoisePlan
 
-Kept = tuple[Tensor | None, ...]  # what a slice keeps of a weight along its first axes; None: all
+Kept = tuple[Tensor | None, ...]  # for each of the first axes of a weight, the indices that a slice keeps; None: all
 
 
 @dataclass
 class Mixture:
-    """Architectures that share a UNet's weights, and which of them serves each pair, at each timestep if that matters.
+    """Architectures that share a backbone, and the expert of each training pair.
 
-    bins: of timesteps; expert i then has the architectures from i·K on, one for each of the K bins.
+    bins: K timestep bins; expert i then has the architectures i·K to (i + 1)·K - 1, one per bin. None: one architecture
+    per expert.
     """
 
     architectures: Sequence[Architecture]
-    experts: Tensor  # (pairs,) of the data set
+    experts: Tensor  # (num_pairs,) expert of each pair of the data set
     bins: TimestepBins | None = None
 
     def of(self, pairs: Tensor, timesteps: Tensor) -> Tensor:
-        """Return which architecture serves each pair (n,) at its timestep (n,), (n,)."""
+        """Return the index of the architecture of each pair at its timestep; arguments and result are (n,)."""
         experts = self.experts[pairs]
         return experts if self.bins is None else experts * len(self.bins) + self.bins.of(timesteps)
 
 
 class Member:
-    """A backbone sliced to an Architecture, without weights of its own."""
+    """A slice of a backbone for one Architecture; it owns no weights except optional deltas."""
 
     def __init__(self, backbone: ModelMixin, architecture: Architecture):
         self.backbone, self.architecture = backbone, architecture
-        self.deltas: Deltas | None = None  # what it changes of the backbone's weights
+        self.deltas: Deltas | None = None  # changes that are added to the backbone's weights; None: no changes
         self.kept = kept_entries(backbone, architecture)
         self.model = slice_model(blank_copy(backbone), architecture)
         share_tables(denoiser_of(backbone), backbone, self.model)
-        self.dense_names = names_in_files(self.model)  # of the weights for which the backbone has another name
+        self.dense_names = names_in_files(self.model)  # names in the backbone, of the weights whose names differ there
 
     def take(self) -> ModelMixin:
-        """Return the UNet with the backbone's weights of now, through which gradients reach them."""
+        """Return the slice with the backbone's current weights; gradients flow through it to the backbone."""
         weights = dict(self.backbone.named_parameters())
         changes = {} if self.deltas is None else dict(self.deltas.changes())
         for name, kept in self.kept.items():
@@ -70,7 +72,7 @@ class Member:
 
     @torch.no_grad()
     def sliced(self) -> ModelMixin:
-        """Return a model of its own: the backbone's slice, with its changes."""
+        """Return a standalone frozen model: the backbone's slice with the deltas added."""
         model = slice_model(self.backbone, self.architecture)
         changes = {} if self.deltas is None else dict(self.deltas.changes())
         for name, parameter in model.named_parameters():
@@ -80,9 +82,10 @@ class Member:
 
 
 def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kept]:
-    """Return, by the name of each weight of the sliced model, which entries of the model's it keeps along each axis.
+    """Return, by the name of each weight of the sliced model, the indices that it keeps along axes 0 and 1.
 
-    Found by slicing a UNet whose weights hold their own positions; no full-size weight is made.
+    None along an axis stands for all indices. The indices are found by slicing a copy of the model whose weights hold
+    their own positions; no full-size weight is allocated.
     """
     marked, shapes = blank_copy(model), {name: parameter.shape for name, parameter in model.named_parameters()}
     entries: dict[str, list[Tensor | None]] = {}
@@ -106,7 +109,7 @@ def kept_entries(model: ModelMixin, architecture: Architecture) -> dict[str, Kep
 
 @dataclass
 class BackboneObjective(FineTuningObjective):
-    """The same of all experts of a backbone, each sample through its own expert's slice."""
+    """Denoising and distillation of all experts of a backbone; each sample runs through its expert's slice."""
 
     mixture: Mixture
     members: list[Member] = field(init=False)
@@ -122,18 +125,21 @@ class BackboneObjective(FineTuningObjective):
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Return the backbone, and what its experts change of it, by the names that checkpoints give them."""
+        """Return the backbone and the experts' deltas, by the names that checkpoints give them."""
         deltas = {f"deltas-{i}": member.deltas for i, member in enumerate(self.members) if member.deltas is not None}
         return {**super().modules, **deltas}
 
     def batch(self, step: int) -> NoisePlan:
-        """Draw a step, its samples in their experts' order: a micro-batch holds few experts."""
+        """Draw the batch of a step, sorted by architecture, so that a micro-batch holds few of them.
+
+        With `experts_per_step`, draw that many experts, then the pairs of each from the pairs that it serves.
+        """
         drawn = super().batch(step)
         experts, count = self.mixture.experts[self.pairs], self.config.experts_per_step
         if count is None or self.mixture.bins is not None:
             order = self.mixture.of(self.pairs[drawn.indices], drawn.timesteps).argsort(stable=True)
             return replace(drawn, **{name: values[order] for name, values in vars(drawn).items() if values is not None})
-        served = experts[drawn.indices[:count]].sort().values  # each drawn as often as it serves prompts
+        served = experts[drawn.indices[:count]].sort().values  # drawn in proportion to their prompts
         parts = drawn.indices.tensor_split(len(served))
         indices = []
         for number, (expert, part) in enumerate(zip(served.tolist(), parts, strict=True)):
@@ -143,7 +149,7 @@ class BackboneObjective(FineTuningObjective):
         return replace(drawn, indices=torch.cat(indices))
 
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
+        """Return the terms of Eq. 30, summed over `positions` and divided by the batch size."""
         experts = self.mixture.of(self.pairs[batch.indices[positions]], batch.timesteps[positions])
         terms: dict[str, Tensor] = {}
         for index in experts.unique().tolist():

@@ -1,10 +1,12 @@
-"""Recovery without back-propagation: layers that consume cut channels are refitted to what the dense model's give.
+"""Closed-form recovery: refit the layers that read cut channels to the outputs of the dense model's layers.
 
-Layer by layer, in the order of the forward pass, a weight and bias are fitted by ridge regression, so that on
-calibration samples the layer gives what the dense model's layer gives, on the inputs that the pruned model now provides
-(as OBS-Diff, arXiv 2510.06751, after OBC, arXiv 2208.11580; here the ridge pulls to the weights that the cut left).
-Only forward passes run. In memory are the dense model, the pruned one, and the sums of one layer, or of a few that are
-fitted from the same passes (OBS-Diff's module packages).
+The layers are refitted one after another, in the order of the forward pass. Ridge regression on calibration samples
+fits the weight and bias of a layer: its inputs are those that the pruned model now provides, and its targets are the
+outputs of the dense model's layer. The method follows OBS-Diff (arXiv 2510.06751, after OBC, arXiv 2208.11580), except
+that the ridge pulls towards the weights that the cut left.
+
+Only forward passes run. Memory holds the dense model, the pruned model, and the sums of one layer, or of the few layers
+that are fitted from the same passes (OBS-Diff's module packages).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
 SOLVING = 3  # copies of a layer's sums while its system is solved
-LEFT_OUT = 4  # one sample of so many, the last of each, chooses the ridge
+LEFT_OUT = 4  # every 4th sample is left out of the fit, to choose the ridge
 
 
 class ClosedFormConfig(BaseModel):
@@ -77,16 +79,17 @@ class ClosedFormConfig(BaseModel):
     )
 
     def dense_passes(self, layers: int, ratio: float) -> float:
-        """Return what refitting so many layers costs, in forward passes of the dense model for a sample.
+        """Return the cost of refitting so many layers, in forward passes of the dense model for one sample.
 
-        A pass that ends at the layer counts as whole. ratio: the pruned model's MACs as a share of the dense model's.
+        A pass that stops at the refitted layer counts as a whole pass. ratio: the pruned model's MACs as a fraction of
+        the dense model's.
         """
         return math.ceil(layers / self.layers_at_once) * self.samples * (1 + (self.inputs == "pruned") * ratio)
 
     def sums_bytes(self, dense: ModelMixin, share: float) -> int:
         """Return the bytes of the sums and of solving the largest system; the model may be on the meta device.
 
-        share: of its inputs that every layer keeps.
+        share: fraction of its inputs that every layer keeps.
         """
         weights = (weight_of(dense.get_submodule(path)) for path in _readers(dense))
         sizes = sorted(sums_bytes(weight, share) for weight in weights)
@@ -95,12 +98,12 @@ class ClosedFormConfig(BaseModel):
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What the fit did to one layer: mean squared errors to the dense layer's output, on the calibration samples."""
+    """Result of refitting one layer: mean squared errors to the dense layer's output on the calibration samples."""
 
     path: str
     before: float
     after: float
-    ridge: float | None  # None: the cut weights stay
+    ridge: float | None  # the chosen ridge; None: the cut weights are kept
 
 
 @torch.no_grad()
@@ -116,8 +119,8 @@ def refit(
 
     Args:
         student: pruned model, sliced from the pipeline's denoiser, on its device.
-        pipeline: pipeline with the dense denoiser and the scheduler that adds noise. The denoiser does not change; it
-            may have a lower precision than the student if `precision` is set to it.
+        pipeline: pipeline with the dense denoiser and the scheduler that adds noise. The denoiser is not
+            changed. Its dtype may be lower than the student's if `config.precision` names that dtype.
         data: source of the calibration samples; None: Gaussian latents and texts.
         config: settings of the refit; the defaults if None.
         seed: seed of the calibration samples.
@@ -151,13 +154,13 @@ def refit(
 
 
 class _PairOfSums:
-    """A layer's sums of the samples that it is fitted on, and of those that choose the ridge."""
+    """A layer's sums over the samples that it is fitted on, and over the left-out samples that choose the ridge."""
 
     def __init__(self, layer: nn.Module):
         self.fitted, self.left_out = Sums.of(layer), Sums.of(layer)
 
     def add(self, layer: nn.Module, inputs: Tensor, targets: Tensor, weights: Tensor, chooses: Tensor) -> None:
-        """Add a batch to the sums; chooses: (n,) bool, which of its samples choose the ridge."""
+        """Add a batch of n samples to the sums; chooses: (n,) bool, true for the samples that choose the ridge."""
         for part, rows in ((self.left_out, chooses), (self.fitted, ~chooses)):
             if bool(rows.any()):
                 part.add(layer, inputs[rows], targets[rows], weights[rows])
@@ -165,7 +168,7 @@ class _PairOfSums:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer whose inputs were cut, and which of the dense layer's input channels are left, (d,)."""
+    """A layer whose inputs were cut; kept: (d,) indices of the dense layer's input channels that are left."""
 
     path: str
     kept: Tensor
@@ -174,7 +177,7 @@ class Consumer:
 def consumers(student: ModelMixin, dense: ModelMixin) -> list[Consumer]:
     """Return the layers whose inputs were cut, in the order of the forward pass."""
     if not (pruning := student.config.get("pruning")):
-        return []  # it keeps everything
+        return []  # no unit was removed
     space = whole_space(denoiser_of(dense), dense)
     kept = kept_entries(dense, read_pruning(pruning, space))
     columns = {path: kept.get(f"{path}.weight", (None, None))[1] for path in _readers(student)}
@@ -182,19 +185,19 @@ def consumers(student: ModelMixin, dense: ModelMixin) -> list[Consumer]:
 
 
 def most_consumers(dense: ModelMixin) -> int:
-    """Return how many layers can lose inputs: as many are refitted at most."""
+    """Return the number of layers that can lose inputs, which is the most that `refit` can refit."""
     return len(_readers(dense))
 
 
 def _readers(model: ModelMixin) -> list[str]:
-    """Return the layers that read what units make, in the order of the forward pass."""
+    """Return the paths of the layers that read the channels of units, in the order of the forward pass."""
     layers = denoiser_of(model).layers(model)
     paths = (layer.place(axis) for layer in layers for axis in layer.axes if axis.side == "in")
     return list(dict.fromkeys(paths))
 
 
 def _fit(path: str, layer: nn.Module, pair: _PairOfSums, ridges: Sequence[float]) -> LayerFit:
-    """Choose the ridge on what is left out of the fit, then fit on all samples."""
+    """Choose the ridge on the left-out samples, then fit the layer in place on all samples."""
     fitted, left_out = pair.fitted, pair.left_out
     start = packed(layer)
     ridge: float | None = ridges[0]
@@ -216,7 +219,7 @@ def _fit(path: str, layer: nn.Module, pair: _PairOfSums, ridges: Sequence[float]
 def _seen(
     student: nn.Module, dense: nn.Module, package: Sequence[Consumer], call: Call, inputs: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return, for each layer, the inputs that it is fitted on and what the dense one gives, for a batch."""
+    """Return, for each layer, the inputs that it is fitted on and the dense layer's outputs, for one batch."""
     paths = [layer.path for layer in package]
     seen = layer_values(dense, paths, call)
     if inputs == "pruned":

@@ -1,8 +1,8 @@
-"""Experts as differences: each adds low-rank changes to weights that all share, and changes of biases and norms.
+"""Deltas: each expert adds low-rank changes to the weights that all experts share, and changes to biases and norms.
 
-A backbone trains under the slices of all experts, so every step trains the shared weights; what an expert alone needs
-is in its few changes, which are added to its slice and cost nothing when it runs. With changes of zero, where they
-start, an expert is the backbone's slice. Sources: low-rank changes as LoRA's (arXiv 2106.09685); experts that share
+All experts train one backbone, so every step trains the shared weights. The deltas of an expert hold only what is
+specific to it. They are added to the weights of its slice, so they cost nothing at inference. Deltas start at zero,
+where an expert equals the backbone's slice. Sources: low-rank changes as in LoRA (arXiv 2106.09685); experts that share
 nearly all weights as in Remix-DiT (arXiv 2412.05628).
 """
 
@@ -40,10 +40,13 @@ class DeltaConfig(BaseModel):
 
 
 class Deltas(nn.Module):
-    """The changes of one expert, by the names of its parameters: W + scale · up · down, or a vector that is added."""
+    """Changes of one expert's parameters: W + scale · up · down for a matrix or kernel, w + shift for a vector."""
 
     def __init__(self, model: nn.Module, config: DeltaConfig, seed: int, index: int, device: torch.device):
-        """Start at zero changes of a model, which may be on the meta device; index: of the expert, keys its draws."""
+        """Create changes of zero for the parameters of a model, which may be on the meta device.
+
+        seed, index (of the expert): key the random values of `down`.
+        """
         super().__init__()
         self.scale, self.low_rank, self.vectors = config.scale, list[str](), list[str]()
         self.down, self.up, self.shift = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
@@ -61,13 +64,13 @@ class Deltas(nn.Module):
                 self.up.append(nn.Parameter(torch.zeros(len(parameter), config.rank, device=device)))
 
     def changes(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter's name and its change, flat behind the first axis; gradients reach the factors."""
+        """Yield each parameter's name and its change, flattened after the first axis; gradients reach the factors."""
         for name, down, up in zip(self.low_rank, self.down, self.up, strict=True):
             yield name, self.scale * (up @ down)
         yield from zip(self.vectors, self.shift, strict=True)
 
     def save(self, folder: Path) -> None:
-        """Write the changes beside an expert's config, under the names that its tensors have in files."""
+        """Write the changes into an expert's folder, under the names that its tensors have in files."""
         content: dict[str, Tensor] = {}
         for name, down, up in zip(self.low_rank, self.down, self.up, strict=True):
             name = self.in_files.get(name, name)

@@ -1,4 +1,4 @@
-"""Recovering a sliced denoiser's quality: denoising and distillation from the dense UNet (APTP, Eq. 30)."""
+"""Fine-tune a sliced denoiser by denoising and by distillation from the dense denoiser (APTP, Eq. 30)."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class FineTuneConfig(TrainerConfig):
         return self
 
     def dense_passes(self, ratio: float) -> float:
-        """Return what training on one sample costs, in forward passes of the dense model.
+        """Return the cost of training on one sample, in forward passes of the dense model.
 
-        A backward pass counts as two, or as one where the weights are frozen, the teacher as one; the changes of
-        `lora`, a few per cent of a layer's MACs, are not counted. ratio: the student's MACs as a share of the dense
-        model's.
+        A backward pass counts as two forward passes of the student, or as one if the weights are frozen. Gradient
+        checkpointing adds one, and the teacher adds one of the dense model. The low-rank changes of `lora`, a few
+        percent of a layer's MACs, are not counted. ratio: the student's MACs as a fraction of the dense model's.
         """
         passes = (2 if self.lora is not None else 3) + self.gradient_checkpointing
         return passes * ratio + (self.distillation_weight > 0)
@@ -124,15 +124,15 @@ class FineTuningObjective:
         return NoisePlan.draw(step, self.seed, *sizes, sampled=self.data.deviations is not None)
 
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
-        """Nothing needs the whole batch."""
+        """Return no terms: none of them needs the whole batch."""
         return {}
 
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the terms of Eq. 30 of `positions`, divided by the batch size."""
+        """Return the terms of Eq. 30, summed over `positions` and divided by the batch size."""
         return self.terms(self.student, batch, positions)
 
     def terms(self, student: ModelMixin, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the terms of one model."""
+        """Return the terms of `micro_loss` for a given student."""
         pairs = self.pairs[batch.indices[positions]]
         latents = to_device(self.data.draw_latents(pairs, batch.posterior_at(positions)), self.device)
         dropped = batch.drop[positions] < self.config.caption_dropout
@@ -178,7 +178,7 @@ def fine_tune(
     Args:
         student: the sliced denoiser, float32; with low-rank changes, its frozen weights may be lowered
             (`training.memory.lower`).
-        teacher: the dense model; it does not change.
+        teacher: the dense model, which is not changed.
         data: the encoded pairs.
         config: settings of the training and of the losses.
         directory: folder of the checkpoints.
@@ -186,15 +186,18 @@ def fine_tune(
         pairs: indices (P_i,) of the training pairs that this student serves; all training pairs by default.
         seed: seed of the order of pairs and of the noise.
         title: title of the training in the log and the progress line.
-        log: takes the rows of the log.
-        milestones: functions to call after these steps, with the current (averaged) weights in the student.
+        log: function that takes each row of the log.
+        milestones: functions by step, called after that step with the current (averaged) weights in the student.
         objective: class of the losses; for a backbone of several experts partial(BackboneObjective, mixture=...), where
             the student is a dense model that is sliced afterwards.
-        offload_teacher: keep the teacher's weights in host memory, and copy those of a layer to the device while it
-            runs.
+        offload_teacher: keep the teacher's weights in host memory, and copy each layer's weights to the device while
+            that layer runs.
 
     Returns:
         The trainer's figures: steps, seconds, loss and its terms.
+
+    Raises:
+        UserError: no training pairs, or a student with lowered weights without `config.lora`.
 
     """
     pairs = data.training_pairs() if pairs is None else pairs
@@ -223,7 +226,7 @@ def fine_tune(
 
 
 def _trained(config: FineTuneConfig) -> FineTuneConfig:
-    """Return the settings with the learning rate that low-rank changes have, where they are what trains."""
+    """Return the settings, with the learning rate of `lora` if it sets one."""
     rate = None if config.lora is None else config.lora.learning_rate
     return config if rate is None else config.model_copy(update={"learning_rate": rate})
 

@@ -1,4 +1,4 @@
-"""Recovery in memory: architectures are sliced and fine-tuned on the prompts routed to each."""
+"""Recover experts in memory: slice each architecture and fine-tune it on the prompts routed to it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -74,9 +74,9 @@ def recover_experts(
 
 
 def routed_pairs(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the expert of each of `pairs` (P,), and the pairs that each architecture learns from.
+    """Return the expert of each of `pairs` (P,), and the training pairs of each architecture.
 
-    Without a router there are no experts, and every architecture learns from all pairs.
+    Without a router, return None in place of the experts; every architecture then trains on all pairs.
     """
     if result.router is None:
         return None, [pairs for _ in result.architectures]
@@ -85,13 +85,13 @@ def routed_pairs(result: PruneResult, data: EncodedData, pairs: Tensor) -> tuple
 
 
 def shares_backbone(result: PruneResult, config: FineTuneConfig) -> bool:
-    """Whether several architectures are trained as slices of one set of weights."""
+    """Return whether several architectures are trained as slices of one set of weights."""
     several = len(result.architectures) > 1 and (result.router is not None or result.bins is not None)
     return config.shared_backbone and several
 
 
 def mixture_of(result: PruneResult, data: EncodedData, pairs: Tensor) -> Mixture:
-    """Return which architecture learns from each of `pairs` (P,)."""
+    """Return the architectures of a result, with the expert that trains on each of `pairs` (P,)."""
     routed, _ = routed_pairs(result, data, pairs)
     experts = torch.zeros(data.images.num_pairs, dtype=torch.long)
     return Mixture(
@@ -100,7 +100,7 @@ def mixture_of(result: PruneResult, data: EncodedData, pairs: Tensor) -> Mixture
 
 
 def kept_objective(mixture: Mixture, into: list[BackboneObjective]) -> Callable[..., BackboneObjective]:
-    """Return what makes the objective of a backbone, and puts it into a list, from which its members are taken."""
+    """Return a function that builds a backbone's objective and appends it to `into`, for access to its members."""
 
     def build(*inputs: Any) -> BackboneObjective:
         into.append(partial(BackboneObjective, mixture=mixture)(*inputs))
@@ -110,5 +110,5 @@ def kept_objective(mixture: Mixture, into: list[BackboneObjective]) -> Callable[
 
 
 def over_all_pairs(data: EncodedData, pairs: Tensor, routed: Tensor) -> Tensor:
-    """Return the expert of every pair of the data set, (pairs of the data set,), from those of `pairs` (P,)."""
+    """Return the expert of every pair of the data set, (num_pairs,): `routed` (P,) at `pairs` (P,), 0 elsewhere."""
     return routed.new_zeros(data.images.num_pairs).scatter_(0, pairs, routed)

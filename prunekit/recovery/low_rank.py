@@ -1,7 +1,7 @@
-"""Low-rank fine-tuning (LoRA, arXiv 2106.09685): frozen layers with trained changes, merged into them afterwards.
+"""Low-rank fine-tuning (LoRA, arXiv 2106.09685): train low-rank changes of frozen layers, then merge them.
 
-peft makes the changes of every linear layer and convolution, except depthwise convolutions, whose changes it cannot
-merge; a merged model is plain again, and is saved, sliced and compared like any other.
+peft adds a change to every linear layer and convolution, except to depthwise and other grouped convolutions, whose
+changes it cannot merge. A merged model has its plain layers again, and is saved, sliced and compared like any other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LoraConfig(BaseModel):
 
 
 def require_peft() -> None:
-    """Raise MissingPackageError where peft is missing."""
+    """Raise MissingPackageError if peft is not installed."""
     if find_spec("peft") is None:
         raise MissingPackageError(
             "fine_tune.lora needs peft; it comes with the extra `lora`: pip install 'prunekit[lora]'"
@@ -43,9 +43,9 @@ def require_peft() -> None:
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Freeze a model and give linear layers and convolutions low-rank changes that start at zero, in float32.
+    """Freeze a model and add float32 low-rank changes, which start at zero, to its linear layers and convolutions.
 
-    seed: keys the first of a change's two factors.
+    seed: keys the random first factor of each change; the second factor starts at zero.
     """
     require_peft()
     import peft
@@ -63,18 +63,18 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
 
 
 def num_changes(model: nn.Module, config: LoraConfig) -> int:
-    """Return the parameters of a model's low-rank changes; it may be on the meta device."""
+    """Return the number of parameters of a model's low-rank changes; the model may be on the meta device."""
     weights = (weight_of(module) for module in model.modules() if _is_changed(module))
     return sum(config.rank * (weight[0].numel() + len(weight)) for weight in weights)
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Return whether a layer gets a change: peft merges none of a convolution whose channels are in groups."""
+    """Return whether a layer gets a change; a grouped convolution gets none, because peft cannot merge it."""
     return isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1
 
 
 def merge(model: nn.Module) -> None:
-    """Add a model's changes to its layers, which are plain afterwards."""
+    """Add a model's changes to the weights of its layers, in place, and put the plain layers back."""
     for parent, name, layer in list(_adapted(model)):
         layer.merge()
         setattr(parent, name, layer.get_base_layer())
@@ -83,7 +83,7 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is as `merge` would leave it; afterwards it is as before, to the bit."""
+    """Merge a model's changes inside the context; on exit restore the model, bit by bit."""
     adapted = list(_adapted(model))
     weights = [layer.get_base_layer().weight.detach().clone() for _, _, layer in adapted]
     for parent, name, layer in adapted:
