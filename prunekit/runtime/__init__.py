@@ -1,1 +1,1 @@
-"""Functions of every package: errors, files, processes, shared work, progress, logs, precision and randomness."""
+"""Functions that every package uses: errors, files, processes, shared work, progress, logs, precision, randomness."""

@@ -1,7 +1,8 @@
-"""On a CPU, the steps of a small model gain little from a second thread, so each core gets a process of its own.
+"""Start one process per CPU core for a command, because a small model's steps gain little from a second thread.
 
-A command that works through a recipe starts the others itself, as `torchrun` would. They share a step's batch in a
-search, and take whole models and pictures where those are independent (docs/performance.md has the measurement).
+A command that runs a recipe starts the other processes itself, as `torchrun` would. In a search, the processes share
+the batch of each step. In later stages, where models and pictures are independent, each process takes whole models and
+pictures (docs/performance.md has the measurement).
 """
 
 import os
@@ -24,21 +25,21 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.processes import COMPANION, current, is_companion
 from prunekit.runtime.progress import console
 
-COUNT = "PRUNEKIT_PROCESSES"  # the variable by which a user says how many processes there are
+COUNT = "PRUNEKIT_PROCESSES"  # environment variable with which a user sets the number of processes
 LAUNCHED = ("WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-START_SECONDS = 180.0  # by then all processes must have met
-END_SECONDS = 60.0  # to save and to leave
-SHOWN = re.compile(r"\[ *\d+:\d\d\] |\S.*: \d+/\d+ ")  # what a companion says that its user should see
+START_SECONDS = 180.0  # in which all processes must connect to each other
+END_SECONDS = 60.0  # for a process to save its work and exit
+SHOWN = re.compile(r"\[ *\d+:\d\d\] |\S.*: \d+/\d+ ")  # log and progress lines of a companion, which the user sees
 
 
 @contextmanager
 def companions(count: int) -> Iterator[None]:
-    """A context in which `count` processes work on this command; the others end with this one.
+    """Run the body of the context in `count` processes of this command; the others end when this one ends.
 
-    Where the others do not start, the command starts again alone.
+    If the other processes do not start, restart the command in one process.
 
     Raises:
-        UserError: another process was lost while all worked together.
+        UserError: another process ended while all processes worked together.
 
     """
     if is_companion():
@@ -65,14 +66,14 @@ def companions(count: int) -> Iterator[None]:
 
 
 class _Companion:
-    """Another process that runs the same command, and says through this one what its user should see."""
+    """Another process that runs the same command; this process prints the log and progress lines of its stderr."""
 
     def __init__(self, rank: int, threads: int):
         variables = {COMPANION: "1", "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads, "COLUMNS": 1000}
         self._process = subprocess.Popen(
             _command(),
             env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-            stdin=subprocess.PIPE,  # closes when this process is gone, however it ends
+            stdin=subprocess.PIPE,  # it closes when this process ends, even by SIGKILL
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -96,11 +97,11 @@ class _Companion:
 
     @property
     def lost(self) -> bool:
-        """Whether it has ended."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def end(self, finished: bool) -> None:
-        """Wait until it has ended; where this process has not finished its work, ask it to."""
+        """Wait up to 60 s for the process to end, then kill it; unless this one has `finished`, send SIGTERM first."""
         if not finished and not self.lost:
             self._process.terminate()
         try:
@@ -113,13 +114,13 @@ class _Companion:
         self._reader.join()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process, and wait for its end."""
         self._process.kill()
         self._process.wait()
 
 
 def _meet(others: list[_Companion]) -> None:
-    """Return when all processes have met; where that cannot be, become the same command alone."""
+    """Wait until all processes have connected; if that fails, restart the command in one process."""
     met = threading.Event()
 
     def watch() -> None:
@@ -137,7 +138,7 @@ def _meet(others: list[_Companion]) -> None:
 
 
 def _alone(others: list[_Companion], reason: str) -> NoReturn:
-    """Replace this process, which waits for others that do not come, by the same command in one process."""
+    """Kill the other processes, and replace this process with the same command in one process."""
     console.print(f"continuing in one process: {reason}", highlight=False, markup=False)
     for other in others:
         other.kill()
@@ -146,14 +147,14 @@ def _alone(others: list[_Companion], reason: str) -> NoReturn:
 
 
 def _command() -> list[str]:
-    """Return what starts this process's command again."""
+    """Return the command line that starts this process's command again."""
     script = Path(sys.argv[0])
     started = ["-m", "prunekit"] if script.name == "__main__.py" else [str(script)]
     return [sys.executable, *started, *sys.argv[1:]]
 
 
 def _launch_variables(count: int) -> dict[str, str]:
-    """Return what the first of `count` processes of a launch on this machine finds in its environment."""
+    """Return the environment variables of rank 0 in a launch of `count` processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,7 +186,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone."""
+    """Kill this process when its parent process ends, which closes this process's stdin."""
 
     def wait() -> None:
         sys.stdin.buffer.read()

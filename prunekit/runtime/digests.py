@@ -1,4 +1,4 @@
-"""Content digests of files, remembered by path, size and time of change: what is unchanged is not read again."""
+"""Content digests of files, cached by path, size and modification time, so that unchanged files are not read again."""
 
 import hashlib
 import json
@@ -11,20 +11,20 @@ from pathlib import Path
 from prunekit.runtime.files import append_row
 from prunekit.runtime.work import Piece, share_and_tidy
 
-GROUP_FILES = 1024  # neighbouring small files share an entry, so that millions of pictures need thousands
+GROUP_FILES = 1024  # consecutive small files share one entry, so that millions of pictures need thousands of entries
 GROUP_BYTES = 64 * 2**20
 READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Neighbouring files of a list, and what tells whether they have changed."""
+    """Consecutive files of a list, and a stamp that differs after a file has changed."""
 
     files: tuple[str, ...]
-    stamp: str  # digest of every file's absolute path, size and time of change
+    stamp: str  # digest of all files' absolute paths, sizes and modification times
 
     def digest(self) -> str:
-        """Read the files; of one its own digest, of several the digest of theirs."""
+        """Read the files; return the digest of a single file, or the digest of several files' digests."""
         digests = [file_digest(file) for file in self.files]
         return (
             digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
@@ -32,20 +32,20 @@ class FileGroup:
 
 
 class Digests:
-    """Digests of files' contents, remembered in `digests.jsonl` of a directory; without a directory, computed again.
+    """Digests of files' contents, cached in `digests.jsonl` of a directory; without a directory, nothing is cached.
 
-    Several processes may use one directory: they share the reading, and what one has found the others take over.
+    Several processes may use one directory: they share the reading, and each uses the digests that the others found.
     """
 
     def __init__(self, directory: Path | None = None):
         self.directory = directory
         self._known: dict[str, str] = {}  # stamp: digest
-        self._read = 0  # bytes of the file that are known
+        self._read = 0  # bytes of `digests.jsonl` that were read
 
     def of(self, files: Sequence[str]) -> list[str]:
-        """Return digests of files' contents, one a group of neighbours; the same wherever the files lie.
+        """Return one digest of contents per group of files (see `file_groups`); the files' paths do not affect it.
 
-        A file that is missing counts as empty.
+        A missing file counts as empty.
         """
         groups = file_groups(files)
         if self.directory is None:
@@ -62,13 +62,16 @@ class Digests:
         return [self._find(group) or group.digest() for group in groups]
 
     def of_file(self, path: Path, verify: bool = False) -> str:
-        """Return the digest of one file's content; `verify` reads it in any case. Not shared: every caller looks."""
+        """Return the digest of one file's content; with `verify`, read the file even if its digest is cached.
+
+        Processes do not share this work: several that call it at once may all read the file.
+        """
         (group,) = file_groups([str(path)])
         known = None if verify else self._find(group)
         return known or self.learn(path, group.digest())
 
     def learn(self, path: Path, digest: str) -> str:
-        """Remember the digest of a file that was written or read just now; return it."""
+        """Cache the digest of a file that was just written or read; return the digest."""
         if self.directory is not None:
             self._remember(file_groups([str(path)])[0], digest)
         return digest
@@ -78,7 +81,7 @@ class Digests:
         return self._known.get(group.stamp)
 
     def _refresh(self) -> None:
-        """Read what processes have found since; a line that is damaged is passed over."""
+        """Read the lines that `digests.jsonl` gained since the last call; skip damaged lines."""
         if self.directory is None:
             return
         path = self.directory / "digests.jsonl"
@@ -104,7 +107,7 @@ class Digests:
 
 
 def file_groups(files: Sequence[str]) -> list[FileGroup]:
-    """Return neighbouring files in groups of at most 1,024 that end once they have 64 MiB: by sizes alone."""
+    """Return consecutive files in groups; a group ends at 1,024 files, or once its files' sizes add up to 64 MiB."""
     groups: list[FileGroup] = []
     group_files: list[str] = []
     stats: list[tuple[str, int, int]] = []
@@ -127,7 +130,7 @@ def file_groups(files: Sequence[str]) -> list[FileGroup]:
 
 
 def file_digest(path: str | Path) -> str:
-    """Return the digest of a file's content, 32 hexadecimal digits; one that is missing counts as empty."""
+    """Return the digest of a file's content, 32 hexadecimal digits; a missing file counts as empty."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         with Path(path).open("rb") as file:

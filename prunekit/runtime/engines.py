@@ -44,7 +44,7 @@ Engine = Annotated[
 
 
 class _Settings(BaseModel):
-    """The settings of a command that takes no others."""
+    """The settings of a command whose only setting is `engine`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,7 +52,12 @@ class _Settings(BaseModel):
 
 
 def load_engine(overrides: Iterable[str]) -> EngineConfig:
-    """Return the engine of a command that has no other settings, from `key=value` settings; UserError otherwise."""
+    """Return the engine from the `key=value` settings of a command that has no other settings.
+
+    Raises:
+        UserError: a setting is unknown or has a faulty value.
+
+    """
     try:
         return _Settings.model_validate(resolved(load_overrides(overrides), "settings")).engine
     except ValidationError as error:
@@ -66,12 +71,12 @@ def load_engine(overrides: Iterable[str]) -> EngineConfig:
 
 @contextmanager
 def executor_of(engine: EngineConfig, log: Log) -> Iterator[Executor]:
-    """Give the executor of an engine, which ends with the context.
+    """Yield the executor of an engine, and close it when the context ends.
 
-    log: takes what other nodes say.
+    log: receives the lines and rows of tasks on other nodes.
 
     Raises:
-        UserError: Ray is not installed, no cluster is at the address, or this process belongs to a launch.
+        UserError: Ray is not installed, no cluster is at the address, or this process is one of several in a launch.
 
     """
     if engine.kind == "local":

@@ -1,6 +1,4 @@
-"""The error that is shown to a user as one line, and text from outside made harmless: for a terminal, a file name, or
-Markdown.
-"""
+"""The error that a user sees as one line; functions that make outside text safe in terminals, file names, Markdown."""
 
 import difflib
 import re
@@ -8,14 +6,14 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")  # what begins a link, a picture, code, emphasis or a formula
+SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")  # characters that begin Markdown syntax
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message is one line that says what was given, allowed, and to do.
+    """Invalid input from the user; the message says in one line what was given, what is allowed, and what to do.
 
-    What was given may hold line breaks and control characters: see `plain_line`.
+    The message may quote input with line breaks and control characters: `plain_line` replaces them.
     """
 
     def __init__(self, *message: Any, **more: Any):
@@ -27,16 +25,21 @@ class MissingPackageError(UserError, ImportError):
 
 
 def plain_line(text: str) -> str:
-    """Return a text as one line: breaks become spaces, and what a terminal would obey or not show is escaped."""
+    """Return a text as one line: line breaks become spaces, and non-printable characters are escaped."""
     line = " ".join(text.split())
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def plain_name(text: str, what: str) -> str:
-    """Return a text that is to name one file or directory.
+    """Return a text unchanged if it can name one file or directory.
+
+    Args:
+        text: the name.
+        what: name of the setting, for the error.
 
     Raises:
-        UserError: it is empty, a path, longer than a file name may be, or holds control characters.
+        UserError: the text is empty, a path, longer than 200 bytes, begins or ends with a space, or has control
+            characters.
 
     """
     wrong = (
@@ -48,22 +51,22 @@ def plain_name(text: str, what: str) -> str:
 
 
 def nearest(given: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
-    """Return "; did you mean 'x'?" with the nearest known names, or nothing where none is near.
+    """Return "; did you mean 'x'?" with the nearest known names, or "" if no known name is near.
 
-    count: how many names at most. cutoff: least similarity, as in `difflib.get_close_matches`.
+    count: largest number of names. cutoff: smallest similarity, as in `difflib.get_close_matches`.
     """
     near = difflib.get_close_matches(given, list(known), count, cutoff)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def cannot_listen(host: str, port: int | None) -> UserError:
-    """Return the error of a server whose address is taken, or not this machine's."""
+    """Return the error for a server address that is in use or does not belong to this machine."""
     where = f"{host}:{port}" if port else host
     return UserError(f"cannot listen on {where}: it is taken or not this machine's; give another --port")
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's message as one line without its full stop."""
+    """Return the first line of an error's message without its full stop, or the error's class name if it is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
@@ -74,7 +77,7 @@ def markdown_cell(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Return a text that stays within one line and shows as it is: no HTML, no link, no formatting."""
+    """Return a text as one line with HTML and Markdown syntax escaped, so that it is shown as it is."""
     return SPECIAL.sub(r"\\\1", _without_html(text))
 
 

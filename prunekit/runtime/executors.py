@@ -1,7 +1,7 @@
-"""Where independent pieces of work are done: by the processes that share a directory, or on a Ray cluster.
+"""Executors do independent pieces of work: in the processes that share a directory, or on a Ray cluster.
 
-A list of pieces is made in place, from objects that are loaded already. So that another node can make the same list, it
-also has a `Call`: a function by name, with arguments in JSON. Nothing else travels; no model is pickled.
+The caller builds a list of pieces from objects that it has already loaded. The list comes with a `Call`, a function's
+name and JSON arguments, from which another node builds the same list. Only the call is sent; no model is pickled.
 """
 
 import importlib
@@ -14,14 +14,15 @@ from typing import Any, Protocol
 from prunekit.runtime.progress import Log
 from prunekit.runtime.work import Piece, share, take
 
-SETTING = "engine"  # of recipes and commands
+SETTING = "engine"  # name of the setting in recipes and commands
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function by name, "module:function", which makes a list of pieces from JSON arguments on any node.
+    """A function's name, "module:function", and its JSON arguments; the function builds lists of pieces on any node.
 
-    It is called with a `OnePiece` first, and gives it the same lists as `Executor.map` was given with this call.
+    The function's first argument is a `OnePiece`. It calls `OnePiece.map` with the same list of pieces that
+    `Executor.map` received together with this call.
     """
 
     function: str
@@ -33,52 +34,52 @@ class Call:
         return cls(f"{function.__module__}:{function.__qualname__}", arguments)
 
     def __call__(self, executor: "OnePiece") -> None:
-        """Call the function here."""
+        """Call the function in this process, with `executor` as its first argument."""
         module, _, name = self.function.partition(":")
         getattr(importlib.import_module(module), name)(executor, **self.arguments)
 
 
 class Executor(Protocol):
-    """What does lists of pieces; each piece is done by one process at a time, which holds its lock file."""
+    """An object that does lists of pieces; only one process at a time does a piece, and holds the piece's lock file."""
 
     def map(self, pieces: Sequence[Piece], locks: Path, call: Call, wait: bool = True) -> None:
-        """Do the pieces that are not done; an error in one is raised here.
+        """Do the pieces that are not done; raise the error of a piece that fails.
 
         Args:
-            pieces: each with a result that appears whole or not at all.
-            locks: the folder of their lock files, which all processes and nodes see.
-            call: makes the same list on another node.
-            wait: return when all are done; else leave those that another command is doing.
+            pieces: the list; the result of each piece appears whole or not at all.
+            locks: folder of the pieces' lock files, which all processes and nodes see.
+            call: builds the same list on another node.
+            wait: whether to wait for the pieces that another command is doing.
 
         """
 
     def together(self) -> AbstractContextManager[Any]:
-        """Return a context in which lists may be done at once; they are done when it ends."""
+        """Return a context in which the executor may collect lists and do them together; it ends when all are done."""
 
 
 class LocalExecutor:
-    """The processes that share a directory, on one machine or several, by lock files alone."""
+    """Executor for processes that share a directory, on one machine or several; they share work by lock files alone."""
 
     def map(self, pieces: Sequence[Piece], locks: Path, call: Call, wait: bool = True) -> None:
         """Do the pieces as `share` does."""
         share(pieces, locks, wait)
 
     def together(self) -> AbstractContextManager[Any]:
-        """Return a context that changes nothing: each list is done when it is given."""
+        """Return a context without effect: `map` does each list at once."""
         return nullcontext()
 
 
 class OnePiece:
-    """The executor of a call on another node: it does one piece of the lists that it is given.
+    """The executor that a call receives on another node: it does one piece of the call's list, and no other piece.
 
     Attributes:
-        log: takes what the call says.
+        log: receives the lines and rows of the call.
 
     """
 
     def __init__(self, name: str, position: int, log: Log):
         self.log, self._name, self._position = log, name, position
-        self._done: list[bool] = []  # of each list with the piece: there is one
+        self._done: list[bool] = []  # for each list that has the piece (there is one): whether this process did it
 
     def map(self, pieces: Sequence[Piece], locks: Path, call: Call | None = None, wait: bool = True) -> None:
         """Do the piece, if it is in this list."""
@@ -87,10 +88,10 @@ class OnePiece:
 
     @property
     def taken(self) -> bool:
-        """Whether another process was doing the piece, which was left."""
+        """Whether this process left the piece because another process was doing it."""
         assert len(self._done) == 1, f"piece {self._position}, {self._name}, is in {len(self._done)} lists of the call"
         return not self._done[0]
 
     def together(self) -> AbstractContextManager[Any]:
-        """Return a context that changes nothing."""
+        """Return a context without effect."""
         return nullcontext()

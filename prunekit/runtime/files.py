@@ -16,12 +16,12 @@ from typing import Any
 from prunekit.runtime.errors import UserError
 
 FREE_SPACE = "free some space and start again"
-NO_ROOM = {  # errors of a write for which there is no room, and what helps
+NO_ROOM = {  # numbers of the errors of a write without room, and what the user can do
     errno.ENOSPC: FREE_SPACE,
     errno.EDQUOT: FREE_SPACE,
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
 }
-IN_WORDS = re.compile(r"(?:os error |code: )(\d+)")  # how safetensors says an error of the operating system
+IN_WORDS = re.compile(r"(?:os error |code: )(\d+)")  # in a safetensors error: the operating system's number
 TEMPORARY = ".tmp"  # the ending of a file or folder that is being written
 ASIDE = ".old"  # the ending of a folder that is about to be replaced
 
@@ -33,9 +33,10 @@ def temporary_for(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write, which then becomes `path` in one step; a kill leaves the old file or the new one.
+    """Yield a temporary file to write, then move it to `path` in one step; a kill leaves the old file or the new one.
 
-    It is alone in a hidden folder, so that what a library writes beside it (safetensors does) is as easy to find.
+    The temporary file is in its own hidden folder, so that `clear_killed` also finds the files that a library, such as
+    safetensors, writes beside it.
     """
     folder = temporary_for(path)
     try:
@@ -50,10 +51,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Raise one error for a full disk, whichever library finds it: the operating system's, which names a file.
+    """Replace any library's error for a full disk by one OSError that names a file and says what to do.
 
-    The file is the one that the error names, the second one of a copy or a move, or `path`: Python's own error of a
-    write names none, or a temporary one, and safetensors raises an error of its own.
+    The OSError names the target of a copy or a move, or else the file that the original error names. It names `path` if
+    the original error names no file, as safetensors' error and Python's error of a write do, or names a temporary file.
     """
     try:
         yield
@@ -68,7 +69,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def no_room(error: BaseException) -> int | None:
-    """Return the system's number of an error that says that the disk has no room for a file; None for any other."""
+    """Return the errno of an error that says that there is no room for a file; None for any other error."""
     from safetensors import SafetensorError
 
     number = error.errno if isinstance(error, OSError) else None
@@ -78,7 +79,7 @@ def no_room(error: BaseException) -> int | None:
 
 
 def share_with_others(path: Path) -> None:
-    """Give a file, or all files in a folder, the rights of any new file: safetensors makes files private."""
+    """Give a file, or all files in a folder, the default permissions of new files: safetensors makes files private."""
     for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
         file.chmod(0o666 & ~_umask())
 
@@ -98,10 +99,14 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `directory` at the end; an error or an interrupt removes it.
+    """Yield a temporary folder, and move it to `directory` at the end; an error or an interrupt removes it.
 
-    Its files get the rights of any new file. Raises ValueError, one line, for a directory that holds something already,
-    and OSError, which names it, where the disk is full.
+    The folder's files get the default permissions of new files.
+
+    Raises:
+        UserError: the directory is not empty, or is a file.
+        OSError: the disk is full; the error names a file or the directory.
+
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is not empty; give a new or empty directory")
@@ -120,7 +125,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def clear_killed(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left; the caller alone may write it now."""
+    """Remove the temporary files that killed writers of `path` left; no other process may write `path` meanwhile."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -136,7 +141,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one row to a JSON Lines log; of a row that the disk has no room for nothing is left."""
+    """Append one row to a JSON Lines file; if the disk has no room for the row, leave the file as it was."""
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         line = (json.dumps(row) + "\n").encode()
@@ -151,9 +156,9 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def write_folder(folder: Path, write: Any) -> None:
-    """Call `write(temporary folder)`, then move it to `folder`; a kill leaves the old folder or the new one.
+    """Call `write(temporary folder)`, then move that folder to `folder`; a kill leaves the old folder or the new one.
 
-    One process at a time may write a folder: what a killed one left half-written is removed.
+    Only one process at a time may write a folder, because the call removes the temporary folders of killed processes.
     """
     restore_killed(folder)
     clear_killed(folder)
@@ -176,7 +181,7 @@ def write_folder(folder: Path, write: Any) -> None:
 
 
 def restore_killed(folder: Path) -> None:
-    """Put back what a process had moved aside when it was killed, before its new folder was in place."""
+    """Put back the old folder that a killed process had moved aside; if the new folder is in place, remove the old."""
     for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*{ASIDE}")):
         if folder.exists():
             shutil.rmtree(aside)

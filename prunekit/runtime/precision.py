@@ -1,9 +1,9 @@
 """Precision of forward passes: what `auto` means on a device, and the autocast context that follows from it.
 
-A processor without bfloat16 instructions computes bfloat16 and float16 about 20 times slower than float32. Some that
-have them are slower with them too, where layers are small (an Intel Xeon with AMX: 1.4 times). So `auto` asks the
-hardware: bfloat16 where it is native and, on a CPU, measured to be no slower; float16 on older GPUs (training scales
-the loss); float32 elsewhere.
+A processor without bfloat16 instructions computes in bfloat16 and float16 about 20 times slower than in float32. With
+small layers, some processors that have these instructions are also slower in bfloat16 (an Intel Xeon with AMX: 1.4
+times). So `auto` depends on the hardware: bfloat16 where the device has instructions for it and, on a CPU, where a
+measurement finds it about as fast as float32; float16 on older GPUs (training scales the loss); float32 elsewhere.
 """
 
 import os
@@ -18,16 +18,16 @@ import torch
 from prunekit.runtime.errors import UserError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-UnscaledPrecision = Literal["auto", "float32", "bfloat16"]  # of gradients without loss scaling, which float16 needs
+UnscaledPrecision = Literal["auto", "float32", "bfloat16"]  # for gradients without loss scaling; float16 needs it
 LOWER = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-VARIABLE = "PRUNEKIT_PRECISION"  # of the environment: what `auto` becomes, whatever the hardware
+VARIABLE = "PRUNEKIT_PRECISION"  # environment variable that sets what `auto` means on any hardware
 AUTO = "auto: bfloat16 if the device supports it and is not slower with it, float16 on older GPUs, else float32."
 UNSCALED_AUTO = "auto: bfloat16 if the device supports it and is not slower with it, else float32."
 CPU_INFO = Path("/proc/cpuinfo")
 NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of /proc/cpuinfo: x86 has the first two, Arm the last
-NO_SLOWER = 1.1  # times float32's seconds, up to which `auto` takes a CPU's bfloat16
-SLOW = 1.5  # times float32's seconds, above which a lower precision that was asked for is worth a warning
-SIDE, CHANNELS = 16, 64  # of the convolution that tells how slow a precision is
+NO_SLOWER = 1.1  # `auto` takes bfloat16 on a CPU if it needs at most this multiple of float32's time
+SLOW = 1.5  # a requested lower precision that needs more than this multiple of float32's time gets a warning
+SIDE, CHANNELS = 16, 64  # image side and channels of the convolution that measures a precision's speed
 
 
 def resolve_precision(
@@ -40,11 +40,12 @@ def resolve_precision(
     Args:
         precision: a `Precision`.
         device: the device that forward passes run on.
-        scaled: whether gradients are scaled; without scaling float16 underflows, and `auto` means float32 instead.
-        meaning: what `auto` means on another device than those of this machine; unset: as the hardware says.
+        scaled: whether gradients are scaled; without scaling, float16 underflows, and `auto` means float32 instead.
+        meaning: what `auto` means, for a device that this machine does not have; None: PRUNEKIT_PRECISION or this
+            machine's hardware decides.
 
     Raises:
-        ValueError: PRUNEKIT_PRECISION is none of the three.
+        UserError: PRUNEKIT_PRECISION is not one of the three.
 
     """
     if precision != "auto":
@@ -57,7 +58,7 @@ def resolve_precision(
 
 
 def autocast(precision: str, device: str | torch.device) -> torch.autocast:
-    """Return the context in which forward passes run in a precision; float32 is a context that does nothing."""
+    """Return the autocast context for forward passes in a precision; for float32, the context does nothing."""
     dtype = LOWER.get(resolve_precision(precision, device))
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
@@ -74,16 +75,16 @@ def has_native_bfloat16(device_type: str = "cpu") -> bool:
         return bool(NATIVE_BFLOAT16 & set(flags.split()))
     capabilities: dict[str, Any] = getattr(
         torch.cpu, "get_capabilities", dict
-    )()  # Windows; nothing is known of macOS's bfloat16
+    )()  # for Windows; on macOS, bfloat16 instructions are not detected
     return platform.system() == "Windows" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @lru_cache(maxsize=4)
 def slowdown(precision: str, device_type: str = "cpu") -> float:
-    """Return the seconds of a small convolution with its backward pass in a precision over those in float32.
+    """Return the time of a small convolution, forward and backward, in a precision, divided by its time in float32.
 
-    Measured once a process, with one thread, the least of five turns each, so that other work on the machine counts
-    little; it takes less than a second. A GPU counts as 1.
+    The time is measured once per process, in less than a second. It is the shortest of five runs with one thread, so
+    other work on the machine has little effect. On a GPU, nothing is measured and the result is 1.
     """
     if device_type != "cpu" or precision not in LOWER:
         return 1.0
@@ -104,7 +105,7 @@ def slowdown(precision: str, device_type: str = "cpu") -> float:
 
 
 def why(device: str | torch.device) -> str:
-    """Return why `auto` means what it means on a device, in a few words."""
+    """Return the reason for the precision that `auto` means on a device, in a few words."""
     kind = torch.device(device).type
     if os.environ.get(VARIABLE):
         return f"{VARIABLE} says so"

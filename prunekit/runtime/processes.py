@@ -1,8 +1,8 @@
-"""The processes of a launch: how many there are, which one this is, and what they do together, through accelerate.
+"""The processes of a launch: their number, the index of this process, and collective operations, through accelerate.
 
-`accelerate launch` and `torchrun` start them, on one machine or many. A launch that would not become what it was asked
-to be is refused: accelerate starts one process where `--cpu --num_processes 2` asks for two, and several processes
-that each think themselves alone would all write the same run.
+`accelerate launch` and `torchrun` start the processes, on one machine or several. A launch is refused if the number of
+processes that work together differs from the number requested: accelerate starts one process for `--cpu
+--num_processes 2`, and several processes that do not know of each other would all write the same run.
 """
 
 import os
@@ -20,19 +20,22 @@ from torch.distributed import PrefixStore, init_process_group, rendezvous
 
 T = TypeVar("T")
 
-BUCKET = 2**24  # numbers that are summed over the processes at once
+BUCKET = 2**24  # values that one collective call sums over the processes
 START = "torchrun --nproc-per-node N -m prunekit run RECIPE"
-ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how often it has started the launch again
-COMPANION = "PRUNEKIT_COMPANION"  # set in the processes that a command starts beside its own
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how many times it has restarted the launch
+COMPANION = "PRUNEKIT_COMPANION"  # set in the processes that a command starts to help its own process
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
 class LaunchError(RuntimeError):
-    """Processes that were started so that they would not work together; the message says how to start them."""
+    """Processes were started in a way in which they cannot work together; the message says how to start them."""
 
 
 class Processes:
-    """What a process knows of the launch; where it works apart, it is alone, but on its own device."""
+    """A process's view of its launch: its index, the number of processes, its device, and collective operations.
+
+    Within `apart`, the process has index 0 and count 1, and keeps its device.
+    """
 
     def __init__(self, accelerator: Accelerator, apart: bool):
         self._accelerator = accelerator
@@ -42,11 +45,14 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the main process, which writes files."""
         return self.index == 0
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype, the same shapes in every process, by their sums over the processes."""
+        """Replace tensors in place by their sums over the processes.
+
+        All tensors have one dtype, and the same shapes in every process.
+        """
         if self.count == 1:
             return
         for bucket in _buckets(tensors):
@@ -60,7 +66,7 @@ class Processes:
         return value if self.count == 1 else broadcast_object_list([value])[0]
 
     def first(self, do: Callable[[], T]) -> T:
-        """Let the main process do something while the others wait; its result, or its error, is everyone's."""
+        """Call `do` in the main process while the others wait; return its result or raise its error in all of them."""
         if self.count == 1:
             return do()
         outcome: tuple[T | None, Exception | None] = (None, None)
@@ -75,25 +81,25 @@ class Processes:
         return cast("T", result)
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has called this method."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
 
 
 def current() -> Processes:
-    """Return the processes that this one works with. Raises LaunchError for a launch that is not what it seems."""
+    """Return the launch that this process belongs to; LaunchError if its processes cannot work together."""
     accelerator = _accelerator()
     return Processes(accelerator, _apart.get())
 
 
 def is_companion() -> bool:
-    """Whether another process of the same command shows what this one makes."""
+    """Return whether another process of the same command started this one and shows its output."""
     return bool(os.environ.get(COMPANION))
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """A context in which this process works alone: what is trained or measured in it is not shared with the others."""
+    """Let this process work alone within the context: it does not share training or measurements with the others."""
     token = _apart.set(True)
     try:
         yield
@@ -103,7 +109,10 @@ def apart() -> Iterator[None]:
 
 @contextmanager
 def threads_of(busy: int) -> Iterator[None]:
-    """A context in which `busy` of this machine's processes compute on its CPU, and share the threads of all."""
+    """Divide the CPU threads of all the launch's processes on this machine among the `busy` ones within the context.
+
+    busy: number of these processes that compute. Nothing changes if all of them compute, or on a GPU.
+    """
     count, before = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.get_num_threads()
     if busy >= count or current().device.type != "cpu":
         yield
@@ -125,9 +134,10 @@ def _accelerator() -> Accelerator:
 
 
 def _meet_again(attempt: str) -> None:
-    """Join the processes of a launch that torchrun has started again, after one of them was lost.
+    """Initialize the process group of a launch that torchrun has restarted after it lost a process.
 
-    They meet through the store of the first attempt, where each would find the addresses of those that are gone.
+    All attempts use one store, which still holds the addresses of the first attempt's processes. A prefix for each
+    attempt keeps the new addresses apart from them.
     """
     store, rank, count = next(rendezvous("env://"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -135,7 +145,7 @@ def _meet_again(attempt: str) -> None:
 
 
 def check_launch(environment: Mapping[str, str], count: int) -> None:
-    """Raise LaunchError where the environment of a launch asks for another number of processes than there are."""
+    """Raise LaunchError if the environment of a launch requests another number of processes than `count`."""
     asked = environment.get("WORLD_SIZE")
     if asked is not None:
         if int(asked) != count:

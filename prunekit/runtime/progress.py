@@ -1,5 +1,5 @@
-"""What a command shows of its progress: a bar for long work (step, loss, time left; lines if output is not a terminal),
-log lines and rows, and the memory in use.
+"""Progress of a command: a bar for long work (step, loss, time left; plain lines if stderr is not a terminal), the
+protocol of logs, and the peak memory.
 """
 
 import resource
@@ -15,14 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 console = Console(file=sys.stderr)
-PLAIN_SECONDS = 30.0  # between lines where there is no terminal to redraw
+PLAIN_SECONDS = 30.0  # between progress lines if stderr is not a terminal
 
-Watcher = Callable[[float, float, float], None]  # takes seconds, the share done before, and the share done, in [0, 1]
+Watcher = Callable[[float, float, float], None]  # takes seconds since the start, and shares done at the start and now
 _watchers: list[Watcher] = []
 
 
 class Log(Hashable, Protocol):
-    """What takes the lines and rows of a command: a `RunLog`, or what stands in for one."""
+    """An object that receives the lines and rows of a command: a `RunLog` or a substitute."""
 
     def log(self, row: dict[str, Any], /) -> None:
         """Keep a row."""
@@ -32,17 +32,17 @@ class Log(Hashable, Protocol):
 
 
 class Saying:
-    """A log that says its lines and keeps none."""
+    """A log that passes its lines to a function and drops its rows."""
 
     def __init__(self, say: Callable[[str], Any]):
         self.say = say
 
     def log(self, row: dict[str, Any]) -> None:
-        """Keep nothing."""
+        """Drop the row."""
 
 
 class Progress:
-    """A context: a rich bar on a terminal, a plain line every 30 seconds elsewhere."""
+    """A context that shows progress: a rich bar on a terminal, else a plain line every 30 seconds."""
 
     def __init__(self, title: str, total: int, done: int = 0, enabled: bool = True):
         self.title, self.total, self.first, self.enabled = title, total, done, enabled
@@ -87,7 +87,7 @@ class Progress:
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """A context in which a function is told of every progress."""
+    """Call `watcher` at every update of every `Progress` within the context."""
     _watchers.append(watcher)
     try:
         yield
@@ -96,7 +96,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Return the bytes that this process has held at most so far: on its GPU where it uses one, else in all."""
+    """Return this process's peak memory so far in bytes: GPU memory if it uses a GPU, else main memory."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -1,6 +1,6 @@
-"""Randomness that depends on what is drawn, never on who draws it or when (law 4).
+"""Random numbers that depend only on their purpose, never on the process that draws them or the time (law 4).
 
-A draw is keyed by (seed, purpose, step …) and made for the whole global batch; each process takes its positions.
+A draw is keyed by (seed, purpose, step …) and made for the whole global batch; each process takes its samples' part.
 """
 
 import hashlib

@@ -16,9 +16,9 @@ def connected(address: str, what: str, setting: str) -> Iterator[None]:
     """Connect this process to a Ray cluster until the context ends.
 
     Args:
-        address: of the cluster; "auto": of this machine; "local": one is started here.
-        what: needs Ray, as messages name it.
-        setting: what the address is given by, such as "--ray-address ".
+        address: address of the cluster; "auto": this machine's cluster; "local": start a cluster here.
+        what: name of the feature that needs Ray, for the error.
+        setting: prefix with which the user gives the address, such as "--ray-address ", for the error.
 
     Raises:
         UserError: Ray is not installed, or no cluster is at the address.

@@ -1,8 +1,9 @@
-"""Pieces of work as tasks of a Ray cluster, named by data; see `executors`.
+"""The executor that runs pieces of work as tasks of a Ray cluster; see `executors`.
 
-A task makes the list of pieces anew on its node, from a call of JSON arguments, and does one piece of it under the
-piece's lock file. So a node that is cut off, but lives, still keeps its piece to itself; one that is lost leaves the
-lock, and its piece is done by another task. What tasks say is shown and logged by the command that started them.
+A task builds the list of pieces again on its node, from a call with JSON arguments, and does one piece of the list
+while it holds the piece's lock file. A node that is cut off but still runs keeps the lock, so no other task does its
+piece. A node that dies loses the lock, and another task does its piece. The command that started the tasks shows and
+logs their messages.
 """
 
 import time
@@ -26,30 +27,30 @@ from prunekit.runtime.ray_tasks import STOPPED, TAKEN, Mailbox, Place, perform
 from prunekit.runtime.termination import deferred
 from prunekit.runtime.work import POLL_SECONDS, Piece
 
-ATTEMPTS = 5  # of a piece whose process or node is lost; more losses are a fault of the piece, such as its memory
-AHEAD = 2  # tasks that are submitted, for each that can run at once
-WAITING_SECONDS = 60.0  # between lines that say that no node can take a task
+ATTEMPTS = 5  # for a piece whose process or node is lost; after that, the cause is likely the piece, such as its memory
+AHEAD = 2  # submitted tasks per task that the nodes can run at once
+WAITING_SECONDS = 60.0  # between log lines that say that no node can take a task
 
 
 @dataclass
 class Task:
-    """A piece of a list, with what makes the list on another node."""
+    """A piece of a list, with the call that builds the list on another node."""
 
     piece: Piece
     position: int  # in its list
     call: Call
     locks: Path
     wait: bool
-    after: float = 0.0  # on the clock, when it may be submitted
+    after: float = 0.0  # earliest time of its submission, on the monotonic clock
 
     @property
     def lock(self) -> Path:
-        """Its lock file; tasks with one lock file, such as cells that share a search, follow each other."""
+        """The piece's lock file; tasks with the same one, such as cells that share a search, run one after another."""
         return self.locks / f"{self.piece.name}.lock"
 
 
 class RayExecutor:
-    """The nodes of a Ray cluster. `map` submits tasks as nodes have room, and starts those anew whose node is lost."""
+    """Executor on the nodes of a Ray cluster. `map` submits tasks as nodes have room, and submits lost tasks again."""
 
     def __init__(self, cpus: float, gpus: float | None, log: Log):
         """Prepare the tasks; see `cluster`."""
@@ -62,13 +63,13 @@ class RayExecutor:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(num_cpus=0)(Mailbox)
         self._mailbox = mailbox.options(scheduling_strategy=here).remote()
-        # a lost task is started by `map`, and a process with its models does many tasks
+        # `map` submits lost tasks again, so Ray does not; a process keeps its models loaded for many tasks
         self._perform = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=0, scheduling_strategy="SPREAD"
         )(perform)
         self._gathered: list[Task] | None = None
         self._said: set[str] = set()
-        self._waited = 0.0  # on the clock, when the log last said so
+        self._waited = 0.0  # when the log last said that no node can take a task, on the monotonic clock
 
     def map(self, pieces: Sequence[Piece], locks: Path, call: Call, wait: bool = True) -> None:
         """Do the pieces as `Executor.map` says."""
@@ -80,7 +81,7 @@ class RayExecutor:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Give a context whose lists are done at once when it ends."""
+        """Collect the lists that `map` receives within the context, and do all of them together when it ends."""
         gathered: list[Task] = []
         self._gathered = gathered
         try:
@@ -90,7 +91,7 @@ class RayExecutor:
         self._do(gathered)
 
     def _do(self, tasks: list[Task]) -> None:
-        """Submit tasks until none is left; whatever ends this ends those that run."""
+        """Submit tasks until none is left; an error or a signal also ends the running tasks."""
         left, running, losses = [task for task in tasks if not task.piece.done()], dict[Any, Task](), Counter[str]()
         if not left:
             return
@@ -110,7 +111,7 @@ class RayExecutor:
                 raise
 
     def _submit(self, left: list[Task], running: dict[Any, Task]) -> list[Task]:
-        """Submit tasks as far as nodes have room; return those that are left."""
+        """Submit tasks while nodes have room; return the tasks that are left."""
         rest, locked = list[Task](), {task.lock for task in running.values()}
         room = AHEAD * self._slots() - len(running)
         for task in left:
@@ -129,7 +130,7 @@ class RayExecutor:
         return rest
 
     def _finished(self, running: dict[Any, Task], losses: Counter[str]) -> Iterator[Task]:
-        """Wait a moment for tasks to end; yield those that are to be submitted again. Raises a task's error."""
+        """Wait at most 0.5 s for a task to end; yield the tasks to submit again. Raises the error of a failed task."""
         if not running:
             time.sleep(POLL_SECONDS)
             return
@@ -151,7 +152,7 @@ class RayExecutor:
                 yield task
 
     def _slots(self) -> int:
-        """Return how many tasks the nodes can run at once, 1 at least; say so where none can."""
+        """Return how many tasks the nodes can run at once, at least 1; log a line if no node can run one."""
         slots = 0
         for node in self._ray.nodes():
             if node["Alive"]:
@@ -168,7 +169,7 @@ class RayExecutor:
 
     @contextmanager
     def _guarded(self, folders: set[Path]) -> Iterator[None]:
-        """Hold a lock in each folder of locks, by which tasks see that locks hold between nodes."""
+        """Hold a guard lock in each folder of locks; tasks check it to see whether locks hold between nodes."""
         guards = [FileLock(self._guard(folder)) for folder in folders]
         try:
             for guard in guards:
@@ -181,22 +182,22 @@ class RayExecutor:
                 Path(guard.lock_file).unlink(missing_ok=True)
 
     def _pass_on(self) -> None:
-        """Show and log what tasks have said."""
+        """Show and log the messages that tasks have sent."""
         for kind, content in self._ray.get(self._mailbox.take.remote()):
             if kind == "row":
                 self._log.log(content)
             elif kind == "say":
-                if content not in self._said:  # what each process says when it has loaded the data
+                if content not in self._said:  # every process says the same when it has loaded the data
                     self._said.add(content)
                     self._log.say(content)
             elif content is not None:
                 console.print(content, highlight=False, markup=False)
 
     def _end(self, running: dict[Any, Task]) -> None:
-        """Ask tasks to save and to end, and wait until they have."""
+        """Ask running tasks to save and end, and wait for them for at most 60 s."""
         if not running:
             return
-        with suppress(self._ray.exceptions.RayError):  # which is lost with the cluster
+        with suppress(self._ray.exceptions.RayError):  # raised if the cluster is lost
             for reference in running:
                 self._ray.cancel(reference)
             self._ray.wait(list(running), num_returns=len(running), timeout=END_SECONDS)
@@ -206,16 +207,16 @@ class RayExecutor:
 
 @contextmanager
 def cluster(address: str, cpus: float, gpus: float | None, log: Log) -> Iterator[RayExecutor]:
-    """Give the executor of a Ray cluster, to which this process is connected until the context ends.
+    """Connect to a Ray cluster until the context ends; yield the cluster's executor.
 
     Args:
-        address: of the cluster; "auto": of this machine; "local": one is started here.
-        cpus: of a task, and the threads that it computes with.
-        gpus: of a task; None: 1 where the cluster has GPUs, else 0.
-        log: takes what tasks say.
+        address: address of the cluster; "auto": this machine's cluster; "local": start a cluster here.
+        cpus: CPUs of a task, and the threads that it computes with.
+        gpus: GPUs of a task; None: 1 if the cluster has GPUs, else 0.
+        log: receives the lines and rows of tasks.
 
     Raises:
-        UserError: Ray is not installed, no cluster is at the address, or this process belongs to a launch.
+        UserError: Ray is not installed, no cluster is at the address, or this process is one of several in a launch.
 
     """
     if current().count > 1:

@@ -1,4 +1,4 @@
-"""A task of a Ray cluster, on its node: where it works, what it says, and the piece of work that it does."""
+"""The part of a Ray task that runs on its node: it enters the directory, does one piece of work and sends messages."""
 
 import os
 import signal
@@ -18,27 +18,27 @@ from prunekit.runtime.termination import REQUEUE, graceful
 from prunekit.runtime.work import is_held
 
 DONE, TAKEN, STOPPED = "done", "taken", "stopped"  # how a task ends
-PASSED_ON = "PRUNEKIT_"  # what the names of variables begin with that tasks get from the command
-PACKAGES = ("prunekit", "torch", "diffusers", "transformers")  # of one version on all nodes
+PASSED_ON = "PRUNEKIT_"  # prefix of the environment variables that tasks receive from the command
+PACKAGES = ("prunekit", "torch", "diffusers", "transformers")  # packages that must have the same version on all nodes
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a command works, which its tasks check: that they see it, and that its locks hold between nodes."""
+    """Where a command works; its tasks check that they see the directory and that locks hold between nodes."""
 
-    directory: str  # the current one, which relative paths of recipes are of
+    directory: str  # the current directory, to which relative paths in recipes refer
     guard: str  # a lock file that the command holds
-    variables: dict[str, str]  # of its environment
-    versions: dict[str, str]  # of packages
+    variables: dict[str, str]  # the command's environment variables whose names begin with PASSED_ON
+    versions: dict[str, str]  # by name of the package
 
     @classmethod
     def here(cls, guard: Path) -> "Place":
-        """Return where this process works."""
+        """Return the place where this process works; `guard` is a lock file that it holds."""
         variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         return cls(str(Path.cwd()), str(guard), variables, {name: version(name) for name in PACKAGES})
 
     def enter(self) -> None:
-        """Go there; UserError, which names this node, where that is not possible."""
+        """Change to the directory and set the variables; UserError, which names this node, if it cannot work there."""
         node, guard = socket.gethostname(), Path(self.guard)
         if different := {name: own for name in PACKAGES if (own := version(name)) != self.versions[name]}:
             theirs = ", ".join(f"{name} {self.versions[name]}" for name in different)
@@ -59,29 +59,29 @@ class Place:
 
 
 class Mailbox:
-    """The actor that keeps what tasks say until the command asks for it."""
+    """The actor that keeps the messages of tasks until the command takes them."""
 
     def __init__(self) -> None:
         self._letters: list[tuple[str, Any]] = []
 
     def put(self, kind: str, content: Any) -> None:
-        """Keep a letter: a "line" to show, a text to "say", or a "row" of the log."""
+        """Keep a message; `kind` is "line" (a console line to show), "say" (a log line) or "row" (a row of the log)."""
         self._letters.append((kind, content))
 
     def take(self) -> list[tuple[str, Any]]:
-        """Return the letters since the last call."""
+        """Return the messages since the last call, as (kind, content)."""
         letters, self._letters = self._letters, []
         return letters
 
 
 class TaskLog:
-    """What takes the lines and rows of a task, and the console's: they go to the command's mailbox."""
+    """The log of a task, and the file of its console; it sends lines and rows to the command's mailbox."""
 
     def __init__(self) -> None:
-        self.mailbox: Any = None  # of the command whose task runs now
+        self.mailbox: Any = None  # the mailbox of the command whose task runs now
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send a row of the log, with the memory of this process."""
+        """Send a row of the log; a row of a training step gets this process's peak memory."""
         self._send("row", {**row, "memory": peak_memory()} if "step" in row else row)
 
     def say(self, text: str) -> None:
@@ -89,12 +89,12 @@ class TaskLog:
         self._send("say", text)
 
     def write(self, text: str) -> None:
-        """Send what the console prints, such as the progress of a training."""
+        """Send text that the console prints, such as progress lines."""
         if text.strip():
             self._send("line", text.rstrip())
 
     def flush(self) -> None:
-        """Return when the mailbox has everything."""
+        """Wait until the mailbox has received all messages."""
         import ray
 
         if self.mailbox is not None:
@@ -108,18 +108,18 @@ _task_log = TaskLog()
 
 
 def perform(call: Call, name: str, position: int, place: Place, threads: int, mailbox: Any) -> str:
-    """Do one piece, in a worker process of Ray; return how it ended.
+    """Do one piece in a worker process of Ray; return DONE, TAKEN (another process is doing it) or STOPPED.
 
-    A process that is asked to end, by a signal or by the command, saves first; see `termination`.
+    A process that a signal or the command asks to end saves first; see `termination`.
     """
     _task_log.mailbox = mailbox
-    for variable in LAUNCHED:  # of the launch that started this node
+    for variable in LAUNCHED:  # environment variables of the launch that started this node
         os.environ.pop(variable, None)
-    with graceful(signal.SIGTERM, signal.SIGINT):  # Ray cancels a task by the second one
+    with graceful(signal.SIGTERM, signal.SIGINT):  # Ray cancels a task with SIGINT
         try:
             place.enter()
             torch.set_num_threads(threads)
-            console.file = _task_log  # type: ignore[assignment]  # which has what rich calls
+            console.file = _task_log  # type: ignore[assignment]  # it has the methods that rich calls
             one = OnePiece(name, position, _task_log)
             call(one)
             return TAKEN if one.taken else DONE

@@ -1,4 +1,4 @@
-"""The names of files and folders in a run's directory, and how to find what a run made; imports nothing heavy."""
+"""Names of files and folders in a run's directory, and functions that find a run's results; imports nothing heavy."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ from prunekit.runtime.yaml_files import read_mapping
 
 RECIPE = "recipe.yaml"  # the resolved recipe
 RESULTS = "results.json"  # the tables of a run, a comparison or an evaluation; the last file that a run writes
-CELLS, WORK = "cells", "work"  # folders of a comparison: finished cells, and what they are made of
+CELLS, WORK = "cells", "work"  # folders of a comparison: finished cells, and the models and pictures that cells use
 METHODS = "methods"  # folder with one folder per method
-RESULT = "result.json"  # what a method chose, in the method's folder
-ROUTER = "router.safetensors"  # which expert a prompt goes to, in the folder of a method that routes
+RESULT = "result.json"  # the architectures that a method chose, in the method's folder
+ROUTER = "router.safetensors"  # assigns prompts to experts; in the folder of a method that routes
 SCORES = "scores.safetensors"  # the score of every unit, in the folder of a method that scores
 LOCKS = "locks"  # folder of the lock files by which processes share work
 DENSE = "dense"  # name of the dense model's row in every table
-SMOKE_SUFFIX = "_smoke"  # of the name, and so of the run's directory
-LOG = "log.jsonl"  # of a run: a row a step, and what was said
+SMOKE_SUFFIX = "_smoke"  # added to a run's name, and so to the name of its directory
+LOG = "log.jsonl"  # log of a run: one row per step, and the printed lines
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:

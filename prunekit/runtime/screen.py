@@ -10,36 +10,36 @@ from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_WIDTH = 160  # letters of a line where there is no terminal and COLUMNS is not set
-LEAST_TEXT = 12  # letters of a line of text in a table; numbers are never broken
-FRAME, RIM = 3, 1  # letters that a column and the whole table take beside their content
-BREAKS = "./_,;:-"  # letters after which a word that is too long is broken
+PLAIN_WIDTH = 160  # characters per line if there is no terminal and COLUMNS is not set
+LEAST_TEXT = 12  # characters per line that text in a table needs at least; numbers are never broken
+FRAME, RIM = 3, 1  # characters that each column, and the whole table, take in addition to their content
+BREAKS = "./_,;:-"  # characters after which a word that is too long may be broken
 INDENT = "  "
 NUMBER = re.compile(r"[^\sA-Za-z]+")  # a word without letters, which is not broken
 Grid = list[list["Cell"]]
 
 
 def stdout_console() -> Console:
-    """Return a console on standard output; without a terminal its lines are COLUMNS letters long, else 160."""
+    """Return a console on standard output; without a terminal, its width is COLUMNS characters, or 160 if not set."""
     console = Console(highlight=False)
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's text, and whether its column is one of numbers, which are not broken over lines."""
+    """A cell's text, and whether its column holds numbers, which are not broken over lines."""
 
     text: str
     is_number: bool = False
 
     @property
     def width(self) -> int:
-        """Letters of its longest line."""
+        """Characters in the longest line of the text."""
         return max(map(cell_len, self.text.splitlines()), default=0)
 
     @property
     def least(self) -> int:
-        """Letters that it takes at least."""
+        """Characters per line that the cell needs at least."""
         whole = self.is_number or NUMBER.fullmatch(self.text)
         return self.width if whole else min(self.width, LEAST_TEXT)
 
@@ -52,15 +52,16 @@ def fitted_table(
     title: str | None = None,
     strong_end: bool = False,
 ) -> RenderableType:
-    """Return a table of at most `width` letters: a line per row; else a line per column; else a block per row.
+    """Return a table of at most `width` characters per line, in the first form that fits.
 
-    Text is broken over lines where that lets a table fit; numbers are not. Without rows it is the title alone.
+    The forms are a line per row, a line per column, and a block of lines per row. Text is broken over lines if the
+    table then fits; numbers are not. Without rows, return the title alone.
 
     Args:
         header: the columns' titles.
         lines: the cells of each row, as plain text.
-        numeric: which columns are numbers, which are aligned to the right.
-        width: letters of a line.
+        numeric: for each column, whether it holds numbers, which are aligned to the right.
+        width: characters per line.
         title: shown above the table.
         strong_end: whether the last row is a total, shown in bold.
 
@@ -86,7 +87,10 @@ def print_table(
     title: str | None = None,
     strong_end: bool = False,
 ) -> None:
-    """Print a table that fits the console; numeric: titles of the columns that are numbers; else as `fitted_table`."""
+    """Print a table that fits the console.
+
+    numeric: titles of the columns that hold numbers. The other arguments are as in `fitted_table`.
+    """
     numbers = [name in numeric for name in header]
     console.print(fitted_table(header, lines, numbers, console.width, title, strong_end))
 
@@ -133,7 +137,7 @@ def _blocks(grid: Grid, width: int, title: str | None) -> Group:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return text in lines of at most `width` letters: broken at blanks, else after one of BREAKS, else anywhere."""
+    """Return text in lines of at most `width` characters: broken at spaces, else after one of BREAKS, else anywhere."""
     lines = []
     for line in text.splitlines():
         current = ""
@@ -150,7 +154,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def _pieces(word: str, width: int) -> list[str]:
-    """Return a word in pieces of at most `width` letters."""
+    """Return a word in pieces of at most `width` characters."""
     pieces = []
     while cell_len(word) > width:
         end = 1

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, with JSON beside them: no pickle, and complete or absent; and copies to a device."""
+"""Safetensors files of tensors and JSON metadata, written whole or not at all, without pickle; copies to a device."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ UNWAITED = ("cuda", "meta")  # devices to which `to_device` copies without a wai
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor on a device; to a GPU it goes through pinned memory, so that the host does not wait.
+    """Return a tensor on a device; a copy to a GPU goes through pinned memory, so that the host does not wait.
 
     A plain `.to` from the host's memory first waits for all work that is queued on the GPU.
     """
@@ -44,11 +44,11 @@ def write_tensors(path: str | Path, what: str, tensors: dict[str, Tensor], metad
 
 
 def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file that `write_tensors` wrote.
+    """Return the tensors and the metadata of a file that `write_tensors` wrote.
 
     Raises:
-        ValueError: a file of another kind, or of a format that this version does not know.
-        FileNotFoundError: no such file.
+        UserError: the file is of another kind, or in a format that this version does not know.
+        FileNotFoundError: the file does not exist.
 
     """
     if not Path(path).is_file():

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: what trains saves first, then the process leaves with a code that schedulers start again on."""
+"""SIGTERM as a request: training saves first; then the process exits with a status that makes schedulers restart it."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a failure that passes; to be tried again
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure; try again
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Termination:
     deferred: bool = False
 
     def leave(self) -> None:
-        """Leave the process with the code to start it again on, and say so."""
+        """Print how to resume, and exit with status 75, which asks for a restart."""
         print(
             f"prunekit: stopped by a signal; start the same command again to resume (status {REQUEUE})", file=sys.stderr
         )
@@ -36,9 +36,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def graceful(*signals: signal.Signals) -> Iterator[None]:
-    """A context in which SIGTERM ends the process by SystemExit(75): at once, or after what `deferred` protects.
+    """Let SIGTERM raise SystemExit(75) within the context: at once, or when a `deferred` context calls `leave`.
 
-    signals: those that do so, instead of SIGTERM alone.
+    signals: the signals that have this effect; by default SIGTERM alone.
     """
     before = {number: signal.signal(number, _handle) for number in signals or (signal.SIGTERM,)}
     _termination.requested = False
@@ -51,7 +51,7 @@ def graceful(*signals: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Termination]:
-    """A context in which SIGTERM only sets `requested`; whoever is in it saves, and then calls `leave`."""
+    """Let SIGTERM only set `requested` within the context; the code in the context then saves and calls `leave`."""
     before, _termination.deferred = _termination.deferred, True
     try:
         yield _termination

@@ -1,9 +1,9 @@
-"""How PyTorch's CPU threads wait and how many there are, decided before torch loads.
+"""The number of PyTorch's CPU threads and the way in which they wait, set before torch loads.
 
-A thread that waits for its siblings spins. GNU OpenMP's default is 300,000 turns, so on a machine with one busy core
-the waiting thread takes the core that the other one needs: a training step of the embedded model then takes 4 times as
-long, and beside several busy processes 30 times. A short spin costs at most 5 % on an idle machine and never collapses
-(docs/performance.md has the measurement).
+A thread that waits for other threads spins; GNU OpenMP's default is 300,000 turns. On a machine with one busy core, the
+waiting thread then occupies the core that a working thread needs: a training step of the embedded model takes 4 times
+as long, and 30 times as long beside several busy processes. A short spin costs at most 5 % on an idle machine and
+prevents this slowdown (docs/performance.md has the measurement).
 """
 
 import math
@@ -12,16 +12,16 @@ from pathlib import Path
 
 SPIN = "GOMP_SPINCOUNT"
 SPIN_TURNS = "500"
-WAITING = (SPIN, "OMP_WAIT_POLICY")  # variables by which a user says how threads wait
-COUNTING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # variables by which a user says how many threads there are
+WAITING = (SPIN, "OMP_WAIT_POLICY")  # environment variables with which a user sets how threads wait
+COUNTING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables with which a user sets the number of threads
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 def configure() -> None:
     """Set the variables that GNU OpenMP reads when torch loads, unless the user has set them.
 
-    Without a user's choice there are at most as many threads as the container's CPU quota has whole CPUs. CPU affinity
-    needs no setting: OpenMP counts the CPUs that this process may use.
+    If the user sets no number of threads, it is at most the container's CPU quota, rounded down to whole CPUs. CPU
+    affinity needs no setting: OpenMP counts the CPUs that this process may use.
     """
     if not any(os.environ.get(name) for name in WAITING):
         os.environ[SPIN] = SPIN_TURNS
@@ -38,7 +38,7 @@ def usable_cpus() -> int:
 
 
 def cpu_quota(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the CPUs' worth of time that the container grants, by cgroup version 2 or 1; None without a limit.
+    """Return the container's CPU quota in CPUs, from cgroup version 2 or 1; None without a limit.
 
     root: where cgroups are mounted. process: the file that names this process's group.
     """

@@ -1,4 +1,4 @@
-"""Where a run's figures go beside its log: TensorBoard, Weights & Biases, trackio, through accelerate's trackers."""
+"""Trackers that receive the numbers of a run's log: TensorBoard, Weights & Biases and trackio, through accelerate."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ from prunekit.runtime.processes import current
 
 EXTRA = "tracking"
 TENSORBOARD = "tensorboard"
-NO_TERMS = ("stage", "step", "event")  # keys of a row that are no figures
+NO_TERMS = ("stage", "step", "event")  # keys of a row that are not tracked
 
 
 class TrackingConfig(BaseModel):
@@ -34,32 +34,32 @@ class TrackingConfig(BaseModel):
 
 
 class Trackers:
-    """The trackers of one run; started again on its directory, they continue the same run.
+    """The trackers of one run; trackers that are started again for the same directory continue the same run.
 
-    TensorBoard's files are in `directory`/tensorboard. Only the main process of a launch tracks; in the others, as
-    where no trackers are named, every call does nothing.
+    TensorBoard's files are in `directory`/tensorboard. Only the main process of a launch tracks. In other processes, or
+    if the config names no trackers, every call does nothing.
     """
 
     def __init__(
         self, config: TrackingConfig, run_name: str, directory: Path, settings: Mapping[str, Any] | None = None
     ):
-        """Start them.
+        """Start the trackers.
 
         Args:
-            config: which.
-            run_name: what the trackers call the run.
-            directory: the run's; Weights & Biases and trackio know the run by its path.
-            settings: the recipe, nested; kept as the run's settings with dotted keys.
+            config: names the trackers and their project.
+            run_name: name of the run in the trackers.
+            directory: the run's directory; Weights & Biases and trackio identify the run by its path.
+            settings: the recipe as a nested mapping; stored as the run's settings, with dotted keys.
 
         Raises:
-            ImportError: a tracker whose package is missing, by the extra that has it.
-            ValueError: a tracker that does not start, as without an account.
+            MissingPackageError: a tracker's package is missing; the message names the extra that installs it.
+            UserError: a tracker does not start, for example without an account.
 
         """
         require_installed(config)
         self._started: dict[str, GeneralTracker] = {}
         self._directory = directory
-        self._end = weakref.finalize(self, _finish, self._started)  # with the run, or at the latest with the process
+        self._end = weakref.finalize(self, _finish, self._started)  # at the latest when the process ends
         self._stages: set[str] = set()
         if not config.trackers or not current().is_main:
             return
@@ -73,9 +73,11 @@ class Trackers:
                 _try(name, directory, partial(tracker.store_init_configuration, _plain(settings)))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Track the numbers of a row of a run's log as "stage/term", at the row's step (0 where it has none).
+        """Track the numbers in a row of the run's log as "stage/term", at the row's step, or step 0 if it has none.
 
-        Raises OSError, which names the tracker's folder, where the disk is full.
+        Raises:
+            OSError: the disk is full; the error names the tracker's folder.
+
         """
         stage = row.get("stage")
         if not self._started or stage is None:
@@ -83,7 +85,7 @@ class Trackers:
         values = {f"{stage}/{term}": value for term, value in row.items() if term not in NO_TERMS and _is_finite(value)}
         step = int(row.get("step", 0))
         for name, tracker in self._started.items():
-            if name == "wandb":  # its own step only grows, and each stage starts anew: every stage has an axis
+            if name == "wandb":  # its step must not decrease, but each stage counts from the start: an axis per stage
                 if stage not in self._stages:
                     tracker.tracker.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
                 values_of, step_of = {**values, f"{stage}/step": step}, {}
@@ -94,7 +96,7 @@ class Trackers:
         self._stages.add(stage)
 
     def close(self) -> None:
-        """Hand over what is not written yet, and end."""
+        """Write the values that are not written yet, and end the trackers."""
         self._end()
 
 
@@ -108,7 +110,7 @@ def require_installed(config: TrackingConfig) -> None:
 
 
 def run_id(directory: Path) -> str:
-    """Return what a run is known by: the same for the same directory on one machine."""
+    """Return the identifier of a run, 12 hexadecimal digits that depend only on the directory's absolute path."""
     return hashlib.blake2b(str(directory.resolve()).encode(), digest_size=6).hexdigest()
 
 
@@ -118,7 +120,7 @@ def _build(name: str, project: str, run_name: str, directory: Path) -> GeneralTr
         return kind(TENSORBOARD, directory)
     if name == "wandb":
         return kind(project, name=run_name, id=run_id(directory), resume="allow", dir=str(directory))
-    return kind(project, name=f"{run_name}-{run_id(directory)}", resume="allow")  # trackio knows a run by its name
+    return kind(project, name=f"{run_name}-{run_id(directory)}", resume="allow")  # trackio identifies a run by its name
 
 
 def _finish(started: dict[str, GeneralTracker]) -> None:
@@ -126,13 +128,13 @@ def _finish(started: dict[str, GeneralTracker]) -> None:
         try:
             tracker.finish()
         except OSError as error:
-            if no_room(error) is None:  # which `log` has raised: each row is written at once
+            if no_room(error) is None:  # `log` has already raised it, since it writes each row at once
                 raise
     started.clear()
 
 
 def _quiet_threads() -> None:
-    """Let a tracker's thread that finds the disk full end without a traceback: the next call raises its error."""
+    """Suppress the traceback when a tracker's thread finds the disk full; the tracker's next call raises the error."""
     before = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:
@@ -164,6 +166,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as trackers take them: numbers, texts, and the text of all else."""
+    """Return settings as trackers accept them: flat, numbers and texts unchanged, other values as text."""
     scalar = bool | int | float | str
     return {key: value if isinstance(value, scalar) else str(value) for key, value in flat(settings).items()}

@@ -1,6 +1,7 @@
-"""Work that several processes share through the file system: whoever comes first takes a piece, whoever dies frees it.
+"""Work that several processes share through lock files: the first process that locks a piece does it.
 
-No process talks to another, so that one can be lost, or join late, without the rest noticing.
+Processes do not communicate in any other way, so one may die or join late without an effect on the others. The locks
+of a process that dies are released.
 """
 
 import secrets
@@ -18,8 +19,8 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.processes import threads_of
 
 T = TypeVar("T")
-USERS = ".users"  # in a directory: a lock file for each process that works in it
-POLL_SECONDS = 0.5  # between looks at pieces that others are making
+USERS = ".users"  # folder in a shared directory, with a lock file for each process that works there
+POLL_SECONDS = 0.5  # between checks of pieces that other processes are doing
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Piece:
     name: str  # of its lock file
     done: Callable[[], bool]
     do: Callable[[], None]
-    ready: Callable[[], bool] = lambda: True  # whether what it needs is there
+    ready: Callable[[], bool] = lambda: True  # whether the inputs of the piece are there
 
 
-Sharing = Callable[[Sequence[Piece]], None]  # makes pieces together with other processes, as `share` does
+Sharing = Callable[[Sequence[Piece]], None]  # does pieces together with other processes, as `share` does
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Hold a lock file, and say whether this process has it; the lock goes with its process, however that ends."""
+    """Try to hold a lock file within the context; yield whether it succeeded. A process that dies frees its locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -53,13 +54,13 @@ def claimed(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def occupied(folder: Path, enter: Callable[[bool], T], leave: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """Work in a directory as one of its users, from the first look at what it holds until the context ends.
+    """Register this process as a user of a directory until the context ends; yield the result of `enter`.
 
     Args:
-        folder: the directory; it is made where it is missing.
-        enter: called with whether other processes work in the directory, while none can come or go; its result is
-            the context's.
-        leave: called when the last user leaves, while none can come.
+        folder: the directory; it is created if it is missing.
+        enter: called at the start, with whether other processes use the directory; meanwhile no process can start or
+            stop using it.
+        leave: called at the end if no other process uses the directory; meanwhile no process can start using it.
 
     Raises:
         UserError: the directory was removed, or replaced by another, while this process worked in it.
@@ -91,10 +92,10 @@ def occupied(folder: Path, enter: Callable[[bool], T], leave: Callable[[], None]
 
 @contextmanager
 def _at_door(users: Path) -> Iterator[None]:
-    """Hold the lock that a process holds while it comes or goes, in a folder that the last user removes."""
+    """Hold the lock that a process needs to enter or leave a directory; the last user removes the lock's folder."""
     door = FileLock(users / "door")
     while not door.is_locked:
-        with suppress(FileNotFoundError, FileExistsError):  # the folder is removed at this moment
+        with suppress(FileNotFoundError, FileExistsError):  # another process is just removing the folder
             users.mkdir(parents=True, exist_ok=True)
             door.acquire()
     try:
@@ -104,10 +105,16 @@ def _at_door(users: Path) -> Iterator[None]:
 
 
 def refuse_foreign(folder: Path, is_ours: bool, what: str, option: str = "--output") -> None:
-    """Raise UserError where a directory holds files and they are not those of what a command writes there.
+    """Raise UserError if a directory holds files that do not come from the command that wants to write there.
 
-    Empty folders are nobody's: a command that finds no room for its first file leaves some. what: what the command
-    writes, in the error. option: by which the user chooses another directory.
+    Empty folders are allowed, since a command that finds no room for its first file leaves some.
+
+    Args:
+        folder: the directory.
+        is_ours: whether the directory holds files of the command.
+        what: name of the command's result, for the error.
+        option: option with which the user chooses another directory, for the error.
+
     """
     if is_ours or not folder.is_dir():
         return
@@ -117,7 +124,7 @@ def refuse_foreign(folder: Path, is_ours: bool, what: str, option: str = "--outp
 
 
 def is_held(path: Path) -> bool:
-    """Whether the process that made a lock file still lives; the file of a dead one is removed."""
+    """Return whether a process still holds a lock file; remove the file if none does."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -129,7 +136,7 @@ def is_held(path: Path) -> bool:
 
 
 def _remove_if_unused(users: Path) -> None:
-    """Remove the folder of locks; a process that waits at the door then makes it anew."""
+    """Remove the folder of locks if it has no users; a process that waits to enter then creates the folder again."""
     if not list(users.glob("*.user")):
         shutil.rmtree(users, ignore_errors=True)
 
@@ -143,10 +150,12 @@ def take(piece: Piece, locks: Path) -> bool:
 
 
 def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
-    """Do the pieces that are ready, not done, and not another process's; with `wait`, return when all are done.
+    """Do the pieces that are ready, not done, and not locked by another process; with `wait`, return when all are done.
 
-    locks: the folder of the lock files, the same for all processes. While it waits, a process takes over what the
-    others leave when they die. An error in a piece is raised here; the pieces of other processes go on.
+    While it waits, this process takes over the pieces of processes that die. The error of a piece that this process
+    does is raised here; other processes continue with their pieces.
+
+    locks: folder of the lock files, the same for all processes.
     """
     while True:
         taken = False
@@ -163,9 +172,9 @@ def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
 def share_and_tidy(pieces: Sequence[Piece], locks: Path) -> None:
     """Do the pieces as `share` does, wait until all are done, and remove their lock files.
 
-    A process that still waits for one looks whether its piece is done before it does it, so none is made twice.
+    A process that locks a piece checks whether it is done before doing it, so no piece is done twice.
     """
-    with threads_of(max(1, len(pieces))):  # not of those that are left, so that a resumed run computes the same
+    with threads_of(max(1, len(pieces))):  # finished pieces count too, so that a resumed run computes the same
         share(pieces, locks)
     for piece in pieces:
         (locks / f"{piece.name}.lock").unlink(missing_ok=True)

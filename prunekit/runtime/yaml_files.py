@@ -1,4 +1,4 @@
-"""YAML that others wrote: any fault of it is one line, and a reference in it reads nothing but other settings."""
+"""Readers of YAML files that others wrote: any fault is a one-line error; references can read only other settings."""
 
 import io
 import re
@@ -12,15 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prunekit.runtime.errors import UserError
 
-FAULTS = (  # of readers of YAML and of what resolves its references
+FAULTS = (  # errors of the YAML readers and of OmegaConf, which resolves references
     *(OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError),
     *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
 )
 BRACKET = re.compile(r"[\[\]{}]")
 MOST_OPEN = 100
-ENTRY = re.compile(r"^[ ]*#.*$|^[ ]*- |,", re.MULTILINE)  # of a list; commas in comments are none
+ENTRY = re.compile(r"^[ ]*#.*$|^[ ]*- |,", re.MULTILINE)  # list entry, or a whole comment with its commas
 MOST_ENTRIES = 500
-REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # to another setting
+REFERENCE = re.compile(r"\$\{[\w.\[\]-]*\}")  # a reference to another setting
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def load_settings(path: Path) -> DictConfig:
 
 
 def load_overrides(overrides: Iterable[str]) -> DictConfig:
-    """Return `key=value` settings with dotted keys; UserError where they are none."""
+    """Return the settings in `key=value` texts with dotted keys; UserError if they cannot be read."""
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except FAULTS as error:
@@ -54,11 +54,15 @@ def load_overrides(overrides: Iterable[str]) -> DictConfig:
 
 
 def resolved(config: DictConfig, where: Any) -> dict[str, Any]:
-    """Return settings with their references followed; `where` they are from, for the message.
+    """Return settings with their references resolved.
+
+    Args:
+        config: the settings.
+        where: source of the settings, for the error.
 
     Raises:
-        UserError: a reference to something else than a setting, such as ${oc.env:NAME}, by which a stranger's file
-            could read this process's environment; or one that leads nowhere.
+        UserError: a reference to a setting that does not exist, or to something other than a setting, such as
+            ${oc.env:NAME}, with which a stranger's file could read this process's environment.
 
     """
     try:
@@ -72,16 +76,16 @@ def resolved(config: DictConfig, where: Any) -> dict[str, Any]:
 
 
 def merged(*configs: DictConfig) -> DictConfig:
-    """Return settings over settings: later ones win."""
+    """Return the configs merged into one; later ones override earlier ones."""
     whole = OmegaConf.merge(*configs)
     assert isinstance(whole, DictConfig)
     return whole
 
 
 def _text(path: Path) -> str:
-    """Return a file's text; ValueError for more open brackets, or more entries of lists, than settings ever have.
+    """Return a file's text; ValueError for more than 100 open brackets or 500 list entries, which no settings need.
 
-    Over open brackets the parser takes quadratic time before it gives up; an entry takes it about 0.1 ms.
+    The limits bound the parser's time: it is quadratic in open brackets, and about 0.1 ms per list entry.
     """
     text, depth = path.read_text(encoding="utf-8"), 0
     if sum(not entry.lstrip().startswith("#") for entry in ENTRY.findall(text)) > MOST_ENTRIES:
@@ -103,7 +107,7 @@ def _refuse_resolvers(node: Any) -> None:
             _refuse_resolvers(value)
     elif isinstance(node, str) and "${" in node:
         rest = node
-        while (shorter := REFERENCE.sub("", rest)) != rest:  # again for references within references
+        while (shorter := REFERENCE.sub("", rest)) != rest:  # repeated for references within references
             rest = shorter
         if "${" in rest:
             raise UserError(f"{node!r}: only references to other settings, ${{section.setting}}, are allowed")
