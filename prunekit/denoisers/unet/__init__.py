@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 MODELS = ("UNet2DConditionModel",)
 ATTRIBUTE = "unet"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-UNNAMED = "UNet2DConditionModel"  # old configs of it name no class
+UNNAMED = "UNet2DConditionModel"  # the class of old configs, which name none
 
 
 def denoiser() -> Denoiser:

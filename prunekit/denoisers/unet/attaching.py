@@ -1,6 +1,6 @@
-"""What attaches to a pruned UNet by layer names: PEFT adapters such as LoRA, attention processors, IP-Adapters.
+"""Attaching to a pruned UNet by layer names: PEFT adapters such as LoRA, attention processors, IP-Adapters.
 
-They attach to the layers that are left. A name of a removed layer is an error that names the layer.
+They attach to the remaining layers. The name of a removed layer raises an error that names the layer.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from prunekit.runtime.errors import UserError
 
 from .removed import BYPASSED
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what `save_lora_adapter` writes
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the file that `save_lora_adapter` writes
 _IP = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
 
 
 class AttachableUNet(UNet2DConditionModel):
-    """A UNet that may lack layers of its config, with checks of what is attached by layer names."""
+    """A UNet that may lack layers of its config; it checks the layer names of adapters and processors."""
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """As the stock method; UserError for target_modules that names a removed layer, or only removed layers."""
+        """Add an adapter; raise UserError if target_modules names a removed layer, or matches only removed layers."""
         targets = getattr(adapter_config, "target_modules", None) or ()
         for target in () if isinstance(targets, str) else sorted(targets):
             if (layer := removed_layer(self, target)) is not None:
@@ -55,7 +55,7 @@ class AttachableUNet(UNet2DConditionModel):
         *arguments: Any,
         **options: Any,
     ) -> None:
-        """As the stock method; UserError for weights of a removed layer, except in files that are on the Hub."""
+        """Load a LoRA; raise UserError if it has weights of a removed layer. Files on the Hub are not checked."""
         start = "" if prefix is None else f"{prefix}."
         for name in _names(pretrained_model_name_or_path_or_dict, options.get("weight_name")):
             layer = removed_layer(self, name.removeprefix(start)) if name.startswith(start) else None
@@ -67,7 +67,7 @@ class AttachableUNet(UNet2DConditionModel):
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, *arguments, **options)
 
     def set_attn_processor(self, processor: Any) -> None:
-        """As the stock method; UserError for a processor of a removed layer."""
+        """Set the attention processors; raise UserError for a processor of a removed layer."""
         for name in processor if isinstance(processor, dict) else ():
             if (layer := removed_layer(self, name)) is not None:
                 raise UserError(
@@ -79,24 +79,24 @@ class AttachableUNet(UNet2DConditionModel):
     def _convert_ip_adapter_attn_to_diffusers(
         self, state_dicts: list[dict[str, Any]], **options: Any
     ) -> dict[str, Any]:
-        """As the stock method; an IP-Adapter of the dense UNet is cut as this UNet was."""
+        """Return this UNet's attention processors with those of IP-Adapters, cut to the remaining heads."""
         dense = blank_copy(self)
         forms = [{**state, "ip_adapter": _dense_form(state["ip_adapter"], self, dense)} for state in state_dicts]
         dense_processors = UNet2DConditionModel._convert_ip_adapter_attn_to_diffusers(dense, forms, **options)
-        processors = self.attn_processors  # self-attentions keep theirs
+        processors = self.attn_processors  # self-attentions keep their processors
         return cut_processors(
             {**processors, **{name: new for name, new in dense_processors.items() if isinstance(new, _IP)}}, self
         )
 
     def _load_ip_adapter_loras(self, state_dicts: list[dict[str, Any]]) -> dict[int, dict[str, torch.Tensor]]:
-        """As the stock method; the LoRA that some IP-Adapters hold is numbered by the dense UNet's attentions."""
+        """Return the LoRAs that some IP-Adapters hold; they are numbered by the dense UNet's attentions."""
         return UNet2DConditionModel._load_ip_adapter_loras(blank_copy(self), state_dicts)
 
 
 def removed_layer(unet: nn.Module, name: str) -> str | None:
     """Return the path of the removed layer that contains a module of the dense UNet; None if there is none.
 
-    name: of the module, or of anything in it, such as a parameter.
+    name: name of the module, or of anything in it, such as a parameter.
     """
     module: nn.Module | None = unet
     path: list[str] = []
@@ -109,12 +109,12 @@ def removed_layer(unet: nn.Module, name: str) -> str | None:
 
 
 def blank_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A UNet of the dense config, without weights: on the meta device."""
+    """Return a UNet of the dense config, without weights, on the meta device."""
     return blank_of(UNet2DConditionModel, unet)
 
 
 def cut_processors(processors: Mapping[str, Any], unet: UNet2DConditionModel) -> dict[str, Any]:
-    """Return processors of the dense UNet for a pruned UNet: those of its layers, IP-Adapters with its heads."""
+    """Return the dense UNet's processors for a pruned UNet's layers, with IP-Adapters cut to the remaining heads."""
     cut = {}
     for name in unet.attn_processors:
         processor = processors[name]
@@ -142,7 +142,7 @@ def _cut(processor: IPAdapterAttnProcessor, channels: list[int]) -> IPAdapterAtt
 
 
 def _channels(unet: UNet2DConditionModel, name: str) -> list[int]:
-    """Return which of an attention's channels in the dense UNet are left, by its processor's name."""
+    """Return the channels of the dense attention that are left; `name` is the name of the attention's processor."""
     path = name.removesuffix(".processor")
     attention = unet.get_submodule(path)
     kept = kept_units(unet, f"attention:{path}")
@@ -154,8 +154,8 @@ def _dense_form(
 ) -> dict[str, torch.Tensor]:
     """Return an IP-Adapter's keys and values, numbered and sized for the dense UNet.
 
-    weights: by `NUMBER.to_k_ip.weight` and `NUMBER.to_v_ip.weight`, in the order of the cross-attentions of the dense
-        UNet, or of the pruned one, for an IP-Adapter that was trained on it.
+    weights: named `NUMBER.to_k_ip.weight` and `NUMBER.to_v_ip.weight`, in the order of the dense UNet's
+        cross-attentions, or of the pruned UNet's for an IP-Adapter that was trained on the pruned UNet.
     """
     of_dense, of_unet = ([n for n in model.attn_processors if n.endswith("attn2.processor")] for model in (dense, unet))
     numbers = sorted({int(key.partition(".")[0]) for key in weights if "to_k_ip" in key})
@@ -170,7 +170,7 @@ def _dense_form(
         total = dense.get_submodule(name.removesuffix(".processor")).inner_dim
         for kind in ("to_k_ip", "to_v_ip"):
             weight = weights[f"{number_of[name]}.{kind}.weight"] if name in number_of else None
-            if weight is None:  # a removed layer, for which an adapter of this UNet has no weights
+            if weight is None:  # a removed layer: an adapter trained on this UNet has no weights for it
                 weight = torch.zeros(total, next(iter(weights.values())).shape[1])
             elif weight.shape[0] != total:
                 channels = _channels(unet, name) if name in of_unet else ()
@@ -187,7 +187,7 @@ def _dense_form(
 
 
 def _matching(unet: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """Return the names of the modules that PEFT's target_modules matches: a regular expression, or ends of names."""
+    """Return the names of the modules that match PEFT's target_modules: a regular expression, or ends of names."""
     names = (name for name, _ in unet.named_modules() if name)
     if isinstance(targets, str):
         return [name for name in names if re.fullmatch(targets, name)]
@@ -196,7 +196,7 @@ def _matching(unet: nn.Module, targets: str | Iterable[str]) -> list[str]:
 
 
 def _names(source: str | Path | Mapping[str, Any], weight_name: str | None) -> Iterable[str]:
-    """Return the names of the tensors in a LoRA: a mapping, a local file, or a local folder; none of other sources."""
+    """Return the names of the tensors in a LoRA: a mapping, a local file or a local folder; () for other sources."""
     if isinstance(source, Mapping):
         return source
     path = Path(source) if Path(source).is_file() else Path(source, weight_name or LORA_FILE)

@@ -1,4 +1,4 @@
-"""What BK-SDM's rule looks at in a UNet: its levels, and the depth units of their second layers (Kim et al., 2023)."""
+"""The input of BK-SDM's rule: a UNet's levels, and the depth units of their second layers (Kim et al., 2023)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Levels:
-    """A UNet's levels, outermost first. Depth units are given by their names in a space of depth "blocks"."""
+    """A UNet's levels, outermost first. Depth units are named as in a unit space with depth policy "blocks"."""
 
-    layers: tuple[int, ...]  # layers of each down block that were not removed
-    second: tuple[tuple[str, ...], ...]  # of each level: the second layers of its down block and of its up block
-    mid: tuple[str, ...] | None  # the mid block's layers; None: there is no mid block
-    innermost: str  # the innermost level
+    layers: tuple[int, ...]  # number of remaining layers in each down block
+    second: tuple[tuple[str, ...], ...]  # per level: depth units of its down and up block's second layers
+    mid: tuple[str, ...] | None  # depth units of the mid block; None: there is no mid block
+    innermost: str  # stage unit of the innermost level
 
     @classmethod
     def of(cls, model: UNet2DConditionModel) -> Levels:

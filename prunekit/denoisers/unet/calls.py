@@ -1,4 +1,4 @@
-"""How a UNet is called, and the shapes that a call has."""
+"""The calls of a UNet, and the shapes of their arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = 6  # original height and width, crop, target height and width (SDXL)
 
 
 class UNetCalls(NamedCalls):
-    """What a UNet's calls look like: the part of its description that is about inputs. Methods are `Denoiser`'s."""
+    """The part of a UNet's description that is about inputs; `Denoiser` documents the methods."""
 
     arguments: ClassVar[Mapping[str, str]] = {
         "noisy": "sample",
@@ -28,7 +28,7 @@ class UNetCalls(NamedCalls):
     }
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents; XL's further conditions are one nested argument."""
+        """Return the call for noisy latents (B, C, h, w); XL's pooled text and sizes are one nested argument."""
         call = super().call(noisy, timesteps, {"text": conditions["text"]})
         if "pooled" not in conditions:
             return call
@@ -38,14 +38,14 @@ class UNetCalls(NamedCalls):
     def example_conditions(
         self, model: UNet2DConditionModel, batch: int, text_length: int, fill: Fill
     ) -> dict[str, Tensor]:
-        """Return the conditions of an example call, by role; XL's sizes go with the pooled text."""
+        """Return the conditions of an example call, by role; with sizes if the UNet takes pooled text (XL)."""
         conditions = super().example_conditions(model, batch, text_length, fill)
         if "pooled" in conditions:
             conditions["sizes"] = fill("sizes", (batch, SIZES))
         return conditions
 
     def text_width(self, model: UNet2DConditionModel) -> int:
-        """Return the width of the text states; a config may state it level by level."""
+        """Return the width of the text states; if the config has one for each level, that of the first level."""
         width = model.config.cross_attention_dim
         return width if isinstance(width, int) else width[0]
 
@@ -57,7 +57,7 @@ class UNetCalls(NamedCalls):
         return config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim
 
     def blocks(self, model: UNet2DConditionModel, inner: bool = True) -> dict[str, nn.Module]:
-        """Return the down blocks, the mid block (`inner`), and the up blocks, by path."""
+        """Return the down blocks, the mid block if `inner` is true, and the up blocks, by path."""
         blocks = {f"down_blocks.{i}": block for i, block in enumerate(model.down_blocks)}
         if inner and model.mid_block is not None:
             blocks["mid_block"] = model.mid_block

@@ -1,4 +1,4 @@
-"""From a UNet's config to a UNet without weights; what cannot be one is refused."""
+"""Building a UNet without weights from its config; configs that are not supported are refused."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .pruned import PrunedUNet2DConditionModel
 from .walk import check_supported
 
 LAYERS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
-MOST_LAYERS = 100  # of a block; SDXL has 10
-SIZES = (  # of a UNet's config: an integer, or lists of integers
+MOST_LAYERS = 100  # largest number of layers in a block; SDXL has 10
+SIZES = (  # config entries that hold an integer or nested lists of integers
     *("sample_size", "in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "norm_num_groups"),
     *("attention_head_dim", "num_attention_heads", "addition_time_embed_dim", "conv_in_kernel", "conv_out_kernel"),
     *("projection_class_embeddings_input_dim", *LAYERS),
 )
-MOST = 2**20  # of every size
+MOST = 2**20  # largest value of every other size
 
 
 def build(config: Mapping[str, Any], name: str | Path) -> UNet2DConditionModel:
-    """Build a stock or pruned UNet on the meta device; ValueError, one line, where it is not supported."""
+    """Build a stock or pruned UNet on the meta device; raise UserError if it is not supported."""
     kind = PrunedUNet2DConditionModel if "pruning" in config else UNet2DConditionModel
     check_sizes(config, name)
     unet = hollow(kind, config, f"the UNet of {name}")
@@ -34,7 +34,7 @@ def build(config: Mapping[str, Any], name: str | Path) -> UNet2DConditionModel:
 
 
 def check_sizes(config: Mapping[str, Any], name: str | Path) -> None:
-    """Raise UserError for a config whose sizes are none, or so large that building its UNet would not end."""
+    """Raise UserError for sizes that are not positive integers, or so large that building would not end."""
     for key in SIZES:
         most = MOST_LAYERS if key in LAYERS else MOST
         for size in _leaves(config.get(key)):
@@ -47,7 +47,7 @@ def check_sizes(config: Mapping[str, Any], name: str | Path) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what is in lists, however deep, or a value itself; nothing for None."""
+    """Yield the items of nested lists, or a single value itself; yield nothing for None."""
     if isinstance(value, list | tuple):
         for part in value:
             yield from _leaves(part)

@@ -1,4 +1,4 @@
-"""The count behind the MACs that the APTP paper prints."""
+"""The counting convention behind the MACs in the APTP paper."""
 
 from __future__ import annotations
 

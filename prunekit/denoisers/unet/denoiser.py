@@ -26,26 +26,26 @@ from .walk import walk
 
 
 class UNet(UNetStructure, UNetCalls):
-    """UNet2DConditionModel as the library sees it."""
+    """The description of UNet2DConditionModel for the library."""
 
     family: ClassVar[Family] = StableDiffusion()
     conventions: ClassVar[Mapping[str, type[Counter]]] = {"aptp": Aptp}
     legend: ClassVar[str] = "R: ResBlock, A: attention layer"
 
     def pruned_class(self) -> type[PrunedUNet2DConditionModel]:
-        """The class of the pruned UNets."""
+        """Return the class of the pruned UNets."""
         return PrunedUNet2DConditionModel
 
     def class_source(self) -> tuple[list[tuple[str, str]], str]:
-        """The class itself."""
+        """Return the pruned class as the one definition; a last statement is not needed."""
         return [(pruned.__name__, PrunedUNet2DConditionModel.__name__)], ""
 
     def stock(self, model: UNet2DConditionModel) -> UNet2DConditionModel | None:
-        """See `as_stock`."""
+        """Return a pruned UNet in its stock class, or None (see `as_stock`); return a dense UNet as it is."""
         return as_stock(model) if isinstance(model, PrunedUNet2DConditionModel) else model
 
     def outline(self, model: UNet2DConditionModel) -> dict[str, Place]:
-        """Down blocks on the left, each below the one before, the mid block below them, up blocks on the right."""
+        """Return each layer's place: down blocks on the left, the mid block at the bottom, up blocks on the right."""
         letters = {"resnet": "R", "transformer": "A"}
         levels, last = len(model.down_blocks), len(model.up_blocks) - 1
         places = {}
@@ -63,7 +63,7 @@ class UNet(UNetStructure, UNetCalls):
         return places
 
     def blank(self, model: UNet2DConditionModel) -> UNet2DConditionModel:
-        """A UNet of the dense config, without weights: on the meta device."""
+        """Return a UNet of the dense config, without weights, on the meta device."""
         return blank_copy(model)
 
     def from_config(self, config: Mapping[str, Any], name: str | Path) -> UNet2DConditionModel:
@@ -71,12 +71,12 @@ class UNet(UNetStructure, UNetCalls):
         return build(config, name)
 
     def fill_tables(self, model: UNet2DConditionModel) -> None:
-        """Nothing: a UNet has none."""
+        """Do nothing: a UNet has no tables."""
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
-        """Refuse a config of which building a UNet would not end."""
+        """Raise UserError for a config with sizes that are invalid or too large to build; see `check_sizes`."""
         check_sizes(config, name)
 
     def levels(self, model: UNet2DConditionModel) -> Levels:
-        """Return what BK-SDM's rule looks at."""
+        """Return the levels of a UNet for BK-SDM's rule."""
         return Levels.of(model)

@@ -15,14 +15,14 @@ from prunekit.runtime.errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-CLIP_TOKENS = 77  # of a text
+CLIP_TOKENS = 77  # tokens of a text
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 class DDPM:
     """Diffusion in discrete steps (Ho et al., 2020), with a prediction of the noise or of the velocity.
 
-    scheduler: says the betas and the prediction type.
+    scheduler: gives the betas and the prediction type.
     """
 
     def __init__(self, scheduler: DDPMScheduler):
@@ -31,7 +31,7 @@ class DDPM:
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser predicts: "epsilon", the noise, or "v_prediction", the velocity."""
+        """The prediction type: "epsilon" (noise) or "v_prediction" (velocity)."""
         return self.scheduler.config.prediction_type
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -39,11 +39,11 @@ class DDPM:
         return torch.randint(self.num_timesteps, (count,), generator=generator)
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return latents at the timesteps, (B, C, h, w)."""
+        """Return the latents noised to the timesteps, (B, C, h, w)."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser should predict, (B, C, h, w): the noise, or the velocity (Salimans & Ho, 2022).
+        """Return the prediction target, (B, C, h, w): the noise, or the velocity (Salimans & Ho, 2022).
 
         Raises:
             UserError: a prediction type other than epsilon and v_prediction.
@@ -60,10 +60,10 @@ class DDPM:
     def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
         """Return the min-SNR weight of each timestep, (B,) (Hang et al., 2023).
 
-        A noise prediction has min(SNR, gamma)/SNR in both forms. A velocity prediction has, by form:
+        For noise prediction, the weight is min(SNR, gamma)/SNR in both forms. For velocity prediction, by form:
 
-        - "velocity": min(SNR, gamma)/(SNR + 1) (the min-SNR paper; current diffusers). It counts the error of the clean
-          latent alike at all noisy timesteps, so the weight falls to 0 with the SNR.
+        - "velocity": min(SNR, gamma)/(SNR + 1) (the min-SNR paper; current diffusers). Where SNR is below gamma, it
+          weights the noise error equally at all timesteps, so the weight falls to 0 with the SNR.
         - "published": min(SNR + 1, gamma)/(SNR + 1) (APTP's published code, from an older example of diffusers). The
           weight is 1 wherever SNR + 1 is below gamma.
         """
@@ -75,10 +75,10 @@ class DDPM:
 
 
 class StableDiffusion(Guided):
-    """What the pipelines of Stable Diffusion 1.x, 2.x and XL do around their UNet. Methods are `Family`'s."""
+    """The family of Stable Diffusion 1.x, 2.x and XL; the protocol `Family` documents the methods."""
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        """Return why a pipeline is not supported, worded to follow "NAME has"; None if it is supported."""
         unet, vae, scheduler = pipeline.unet.config, pipeline.vae, pipeline.scheduler.config
         if type(vae) is not AutoencoderKL:
             return f"an autoencoder {type(vae).__name__}, which is not supported"
@@ -97,9 +97,9 @@ class StableDiffusion(Guided):
         return None
 
     def process(self, scheduler: Any | None) -> DDPM:
-        """Return the training-time process of any scheduler of these pipelines: the same betas and prediction type.
+        """Return the noise process for training: DDPM with the scheduler's betas and prediction type.
 
-        None: Stable Diffusion's betas. What the UNet predicts then, only a pipeline's scheduler tells.
+        None gives Stable Diffusion's betas and the prediction type "epsilon", which may not be the UNet's.
         """
         if scheduler is None:
             return DDPM(DDPMScheduler(**NOISE_SCHEDULE, clip_sample=False))
@@ -112,13 +112,13 @@ class StableDiffusion(Guided):
         return posterior.mean * scale, posterior.std * scale
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Return the texts' states, "text" (n, T, E), and of XL "pooled" (n, P)."""
+        """Return the texts' states: "text" (n, T, E), and for XL "pooled" (n, P)."""
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         encoded = pipeline.encode_prompt(texts, device=pipeline.vae.device, **options)  # XL: states, none, pooled, none
         return {"text": encoded[0]} if len(encoded) <= 2 else {"text": encoded[0], "pooled": encoded[2]}
 
     def null_states(self, pipeline: Any) -> dict[str, Tensor]:
-        """Return the states of the empty text, (1, …): zeros where XL's pipeline guides away from zeros."""
+        """Return the states of the empty text, (1, …); zeros if an XL pipeline has `force_zeros_for_empty_prompt`."""
         states = self.states(pipeline, [""])
         zero = "pooled" in states and pipeline.config.get("force_zeros_for_empty_prompt")
         return {name: torch.zeros_like(value) for name, value in states.items()} if zero else states
@@ -126,7 +126,7 @@ class StableDiffusion(Guided):
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         encoded = pipeline.encode_prompt(
             prompt=texts,
             device=pipeline._execution_device,
@@ -138,7 +138,7 @@ class StableDiffusion(Guided):
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text: CLIP's."""
+        """Return the number of CLIP tokens of a text."""
         return lengths.get("tokenizer", CLIP_TOKENS)
 
     def sizes(self, height: int, width: int) -> Tensor:

@@ -16,15 +16,15 @@ def build(
     text_width: int,
     norm_groups: int,
 ) -> UNet2DConditionModel:
-    """Build an untrained UNet of Stable Diffusion 2's topology: levels with cross-attention, and a plain one.
+    """Build an untrained UNet of Stable Diffusion 2's topology: levels with cross-attention, and one without.
 
     Args:
         sample_size: side of the latent.
-        channels: of the latent.
+        channels: channels of the latent.
         widths: channels of each level, outermost first; the innermost level has no attention.
         heads: attention heads of each level.
-        text_width: of the text states.
-        norm_groups: GroupNorm groups.
+        text_width: width of the text states.
+        norm_groups: number of groups of a GroupNorm.
 
     """
     levels = len(widths) - 1

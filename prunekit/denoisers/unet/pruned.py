@@ -41,7 +41,7 @@ class PrunedUNet2DConditionModel(PrunedModel, AttachableUNet):
     functools.update_wrapper(save_pretrained, UNet2DConditionModel.save_pretrained)
 
     def set_attention_slice(self, slice_size: str | int | list[int] = "auto") -> None:
-        """As the stock method; "auto" halves every attention's own heads, and leaves one where there is one."""
+        """Set the attention slice size; "auto" is half of each attention's remaining heads, at least 1."""
         if slice_size != "auto":
             super().set_attention_slice(slice_size)
             return

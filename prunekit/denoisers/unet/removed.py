@@ -1,4 +1,4 @@
-"""What stands in a pruned UNet where a layer lost all its units, or is gone as a whole."""
+"""The modules in a pruned UNet that replace a layer that lost all its units, or that was removed as a whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunekit.core.emptied import Emptied
 class EmptiedResnet(Emptied):
     """A ResBlock without a hidden channel: the shortcut plus `conv2`'s bias."""
 
-    bias: nn.Parameter  # a ResBlock's convolutions have one
+    bias: nn.Parameter  # never None: a ResBlock's convolutions have biases
 
     def __init__(self, resnet: ResnetBlock2D):
         self.outputs = {"bias": "conv2"}
@@ -25,37 +25,37 @@ class EmptiedResnet(Emptied):
         self.conv_shortcut = resnet.conv_shortcut
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, in_channels, h, w) -> (B, out_channels, h, w); the time embedding has nothing left to act on."""
+        """Map (B, in_channels, h, w) to (B, out_channels, h, w); the timestep embedding is not used."""
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + self.bias[:, None, None]) / self.output_scale_factor
 
 
 class BypassedResnet(nn.Module):
-    """In place of a removed ResBlock: the hidden state that entered, without the skip joined to it in up blocks."""
+    """The replacement of a removed ResBlock: returns its input, in up blocks without the joined skip."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.channels = channels
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, channels + skip, h, w) -> (B, channels, h, w)."""
+        """Map (B, channels + skip, h, w) to (B, channels, h, w)."""
         return input_tensor[:, : self.channels]
 
 
 class BypassedTransformer(nn.Module):
-    """In place of a removed Transformer layer."""
+    """The replacement of a removed Transformer layer: returns its input."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-        """(B, C, h, w) -> ((B, C, h, w),), as a Transformer layer called with return_dict=False."""
+        """Return (B, C, h, w) in a tuple, as a Transformer layer does with return_dict=False."""
         return (hidden_states,)
 
 
 class BypassedModule(nn.Module):
-    """In place of a removed transformer block, downsampler or upsampler."""
+    """The replacement of a removed transformer block, downsampler or upsampler: returns its input."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Its first argument."""
+        """Return the first argument."""
         return hidden_states
 
 
@@ -63,7 +63,7 @@ BYPASSED = (BypassedResnet, BypassedTransformer, BypassedModule)
 
 
 def bypass(unet: nn.Module, path: str, channels: int) -> None:
-    """Replace a layer, or all layers of a block, by modules that pass the hidden state of `channels` on."""
+    """Replace a layer, or all layers of a block, by modules that pass on the hidden state's `channels` channels."""
     parts = path.split(".")
     if parts[-2:-1] == ["resnets"]:
         unet.set_submodule(path, BypassedResnet(channels))

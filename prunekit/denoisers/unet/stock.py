@@ -1,8 +1,9 @@
 """The stock form of a depth-only pruned UNet: a UNet2DConditionModel that needs no prunekit to load.
 
-A removed down layer leaves a copy of the skip before it, so a pruned UNet is a smaller stock UNet where the up layers
-that stay read, in order and level by level, the skips that the smaller one would push. BK-SDM's models are of this
-kind (Kim et al., BK-SDM, 2023). The layers are renumbered: paths into the pruned form do not hold in the stock form.
+In a pruned UNet, a removed down layer pushes a copy of the skip before it. So the pruned UNet equals a smaller stock
+UNet if, level by level and in order, the remaining up layers read the skips that the smaller UNet would push. BK-SDM's
+models have this property (Kim et al., BK-SDM, 2023). The stock form renumbers the layers: paths of the pruned form are
+not valid in it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .removed import BYPASSED
 
 _Block: TypeAlias = CrossAttnDownBlock2D | DownBlock2D | UNetMidBlock2DCrossAttn | CrossAttnUpBlock2D | UpBlock2D
 _BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-_PER_LEVEL = (  # config values that are one for all levels or one per level, outermost first
+_PER_LEVEL = (  # config entries with one value for all levels or one per level, outermost first
     "block_out_channels",
     "down_block_types",
     "only_cross_attention",
@@ -37,7 +38,7 @@ _PER_LEVEL = (  # config values that are one for all levels or one per level, ou
     "attention_head_dim",
     "transformer_layers_per_block",
 )
-_PER_LEVEL_REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")  # innermost first
+_PER_LEVEL_REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")  # the same, innermost first
 
 
 def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
@@ -57,7 +58,7 @@ def as_stock(unet: PrunedUNet2DConditionModel) -> UNet2DConditionModel | None:
 
 @dataclass(frozen=True)
 class _Form:
-    """What stays: per level, outermost first, the indices of the layers of its down and of its up block."""
+    """The remaining layers: per level, outermost first, their indices in its down block and in its up block."""
 
     down: list[list[int]]
     up: list[list[int]]
@@ -65,7 +66,7 @@ class _Form:
 
     @classmethod
     def of(cls, unet: UNet2DConditionModel) -> _Form | None:
-        """Read it off a UNet's modules; None if the layers that stay are not those of a stock UNet."""
+        """Return the form of a UNet; None if its remaining layers are not those of a stock UNet."""
         blocks = [*unet.down_blocks, *reversed(unet.up_blocks)]
         live = [layers for block in blocks if (layers := _live_layers(block)) is not None]
         mid = [_is_live(module) for module in _layer_modules(unet.mid_block)]
@@ -89,7 +90,7 @@ def _is_live(module: nn.Module) -> bool:
 
 
 def _is_shut(block: CrossAttnDownBlock2D | DownBlock2D) -> bool:
-    """Whether the block's downsampler is gone, and with it the levels further in."""
+    """Return whether the block's downsampler was removed, and with it the levels further in."""
     return any(not _is_live(sampler) for sampler in block.downsamplers or ())
 
 
@@ -98,15 +99,15 @@ def _live(modules: nn.ModuleList | None) -> list[int]:
 
 
 def _live_layers(block: _Block) -> list[int] | None:
-    """Indices of a down or up block's layers that stay; None unless all or none of them have their attention."""
+    """Return the indices of a block's remaining layers; None unless all of them or none have their attention."""
     resnets, attentions = _live(block.resnets), _live(getattr(block, "attentions", None))
     return resnets if attentions in ([], resnets) else None
 
 
 def _skips_pair_up(unet: UNet2DConditionModel, down: list[list[int]], up: list[list[int]], size: int) -> bool:
-    """Whether the up layers that stay read the skips that a stock UNet of the down layers that stay would push.
+    """Return whether the remaining up layers read the skips that a stock UNet of the remaining down layers pushes.
 
-    A skip is named by the module that made it; removed down layers and downsamplers push the name before once more.
+    A skip is named by the module that made it; a removed down layer or downsampler pushes the previous name again.
     """
     skip: Any = "conv_in"
     stack, entered = [skip], []
@@ -127,7 +128,7 @@ def _skips_pair_up(unet: UNet2DConditionModel, down: list[list[int]], up: list[l
 
 
 def _config(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
-    """The stock config; None if the mid block and the innermost level need different transformer blocks."""
+    """Return the stock config; None if the mid block and the innermost level need different transformer blocks."""
     config = dense_config(unet)
     gone = len(unet.down_blocks) - len(form.down)
     for key in _PER_LEVEL:
@@ -149,12 +150,15 @@ def _config(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
 
 
 def _lost_attentions(block: _Block) -> bool:
-    """Whether a block has layers, and had attentions that are all gone."""
+    """Return whether a block still has layers but lost all its attentions."""
     return bool(_live(block.resnets)) and hasattr(block, "attentions") and not _live(block.attentions)
 
 
 def _transformer_blocks(unet: UNet2DConditionModel, form: _Form) -> dict[str, Any] | None:
-    """Config values for how many transformer blocks each layer has; the mid block takes the innermost level's first."""
+    """Return the config entries with each layer's number of transformer blocks; {} if none was removed.
+
+    A stock mid block takes the number of the innermost level's first layer. None if the mid block has another number.
+    """
     if all(map(_is_live, _all_transformer_blocks(unet))):
         return {}
     size = len(form.down)
@@ -180,7 +184,7 @@ def _block_counts(block: _Block, layers: list[int] | range) -> list[int]:
 
 
 def _sources(unet: UNet2DConditionModel, form: _Form) -> Iterator[tuple[str, str]]:
-    """(path in the stock form, path in the UNet) of modules that together hold all weights."""
+    """Yield (path in the stock form, path in the UNet) of modules that together hold all weights."""
     yield from ((name, name) for name, _ in unet.named_children() if name not in _BLOCKS)
     if form.has_mid:
         yield from _layer_sources(unet, "mid_block", "mid_block", list(range(len(unet.mid_block.resnets))))

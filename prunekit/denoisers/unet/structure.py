@@ -1,4 +1,4 @@
-"""What a UNet is made of: its layers, the axes of their units, its whole layers, and its streams."""
+"""The structure of a UNet: its layers, the axes of their units, its depth units, and its streams."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .removed import EmptiedResnet, bypass
 from .walk import Site, check_supported, resolutions, walk
 
 _NORM_OF = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # the LayerNorm that only feeds this layer
-_RESNET_AXES = {  # by the runs of channels that the time step's projection has: 2 for scale and shift
+_RESNET_AXES = {  # by the number of channel runs in the timestep projection: 2 for scale and shift, else 1
     shifts: (
         Axis("conv1", "out"),
         Axis("time_emb_proj", "out", copies=shifts),
@@ -39,27 +39,27 @@ _EMPTIED = {"resnet": EmptiedResnet, "attention": EmptiedAttention, "feedforward
 
 
 class UNetStructure:
-    """The part of a UNet's description that slicing needs, which the class file of an export holds too.
+    """The part of a UNet's description that slicing needs. The class file of an export contains it too.
 
     Streams are the levels (0 after `conv_in`, one more after every downsampler), "text", and "one": a vector for each
-    sample, such as the time step's embedding.
+    sample, such as the timestep embedding.
     """
 
     policies: ClassVar[tuple[str, ...]] = ("aptp", "all", "blocks", "none")
     richest: ClassVar[str] = "blocks"
     tables: ClassVar[tuple[str, ...]] = ()
-    modulation: ClassVar[Modulation | None] = None  # few parameters lie there, and a low rank errs by percents
+    modulation: ClassVar[Modulation | None] = None  # not folded: it has few parameters, and a low rank errs by percents
 
     def check(self, model: nn.Module) -> None:
-        """UserError, in one line, for a model on which the laws have not been verified."""
+        """Raise UserError for a model on which the laws have not been verified."""
         check_supported(model)
 
     def layers(self, model: UNet2DConditionModel) -> list[Layer]:
-        """Every live layer in the order of the forward pass, the stem first."""
+        """Return all live layers in the order of the forward pass, starting with the stem."""
         return [_stem(model), *(_layer(model, site) for site in walk(model))]
 
     def groups(self, model: UNet2DConditionModel, policy: str) -> list[UnitGroup]:
-        """The groups of all layers, then the whole layers that may be removed; see `prunekit.discover`."""
+        """Return the width groups of all layers, then the depth groups of a policy; see `prunekit.discover`."""
         sites = list(walk(model))
         groups = [layer.group for site in sites if (layer := _layer(model, site)).group is not None]
         if policy != "none":
@@ -67,7 +67,7 @@ class UNetStructure:
         return groups + (_stages(model, sites) if policy == "blocks" else [])
 
     def passage(self, model: UNet2DConditionModel, group: UnitGroup) -> Passage:
-        """Where the hidden state enters and leaves; in up blocks without the skip that is joined to it."""
+        """Return where the hidden state enters and leaves a depth group; in up blocks, without the joined skip."""
         if group.kind == "stage":
             return Passage(group.covers[0], group.covers[-1], ("hidden_states",))
         if isinstance(model.get_submodule(group.path), ResnetBlock2D | EmptiedResnet):
@@ -75,7 +75,7 @@ class UNetStructure:
         return Passage(group.path, group.path, ("hidden_states",))
 
     def lengths(self, model: UNet2DConditionModel, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """The positions of every level, the text's tokens, and one."""
+        """Return the number of positions by stream: every level, "text", and "one" (1 per sample)."""
         sizes = resolutions(model, latent)
         levels = {str(level): height * width for level, (height, width) in enumerate(sizes)}
         return {**levels, "text": text_length, "one": 1}
@@ -87,17 +87,17 @@ class UNetStructure:
             keep_heads(module, len(kept), layer.units.channels)
 
     def empty(self, model: nn.Module, layer: Layer) -> None:
-        """Replace a layer that loses all its units by what its output bias leaves."""
+        """Replace a layer that lost all its units by a module that keeps its output bias."""
         model.set_submodule(layer.path, _EMPTIED[layer.kind](model.get_submodule(layer.path)))
 
     def bypass(self, model: nn.Module, group: UnitGroup) -> None:
-        """Replace what the group covers by modules that pass the hidden state on."""
+        """Replace the modules that a depth group covers by modules that pass the hidden state on."""
         for cover in group.covers:
             bypass(model, cover, group.channels)
 
 
 def _stem(unet: UNet2DConditionModel) -> Layer:
-    """Both ends of the UNet, and the embeddings of the time step and (SDXL) of the sizes."""
+    """Return the stem: both ends of the UNet, the timestep embedding, and (SDXL) the embedding of text and sizes."""
     streams = {"conv_in": "0", "conv_norm_out": "0", "conv_out": "0", "time_embedding": "one", "add_embedding": "one"}
     embeddings = [unet.time_embedding, getattr(unet, "add_embedding", None)]
     activations = [Activation(unet.conv_norm_out.num_channels, "0")]
@@ -111,7 +111,7 @@ def _layer(unet: UNet2DConditionModel, site: Site) -> Layer:
 
 
 def _resnet(unet: UNet2DConditionModel, site: Site) -> Layer:
-    """The units are the groups of `norm2`: channels between `conv1` and `conv2`. A zero before `conv2` is a removal."""
+    """Describe a ResBlock. Its units are the channel groups of `norm2`; a zero before `conv2` removes a unit."""
     module, stream = site.module, str(site.level)
     if isinstance(module, EmptiedResnet):
         return Layer("resnet", site.path, stream)

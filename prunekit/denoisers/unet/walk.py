@@ -1,4 +1,4 @@
-"""One walk over a UNet in the order of its forward pass; refuses a model that prunekit has not been verified on."""
+"""The walk over a UNet in the order of its forward pass, and the check that prunekit supports the UNet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SUPPORTED = (
     "prunekit supports UNet2DConditionModel with CrossAttnDownBlock2D / DownBlock2D, UNetMidBlock2DCrossAttn or no "
     "mid block, and UpBlock2D / CrossAttnUpBlock2D, as in Stable Diffusion 1.x, 2.x and XL"
 )
-_PLAIN = {  # what a supported model's config says, where it says anything
+_PLAIN = {  # values that config entries of a supported model may have
     "only_cross_attention": (False,),
     "mid_block_only_cross_attention": (None, False),
     "dual_cross_attention": (False,),
@@ -61,12 +61,12 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class Site:
-    """One layer met on the walk.
+    """One layer that the walk visits.
 
     kind: "resnet", "transformer", "block", "attention", "feedforward", "downsampler" or "upsampler".
-    level: whose resolution its output has: 0 after `conv_in`, one more after every downsampler.
-    hidden: channels of the hidden state that enters, in up blocks without the skip.
-    is_last: whether it is the last of its kind in a down or up block.
+    level: level of its output's resolution: 0 after `conv_in`, one more after every downsampler.
+    hidden: channels of the hidden state that enters the layer; in up blocks, without the skip.
+    is_last: whether it is the last layer of its kind in a down or up block.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Site:
 
 
 def check_supported(unet: nn.Module) -> None:
-    """ValueError, in one line, for a model on which the laws have not been verified."""
+    """Raise UserError for a model on which the laws have not been verified."""
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"{type(unet).__name__} is not supported: {SUPPORTED}")
     for key, allowed in _PLAIN.items():
@@ -122,9 +122,9 @@ def _check_site(site: Site) -> None:
 
 
 def walk(unet: UNet2DConditionModel) -> Iterator[Site]:
-    """Every live layer between `conv_in` and `conv_norm_out`, in the order of the forward pass.
+    """Yield every live layer between `conv_in` and `conv_norm_out`, in the order of the forward pass.
 
-    Removed layers of a pruned UNet are left out; emptied ones are met.
+    Removed layers of a pruned UNet are left out; emptied layers are included.
     """
     hidden, level = unet.conv_in.out_channels, 0
     for index, block in enumerate(unet.down_blocks):
@@ -173,7 +173,7 @@ def _transformer(path: str, layer: Transformer2DModel, level: int, hidden: int, 
 
 
 def resolutions(unet: UNet2DConditionModel, sample_size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(h, w) of every level for a latent of that size; an upsampler always returns to the size it came from."""
+    """Return (h, w) of every level for a latent size; an upsampler restores the size before its downsampler."""
     size = _conv_size(unet.conv_in, sample_size)
     sizes = [size]
     for block in unet.down_blocks:
