@@ -1,4 +1,4 @@
-"""One folder per family of denoisers, whose `__init__` names models and pipelines and imports nothing heavy."""
+"""One folder per denoiser family. The folder's `__init__` names models and pipelines and imports nothing heavy."""
 
 import importlib
 import pkgutil
@@ -7,9 +7,9 @@ from prunekit.core.registry import register_denoiser
 
 
 def register() -> None:
-    """Register the denoisers of every folder here; what describes a model is imported when it is first needed."""
+    """Register the denoisers of every folder in this package; a description is imported when it is first needed."""
     for folder in pkgutil.iter_modules(__path__):
-        if not folder.ispkg:  # what several families share
+        if not folder.ispkg:  # a module that several families share
             continue
         family = importlib.import_module(f"{__name__}.{folder.name}")
         unnamed = getattr(family, "UNNAMED", None)

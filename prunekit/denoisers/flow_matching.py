@@ -1,4 +1,4 @@
-"""Flow matching, and what transformers' pipelines do alike."""
+"""Flow matching, and the parts that the pipelines of transformer denoisers share."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from prunekit.core.family import Guided
 from prunekit.core.timesteps import middle_shift
 
-STEPS = 1000  # of a schedule, where none is given
-MASKED = (  # what pipelines call texts with masks
+STEPS = 1000  # timesteps of the noise process, where no scheduler gives their number
+MASKED = (  # names of the pipelines' arguments for text embeddings and their masks
     "prompt_embeds",
     "prompt_attention_mask",
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
-DRAW_MEAN, DRAW_STD = 0.0, 1.0  # of the logit of a training sigma, before the shift
+DRAW_MEAN, DRAW_STD = 0.0, 1.0  # normal distribution of a training sigma's logit, before the shift
 
 
 class FlowMatching:
     """A straight path from data to noise, x = (1 - σ)·x₀ + σ·ε, along which the model predicts ε - x₀.
 
-    A timestep is 1000·σ, floating point. Training draws the logit of σ from a normal distribution, then shifts σ to the
+    A timestep is 1000·σ, floating point. Training draws the logit of σ from a normal distribution, then shifts σ toward
     noise as the sampler does, σ' = s·σ/(1 + (s - 1)·σ) (Esser et al., 2024, Eq. 19 and 23).
 
-    scheduler: a FlowMatchEulerDiscreteScheduler, or another one of flow matching, which says the shift; None: 1. A
-        shift that depends on the picture's size is taken at the middle of its range.
+    scheduler: a flow-matching scheduler, such as FlowMatchEulerDiscreteScheduler, whose config gives the shift s. None:
+        s = 1. A shift that depends on the picture's size is taken at the middle of its range.
     """
 
     def __init__(self, scheduler: Any | None = None):
@@ -46,23 +46,23 @@ class FlowMatching:
         return self.num_timesteps * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return latents at the timesteps, (B, C, h, w)."""
+        """Return the latents noised to the timesteps, (B, C, h, w)."""
         sigmas = (timesteps.to(latents) / self.num_timesteps).view(-1, *[1] * (latents.dim() - 1))
         return torch.lerp(latents, noise, sigmas)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser should predict, (B, C, h, w): the direction from data to noise."""
+        """Return the prediction target, (B, C, h, w): the direction from data to noise."""
         return noise - latents
 
     def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
-        """Return ones, (B,): the draw of timesteps is the weighting."""
+        """Return ones, (B,), because the distribution of the drawn timesteps is the weighting."""
         return torch.ones_like(timesteps, dtype=torch.float32)
 
 
 def frame_moments(autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of pictures' latents by an autoencoder of videos: a picture is one frame.
+    """Return mean and standard deviation of pictures' latents from a video autoencoder; a picture is one frame.
 
-    pixels: (n, 3, H, W) from -1 to 1. The latents are (n, C, h, w), normalised channel by channel.
+    pixels: (n, 3, H, W) from -1 to 1. The latents are (n, C, h, w), normalized channel by channel.
     """
     config = autoencoder.config
     posterior = autoencoder.encode(pixels.unsqueeze(2)).latent_dist
@@ -74,13 +74,13 @@ def frame_moments(autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frame_reconstructed(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """Return pictures, (n, 3, H, W), encoded and decoded by an autoencoder of videos."""
+    """Return pictures, (n, 3, H, W), encoded and decoded by a video autoencoder."""
     decoded: Tensor = autoencoder.decode(autoencoder.encode(pixels.unsqueeze(2)).latent_dist.mean).sample
     return decoded[:, :, 0]
 
 
 class TransformerFamily(Guided):
-    """What the pipelines of these transformers do alike. Methods are `Family`'s."""
+    """The part of a `Family` that transformer pipelines share; `Family` documents the methods."""
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states by role."""
@@ -97,26 +97,26 @@ class TransformerFamily(Guided):
         return (posterior.mean - shift) * scale, posterior.std * scale
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text."""
+        """Return the number of tokens of a text."""
         raise NotImplementedError
 
     def sizes(self, height: int, width: int) -> Tensor:
-        """Return no numbers: the denoiser is not told the picture's size."""
+        """Return an empty tensor, because the denoiser does not take the picture's size."""
         return torch.zeros(0)
 
 
 class AsAsked(Guided):
-    """The part of a `Family` whose pipelines would draw a picture in a usual size near the requested one."""
+    """The part of a `Family` whose pipelines round a requested size to a standard one unless told not to."""
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the guidance scale, and that the size is the requested one."""
+        """Return the guidance scale, and the option that keeps the requested size."""
         return {**super().call_options(pipeline, guidance), "use_resolution_binning": False}
 
 
 def unfitting(pipeline: Any, kind: Any, latent_channels: str = "latent_channels") -> str | None:
-    """Return why a pipeline's autoencoder or latents are not supported, as "NAME has" goes on; None where they are.
+    """Return why a pipeline's autoencoder or latents are not supported, worded to follow "NAME has"; None if they are.
 
-    kind: the class of autoencoder that is supported. latent_channels: what its config calls the latents' channels.
+    kind: supported class of autoencoder. latent_channels: its config's key for the number of latent channels.
     """
     config, vae = pipeline.transformer.config, pipeline.vae
     if type(vae) is not kind:
@@ -131,7 +131,7 @@ def unfitting(pipeline: Any, kind: Any, latent_channels: str = "latent_channels"
 def masked_embeddings(
     pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
 ) -> dict[str, Tensor]:
-    """Return the keyword arguments that take the place of texts, for a pipeline whose texts have masks."""
+    """Return the text embeddings and masks that replace the texts in a pipeline's call, as keyword arguments."""
     encoded = pipeline.encode_prompt(
         texts,
         do_classifier_free_guidance=guided,
@@ -144,20 +144,20 @@ def masked_embeddings(
 
 
 def left_out(embeddings: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's embeddings with no negative text beside them, where the pipeline has one by default."""
+    """Return a call's embeddings with `negative_prompt=None`, which replaces the pipeline's default negative text."""
     return {"negative_prompt": None, **embeddings}
 
 
 class FlowFamily(TransformerFamily):
-    """Of models that are trained by flow matching."""
+    """The part of a `Family` that models trained by flow matching share."""
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on."""
+        """Return why a pipeline is not supported, worded to follow "NAME has"; None if it is supported."""
         scheduler = pipeline.scheduler.config
         if "shift" not in scheduler and not scheduler.get("use_flow_sigmas"):
             return f"a {type(pipeline.scheduler).__name__}, which is not a flow-matching scheduler: not supported"
         return None
 
     def process(self, scheduler: Any | None) -> FlowMatching:
-        """Return the training-time process of a pipeline's scheduler."""
+        """Return the noise process for training with a pipeline's scheduler."""
         return FlowMatching(scheduler)

@@ -1,4 +1,4 @@
-"""What the descriptions of diffusers' transformers share: attentions, feed-forwards, and what they become."""
+"""The parts that descriptions of diffusers' transformers share: attentions, feed-forwards, cuts and packed calls."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from prunekit.core.transformer_layers import (
 )
 from prunekit.runtime.errors import UserError
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_qkv_mlp_proj")  # of an attention's input, in one class or another
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_qkv_mlp_proj")  # an attention's input projections; a class has some of them
 
 
 class TransformerDescription(Description):
-    """A transformer whose blocks hold attentions and feed-forwards of diffusers' kinds.
+    """The description of a transformer whose blocks hold diffusers' attentions and feed-forwards.
 
-    classes: of the blocks, by list.
-    attentions: the classes of attentions that the laws have been verified on.
-    processors: the attention processors that read no width that a cut changes.
-    feedforwards: the classes of feed-forwards. feedforward_inputs, feedforward_output: names of their linear layers.
+    classes: supported classes of blocks, by list of blocks.
+    attentions: attention classes on which the laws have been verified.
+    processors: supported attention processors; they read no width that a cut changes.
+    feedforwards: feed-forward classes. feedforward_inputs, feedforward_output: paths of their first and last linear
+        layers.
     """
 
     classes: ClassVar[Mapping[str, tuple[type[nn.Module], ...]]]
@@ -45,7 +46,7 @@ class TransformerDescription(Description):
     feedforward_output: ClassVar[str] = "net.2"
 
     def check(self, model: Any) -> None:
-        """UserError for a part on which the laws have not been verified, by its path."""
+        """Raise UserError, with the path, for a part on which the laws have not been verified."""
         for path, block in self.blocks(model).items():
             allowed = self.classes[path.partition(".")[0]]
             if type(block) not in allowed:
@@ -75,7 +76,7 @@ class TransformerDescription(Description):
     ) -> list[Layer]:
         """Describe a block of two streams with joint attention: its modulation, its attentions, its feed-forwards.
 
-        image, text: names of the streams' feed-forwards; a last block may have none of the text's.
+        image, text: names of the image's and the text's feed-forward; in a last block, the text's may be None.
         """
         layers = [Layer("block", path, "one")]
         layers.append(attention_layer(f"{path}.attn", block.attn, "image", "joint", added="text"))
@@ -87,7 +88,7 @@ class TransformerDescription(Description):
         return layers
 
     def feedforward(self, model: Any, path: str, module: Any, stream: str, feeds: Sequence[str] = ()) -> Layer:
-        """Describe a feed-forward of the model, cut or not."""
+        """Describe a feed-forward, dense or already cut; see `feedforward_layer`."""
         groups = kept_groups(model, f"feedforward:{path}")
         return feedforward_layer(path, module, stream, groups, feeds, self.feedforward_inputs, self.feedforward_output)
 
@@ -98,7 +99,7 @@ class TransformerDescription(Description):
             keep_heads(module, len(kept), layer.units.channels)
 
     def empty(self, model: Any, layer: Layer) -> None:
-        """Replace a layer that loses all its units by what its output biases leave."""
+        """Replace a layer that lost all its units by a module that returns only its output biases."""
         module = model.get_submodule(layer.path)
         if isinstance(module, self.feedforwards):
             model.set_submodule(layer.path, EmptiedLayer(module, self.feedforward_output))
@@ -107,7 +108,7 @@ class TransformerDescription(Description):
         model.set_submodule(layer.path, EmptiedJointAttention(module) if joint else EmptiedAttention(module))
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents; the model takes a timestep for each sample."""
+        """Return the call for noisy latents (B, C, h, w), with one timestep for each sample."""
         return super().call(noisy, timesteps.expand(len(noisy)), conditions)
 
     def text_width(self, model: Any) -> int:
@@ -119,21 +120,21 @@ class TransformerDescription(Description):
         return int(model.config.get("pooled_projection_dim", 0))
 
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """The image's tokens, the text's, both together, and one."""
+        """Return the number of positions by stream: "image", "text", "joint" (both), and "one" (1 per sample)."""
         image = self.image_tokens(model, latent)
         return {"image": image, "text": text_length, "joint": image + text_length, "one": 1}
 
     def image_tokens(self, model: Any, latent: tuple[int, int]) -> int:
-        """Return the tokens of a latent (h, w)."""
+        """Return the number of tokens of a latent (h, w)."""
         patch = model.config.patch_size
         return (latent[0] // patch) * (latent[1] // patch)
 
 
-PACKED = 2  # neighbours of a latent's side that make one token
+PACKED = 2  # latent positions along each side of a token
 
 
 class PackedCalls(NamedCalls):
-    """The calls of a model whose pipeline packs 2 x 2 neighbours of the latent into one token."""
+    """The calls of a model whose pipeline packs 2 x 2 positions of the latent into one token."""
 
     def noisy(self, call: Call) -> Tensor:
         """Return the noisy latents of a call, (B, C, h, w)."""
@@ -145,19 +146,19 @@ class PackedCalls(NamedCalls):
         return super().at(call, tokens, timesteps.expand(len(noisy)))
 
     def taken(self, timesteps: Tensor) -> Tensor:
-        """Return timesteps as the model takes them: from 0 to 1."""
+        """Return timesteps as the model takes them: from 0 to 1, not from 0 to 1000."""
         return timesteps / 1000
 
     def latent_channels(self, model: Any) -> int:
-        """Return the channels of the latents."""
+        """Return the number of channels of the latents."""
         return int(model.config.in_channels) // PACKED**2
 
     def latent_size(self, model: Any) -> tuple[int, int]:
-        """Return the latent's size that the pipelines take by default: the config says none."""
+        """Return the pipelines' default latent size (h, w), because the config has none."""
         return (128, 128)
 
     def image_tokens(self, model: Any, latent: tuple[int, int]) -> int:
-        """Return the tokens of a latent (h, w)."""
+        """Return the number of tokens of a latent (h, w)."""
         return (latent[0] // PACKED) * (latent[1] // PACKED)
 
     def example_conditions(self, model: Any, batch: int, text_length: int, fill: Fill) -> dict[str, Tensor]:
@@ -169,7 +170,7 @@ class PackedCalls(NamedCalls):
 
 
 def pack(latents: Tensor) -> tuple[Tensor, int, int]:
-    """Return latents (B, C, h, w) as tokens (B, h/2·w/2, 4·C), with the tokens' rows and columns."""
+    """Return latents (B, C, h, w) as tokens (B, h/2·w/2, 4·C), and the numbers of token rows and columns."""
     batch, channels, height, width = latents.shape
     rows, columns = height // PACKED, width // PACKED
     tokens = latents.reshape(batch, channels, rows, PACKED, columns, PACKED).permute(0, 2, 4, 1, 3, 5)
@@ -177,14 +178,14 @@ def pack(latents: Tensor) -> tuple[Tensor, int, int]:
 
 
 def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Return tokens as latents; undoes `pack`."""
+    """Return tokens (B, rows·columns, 4·C) as latents (B, C, h, w); the inverse of `pack`."""
     batch, _, channels = tokens.shape
     parts = tokens.reshape(batch, rows, columns, channels // PACKED**2, PACKED, PACKED).permute(0, 3, 1, 4, 2, 5)
     return parts.reshape(batch, channels // PACKED**2, rows * PACKED, columns * PACKED)
 
 
 def positions(rows: int, columns: int, axes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the positions of packed latents' tokens, (rows·columns, axes): rows are second, columns third."""
+    """Return the tokens' positions, (rows·columns, axes): axis 1 holds the row, axis 2 the column, others 0."""
     places = torch.zeros(rows, columns, axes, device=device, dtype=dtype)
     places[..., 1] += torch.arange(rows, device=device)[:, None]
     places[..., 2] += torch.arange(columns, device=device)
@@ -192,7 +193,7 @@ def positions(rows: int, columns: int, axes: int, device: torch.device, dtype: t
 
 
 def placed(rows: int, columns: int) -> dict[str, Any]:
-    """Return what a `Call` of packed latents knows of their places."""
+    """Return the `grid` and the `finish` that a `Call` with packed latents needs."""
     return {"grid": (rows, columns), "finish": partial(unpack, rows=rows, columns=columns)}
 
 
