@@ -1,4 +1,4 @@
-"""Which model a name means: load its pipeline, or only the shapes of its parts, without weights and network."""
+"""Resolve a model's name, and load its pipeline or only the shapes of its parts, without weights or network."""
 
 from prunekit.models.loading import load_pipeline, load_pipeline_of, quiet_libraries
 from prunekit.models.lora import LoraWeights, as_lora, merge_lora

@@ -140,7 +140,7 @@ NOISE_SCHEDULE = {
 
 
 def training_scheduler() -> DDPMScheduler:
-    """Return the forward process that the model is trained with."""
+    """Return the scheduler that adds the noise in training."""
     return DDPMScheduler(**NOISE_SCHEDULE, clip_sample=False)
 
 

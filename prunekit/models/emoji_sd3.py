@@ -19,7 +19,7 @@ from prunekit.core.registry import denoiser_in, latent_size
 from prunekit.denoisers.sd3 import miniature
 
 Size = Annotated[int, Field(ge=1, le=4096)]
-ZERO_TOKENS = 1  # of the stand-in for T5, which its tokenizer states
+ZERO_TOKENS = 1  # largest text length, as stated by the tokenizer of the stand-in for T5
 
 
 class EmojiSD3Config(BaseModel):
@@ -39,7 +39,7 @@ class EmojiSD3Config(BaseModel):
 
 @dataclass(frozen=True)
 class BaseShape:
-    """What a transformer needs to know of a base model: the width of its CLIP's states, and its latents."""
+    """Sizes of a base model that a transformer must fit: width of CLIP's states, side and channels of the latents."""
 
     text_width: int
     side: int
@@ -47,7 +47,7 @@ class BaseShape:
 
     @classmethod
     def of(cls, base: StableDiffusionPipeline) -> "BaseShape":
-        """Return a base pipeline's."""
+        """Return the sizes of a base pipeline."""
         side, _ = latent_size(denoiser_in(base))
         return cls(base.text_encoder.config.hidden_size, side, base.vae.config.latent_channels)
 
@@ -69,7 +69,7 @@ def build_transformer(config: EmojiSD3Config, base: BaseShape) -> SD3Transformer
 
 
 def projected(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
-    """Return a CLIP text encoder with a projection of its pooled state that leaves it as it is."""
+    """Return a copy of a CLIP text encoder with an identity projection of its pooled state."""
     settings = {**encoder.config.to_dict(), "projection_dim": encoder.config.hidden_size}
     model = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
     state = {
@@ -83,7 +83,7 @@ def projected(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
 
 
 def stand_in(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """Return what takes T5's place: an encoder whose states are all zero, and a tokenizer of one token."""
+    """Return a stand-in for T5: an encoder whose states are all zero, and a tokenizer of one token per text."""
     config = T5Config(
         vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, feed_forward_proj="gated-gelu"
     )
@@ -99,7 +99,7 @@ def assemble(
 ) -> StableDiffusion3Pipeline:
     """Put the trained transformer and a base pipeline's autoencoder, text encoder and tokenizer together.
 
-    The pipeline wants three text encoders: the base's twice, and one whose states are zero.
+    The pipeline needs three text encoders: it gets the base pipeline's encoder twice, and the stand-in for T5.
     """
     autoencoder = AutoencoderKL.from_config({**base.vae.config, "shift_factor": 0.0})
     autoencoder.load_state_dict(base.vae.state_dict())

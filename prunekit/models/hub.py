@@ -1,4 +1,4 @@
-"""A hub id's files in the local hub cache: fetched where the hub can be reached, one line where it cannot."""
+"""Fetch a hub id's files into the local hub cache; without the hub, use the cache or raise a one-line error."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,21 +24,21 @@ TIMEOUT = 30  # seconds to wait for the list of a repository's files
 
 @dataclass(frozen=True)
 class Hub:
-    """What the hub says of a repository: its files, or why it cannot be asked; then the cache answers."""
+    """The hub's list of a repository's files, or the error with which the request failed; then the cache is used."""
 
     names: list[str]
     failure: Exception | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of a download: from the cache alone where the hub cannot be asked, without waiting again."""
+        """Arguments of a download: only from the cache if the hub could not be reached, so as not to wait again."""
         return {"local_files_only": self.failure is not None}
 
 
 def fetch(name: str | Path, check_denoiser: Callable[[dict[str, Any], str], Any]) -> Path:
-    """Return the directory in the hub cache of a pipeline, fetched where it is not there; only safetensors and text.
+    """Return a pipeline's directory in the hub cache; fetch missing files, only safetensors and text.
 
-    check_denoiser: is called with the denoiser's config and the hub id before any weights are fetched.
+    check_denoiser: function that is called with the denoiser's config and the hub id before any weights are fetched.
     Raises ValueError, one line: the hub has no such model or cannot be reached, or the model is not supported.
     """
     repository = hub_id(name)
@@ -55,24 +55,28 @@ def fetch(name: str | Path, check_denoiser: Callable[[dict[str, Any], str], Any]
 
 
 def fetch_configs(name: str | Path, what: str) -> Path:
-    """Return the directory in the hub cache that has a pipeline's configs and tokenizers; errors as in `fetch`."""
+    """Return the directory in the hub cache with a pipeline's configs and tokenizers; errors as in `fetch`.
+
+    what: name of these files in errors.
+    """
     repository = hub_id(name)
     with asking(repository, what, "single_file_config=DIRECTORY, a pipeline's, which works offline") as hub:
         return Path(snapshot_download(repository, allow_patterns=list(CONFIGS), **hub.options))
 
 
 def fetch_file(repository: str, file: str, local: str) -> Path:
-    """Return one file of a repository in the hub cache; errors as in `fetch`, naming `local` in its place."""
+    """Return the path of a repository's file in the hub cache; errors as in `fetch`, suggesting `local` instead."""
     with asking(repository, f"its {file}", local) as hub:
         return Path(hf_hub_download(repository, file, **hub.options))
 
 
 @contextmanager
 def asking(repository: str, what: str = "it", local: str = LOCAL) -> Iterator[Hub]:
-    """Turn what the hub or its cache fails with into a ValueError, one line; a new cache without weights is removed.
+    """Turn errors of the hub or its cache inside the context into a ValueError, one line.
 
-    what: is requested, for the message. local: what can be given in its place. Whole weight files stay, so that a new
-    start goes on.
+    On an error, remove the repository's cache folder if it is new and has no complete weight file. Complete weight
+    files stay, so that the next call resumes. what: name of the requested files in the message. local: the alternative
+    that the message suggests.
     """
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     existed, hub = folder.is_dir(), _listing(repository)
@@ -97,7 +101,7 @@ def _listing(repository: str) -> Hub:
 
 
 def _of_the_hub(error: BaseException) -> bool:
-    """Whether a connection, the hub or the disk failed; the HTTP client, and so its errors, differ by version."""
+    """Return whether the connection, the hub or the disk failed; the HTTP client depends on the library's version."""
     roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or bool(roots & HTTP_CLIENTS)
 

@@ -1,4 +1,4 @@
-"""Load a model: its pipeline with weights, in float32 unless asked otherwise, and checked before it is used."""
+"""Load a model's pipeline with its weights, in float32 by default, and check that it is supported."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -18,11 +18,11 @@ from prunekit.models.single_file import load_single_file
 from prunekit.models.weights import WITHOUT, variant_of, weight_names
 from prunekit.runtime.errors import UserError, first_line
 
-OPTIONS = {  # of pipelines' constructors: nothing is drawn over the pictures that are compared
+OPTIONS = {  # constructor arguments, so that no watermark or filter changes the compared pictures
     "StableDiffusionPipeline": {"requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
-SETTINGS = ("force_zeros_for_empty_prompt", "is_distilled")  # plain values of a pipeline that its pictures depend on
+SETTINGS = ("force_zeros_for_empty_prompt", "is_distilled")  # config values of a pipeline that its pictures depend on
 logger = logging.getLogger(__name__)
 
 
@@ -51,12 +51,12 @@ def load_pipeline(
     Args:
         name: "emoji" or "emoji-sd3" (the embedded models), a diffusers directory (with a stock or a pruned denoiser), a
             .safetensors file with a whole model, a hub id, or a short name in `KNOWN`.
-        dtype: dtype of all weights, for any dtype in the files; training needs float32.
+        dtype: dtype of all weights, independent of the dtype in the files; training needs float32.
         lora: LoRAs to merge into the weights, in this order.
         single_file_config: only for a single file: directory or hub id of the pipeline whose configs and tokenizers are
             used; by default it is derived from the tensors of the file.
-        say: takes lines for the user: files that exist only in half precision, the configs of a single file, and the
-            number of layers that a LoRA changed.
+        say: function that takes lines for the user: files that exist only in half precision, the configs of a single
+            file, and the number of layers that a LoRA changed.
 
     Raises:
         ValueError: one line: no such model, a model that cannot be fetched, or one that is not supported.
@@ -93,10 +93,11 @@ def load_directory(
     with_denoiser: bool = True,
     kind: str | None = None,
 ) -> DiffusionPipeline:
-    """Load a diffusers pipeline's directory, safetensors alone; a pruned denoiser by prunekit's class, no code is run.
+    """Load a diffusers pipeline's directory, only from safetensors; prunekit's class loads a pruned denoiser.
 
-    name: what errors call it. with_denoiser: without, its denoiser is None, and need not be there. kind: the name of
-    the pipeline's class; by default the one that its `model_index.json` has.
+    No code from the directory is run. name: the model's name in errors. with_denoiser: if false, the pipeline's
+    denoiser is None, and its files may be missing. kind: name of the pipeline's class; by default the name in its
+    `model_index.json`.
     Raises ValueError, one line, for a directory that is not a pipeline's, or does not load.
     """
     if not (directory / INDEX).is_file():
@@ -119,7 +120,7 @@ def load_directory(
             say(f"{name} has only {variant} weights; they are read as {str(dtype).removeprefix('torch.')}")
             weights["variant"] = variant
         pipeline = made.from_pretrained(directory, **weights, **plain, **options)
-        if is_pruned:  # put in afterwards: diffusers would ask for trust_remote_code
+        if is_pruned:  # added afterwards, because diffusers would require trust_remote_code
             pruned: Any = denoiser_named(index[part][-1]).pruned_class()
             model = pruned.from_pretrained(directory / part, **weights)
             settings = {key: value for key, value in pipeline.config.items() if key in SETTINGS}
@@ -130,7 +131,7 @@ def load_directory(
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Put a pipeline's parts into evaluation mode, their weights frozen; return it."""
+    """Switch a pipeline's parts to evaluation mode and freeze their weights, in place; return the pipeline."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
@@ -138,7 +139,7 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def _check(pipeline: DiffusionPipeline, name: str | Path) -> None:
-    """ValueError, one line, for a pipeline whose parts the stages do not know how to use."""
+    """Raise ValueError, one line, if a pipeline is not supported or lacks weights."""
     if type(pipeline).__name__ not in pipeline_parts():
         raise UserError(f"{type(pipeline).__name__} of {name} is not supported; {loadable()}")
     model = denoiser_in(pipeline)

@@ -1,4 +1,4 @@
-"""LoRA weights merged into a pipeline, so that what is pruned and trained is one plain model."""
+"""Merge LoRA weights into a pipeline, so that pruning and training work on one plain model."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +18,12 @@ from prunekit.runtime.errors import MissingPackageError, UserError, first_line
 
 STANDARD_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "merged"
-_UP = re.compile(r".*\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up)\.weight")  # one a layer that is adapted
+_UP = re.compile(r".*\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up)\.weight")  # one tensor per adapted layer
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One LoRA and how strongly it counts."""
+    """One LoRA and its scale."""
 
     path: str  # a .safetensors file, a directory that holds one, owner/name or owner/name/file.safetensors on the hub
     scale: float = 1.0
@@ -42,9 +42,9 @@ def merge_lora(
 ) -> None:
     """Add LoRAs to the weights of a pipeline's UNet and text encoders, W + scale·(alpha/rank)·B·A, one after the other.
 
-    say: takes a line that names each LoRA and the number of layers that it changed.
-    Raises ImportError where peft is missing, and ValueError, one line: no such file, a pickle, or one that does not
-    fit the model.
+    say: function that takes one line per LoRA, with its name and the number of layers that it changed.
+    Raises ImportError if peft is not installed, and ValueError, one line: no such file, a pickle, or a file that does
+    not fit the model.
     """
     for item in lora:
         weights = item if isinstance(item, LoraWeights) else LoraWeights(**item)
@@ -69,7 +69,7 @@ def merge_lora(
 
 
 def _file(path: str) -> Path:
-    """Return the file that a path or a name on the hub means."""
+    """Return the LoRA file of a path, or fetch the file of a name on the hub."""
     local = Path(path).expanduser()
     if local.suffix.lower() in PICKLES:
         raise UserError(f"LoRA {path}: pickles can run code and are not loaded; give a .safetensors file")
@@ -90,14 +90,14 @@ def _file(path: str) -> Path:
 
 
 def _adapted_layers(pipeline: DiffusionPipeline) -> int:
-    """How many layers of the pipeline's models carry the adapter."""
+    """Return the number of layers in the pipeline's models that have the adapter."""
     models = (getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules)
     return sum(ADAPTER in getattr(module, "lora_A", ()) for model in filter(None, models) for module in model.modules())
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep diffusers from printing what the error says once more."""
+    """Silence diffusers' log inside the context, because the raised error has the same text."""
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
@@ -107,6 +107,6 @@ def _silent() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong in one line; of a list of tensors that do not fit, the first."""
+    """Return the error's message as one line; for a list of tensors that do not fit, only the first tensor."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if "state_dict" in first_line(error) else first_line(error)

@@ -1,4 +1,4 @@
-"""Which model a name means: an embedded one, a directory, a single file, or a hub id."""
+"""Resolve a model's name: an embedded model, a directory, a single file, or a hub id."""
 
 import json
 from pathlib import Path
@@ -38,12 +38,12 @@ KNOWN = {  # short names of hub models whose denoisers' configs ship with prunek
     "wan-2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 }
 NAMES = ", ".join([*EMBEDDED_DIRECTORIES, *KNOWN])
-TEXT_TOKENS = {"flux.1-schnell": 256}  # of a known model's text, where it has less than its family's most
-SETTINGS = {  # of a known model's pipeline, that say how it is called
+TEXT_TOKENS = {"flux.1-schnell": 256}  # of the known models that take fewer than their family
+SETTINGS = {  # settings of known models' pipelines that the calls of the denoiser depend on
     f"flux.2-klein-{size}": {"is_distilled": "base" not in size} for size in ("4b", "9b", "base-4b", "base-9b")
 }
 LOCAL = "a directory that DiffusionPipeline.save_pretrained wrote, which works offline"
-DENOISERS = {"unet": "UNet", "transformer": "transformer"}  # parts of pipelines, and how people write them
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}  # parts of pipelines, with their names in messages
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CONVERT = (
     "pickles can run code and are not loaded: if you trust the file, convert it with "
@@ -54,7 +54,7 @@ CONVERT = (
 def local_path(name: str | Path) -> Path | None:
     """Return the directory or the .safetensors file that a name means; None for a hub id or a short name.
 
-    Raises ValueError, one line: no such path, a pickle, or what has no form of a name.
+    Raises ValueError, one line: no such path, a pickle, or a text that cannot be a model's name.
     """
     text = str(name)
     if (embedded := EMBEDDED_DIRECTORIES.get(text)) is not None:
@@ -85,26 +85,26 @@ def hub_id(name: str | Path) -> str:
 
 
 def short_name(name: str | Path) -> str | None:
-    """Return the name in `KNOWN` of a short name or a hub id."""
+    """Return the short name in `KNOWN` of a short name or a hub id; None if it is not in `KNOWN`."""
     return {**{hub: short for short, hub in KNOWN.items()}, **{short: short for short in KNOWN}}.get(str(name))
 
 
 def loadable() -> str:
-    """Return the end of an error's line that says which pipelines can be loaded, those of UNets first."""
+    """Return the end of an error message that lists the supported pipelines, those with UNets first."""
     names = sorted(pipeline_parts().items(), key=lambda item: (item[1] != "unet", item[0]))
     listed = ", ".join(name for name, _ in names)
     return f"supported: {listed} (of Stable Diffusion 1.x, 2.x and XL, epsilon or v-prediction)"
 
 
 def unknown(name: str | Path) -> UserError:
-    """Return the error of a name that means no model, with the nearest one that does."""
+    """Return the error for a name that means no model, with the nearest known name as a hint."""
     names = [*EMBEDDED_DIRECTORIES, *KNOWN, *KNOWN.values()]
     hint = nearest(str(name), names, cutoff=0.5) or "."
     return UserError(f"no model {str(name)!r} here{hint} Give one of {NAMES}, or {LOCAL}")
 
 
 def check_index(index: dict[str, Any], name: str | Path) -> None:
-    """Check the content of a model_index.json: ValueError, one line, for a pipeline that is not supported."""
+    """Raise ValueError, one line, if a model_index.json is of an unsupported pipeline or names no denoiser."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in pipeline_parts():
         raise UserError(f"{kind} of {name} is not supported; {loadable()}")
@@ -113,7 +113,7 @@ def check_index(index: dict[str, Any], name: str | Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; ValueError, one line, where it holds none."""
+    """Return the JSON object in a file; raise ValueError, one line, if the file holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The shapes of a model's parts, without weights and network."""
+"""Load the shapes of a model's parts, without weights or network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,32 +32,32 @@ from prunekit.models.names import (
 from prunekit.models.single_file import check_size, config_name
 from prunekit.runtime.errors import UserError
 
-MOST = 2**20  # of a tokenizer's length
-MOST_LEVELS = 10  # of an autoencoder; Stable Diffusion has 4
-CLIP_TOKENS = 77  # of a text
-LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # of an autoencoder, by its class
+MOST = 2**20  # cap on a tokenizer's stated length, in tokens
+MOST_LEVELS = 10  # most levels of an autoencoder; Stable Diffusion has 4
+CLIP_TOKENS = 77  # length of a text of CLIP
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # config keys that list the levels, by class
 
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """What counting needs of a pipeline, under a pipeline's own names; the denoiser is on the meta device."""
+    """Parts of a pipeline that cost counting needs, under the pipeline's attribute names; the denoiser is on meta."""
 
     name: str
     denoiser: ModelMixin
     vae_scale_factor: int  # pixels per latent position
     text_length: int  # tokens
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the pipeline's plain ones
+    settings: Mapping[str, Any] = field(default_factory=dict)  # boolean settings of the pipeline
 
     @property
     def resolution(self) -> tuple[int, int]:
-        """The pixels (height, width) that the model was made for."""
+        """Height and width, in pixels, that the model was made for."""
         return pixels_of(self)
 
 
 def resolution_of(pipeline: Any) -> int:
     """Return the side in pixels of the square pictures that a pipeline was trained for.
 
-    Raises UserError for a pipeline of other rectangles, which training does not support.
+    Raises UserError for pictures that are not square, which training does not support.
     """
     height, width = pixels_of(pipeline)
     if height != width:
@@ -73,25 +73,25 @@ def pixels_of(pipeline: Any) -> tuple[int, int]:
 
 
 def load_unet_on_meta(name: str | Path, single_file_config: str | Path | None = None) -> ModelMixin:
-    """Return a model's UNet on the meta device, from its config alone: weights are never built, nothing is fetched.
+    """Build a model's denoiser on the meta device from its config alone, without weights and without downloads.
 
-    name: as in `load_pipeline`; a directory may hold a pipeline or a UNet alone, stock or pruned. A hub id must be
+    name: as in `load_pipeline`; a directory may hold a pipeline or a denoiser alone, stock or pruned. A hub id must be
     in `KNOWN`, or in the local hub cache. single_file_config: as in `load_pipeline`.
-    Raises ValueError, one line: an unknown name, a config that cannot be read, or a UNet that is not supported.
+    Raises ValueError, one line: an unknown name, a config that cannot be read, or a denoiser that is not supported.
     """
     return _unet(name, _configured(name, single_file_config))
 
 
 def unet_from_config(config: dict[str, Any], name: str | Path) -> ModelMixin:
-    """Build a stock or pruned denoiser on the meta device; ValueError, one line, where it is not supported.
+    """Build a stock or pruned denoiser on the meta device; raise ValueError, one line, if it is not supported.
 
-    config: says the model's class; one that does not is taken for a UNet's.
+    config: the denoiser's config; one that does not state a class is read as a UNet's.
     """
     return _described(config, name).from_config(config, name)
 
 
 def check_sizes(config: dict[str, Any], name: str | Path) -> None:
-    """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""
+    """Raise UserError for a config with invalid sizes, or with sizes so large that building the model would not end."""
     _described(config, name).check_config(config, name)
 
 
@@ -105,10 +105,10 @@ def _described(config: dict[str, Any], name: str | Path) -> Denoiser:
 
 
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:
-    """Return a model's shapes for counting, without weights; arguments and errors as in `load_unet_on_meta`.
+    """Return a model's shapes for cost counting, without weights; arguments and errors as in `load_unet_on_meta`.
 
-    For a denoiser's directory without the rest of its pipeline, the usual parts of its family are assumed, such as
-    Stable Diffusion's: scale 8, 77 tokens.
+    For a denoiser's directory without the rest of its pipeline, the usual values of its family are assumed, such as
+    scale 8 and 77 tokens for Stable Diffusion.
     """
     source = _configured(name, single_file_config)
     directory = local_path(source)
@@ -129,7 +129,7 @@ def load_shape(name: str | Path, single_file_config: str | Path | None = None) -
 
 
 def _most_tokens(tokenizer: Path) -> int:
-    """Return the most tokens of a text by a tokenizer's config; what it does not say is CLIP's number."""
+    """Return the maximum length of a text in a tokenizer's config; CLIP's length if the config does not state one."""
     tokens = read_object(tokenizer).get("model_max_length", CLIP_TOKENS)
     if type(tokens) is not int or tokens < 1:
         raise UserError(f"{tokenizer}: model_max_length={tokens!r} is not a positive integer")
@@ -137,7 +137,7 @@ def _most_tokens(tokenizer: Path) -> int:
 
 
 def _scale(autoencoder: Path) -> int:
-    """Return the pixels per latent position by an autoencoder's config."""
+    """Return the pixels per latent position along a side, from an autoencoder's config."""
     config = read_object(autoencoder)
     scale = config.get("scale_factor_spatial")
     if type(scale) is int and 1 <= scale <= 2**MOST_LEVELS:
@@ -149,7 +149,7 @@ def _scale(autoencoder: Path) -> int:
 
 
 def _unet(name: str | Path, source: str | Path) -> ModelMixin:
-    """Build the UNet of `name` by the configs of `source`."""
+    """Build the denoiser of `name` from the configs of `source`."""
     unet = unet_from_config(_unet_config(source), name)
     if source is not name:
         check_size(Path(name).expanduser(), unet, source)
@@ -157,7 +157,7 @@ def _unet(name: str | Path, source: str | Path) -> ModelMixin:
 
 
 def _configured(name: str | Path, single_file_config: str | Path | None) -> str | Path:
-    """Return what has the configs of a model: itself, or for a single file the model that it is one of."""
+    """Return the model whose configs to read: `name`, or for a single file the model that its configs come from."""
     path = local_path(name)
     return config_name(path, single_file_config) if path is not None and path.is_file() else name
 

@@ -13,7 +13,7 @@ from prunekit.models.hub import fetch_configs
 from prunekit.models.names import check_index, loadable, local_path, read_object
 from prunekit.runtime.errors import UserError, first_line
 
-FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' name of a file's kind: whose configs it has
+FAMILIES = {"v1": "sd-1.5", "v2": "sd-2.1", "xl_base": "sdxl"}  # diffusers' kind of a file: model with its configs
 UNET_PREFIX, V_PREDICTION = "model.diffusion_model.", "v_pred"
 UNET = f"{UNET_PREFIX}input_blocks.0.0.weight"
 OTHERS = {"autoencoder": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.embedders.")}
@@ -24,8 +24,9 @@ def load_single_file(
 ) -> DiffusionPipeline:
     """Load a file with the UNet, the autoencoder and the text encoders of Stable Diffusion 1.x, 2.x or XL.
 
-    config: what has its configs and tokenizers, a pipeline's directory or a hub id; None: what `config_name` finds.
-    Raises ValueError, one line: a file of another kind, configs that do not fit it or cannot be had.
+    config: pipeline's directory or hub id with the configs and tokenizers; None: the model that `config_name` finds.
+    say: function that takes a line for the user on which configs are used.
+    Raises ValueError, one line: a file of another kind, or configs that do not fit it or cannot be fetched.
     """
     source, outline = config_name(path, config), _outline(path)
     for part, prefix in OTHERS.items():
@@ -59,7 +60,7 @@ def load_single_file(
 
 
 def config_name(path: Path, config: str | Path | None = None) -> str | Path:
-    """Return the model whose configs a file has: `config`, or what its tensors' names and shapes tell.
+    """Return the model whose configs fit a file: `config`, or by default a model derived from the file's tensors.
 
     Raises ValueError, one line, for a file that holds no supported model.
     """
@@ -75,7 +76,7 @@ def config_name(path: Path, config: str | Path | None = None) -> str | Path:
 
 
 def check_size(path: Path, model: torch.nn.Module, source: str | Path) -> None:
-    """ValueError, one line, where a file's UNet has another number of weights than the one of its configs."""
+    """Raise ValueError, one line, unless a file's UNet has as many weights as `model`, which is built from configs."""
     num_weights = sum(value.numel() for name, value in _outline(path).items() if name.startswith(UNET_PREFIX))
     expected = sum(parameter.numel() for parameter in model.parameters())
     if num_weights != expected:
@@ -86,7 +87,7 @@ def check_size(path: Path, model: torch.nn.Module, source: str | Path) -> None:
 
 
 def _outline(path: Path) -> dict[str, torch.Tensor]:
-    """Return the file's tensors on the meta device: names and shapes, no weights read."""
+    """Return the file's tensors by name, on the meta device, without reading weights."""
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()

@@ -1,4 +1,4 @@
-"""Which weight files of a pipeline are read: safetensors only, and a variant such as fp16 where there is no other."""
+"""Choose the weight files of a pipeline: only safetensors, and a variant such as fp16 only if there is no other."""
 
 import re
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ _WEIGHTS = re.compile(
 def variant_of(names: Iterable[str]) -> str | None:
     """Return the variant ("fp16") that must be read, from file names such as unet/diffusion_pytorch_model.safetensors.
 
-    None where every part has weights without a variant, or none at all. Raises ValueError, one line, where a part has
-    pickled weights alone.
+    None if every part has weights without a variant, or no weights. Raises ValueError, one line, if a part has only
+    pickled weights.
     """
     variants_by_part: dict[str, set[str | None]] = {}
     pickled = set()
@@ -47,7 +47,7 @@ def weight_names(directory: Path) -> list[str]:
 
 
 def missing_parts(directory: Path, index: dict[str, Any]) -> list[str]:
-    """Return which parts that a model_index.json names have no directory, or no weights where they need them."""
+    """Return the parts named in a model_index.json that have no directory, or lack the weights that they need."""
     with_weights = {match["part"] for match in map(_WEIGHTS.fullmatch, weight_names(directory)) if match}
     needed = [part for part, kind in index.items() if isinstance(kind, list) and any(kind) and part not in WITHOUT]
     return [part for part in needed if not (directory / part).is_dir() or (part in PARTS and part not in with_weights)]
