@@ -20,23 +20,23 @@ from prunekit.runtime.errors import UserError
 
 from .family import CogView4Family
 
-SIZES = ("original_size", "crop_coords", "target_size")  # arguments, two numbers each, in the order of "sizes"
+SIZES = ("original_size", "crop_coords", "target_size")  # arguments of two numbers each, in the order of "sizes"
 
 
 class EmptiedSharedAttention(EmptiedAttention):
-    """An attention without a head, whose one output projection serves two streams: its bias in both."""
+    """An attention without a head: returns the bias of its output projection, which two streams share."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, q, C), (B, T, C) -> the same shapes."""
+        """Map (B, q, C) and (B, T, C) to outputs of the same shapes."""
         return super().forward(hidden_states), super().forward(encoder_hidden_states)
 
 
 class CogView4(TransformerDescription):
-    """CogView4: one attention and one feed-forward for image and text, whose modulations differ.
+    """CogView4: image and text share one attention and one feed-forward, and have different modulations.
 
-    The model applies its SiLU once, behind the embedding of time step and sizes, so its modulation cannot be folded.
+    The model applies its SiLU once, after the embedding of timestep and sizes, so its modulation cannot be folded.
     """
 
     dense = CogView4Transformer2DModel
@@ -47,7 +47,7 @@ class CogView4(TransformerDescription):
     processors = (CogView4AttnProcessor,)
 
     def check(self, model: Any) -> None:
-        """UserError for a variant on which the laws have not been verified."""
+        """Raise UserError for a variant on which the laws have not been verified."""
         given, predicted = model.config.in_channels, model.config.out_channels
         if given != predicted:
             raise UserError(
@@ -57,12 +57,12 @@ class CogView4(TransformerDescription):
         super().check(model)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, the text's projection, and the embedding of time step and sizes."""
+        """Return the stem: both ends of the model, the text projection, and the embedding of timestep and sizes."""
         streams = {"patch_embed.proj": "image", "patch_embed.text_proj": "text", "proj_out": "image"}
         return Layer("stem", "", streams={**streams, "time_condition_embed": "one", "norm_out": "one"})
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its modulation, then its attention and its feed-forward, which run on both streams."""
+        """Return a block's layers: the block with its modulation, attention and feed-forward on both streams."""
         norms = (f"{path}.norm2", f"{path}.norm2_context")
         return [
             Layer("block", path, "one"),
@@ -71,7 +71,7 @@ class CogView4(TransformerDescription):
         ]
 
     def empty(self, model: Any, layer: Layer) -> None:
-        """Replace a layer that loses all its units by the bias of its output layer."""
+        """Replace a layer that lost all its units by a module that returns only the bias of its output layer."""
         module = model.get_submodule(layer.path)
         if isinstance(module, Attention):
             model.set_submodule(layer.path, EmptiedSharedAttention(module))
@@ -79,11 +79,11 @@ class CogView4(TransformerDescription):
             super().empty(model, layer)
 
     def width(self, model: Any) -> int:
-        """Channels of the hidden states that enter a block."""
+        """Return the number of channels of the hidden states that enter a block."""
         return int(model.config.num_attention_heads * model.config.attention_head_dim)
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents; the picture's sizes are three arguments."""
+        """Return the call for noisy latents (B, C, h, w); the condition "sizes" becomes three arguments."""
         call = super().call(noisy, timesteps, {name: value for name, value in conditions.items() if name != "sizes"})
         return Call({**call, **dict(zip(SIZES, conditions["sizes"].split(2, dim=1), strict=True))})
 
