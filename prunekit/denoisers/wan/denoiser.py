@@ -19,18 +19,18 @@ from prunekit.runtime.errors import UserError
 from .family import WanFamily
 
 TABLES = frozenset({"scale_shift_table"})
-OF_IMAGES = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of models that animate a picture
+OF_IMAGES = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # None unless the model animates a picture
 DEFAULT_LATENT = (60, 104)  # 480 x 832 pixels
 
 
 class Wan(TransformerDescription):
     """Wan 2.1, text to video, for pictures: self-attention, cross-attention to the text, a feed-forward.
 
-    The model takes videos (B, C, F, h, w). A picture is a video of one frame: everywhere in prunekit its latent is
-    (B, C, h, w), and the call adds the axis of frames and takes it off the prediction. So MACs are those of a picture.
+    The model takes videos (B, C, F, h, w). A picture is a video of one frame. Everywhere in prunekit its latent is
+    (B, C, h, w); the call adds the axis of frames and removes it from the prediction. So MACs are those of a picture.
 
-    Queries and keys are normalised over all heads together. Under gates the norm's statistic runs over the kept heads,
-    as it does in the pruned model, whose norm is a shorter one of the same class.
+    Queries and keys are normalized over all heads together. Under gates, the norm's statistic runs over the kept heads.
+    The pruned model does the same: its norm has the same class and fewer channels.
     """
 
     dense = WanTransformer3DModel
@@ -42,7 +42,7 @@ class Wan(TransformerDescription):
     processors = (WanAttnProcessor,)
 
     def check(self, model: Any) -> None:
-        """UserError for a variant on which the laws have not been verified."""
+        """Raise UserError for a variant on which the laws have not been verified."""
         for name in OF_IMAGES:
             if (value := model.config.get(name)) is not None:
                 raise UserError(
@@ -57,12 +57,12 @@ class Wan(TransformerDescription):
         super().check(model)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, and the embeddings of text and time step."""
+        """Return the stem: both ends of the model, and the embeddings of text and timestep."""
         streams = {"patch_embedding": "image", "proj_out": "image", "condition_embedder.text_embedder": "text"}
         return Layer("stem", "", "one", streams, tables=TABLES)
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its table of shifts and scales, two attentions, and the feed-forward."""
+        """Return a block's layers: the block with its table of shifts and scales, two attentions, a feed-forward."""
         return [
             Layer("block", path, "image", tables=TABLES),
             attention_layer(f"{path}.attn1", block.attn1, "image", feeds=(f"{path}.norm1",), over_heads=True),
@@ -71,16 +71,16 @@ class Wan(TransformerDescription):
         ]
 
     def width(self, model: Any) -> int:
-        """Channels of the hidden states that enter a block."""
+        """Return the number of channels of the hidden states that enter a block."""
         return int(model.config.num_attention_heads * model.config.attention_head_dim)
 
     def image_tokens(self, model: Any, latent: tuple[int, int]) -> int:
-        """Return the tokens of a latent (h, w)."""
+        """Return the number of tokens of a latent (h, w)."""
         _, rows, columns = model.config.patch_size
         return (latent[0] // rows) * (latent[1] // columns)
 
     def latent_size(self, model: Any) -> tuple[int, int]:
-        """Return the latent's size that the pipeline takes by default: the config says none."""
+        """Return the pipeline's default latent size (h, w), because the config has none."""
         return DEFAULT_LATENT
 
     def text_width(self, model: Any) -> int:
@@ -88,7 +88,7 @@ class Wan(TransformerDescription):
         return int(model.config.text_dim)
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents (B, C, h, w), each a video of one frame."""
+        """Return the call for noisy latents (B, C, h, w), which are passed as videos of one frame."""
         return Call(super().call(noisy.unsqueeze(2), timesteps, conditions), finish=_frame)
 
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
@@ -101,5 +101,5 @@ class Wan(TransformerDescription):
 
 
 def _frame(video: Tensor) -> Tensor:
-    """Return the only frame of videos (B, C, 1, h, w), (B, C, h, w)."""
+    """Return the only frame, (B, C, h, w), of videos (B, C, 1, h, w)."""
     return video.squeeze(2)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed, unfitting
 
-TOKENS = 512  # of a text, by the pipeline's default
+TOKENS = 512  # tokens of a text, by the pipeline's default
 
 
 class WanFamily(FlowFamily):
-    """What `WanPipeline` does around its transformer for a video of one frame. Methods are `Family`'s."""
+    """The family of `WanPipeline` for videos of one frame; the protocol `Family` documents the methods."""
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        """Return why a pipeline is not supported, worded to follow "NAME has"; None if it is supported."""
         if pipeline.transformer_2 is not None or pipeline.config.boundary_ratio is not None:
             return "two transformers, one for each part of the schedule (Wan 2.2): not supported"
         if pipeline.config.expand_timesteps:
@@ -25,7 +25,7 @@ class WanFamily(FlowFamily):
         return unfitting(pipeline, AutoencoderKLWan, "z_dim") or super().refusal(pipeline)
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
+        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalized channel by channel."""
         return frame_moments(autoencoder, pixels)
 
     def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ class WanFamily(FlowFamily):
         return frame_reconstructed(autoencoder, pixels)
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Return the texts' states "text" (n, 512, E); those after a text's end are zeros, which count as well."""
+        """Return the texts' states "text" (n, 512, E); after a text's end they are zeros, which the model reads."""
         return {"text": self._encoded(pipeline, texts, None, False)[0]}
 
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         names = ("prompt_embeds", "negative_prompt_embeds")
         encoded = self._encoded(pipeline, texts, negatives, guided, **options)
         return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
@@ -56,11 +56,11 @@ class WanFamily(FlowFamily):
         return [video[0] for video in frames] if isinstance(frames, list) else frames[:, 0]
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text, to which the pipeline fills it up."""
+        """Return the number of tokens of a text, after the pipeline's padding."""
         return TOKENS
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one transformer call: guidance calls the model once for each text."""
+        """Return the number of samples in one transformer call; guidance calls the model once for each text."""
         return pictures
 
     def _encoded(
