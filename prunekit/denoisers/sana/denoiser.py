@@ -25,14 +25,15 @@ from prunekit.runtime.errors import UserError
 from .family import Sana
 
 TABLES = frozenset({"scale_shift_table"})
-OVER_HEADS = "rms_norm_across_heads"  # of Sana 1.5
+OVER_HEADS = "rms_norm_across_heads"  # `qk_norm` of Sana 1.5
 
 
 class SanaTransformer(TransformerDescription):
     """Sana 1.0 and 1.5: linear attention over the image, cross-attention to the text, a convolutional feed-forward.
 
-    Linear attention sums up the keys and values of a head in a matrix that has a row for each channel of the head and
-    one for the sum of the keys; the queries are multiplied by it. The stream "state" has as many positions.
+    Linear attention sums the products of a head's keys and values in a matrix and multiplies the queries by it. The
+    matrix has a row for each channel of the head, and one for the sum of the keys. The stream "state" stands for these
+    rows: it has one position per row.
     """
 
     dense = SanaTransformer2DModel
@@ -44,7 +45,7 @@ class SanaTransformer(TransformerDescription):
     processors = (SanaLinearAttnProcessor2_0, SanaAttnProcessor2_0)
 
     def check(self, model: Any) -> None:
-        """UserError for a variant on which the laws have not been verified."""
+        """Raise UserError for a variant on which the laws have not been verified."""
         config = model.config
         if config.guidance_embeds:
             raise UserError("a SanaTransformer2DModel with guidance_embeds=true (SANA-Sprint) is not supported")
@@ -62,14 +63,14 @@ class SanaTransformer(TransformerDescription):
         super()._check_module(path, module)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, the text's projection and norm, and the time step's embedding."""
+        """Return the stem: both ends of the model, the text projection and its norm, and the timestep embedding."""
         streams = {"patch_embed": "image", "proj_out": "image", "time_embed": "one"}
         return Layer(
             "stem", "", "one", {**streams, "caption_projection": "text", "caption_norm": "text"}, tables=TABLES
         )
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its table of shifts and scales, two attentions, and the feed-forward."""
+        """Return a block's layers: the block with its table of shifts and scales, two attentions, a feed-forward."""
         over_heads = model.config.qk_norm == OVER_HEADS
         linear = attention_layer(f"{path}.attn1", block.attn1, "image", feeds=(f"{path}.norm1",), over_heads=over_heads)
         if linear.products is not None:
@@ -82,7 +83,7 @@ class SanaTransformer(TransformerDescription):
         ]
 
     def empty(self, model: Any, layer: Layer) -> None:
-        """Replace a layer that loses all its units by what its output biases leave; of a feed-forward there is none."""
+        """Replace a layer that lost all its units by a module that returns its output bias; a feed-forward has none."""
         module = model.get_submodule(layer.path)
         if isinstance(module, GLUMBConv):
             model.set_submodule(layer.path, EmptiedLayer(module, "conv_point"))
@@ -90,11 +91,11 @@ class SanaTransformer(TransformerDescription):
             super().empty(model, layer)
 
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """As those of other transformers, and the rows of a linear attention's matrix."""
+        """Return the number of positions by stream, with "state", the rows of a linear attention's matrix."""
         return {**super().lengths(model, latent, text_length), "state": model.config.attention_head_dim + 1}
 
     def width(self, model: Any) -> int:
-        """Channels of the hidden states that enter a block."""
+        """Return the number of channels of the hidden states that enter a block."""
         return int(model.config.num_attention_heads * model.config.attention_head_dim)
 
     def text_width(self, model: Any) -> int:
@@ -109,9 +110,11 @@ class SanaTransformer(TransformerDescription):
 
 
 def _feedforward(model: Any, path: str, module: Any, norm: str) -> Layer:
-    """Describe a feed-forward of convolutions: to two runs of channels, each by itself, then their product and back.
+    """Describe a convolutional feed-forward.
 
-    A unit owns a group of channels in both runs. A zero before the last convolution, which has no bias, is a removal.
+    The first convolution returns two runs of channels, the second is depthwise, and the last one reads the product of
+    the runs. A unit owns a group of channels in both runs. A zero before the last convolution, which has no bias,
+    removes the unit.
     """
     if isinstance(module, Emptied):
         return Layer("feedforward", path, "image", feeds=(norm,))

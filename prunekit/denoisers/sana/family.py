@@ -12,25 +12,25 @@ from torch import Tensor
 
 from prunekit.denoisers.flow_matching import AsAsked, FlowFamily, masked_embeddings, unfitting
 
-TOKENS = 300  # of a text, by the pipeline's default
-INSTRUCTION = "complex_human_instruction"  # that stands before a prompt, by the pipeline's default; not before others
+TOKENS = 300  # tokens of a text, by the pipeline's default
+INSTRUCTION = "complex_human_instruction"  # a text before each prompt by default, not before negative prompts
 
 
 class Sana(AsAsked, FlowFamily):
-    """What `SanaPipeline` does around its transformer. Methods are `Family`'s.
+    """The family of `SanaPipeline`; the protocol `Family` documents the methods.
 
-    The pipeline puts an instruction before every prompt, and of its states keeps the last 300 tokens. The empty text,
-    which guidance leads away from, has none.
+    The pipeline puts an instruction before every prompt, and keeps the states of 300 tokens: the first and the last
+    299. The empty text, which guidance leads away from, has no instruction.
     """
 
     scale: ClassVar[int] = 32
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        """Return why a pipeline is not supported, worded to follow "NAME has"; None if it is supported."""
         return unfitting(pipeline, AutoencoderDC) or super().refusal(pipeline)
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pictures' latents, (n, C, h, w), scaled, and zeros: the autoencoder draws none."""
+        """Return the pictures' scaled latents, (n, C, h, w), and zeros: the autoencoder draws no random latents."""
         latents = autoencoder.encode(pixels).latent * autoencoder.config.scaling_factor
         return latents, torch.zeros_like(latents)
 
@@ -50,12 +50,12 @@ class Sana(AsAsked, FlowFamily):
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         given = {INSTRUCTION: _instruction(pipeline), **options}
         return masked_embeddings(pipeline, texts, negatives, guided, **given)
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text, to which the pipeline fills it up."""
+        """Return the number of tokens of a text, after the pipeline's padding."""
         return TOKENS
 
     def _states(self, pipeline: Any, texts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
@@ -69,5 +69,5 @@ class Sana(AsAsked, FlowFamily):
 
 
 def _instruction(pipeline: Any) -> list[str]:
-    """Return the lines that a pipeline puts before a prompt by default."""
+    """Return the lines of the instruction that a pipeline puts before a prompt by default."""
     return list(inspect.signature(type(pipeline).__call__).parameters[INSTRUCTION].default)
