@@ -19,7 +19,7 @@ from .family import StableDiffusion3
 class SD3(TransformerDescription):
     """SD 3 and 3.5: joint attention over two streams, and in 3.5 medium a second attention of the image alone.
 
-    The last block ends the text's stream: it reads the text and returns none.
+    The last block reads the text stream and does not return it.
     """
 
     dense = SD3Transformer2DModel
@@ -35,10 +35,10 @@ class SD3(TransformerDescription):
     processors = (JointAttnProcessor2_0,)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, and the embeddings of text and time step."""
+        """Return the stem: both ends of the model, and the embeddings of text and timestep."""
         streams = {"pos_embed": "image", "proj_out": "image", "context_embedder": "text"}
         return Layer("stem", "", streams={**streams, "time_text_embed": "one", "norm_out": "one"})
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its modulation, its attentions, and the feed-forward of each stream."""
+        """Return a block's layers: the block with its modulation, its attentions, and each stream's feed-forward."""
         return self.joint_block(model, path, block)

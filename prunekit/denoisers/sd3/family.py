@@ -12,34 +12,34 @@ from torch import Tensor
 from prunekit.denoisers.flow_matching import FlowFamily, unfitting
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-CLIP_TOKENS, MOST_TOKENS = 77, 256  # of CLIP, and of T5 by the pipeline's default
+CLIP_TOKENS, MOST_TOKENS = 77, 256  # tokens of CLIP; maximum of T5, by the pipeline's default
 
 
 class StableDiffusion3(FlowFamily):
-    """What `StableDiffusion3Pipeline` does around its transformer. Methods are `Family`'s."""
+    """The family of `StableDiffusion3Pipeline`; the protocol `Family` documents the methods."""
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on: its autoencoder, latents or scheduler."""
+        """Return why a pipeline is not supported, worded to follow "NAME has"; None if it is supported."""
         return unfitting(pipeline, AutoencoderKL) or super().refusal(pipeline)
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Return the texts' states: "text" (n, T, E), those of both CLIPs, then of T5, and "pooled" (n, P)."""
+        """Return the texts' states: "text" (n, T, E), CLIP's tokens and then T5's, and "pooled" (n, P)."""
         encoded = self._encoded(pipeline, texts, None, False)
         return {"text": encoded[0], "pooled": encoded[2]}
 
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         encoded = self._encoded(pipeline, texts, negatives if guided else None, guided, **options)
         return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=True) if value is not None}
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the guidance scale, and how many tokens of T5 a text has."""
+        """Return the guidance scale and the number of T5 tokens of a text."""
         return {**super().call_options(pipeline, guidance), **_tokens(pipeline)}
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text: CLIP's and T5's."""
+        """Return the number of tokens of a text: CLIP's plus T5's."""
         return lengths.get("tokenizer", CLIP_TOKENS) + min(MOST_TOKENS, lengths.get("tokenizer_3", MOST_TOKENS))
 
     @torch.no_grad()
@@ -58,6 +58,6 @@ class StableDiffusion3(FlowFamily):
 
 
 def _tokens(pipeline: Any) -> dict[str, int]:
-    """Return how many tokens of T5 a text has: as many as its tokenizer gives at most, up to the pipeline's 256."""
+    """Return the number of T5 tokens of a text: the most that its tokenizer gives, up to the pipeline's 256."""
     tokenizer = pipeline.tokenizer_3
     return {"max_sequence_length": MOST_TOKENS if tokenizer is None else min(MOST_TOKENS, tokenizer.model_max_length)}

@@ -26,13 +26,13 @@ def build(
 
     Args:
         sample_size: side of the latent.
-        channels: of the latent.
-        layers: blocks.
-        heads: of each attention.
-        head_channels: of each head.
-        text_width: of the text states.
-        pooled_width: of the pooled text.
-        dual_layers: blocks with a second attention of the image alone.
+        channels: channels of the latent.
+        layers: number of blocks.
+        heads: heads of each attention.
+        head_channels: channels of each head.
+        text_width: width of the text states.
+        pooled_width: width of the pooled text embedding.
+        dual_layers: indices of the blocks with a second attention of the image alone.
         patch: side of the latent's square that makes a token.
 
     """
