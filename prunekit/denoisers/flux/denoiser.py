@@ -30,17 +30,17 @@ SINGLE = "single_transformer_blocks"
 
 
 class NoChannels(nn.Module):
-    """In place of a branch without units, whose output is joined to another's: no channel."""
+    """The replacement of a branch that lost all its units: returns no channels to the concatenated branches."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, n, C) -> (B, n, 0)."""
+        """Map (B, n, C) to (B, n, 0)."""
         return hidden_states[..., :0]
 
 
 class Flux(PackedCalls, TransformerDescription):
     """FLUX.1: blocks of two streams, then blocks of one stream with attention and feed-forward side by side.
 
-    A block of one stream holds two groups, whose channels lie one after another in its output layer.
+    A block of one stream holds two unit groups; its output layer reads the channels of one after those of the other.
     """
 
     dense = FluxTransformer2DModel
@@ -60,18 +60,18 @@ class Flux(PackedCalls, TransformerDescription):
     processors = (FluxAttnProcessor,)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, and the embeddings of text, time step and guidance."""
+        """Return the stem: both ends of the model, and the embeddings of text, timestep and guidance."""
         streams = {"x_embedder": "image", "proj_out": "image", "context_embedder": "text"}
         return Layer("stem", "", streams={**streams, "time_text_embed": "one", "norm_out": "one"})
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its modulation, then its groups."""
+        """Return a block's layers: the block with its modulation, then its attentions and feed-forwards."""
         if path.startswith(SINGLE):
             return [Layer("block", path, "one"), *_single(model, path, block)]
         return self.joint_block(model, path, block)
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
-        """Update widths that modules remember; those of a block of one stream lie at several places."""
+        """Update the widths that modules store; a block of one stream stores them in several places."""
         if not layer.path.startswith(SINGLE):
             super().after_cut(model, layer, kept)
             return
@@ -83,7 +83,7 @@ class Flux(PackedCalls, TransformerDescription):
         _note_blocks(block)
 
     def empty(self, model: Any, layer: Layer) -> None:
-        """Replace what loses all its units; a block of one stream without any keeps its output layer's bias."""
+        """Replace a layer that lost all its units; a block of one stream without units keeps its output bias."""
         if not layer.path.startswith(SINGLE):
             super().empty(model, layer)
             return
@@ -98,7 +98,7 @@ class Flux(PackedCalls, TransformerDescription):
             _note_blocks(block)
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
+        """Return the call for noisy latents (B, C, h, w), packed into tokens; the model takes timesteps t/1000."""
         tokens, rows, columns = pack(noisy)
         call = super().call(tokens, timesteps, conditions)
         places = positions(rows, columns, 3, noisy.device)
@@ -108,7 +108,7 @@ class Flux(PackedCalls, TransformerDescription):
 
 
 def _single(model: Any, path: str, block: Any) -> list[Layer]:
-    """The groups of a block of one stream, which both lie at its path; the output layer reads first the attention."""
+    """Return the layers of a block of one stream, all at its path; the output layer reads the attention first."""
     layers, width = [], 0
     if not isinstance(block.attn, NoChannels):
         width, heads = block.attn.to_q.out_features, block.attn.heads

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from prunekit.denoisers.flow_matching import FlowFamily
 
-MOST_TOKENS = 512  # of a text, by the pipeline's default
-GUIDANCE = 3.5  # that a guidance-distilled model is trained and calibrated with
+MOST_TOKENS = 512  # tokens of a text, by the pipeline's default
+GUIDANCE = 3.5  # scale for training and calibrating a guidance-distilled model
 
 
 class FLUX(FlowFamily):
-    """What `FluxPipeline` does around its transformer. Methods are `Family`'s.
+    """The family of `FluxPipeline`; the protocol `Family` documents the methods.
 
-    Guidance is an input of the model (dev), or none (schnell); a negative prompt makes the pipeline call it twice.
+    The guidance scale is an input of dev; schnell has no guidance. With a negative prompt and `true_cfg_scale` above 1,
+    the pipeline calls the model twice per step.
     """
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Return the texts' states: "text" (n, T, E) of T5, "pooled" (n, P) of CLIP, and of dev "guidance" (n,)."""
+        """Return the texts' states: "text" (n, T, E) of T5, "pooled" (n, P) of CLIP, and for dev "guidance" (n,)."""
         text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.vae.device)
         states = {"text": text, "pooled": pooled}
         if pipeline.transformer.config.guidance_embeds:
@@ -32,7 +33,7 @@ class FLUX(FlowFamily):
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         device = pipeline._execution_device
         text, pooled, _ = pipeline.encode_prompt(texts, device=device, **options)
         embeddings = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
@@ -42,13 +43,13 @@ class FLUX(FlowFamily):
         return embeddings
 
     def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-        """Return 1: the guidance is an input of the model; 2 where `true_cfg_scale` asks for a second text."""
+        """Return the texts per picture: 1, since guidance is an input of the model; 2 for `true_cfg_scale` above 1."""
         return 2 if options.get("true_cfg_scale", 1.0) > 1 else 1
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text, to which the pipeline fills T5's up whatever its tokenizer gives."""
+        """Return the number of tokens of a text: the pipeline pads T5's to 512, whatever its tokenizer's limit is."""
         return MOST_TOKENS
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one transformer call: a second text runs in another call."""
+        """Return the number of samples in one transformer call; a second text runs in another call."""
         return pictures
