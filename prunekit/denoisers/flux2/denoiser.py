@@ -32,11 +32,11 @@ from .family import FLUX2
 
 SINGLE = "single_transformer_blocks"
 ENTRY = "to_qkv_mlp_proj"  # a parallel attention's first linear layer
-EXIT = "to_out"  # its last one
+EXIT = "to_out"  # a parallel attention's last linear layer
 
 
 class HeadlessAttention(nn.Module):
-    """In place of a parallel attention without a head: its feed-forward."""
+    """The replacement of a parallel attention that lost all its heads: runs only its feed-forward."""
 
     def __init__(self, attention: Any):
         super().__init__()
@@ -45,17 +45,17 @@ class HeadlessAttention(nn.Module):
         self.inner_dim, self.mlp_hidden_dim = 0, attention.mlp_hidden_dim
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, n, C) -> (B, n, C); positions have nothing left to act on."""
+        """Map (B, n, C) to (B, n, C); positions are not used."""
         return self.to_out(self.mlp_act_fn(self.to_qkv_mlp_proj(hidden_states)))
 
 
 class Flux2(PackedCalls, TransformerDescription):
     """FLUX.2: blocks of two streams, then blocks of one stream with attention and feed-forward side by side.
 
-    No layer has a bias, and all blocks of a kind share one modulation, which lies outside of them. In a block of one
-    stream, text and image are one argument, and two groups lie at the path of its attention: the first linear layer
-    gives queries, keys, values, the feed-forward's gates and values, one after another, and the last one reads the
-    attention's channels, then the feed-forward's.
+    No layer has a bias. All blocks of a kind share one modulation, which lies outside the blocks. A block of one stream
+    takes text and image as one argument, and has two unit groups at the path of its attention. The attention's first
+    linear layer returns queries, keys, values, and then the feed-forward's gates and values; its last linear layer
+    reads the attention's channels and then the feed-forward's.
     """
 
     dense = Flux2Transformer2DModel
@@ -72,22 +72,22 @@ class Flux2(PackedCalls, TransformerDescription):
     feedforward_output = "linear_out"
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, the embeddings of text, time step and guidance, and the blocks' modulations."""
+        """Return the stem: both ends, the embeddings of text, timestep and guidance, and the blocks' modulations."""
         streams = {"x_embedder": "image", "proj_out": "image", "context_embedder": "text"}
         return Layer("stem", "", "one", streams)
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block, then its groups."""
+        """Return a block's layers: the block itself, then its attentions and feed-forwards."""
         if path.startswith(SINGLE):
             return [Layer("block", path, "joint"), *_parallel(model, f"{path}.attn", block.attn)]
         return self.joint_block(model, path, block)
 
     def passing(self, path: str) -> tuple[str, ...]:
-        """Both streams, or the one that holds them."""
+        """Return the arguments that pass on if the block is removed: both streams, or the joint one."""
         return (HIDDEN,) if path.startswith(SINGLE) else self.inputs
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
-        """Update widths that modules remember; a parallel attention splits its channels by them."""
+        """Update the widths that modules store; a parallel attention splits its channels by these widths."""
         module = model.get_submodule(layer.path)
         if layer.kind == "attention":
             super().after_cut(model, layer, kept)
@@ -97,7 +97,7 @@ class Flux2(PackedCalls, TransformerDescription):
             _note_blocks(module)
 
     def empty(self, model: Any, layer: Layer) -> None:
-        """Replace what loses all its units; a parallel attention may lose its heads, its feed-forward, or both."""
+        """Replace a layer that lost all its units; a parallel attention may lose heads, feed-forward, or both."""
         if not layer.path.startswith(SINGLE):
             super().empty(model, layer)
             return
@@ -113,7 +113,7 @@ class Flux2(PackedCalls, TransformerDescription):
         model.set_submodule(layer.path, module)
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
+        """Return the call for noisy latents (B, C, h, w), packed into tokens; the model takes timesteps t/1000."""
         tokens, rows, columns = pack(noisy)
         call = super().call(tokens, timesteps, conditions)
         image = positions(rows, columns, 4, noisy.device, torch.int64)
@@ -123,14 +123,14 @@ class Flux2(PackedCalls, TransformerDescription):
         return Call({**call, **ids}, shared=tuple(ids), **placed(rows, columns))
 
     def starting(self, call: Call) -> Tensor:
-        """Return the noisy latents as the pipeline takes them: packed, and each in its place, (B, 4·C, h/2, w/2)."""
+        """Return the noisy latents as the pipeline takes them: packed tokens on their grid, (B, 4·C, h/2, w/2)."""
         assert call.grid is not None, "a call of packed latents says their rows and columns"
         tokens: Tensor = call[self.latent]
         return tokens.transpose(1, 2).unflatten(2, call.grid)
 
 
 def _parallel(model: Any, path: str, attention: Any) -> list[Layer]:
-    """The groups of a parallel attention, which both lie at its path."""
+    """Return the layers of a parallel attention, its attention and its feed-forward, both at its path."""
     if isinstance(attention, Emptied):
         return []
     layers, width, inner = [], attention.inner_dim, attention.mlp_hidden_dim
