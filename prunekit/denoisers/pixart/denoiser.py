@@ -26,7 +26,7 @@ TABLES = frozenset({"scale_shift_table"})
 class PixArtTransformer(TransformerDescription):
     """PixArt-α and -Σ: self-attention over the image, cross-attention to the text, a feed-forward.
 
-    PixArt-α of 1024 pixels also takes the picture's size, whose two numbers are two tokens of one embedder.
+    PixArt-α of 1,024 pixels also takes the picture's size; one embedder embeds its two numbers as two positions.
     """
 
     dense = PixArtTransformer2DModel
@@ -38,13 +38,13 @@ class PixArtTransformer(TransformerDescription):
     processors = (AttnProcessor2_0, AttnProcessor)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, the text's projection, and the embeddings of time step and size."""
+        """Return the stem: both ends of the model, the text projection, and the embeddings of timestep and size."""
         streams = {"pos_embed": "image", "proj_out": "image", "caption_projection": "text", "adaln_single": "one"}
         streams["adaln_single.emb.resolution_embedder"] = "two"
         return Layer("stem", "", "one", streams, tables=TABLES)
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its table of shifts and scales, two attentions, and the feed-forward."""
+        """Return a block's layers: the block with its table of shifts and scales, two attentions, a feed-forward."""
         return [
             Layer("block", path, "image", tables=TABLES),
             attention_layer(f"{path}.attn1", block.attn1, "image", feeds=(f"{path}.norm1",)),
@@ -53,11 +53,11 @@ class PixArtTransformer(TransformerDescription):
         ]
 
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """Return the arguments of other transformers, and two more."""
+        """Return the number of positions by stream, with "two" for the two numbers of the picture's size."""
         return {**super().lengths(model, latent, text_length), "two": 2}
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents; the picture's size is a nested argument."""
+        """Return the call for noisy latents (B, C, h, w); the picture's size is a nested argument."""
         call = super().call(noisy, timesteps, {name: value for name, value in conditions.items() if name != "sizes"})
         arguments = dict(call)
         if "sizes" in conditions:
@@ -81,5 +81,5 @@ class PixArtTransformer(TransformerDescription):
 
 
 def _mean(output: Tensor, channels: int) -> Tensor:
-    """Return the predicted mean: the channels after it are of a learned variance, which the pipelines leave out."""
+    """Return the predicted mean; the channels after it are a learned variance, which the pipelines ignore."""
     return output[:, :channels]

@@ -12,20 +12,20 @@ from torch import Tensor
 from prunekit.denoisers.flow_matching import AsAsked, FlowMatching, TransformerFamily, masked_embeddings
 from prunekit.denoisers.unet.family import DDPM
 
-MOST_TOKENS = 300  # of a text (PixArt-Σ; 120 of PixArt-α)
+MOST_TOKENS = 300  # maximum number of tokens of a text in PixArt-Σ; 120 in PixArt-α
 NOISE_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
 class PixArt(AsAsked, TransformerFamily):
-    """What PixArt's pipelines do around their transformer. Methods are `Family`'s."""
+    """The family of PixArt's pipelines; the protocol `Family` documents the methods."""
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a pipeline is not supported, as "NAME has" goes on."""
+        """Return why a pipeline is not supported, worded to follow "NAME has"; None if it is supported."""
         vae = pipeline.vae
         return None if type(vae) is AutoencoderKL else f"an autoencoder {type(vae).__name__}, which is not supported"
 
     def process(self, scheduler: Any | None) -> DDPM | FlowMatching:
-        """Return the training-time process of a pipeline's scheduler; of None, PixArt's own."""
+        """Return the noise process for training with a pipeline's scheduler; None means PixArt's scheduler."""
         if scheduler is None:
             return DDPM(DDPMScheduler(**NOISE_SCHEDULE, clip_sample=False))
         if scheduler.config.get("use_flow_sigmas"):
@@ -40,13 +40,13 @@ class PixArt(AsAsked, TransformerFamily):
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         return masked_embeddings(pipeline, texts, negatives, guided, **options)
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text: T5's."""
+        """Return the number of T5 tokens of a text."""
         return min(MOST_TOKENS, lengths.get("tokenizer", MOST_TOKENS))
 
     def sizes(self, height: int, width: int) -> Tensor:
-        """Return height, width, and the aspect ratio, (3,), which PixArt-α of 1024 pixels takes."""
+        """Return height, width, and the aspect ratio, (3,), which PixArt-α of 1,024 pixels takes."""
         return torch.tensor([height, width, height / width], dtype=torch.float32)
