@@ -25,26 +25,26 @@ from prunekit.runtime.errors import UserError
 
 from .family import ZImageFamily
 
-STREAMS = {"noise_refiner": "image", "context_refiner": "text", "layers": "joint"}  # by list of blocks
+STREAMS = {"noise_refiner": "image", "context_refiner": "text", "layers": "joint"}  # stream of each list of blocks
 TABLES = frozenset({"x_pad_token", "cap_pad_token"})
-SIZES = {"all_patch_size": (2,), "all_f_patch_size": (1,), "siglip_feat_dim": None}  # of all published models
+SIZES = {"all_patch_size": (2,), "all_f_patch_size": (1,), "siglip_feat_dim": None}  # config of all published models
 
 
 class ZImage(TransformerDescription):
     """Z-Image: two blocks refine the image, two the text, then thirty run on both.
 
-    Image and text are each filled up to a multiple of 32 tokens, which take part like the others.
+    Image and text are each padded to a multiple of 32 tokens. The padding tokens take part like the others.
 
-    A second norm stands behind each branch of a block (`attention_norm2`, `ffn_norm2`) and divides the branch's output
-    by its root mean square. So a gate, which sits before the branch's last linear layer, does this:
+    A second norm follows each branch of a block (`attention_norm2`, `ffn_norm2`) and divides the branch's output by its
+    root mean square. The gates of a branch sit before its last linear layer, with these effects:
 
-    - At 0 and 1 it is the cut: the masked branch and the sliced one have the same output before the norm.
-    - In between, only the gates' ratios inside a branch count: one factor on all of them is divided out again, down to
-      an output of about the norm's epsilon. So their common factor has nearly no gradient, and a branch is not closed
-      by lowering all its gates: its output jumps to 0 only where all of them are 0. The block's own gate mixes behind
-      the norms and has no such jump.
-    - A branch without units gives the norm zeros, of which the norm makes zeros: it has no bias, and its epsilon keeps
-      the division finite. So an emptied branch adds nothing, and both its norms go with its last unit.
+    - Gates of 0 and 1 equal the cut: the masked branch and the sliced branch have the same output before the norm.
+    - Between 0 and 1, only the ratios of a branch's gates count. The norm divides out a common factor of all gates, as
+      long as the branch's output is larger than about the norm's epsilon. So the common factor has almost no gradient,
+      and lowering all gates of a branch does not close it: the output jumps to 0 only where all its gates are 0. The
+      block's own gate acts after the norms and has no such jump.
+    - For a branch without units, the norm reads zeros and returns zeros: it has no bias, and its epsilon keeps the
+      division finite. So an emptied branch adds nothing, and both its norms are removed with its last unit.
     """
 
     dense = ZImageTransformer2DModel
@@ -61,7 +61,7 @@ class ZImage(TransformerDescription):
     feedforward_output = "w2"
 
     def check(self, model: Any) -> None:
-        """UserError for a variant on which the laws have not been verified."""
+        """Raise UserError for a variant on which the laws have not been verified."""
         for name, value in SIZES.items():
             found = model.config[name]
             found = tuple(found) if isinstance(found, list) else found
@@ -70,13 +70,13 @@ class ZImage(TransformerDescription):
         super().check(model)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, the embeddings of text and time step, and the tokens that fill both streams up."""
+        """Return the stem: both ends of the model, the embeddings of text and timestep, and the padding tokens."""
         streams = {"all_x_embedder": "image", "cap_embedder": "text", "t_embedder": "one", "all_final_layer": "joint"}
         streams |= {f"all_final_layer.{size}.adaLN_modulation": "one" for size in model.all_final_layer}
         return Layer("stem", "", "joint", streams, tables=TABLES)
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its modulation, its attention and its feed-forward, each between two norms."""
+        """Return a block's layers: the block with its modulation, an attention and a feed-forward between norms."""
         stream = STREAMS[path.partition(".")[0]]
         attention, feedforward = ([f"{path}.{name}_norm{place}" for place in (1, 2)] for name in ("attention", "ffn"))
         return [
@@ -86,19 +86,19 @@ class ZImage(TransformerDescription):
         ]
 
     def width(self, model: Any) -> int:
-        """Channels of the hidden states that enter a block."""
+        """Return the number of channels of the hidden states that enter a block."""
         return int(model.dim)
 
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """The tokens of the image and of the text, each filled up, both together, and one."""
+        """Return the number of positions by stream: "image" and "text" with padding, "joint" (both), and "one" (1)."""
         image, text = _filled((latent[0] // 2) * (latent[1] // 2)), _filled(text_length)
         return {"image": image, "text": text, "joint": image + text, "one": 1}
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents (B, C, h, w).
+        """Return the call for noisy latents (B, C, h, w).
 
-        The model takes pictures as videos of one frame, and 1 - t/1000; it predicts the opposite of the direction from
-        data to noise. With "mask" (B, T), each text is its own tokens alone: a list of (T_b, E).
+        The model takes pictures as videos of one frame and timesteps as 1 - t/1000. It predicts the negative of the
+        direction from data to noise. With "mask" (B, T), the texts are a list of (T_b, E), without masked tokens.
         """
         text, mask = conditions["text"], conditions.get("mask")
         given = text if mask is None else [tokens[kept] for tokens, kept in zip(text, mask.bool(), strict=True)]
@@ -122,15 +122,15 @@ class ZImage(TransformerDescription):
         return self.noisy(call)
 
     def text_length(self, call: Call) -> int:
-        """Return the tokens of a call's longest text."""
+        """Return the number of tokens of a call's longest text."""
         return max(map(len, call["cap_feats"]))
 
     def latent_channels(self, model: Any) -> int:
-        """Return the channels of the latents."""
+        """Return the number of channels of the latents."""
         return int(model.config.in_channels)
 
     def latent_size(self, model: Any) -> tuple[int, int]:
-        """Return the latent's size that the pipelines take by default: the config says none."""
+        """Return the pipelines' default latent size (h, w), because the config has none."""
         return (128, 128)
 
     def text_width(self, model: Any) -> int:
@@ -139,10 +139,10 @@ class ZImage(TransformerDescription):
 
 
 def _filled(tokens: int) -> int:
-    """Return the tokens of a stream, with those that fill it up."""
+    """Return the number of tokens of a stream after padding to a multiple of 32."""
     return -(-tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
 
 
 def _direction(output: Sequence[Tensor]) -> Tensor:
-    """Return the direction from data to noise, (B, C, h, w), of the model's output: a picture (C, 1, h, w) a sample."""
+    """Return the direction from data to noise, (B, C, h, w), from the model's output, (C, 1, h, w) per sample."""
     return -torch.stack(list(output)).squeeze(2)
