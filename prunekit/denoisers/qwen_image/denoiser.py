@@ -23,7 +23,7 @@ from prunekit.runtime.errors import UserError
 
 from .family import QwenImageFamily
 
-UNUSUAL = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of variants that edit pictures, or layers
+UNUSUAL = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # flags of variants that edit pictures or layers
 
 
 class QwenImage(PackedCalls, TransformerDescription):
@@ -45,25 +45,25 @@ class QwenImage(PackedCalls, TransformerDescription):
     processors = (QwenDoubleStreamAttnProcessor2_0,)
 
     def check(self, model: Any) -> None:
-        """UserError for a variant on which the laws have not been verified."""
+        """Raise UserError for a variant on which the laws have not been verified."""
         for name in UNUSUAL:
             if model.config.get(name):
                 raise UserError(f"a QwenImageTransformer2DModel with {name}=true is not supported")
         super().check(model)
 
     def stem(self, model: Any) -> Layer:
-        """Both ends, the text's norm, and the time step's embedding."""
+        """Return the stem: both ends of the model, the text norm, and the timestep embedding."""
         streams = {"img_in": "image", "proj_out": "image", "txt_norm": "text", "txt_in": "text"}
         return Layer("stem", "", streams={**streams, "time_text_embed": "one", "norm_out": "one"})
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The block with its modulations, its attention, and the feed-forward of each stream."""
+        """Return a block's layers: the block with its modulations, its attention, and each stream's feed-forward."""
         return self.joint_block(model, path, block, "img_mlp", "txt_mlp")
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
-        """Return the call that predicts for noisy latents (B, C, h, w), which are packed; the model takes t/1000."""
+        """Return the call for noisy latents (B, C, h, w), packed into tokens; the model takes timesteps t/1000."""
         tokens, rows, columns = pack(noisy)
-        given = {**conditions, "mask": conditions["mask"].bool()}  # which may have been kept as a number
+        given = {**conditions, "mask": conditions["mask"].bool()}  # a stored mask may hold numbers
         call = super().call(tokens, timesteps, given)
         return Call({**call, "img_shapes": [[(1, rows, columns)]]}, **placed(rows, columns))
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from prunekit.denoisers.flow_matching import FlowFamily, frame_moments, frame_reconstructed
 
-TOKENS = 512  # of a text, at most
+TOKENS = 512  # maximum number of tokens of a text
 
 
 class QwenImageFamily(FlowFamily):
-    """What `QwenImagePipeline` does around its transformer. Methods are `Family`'s."""
+    """The family of `QwenImagePipeline`; the protocol `Family` documents the methods."""
 
     negative: ClassVar[str | None] = " "
 
     def moments(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalised channel by channel."""
+        """Return mean and standard deviation of pictures' latents, (n, C, h, w) each, normalized channel by channel."""
         return frame_moments(autoencoder, pixels)
 
     def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class QwenImageFamily(FlowFamily):
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, T, E), and "mask" (n, T), true where a token counts.
 
-        T is the same for all texts: shorter ones, of any batch, are padded with zeros that the mask leaves out.
+        All texts are padded to 512 tokens with zeros, which the mask leaves out.
         """
         text, mask = pipeline.encode_prompt(texts, device=pipeline.vae.device, max_sequence_length=TOKENS)
         mask = torch.ones(text.shape[:2], device=text.device) if mask is None else mask
@@ -40,7 +40,7 @@ class QwenImageFamily(FlowFamily):
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts."""
+        """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         device = pipeline._execution_device
         text, mask = pipeline.encode_prompt(texts, device=device, **options)
         embeddings = {"prompt_embeds": text, "prompt_embeds_mask": mask}
@@ -52,13 +52,13 @@ class QwenImageFamily(FlowFamily):
         return {name: value for name, value in embeddings.items() if value is not None}
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the guidance scale under the pipeline's name for it."""
+        """Return the guidance scale under the pipeline's name for it, `true_cfg_scale`."""
         return {"true_cfg_scale": guidance}
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text, to which `states` fills it up."""
+        """Return the number of tokens of a text, after the padding in `states`."""
         return TOKENS
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one transformer call: guidance calls the model once for each text."""
+        """Return the number of samples in one transformer call; guidance calls the model once for each text."""
         return pictures
