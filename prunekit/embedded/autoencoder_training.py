@@ -1,4 +1,4 @@
-"""Training an AutoencoderKL: absolute and squared error, a small KL term (Rombach et al., 2022, without the critic)."""
+"""Train an AutoencoderKL: L1 errors of pixels and edges, and a small KL term (as Rombach et al., 2022, no critic)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from prunekit.evaluation.ceiling import to_unit
 from prunekit.runtime.randomness import epoch_indices, generator
 
 KL_WEIGHT = 5e-4  # keeps the decoder smooth around each latent, so that small sampling errors stay small
-EDGE_WEIGHT = 0.5  # differences of neighbouring pixels: outlines and letters
+EDGE_WEIGHT = 0.5  # of the differences of neighboring pixels, for sharp outlines and letters
 
 
 @dataclass
@@ -37,7 +37,7 @@ class AutoencoderObjective:
         return epoch_indices(len(self.images), self.batch_size, self.seed, step), step
 
     def shared_loss(self, batch: tuple[Tensor, int]) -> dict[str, Tensor]:
-        """Nothing needs the whole batch."""
+        """Return no terms: none of them needs the whole batch."""
         return {}
 
     def micro_loss(self, batch: tuple[Tensor, int], positions: Tensor) -> dict[str, Tensor]:
@@ -65,5 +65,5 @@ def calibrate_scale(autoencoder: AutoencoderKL, images: Tensor, device: torch.de
 
 @torch.no_grad()
 def latent_means(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
-    """Return the posterior's means of uint8 `images` (n, 3, H, W), not scaled, (n, C, h, w)."""
+    """Return the unscaled posterior means (n, C, h, w) of uint8 `images` (n, 3, H, W)."""
     return torch.cat([autoencoder.encode(to_unit(part).to(device)).latent_dist.mean for part in images.split(64)])

@@ -1,4 +1,4 @@
-"""Training the embedded evaluator: contrastive pairs of distorted pictures and their names."""
+"""Train the embedded evaluator by contrasting distorted pictures with their names and captions."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MAX_SCALE = 100.0  # of the logits, as in CLIP
 
 
 class ImageTextModel(Protocol):
-    """What the objective needs of the model that it trains."""
+    """Interface of the models that `ContrastiveObjective` can train."""
 
     logit_scale: nn.Parameter  # log of the softmax's inverse temperature
 
@@ -36,8 +36,8 @@ class ImageTextModel(Protocol):
 class ContrastiveObjective:
     """Symmetric InfoNCE between augmented pictures and captions, and a softmax over all names.
 
-    The second term is InfoNCE with every name of the data set as the negatives: affordable because the text tower is
-    small, and what "the nearest name" measures.
+    The second term is InfoNCE with all other names of the data set as negatives. It is affordable because the text
+    tower is small, and it trains the model for the search of the nearest name.
     """
 
     model: ImageTextModel
@@ -46,7 +46,7 @@ class ContrastiveObjective:
     batch_size: int
     seed: int
     device: torch.device
-    precision: str = "float32"  # of the image tower: a `Precision`; the losses are float32
+    precision: str = "float32"  # `Precision` of the image tower; the losses are float32
     images: Tensor = field(init=False, repr=False)  # (num_images, 3, size, size) uint8
     texts: list[list[str]] = field(init=False, repr=False)  # an image's name first, then its other captions
 
@@ -65,7 +65,7 @@ class ContrastiveObjective:
         return {"model": self.model}
 
     def batch(self, step: int) -> tuple[Tensor, list[str], int]:
-        """Return (image indices (B,), one caption an image, step)."""
+        """Return (image indices (B,), one caption per image, step)."""
         indices = epoch_indices(self.data.num_images, self.batch_size, self.seed, step)
         draws = torch.rand(self.batch_size, generator=generator(self.seed, "caption", step)).tolist()
         captions = [
@@ -74,7 +74,7 @@ class ContrastiveObjective:
         return indices, captions, step
 
     def shared_loss(self, batch: tuple[Tensor, list[str], int]) -> dict[str, Tensor]:
-        """Return both terms: each sample's negatives are the rest of the batch."""
+        """Return both terms; they need the whole batch, because its other samples are the negatives of a sample."""
         indices, captions, step = batch
         pixels = augment(self.images[indices], generator(self.seed, "augment", step)).to(self.device)
         with autocast(self.precision, self.device):
@@ -91,7 +91,7 @@ class ContrastiveObjective:
         }
 
     def micro_loss(self, batch: tuple[Tensor, list[str], int], positions: Tensor) -> dict[str, Tensor]:
-        """Every term needs the whole batch."""
+        """Return no terms: all of them need the whole batch."""
         return {}
 
 
@@ -102,18 +102,18 @@ def _info_nce(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Distort pictures as a generator of pictures might: uint8 (B, 3, H, W) to float32 in [0, 1].
+    """Distort uint8 pictures (B, 3, H, W) as a generative model might; return float32 pictures in [0, 1].
 
     A small rotation, scale, shift and elastic warp; contrast, brightness, saturation and channel gains; softness (a mix
-    with a copy of half or a third of the resolution); mild noise. Never a flip: left and right are in the names.
+    with a copy of half or a third of the resolution); mild noise. No flips, because names contain left and right.
     """
     batch, _, height, width = images.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=draws)
 
-    angle, zoom = uniform(-0.12, 0.12), uniform(0.9, 1.12, 2)  # radians; over 1 shrinks
-    shift = uniform(-0.1, 0.1, 2)  # of half a side
+    angle, zoom = uniform(-0.12, 0.12), uniform(0.9, 1.12, 2)  # in radians; a zoom above 1 shrinks
+    shift = uniform(-0.1, 0.1, 2)  # as a fraction of half a side
     cosine, sine = angle.cos(), angle.sin()
     affine = torch.stack(
         [

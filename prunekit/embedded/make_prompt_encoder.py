@@ -4,11 +4,12 @@
     python -m prunekit.embedded.make_prompt_encoder OUT_DIRECTORY
 
 A text's vector is the mean of its tokens' vectors, weighted by smooth inverse frequency (Arora et al., 2017). A token
-is a word, a word with the comma or colon after it (so that a list of keywords is told from a name), or a sign. Their
-vectors solve a ridge regression onto MiniLM's vectors of the training captions and single keywords, reduced by an SVD
-*without* centring (centring costs 0.2 of rank correlation). A word's prior mean is MiniLM's vector of that word alone;
-"word," and "word:" deviate from the word. Held-out captions are not among the texts, though their words are in the
-vocabulary: a word that no text uses keeps its prior.
+is a word, a word with the comma or colon after it (which tells a list of keywords from a name), or a sign.
+
+The token vectors solve a ridge regression onto MiniLM's vectors of the training captions and of single keywords. An SVD
+*without* centering reduces MiniLM's vectors first; centering costs 0.2 of rank correlation. The prior mean of a word is
+MiniLM's vector of the word alone, and "word," and "word:" are fitted as deviations from the word. Held-out captions are
+not among the texts, but their words are in the vocabulary. A word that no text uses keeps its prior.
 """
 
 import argparse
@@ -34,7 +35,7 @@ UNKNOWN = "[UNK]"
 DIMENSIONS = 80
 SMOOTHING = 1e-2  # of the inverse frequency
 WORD_RIDGE, DEVIATION_RIDGE = 0.1, 0.3
-NAME_WEIGHT = 3.0  # of a name among the texts: names are what is drawn and judged
+NAME_WEIGHT = 3.0  # of a name among the texts, since pictures are drawn from names
 
 Array = np.ndarray
 
@@ -54,8 +55,8 @@ def fit(
 ) -> tuple[list[str], Array]:
     """Return the tokens and their vectors (V, DIMENSIONS), fitted to the teacher's vectors of `texts`.
 
-    `words` are all words that the encoder shall know; `teach` maps n texts to (n, E). The ridge is solved in its dual
-    form, one unknown a text.
+    `words` are all words of the vocabulary; `teach` maps n texts to the teacher's vectors (n, E). The ridge regression
+    is solved in its dual form, with one unknown per text.
     """
     split = [tokens_of(text) for text in texts]
     counts = Counter(word_of(token) for tokens in split for token in tokens)
@@ -85,7 +86,7 @@ def fit(
 
 
 def rank_correlation(vectors_1: Array, vectors_2: Array) -> float:
-    """Return Spearman's correlation of the cosine similarities over all pairs of rows of (n, ·) and (n, ·)."""
+    """Return Spearman's correlation, over all pairs of n rows, of the cosine similarities in (n, ·) and in (n, ·)."""
     above = np.triu_indices(len(vectors_1), k=1)
     ranks = []
     for vectors in (vectors_1, vectors_2):
@@ -99,7 +100,7 @@ def rank_correlation(vectors_1: Array, vectors_2: Array) -> float:
 def save(folder: Path, vocabulary: list[str], vectors: Array) -> None:
     """Write the encoder as a Sentence Transformer in float16; unknown words have the zero vector.
 
-    Of a word with its comma that the vocabulary lacks, WordPiece takes the word, and the comma counts as nothing.
+    If the vocabulary has a word but not the word with its comma, WordPiece gives the comma a token with a zero vector.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
@@ -118,11 +119,11 @@ def save(folder: Path, vocabulary: list[str], vectors: Array) -> None:
 
 
 def make(folder: Path, teach: Callable[[list[str]], Array]) -> dict[str, float]:
-    """Fit, save and measure; return Spearman's correlations with the teacher, which encoder.json holds too.
+    """Fit, save and measure the encoder; return its Spearman correlations with the teacher, also in encoder.json.
 
-    `seen` is over the training captions that the encoder was fitted to, `names` over the names alone, `held_out` over
-    the captions that no training sees; `half` comes from a fit to one half of all captions (and the keywords), measured
-    on the other. Of unseen captions only those of several words count: a word alone is its own prior.
+    `seen`: over the training captions, to which the encoder was fitted. `names`: over the names alone. `held_out`: over
+    the captions that no training sees. `half`: over one half of all captions, after a fit to the other half and the
+    keywords. `held_out` and `half` leave out captions of one word, because such a word keeps its prior.
     """
     data = load_emoji()
     samples = read_webdataset(sorted(EMOJI_DIRECTORY.glob("*.tar")))
@@ -160,7 +161,7 @@ def make(folder: Path, teach: Callable[[list[str]], Array]) -> dict[str, float]:
 
 
 def load_teacher() -> Callable[[list[str]], Array]:
-    """Return a function from n texts to MiniLM's unit vectors (n, 384), which keeps what it has computed."""
+    """Return a function from n texts to MiniLM's unit vectors (n, 384), which caches its results."""
     from sentence_transformers import SentenceTransformer
 
     package = importlib.util.find_spec(TEACHER_PACKAGE)

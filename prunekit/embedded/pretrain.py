@@ -1,8 +1,9 @@
-"""Training the embedded models from nothing.
+"""Train the embedded models from scratch.
 
-`prunekit run recipes/pretrain_emoji.yaml` trains an autoencoder, its decoder on, a UNet with its text encoder, and an
-evaluator. `prunekit run recipes/pretrain_emoji_sd3.yaml` trains a transformer on the first model's frozen parts. Each
-leaves in its directory what `prunekit/assets/` holds, in float16, with `curve.json`, the quality over the samples seen.
+`prunekit run recipes/pretrain_emoji.yaml` trains an autoencoder, then its decoder alone, then a UNet with its text
+encoder, and an evaluator. `prunekit run recipes/pretrain_emoji_sd3.yaml` trains a transformer with the first model's
+frozen autoencoder and text encoder. Each run writes the float16 pipeline that `prunekit/assets/` holds, and
+`curve.json`, the quality over the number of samples seen.
 """
 
 import copy
@@ -40,7 +41,7 @@ from prunekit.training.trainer import Log, Objective, Trainer, TrainerConfig
 
 
 class DrawingSettings(Protocol):
-    """How the pictures of the quality curve are drawn: how many, sampling steps, guidance, and pictures per call."""
+    """Settings of the pictures of the quality curve: number, sampling steps, guidance, and pictures per call."""
 
     num_images: int
     steps: int
@@ -49,7 +50,7 @@ class DrawingSettings(Protocol):
 
 
 class PretrainSettings(Protocol):
-    """What the training reads of a recipe with `job: pretrain`."""
+    """Settings of a recipe with `job: pretrain` that the training reads."""
 
     seed: int
     data: DataConfig
@@ -65,15 +66,15 @@ class PretrainSettings(Protocol):
 
     @property
     def evaluation(self) -> DrawingSettings:
-        """How the pictures of the quality curve are drawn."""
+        """Settings of the pictures of the quality curve."""
         ...
 
 
 def pretrain(recipe: PretrainSettings, directory: Path) -> Path:
-    """Run the stages that are not done; return the directory.
+    """Run the stages that are not done yet; return the directory.
 
-    They see the pictures with a training caption alone: without the held-out ones, and where captions are held out,
-    without those whose only caption is.
+    The stages use only pictures with a training caption: no held-out pictures, and no pictures whose only caption is
+    held out.
     """
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +123,7 @@ def train_autoencoder(
 def train_decoder(
     recipe: PretrainSettings, images: Tensor, directory: Path, device: torch.device, log: Log
 ) -> AutoencoderKL:
-    """Go on training the decoder alone: pictures get sharper, latents stay."""
+    """Continue to train the decoder alone: pictures get sharper, and latents do not change."""
     folder = directory / "decoder"
     if not (folder / "vae").is_dir():
         assert recipe.decoder is not None, "a UNet's recipe has one"
@@ -221,7 +222,7 @@ def _fit(recipe: PretrainSettings, objective: Objective, folder: Path, keep: Cal
 def transformer_pipeline(
     shapes: emoji_sd3.EmojiSD3Config, directory: Path, weights: str, device: torch.device
 ) -> StableDiffusion3Pipeline:
-    """Assemble the pipeline of one milestone of the transformer, or of the end ("final")."""
+    """Assemble the pipeline with the transformer of one milestone ("step-1000") or of the end ("final")."""
     transformer = sd3_miniature.read(directory / "diffusion" / weights / "transformer")
     return emoji_sd3.assemble(load_pipeline("emoji"), transformer, shapes.shift).to(device)
 
@@ -246,9 +247,10 @@ def curve(
     evaluator: Evaluator,
     pipeline_of: Callable[[str], DiffusionPipeline],
 ) -> list[dict[str, float]]:
-    """Measure names drawn from each milestone's pictures: write and return rows of samples seen, top-1, top-5, CLIP.
+    """Draw pictures of names at each milestone, measure them, and write and return one row per milestone.
 
-    pipeline_of: makes a milestone's pipeline ("step-1000", "final").
+    A row has the step, the samples seen, the CLIP score, and the top-1 and top-5 accuracy. pipeline_of: returns the
+    pipeline of a milestone ("step-1000", "final").
     """
     path, settings = directory / "curve.json", recipe.evaluation
     rows = read_json(path) if path.is_file() else []
@@ -270,7 +272,7 @@ def curve(
 
 
 def export(directory: Path, name: str, pipeline: DiffusionPipeline) -> None:
-    """Write the finished pipeline in float16, as a folder of a name."""
+    """Write the finished pipeline in float16 to the folder `name` in `directory`."""
 
     def write(temporary: Path) -> None:
         pipeline.to("cpu", torch.float16).save_pretrained(temporary)

@@ -71,7 +71,7 @@ def write_shards(output: Path, font_path: Path = FONT, directory: Path = ANNOTAT
     """Write `emoji64-00000.tar` … into `output`; return the number of samples."""
     output.mkdir(parents=True, exist_ok=True)
     by_picture: dict[bytes, dict] = {}
-    for metadata, png in samples(font_path, directory):  # one picture, several names (flags): the shortest stays
+    for metadata, png in samples(font_path, directory):  # of the names of one picture (flags), keep the shortest
         known = by_picture.get(png)
         if known is None or len(metadata["name"]) < len(known["name"]):
             by_picture[png] = metadata

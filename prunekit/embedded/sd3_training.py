@@ -1,7 +1,8 @@
-"""Training the second embedded model's transformer by flow matching, on the first one's frozen autoencoder and texts.
+"""Train the second embedded model's transformer by flow matching, with the first model's frozen encoders.
 
-The pipeline appends T5's tokens to CLIP's, and the stand-in's are all zero. n identical tokens act as one token whose
-attention logit is raised by ln n, so the training runs one zero token and draws n: the model then takes every number.
+The pipeline appends T5's tokens to CLIP's tokens. A stand-in replaces T5, and its tokens are all zero. n identical
+tokens act as one token whose attention logit is raised by ln n. So training runs one zero token and draws n at random,
+and the trained model works with any number of zero tokens.
 """
 
 import math
@@ -25,13 +26,13 @@ from prunekit.runtime.randomness import generator
 from prunekit.runtime.tensors import to_device
 from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_mse
 
-ZERO_TOKENS = (1, 1, 16, 256)  # how many zero tokens a step stands for, drawn uniformly
+ZERO_TOKENS = (1, 1, 16, 256)  # numbers of zero tokens, of which each step draws one
 
 
 class AsManyTokens(TorchFunctionMode):
-    """A context in which joint attention counts its last token as `count` identical ones.
+    """A context in which joint attention counts its last token as `count` identical tokens.
 
-    keys: tokens of a joint attention; attention over other numbers of tokens is left as it is.
+    keys: number of tokens of a joint attention; attention over another number of tokens is not changed.
     """
 
     def __init__(self, keys: int, count: int):
@@ -51,7 +52,7 @@ class AsManyTokens(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """A step's draws, and how many zero tokens it stands for."""
+    """The draws of a step, and the number of zero tokens that its one zero token stands for."""
 
     noise: NoisePlan
     zero_tokens: int
@@ -71,7 +72,7 @@ class FlowObjective:
 
     @cached_property
     def training(self) -> TrainingPairs:
-        """The captions to choose from."""
+        """The training captions, from which each step chooses."""
         return TrainingPairs(self.data.images)
 
     @property
@@ -87,11 +88,11 @@ class FlowObjective:
         return FlowPlan(NoisePlan.draw(step, self.seed, *sizes), ZERO_TOKENS[int(chosen)])
 
     def shared_loss(self, batch: FlowPlan) -> dict[str, Tensor]:
-        """Nothing needs the whole batch."""
+        """Return no terms: none of them needs the whole batch."""
         return {}
 
     def micro_loss(self, batch: FlowPlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the error of `positions`, divided by the batch size."""
+        """Return the denoising error, summed over `positions` and divided by the batch size."""
         plan = batch.noise
         indices, drop = plan.indices[positions], plan.drop[positions] < self.caption_dropout
         pairs = self.training.choose(indices, plan.choice[positions])

@@ -1,4 +1,4 @@
-"""Training the embedded model's UNet and text encoder together on cached latents."""
+"""Train the embedded model's UNet and text encoder together on cached latents."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ from prunekit.training.diffusion import NoisePlan, attention_kernel, per_sample_
 
 
 class TrainingPairs:
-    """The training captions of each image, of which each must have one."""
+    """The training captions of each image; every image must have at least one."""
 
     def __init__(self, data: CaptionedImages):
         pairs = data.training_pairs()
@@ -27,12 +27,12 @@ class TrainingPairs:
         self.first = self.count.cumsum(0) - self.count
 
     def choose(self, images: Tensor, choice: Tensor) -> Tensor:
-        """Return a training caption's pair (B,) for each image; choice: (B,) uniform in [0, 1)."""
+        """Return the index of a training pair for each image, (B,); choice: (B,), uniform in [0, 1)."""
         return self.pairs[self.first[images] + (choice * self.count[images]).long()]
 
 
 class CaptionTable:
-    """The training captions of each image as token ids, with the empty caption's."""
+    """Token ids of the captions and of the empty caption, with a choice among each image's training captions."""
 
     def __init__(self, data: CaptionedImages, tokenizer: CLIPTokenizer):
         def ids(texts: list[str]) -> Tensor:
@@ -45,7 +45,7 @@ class CaptionTable:
         self.training = TrainingPairs(data)
 
     def choose(self, images: Tensor, choice: Tensor, drop: Tensor, dropout: float) -> Tensor:
-        """Return token ids (B, T): a uniformly chosen training caption of each image, or the empty one."""
+        """Return token ids (B, T): for each image a training caption, or the empty caption where drop < dropout."""
         return torch.where((drop < dropout)[:, None], self.empty, self.ids[self.training.choose(images, choice)])
 
 
@@ -53,7 +53,7 @@ class CaptionTable:
 class PretrainingObjective:
     """v- or epsilon-prediction; the text encoder is trained with the UNet.
 
-    `timestep_shift` above 1 draws more of the noisiest timesteps, where the text decides what is drawn.
+    `timestep_shift` above 1 draws the noisiest timesteps more often; there the text determines the picture.
     """
 
     model: ModelMixin
@@ -80,11 +80,11 @@ class PretrainingObjective:
         return replace(plan, timesteps=shifted)
 
     def shared_loss(self, batch: NoisePlan) -> dict[str, Tensor]:
-        """Nothing needs the whole batch."""
+        """Return no terms: none of them needs the whole batch."""
         return {}
 
     def micro_loss(self, batch: NoisePlan, positions: Tensor) -> dict[str, Tensor]:
-        """Return the denoising error of `positions`, divided by the batch size."""
+        """Return the denoising error, summed over `positions` and divided by the batch size."""
         indices = batch.indices[positions]
         ids = self.captions.choose(indices, batch.choice[positions], batch.drop[positions], self.caption_dropout)
         drawn = (self.latents[indices], batch.noise[positions], batch.timesteps[positions])
