@@ -1,4 +1,4 @@
-"""`prunekit plan`: what recipes will cut, cost and take, before anything runs; no weights, no network."""
+"""`prunekit plan`: the units, costs, memory, disk and time of recipes before they run, without weights or network."""
 
 from prunekit.jobs.plan.plans import Devices, plan, plan_all
 

@@ -1,4 +1,4 @@
-"""What a recipe's stages compute, in multiply-adds, and how long that takes on one device and on several."""
+"""The MACs of a recipe's stages, and the time that the stages take on one device and on several."""
 
 import heapq
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ REFIT, REFIT_PASSES = "closed-form refit", "forward, teacher, for each layer or 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage: samples, and the MACs of one sample with all its passes (None where they are not counted).
+    """One stage: the number of samples, and the MACs per sample over all passes (None: not counted).
 
-    stage: title of the stage, for people.
-    jobs: independent parts of equal work, each for one device; 0: all devices share every step.
-    label, part: label of the method that the stage serves, and which part of its work the stage is.
+    stage: title of the stage. passes: description of the passes of one sample.
+    jobs: number of independent parts of equal work, each for one device; 0: all devices share every step.
+    label, part: label of the method that the stage serves, and the part of the recipe's work (such as TUNING).
     """
 
     stage: str
@@ -46,7 +46,7 @@ class Work:
 def pruning_work(
     recipe: PruneRecipe | CompareRecipe, rows: dict[str, PlannedRow], model: PlannedModel, data: DataSize | None
 ) -> list[Work]:
-    """List the stages. A backward pass counts as one forward pass per gradient: of the input, of the weights."""
+    """List a recipe's stages. A backward pass counts as one forward pass per gradient (of inputs, of weights)."""
     latent = model.latent(recipe.resolution)
     dense, encoder = model.dense_macs(latent), model.picture_macs(latent)[0]
     live = _live_macs(recipe.cache, encoder, model.parts.caption_macs)
@@ -76,7 +76,7 @@ def _passes(backward: str, config: TrainerConfig, teacher: bool) -> str:
 
 
 def _live_macs(cache: CacheConfig, encoder: int, caption: int) -> int:
-    """MACs of encoding one sample at every step, where the cache does not keep it."""
+    """Return the MACs of encoding one sample in a training step, for the parts that the cache does not store."""
     return (encoder if cache.latents == "off" else 0) + (0 if cache.text else caption)
 
 
@@ -90,7 +90,7 @@ def _encoding(cache: CacheConfig, encoder: int, caption: int, data: DataSize | N
 
 
 def _calibration(name: str, row: PlannedRow, model: PlannedModel, dense: int) -> list[Work]:
-    """Return what a method measures before it can choose."""
+    """Return the stages in which a method calibrates before it chooses."""
     return [
         Work(
             f"{name}: {calibration.title}",
@@ -105,7 +105,7 @@ def _calibration(name: str, row: PlannedRow, model: PlannedModel, dense: int) ->
 
 
 def _search(name: str, row: PlannedRow, model: PlannedModel, dense: int, live: int) -> list[Work]:
-    """Return the training by which a method decides, if it has one; live: MACs of encoding a sample at every step."""
+    """Return the search stage of a method, if it searches; live: MACs of encoding a sample in each step."""
     search = row.work(model).search
     if search is None:
         return []
@@ -146,8 +146,9 @@ def timed(work: Sequence[Work], speed: Speed, devices: int) -> dict[str, Any]:
 def scheduled(work: Sequence[Work], seconds: Sequence[float | None], devices: int) -> dict[str, Any]:
     """Return the stages with their seconds on one device, their sum, and the wall-clock time on `devices`.
 
-    Stages follow each other; in each the devices share the samples, but models that are fine-tuned are a queue of
-    independent jobs where there are at least as many as devices. seconds: None where it is not known.
+    Stages run one after another, and the devices share the samples of each. But if there are at least as many models
+    to recover as devices, these models form a queue of independent jobs, each on one device.
+    seconds: time of each stage on one device; None: not known.
     """
     total = sum(value or 0.0 for value in seconds)
     jobs = [(value or 0.0) / item.jobs for item, value in zip(work, seconds, strict=True) for _ in range(item.jobs)]
@@ -161,7 +162,7 @@ def scheduled(work: Sequence[Work], seconds: Sequence[float | None], devices: in
 
 
 def _queue(jobs: Sequence[float], devices: int) -> float:
-    """Return when the last of jobs ends that free devices take in order."""
+    """Return the time at which the last job ends; each free device takes the next job in order."""
     free = [0.0] * devices
     for seconds in jobs:
         heapq.heapreplace(free, free[0] + seconds)

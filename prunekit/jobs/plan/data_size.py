@@ -1,4 +1,4 @@
-"""How large a data set is, and what its encoded form takes on disk."""
+"""The number of images and captions of a data set, and the width of its prompt embeddings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +7,14 @@ from prunekit.data.config import DataConfig, data_size
 from prunekit.data.prompt_encoder import EMBEDDED
 from prunekit.models.names import read_object
 
-PUBLISHED = {  # (images, captions) of data sets that recipes name and that may be elsewhere
+PUBLISHED = {  # (images, captions) of data sets that recipes name and that this machine may not have
     "CC3M, train": (2_905_954, 2_905_954),
     "CC3M, validation": (13_443, 13_443),
     "COCO 2014, train": (82_783, 414_113),
     "COCO 2014, val": (40_504, 202_654),
     "COCO 2014, val30k": (30_000, 30_000),
 }
-PROMPT_WIDTH = 768  # of a Sentence Transformer whose config is not here, as of all-mpnet-base-v2
+PROMPT_WIDTH = 768  # assumed without a Sentence Transformer's config; that of all-mpnet-base-v2
 EMBEDDED_WIDTH = 80  # of the embedded encoder
 
 
@@ -28,7 +28,7 @@ class DataSize:
 
 
 def size_of(config: DataConfig) -> DataSize | None:
-    """Count a data set that is here, else take the published size of one that is known by kind and path; else None."""
+    """Return the counted size of a data set on this machine, else the published size if it is known, else None."""
     counted = data_size(config)
     if counted is not None:
         return DataSize(*counted, "counted")

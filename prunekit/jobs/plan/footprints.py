@@ -1,4 +1,4 @@
-"""What a recipe's stages take of a device's memory, and what its files take on disk."""
+"""The device memory that a recipe's stages take, and the disk space of its files."""
 
 from dataclasses import asdict
 from typing import Any
@@ -31,9 +31,9 @@ def memory(
     model: PlannedModel,
     devices: int,
 ) -> dict[str, Any]:
-    """Return weights, and the peak of each stage on one of the devices, in bytes."""
+    """Return the size of the weights, and the peak memory of each stage on one device, in bytes."""
     largest = max(row["params_kept"] for row in described.values())
-    frozen = LOWERED if model.lowered else FLOAT32  # bytes of a weight that nothing trains
+    frozen = LOWERED if model.lowered else FLOAT32  # bytes per frozen weight
     resident = frozen * (model.params + model.parts.params * (not recipe.memory.offload))
     latent, scale = model.latent(recipe.resolution), model.parts.scale
     stages: dict[str, int] = {}
@@ -46,7 +46,7 @@ def memory(
             stages[f"{name}: search"] = _search(row, work.search.training, model, latent, devices)
         for calibration in work.calibrations:
             if calibration.training_batch is not None:
-                gradients = 2 * FLOAT32 * model.params  # the sum so far, and a timestep's
+                gradients = 2 * FLOAT32 * model.params  # the accumulated gradient, and that of one timestep
                 step = _training(calibration.training_batch, None, model, latent)
                 stages[f"{name}: {calibration.title}"] = gradients + step
             elif calibration.forward_batch is not None:
@@ -60,13 +60,13 @@ def memory(
             stages["closed-form refit"] = max(stages.get("closed-form refit", 0), size)
     for config in (row.tuning for row in rows.values() if row.tuning_steps):
         samples = samples_at_once(config, tuning_devices(rows, devices))
-        teacher = 0  # beside the dense weights that are there in any case
+        teacher = 0  # bytes in addition to the resident dense weights
         if recipe.memory.offload:
             teacher = -frozen * model.params
         elif config.precision != "float32" and config.distillation_weight and not model.lowered:
             teacher = LOWERED * model.params
         weights = training_bytes(trained_params(largest, config, model), config)
-        if config.lora is not None:  # the weights stay as they are
+        if config.lora is not None:  # the frozen weights are held in addition
             weights += frozen * largest
         size = weights + teacher + _training(samples, config, model, latent)
         stages["fine-tuning"] = max(stages.get("fine-tuning", 0), size)
@@ -80,7 +80,7 @@ def memory(
 
 
 def _held(config: TrainerConfig | None) -> tuple[Any, ...]:
-    """What of a training's settings changes the memory of a step."""
+    """Return the settings of a training that change the memory of a step."""
     return (False, False) if config is None else (config.precision != "float32", config.gradient_checkpointing)
 
 
@@ -118,12 +118,12 @@ def _sampling(recipe: PruneRecipe | CompareRecipe, model: PlannedModel) -> int:
 
 
 def trained_params(size: int, config: FineTuneConfig, model: PlannedModel) -> int:
-    """Return how many parameters of a pruned model of that size train: all, or its low-rank changes alone."""
+    """Return the trained parameters of a pruned model with `size` parameters: all, or only its low-rank changes."""
     return size if config.lora is None else num_changes(model.shape.denoiser, config.lora)
 
 
 def checkpoint_bytes(params: int, config: TrainerConfig) -> int:
-    """Bytes of one checkpoint of so many trained parameters: weight, two moments, and an average where kept."""
+    """Return the bytes of a checkpoint of `params` trained parameters: weight, two moments, and an EMA if kept."""
     return params * FLOAT32 * (3 + (config.ema is not None))
 
 
@@ -135,7 +135,7 @@ def disk(
     data: DataSize | None,
     devices: int,
 ) -> dict[str, Any]:
-    """Return the bytes of what a run writes; None if they are not known before the data is read."""
+    """Return the bytes of the files that a run writes, by kind; None: not known before the data is read."""
     lowered = model.lowered and all(row.tuning.lora is not None or not row.tuning_steps for row in rows.values())
     experts = sum(rows[name].models * row["params_kept"] for name, row in described.items())
     experts *= LOWERED if lowered else FLOAT32

@@ -14,7 +14,7 @@ Lines = list[list[str]]
 
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
-    """Print what `prunekit.jobs.plan.plan` returned."""
+    """Print a plan that `prunekit.jobs.plan.plan` returned."""
     model = plan["model"]
     sides = {key: f"{model[key][0]} x {model[key][1]}" for key in ("resolution", "training_resolution")}
     _say(
@@ -40,7 +40,7 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
 
 
 def show_summary(plans: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print a line for each plan in each of two tables: the models, and what the recipe takes."""
+    """Print two tables with one line per plan: the models, and the resources that the recipe takes."""
     models, takes = [], []
     for plan in plans:
         rows = list(plan.get("methods", {}).values())
@@ -64,7 +64,7 @@ def show_summary(plans: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def show_checked(stage: Any, console: Console) -> None:
-    """Print a stage that `prunekit.jobs.check` saw through, as soon as it has."""
+    """Print a stage that `prunekit.jobs.check` has just finished."""
     console.print(f"ok  {stage.stage}: {duration(stage.seconds)}, peak memory {in_bytes(stage.peak_bytes)}")
 
 
@@ -85,7 +85,7 @@ def _each(values: Iterable[str]) -> str:
 
 
 def _show_methods(rows: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print a table for the methods whose costs are counted alike, below a line that says how."""
+    """Print one table per way of counting costs, each followed by a line with the dense costs and the convention."""
     tables: dict[str, Lines] = {}
     for name, row in rows.items():
         height, width = row["sample_size"]
@@ -111,7 +111,7 @@ def _show_methods(rows: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def _show_work(plan: dict[str, Any], console: Console) -> None:
-    """Print the stages, and below them what each of their samples takes."""
+    """Print the stages, their total time, and the passes of each sample."""
     numeric = ("samples", "MACs", "time, about")
     lines: Lines = []
     for row in plan["work"]:
@@ -130,7 +130,7 @@ def _show_work(plan: dict[str, Any], console: Console) -> None:
 
 
 def _passes(work: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return (stages, passes of a sample) once for each kind of stage, or for its rows where their passes differ."""
+    """Return pairs (stages, passes of a sample): one per kind of stage, or several if its rows differ in passes."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for row in work:
         name, _, kind = row["stage"].rpartition(": ")
@@ -177,7 +177,7 @@ def three_figures(value: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """Return a number with its decimal prefix, with a blank at the end before the unit: "1.07 T"."""
+    """Return a number with a decimal prefix, to be followed by a unit: "1.07 T", or "5 " without a prefix."""
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{three_figures(value / factor)} {prefix}"

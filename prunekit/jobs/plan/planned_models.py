@@ -1,4 +1,4 @@
-"""The models of the recipes that are planned: what is worked out of one, once for all recipes that share it."""
+"""The models of planned recipes: shapes and costs are computed once for all recipes that share a model."""
 
 from collections.abc import Callable, Hashable
 from functools import cached_property
@@ -24,34 +24,34 @@ class PlannedModel:
     """One model's shapes and costs."""
 
     def __init__(self, shape: PipelineShape, parts: Parts, lowered: bool = False):
-        """Take what the model is; lowered: its frozen weights are held in bfloat16."""
+        """Store a model's shape and other parts; lowered: its frozen weights are held in bfloat16."""
         self.shape, self.parts, self.lowered = shape, parts, lowered
         self.tokens = shape.text_length
         self._known: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` gives, from its first call with this key."""
+        """Return the result of `make`, which is called once per key."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
-        """What says how much memory a step takes."""
+        """Rehearsal that measures the memory of a step."""
         return Rehearsal(self.shape.denoiser, self.parts.autoencoder, self.lowered)
 
     @cached_property
     def params(self) -> int:
-        """The dense denoiser's parameters."""
+        """Number of parameters of the dense denoiser."""
         return sum(p.numel() for p in self.shape.denoiser.parameters())
 
     def costs(self, settings: PruneSettings) -> tuple[UnitSpace, CostModel]:
-        """Return the units and their cost under a method's settings."""
+        """Return the unit space and the cost model for a method's settings."""
         key = ("costs", *(str(getattr(settings, name)) for name in COUNTED))
         return self.once(key, lambda: space_and_cost(self.shape, settings))
 
     def dense_macs(self, latent: tuple[int, int] | None = None) -> int:
-        """Return the MACs of the dense denoiser at a latent (h, w); None: its own."""
+        """Return the MACs of the dense denoiser at a latent size (h, w); None: its default size."""
 
         def count() -> int:
             return CostModel(self.shape.denoiser, discover(self.shape.denoiser, "none"), latent, self.tokens).dense_macs
@@ -63,9 +63,9 @@ class PlannedModel:
         return self.once(("picture", latent), lambda: self.parts.picture_macs(latent))
 
     def latent(self, resolution: int | None = None) -> tuple[int, int]:
-        """Return the latent (h, w) of pictures of `resolution` pixels a side; None: the model's own.
+        """Return the latent size (h, w) of square pictures of `resolution` pixels; None: the model's resolution.
 
-        Raises ValueError for a resolution that the autoencoder cannot have.
+        Raises ValueError for a resolution that is not a multiple of the autoencoder's scale.
         """
         height, width = (resolution, resolution) if resolution else self.shape.resolution
         scale = self.shape.vae_scale_factor
@@ -74,7 +74,7 @@ class PlannedModel:
         return height // scale, width // scale
 
     def params_at(self, settings: PruneSettings, target: int) -> int:
-        """Estimate the parameters left where every layer gives up the same share and the MACs are `target`."""
+        """Estimate the remaining parameters if every layer loses the same share and the MACs are `target`."""
         _, cost = self.costs(settings)
 
         def estimate() -> int:
@@ -88,7 +88,7 @@ class PlannedModel:
         return self.once(("params", id(cost), target), estimate)
 
     def describe(self, resolution: int | None = None) -> dict[str, Any]:
-        """Return what the model is, and the resolutions in pixels at which it is used and trained (None: the same)."""
+        """Return the plan's facts of the model. resolution: side of training pictures in pixels; None: the model's."""
         return {
             "name": self.shape.name,
             "unet": type(self.shape.denoiser).__name__,
@@ -102,7 +102,7 @@ class PlannedModel:
 
 
 class Models:
-    """The models that were asked for so far."""
+    """The models that plans have requested so far, each loaded once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str | None, bool], PlannedModel] = {}

@@ -1,4 +1,4 @@
-"""What a pipeline has beside its denoiser, from configs alone: autoencoder, text encoders, scheduler."""
+"""A pipeline's parts other than the denoiser (autoencoder, text encoders, scheduler), from configs alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from prunekit.models.names import hub_id, local_path, read_object, short_name
 from prunekit.models.single_file import config_name
 from prunekit.runtime.errors import UserError, first_line
 
-T5_TOKENS = 256  # of a text, by the pipeline of Stable Diffusion 3
+T5_TOKENS = 256  # tokens per text in the pipeline of Stable Diffusion 3
 T5_XXL_256, T5_XXL_300 = replace(T5_XXL, tokens=T5_TOKENS), replace(T5_XXL, tokens=300)
 AUTOENCODER = {  # of Stable Diffusion 1, 2 and XL, and PixArt
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -80,7 +80,7 @@ KLEIN_4B, KLEIN_9B = (replace(encoder, has_scores=True) for encoder in (QWEN_3_4
 
 
 class Known(NamedTuple):
-    """What a known model has beside its denoiser."""
+    """The parts of a known model other than its denoiser."""
 
     text_encoders: tuple[TextEncoderShape, ...]
     autoencoder: dict[str, Any]
@@ -113,8 +113,9 @@ KNOWN = {  # by the short names of `prunekit.models.KNOWN`
     "wan-2.1-1.3b": Known(*WAN),
     "wan-2.1-14b": Known(*WAN),
 }
-FAMILIES = {768: "sd-1.5", 1024: "sd-2.1", 2048: "sdxl"}  # whose parts a UNet alone is taken to have, by its text width
-TRANSFORMERS = {  # the same of a transformer alone, by its class
+# The known model whose parts a UNet without configs of its parts is assumed to have, by the UNet's text width
+FAMILIES = {768: "sd-1.5", 1024: "sd-2.1", 2048: "sdxl"}
+TRANSFORMERS = {  # the same for a transformer, by its class
     "SD3Transformer2DModel": "sd-3.5-medium",
     "FluxTransformer2DModel": "flux.1-dev",
     "QwenImageTransformer2DModel": "qwen-image",
@@ -130,7 +131,7 @@ VIDEO_AUTOENCODERS: dict[Any, Any] = {kind.__name__: kind for kind in (Autoencod
 
 
 class PictureAutoencoder(nn.Module):
-    """An autoencoder of videos (Qwen-Image, Wan) for pictures: videos of one frame. It has `AutoencoderKL`'s names."""
+    """A video autoencoder (Qwen-Image, Wan) for pictures as one-frame videos, with `AutoencoderKL`'s config names."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
@@ -142,15 +143,15 @@ class PictureAutoencoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PictureAutoencoder:
-        """Build it by the config of an autoencoder of videos, which names its class."""
+        """Build it from a video autoencoder's config, which names the class."""
         return cls(config)
 
     def encode(self, pixels: Tensor) -> Any:
-        """(n, 3, H, W) -> the posterior."""
+        """Encode pictures (n, 3, H, W); return the posterior of their latents."""
         return self.model.encode(pixels.unsqueeze(2))
 
     def decode(self, latents: Tensor) -> Any:
-        """(n, C, h, w) -> pictures, as videos."""
+        """Decode latents (n, C, h, w); return the pictures as one-frame videos."""
         return self.model.decode(latents.unsqueeze(2))
 
 
@@ -159,7 +160,7 @@ AnyAutoencoder: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderDC |
 
 @dataclass(frozen=True)
 class Parts:
-    """A pipeline's parts beside the denoiser; the autoencoder is on the meta device."""
+    """A pipeline's parts other than the denoiser; the autoencoder is on the meta device."""
 
     autoencoder: AnyAutoencoder
     text_encoders: tuple[TextEncoderShape, ...]
@@ -167,7 +168,7 @@ class Parts:
 
     @property
     def params(self) -> int:
-        """Weights of the autoencoder and the text encoders."""
+        """Number of parameters of the autoencoder and the text encoders."""
         return sum(p.numel() for p in self.autoencoder.parameters()) + sum(e.params for e in self.text_encoders)
 
     @property
@@ -183,11 +184,11 @@ class Parts:
         return 2 ** (len(widths) - 1)
 
     def calls(self, steps: int, texts: int) -> int:
-        """Denoiser calls of one picture, one a step for each text; some schedulers make more steps than asked for."""
+        """Return the denoiser calls per picture, one per step and text; some schedulers add steps to `steps`."""
         return len(sampled_timesteps(self.scheduler, steps)) * texts
 
     def picture_macs(self, latent: tuple[int, int]) -> tuple[int, int]:
-        """Multiply-adds of encoding and of decoding one picture, by its latent (h, w)."""
+        """Return the MACs of encoding and of decoding one picture with a latent (h, w)."""
         height, width = latent
         channels = self.autoencoder.config.latent_channels
         pixels = torch.zeros(1, 3, height * self.scale, width * self.scale, device="meta")
@@ -201,10 +202,10 @@ class Parts:
 
 
 def load_parts(name: str | Path, model: ModelMixin, single_file_config: str | Path | None = None) -> Parts:
-    """Return the parts of a model, named as in `load_shape`; what has no config here is taken from its family.
+    """Return the parts of a model, named as in `load_shape`; a part without a config is taken from a known model.
 
-    Nothing is fetched: a directory's configs are read, or those of the local hub cache. Raises UserError for configs
-    that build nothing.
+    Nothing is fetched: the configs are those of the directory or of the local hub cache. Raises UserError for configs
+    from which the parts cannot be built.
     """
     source, path = name, local_path(name)
     if path is not None and path.is_file():
@@ -231,7 +232,7 @@ def _parts(source: str | Path, model: ModelMixin) -> Parts:
 
 
 def _known_name(source: str | Path, model: ModelMixin) -> str:
-    """Return the short name of the known model whose parts stand for those that have no config here."""
+    """Return the short name of the known model that supplies the parts whose configs are missing."""
     denoiser = denoiser_of(model)
     by_width = FAMILIES.get(denoiser.text_width(model), "sd-1.5")
     kind = denoiser.pruned_class().__name__.removeprefix("Pruned")

@@ -1,4 +1,4 @@
-"""The rows of a recipe's table, and how often the stages of each run."""
+"""The rows of a recipe's table, and how often each row's stages run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,22 +22,22 @@ from prunekit.runtime.run_directory import DENSE
 class PlannedRow:
     """One row of a recipe's table, and how often its stages run: a comparison repeats them over seeds and protocols."""
 
-    label: str  # of the method, in the recipe
+    label: str  # label of the method in the recipe
     method: Method
     tuning: FineTuneConfig
-    choices: int  # searches, or calibrations
-    models: int  # fine-tuned ones that are kept: experts, or the backbones that they share
-    tuning_steps: int  # of all models together; 0: they are not fine-tuned
-    generations: int  # sets of pictures
-    closed_form: ClosedFormConfig | None = None  # how layers are refitted first
+    choices: int  # number of searches or calibrations
+    models: int  # number of models that are kept: experts, or the backbones that experts share
+    tuning_steps: int  # fine-tuning steps of all models together; 0: no fine-tuning
+    generations: int  # number of sets of generated pictures
+    closed_form: ClosedFormConfig | None = None  # settings of the closed-form refit; None: no refit
 
     @property
     def experts(self) -> int:
-        """Models of one result."""
+        """Number of models in one result."""
         return self.method.num_models
 
     def work(self, model: PlannedModel) -> MethodWork:
-        """Return what the method computes before it can choose."""
+        """Return the work that the method does before it chooses architectures."""
         return self.method.work(model.costs(self.method.config)[0])
 
     @property
@@ -47,7 +47,7 @@ class PlannedRow:
 
     @property
     def budget(self) -> float:
-        """Cost to reach, as a share of the dense denoiser's MACs."""
+        """Budget as a fraction of the dense denoiser's MACs; with a latency budget, of its time."""
         return self.method.config.budget
 
 
@@ -70,7 +70,7 @@ def _run_rows(recipe: PruneRecipe) -> dict[str, PlannedRow]:
 def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, PlannedRow]:
     cost = model.costs(recipe.prune)[1]
     rows: dict[str, PlannedRow] = {}
-    known_choices: set[tuple[str, str]] = set()  # choices that several rows share, by the method and what it depends on
+    known_choices: set[tuple[str, str]] = set()  # keys of the choices that earlier rows count
     budgets = {entry.label: budget_value(entry.budget, model.shape.denoiser, cost) for entry in recipe.budgets}
     layers = most_consumers(model.shape.denoiser)
     steps_of = TrainingSteps(recipe, lambda method: method.work(model.costs(method.config)[0]), budgets, layers)
@@ -102,19 +102,19 @@ def _comparison_rows(recipe: CompareRecipe, model: PlannedModel) -> dict[str, Pl
 
 
 def _choice(method: Method, searches: bool) -> tuple[str, str]:
-    """Return what a choice depends on; one calibration serves all budgets."""
+    """Return the key of a method's choice; without a search, it has no budget: one calibration serves all budgets."""
     return method.name, method.config.model_dump_json(exclude=None if searches else {"budget"})
 
 
 def tuning_devices(rows: dict[str, PlannedRow], devices: int) -> int:
-    """Return how many devices share a batch of fine-tuning: one, where there are models for all devices."""
+    """Return how many devices share a fine-tuning batch: 1 if there is a model for each device, else all."""
     return 1 if sum(row.models for row in rows.values()) >= devices else devices
 
 
 def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
-    """Return a row's costs before and after; the parameters left are an estimate, since nothing is chosen yet.
+    """Return a row's costs before and after pruning; the number of remaining parameters is an estimate.
 
-    Raises ValueError for a budget below the floor.
+    Raises ValueError for a budget below the lowest cost that the denoiser can reach.
     """
     settings = row.method.config
     space, cost = model.costs(settings)
@@ -122,7 +122,7 @@ def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
     floor = cost.macs(Architecture(space, torch.zeros(space.size, dtype=torch.bool)))
     return {
         "budget": settings.budget,
-        "budget_of": "MACs" if settings.latency is None else "time",  # whose MACs are then not known yet
+        "budget_of": "MACs" if settings.latency is None else "time",  # of time: target_macs is an estimate
         "experts": row.experts,
         "units": space.size,
         "convention": cost.convention,
@@ -133,5 +133,5 @@ def describe_row(row: PlannedRow, model: PlannedModel) -> dict[str, Any]:
         "floor": floor / cost.dense_macs,
         "dense_params": cost.dense_params,
         "params_estimate": model.params_at(settings, target),
-        "params_kept": cost.dense_params if row.shares else model.params_at(settings, target),  # of each model
+        "params_kept": cost.dense_params if row.shares else model.params_at(settings, target),  # by each model
     }

@@ -1,4 +1,4 @@
-"""Plans: what recipes will cut, cost and take, before anything runs; no weights, no network."""
+"""Plans: the units, costs, memory, disk and time of recipes before they run, without weights or network."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -26,18 +26,18 @@ class Devices:
     """The devices that a plan is for."""
 
     count: int = 1
-    throughput: float | None = None  # MACs per second of each, as stated; None: measured here
-    seconds: float = 1.0  # of the measurement
-    precision: str | None = None  # what `precision: auto` means on them; None: what it means here
+    throughput: float | None = None  # MACs per second of each device; None: measured on this machine
+    seconds: float = 1.0  # duration of the measurement
+    precision: str | None = None  # meaning of `precision: auto` on the devices; None: that on this machine
 
 
 def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | None = None) -> Plan:
-    """Return what a recipe will do and take.
+    """Return the plan of a recipe: units, costs, memory, disk, work and time.
 
-    devices: by default one, whose speed is measured here in about a second. models: from earlier plans, so that what
-    is known of a model is not worked out again.
-    Raises ValueError as the run would: an unknown or unsupported model, a pattern that matches nothing, a budget
-    below the floor.
+    devices: by default one device, whose speed is measured on this machine in about a second.
+    models: models of earlier plans, whose costs are not computed again.
+    Raises the ValueErrors of a run: an unknown or unsupported model, a pattern that matches nothing, a budget below the
+    lowest possible cost.
     """
     devices = devices or Devices()
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +70,7 @@ def plan(recipe: AnyRecipe, devices: Devices | None = None, models: Models | Non
 
 
 def plan_all(recipes: Iterable[AnyRecipe], devices: Devices | None = None) -> list[Plan]:
-    """Return the plans of recipes; what they share is worked out once. Errors as in `plan`, with the recipe's name."""
+    """Return the plans of recipes; shared models are computed once. Errors as in `plan`, with the recipe's name."""
     models, plans = Models(), []
     for recipe in recipes:
         try:

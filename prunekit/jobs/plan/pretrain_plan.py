@@ -1,4 +1,4 @@
-"""The plan of a recipe that trains the embedded model from nothing."""
+"""The plan of a recipe that trains the embedded model from scratch."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from prunekit.training.trainer import TrainerConfig
 
 
 def plan_pretraining(recipe: PretrainRecipe) -> tuple[PlannedModel, dict[str, Any], list[Work]]:
-    """Return the model that is trained, its sizes, and the work."""
+    """Return the model to train, its sections of the plan (model, memory, disk), and the work of each stage."""
     shapes = recipe.shapes
     with torch.device("meta"):
         autoencoder, tokens = emoji_model.build_autoencoder(shapes).eval(), emoji_model.TOKENS

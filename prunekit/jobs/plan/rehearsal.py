@@ -1,8 +1,8 @@
-"""The memory that a stage takes, from a rehearsal of its step: the real code runs on tensors that have no content.
+"""The memory of a stage, from a rehearsal of its step: the real code runs on tensors without content.
 
-PyTorch's fake tensors know shapes alone, so a step of a full-size model takes about a second and no memory, and every
-storage that it would make is counted while it lives. What this does not see: the allocator's gaps and the scratch
-space of kernels.
+PyTorch's fake tensors have shapes but no data, so a step of a full-size model takes about a second and no memory. Every
+storage that the step would allocate is counted while it lives. Not counted: the allocator's gaps, the scratch space of
+kernels.
 """
 
 import weakref
@@ -32,15 +32,16 @@ from prunekit.recovery.low_rank import LAYERS, LoraConfig
 from prunekit.training.memory import held, lower
 from prunekit.training.trainer import TrainerConfig
 
-FLOAT32, LOWERED = 4, 2  # bytes of a number; frozen weights are held in both
-MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 3  # of a kind in a list: rehearsed as they are; those left of more of them
-KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which there is no GPU to ask
+FLOAT32, LOWERED = 4, 2  # bytes per number; frozen weights are held in either dtype
+# Blocks of one kind in a list: up to MOST_BLOCKS are all rehearsed; of a longer list, FEW_BLOCKS or MORE_BLOCKS are
+MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 3
+KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which the rehearsal on the CPU imitates
 
 
 class LiveMemory(TorchDispatchMode):
-    """A context: `now` and `peak` are the bytes of the storages that operations in it made and that still live.
+    """A context that counts the bytes of the live storages made in it: at present (`now`) and at most (`peak`).
 
-    known: tensors that were there before and are not counted.
+    known: tensors that existed before and are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -49,7 +50,7 @@ class LiveMemory(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count what it made."""
+        """Run an operation, and count the storages of its results."""
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -71,17 +72,17 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Size:
-    """A denoiser that is rehearsed: what its config changes, and its share in the figure."""
+    """A denoiser to rehearse: the changed settings of its config, and the factor of its memory in the total."""
 
     changes: Mapping[str, Any]
     share: float
 
 
 def sizes_of(model: ModelMixin) -> list[Size]:
-    """Return the denoisers to rehearse for a model: itself, or shorter ones whose figures add up to its own.
+    """Return the denoisers to rehearse for a model: the model, or shorter ones whose weighted memory adds up to it.
 
-    Of many blocks in one list with the same shapes few are left; beside the model with all of them few there is one for
-    each such kind of block that has more of it.
+    Blocks of one kind have the same shapes and are in the same list. The first shorter denoiser has FEW_BLOCKS of every
+    kind with more than MOST_BLOCKS. For each such kind, one further denoiser has MORE_BLOCKS of it.
     """
     denoiser, whole = denoiser_of(model), [Size({}, 1.0)]
     if not isinstance(denoiser, Description) or isinstance(model, PrunedModel):
@@ -115,16 +116,16 @@ def sizes_of(model: ModelMixin) -> list[Size]:
 class Rehearsal:
     """A pipeline's denoiser and autoencoder as fake tensors; methods return the bytes of a step beyond the weights.
 
-    A transformer with long lists of like blocks is rehearsed with a few of them, and what each one more takes is added
-    for the rest.
+    A transformer with long lists of equal blocks is rehearsed with a few of them; the measured memory per further block
+    is added for the rest.
 
-    latent: (h, w). samples: of one forward pass on one device.
+    In all methods, latent is the latent size (h, w), and samples is the batch of one forward pass on one device.
     """
 
     def __init__(self, model: ModelMixin, autoencoder: AutoencoderKL, lowered: bool = False, whole: bool = False):
-        """Take the shapes of parts that may be on the meta device.
+        """Store the shapes of a denoiser and an autoencoder, which may be on the meta device.
 
-        lowered: frozen weights are held in bfloat16. whole: all blocks are rehearsed.
+        lowered: frozen weights are held in bfloat16. whole: rehearse all blocks, also of long lists.
         """
         self.mode, self.lowered, self._kind, self._config = FakeTensorMode(), lowered, type(model), model.config
         self._sizes = [Size({}, 1.0)] if whole else sizes_of(model)
@@ -133,9 +134,10 @@ class Rehearsal:
             self.autoencoder = type(autoencoder).from_config(autoencoder.config).eval().requires_grad_(False)
 
     def _measured(self, phases: Callable[[Any], list[int]], lowered: bool, lora: LoraConfig | None = None) -> int:
-        """Return the largest of the peaks that a function measures of the denoiser, by those of shorter ones.
+        """Return the largest peak of a step over its phases, computed from the peaks of the shorter denoisers.
 
-        The peak of each phase, forward or backward, is linear in the number of blocks; the largest of them is not.
+        phases: runs the step of a denoiser and returns the peak of each phase (forward, backward) in bytes. These peaks
+            are linear in the number of blocks, but their maximum is not.
         """
         measured = [phases(self._model(size, lowered, lora)) for size in self._sizes]
         shares = [size.share for size in self._sizes]
@@ -159,7 +161,7 @@ class Rehearsal:
     def search(
         self, space: UnitSpace, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig
     ) -> int:
-        """A step that learns soft gates: forward, backward to the gates. A teacher's pass before it takes less."""
+        """Return the memory of a search step: forward, backward to the gates. A teacher's forward pass takes less."""
 
         def step(model: Any) -> list[int]:
             model.requires_grad_(False)
@@ -174,13 +176,13 @@ class Rehearsal:
         return self._measured(step, self.lowered)
 
     def training(self, latent: tuple[int, int], tokens: int, samples: int, config: TrainerConfig | None = None) -> int:
-        """A step that trains the weights; their gradients are not counted. config None: float32, nothing recomputed."""
+        """Return the memory of a step that trains all weights, without weights and gradients; config None: float32."""
         config = config or TrainerConfig(steps=1, batch_size=samples, learning_rate=1.0, precision="float32")
         step = partial(self._step, latent=latent, tokens=tokens, samples=samples, config=config)
         return self._measured(lambda model: step(model.requires_grad_(True)), lowered=False)
 
     def low_rank(self, latent: tuple[int, int], tokens: int, samples: int, config: FineTuneConfig) -> int:
-        """A step that trains low-rank changes of frozen weights, which are not counted, nor their gradients."""
+        """Return the memory of a step that trains low-rank changes; weights and gradients are not counted."""
         step = partial(self._step, latent=latent, tokens=tokens, samples=samples, config=config)
         return self._measured(step, self.lowered, config.lora)
 
@@ -196,7 +198,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def sampling(self, latent: tuple[int, int], tokens: int, samples: int, guided: bool, precision: str) -> int:
-        """A pipeline's call: the denoiser on all samples, twice under guidance, and the decoder on all samples."""
+        """Return the memory of a pipeline's call: the larger of its denoiser calls and of decoding all samples."""
         channels = self.autoencoder.config.latent_channels
         rows = family_of(self._model(self._sizes[0], self.lowered, None)).call_batch(samples, guided)
         with self.mode, LiveMemory(self.autoencoder.parameters()) as decoding, autocast(precision):
@@ -205,7 +207,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def forward(self, latent: tuple[int, int], tokens: int, samples: int, precision: str) -> int:
-        """The denoiser's pass without gradients."""
+        """Return the memory of the denoiser's forward pass without gradients."""
 
         def run(model: Any) -> list[int]:
             with self.mode, LiveMemory(model.parameters()) as memory, autocast(precision):
@@ -216,14 +218,14 @@ class Rehearsal:
 
     @torch.no_grad()
     def encoding(self, pixels: tuple[int, int], samples: int) -> int:
-        """The encoder on pictures of (height, width) pixels."""
+        """Return the memory of encoding pictures of (height, width) pixels."""
         with self.mode, LiveMemory(self.autoencoder.parameters()) as memory:
             self.autoencoder.encode(torch.zeros(samples, 3, *pixels))
         return memory.peak
 
 
 def _phases(model: ModelMixin, call: Call, config: TrainerConfig, memory: LiveMemory) -> list[int]:
-    """Run a step, and return the peaks of its forward and of its backward pass."""
+    """Run a step; return the peaks of its forward and of its backward pass, in bytes."""
     with autocast(config.precision):
         prediction = predict(model, call)
     forward, memory.peak = memory.peak, memory.now
@@ -232,7 +234,7 @@ def _phases(model: ModelMixin, call: Call, config: TrainerConfig, memory: LiveMe
 
 
 def _add_low_rank(model: nn.Module, config: LoraConfig) -> None:
-    """Give each layer the low-rank change that peft gives it, whose layers cannot be made of fake tensors."""
+    """Add to each layer the low-rank change that peft adds; peft's own layers cannot be made of fake tensors."""
     for layer in [module for module in model.modules() if isinstance(module, LAYERS)]:
         if isinstance(layer, nn.Linear):
             down: nn.Module = nn.Linear(layer.in_features, config.rank, bias=False)
@@ -257,10 +259,10 @@ def zero_call(model: ModelMixin, latent: tuple[int, int], tokens: int, samples: 
 
 
 def training_bytes(params: int, config: TrainerConfig) -> int:
-    """Bytes of the weights in training: float32 weight, gradient, AdamW's two moments, and an average where kept."""
+    """Return the bytes of trained weights in float32: weight, gradient, AdamW's two moments, and an EMA if kept."""
     return params * FLOAT32 * (4 + (config.ema is not None))
 
 
 def _held(config: TrainerConfig, model: ModelMixin) -> AbstractContextManager:
-    """Hold the denoiser as a training does; fake tensors cannot change their layout, which has no size."""
+    """Hold the denoiser as a training does, but not in channels_last: fake tensors cannot change their layout."""
     return held(config.model_copy(update={"channels_last": False}), model)

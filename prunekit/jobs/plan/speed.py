@@ -1,4 +1,4 @@
-"""How fast a device computes: as stated, or measured here."""
+"""The speed of a device in MACs per second: stated by the user, or measured on this machine."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from prunekit.core.call import predict
 from prunekit.jobs.plan.rehearsal import zero_call
 
-MOST_RUN_PARAMS = 50_000_000  # a denoiser of fewer parameters is itself timed; for a larger one a matrix product is
+MOST_RUN_PARAMS = 50_000_000  # up to this size the denoiser itself is timed; for a larger one, a matrix product
 BATCH, SIDE = 8, 1024  # samples of a timed denoiser call; rows and columns of a timed matrix product
 
 
@@ -30,9 +30,10 @@ def measure_speed(
     precision: str,
     seconds: float = 1.0,
 ) -> Speed:
-    """Time this machine for about `seconds`: the denoiser itself where it is small, else a matrix product.
+    """Measure this machine's speed for about `seconds`: time the denoiser if it is small, else a matrix product.
 
-    model: on the meta device; a small one is built with zeros for weights. macs: of one sample at `latent` (h, w).
+    model: denoiser on the meta device; a small one is built with zero weights.
+    macs: MACs of one sample at the latent size `latent` (h, w).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -54,7 +55,7 @@ def measure_speed(
 
 
 def _time(function: Callable[[], object], device: str, seconds: float) -> float:
-    """Return the median seconds of a call, over calls that fill `seconds`, the first one left out."""
+    """Call a function for `seconds` in total; return the median seconds of a call, without the first call."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < seconds:
         start = time.perf_counter()

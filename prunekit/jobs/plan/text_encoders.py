@@ -1,4 +1,4 @@
-"""The sizes of text encoders, by which their weights and multiply-adds are counted; none is built."""
+"""Sizes of text encoders, from which parameters and MACs are counted without building the models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunekit.runtime.errors import UserError
 
 
 class TextEncoderShape(Protocol):
-    """What a plan needs of a text encoder."""
+    """The counts of a text encoder that a plan needs."""
 
     @property
     def params(self) -> int:
@@ -32,7 +32,7 @@ class ClipShape:
     num_hidden_layers: int
     vocab_size: int = 49408
     max_position_embeddings: int = 77
-    projection_dim: int = 0  # of a pooled output; 0: none
+    projection_dim: int = 0  # width of the projected pooled output; 0: no projection
 
     @property
     def params(self) -> int:
@@ -54,7 +54,7 @@ class ClipShape:
 class T5Shape:
     """The sizes of a T5 encoder with gated feed-forwards.
 
-    position_tables: layers that have a table of relative positions: T5's first, all of UMT5.
+    position_tables: number of layers with a table of relative positions: 1 in T5, all in UMT5.
     """
 
     d_model: int
@@ -90,12 +90,13 @@ class T5Shape:
 class DecoderShape:
     """The sizes of a decoder-only language model with grouped queries, such as Qwen2.5-VL's and Gemma 2.
 
-    head_dim: channels of a head; 0: as many as all heads share of the hidden size.
-    has_biases: of queries, keys and values. has_head_norms: of queries and keys, head by head.
-    is_tied: no output matrix is held beside the words' embeddings.
-    has_scores: a caption's call also computes the words' scores.
-    norms: of the hidden states in a layer.
-    others: weights of parts that a text does not go through, which are held in memory all the same.
+    head_dim: channels per head; 0: the hidden size divided by the number of heads.
+    has_biases: whether queries, keys and values have biases.
+    has_head_norms: whether queries and keys are normalized per head.
+    is_tied: whether the model holds no output matrix in addition to the token embeddings.
+    has_scores: whether encoding a caption also computes token logits.
+    norms: number of norms of the hidden states per layer.
+    others: number of weights in parts that texts do not pass but that are in memory, such as a vision tower.
     """
 
     hidden_size: int
@@ -131,7 +132,7 @@ class DecoderShape:
         small = self.norms * self.hidden_size
         small += queries + 2 * keys if self.has_biases else 0
         small += 2 * queries // self.num_attention_heads if self.has_head_norms else 0
-        embeddings = (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size  # in and out
+        embeddings = (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size  # input and output matrix
         return embeddings + self.num_hidden_layers * (self._layer + small) + self.hidden_size + self.others
 
     @property
@@ -142,8 +143,8 @@ class DecoderShape:
         return self.num_hidden_layers * layer + scores
 
 
-SANA_TOKENS = 298 + 206  # a prompt's, and about those of the instruction before it: its words, signs and a start
-GLM_TOKENS = 224  # of a text of CogView4
+SANA_TOKENS = 298 + 206  # of a prompt, and about those of the instruction before it (with the start token)
+GLM_TOKENS = 224  # tokens per text in CogView4
 GEMMA_2: dict[str, Any] = {"norms": 4, "has_biases": False, "is_tied": True}
 CLIP_L = ClipShape(768, 3072, 12)
 OPEN_CLIP_H = ClipShape(1024, 4096, 23)
@@ -156,23 +157,23 @@ QWEN_3_4B = DecoderShape(
 QWEN_3_8B = replace(QWEN_3_4B, hidden_size=4096, intermediate_size=12288, is_tied=False)
 MISTRAL_SMALL_24B = DecoderShape(
     5120, 32768, 40, 32, 8, 131072, head_dim=128, has_biases=False, has_scores=True, others=438_958_080
-)  # the others are its vision tower and what joins that to the words
+)  # others: its vision tower, and the layers between the tower and the language model
 UMT5_XXL = T5Shape(4096, 10240, 24, 64, vocab_size=256384, position_tables=24)
 GEMMA_2_2B = DecoderShape(2304, 9216, 26, 8, 4, 256000, SANA_TOKENS, head_dim=256, **GEMMA_2)
-QWEN_2_5_VL_7B = DecoderShape(3584, 18944, 28, 28, 4, 152064, others=676_550_144)  # its vision tower's
+QWEN_2_5_VL_7B = DecoderShape(3584, 18944, 28, 28, 4, 152064, others=676_550_144)  # others: its vision tower
 
 
 def shape_of(config: Mapping[str, Any], tokens: int) -> TextEncoderShape:
     """Return the sizes that a text encoder's config states.
 
-    tokens: of a text of T5, whose config does not say.
+    tokens: number of tokens per text for a T5 encoder, whose config does not state it.
 
     Raises:
-        UserError: a class that is not known.
+        UserError: the config has an unknown model_type.
 
     """
     kind = config.get("model_type", "clip_text_model")
-    if kind == "mistral3":  # its vision tower is taken for the known one's
+    if kind == "mistral3":  # its vision tower is assumed to be that of the known model
         return _decoder(config["text_config"], has_scores=True, others=MISTRAL_SMALL_24B.others)
     if kind == "qwen3":
         scores = "Qwen3ForCausalLM" in (config.get("architectures") or ())
@@ -195,15 +196,15 @@ def shape_of(config: Mapping[str, Any], tokens: int) -> TextEncoderShape:
 
 
 def _decoder(config: Mapping[str, Any], **more: Any) -> DecoderShape:
-    """Return the sizes of a language model without biases, on texts of the usual length.
+    """Return the sizes of a language model without biases, for texts of the default length.
 
-    Without scores it has no output matrix.
+    more: further fields of DecoderShape. A model without has_scores holds no output matrix.
     """
     tied = bool(config.get("tie_word_embeddings")) or not more["has_scores"]
     return DecoderShape(**_sizes(DecoderShape, config), has_biases=False, is_tied=tied, **more)
 
 
 def _sizes(kind: Any, config: Mapping[str, Any], left_out: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a config states of the fields of a dataclass."""
+    """Return the values that a config states for the fields of a dataclass, except those in `left_out`."""
     names = kind.__dataclass_fields__.keys() - set(left_out)
     return {name: value for name, value in config.items() if name in names}
