@@ -1,1 +1,1 @@
-"""Reading what others' code made: the APTP authors' released checkpoints."""
+"""Importing checkpoints of other code: the APTP authors' releases."""

@@ -1,8 +1,9 @@
-"""Where a unit stands in the vectors of APTP's published implementation, and where in ours.
+"""The order of units in the vectors of APTP's published implementation, and in prunekit's.
 
-There, as here, widths come first and depths last. But within a block the published vectors have all ResBlocks and then
-all attention layers (each: heads of attn1, heads of attn2, feed-forward groups), and ours has the order of a forward
-pass. Depths stand block by block, ResBlock before attention layer. A unit stays where its value is at least 0.5.
+Both have widths first and depths last. Within a block, the published widths list all ResBlocks and then all attention
+layers (each: heads of attn1, heads of attn2, feed-forward groups); prunekit's widths follow the forward pass. The
+published depths are listed block by block, ResBlocks before attention layers. A unit is kept if its value is at least
+0.5.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def published_groups(space: UnitSpace) -> list[UnitGroup]:
         index = int(rest[0]) if kind != "mid_block" else 0
         return group.is_depth, blocks[kind], index, ".attentions." in group.path
 
-    return sorted(space.groups, key=place)  # stable: within a list of layers ours is theirs
+    return sorted(space.groups, key=place)  # a stable sort: within a list of layers both orders agree
 
 
 def published_structure(space: UnitSpace) -> tuple[list[int], int]:
@@ -35,7 +36,7 @@ def published_structure(space: UnitSpace) -> tuple[list[int], int]:
 
 
 def stated_structure(structure: dict[str, Any]) -> tuple[list[int], int]:
-    """Return the same of the `structure` in a published config; ValueError where it has another form."""
+    """Return the values of `published_structure` from a published config; UserError for a malformed `structure`."""
     try:
         widths = [int(size) for layer in structure["width"] for size in layer]
         return widths, sum(int(size) for layer in structure["depth"] for size in layer)
@@ -44,7 +45,7 @@ def stated_structure(structure: dict[str, Any]) -> tuple[list[int], int]:
 
 
 def order(space: UnitSpace) -> Tensor:
-    """Return (D,): for each of our units, its position in a published vector."""
+    """Return the position in a published vector of each unit of a space, (D,)."""
     positions, start = torch.empty(space.size, dtype=torch.long), 0
     for group in published_groups(space):
         positions[space.slice(group)] = torch.arange(start, start + group.size)

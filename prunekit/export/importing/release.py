@@ -1,11 +1,11 @@
-"""Reading a release of APTP's published implementation, file by file; nothing in it is run.
+"""Reading a release of APTP's published implementation, file by file; no code in it is run.
 
     hypernet/ quantizer/                  config.json and weights: the router, and the codes' gates (N, D)
-    quantizer_embeddings.pt               of a search's checkpoint: the same gates
-    arch0/checkpoint-30000/arch_vector.pt an expert's gates (1, D), and beside them
-    arch0/checkpoint-30000/unet/          its weights, cut and fine-tuned
+    quantizer_embeddings.pt               the same gates, in a checkpoint of a search
+    arch0/checkpoint-30000/arch_vector.pt an expert's gates (1, D)
+    arch0/checkpoint-30000/unet/          the same expert's weights, cut and fine-tuned
 
-A folder with one `arch_vector.pt` is one expert. What is missing is left out.
+A folder with an `arch_vector.pt` directly in it is one expert. Missing files are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _EXPERT = re.compile(r"arch_?(\d+)")
 
 @dataclass(frozen=True)
 class Predictor:
-    """e = W z + b, its rows in the order of the codes: weight (D, Z), bias (D,) or None; and the codes (N, D)."""
+    """The router's linear layer e = W·z + b, and the codes.
+
+    weight: W (D, Z), with rows in the order of a code's values. bias: b (D,), or None. codes: (N, D).
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -41,11 +44,11 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Release:
-    """What a release holds.
+    """The contents of a release.
 
-    vectors: (N, D) gates in [0, 1] in the published order. weights: of each expert, its weight file, where it has one.
-    predictor: None without a router. structures: `structure` of each config, by file.
-    notes: what a user should know, a line each.
+    vectors: (N, D) gates, from 0 to 1.5, in the published order. weights: each expert's weight file; None if missing.
+    predictor: the router; None if there is none. structures: `structure` of each config, by file.
+    notes: notes for the user, one line each.
     """
 
     vectors: Tensor
@@ -56,7 +59,7 @@ class Release:
 
 
 def read_release(directory: Path) -> Release:
-    """Read a release's directory; ValueError, one line, for one that holds no vectors, or a faulty file."""
+    """Read a release's directory; raise UserError if it holds no vectors, or a faulty file."""
     if not directory.is_dir():
         raise UserError(f"no directory {str(directory)!r}; give a release's, with {VECTOR}, quantizer/ or {CODEBOOK}")
     structures = {
@@ -90,7 +93,7 @@ def read_release(directory: Path) -> Release:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return a weight file's tensors; a pickle only where it holds tensors alone. ValueError, one line, otherwise."""
+    """Return a weight file's tensors; raise UserError for an unreadable file, or a pickle with more than tensors."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -121,7 +124,7 @@ def _vectors(path: Path) -> Tensor:
 
 
 def _checked(values: Tensor, path: Path) -> Tensor:
-    """Return gates (n, D) in float32; the published code may leave up to 1.5 in a group that it held open."""
+    """Return gates (n, D) in float32; allow up to 1.5, which the published code may leave in groups it held open."""
     values = values.detach().float().reshape(-1, values.shape[-1])
     if not bool(((values >= 0) & (values <= 1.5)).all()):
         raise UserError(f"{path} holds values outside 0 to 1, so they are not the gates of an architecture")
@@ -150,7 +153,7 @@ def _codebook(directory: Path, quantizer: dict[str, Tensor]) -> Tensor | None:
 
 
 def _experts(directory: Path) -> dict[int, Path]:
-    """Return the folders with a vector of each expert; of several checkpoints the one of most steps."""
+    """Return the folder with each expert's vector; of several checkpoints, the one with the most steps."""
     if (directory / VECTOR).is_file():
         return {0: directory}
     folders = {}
@@ -165,7 +168,7 @@ def _experts(directory: Path) -> dict[int, Path]:
 
 
 def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predictor | None:
-    """Return the hypernet's layers as one, and the codes; None without both, or of a single architecture."""
+    """Return the hypernet's layers as one, and the codes; None if either is missing, or for a single architecture."""
     tensors, codes = _part(folder), quantizer.get("embedding.weight")
     if not tensors or codes is None or count == 1:
         return None
@@ -182,7 +185,7 @@ def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predic
 
 
 def _normalised(tensors: dict[str, Tensor]) -> Tensor:
-    """Return the weight of a layer that was saved as length and direction (`wn_flag`)."""
+    """Return the weight of a layer that was saved with weight norm, as length and direction (`wn_flag`)."""
     direction = tensors["parametrizations.weight.original1"]
     layer = weight_norm(torch.nn.Linear(direction.shape[1], direction.shape[0], bias=False))
     layer.load_state_dict({name: value for name, value in tensors.items() if name != "bias"})
