@@ -1,4 +1,4 @@
-"""Taking a pruned denoiser elsewhere: as a stock diffusers model, with its class in a file, or as a graph."""
+"""Exporting a pruned denoiser: as a stock diffusers model, with its class in a file, or as a graph."""
 
 from prunekit.export.adapters import check_controlnet, check_t2i_adapter, copy_ip_adapter
 from prunekit.export.folding import fold_modulation, project_lora, record_modulation

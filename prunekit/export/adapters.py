@@ -1,9 +1,9 @@
-"""What stands beside a UNet and was made for the dense one: ControlNet, T2I-Adapter, IP-Adapter.
+"""Using a pruned UNet with models that were made for the dense UNet: ControlNet, T2I-Adapter, IP-Adapter.
 
-A cut never changes the width of what passes between layers. So a ControlNet's or a T2I-Adapter's residuals fit a UNet
-whose layers kept their places (tier "class") and whose stages are all there. In the stock form of a cut there are
-fewer places. Ask these functions first: diffusers stops with an error on sizes, or, where a residual is 1 x 1, spreads
-it silently.
+A cut never changes the width of the hidden states between layers. So the residuals of a ControlNet or a T2I-Adapter fit
+a UNet that keeps the positions of its layers (tier "class") and all its stages. The stock form of a cut has fewer
+positions. Call these functions first: diffusers stops with an error about sizes, or silently broadcasts a residual of
+size 1 x 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Place = tuple[int, int]  # channels, and how many times smaller than the latent
 
 
 def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) -> None:
-    """Raise ValueError, one line, if a ControlNet's residuals do not fit the UNet's skips one to one."""
+    """Raise UserError if a ControlNet's residuals do not fit the UNet's skips one to one."""
     (skips, inner), (given, last) = _skips(unet), _skips(controlnet)
     if (reason := _difference(skips, given, "skip")) is not None:
         raise UserError(f"this ControlNet does not fit: {reason}")
@@ -32,7 +32,7 @@ def check_controlnet(unet: UNet2DConditionModel, controlnet: ControlNetModel) ->
 
 
 def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
-    """Raise ValueError, one line with the reason, unless a T2I-Adapter's features fit the UNet's down blocks."""
+    """Raise UserError, with the reason, if a T2I-Adapter's features do not fit the UNet's down blocks."""
     places: list[tuple[int, int]] = []
     given: list[tuple[int, int]] = []
     scale = 1
@@ -48,9 +48,15 @@ def check_t2i_adapter(unet: UNet2DConditionModel, adapter: T2IAdapter) -> None:
 
 
 def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
-    """Give a pruned UNet the IP-Adapter that `pipeline.load_ip_adapter` put into the dense one, cut by the same heads.
+    """Copy the IP-Adapter that was loaded into the dense UNet to a pruned UNet, cut to its remaining heads.
 
-    Raises ValueError, one line: a dense UNet without an IP-Adapter, or a UNet in its stock form.
+    Args:
+        dense: dense UNet, after `pipeline.load_ip_adapter`.
+        unet: pruned UNet of tier "class".
+
+    Raises:
+        UserError: the dense UNet has no IP-Adapter, or the pruned UNet is in its stock form.
+
     """
     if getattr(dense, "encoder_hid_proj", None) is None:
         raise UserError("this UNet has no IP-Adapter; load one into the dense pipeline first, with load_ip_adapter")
@@ -65,7 +71,7 @@ def copy_ip_adapter(dense: UNet2DConditionModel, unet: UNet2DConditionModel) -> 
 
 
 def _skips(model: UNet2DConditionModel | ControlNetModel) -> tuple[list[Place], Place]:
-    """Return the places that a UNet's skips have, or a ControlNet's residuals, and that of the innermost state."""
+    """Return the places of a UNet's skips or a ControlNet's residuals, and the place of the innermost hidden state."""
     channels, scale = model.conv_in.out_channels, 1
     places = [(channels, scale)]
     for index, block in enumerate(model.down_blocks):
@@ -79,7 +85,7 @@ def _skips(model: UNet2DConditionModel | ControlNetModel) -> tuple[list[Place], 
 
 
 def _difference(places: list[Place], given: list[Place], what: str) -> str | None:
-    """Return what is wrong with residuals for places, in words; None if they fit."""
+    """Return in words how the residuals `given` differ from `places`; None if they fit. `what` names a place."""
     if len(places) != len(given):
         return (
             f"it has {len(given)} residuals, and this UNet has {len(places)} {what}s, because whole layers or "

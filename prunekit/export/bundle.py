@@ -1,7 +1,7 @@
-"""One Python file out of several modules: what a definition needs, gathered from prunekit's own sources.
+"""Bundling definitions, and everything in prunekit that they need, into one Python file.
 
-The sources are parsed, the definitions that are reached are copied in the order of their modules, and names that two
-modules share (`cut`, `group`) get their module's name in front. What is written is thus never older than the code.
+The sources are parsed, the definitions that the given ones reach are copied in the order of their modules, and names
+that two modules share (`cut`, `group`) get their module's name in front. So the file is never older than the code.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class _Module:
 def bundle(
     roots: Iterable[Key], instead: Mapping[Key, Key], title: str, last: str = "", enclosed: str | None = None
 ) -> str:
-    """Return the source of one file that defines some names and all of prunekit that they need.
+    """Return the source of one file with some definitions and everything in prunekit that they need.
 
     Args:
-        roots: what is defined, as (module, name).
-        instead: definitions that others take the place of, {(module, name): (module, name)}.
+        roots: definitions of the file, as (module, name).
+        instead: replacements of definitions, {replaced (module, name): its replacement (module, name)}.
         title: the file's docstring.
         last: a statement at the end, which may use the roots' names.
-        enclosed: the one name that the file defines; all others are a function's. diffusers runs files of the same name
-            from several folders in one module, where definitions of one would take the place of another's. A class of
-            such a file cannot be pickled.
+        enclosed: the only name that the file defines; all other definitions are local to a function. diffusers runs
+            files of the same name from several folders in one module, where one file's definitions would replace
+            another's. A class of such a file cannot be pickled. None: the file defines all names.
 
     """
     return _Bundle(instead).write(roots, title, last, enclosed)
@@ -61,9 +61,9 @@ class _Bundle:
     def __init__(self, instead: Mapping[Key, Key]):
         self.instead = instead
         self.modules: dict[str, _Module] = {}
-        self.reached: dict[Key, set[str]] = {}  # of a module as a value: the names that are asked of it
+        self.reached: dict[Key, set[str]] = {}  # of a module used as a value: the names read from it
         self.imports: set[str] = set()
-        self.order: list[str] = []  # modules, what others need first
+        self.order: list[str] = []  # modules, each after those that it imports
 
     def write(self, roots: Iterable[Key], title: str, last: str, enclosed: str | None) -> str:
         for root in roots:
@@ -97,7 +97,7 @@ class _Bundle:
         return self.modules[name]
 
     def resolve(self, key: Key) -> Key | str | None:
-        """Where a module's name is defined: a key, an import statement of another package, or None (a builtin)."""
+        """Return where a module's name is defined: a key, another package's import statement, or None (a builtin)."""
         key = self.instead.get(key, key)
         module = self.module(key[0])
         if not key[1] or key[1] in module.definitions:
@@ -116,7 +116,7 @@ class _Bundle:
         self.reached[key] = set()
         owner = self.module(module)
         for other, statement in owner.definitions.items():
-            if statement is owner.definitions[name]:  # defined by one statement
+            if statement is owner.definitions[name]:  # names that one statement defines together
                 self._reach((module, other))
         for statement in [owner.definitions[name], *owner.attached.get(name, ())]:
             for reference in _references(statement, owner):
@@ -139,7 +139,7 @@ class _Bundle:
             self.imports.add(target)
         elif target is not None and not target[1] and attribute is not None:
             self._follow_key(self.resolve((target[0], attribute)))
-        elif target is not None and not target[1]:  # the module as a value
+        elif target is not None and not target[1]:  # the module itself is used as a value
             asked = owner.attributes & set(self.module(target[0]).definitions)
             self.imports.add("from types import SimpleNamespace")
             for item in sorted(asked):
@@ -155,7 +155,7 @@ class _Bundle:
             self._reach(key)
 
     def _name(self) -> None:
-        """Give every reached definition a name of its own."""
+        """Give every reached definition a unique name."""
         taken: dict[str, list[Key]] = {}
         for key in self.reached:
             taken.setdefault(key[1], []).append(key)
@@ -189,7 +189,7 @@ class _Bundle:
 
 
 def _enter(module: _Module, statement: ast.stmt) -> None:
-    """File one statement of a module."""
+    """Enter one statement into a module's tables of definitions and imports."""
     if isinstance(statement, ast.Import):
         for alias in statement.names:
             local = alias.asname or alias.name
@@ -217,7 +217,7 @@ def _enter(module: _Module, statement: ast.stmt) -> None:
 
 
 def _function(name: str, body: list[ast.stmt], result: str) -> list[ast.stmt]:
-    """Return a function of statements that returns one of its names, and the statement that defines that name by it."""
+    """Return a function that runs statements and returns `result`, and an assignment of its value to `result`."""
     made = ast.parse(f"def {name}():\n    return {result}\n\n{result} = {name}()").body
     assert isinstance(made[0], ast.FunctionDef)
     made[0].body[:0] = body
@@ -235,14 +235,14 @@ def _is_package(name: str) -> bool:
 
 
 def _bound(node: ast.AST) -> set[str]:
-    """The names that a function binds itself: its arguments, and what it assigns."""
+    """Return the names that a function binds: its arguments, and the names that it assigns."""
     arguments = {item.arg for item in ast.walk(node) if isinstance(item, ast.arg)}
     stored = {item.id for item in ast.walk(node) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
     return arguments | stored
 
 
 class _Scoped(ast.NodeTransformer):
-    """Walks a statement and knows which names are a function's own."""
+    """A visitor of a statement that tracks which names are bound by the functions around a node."""
 
     def __init__(self) -> None:
         self.bound: set[str] = set()
@@ -275,7 +275,7 @@ class _Find(_Scoped):
 
 
 def _references(statement: ast.stmt, module: _Module) -> list[tuple[str, str | None]]:
-    """(name, attribute read from it or None) of all that a statement reads from its module."""
+    """Return (name, attribute read from it or None) for every name that a statement reads from its module."""
     finder = _Find(module)
     finder.visit(statement)
     return finder.references

@@ -1,4 +1,4 @@
-"""The model card of an export, written from what made it; and its way to the Hugging Face hub."""
+"""The model card of an export, written from the records of its run; and the upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunekit.runtime.run_directory import DENSE
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
-COLUMNS = ("macs_ratio", "params", "clip_score", "frechet", "kid", "cmmd")  # of the run's table, where it has them
+COLUMNS = ("macs_ratio", "params", "clip_score", "frechet", "kid", "cmmd")  # columns of the run's table to show
 _STOCK = """```python
 from diffusers import DiffusionPipeline
 
@@ -95,15 +95,15 @@ def model_card(
 ) -> str:
     """Return the card's text.
 
-    Names and figures may come from files that others wrote: what is not a number is shown as text, and formats nothing.
+    Names and figures may come from files that others wrote, so Markdown in anything but numbers is escaped.
 
     Args:
-        use: how it is loaded, a key of USES.
-        name: its title.
-        info: of the mixture: model, method, recipe, result; what is missing is left out.
-        rows: of each denoiser: tier, macs, params.
-        checked: what `verify` checked.
-        table: rows of the run's results, by name, of which the method's and the dense model's are shown.
+        use: how the export is loaded, a key of USES.
+        name: title of the card.
+        info: model, method, recipe and result of the mixture; missing entries are left out.
+        rows: one row per denoiser: tier, macs, params.
+        checked: records that `verify` returned.
+        table: named rows of the run's results; the rows of the method and of the dense model are shown.
         part: the name of the pipeline's denoiser: "unet" or "transformer".
         notes: paragraphs below the table of the denoisers.
 
@@ -160,7 +160,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _hub_id(model: Any) -> str | None:
-    """Return the hub id that a recipe's model means; None for a directory, a file or the embedded model."""
+    """Return the hub id of a recipe's model; None for a directory, a file or the embedded model."""
     if not isinstance(model, str):
         return None
     if model in KNOWN:
@@ -184,9 +184,11 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def push_to_hub(directory: str | Path, repository: str, private: bool = False) -> str:
-    """Upload an exported directory to a model repository, made where it is missing; return its address.
+    """Upload an exported directory to a model repository, which is created if missing; return its address.
 
-    Raises ValueError, one line, where the hub cannot be reached or refuses.
+    Raises:
+        UserError: the hub cannot be reached, or refuses the upload.
+
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

@@ -1,8 +1,9 @@
-"""Folding a transformer's modulation layers: a third of Qwen-Image, FLUX.1 and SD 3.5, which does next to no compute.
+"""Folding a transformer's modulation layers, so that they read a short code instead of a wide vector.
 
-The vectors that the layers read are recorded in calls of the model's own pipeline, whose sampler then says the
-timesteps. A table of the sampler's steps is exact where only the timestep enters. Elsewhere a few directions of the
-vectors are kept, and the error is measured on vectors that were not used.
+In Qwen-Image, FLUX.1 and SD 3.5, these layers hold a third of the parameters and do almost no compute. The vectors that
+the layers read are recorded in calls of the model's own pipeline, at the timesteps of its sampler. Where the vectors
+depend on the timestep alone, a table of the sampler's steps is exact. Elsewhere, a few directions of the vectors are
+kept, and the error is measured on held-out vectors.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from prunekit.runtime.tensors import save_tensors
 REPORT, BASIS = "folding.json", "folding.safetensors"  # beside the weights of a folded model
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PLAN = re.compile(r"(table|nearest|rank)=(\d+)(?:@(\d+)x(\d+))?")
-STEPS, HELD_OUT_STEPS = 28, 20  # of the sampler, of which a rank's vectors are recorded, and those it is measured on
-GUIDANCES, HELD_OUT_GUIDANCES = (1.0, 3.5, 7.0), (2.5, 5.0)  # of models that take the scale as an input
-SMALLEST = 1e-8  # eigenvalue that counts, of the largest
-CALLS = 4  # in which outputs are compared
+STEPS, HELD_OUT_STEPS = 28, 20  # sampler steps of the calls that a rank is computed from, and measured on
+GUIDANCES, HELD_OUT_GUIDANCES = (1.0, 3.5, 7.0), (2.5, 5.0)  # guidance scales of these calls, if guidance is an input
+SMALLEST = 1e-8  # lower bound of eigenvalues, relative to the largest
+CALLS = 4  # number of calls in which outputs are compared
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a model's modulation layers read in calls of its pipeline.
+    """The vectors that a model's modulation layers read in calls of its pipeline.
 
-    timesteps: (n,), of the noise process. inputs: (n, d) float64, the embeddings behind their SiLU.
+    timesteps: (n,) timesteps of the noise process. inputs: (n, d) float64, the embeddings after SiLU.
     """
 
     timesteps: list[float]
@@ -52,9 +53,9 @@ class Recorded:
 class Folded:
     """A folded model.
 
-    model: of the pruned form's class, whose config says how it is folded.
-    basis: (k, d) float32, the vectors that the codes are coordinates in; `project_lora` needs it.
-    report: parameters and bytes before and after, and what was measured.
+    model: model of the pruned class; the `folding` in its config says how it is folded.
+    basis: (k, d) float32, the basis of the codes' coordinates; `project_lora` needs it.
+    report: parameters and bytes before and after, and measured errors.
     """
 
     model: Any
@@ -63,7 +64,7 @@ class Folded:
 
     @property
     def summary(self) -> str:
-        """What was done and what it cost, in words."""
+        """The kind of folding, the parameters before and after, and the error of the outputs, in words."""
         report = self.report
         before, after, error = report["before"], report["after"], report["output_error"]
         how = f"{report['rank']} directions of what they read, and its mean"
@@ -88,8 +89,9 @@ class Folded:
 class FoldingPlan:
     """How an export folds modulation layers.
 
-    kind: "table", "nearest" (a table whose nearest step is taken) or "rank". size: of the table or the rank.
-    options: of the pipeline's calls: height and width in pixels, where they are stated.
+    kind: "table", "nearest" (a table that rounds other timesteps to its nearest step) or "rank".
+    size: number of steps in the table, or the rank.
+    options: arguments of the pipeline's calls: height and width in pixels, if the plan states them.
     """
 
     kind: str
@@ -98,7 +100,7 @@ class FoldingPlan:
 
     @classmethod
     def parse(cls, text: str) -> FoldingPlan:
-        """Read "table=N", "nearest=N" or "rank=R", each with "@WIDTHxHEIGHT" where it is not the pipeline's size."""
+        """Read "table=N", "nearest=N" or "rank=R", each with "@WIDTHxHEIGHT" for a size other than the pipeline's."""
         match = PLAN.fullmatch(text)
         if match is None or int(match[2]) < 1:
             raise UserError(
@@ -110,13 +112,13 @@ class FoldingPlan:
         return cls(match[1], int(match[2]), size)
 
     def fold(self, pipeline: Any, guidance: float, prompts: Sequence[str], held_out: Sequence[str]) -> Folded:
-        """Fold a pipeline's denoiser, and measure what its outputs lose.
+        """Fold a pipeline's denoiser, and measure the error of its outputs.
 
         Args:
             pipeline: a stock pipeline.
             guidance: scale of the guidance.
-            prompts: of which a rank's vectors are recorded.
-            held_out: on which its error is measured.
+            prompts: prompts whose vectors are recorded; for a table, only the first one.
+            held_out: prompts on which the error is measured.
 
         """
         model = denoiser_in(pipeline)
@@ -148,7 +150,7 @@ class _StopError(Exception):
 
 
 def modulation_of(model: Any) -> Modulation:
-    """Return where a model's modulation layers lie; UserError for one that has none to fold, or is folded already."""
+    """Return where a model's modulation layers lie; raise UserError if they cannot be folded or already are."""
     modulation = denoiser_of(model).modulation
     if modulation is None:
         raise UserError(f"a {type(model).__name__} has no modulation layers that can be folded")
@@ -202,13 +204,13 @@ def fold_modulation(
 
     Args:
         model: a dense or pruned transformer.
-        recorded: what its modulation layers read; of a table, in one run of the sampler.
-        rank: how many directions are kept; None: a table of the recorded timesteps, exact at them.
-        nearest: of a table: whether another timestep is taken for the nearest one, not refused.
-        held_out: a record of other prompts, and of a sampler of other steps, on which the rank's error is measured.
+        recorded: the vectors that its modulation layers read; for a table, in one run of the sampler.
+        rank: number of directions to keep; None: a table of the recorded timesteps, exact at them.
+        nearest: for a table: whether another timestep is rounded to the nearest one, instead of refused.
+        held_out: a record with other prompts and another number of sampler steps, to measure a rank's error.
 
     Raises:
-        UserError: a model without such layers, or a table where more than the timestep enters.
+        UserError: a model without such layers, or a table for layers that do not depend on the timestep alone.
 
     """
     modulation = modulation_of(model)
@@ -259,7 +261,7 @@ def fold_modulation(
 
 @dataclass(frozen=True)
 class Directions:
-    """A code of vectors u, c = code·(u - mean), and what it means: u is about basisᵀ·c + mean.
+    """A linear code of vectors u: c = code·(u - mean), which is decoded as u ≈ basisᵀ·c + mean.
 
     code, basis: (r, d). mean: (d,). The first r' rows are the best code of length r'.
     """
@@ -270,18 +272,18 @@ class Directions:
 
     @classmethod
     def of(cls, linears: Iterable[nn.Linear], inputs: Tensor, rank: int) -> Directions:
-        """Return the directions by which layers' outputs are kept best, in squares over all layers and vectors.
+        """Return the directions with the smallest squared error of the layers' outputs, over all layers and vectors.
 
-        Of all linear codes of length `rank` of the centered vectors, this one has the least error (Eckart and Young,
-        1936): the directions are the principal ones of G^½·(u - mean), where G sums WᵀW over the layers.
+        No other linear code of the centered vectors with length `rank` has a smaller error (Eckart and Young, 1936).
+        The directions are the principal ones of G^½·(u - mean), where G is the sum of WᵀW over the layers.
 
         Args:
             linears: the layers.
-            inputs: (n, d), the vectors that they read.
-            rank: r.
+            inputs: (n, d), the vectors that the layers read.
+            rank: number of directions r.
 
         Raises:
-            UserError: a rank that so many vectors do not determine.
+            UserError: a rank below 1, or above n - 1 or d.
 
         """
         most = min(len(inputs) - 1, inputs.shape[1])
@@ -307,12 +309,12 @@ def errors_by_rank(
     ranks: Sequence[int],
     kept_for: Sequence[nn.Linear] | None = None,
 ) -> list[dict[str, float | int]]:
-    """Return, for each rank, the relative L2 error of the modulation layers' outputs on vectors that were not used.
+    """Return, for each rank, the relative L2 error of the modulation layers' outputs on held-out vectors.
 
-    One row a rank: `error` of all layers together, `worst_layer` of the layer with the largest, `parameters` of the
-    folded layers and the code.
+    Each rank has one row: `error` over all layers together, `worst_layer` with the largest error of one layer, and
+    `parameters` of the folded layers and the code.
 
-    kept_for: the layers whose outputs the directions keep; by default the model's.
+    kept_for: layers whose output error the directions minimize; by default, the model's modulation layers.
     """
     linears = modulation_of(model).linears(model).values()
     directions = Directions.of(kept_for or linears, recorded.inputs, max(ranks))
@@ -346,10 +348,11 @@ def output_errors(
     calls: int | None = None,
     **options: Any,
 ) -> dict[str, dict[str, float]]:
-    """Return by how much folded models' outputs differ from a pipeline's own, in the calls of its sampler.
+    """Return the errors of folded models' outputs, relative to the pipeline's denoiser, in its sampler's calls.
 
-    All are called with what the pipeline's denoiser is called with. By name: the mean and the largest relative L2 error
-    of the calls, and how many there are, at most `calls`. Other arguments as `record_modulation` has them.
+    Every folded model gets the arguments of the denoiser's calls. The result has for each model, by name, the mean and
+    the largest relative L2 error of the calls, and the number of calls, at most `calls`. The other arguments are those
+    of `record_modulation`.
     """
     errors: dict[str, list[float]] = {name: [] for name in folded}
 
@@ -371,18 +374,19 @@ def output_errors(
 def project_lora(
     state: Mapping[str, Tensor], model: Any, basis: Tensor | str | Path, prefix: str = "transformer."
 ) -> dict[str, Tensor]:
-    """Return LoRA weights of a model for its folded form: on folded layers A (r, d) becomes A·Eᵀ (r, k).
+    """Return a model's LoRA weights for its folded form: on folded layers, A (r, d) becomes A·Eᵀ (r, k).
 
-    (W + B·A)·Eᵀ·c is what the folded layer then computes, so the LoRA is as exact as the folding.
+    The folded layer then computes (W + B·A)·Eᵀ·c, so the LoRA is as exact as the folding.
 
     Args:
-        state: by name, as the pipeline's `lora_state_dict` gives it.
+        state: LoRA weights by name, as the pipeline's `lora_state_dict` returns them.
         model: the folded model.
         basis: E (k, d), or the folder that a folded model was exported to.
-        prefix: of the names.
+        prefix: prefix of the weights' names.
 
     Raises:
-        UserError: a LoRA on the embedding, by which the basis would change; one that does not fit.
+        UserError: the model is not folded; the LoRA changes the embedding, so the basis would be wrong; or a weight
+            does not fit.
 
     """
     modulation, folding = denoiser_of(model).modulation, model.config.get("folding")
@@ -408,7 +412,7 @@ def project_lora(
 
 
 def read_basis(folder: str | Path) -> Tensor:
-    """Return the basis (k, d) in the folder of a folded model; UserError where there is none."""
+    """Return the basis (k, d) in the folder of a folded model; raise UserError if there is none."""
     from safetensors.torch import load_file
 
     path = Path(folder) / BASIS
@@ -423,7 +427,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def _run(pipeline: Any, prompts: Sequence[str] | None, guidance: float, batch: int, options: dict[str, Any]) -> None:
-    """Draw latents of all prompts."""
+    """Run the pipeline on all prompts, up to the final latents."""
     pipeline.set_progress_bar_config(disable=True)
     given = {**call_options(pipeline, guidance), "output_type": "latent", **options}
     batches = [None] if prompts is None else [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
@@ -452,7 +456,7 @@ def _numel(tensor: Tensor) -> int:
 
 
 def _sizes(model: Any) -> dict[str, int]:
-    """Return a model's parameters and their bytes."""
+    """Return the number of a model's parameters and of their bytes."""
     return {
         "parameters": sum(map(_numel, model.parameters())),
         "bytes": sum(parameter.nbytes for parameter in model.parameters()),

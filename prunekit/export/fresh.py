@@ -1,8 +1,8 @@
-"""The program of the fresh process that opens an export: a script of its own, which imports nothing of prunekit.
+"""The script that opens exports in a fresh process; it imports prunekit only for jobs that allow it.
 
-It is started as `python fresh.py JOBS`, where the JSON file JOBS lists what to open: the form, the folder, what it is
-called with (files with tensors in and out, arguments that hold tensors, plain ones), and whether prunekit may be
-imported. Until all that must open without it is done, it cannot be.
+Start it as `python fresh.py JOBS`. The JSON file JOBS lists the exports to open. A job gives the form, the folder, the
+calls (files of input and output tensors, arguments that hold tensors, plain arguments), and whether prunekit may be
+imported. Jobs without prunekit run first; until they are done, importing prunekit raises an error.
 """
 
 import importlib.abc
@@ -14,18 +14,18 @@ GRAPHS = ("onnx", "torch")
 
 
 class Forbidden(importlib.abc.MetaPathFinder):
-    """Makes an installed prunekit look as if it were not there."""
+    """An import finder that makes an installed prunekit look as if it were not installed."""
 
     def find_spec(self, name, path=None, target=None):
-        """Refuse prunekit, leave everything else to others."""
+        """Raise ModuleNotFoundError for prunekit; leave all other modules to other finders."""
         if name.partition(".")[0] == "prunekit":
             raise ModuleNotFoundError(f"No module named {name!r} (it is kept out here)", name=name)
 
 
 def open_model(form: str, folder: str):
-    """Return a function from named arguments to the denoiser's output, opened as a user of that form would.
+    """Open an export as a user of its form would; return a function from named arguments to the denoiser's output.
 
-    Of a prompt-routed pipeline: from prompts, as bytes, to one more than their experts.
+    For a prompt-routed pipeline, the function is the one that `routes` returns.
     """
     import torch
 
@@ -72,12 +72,12 @@ def open_model(form: str, folder: str):
 
 
 def routes(pipeline):
-    """Return a function from prompts, as bytes, to one more than their experts."""
+    """Return a function from prompts, as bytes, to the number of each prompt's expert, counted from 1."""
     return lambda inputs: pipeline.route(bytes(inputs["prompts"].tolist()).decode().split("\n")).double() + 1
 
 
 def first_output(model, arguments):
-    """Return what a denoiser predicts, before anything is done with it; one tensor, also of those that give a list."""
+    """Return a denoiser's raw output as one tensor; a list of tensors is stacked."""
     output = model(**arguments, return_dict=False)[0]
     if isinstance(output, list):
         import torch
@@ -87,7 +87,7 @@ def first_output(model, arguments):
 
 
 def gathered(tensors, nested, plain):
-    """Return the arguments of a call: tensors, those of a nested argument together, and plain values."""
+    """Return the arguments of a call from tensors and plain values; `nested` names the argument that holds a tensor."""
     arguments = dict(plain)
     for name, value in tensors.items():
         if name in nested:
@@ -98,7 +98,7 @@ def gathered(tensors, nested, plain):
 
 
 def main(path: str) -> None:
-    """Open everything that the jobs name, first what must open without prunekit, and write each output."""
+    """Run all jobs, those without prunekit first, and write the output of each call."""
     jobs = json.loads(Path(path).read_text(encoding="utf-8"))
     forbidden = Forbidden()
     sys.meta_path.insert(0, forbidden)
@@ -118,7 +118,7 @@ def main(path: str) -> None:
                 call = open_model(job["form"], job["folder"])
                 for file in job["files"]:
                     inputs = load_file(file["in"])
-                    if job["form"] not in GRAPHS:  # those take the tensors as they are
+                    if job["form"] not in GRAPHS:  # graphs take the tensors by their own names
                         inputs = gathered(inputs, file["nested"], file["plain"])
                     save_file({"out": call(inputs).contiguous()}, file["out"])
 

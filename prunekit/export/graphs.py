@@ -1,4 +1,4 @@
-"""A denoiser as a graph: ONNX and torch.export, for a fixed batch or any."""
+"""Exporting a denoiser as a graph, by ONNX or torch.export, for a fixed batch size or for any."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from prunekit.runtime.files import write_json
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 SPECIFICATION = "specification.json"
 OPSET = 18
-MOST_SAMPLES = 63  # of a graph for any batch: from 64 on diffusers' upsampler takes another way
+MOST_SAMPLES = 63  # largest batch of a graph for any batch: from 64 on, diffusers' upsampler takes another branch
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
 def check_onnx() -> None:
-    """ImportError that names the extra where a package that ONNX needs is missing."""
+    """Raise MissingPackageError, with the extra to install, if a package that ONNX needs is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise MissingPackageError(f"exporting to ONNX needs {', '.join(missing)}; pip install 'prunekit[onnx]'")
 
@@ -38,9 +38,11 @@ def check_onnx() -> None:
 def save_graph(model: ModelMixin, folder: Path, tier: str, batch: int | None, text_length: int) -> dict[str, Any]:
     """Write a denoiser as `model.onnx` or `model.pt2` with `specification.json`; return the specification.
 
-    tier: "onnx" or "torch". batch: samples of a call; None: any number up to 63. The latent's size is the model's own.
-    Inputs are the tensors of the model's forward pass by name, those of nested arguments by their own, such as XL's
-    text_embeds and time_ids; the output is `out_sample`.
+    tier: "onnx" or "torch". batch: samples per call; None: any number up to 63. text_length: tokens of a text.
+
+    The latent's size is the model's own. The graph's inputs are the tensors of the model's forward pass, by name. A
+    tensor in a nested argument has its own name, such as XL's text_embeds and time_ids. ONNX names the output
+    `out_sample`.
     """
     if tier == "onnx":
         check_onnx()
@@ -99,9 +101,9 @@ def save_graph(model: ModelMixin, folder: Path, tier: str, batch: int | None, te
 
 
 class _Patient(io.FileIO):
-    """A new file for torch, which ends the process where a write fails: the first error is kept, and raised by `check`.
+    """A new file that keeps the first error of a write and raises it in `check`: torch would end the process at once.
 
-    What follows the error is not written.
+    Data after the error is not written.
     """
 
     error: OSError | None = None

@@ -1,4 +1,4 @@
-"""What a denoiser is called with where it is compared with its export: random, and the same in every process."""
+"""Inputs for comparing a denoiser with its export: random, and the same in every process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ MOST_TOKENS = 77
 
 @dataclass(frozen=True)
 class Inputs:
-    """A call, taken apart: what a graph, or another process, can be given.
+    """A call, split into parts that can be passed to a graph or to another process.
 
-    tensors: by name; those of a nested argument by their own names. nested: the argument that each of these lies in.
-    plain: arguments without tensors, as JSON has them. shared: names of tensors that have no row for each sample.
+    tensors: tensors by name; a tensor inside a nested argument has its own name.
+    nested: name of the nested argument that holds a tensor, by the tensor's name.
+    plain: arguments without tensors, as JSON values. shared: names of tensors that have no row for each sample.
     """
 
     tensors: dict[str, Tensor]
@@ -34,7 +35,7 @@ class Inputs:
 
     @classmethod
     def of(cls, call: Call) -> Inputs:
-        """Take a call apart."""
+        """Split a call into its parts."""
         tensors: dict[str, Tensor] = {}
         nested: dict[str, str] = {}
         plain: dict[str, Any] = {}
@@ -50,9 +51,9 @@ class Inputs:
 
 
 class Called(nn.Module):
-    """A denoiser with named tensors in and one tensor out, for graphs.
+    """A denoiser that takes named tensors and returns one tensor, for graphs.
 
-    inputs: an example of a call, which names the tensors and says where they go.
+    inputs: an example call, which names the tensors and the nested arguments that hold them.
     """
 
     def __init__(self, model: ModelMixin, inputs: Inputs):
@@ -63,7 +64,7 @@ class Called(nn.Module):
         def forward(**tensors: Tensor) -> Tensor:
             return self._called(tensors)
 
-        vars(forward)["__signature__"] = Signature(named)  # a graph's inputs are named by it
+        vars(forward)["__signature__"] = Signature(named)  # the names of a graph's inputs come from the signature
         self.forward = forward
 
     def _called(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -71,8 +72,8 @@ class Called(nn.Module):
 
 
 def example_inputs(model: ModelMixin, batch: int, size: tuple[int, int], text_length: int, seed: int = 0) -> Inputs:
-    """Return the inputs of an example call on the model's device and in its type; size is the latent's (h, w)."""
-    known = (model.config.get("folding") or {}).get("timesteps")  # of a table, which knows no others
+    """Return the inputs of an example call on the model's device and in its dtype; size is the latent's (h, w)."""
+    known = (model.config.get("folding") or {}).get("timesteps")  # a table of modulations has no other timesteps
     timesteps = known or range(501, 131, -37)
     steps = torch.tensor([timesteps[(index * len(timesteps) // 10) % len(timesteps)] for index in range(batch)])
     draw = normal(generator(seed, "export"))

@@ -1,4 +1,4 @@
-"""A LoRA of the dense UNet for a pruned one: its matrices lose the rows and columns that the UNet's layers lost."""
+"""Slicing a LoRA of the dense UNet for a pruned UNet: it loses the rows and columns that the layers lost."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def slice_lora(
     unet: PrunedUNet2DConditionModel,
     alphas: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """Return LoRA weights of the dense UNet as those of a pruned one, for `pipeline.load_lora_weights`.
+    """Return the LoRA weights of the dense UNet cut for a pruned UNet, for `pipeline.load_lora_weights`.
 
-    W + B·A on the dense UNet, then cut, is what the pruned UNet has with the sliced A and B. Layers that are gone lose
-    their LoRA; text encoders keep theirs.
+    The pruned UNet with the sliced A and B equals the dense UNet with W + B·A, cut afterwards. Removed layers lose
+    their LoRA weights; text encoders keep theirs.
 
     Args:
-        state: by name, the first that `StableDiffusionPipeline.lora_state_dict(FILE)` gives, for a file of any program.
-        unet: pruned, of tier "class".
-        alphas: the second that it gives; a layer's scale alpha/rank goes into its B, so the result needs no alphas.
+        state: LoRA weights by name, the first result of `StableDiffusionPipeline.lora_state_dict(FILE)`. FILE may come
+            from any program.
+        unet: pruned UNet of tier "class".
+        alphas: alphas by name, the second result of `lora_state_dict`. A layer's scale alpha/rank is multiplied into
+            its B, so the result needs no alphas.
 
     Raises:
-        ValueError: one line: a UNet in its stock form, whose layers are renumbered; a name that is not a LoRA's; a
-            matrix
-            that does not belong to the dense UNet's layer.
+        UserError: the UNet is in its stock form, whose layers are renumbered; a name is not a LoRA's; or a matrix does
+            not belong to the dense UNet's layer.
 
     """
     if not isinstance(unet, PrunedUNet2DConditionModel):
@@ -88,7 +89,7 @@ def slice_lora(
 
 
 def layer_of(name: str) -> str:
-    """Return the path of the layer that a LoRA weight, or an alpha without its ending, is of."""
+    """Return the path of a LoRA weight's layer; `name` is the weight's, or an alpha's without its ending."""
     match = LAYER.fullmatch(name)
     path = (match["path"] if match else name).replace(".processor.", ".")
     return f"{path}.0" if path.endswith(".to_out") else path
@@ -97,7 +98,7 @@ def layer_of(name: str) -> str:
 def _channels(
     unet: PrunedUNet2DConditionModel,
 ) -> tuple[dict[str, tuple[int, int]], dict[str, list[int]], dict[str, list[int]], set[str]]:
-    """Return the dense UNet's layers as (in the axes of a weight) out and in channels, those kept, and what is gone."""
+    """Return by layer (out, in) channels of the dense UNet, kept out channels, kept in channels; and removed paths."""
     dense = blank_copy(unet)
     shapes = {
         name.removesuffix(".weight"): (p.shape[0], p.shape[1]) for name, p in dense.named_parameters() if p.dim() > 1

@@ -1,4 +1,4 @@
-"""Reading a denoiser's folder, checked before a weight is used: every fault is a ValueError of one line."""
+"""Loading a denoiser from a folder that is checked before a weight is used; every fault raises UserError."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def load_denoiser(
 
     Args:
         folder: folder that prunekit or diffusers saved.
-        dtype: dtype of the weights; by default that of the files.
+        dtype: dtype of the weights; by default, the dtype in the files.
         device: device of the weights.
         verify: also hash the weights, which reads them a second time.
 
     Raises:
-        ValueError: one line: no config or weights, pickled weights, a truncated file, a changed config or one of a
-            newer format, weights of another model or architecture.
+        UserError: the folder has no config or no weights, pickled weights, a truncated file, a changed config or one
+            of a newer format, or weights of another model or architecture.
 
     """
     folder = Path(folder)
@@ -81,7 +81,7 @@ def load_denoiser(
 
 
 def num_weights(folder: str | Path) -> int:
-    """Return how many weights `load_denoiser` would load from a folder, by the headers of its files and its config."""
+    """Return the number of weights that `load_denoiser` would load, from the folder's file headers and config."""
     folder = Path(folder)
     if (bins := read_bins(folder)) is not None:
         return sum(num_weights(slice_folder(folder, index)) for index in range(len(bins)))
@@ -104,7 +104,7 @@ def _check_specification(folder: Path, config: Mapping[str, Any], specification:
 
 
 def check_shapes(folder: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError that names the first difference between a model's tensors and the files'."""
+    """Raise UserError, with the first difference, if the files' tensors do not match the model's."""
     expected = {name: tuple(value.shape) for name, value in state_in_files(model).items()}
     faults = [f"they lack {name}" for name in expected if name not in shapes]
     faults += [f"they have {name}, which the model does not have" for name in shapes if name not in expected]

@@ -1,8 +1,8 @@
-"""A model as a single file with the names and layout in which models of its class were published.
+"""Saving a model as a single file, with the names and layout in which models of its class were published.
 
-diffusers reads such files (`from_single_file`), by a converter for each class. Here the way back is found by running
-that converter on tensors of the original names whose rows are numbered: where a row arrives is where it comes from.
-So what is written is what diffusers reads, row for row, or nothing is written.
+diffusers reads such files (`from_single_file`) with a converter for each class. To invert the conversion, this module
+runs the converter on tensors with the original names and numbered rows, and looks up where each row arrives. So the
+written file is what diffusers reads, row for row; otherwise nothing is written.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def save_single_file(model: ModelMixin, folder: Path) -> dict[str, Any]:
     """Save a model's weights in the original layout, and its config beside them; return the specification.
 
     Args:
-        model: stock or pruned.
-        folder: gets `config.json`, which diffusers' reader asks for, and `model.safetensors`.
+        model: stock or pruned model.
+        folder: folder for `config.json`, which diffusers' reader needs, and `model.safetensors`.
 
     Raises:
-        UserError: a cut that no stock config expresses, or a class of which diffusers reads no such file.
+        UserError: a cut that no stock config expresses, or a class that diffusers cannot read from a single file.
 
     """
     stock: Any = denoiser_of(model).stock(model)
@@ -55,10 +55,10 @@ def save_single_file(model: ModelMixin, folder: Path) -> dict[str, Any]:
 
 
 def original_layout(model: ModelMixin) -> dict[str, Tensor]:
-    """Return a stock model's weights under the original names, as the original code holds them; a copy.
+    """Return a copy of a stock model's weights, with the names and the layout of the original code.
 
     Raises:
-        UserError: a class of which diffusers reads no single file, or a model that its reader does not give back.
+        UserError: a class that diffusers cannot read from a single file, or a model that its reader changes.
 
     """
     kind, state = type(model).__name__, model.state_dict()
@@ -90,8 +90,8 @@ def original_layout(model: ModelMixin) -> dict[str, Tensor]:
 
 
 def _original(key: str, originals: Mapping[str, str]) -> str:
-    """Return the original name of the tensor that holds the rows of a tensor."""
-    index = re.search(r"(?<=\.)\d+(?=\.)", key)  # of the block
+    """Return the name in `originals` of the tensor that holds the rows of the tensor `key`."""
+    index = re.search(r"(?<=\.)\d+(?=\.)", key)  # index of the block
     template = key if index is None else f"{key[: index.start()]}*{key[index.end() :]}"
     for whole in (key, template):
         for ending in ("", *ENDINGS):
@@ -101,7 +101,7 @@ def _original(key: str, originals: Mapping[str, str]) -> str:
 
 
 def _converted(kind: str, marks: Mapping[str, Tensor], model: ModelMixin) -> dict[str, Tensor]:
-    """Return what diffusers' converter makes of tensors under the original names."""
+    """Return the result of diffusers' converter for tensors with the original names."""
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
     try:
         return convert(checkpoint=dict(marks), config=dict(model.config))

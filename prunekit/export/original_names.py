@@ -1,8 +1,9 @@
-"""What diffusers' transformers call their layers, and what the files call them in which the models were published.
+"""The names of layers in diffusers' transformers, and in the files in which the models were published.
 
-By class: the original name of a layer, and the diffusers names of the layers whose rows it holds, in order. `*` stands
-for the index of a block; an ending `.weight` or `.bias` goes along. Names that are not listed are the same in both.
-Sources: the converters of `diffusers.loaders.single_file_utils`, which `original_layout` runs to check every name.
+A table for each class maps the original name of a layer to the diffusers names of the layers whose rows it holds, in
+order. `*` stands for the index of a block. An ending `.weight` or `.bias` is kept. Names that are not listed are the
+same in both. Sources: the converters of `diffusers.loaders.single_file_utils`; `original_layout` runs them to check
+every name.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ Layers = Mapping[str, str | tuple[str, ...]]
 
 
 def _block(original: str, diffusers: str, names: Layers) -> dict[str, tuple[str, ...]]:
-    """Put the names of blocks before those of their layers."""
+    """Return names of layers with the names of their blocks in front, in the original code and in diffusers."""
     tuples = {name: (others,) if isinstance(others, str) else others for name, others in names.items()}
     return {f"{original}.*.{name}": tuple(f"{diffusers}.*.{other}" for other in tuples[name]) for name in names}
 
 
 def _embedders(first: str, second: str, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Name both layers of embedders."""
+    """Return the names of both layers of embedders; `first` and `second` are the layers' original names."""
     layers = ((first, "linear_1"), (second, "linear_2"))
     return {f"{name}.{part}": (f"{other}.{layer}",) for name, other in names.items() for part, layer in layers}
 

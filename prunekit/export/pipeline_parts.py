@@ -1,4 +1,4 @@
-"""A pipeline without its denoiser: what all experts share, and what they are put back into."""
+"""A pipeline without its denoiser: the parts that all experts share, and pipelines made of them and a denoiser."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ class Parts:
 
     @classmethod
     def load(cls, directory: Path, dtype: torch.dtype = torch.float32, kind: str | None = None) -> Parts:
-        """Load all but the denoiser of a pipeline's directory, in evaluation mode; UserError where it fails.
+        """Load a pipeline's parts from its directory, without the denoiser, in evaluation mode; UserError if it fails.
 
-        kind: the name of the pipeline's class; by default the one that its `model_index.json` has.
+        kind: name of the pipeline's class; by default, the class in its `model_index.json`.
         """
         quiet_libraries()
         return cls.of(freeze(load_directory(directory, directory, dtype, with_denoiser=False, kind=kind)))
 
     def pipeline(self, model: ModelMixin | None, **replaced: Any) -> DiffusionPipeline:
-        """Return a stock pipeline around a denoiser, whose other parts are these, or `replaced` by name."""
+        """Return a stock pipeline with a denoiser and these parts; `replaced` gives replacements of parts, by name."""
         return self.kind(**{**self.components, self.denoiser: model, **replaced}, **self.settings)
 
     def save(self, directory: Path) -> None:
-        """Save all parts, and a `model_index.json` that names no denoiser yet; paths of this machine are left out."""
+        """Save all parts, and a `model_index.json` without the denoiser; delete local paths from the configs."""
         self.pipeline(None).save_pretrained(directory, safe_serialization=True)
         for path in directory.glob("*/*config.json"):
             config = read_json(path)
@@ -79,8 +79,11 @@ def load_pipeline_directory(
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline with a stock or pruned denoiser from a directory, without running code from there.
 
-    verify: also hash the denoiser's weights. Raises ValueError, one line, as `load_denoiser` and for other parts'
-    faults.
+    verify: also hash the denoiser's weights.
+
+    Raises:
+        UserError: the directory is not a pipeline, or a part of it is faulty; see `load_denoiser`.
+
     """
     directory = Path(directory)
     if not (directory / INDEX).is_file():

@@ -1,7 +1,7 @@
-"""Cutting single layers with torch alone: what `units.cutting` does, for the class file, which knows no torch-pruning.
+"""Cutting single layers with torch alone, in place of `core.cutting` in the class file, which lacks torch-pruning.
 
-Both give the same layers (a test holds them against each other). The class file cuts before it reads its weights, so
-that only shapes and attributes count there.
+Both modules give the same layers (a test compares them). The class file cuts before it loads the weights, so only
+shapes and attributes matter there.
 """
 
 from __future__ import annotations

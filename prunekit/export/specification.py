@@ -1,6 +1,6 @@
-"""What an export says about itself: in the header of its safetensors files, its architecture and hashes.
+"""The specification of an export, in the header of its safetensors files: its architecture and hashes.
 
-The header travels with the weights, so that a config that was changed, or weights of another cut, are noticed.
+The header stays with the weights, so that a changed config, or weights of another cut, are detected.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.tensors import save_tensors
 
 FORMAT = 1
-KEY = "prunekit"  # of the header's entry
+KEY = "prunekit"  # key of the specification in the header
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 CONFIG = "config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_FREE = ("auto_map",)  # config entries that say how a model is loaded, not what it is
+_FREE = ("auto_map",)  # not hashed: config entries about how a model is loaded
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return the hash of a UNet's config, as its file holds it, without private entries."""
+    """Return the hash of a config, as in its file, without private entries and `auto_map`."""
     entries = {key: value for key, value in config.items() if not key.startswith("_") and key not in _FREE}
     return Fingerprint(json.dumps(entries, sort_keys=True)).key()
 
@@ -46,10 +46,10 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stamp(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Write the specification into the header of every weight file of a UNet's folder; return it, hashes by file.
+    """Write the specification into the header of every weight file of a folder; return it with the hashes by file.
 
-    architecture: what the dense UNet keeps, {kept, removed}, as in a pruned UNet's config; None for a dense UNet.
-    The config loses the path that it was loaded from.
+    architecture: kept units and removed layers, as `pruning` in a pruned model's config; None for a dense model.
+    The path that the model was loaded from is deleted from the config.
     """
     common = common_specification(folder, tier, architecture)
     hashes = {}
@@ -62,7 +62,7 @@ def stamp(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> di
 
 
 def common_specification(folder: Path, tier: str, architecture: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a specification without the weights' hash; the config loses the path that it was loaded from."""
+    """Return a specification without the weights' hash; delete the path of the loaded model from the config."""
     config = read_json(folder / CONFIG)
     config.pop("_name_or_path", None)
     write_json(folder / CONFIG, config)
@@ -71,7 +71,7 @@ def common_specification(folder: Path, tier: str, architecture: Mapping[str, Any
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a UNet's folder; ValueError, one line, where there is none."""
+    """Return the safetensors files of a model's folder; raise UserError if one is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -88,9 +88,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_outline(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]]]:
-    """Return a weight file's specification, None where it has none, and its tensors' shapes; no weights are read.
+    """Return a weight file's specification, or None if it has none, and its tensors' shapes; read no weights.
 
-    Raises ValueError, one line, for a file that is truncated or no safetensors file, and for a newer specification.
+    Raises:
+        UserError: the file is truncated or not a safetensors file, or its specification has another format.
+
     """
     try:
         with safe_open(path, "pt") as file:
@@ -118,7 +120,7 @@ def _parsed(header: str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return a weight file's tensors in memory of their own, so that a result does not depend on the file's layout."""
+    """Return copies of a weight file's tensors, so that a result does not depend on the file's memory layout."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return {name: _copy(value, dtype) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Before an export is reported: open it in a fresh process, and hold its output against the model in memory."""
+"""Verifying an export: open it in a fresh process and compare its output with the model's in memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from prunekit.export.inputs import Called, Inputs, example_inputs, relative_erro
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import full_disk_named
 
-TOLERANCE = {"onnx": 1e-3}  # relative L2 error; of all other forms:
+TOLERANCE = {"onnx": 1e-3}  # allowed relative L2 error, by form; of all other forms:
 DEFAULT_TOLERANCE = 1e-5
-FORMS = {  # by tier: how a user opens it, and whether prunekit is there
+FORMS = {  # by tier: each form in which a user opens it, and whether prunekit may be imported
     "stock": (("stock", False), ("prunekit", True)),
     "class": (("class", False), ("prunekit", True)),
     "single-file": (("single-file", False),),
@@ -48,13 +48,13 @@ SECONDS = 1800
 
 @dataclass(frozen=True)
 class Expected:
-    """What a denoiser gives on random inputs, in memory: (inputs, output) of each batch."""
+    """The outputs that an export must return, computed in memory: (inputs, output) for each batch."""
 
     pairs: list[tuple[Inputs, Tensor]]
 
     @classmethod
     def of(cls, model: ModelMixin, text_length: int, batches: Sequence[int] = (2,)) -> Expected:
-        """Run a denoiser in float32 on the CPU, at its own size."""
+        """Run a denoiser in float32 on the CPU, at its own latent size, once for each of the batch sizes `batches`."""
         if (model.device.type, model.dtype) != ("cpu", torch.float32):
             model = model.to("cpu", torch.float32)
         pairs = []
@@ -67,9 +67,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Claim:
-    """An export that must give what is expected: the form in which it is opened, its folder, with prunekit or not.
+    """An export, opened in one form, that must return the expected outputs.
 
-    what: what it is called in reports.
+    form: form in which the export is opened. what: name of the export in reports. folder: folder of the export.
+    with_prunekit: whether prunekit may be imported.
     """
 
     form: str
@@ -80,15 +81,18 @@ class Claim:
 
 
 def claims_of(tier: str, folder: Path, what: str, expected: Expected) -> list[Claim]:
-    """Return what a denoiser's folder of a tier claims: each way to open it."""
+    """Return the claims of a denoiser's folder of a tier: one for each way to open it."""
     return [Claim(form, what, folder, expected, with_prunekit) for form, with_prunekit in FORMS[tier]]
 
 
 def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Open each export in a fresh process, first all that need no prunekit, while it cannot be imported.
+    """Open each export in a fresh process, and compare its outputs with the expected ones.
 
-    Returns what was checked. Raises ValueError, one line, for an export that does not open, or whose output differs by
-    more than 1e-5 (ONNX: 1e-3), relative, in L2.
+    Claims without prunekit are checked first, while prunekit cannot be imported. Returns a record of each check.
+
+    Raises:
+        UserError: an export does not open, or its output has a relative L2 error above 1e-5 (ONNX: 1e-3).
+
     """
     with tempfile.TemporaryDirectory(prefix="prunekit-") as name, full_disk_named(Path(name)):
         scratch = Path(name)
@@ -110,7 +114,7 @@ def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
 
 
 def _checked(claim: Claim, outputs: Sequence[str]) -> dict[str, Any]:
-    """Compare a claim's outputs with what is expected."""
+    """Return the record of a check; raise UserError if the outputs differ too much from the expected ones."""
     pairs = zip(outputs, claim.expected.pairs, strict=True)
     error = max(relative_error(load_file(output)["out"], expected) for output, (_, expected) in pairs)
     tolerance = TOLERANCE.get(claim.form, DEFAULT_TOLERANCE)
@@ -124,7 +128,7 @@ def _checked(claim: Claim, outputs: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(jobs: Path, scratch: Path) -> None:
-    """Run the fresh process: isolated from this one's paths, offline, with a module cache of its own."""
+    """Run the fresh process, isolated from this process's paths, offline, with a separate module cache."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     environment |= {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
     command = [sys.executable, "-I", str(Path(fresh.__file__)), str(jobs)]
