@@ -106,7 +106,7 @@ class TransformerFamily(Guided):
 
 
 class AsAsked(Guided):
-    """The part of a `Family` whose pipelines round a requested size to a standard one unless told not to."""
+    """The part of a `Family` whose pipelines by default round a requested size to a standard one."""
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
         """Return the guidance scale, and the option that keeps the requested size."""

@@ -40,7 +40,7 @@ class NoChannels(nn.Module):
 class Flux(PackedCalls, TransformerDescription):
     """FLUX.1: blocks of two streams, then blocks of one stream with attention and feed-forward side by side.
 
-    A block of one stream holds two unit groups; its output layer reads the channels of one after those of the other.
+    A block of one stream holds two unit groups; its output layer reads the attention's channels, then the feed-forward's.
     """
 
     dense = FluxTransformer2DModel
