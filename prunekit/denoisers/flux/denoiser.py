@@ -40,7 +40,8 @@ class NoChannels(nn.Module):
 class Flux(PackedCalls, TransformerDescription):
     """FLUX.1: blocks of two streams, then blocks of one stream with attention and feed-forward side by side.
 
-    A block of one stream holds two unit groups; its output layer reads the attention's channels, then the feed-forward's.
+    A block of one stream holds two unit groups. Its output layer reads the attention's channels, then those of the
+    feed-forward.
     """
 
     dense = FluxTransformer2DModel
