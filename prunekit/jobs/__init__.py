@@ -1,1 +1,1 @@
-"""What the commands do from beginning to end: recipes, runs, comparisons, plans, checks and benchmarks."""
+"""The work behind the commands: recipes, runs, comparisons, plans, checks and benchmarks."""

@@ -1,12 +1,12 @@
-"""`prunekit import aptp`: a release of APTP's authors becomes a run's directory, which `generate` and `export` open.
+"""`prunekit import aptp`: turn a release of APTP's authors into a run directory for `generate` and `export`.
 
     recipe.yaml                                model, prompt encoder, how to draw
     methods/aptp/result.json                   the architectures, and router.safetensors where there is a router
-    methods/aptp/architectures/0.json …        each by itself
-    methods/aptp/experts/0/unet/ …             its UNet; the config alone where no weights are available
+    methods/aptp/architectures/0.json …        each architecture in a file of its own
+    methods/aptp/experts/0/unet/ …             each expert's UNet; only the config if no weights are available
 
 The router is the paper's (Eq. 22), folded from the release's predictor and codes. The published code compares other
-vectors, gates with noise that depends on a prompt's place in its batch, so that some prompts go elsewhere there.
+vectors: gates with noise that depends on a prompt's position in its batch. So it sends some prompts to other experts.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ PAPER = {  # how the paper fine-tunes and draws
 
 @dataclass(frozen=True)
 class Imported:
-    """directory: the run. result: its architectures and router. weights: of each expert, where they come from.
+    """An imported release.
 
-    notes: what a user should know, a line each.
+    directory: directory of the run. result: its architectures and router. weights: source of each expert's weights.
+    notes: facts that the user should know, one line each.
     """
 
     directory: Path
@@ -60,17 +61,17 @@ def import_aptp(
     model: str = MODEL,
     prompt_encoder: str = PROMPT_ENCODER,
 ) -> Imported:
-    """Turn a release of the published implementation into a run's directory; what is read is described in `release.py`.
+    """Turn a release of the published implementation into a run directory; `release.py` describes the files read.
 
     Args:
-        release: its directory, such as APTP-Base-COCO.
-        directory: new or empty; it appears whole.
-        model: what was pruned, as in a recipe.
-        prompt_encoder: what the router's prompts are embedded with, as in a recipe.
+        release: directory of the release, such as APTP-Base-COCO.
+        directory: directory of the run, new or empty; it is written completely or not at all.
+        model: dense model that was pruned, named as in a recipe.
+        prompt_encoder: prompt encoder of the router, named as in a recipe.
 
     Raises:
-        ValueError: one line: no vectors, vectors of another UNet, a pickle that holds more than tensors, weights that
-            are not those of their vector.
+        ValueError: no architecture vectors, vectors of another UNet, a pickle that holds more than tensors, or weights
+            that do not fit their vector. The message is one line.
 
     """
     published, shape = read_release(Path(release)), load_shape(model)
@@ -90,7 +91,7 @@ def import_aptp(
             write_json(method / "architectures" / f"{index}.json", architecture.to_dict())
         settings = {"name": Path(directory).name, "model": model, "prompt_encoder": prompt_encoder, **PAPER}
         methods = {"aptp": {"experts": len(architectures)} if len(architectures) > 1 else {}}
-        mean = sum(result.info.ratio) / len(architectures)  # of the experts; how many prompts each has is unknown
+        mean = sum(result.info.ratio) / len(architectures)  # mean over experts; the prompts per expert are unknown
         prune = {"depth": "aptp", "budget": min(round(mean, 4), 0.9999)}
         recipe = parse_recipe({**settings, "prune": prune, "methods": methods})
         (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
@@ -98,7 +99,7 @@ def import_aptp(
 
 
 def _check_fits(published: Release, space: UnitSpace, model: str) -> None:
-    """ValueError, one line, for vectors of another UNet."""
+    """Raise a one-line ValueError if the vectors belong to another UNet."""
     if published.vectors.shape[1] != space.size:
         raise UserError(
             f"the vectors have {published.vectors.shape[1]} values, but the UNet of {model} has {space.size} units "
@@ -122,7 +123,7 @@ def _router(published: Release, prompt_encoder: str) -> Router | None:
 
 
 def _info(published: Release, architectures: list[Architecture], cost: CostModel) -> ResultInfo:
-    """Return what is known of a release; the settings of its search are not."""
+    """Return the known facts of a release; the settings of its search are unknown."""
     info = describe_cost(architectures, cost)
     info.method = "aptp"
     info.imported = {"experts": len(architectures), "has_router": published.predictor is not None}
@@ -130,7 +131,7 @@ def _info(published: Release, architectures: list[Architecture], cost: CostModel
 
 
 def _dense(published: Release, model: str) -> tuple[UNet2DConditionModel | None, list[str]]:
-    """Return the dense UNet that experts without weights of their own are cut from; None if it is not available."""
+    """Return the dense UNet to cut experts without weights from (None: not needed or not available), and notes."""
     missing = [index for index, path in enumerate(published.weights) if path is None]
     if not missing:
         return None, []
@@ -149,7 +150,7 @@ def _write_expert(
     dense: UNet2DConditionModel | None,
     folder: Path,
 ) -> str:
-    """Write an expert's UNet; say where its weights come from."""
+    """Write an expert's UNet; return the source of its weights."""
     if weights is None and dense is not None:
         slice_model(dense, architecture).save_pretrained(folder)
         return "cut from the model"

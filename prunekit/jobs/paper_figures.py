@@ -1,4 +1,4 @@
-"""`prunekit figure`: the paper's pictures of a run, by what they show."""
+"""`prunekit figure`: the figures of the APTP paper, drawn for prunekit's runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from prunekit.runtime.run_directory import DENSE, read_recipe
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import extreme_prompts, shipped_prompts, validation_prompts
 
-SMOOTH = 2  # logged steps on either side of a point of a curve
+SMOOTH = 2  # logged steps on each side of a point that are averaged in a curve
 LINES = ("-", "--", ":", "-.")
-SQUARES = 16  # of a line in the picture of a batch's assignment
+SQUARES = 16  # prompts per line in the picture of a batch's assignment
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Drawing:
     """How the pictures of a sheet are made, and how many there are.
 
     Args:
-        count: prompts of a row, or of each expert.
-        steps: of the scheduler.
-        guidance: scale; None: the recipe's.
-        seed: of every prompt's noise.
-        prompts: a shipped list's name; None: captions that no training of the run sees.
+        count: number of prompts, per row or per expert.
+        steps: number of scheduler steps.
+        guidance: guidance scale; None: the recipe's.
+        seed: seed of every prompt's noise.
+        prompts: name of a shipped list; None: captions that no training of the run uses.
 
     """
 
@@ -51,9 +51,9 @@ class Drawing:
 
 
 def experts_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
-    """Draw one row per expert that prompts are sent to, each with prompts of its own (Figures 3, 11 and 12).
+    """Draw one row per expert, with prompts that the router sends to the expert (Figures 3, 11 and 12).
 
-    Raises UserError where one expert gets every prompt.
+    Experts without prompts have no row. Raises UserError if one expert gets every prompt.
     """
     (run,) = _one(runs)
     pipeline = _routed(run)
@@ -74,7 +74,7 @@ def experts_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
 
 
 def extremes_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
-    """Draw prompts of the cheapest and of the costliest expert, beside the dense model (Figure 4)."""
+    """Draw prompts of the cheapest and of the most expensive expert, also with the dense model (Figure 4)."""
     (run,) = _one(runs)
     pipeline = _routed(run)
     prompts = extreme_prompts(pipeline, _prompts(run, drawing), drawing.count)
@@ -90,7 +90,7 @@ def extremes_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path
 
 
 def runs_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
-    """Draw the same prompts and noise under several runs, beside the first one's dense model (Figure 14)."""
+    """Draw the same prompts and noise with several runs and with the first run's dense model (Figure 14)."""
     prompts = _prompts(runs[0], drawing)[: drawing.count]
     pipeline = load_pipeline_of(read_recipe(runs[0]))
     rows = [PictureRow(DENSE, _drawn(pipeline, prompts, drawing, runs[0]))]
@@ -103,10 +103,11 @@ def runs_sheet(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
 
 
 def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
-    """Show to which expert each prompt of a training batch goes, by the nearest code and by transport (Figure 7).
+    """Show the expert of each prompt in a training batch, by the nearest code and by optimal transport (Figure 7).
 
-    A prompt's scores are scaled so that the largest is 1, as the training's cosines are at most. The batch is the same
-    for all runs. drawing.count: lines of 16 prompts each. For a training with transport and one without give both runs.
+    Each prompt's scores are divided by the largest magnitude among them, which replaces the unknown factor between
+    scores and cosines. All runs use the same batch. drawing.count: number of lines, of 16 prompts each. To compare a
+    training with transport and one without, give both runs.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -138,9 +139,10 @@ def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> 
 def loss_curves(
     runs: Sequence[Path], output: Path, rows: Sequence[str] = (), terms: Sequence[str] = ("resource", "contrastive")
 ) -> Path:
-    """Draw terms of a search's loss over its steps, the searches of a run or comparison in one figure (Figure 6).
+    """Draw loss terms over the steps of the searches of a run or comparison, one panel per term (Figure 6).
 
-    rows: what the titles of the searches begin with; all by default. Raises UserError for a log without them.
+    rows: beginnings of the titles of the searches to draw; all searches by default. terms: names of the loss terms.
+    Raises UserError if the log has no such search.
     """
     from matplotlib.figure import Figure
 
@@ -171,7 +173,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
     """Draw a comparison's figures against the number of experts, with 95 % intervals over the seeds (Figure 5).
 
-    Rows of one architecture stand at 1. Under equal steps per model where the comparison has several protocols.
+    Rows with a single architecture have 1 expert. Only rows of the protocol equal_steps are drawn.
     """
     from matplotlib.figure import Figure
 
@@ -249,7 +251,7 @@ def _drawn(pipeline: Any, prompts: Sequence[str], drawing: Drawing, run: Path) -
 
 
 def _assigned(run: Path, drawing: Drawing) -> dict[str, Tensor]:
-    """Return the experts of a batch of training prompts, (n,), by the way of assigning them."""
+    """Return the experts (n,) of a batch of training prompts under "nearest" (the router) and under "transport"."""
     recipe, pipeline = read_recipe(run), _routed(run)
     images = load_data(recorded_data(recipe["data"]), recipe["seed"])
     pairs = images.training_pairs()

@@ -1,4 +1,4 @@
-"""How many processes a command starts for a recipe: on a CPU, one for each thread where the model is small."""
+"""The number of processes that a command starts for a recipe: on a CPU, one per thread if the model is small."""
 
 import os
 from collections.abc import Iterator
@@ -14,15 +14,16 @@ from prunekit.runtime.companions import COUNT, LAUNCHED
 from prunekit.runtime.errors import UserError
 from prunekit.training.trainer import TrainerConfig
 
-MOST = 4  # processes by default; each holds the model and the data
-SMALL = 200 * 2**20  # bytes of a denoiser's weights; for larger models threads pay, and memory does not allow copies
+MOST = 4  # largest default number of processes; each holds the model and the data
+# Bytes of the weights of a small denoiser; a larger one gains from threads, and memory has no room for copies of it
+SMALL = 200 * 2**20
 
 
 def process_count(recipe: AnyRecipe | None) -> int:
-    """Return how many processes work on a recipe: PRUNEKIT_PROCESSES, else one for each thread of a small model.
+    """Return the number of processes for a recipe: PRUNEKIT_PROCESSES, else one per thread (at most MOST).
 
-    It is 1 on GPUs, under a launcher, on a Ray cluster, without a recipe, for pre-training and for large models, and at
-    most the smallest batch.
+    It is at most the smallest batch size. It is 1 without a recipe, under a launcher, on a Ray cluster and for
+    pre-training; if PRUNEKIT_PROCESSES is not set, also on GPUs and for large models.
 
     Raises:
         UserError: PRUNEKIT_PROCESSES is not a positive number.
@@ -45,7 +46,7 @@ def process_count(recipe: AnyRecipe | None) -> int:
 
 
 def _smallest_batch(recipe: PruneRecipe | CompareRecipe) -> int:
-    """Return the samples of the smallest step, of which each process needs one."""
+    """Return the smallest batch size of all trainings; each process needs one sample of a batch."""
     settings = [recipe, *(recipe.method_of(label).config for label in recipe.methods)]
     return min(batch for model in settings for batch in _batches(model))
 
@@ -60,7 +61,7 @@ def _batches(model: BaseModel) -> Iterator[int]:
 
 
 def _is_small(model: str | Path) -> bool:
-    with suppress(UserError, OSError):  # what is wrong with the model is said where it is loaded
+    with suppress(UserError, OSError):  # an error of the model is reported when it is loaded
         path = local_path(model)
         if path is not None:
             files = [f for part in DENOISERS for f in path.glob(f"{part}/*.safetensors")] if path.is_dir() else [path]

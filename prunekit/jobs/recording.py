@@ -1,6 +1,4 @@
-"""What the report needs and no stage keeps, written beside the figures of a run: environment, certificates, map of
-prompts, and how sensitive the prediction is to each layer.
-"""
+"""Records for the report that no stage writes: environment, certificates, map of prompts, sensitivity to each layer."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ TIMES = 8
 
 
 def record(directory: Path, stages: Stages) -> None:
-    """Write what is missing of a finished run: its environment, and each method's certificate and map of prompts."""
+    """Write the missing records of a run: its environment, and each method's certificate and map of prompts."""
     metrics, dense = directory / "metrics", denoiser_in(stages.pipeline)
     if not (directory / ENVIRONMENT).is_file():
         environment = {"prunekit": _version(), **stages.environment, "dtype": str(dense.dtype)}
@@ -60,10 +58,11 @@ def record(directory: Path, stages: Stages) -> None:
 
 @torch.no_grad()
 def certify(model: Any, result: PruneResult, samples: AgreementSamples) -> dict[str, Any]:
-    """Hold each architecture's cut model against the dense one under its masks, and its cost against a count.
+    """Compare each architecture's sliced model with the masked dense model, and its predicted MACs with a count.
 
-    errors: greatest difference of the outputs over the greatest output, in `dtype`, before any fine-tuning.
-    predicted: the cost model's exact MACs; counted: torch's FlopCounterMode / 2 on the cut model.
+    The result has lists with one value per architecture:
+    errors: largest difference of the outputs divided by the largest output, in `dtype`, before fine-tuning.
+    predicted: exact MACs of the cost model. counted: torch's FlopCounterMode / 2 on the sliced model.
     """
     denoiser = denoiser_of(model)
     noisy, length = denoiser.noisy(samples.call), denoiser.text_length(samples.call)
@@ -110,7 +109,7 @@ def _version() -> str:
 
 @torch.no_grad()
 def measure_sensitivity(stages: Stages, path: Path, samples: int = SAMPLES, times: int = TIMES) -> Path:
-    """Measure every layer's damage at `times` time steps on `samples` fixed pictures, and write it as JSON."""
+    """Measure the error without each layer at `times` timesteps on `samples` fixed pictures; write it as JSON."""
     model, process = denoiser_in(stages.pipeline), process_of(stages.pipeline)
     space = discover(model, stages.recipe.prune.depth)
     last, full = process.num_timesteps - 1, space.full().values
@@ -131,7 +130,7 @@ def measure_sensitivity(stages: Stages, path: Path, samples: int = SAMPLES, time
 
 
 def _at(timesteps: list[int], fixed: AgreementSamples, stages: Stages) -> AgreementSamples:
-    """Return the fixed samples under one noise each at every time step, one step after another."""
+    """Return the fixed samples at every timestep, timestep by timestep; each sample has one noise for all of them."""
     count = len(timesteps)
     latents = torch.as_tensor(stages.data.latents[stages.data.image_index[fixed.indices]]).cpu().float()
     noise = torch.randn(latents.shape, generator=generator(stages.recipe.seed, "sensitivity"))

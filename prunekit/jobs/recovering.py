@@ -1,10 +1,10 @@
-"""Recovering what a method chose: each architecture sliced, refitted, fine-tuned, or all as slices of one backbone.
+"""Recovery of a method's architectures: each is sliced, refitted and fine-tuned, or all are slices of one backbone.
 
-experts/0/unet 1/unet …            each model, in its stock form where it has one; the folder is
-                                   called like the attribute of a pipeline that holds the model
-experts/0/refitted/unet            the model as the closed-form refit left it, until it is fine-tuned
-experts/0/refit.json               what the refit did to each layer
-experts/backbone/unet              with `fine_tune.shared_backbone`: the weights; the experts' folders name it
+experts/0/unet 1/unet …            each model, in its stock form if it has one; the folder is named
+                                   like the pipeline's attribute that holds the model
+experts/0/refitted/unet            the model after the closed-form refit, until it is fine-tuned
+experts/0/refit.json               errors of each layer before and after the refit
+experts/backbone/unet              with `fine_tune.shared_backbone`: the weights, to which the experts' folders point
 """
 
 import re
@@ -42,22 +42,22 @@ from prunekit.training.checkpoint import Checkpoints
 
 FIGURES, REFIT = "figures.json", "refit.json"
 REFITTED = "refitted"
-Begins = Callable[[str, int, bool], None]  # takes a method's name, the number of its model, and whether it is trained
+Begins = Callable[[str, int, bool], None]  # takes a method's name, a model's index, and whether its fine-tuning begins
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """A method's architectures that are to be fine-tuned in a folder."""
+    """A method's architectures to recover in a folder."""
 
     name: str
     result: PruneResult
     folder: Path
     config: FineTuneConfig
     seed: int
-    closed_form: ClosedFormConfig | None = None  # layers are refitted first
+    closed_form: ClosedFormConfig | None = None  # settings of the refit before fine-tuning; None: no refit
     fine_tunes: bool = True
-    dense_passes: int = 0  # what the method computed before, in forward passes of the dense model for a sample
-    shares_steps: bool = False  # experts without prompts leave their steps to the others
+    dense_passes: int = 0  # compute of the method's choice, in forward passes of the dense model on a sample
+    shares_steps: bool = False  # steps of experts without prompts go to the other experts
 
     @property
     def shares(self) -> bool:
@@ -71,19 +71,19 @@ class Job:
 
     recovery: Recovery
     index: int | None
-    pairs: Tensor  # (P_i,) that it learns from
-    part: str  # name of the model's own folder: the attribute of a pipeline that holds it
+    pairs: Tensor  # (P_i,) training pairs
+    part: str  # name of the model's folder: the attribute of a pipeline that holds the model
     config: FineTuneConfig
-    mixture: Mixture | None = None  # of a backbone
+    mixture: Mixture | None = None  # only for a backbone
 
     @property
     def folder(self) -> Path:
-        """Where the model goes."""
+        """Folder of the model."""
         return self.recovery.folder / (BACKBONE if self.index is None else str(self.index))
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Name of the model in messages."""
         return f"{self.recovery.name} {BACKBONE if self.index is None else self.index}"
 
     @property
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        """Whether the model is fine-tuned; one that no prompt is routed to stays as it was cut."""
+        """Whether the model is fine-tuned; a model without training pairs is not."""
         return bool(len(self.pairs)) and self.recovery.fine_tunes
 
     @property
@@ -102,30 +102,30 @@ class Job:
         return self.trains and self.config.lora is None
 
     def done(self) -> bool:
-        """Whether the model is there."""
+        """Return whether the model exists."""
         return (self.folder / self.part).is_dir()
 
 
 class Recovering:
     """Recoveries of several methods: slice architectures, refit and fine-tune each on the prompts routed to it.
 
-    The models are a queue of independent jobs, which the processes of this launch and of others on the directory
-    share; where a launch has more processes than there are models, it trains one after another with all of them.
+    The models are a queue of independent jobs, shared by the processes of this launch and of others on the directory.
+    A launch with more processes than models trains the models one after another, each with all its processes.
     """
 
     def __init__(
         self, stages: Stages, recoveries: Sequence[Recovery], begins: Begins = lambda name, index, trains: None
     ):
-        """Take what is recovered, and a function that is called when the work on a model begins."""
+        """Prepare the jobs of the recoveries; `begins` is called when the refit or fine-tuning of a model begins."""
         self.stages, self.recoveries, self.begins = stages, recoveries, begins
         self.jobs_of = [_jobs(stages, recovery) for recovery in recoveries]
 
     def train(self, meanwhile: Callable[[Candidate], None] | None = None, sharing: Sharing | None = None) -> None:
-        """Make the models that are missing.
+        """Recover the models that are missing.
 
-        meanwhile: what a process does with the dense model, and with each candidate whose models are there, while it
-            finds no model left and others still train; called again for the same candidate, it must do nothing.
-        sharing: makes the queue's pieces, in place of the processes of the directory.
+        meanwhile: called with the dense model, and with each candidate whose models exist, while this process finds no
+            model to recover and others still train. A second call for the same candidate must do nothing.
+        sharing: function that does the queue's pieces; by default the processes of the directory share them.
         """
         jobs = list(chain.from_iterable(self.jobs_of))
         if len(jobs) < current().count:
@@ -142,13 +142,13 @@ class Recovering:
             (sharing or self.stages.share)(pieces)
 
     def candidates(self) -> list[Candidate]:
-        """Return the recovered models, whose folders are all there; one candidate for each kept step."""
+        """Return the recovered models, which must all exist, as candidates: one per kept step of each recovery."""
         of_each = zip(self.recoveries, self.jobs_of, strict=True)
         return [candidate for each, jobs in of_each for candidate in _recovered(self.stages, each, jobs)]
 
 
 def recover(stages: Stages, recovery: Recovery) -> Candidate:
-    """Return the candidate of a recovery's last step, made now where it is missing."""
+    """Return the candidate of a recovery's last step; recover its models if they are missing."""
     recovering = Recovering(stages, [recovery])
     recovering.train()
     return recovering.candidates()[-1]
@@ -160,7 +160,7 @@ def _follow(
     jobs: Sequence[Job],
     meanwhile: Callable[[Candidate], None],
 ) -> Piece:
-    """Return what is done with candidates once the models that they need are there; nothing once all models are."""
+    """Return the piece that calls `meanwhile` with candidates once `needed` are done; skip it once all `jobs` are."""
     finished: list[Candidate] = []
 
     def follow() -> None:
@@ -197,7 +197,7 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
 
 
 def _fine_tune_together(stages: Stages, job: Job, begins: Begins) -> None:
-    """Make one model's folder with all processes of the launch, unless another launch on the directory makes it."""
+    """Recover one model with all processes of the launch, unless another launch on the directory recovers it."""
     processes = current()
     while not processes.agree(job.done()):
         with ExitStack() as stack:
@@ -209,7 +209,7 @@ def _fine_tune_together(stages: Stages, job: Job, begins: Begins) -> None:
 
 
 def _fine_tune(stages: Stages, job: Job, begins: Begins) -> None:
-    """Make one model's folder; an expert without prompts stays as sliced."""
+    """Recover one model and write its folder; an expert without prompts is not fine-tuned."""
     recovery, folder, processes = job.recovery, job.folder, current()
     dense, architectures = denoiser_in(stages.pipeline), recovery.result.architectures
     objective: Callable[..., FineTuningObjective] = FineTuningObjective
@@ -259,7 +259,7 @@ def _fine_tune(stages: Stages, job: Job, begins: Begins) -> None:
 
 
 def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin, dict[str, float]]:
-    """Return the student after the closed-form refit, if the recovery has one, or as an earlier start refitted it."""
+    """Return the student after the recovery's closed-form refit, now or by an earlier start, and its first figures."""
     figures: dict[str, float] = {"steps": 0, "seconds": 0.0}
     config, processes, folder = job.recovery.closed_form, current(), job.folder / REFITTED
     if config is None:
@@ -273,7 +273,7 @@ def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin
         content = {"seconds": time.monotonic() - started, "layers": [asdict(fit) for fit in fits]}
         if processes.is_main:
             write_json(job.folder / REFIT, content)
-            write_folder(folder / job.part, student.save_pretrained)  # whose blocks keep their places
+            write_folder(folder / job.part, student.save_pretrained)  # not in the stock form, which renumbers blocks
         processes.wait()
         stages.say(f"{job.title}: {len(fits)} layers refitted on {config.samples:,} samples")
     content = read_json(job.folder / REFIT)
@@ -281,7 +281,7 @@ def _refitted(stages: Stages, job: Job, student: ModelMixin) -> tuple[ModelMixin
 
 
 def _keep(student: ModelMixin, recovery: Recovery, job: Job, name: str, members: Sequence[Member]) -> None:
-    """Write a model's folder; of a backbone, the experts' folders first, so that what is there is complete."""
+    """Write a model's folder; the experts' folders come before a backbone, so that an existing backbone is complete."""
     target = job.folder / name
     if job.index is None:
         for expert in range(recovery.result.num_experts):
@@ -300,7 +300,7 @@ def _save_members(
     deltas: Sequence[Deltas | None],
     folder: Path,
 ) -> None:
-    """Write an expert's folder, which takes its weights from the backbone's, with what it changes of them."""
+    """Write an expert's folder, which points to the backbone's weights and holds the expert's changes (deltas)."""
     if result.bins is not None:
         write_bins(folder, result.bins)
     for index, (architecture, changes) in enumerate(zip(result.members(expert), deltas, strict=True)):
@@ -311,7 +311,7 @@ def _save_members(
 
 
 def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[Candidate]:
-    """Return the recovered models: a row for each step whose weights were kept, then one for the last step."""
+    """Return the recovered models: a candidate per step whose weights were kept, then one for the last step."""
     result = recovery.result
     folders = [recovery.folder / str(index) for index in range(result.num_experts)]
     cost = CostModel(denoiser_in(stages.pipeline), result.space, stages.cost.sample_size, stages.cost.text_length)
@@ -342,7 +342,7 @@ def _recovered(stages: Stages, recovery: Recovery, jobs: Sequence[Job]) -> list[
 
 
 def _mean_macs(job: Job, macs: Sequence[int], process: NoiseProcess) -> float:
-    """Return the MACs of a job's model; of a backbone the mean over what it learns from."""
+    """Return the MACs of a job's model; for a backbone, the mean over its training pairs and their timesteps."""
     if job.mixture is None:
         assert job.index is not None
         return float(macs[job.index])

@@ -1,4 +1,4 @@
-"""`prunekit report`, and what a run and a comparison do at their end: record, measure if asked to, write the page."""
+"""`prunekit report`, and the last step of a run or comparison: record facts for the page, and write the page."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,8 +20,9 @@ from prunekit.runtime.run_directory import RECIPE
 def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Callable[[str], None]) -> list[Path]:
     """Write the page of each run or comparison into its directory; return their paths.
 
-    with_sensitivity: first measure each layer's damage, and record what an older run did not; this loads the model
-        and the data. Raises ValueError, one line, for a directory that is not a run, before any page is written.
+    with_sensitivity: first measure the sensitivity to each layer, and record facts that an older run did not; this
+        loads the model and the data. Raises a one-line ValueError for a directory that is not a run, before any page is
+        written.
     """
     sources = [Source(Path(directory)) for directory in directories]
     if with_sensitivity:
@@ -31,7 +32,7 @@ def report(directories: Iterable[str | Path], with_sensitivity: bool, say: Calla
 
 
 def prepare(directory: Path, stages: Stages) -> None:
-    """Record what the page of a run needs, while others still train; `finish` does, and says, what goes wrong here."""
+    """Record facts for a run's page while other processes train; errors are ignored, and `finish` tries again."""
     with suppress(Exception):
         record(directory, stages)
 
@@ -39,16 +40,16 @@ def prepare(directory: Path, stages: Stages) -> None:
 def finish(
     directory: Path, say: Callable[[str], None], stages: Stages | None = None, last_lines: Iterable[str] = ()
 ) -> None:
-    """Write the page at the end of a run or comparison. What goes wrong is said in one line and stops nothing.
+    """Write the page at the end of a run or comparison; report an error of the page in one line and continue.
 
-    say: shows a line before it writes it to the run's log, which a full disk may have no room for.
-    stages: of a run, to record what the page needs. last_lines: what to say after the page's path.
+    say: shows a line, then writes it to the run's log, which may fail on a full disk.
+    stages: stages of a run, to record facts for the page. last_lines: lines to show after the page's path.
     """
     try:
         if stages is not None:
             record(directory, stages)
         line = f"report: {write_report(directory)}"
-    except Exception as error:  # the figures are written: no fault of the page may lose a run
+    except Exception as error:  # the results are written already: an error of the page must not end the run
         kind = "" if isinstance(error, UserError) or no_room(error) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
         line = f"no report ({kind}{text}); `prunekit report {directory}` tries again"

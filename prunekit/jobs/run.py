@@ -1,7 +1,7 @@
-"""A run: the stages of a recipe in order, in one directory, each skipped where its result is there already.
+"""A run: the stages of a recipe in order, in one directory; a stage whose result exists is skipped.
 
-A stage's result appears whole or not at all, and every draw is keyed by the recipe's seed; so a run that was killed
-anywhere resumes and ends where it would have ended (law 5).
+A stage's result is written completely or not at all, and all random numbers depend on the recipe's seed. So a run that
+was killed at any point can be resumed, and gives the result of an uninterrupted run (law 5).
 """
 
 import json
@@ -68,7 +68,7 @@ from prunekit.runtime.screen import stdout_console
 from prunekit.runtime.work import USERS, Piece, Sharing, occupied, refuse_foreign
 
 R = TypeVar("R", bound=PruneRecipe | PretrainRecipe)
-Stage = Literal["train", "draw", "measure"]  # whose pieces other nodes may make
+Stage = Literal["train", "draw", "measure"]  # stages whose pieces other nodes can do
 SAMPLES, SEEN_SAMPLES = "samples", "samples-training"  # folders of pictures
 LATENCY_COLUMNS = (
     NAME,
@@ -87,7 +87,7 @@ class Run:
     def __init__(self, recipe: PruneRecipe, directory: Path, log: Log):
         self.recipe, self.directory, self.log = recipe, directory, log
         self.before = _stamp(directory / RESULTS)
-        self.timeline: Timeline | None = None  # of the process that the person watches, unless the run is finished
+        self.timeline: Timeline | None = None  # only in the process that prints, and only for an unfinished run
 
     def execute(self, executor: Executor) -> Path:
         """Run every stage that is not done; print the table; return the directory."""
@@ -103,12 +103,12 @@ class Run:
 
     def _make(self, executor: Executor) -> Path:
         self.train(executor)
-        with apart():  # from here on processes share work by files alone, so that one may be lost
+        with apart():  # from here on, processes share work through files alone, so that one may be lost
             self.draw(executor)
             self.measure(executor)
             if is_companion():
                 return self.directory
-            # Never "done" outside the lock: whoever waits returns when the tables and the report are written
+            # Never done outside the lock, so a waiting process returns only after the tables and the report are written
             with threads_of(1):
                 self.stages.share([Piece("table", lambda: False, self._compare_once)])
         return self.directory
@@ -119,15 +119,15 @@ class Run:
 
     @cached_property
     def stages(self) -> Stages:
-        """The model and the data, loaded when they are first asked for."""
+        """The model and the data, loaded at the first use."""
         self._begin(ENCODING)
         stages = Stages(self.recipe, self.log, self.directory)
-        stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
+        stages.evaluator  # noqa: B018 - a missing evaluator is an error before any work
         return stages
 
     @cached_property
     def recovering(self) -> Recovering:
-        """The models to train; the methods have chosen their architectures first."""
+        """The models to train; at the first use, the methods choose their architectures."""
         recipe, stages, recoveries = self.recipe, self.stages, []
         for name in recipe.methods:
             folder = self.directory / METHODS / name
@@ -155,11 +155,11 @@ class Run:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """The rows of the table; all models are there."""
+        """The rows of the table; all models must exist."""
         return [self.stages.dense, *self.recovering.candidates()]
 
     def train(self, executor: Executor) -> None:
-        """Recover the models of all methods; draw and measure rows while others train."""
+        """Recover the models of all methods; draw and measure rows while other processes train."""
         self.recovering.train(partial(self._draw_and_measure, self.stages), self._sharing(executor, "train"))
 
     def draw(self, executor: Executor) -> None:
@@ -180,7 +180,7 @@ class Run:
         sharing([self._measuring(candidate, self.stages) for candidate in self.candidates])
 
     def _sharing(self, executor: Executor, stage: Stage) -> Sharing:
-        """Return what makes the pieces of a stage; another node makes them by the same stage of its own `Run`."""
+        """Return the function that does a stage's pieces; another node does them by the same stage of its own `Run`."""
         arguments = {"recipe": self.recipe.model_dump(mode="json"), "directory": str(self.directory.absolute())}
         return partial(executor.map, locks=self.stages.locks, call=Call.of(work_on, **arguments, stage=stage))
 
@@ -191,7 +191,7 @@ class Run:
             self.compare(self.candidates, self.stages)
 
     def _draw_and_measure(self, stages: Stages, candidate: Candidate) -> None:
-        """Draw a row's pictures and measure them, unless they are there; after the first row, what the page needs."""
+        """Draw and measure a row's pictures unless they exist; after the dense row, record facts for the page."""
         stages.sample(candidate, self.samples(candidate))
         stages.sample_seen(candidate, self.samples(candidate, SEEN_SAMPLES))
         stages.share([self._measuring(candidate, stages)])
@@ -199,7 +199,7 @@ class Run:
             prepare(self.directory, stages)
 
     def _measuring(self, candidate: Candidate, stages: Stages) -> Piece:
-        """Return the measuring of a row's pictures."""
+        """Return the piece of work that measures a row's pictures."""
 
         def make() -> None:
             self.figures(candidate, stages.sample(candidate, self.samples(candidate))[0], stages)
@@ -207,11 +207,11 @@ class Run:
         return Piece(f"figures-{candidate.name}", self._metrics(candidate).is_file, make)
 
     def _metrics(self, candidate: Candidate) -> Path:
-        """Where a row's figures are."""
+        """Return the file of a row's figures."""
         return self.directory / "metrics" / f"{candidate.name}.json"
 
     def samples(self, candidate: Candidate, folder: str = SAMPLES) -> Path:
-        """Where a row's pictures are."""
+        """Return the folder of a row's pictures."""
         return self.directory / folder / candidate.name
 
     def compare(self, candidates: list[Candidate], stages: Stages) -> None:
@@ -258,7 +258,7 @@ class Run:
         return read_json(path)
 
     def routing(self, candidate: Candidate, stages: Stages) -> dict[str, Any]:
-        """Return what a mixture's router does beside its controls, measured once."""
+        """Return the comparison of a mixture's router with its controls, measured once."""
         path = self.directory / "metrics" / f"{candidate.name}.routing.json"
         if not path.is_file():
             samples, reference = stages.agreement
@@ -266,7 +266,7 @@ class Run:
         return read_json(path)
 
     def timing(self, candidate: Candidate, stages: Stages) -> float:
-        """Return a row's seconds per image, measured once (kept apart: it is the one figure that differs by run)."""
+        """Return a row's seconds per image, measured once; in a file of its own, as it differs between equal runs."""
         path = self.directory / "metrics" / f"{candidate.name}.timing.json"
         if not path.is_file():
             seconds = comparison.seconds_per_image(candidate, stages.pipeline, stages.prompts, stages.sampling)
@@ -274,7 +274,7 @@ class Run:
         return float(read_json(path)["seconds_per_image"])
 
     def latency(self, stages: Stages) -> list[dict]:
-        """Return the predicted and the measured time of every architecture of a budget in time, measured once."""
+        """Return the predicted and the measured time of every architecture under a latency budget, measured once."""
         rows, settings = [], self.recipe.prune.latency
         for name in self.recipe.methods if settings is not None else ():
             path = self.directory / "metrics" / f"{name}.latency.json"
@@ -288,7 +288,7 @@ class Run:
         return rows
 
     def warnings(self, name: str) -> list[str]:
-        """Return what may be wrong with what a method chose."""
+        """Return the warnings about a method's choice."""
         return PruneResult.load(self.directory / METHODS / name).warnings()
 
     def write(
@@ -301,7 +301,7 @@ class Run:
         environment: dict[str, Any],
         left_out: list[str],
     ) -> None:
-        """Write the tables as JSON and Markdown, and print them; left_out: why figures are missing, a line each."""
+        """Write the tables as JSON and Markdown, and print them; left_out: lines that say why figures are missing."""
         results = {"recipe": self.recipe.name, "seed": self.recipe.seed, "precision": precisions(self.recipe)}
         results |= {"environment": environment, "table": json_table(rows)}
         has_seen = any(key.startswith(SEEN) for row in rows for key in row)
@@ -329,21 +329,21 @@ class Run:
 
 @lru_cache(maxsize=1)
 def _opened(recipe: str, directory: str, log: Log) -> Run:
-    """Return a run whose model and data stay in memory for the next piece of it."""
+    """Return a run, and cache it so that its model and data stay in memory for the run's next piece."""
     content = parse_recipe(json.loads(recipe))
     assert isinstance(content, PruneRecipe), "it is a run's"
     return Run(content, Path(directory), log)
 
 
 def work_on(executor: OnePiece, recipe: dict[str, Any], directory: str, stage: Stage) -> None:
-    """Make one piece of a stage of a run, on a node of a cluster."""
+    """Do one piece of a stage of a run, on a node of a cluster."""
     run = _opened(json.dumps(recipe), directory, executor.log)
     with apart():
         {"train": run.train, "draw": run.draw, "measure": run.measure}[stage](executor)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return what changes when a file is replaced; None if there is no file."""
+    """Return (inode, size, modification time) of a file, which change when it is replaced; None if it is missing."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -354,7 +354,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def start(recipe_path: str | Path, overrides: Iterable[str] = (), directory: str | Path | None = None) -> Path:
     """Run a recipe from its file, on its engine; return the run directory (`runs/NAME` by default).
 
-    A directory that holds the same recipe's run is resumed. Raises RecipeError if it holds another's.
+    A run of the same recipe in the directory is resumed. Raises RecipeError for a run of another recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
     if isinstance(recipe, CompareRecipe):
@@ -386,7 +386,10 @@ def recorded(directory: str | Path, engine: EngineConfig = LOCAL) -> PruneRecipe
 
 
 def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe], engine: EngineConfig) -> Path:
-    """Run the recipe that `enter` gives, of whether others work in the directory, as one of the directory's users."""
+    """Run a recipe on an engine, as one of the directory's users; return the directory.
+
+    enter: returns the recipe; its argument says whether other processes work in the directory.
+    """
     with ExitStack() as stack:
 
         def first() -> PruneRecipe | PretrainRecipe:
@@ -404,10 +407,10 @@ def _work_in(folder: Path, enter: Callable[[bool], PruneRecipe | PretrainRecipe]
 
 
 def _claim(folder: Path, recipe: R, others: bool) -> R:
-    """Write the resolved recipe, or check that the directory's is the same; return it.
+    """Write the resolved recipe, or check that it equals the directory's recipe; return it.
 
-    A recipe that came to nothing is replaced, unless other processes work in the directory. `auto` is what the
-    directory's recipe says, else what it means here.
+    A recipe in a directory without results is replaced, unless other processes work there (`others`). `auto` takes the
+    value in the directory's recipe, or else its meaning on this machine.
     """
     path = folder / RECIPE
     left = [file.name for file in folder.iterdir() if file.name not in (RECIPE, LOG, USERS)] if folder.is_dir() else []

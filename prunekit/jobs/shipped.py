@@ -16,7 +16,7 @@ SENTENCE = re.compile(r"(?<=[.?])\s|:\s")  # where the first sentence of a comme
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return the shipped recipes' files by name, sorted; what they extend is not among them."""
+    """Return the files of the shipped recipes by name, sorted, without the files that recipes only extend."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), None)
     return {} if folder is None else {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
 
@@ -70,7 +70,7 @@ def copy_recipe(name: str, target: str | Path | None = None) -> list[Path]:
     for written, original in files.items():
         if written.exists() and written.read_bytes() != original.read_bytes():
             raise UserError(f"{written} exists with different content; remove it, or give another PATH")
-    for written, original in reversed(files.items()):  # a recipe is there when all that it extends is
+    for written, original in reversed(files.items()):  # extended files first: an existing recipe is complete
         with replacing(written) as new:
             new.write_bytes(original.read_bytes())
     return list(files)

@@ -1,6 +1,6 @@
 """The stages that a run and a comparison share: load and encode, choose, recover, sample, measure.
 
-A stage's result appears whole or not at all, and is not made again where it is there already.
+A stage's result is written completely or not at all, and an existing result is not computed again.
 """
 
 import time
@@ -51,7 +51,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 class RunLog:
-    """What a run says: lines for the person who watches, rows for `log.jsonl` and for trackers."""
+    """The log of a run: lines on the terminal, and rows in `log.jsonl` and in trackers."""
 
     def __init__(self, directory: Path, trackers: Trackers | None = None):
         self.directory, self.trackers, self.started = directory, trackers, time.monotonic()
@@ -62,7 +62,7 @@ class RunLog:
         return cls(directory, Trackers(recipe.tracking, recipe.name, directory, recipe.model_dump(mode="json")))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to `log.jsonl`; trackers get its numbers. Where processes work together, the main one does."""
+        """Append a row to `log.jsonl` and to trackers; while processes work together, only the main one does this."""
         if not current().is_main:
             return
         if "step" in row and "memory" not in row:
@@ -72,7 +72,7 @@ class RunLog:
             self.trackers.log(row)
 
     def say(self, text: str) -> None:
-        """Print a line with the time since the start; where processes work together, the main one does."""
+        """Print and log a line with the time since the start; while processes work together, only the main one does."""
         if not current().is_main:
             return
         seconds = time.monotonic() - self.started
@@ -82,7 +82,7 @@ class RunLog:
 
 
 def _cache(recipe: CommonRecipe, directory: Path) -> Path:
-    """Return where a recipe's encoded data lies; ValueError, one line, where there can be no such directory."""
+    """Return the directory of a recipe's encoded data; raise a one-line ValueError if it cannot be created."""
     if not recipe.cache.directory:
         return directory / "cache"
     folder = Path(recipe.cache.directory).expanduser()
@@ -95,7 +95,7 @@ def _cache(recipe: CommonRecipe, directory: Path) -> Path:
 
 @contextmanager
 def errors_of_plug_ins(method: Method) -> Iterator[None]:
-    """Turn a ValueError that another package's method raises itself, not a library below it, into a user's error."""
+    """Turn a ValueError of another package's method into a UserError, unless a library that it calls raised it."""
     try:
         yield
     except ValueError as error:
@@ -108,7 +108,7 @@ def errors_of_plug_ins(method: Method) -> Iterator[None]:
 
 
 def _held_pipeline(recipe: CommonRecipe, device: torch.device, log: Log) -> DiffusionPipeline:
-    """Load a recipe's pipeline, and hold it as the recipe says."""
+    """Load a recipe's pipeline, with the dtype and the offloading that its section `memory` sets."""
     lowered, dtype = recipe.memory.weights == "bfloat16", getattr(torch, recipe.memory.weights)
     pipeline = load_pipeline(
         recipe.model, dtype, lora=recipe.lora, single_file_config=recipe.single_file_config, say=log.say
@@ -125,27 +125,27 @@ def _held_pipeline(recipe: CommonRecipe, device: torch.device, log: Log) -> Diff
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, device and what precision `auto` means on it, for the record."""
+    """Return the versions, the device and the meaning of precision `auto` on it, to record them."""
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return {**versions, "device": device_name(device), "precision": resolve_precision("auto", device)}
 
 
 class Stages:
-    """The model and data of a recipe, loaded once, and what is done with them."""
+    """The model and data of a recipe, loaded once, and the stages that use them."""
 
     def __init__(self, recipe: CommonRecipe, log: Log, directory: Path):
         quiet_libraries()
         self.recipe, self.log, self.say = recipe, log.log, log.say
         self.locks = directory / LOCKS
         self.device = current().device
-        self.environment = _environment(self.device)  # now: the threads change while processes work apart
+        self.environment = _environment(self.device)  # read now: the threads change while processes work apart
         self.cache = _cache(recipe, directory)
         self.pipeline = _held_pipeline(recipe, self.device, log)
         images = load_data(recipe.data, recipe.seed, self.cache)
         self.resolution = recipe.resolution or resolution_of(self.pipeline)
         self.encoder = load_prompt_encoder(recipe.prompt_encoder)
         self.data: EncodedData = encode(self.pipeline, images, self.encoder, self.resolution, self.cache, recipe.cache)
-        images = self.data.images  # without what could not be decoded
+        images = self.data.images  # without pictures that could not be decoded
         held_out = f"{int(images.held_out.sum()):,} held out"
         if images.holdout_by == "pictures":
             held_out += f", with {len(images.held_out_pictures()):,} pictures"
@@ -171,7 +171,7 @@ class Stages:
 
     @cached_property
     def cost(self) -> CostModel:
-        """What counts the exact MACs of the table."""
+        """Cost model of the exact MACs in the table."""
         return space_and_cost(self.pipeline, self.recipe.prune.model_copy(update={"convention": "exact"}))[1]
 
     @cached_property
@@ -181,29 +181,29 @@ class Stages:
 
     @cached_property
     def sampling(self) -> Sampling:
-        """How every row's pictures are made."""
+        """Settings with which the pictures of all rows are generated."""
         settings = self.recipe.evaluation
         return Sampling(settings.steps, settings.guidance, settings.batch_size, settings.precision)
 
     @property
     def split(self) -> Split | None:
-        """What the rows are measured on: held-out pictures; None if the data has none, and all of it is used."""
+        """Split on which rows are measured: held-out pictures; None: none are held out, and all pictures are used."""
         return HELD_OUT if self.data.images.holds_pictures else None
 
     @property
     def num_seen_images(self) -> int:
-        """How many pictures of a row are drawn for prompts of training pictures."""
+        """Number of pictures that a row draws for prompts of training pictures."""
         return self.recipe.evaluation.seen_images(self.split is not None)
 
     @cached_property
     def drawn_prompts(self) -> Prompts:
-        """What every row draws, and the real pictures that it is held against."""
+        """Prompts that every row draws, and the real pictures that its pictures are compared with."""
         settings = self.recipe.evaluation
         return self._prompts(settings.num_images, settings.num_references, self.split)
 
     @cached_property
     def drawn_seen_prompts(self) -> Prompts | None:
-        """What every row draws beside: prompts of training pictures, as many references as `drawn_prompts` has."""
+        """Prompts of training pictures that every row also draws, with as many references as `drawn_prompts`."""
         if not self.num_seen_images:
             return None
         return self._prompts(self.num_seen_images, self.drawn_prompts.real_images.num_images, TRAINING)
@@ -213,12 +213,12 @@ class Stages:
 
     @cached_property
     def prompts(self) -> EvaluationSet:
-        """What every row is measured on."""
+        """`drawn_prompts` with the evaluator's features of the real pictures; every row is measured on them."""
         return self._looked_at(self.drawn_prompts)
 
     @cached_property
     def seen_prompts(self) -> EvaluationSet | None:
-        """What every row is measured on beside."""
+        """`drawn_seen_prompts` with the evaluator's features of the real pictures; None without such prompts."""
         return None if self.drawn_seen_prompts is None else self._looked_at(self.drawn_seen_prompts)
 
     def _looked_at(self, prompts: Prompts) -> EvaluationSet:
@@ -232,7 +232,7 @@ class Stages:
 
     @cached_property
     def seen_agreement(self) -> tuple[AgreementSamples, Tensor]:
-        """As `agreement`, of training pictures."""
+        """The triples and predictions of `agreement`, but for training pictures."""
         return self._agreement(TRAINING)
 
     def _agreement(self, split: Split | None) -> tuple[AgreementSamples, Tensor]:
@@ -242,12 +242,12 @@ class Stages:
 
     @cached_property
     def known(self) -> dict[str, dict[str, float]]:
-        """What the evaluator says of known pictures, by row; see `evaluator_ceiling`."""
+        """The evaluator's figures of known pictures, by row; see `evaluator_ceiling`."""
         prompts, seen = self.prompts, self.seen_prompts
         rows = evaluator_ceiling(
             self.evaluator,
             prompts.real_images,
-            shown=prompts.targets.unique(),  # the pictures behind the prompts, as many as a row has
+            shown=prompts.targets.unique(),  # the pictures that the prompts of a row describe
             autoencoder=self.pipeline.vae,
             family=family_of(self.pipeline),
             size=self.resolution,
@@ -265,16 +265,17 @@ class Stages:
         return Candidate(DENSE, [denoiser_in(self.pipeline)], [self.cost.dense_macs], [self.cost.dense_params])
 
     def held(self, student: ModelMixin, trains: bool = False) -> ModelMixin:
-        """Return a pruned model as the recipe holds it, on the device; trains: all of its weights, in float32."""
+        """Return a pruned model on the device, in the recipe's dtype; trains: all weights are trained, in float32."""
         student = student.to(self.device)
         if self.recipe.memory.weights == "float32":
             return student
         return student.float() if trains else lower(student)
 
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
-        """Return a method's architectures, or what an earlier start chose.
+        """Return a method's architectures, chosen now or by an earlier start.
 
-        The processes of a launch choose together; of several launches on one directory one chooses, the others wait.
+        The processes of a launch choose together. Of several launches on one directory, one chooses and the others
+        wait. folder: folder of the result. name: name of the row in the log; the method's name by default.
         """
         processes, name = current(), name or method.name
 
@@ -303,7 +304,7 @@ class Stages:
         return PruneResult.load(folder, denoiser_in(self.pipeline))
 
     def share(self, pieces: Sequence[Piece]) -> None:
-        """Make pieces of work together with the processes that work in the directory."""
+        """Do pieces of work, shared with the other processes that work in the directory."""
         share(pieces, self.locks)
 
     def draw(
@@ -314,9 +315,10 @@ class Stages:
         prompts: Prompts | None = None,
         sharing: Sharing | None = None,
     ) -> tuple[list[Path], Tensor]:
-        """Return the file of every prompt's picture, and its expert (n,); `seed` keys the noise.
+        """Draw a picture for every prompt; return the pictures' files and their experts (n,).
 
-        prompts: `drawn_seen_prompts` in place of `drawn_prompts`. sharing: in place of `share`.
+        seed: seed of the noise; None: that of the prompts. prompts: prompts to draw; `drawn_prompts` by default.
+        sharing: function that does the work with other processes; `share` by default.
         """
         prompts = (prompts or self.drawn_prompts).reseeded(seed)
         return comparison.sample(candidate, self.pipeline, prompts, self.sampling, folder, sharing or self.share)
@@ -334,7 +336,7 @@ class Stages:
         return None if seen is None else self.sample(candidate, folder, seed, seen)[0]
 
     def judge(self, pictures: Tensor) -> Judged:
-        """Return what the evaluator sees in a row's pictures."""
+        """Return the evaluator's features and embeddings of a row's pictures."""
         return comparison.judge(pictures, self.prompts, self.evaluator)
 
     def measure(
@@ -342,7 +344,7 @@ class Stages:
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Return a row's figures, and their standard errors over its pictures and agreement samples.
 
-        seen: pictures of training pictures' prompts, whose figures stand beside (`SEEN`).
+        seen: pictures for prompts of training pictures; their figures are added with the prefix `SEEN`.
         """
         errors = self._agreement_errors(candidate, self.agreement)
         figures = comparison.measure(

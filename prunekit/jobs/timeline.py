@@ -1,8 +1,8 @@
-"""The stages of a run on a clock: which one runs, and about how long it and the rest of the run will take.
+"""Progress of a run: which stage runs, and about how long the stage and the rest of the run will take.
 
-Before a stage has begun, its time is the plan's: its multiply-adds at the speed that this device reaches in a short
-measurement. What the run itself measures replaces that: the pace of the stage that runs, and for later stages of the
-same kind the ratio between the measured and the planned time.
+Before a stage begins, its time is planned: its MACs at this device's speed in a short measurement. Measurements in the
+run replace the plan: the pace of the running stage and, for later stages of the same kind, the ratio between the
+measured and the planned time.
 """
 
 import time
@@ -19,18 +19,18 @@ from prunekit.jobs.recipe import PruneRecipe
 from prunekit.runtime.run_directory import DENSE
 
 MEASURING, TABLE = "measuring", "table"  # parts of a run that a plan leaves out, because they are short
-PACED = (CHOICE, REFIT, TUNING)  # parts whose one progress is that of the whole item
-SPEED_SECONDS = 0.3  # of the measurement
-PLAIN_SECONDS = 60.0  # between lines of one stage, at least
-MOST_LINES = 20  # of one run, beside those at the beginning of a stage
-TIMED_PICTURES = 10  # of each model, with the warm-up, for the seconds per image
-MOVED = 0.1  # share of its planned time below which an item was there already, so that its time says nothing
-Key = tuple[str, str, int]  # part of a run's work, the row that it serves, the number of the model
+PACED = (CHOICE, REFIT, TUNING)  # parts with a single progress bar, for the whole item
+SPEED_SECONDS = 0.3  # duration of the speed measurement
+PLAIN_SECONDS = 60.0  # least time between lines of one stage
+MOST_LINES = 20  # largest number per run, without the lines at the beginning of a stage
+TIMED_PICTURES = 10  # pictures per model that measure the seconds per image, with warm-up
+MOVED = 0.1  # an item that takes less than this share of its planned time existed; its time is ignored
+Key = tuple[str, str, int]  # part of a run's work, name of its row, index of the model
 
 
 @dataclass
 class Item:
-    """A part of a stage, and the seconds that the plan gives it; None: not known."""
+    """A part of a stage, and its planned seconds (None: not known)."""
 
     key: Key
     stage: str
@@ -38,25 +38,25 @@ class Item:
 
 
 class Timeline:
-    """Told what begins and how far it is; says a line when a stage begins, and from time to time after that."""
+    """Tracks the items of a run; prints a line when a stage begins, and from time to time while it runs."""
 
     def __init__(
         self, items: Sequence[Item], say: Callable[[str], object], clock: Callable[[], float] = time.monotonic
     ):
         """Take the items in the order in which they run.
 
-        say: shows a line. clock: seconds.
+        say: shows a line. clock: returns the present time in seconds.
         """
         self.items, self.say, self.clock = list(items), say, clock
         self.stages = list(dict.fromkeys(item.stage for item in items))
-        self.index = -1  # of the item that runs
+        self.index = -1  # index of the running item; -1: none
         self.ratios: dict[str, float] = {}  # measured over planned time, by part
         self.began = self.said = clock()
         self.between = PLAIN_SECONDS
-        self.seconds = self.first = self.share = 0.0  # of the progress that was seen last in the item
+        self.seconds = self.first = self.share = 0.0  # latest progress of the item, as in `watch`
 
     def begin(self, key: Key) -> None:
-        """Begin an item; the items before it are done, or were there already."""
+        """Begin an item; the items before it are done, now or by an earlier start."""
         index = next((i for i, item in enumerate(self.items) if item.key == key), self.index)
         if index == self.index:
             return
@@ -68,7 +68,7 @@ class Timeline:
             self._say(begins=True)
 
     def watch(self, seconds: float, first: float, share: float) -> None:
-        """Take how far the item that runs is: after `seconds` a share of it in [0, 1] is done.
+        """Take the progress of the running item: after `seconds`, a share of it in [0, 1] is done.
 
         first: the share that an earlier start had done.
         """
@@ -77,7 +77,7 @@ class Timeline:
             self._say(begins=False)
 
     def seconds_left(self) -> tuple[float | None, float | None]:
-        """Return the seconds that are left of the stage and of the run; None where they are not known."""
+        """Return the seconds left of the stage and of the run; None: not known."""
         self._measure(ended=False)
         running, *later = self.items[self.index :]
         left = [self._left(), *map(self._expected, later)]
@@ -85,14 +85,14 @@ class Timeline:
         return _sum(of_stage), _sum(left)
 
     def _expected(self, item: Item) -> float | None:
-        """Return the seconds of a whole item, by the pace of its part, else by that of the part measured last."""
+        """Return a whole item's seconds: as planned, times the ratio of its part or else of the part measured last."""
         if item.planned is None:
             return None
         usual = [ratio for part, ratio in self.ratios.items() if part not in (ENCODING, MEASURING)]
         return item.planned * self.ratios.get(item.key[0], usual[-1] if usual else 1.0)
 
     def _left(self) -> float | None:
-        """Return the seconds that are left of the item that runs."""
+        """Return the seconds left of the running item; None: not known."""
         item = self.items[self.index]
         expected = self._expected(item)
         rest = None if expected is None else max(0.0, expected - (self.clock() - self.began))
@@ -102,7 +102,7 @@ class Timeline:
         return pace if item.key[0] in PACED else max(pace, rest or 0.0)
 
     def _measure(self, ended: bool) -> None:
-        """Hold the time of the item that runs against its plan."""
+        """Update the ratio of measured to planned time of the running item's part."""
         item = self.items[self.index] if self.index >= 0 else None
         if item is None or not item.planned:
             return
@@ -113,7 +113,7 @@ class Timeline:
             measured = self.seconds / (item.planned * (self.share - self.first))
         else:
             return
-        self.ratios.pop(part, None)  # so that the one measured last stands last
+        self.ratios.pop(part, None)  # so that the latest ratio is last
         self.ratios[part] = measured
 
     def _say(self, begins: bool) -> None:
@@ -132,7 +132,7 @@ class Timeline:
 def timeline_of(recipe: PruneRecipe, say: Callable[[str], object], processes: int) -> Timeline:
     """Return the timeline of a resolved recipe's run on some processes.
 
-    Without times where no plan can be made, as for a model that is not found: the run itself says what is wrong.
+    If no plan can be made, such as for a missing model, the items have no times; the run reports the error.
     """
     items = items_of(recipe)
     with suppress(Exception):
@@ -164,10 +164,10 @@ def _models(recipe: PruneRecipe, name: str) -> int:
 
 
 def planned_seconds(recipe: PruneRecipe) -> dict[Key, float]:
-    """Return the seconds of each item on one process: multiply-adds as planned, at the speed measured here.
+    """Return the seconds of each item on one process: its planned MACs at the speed measured on this machine.
 
-    A plan leaves the measuring of pictures and of times out. Their denoiser calls are counted here, by the recipe's
-    numbers; the evaluator's are not.
+    A plan does not contain the measurement of pictures and times. Its denoiser calls are counted here from the recipe's
+    numbers; the evaluator's work is not counted.
     """
     model = Models().get(recipe.model, recipe.single_file_config)
     macs: dict[Key, float] = {item.key: 0.0 for item in items_of(recipe)}
@@ -190,7 +190,7 @@ def planned_seconds(recipe: PruneRecipe) -> dict[Key, float]:
 
 
 def rounded(seconds: float) -> str:
-    """Return an estimated time as people say it: "40 s", "3 min", "15 h", "2 days"."""
+    """Return an estimated time in its most readable unit: "40 s", "3 min", "15 h", "2 days"."""
     for factor, unit, most in ((1, "s", 90), (60, "min", 120), (3600, "h", 48)):
         if seconds < factor * most:
             return f"{max(1, round(seconds / factor))} {unit}"
