@@ -1,6 +1,6 @@
-"""WHICH parts to remove: the methods, by class and by name, and how scores become Architectures.
+"""Pruning methods, by class and by name, and the selection of Architectures from scores.
 
-Names are imported when they are first used.
+A name is imported when it is first used.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What every method is: how it is called, and what it declares to recipes, plans and checks."""
+"""Base classes of all methods: how a method is called, and what it declares to recipes, plans and checks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from prunekit.runtime.run_directory import SCORES
 from prunekit.training.memory import SMOKE, capped, two_steps
 from prunekit.training.trainer import Log, TrainerConfig
 
-SCORES_FORMAT = 1  # raised whenever a method scores otherwise than before, so that old files are not read
+SCORES_FORMAT = 1  # raise it whenever a method computes other scores than before: old files are then ignored
 Dataset = EncodedData | CaptionedImages
 M = TypeVar("M", bound="Method")
 
@@ -39,7 +39,7 @@ class Method:
     Config: ClassVar[type[PruneSettings]] = PruneSettings
     name: ClassVar[str]  # set by `register`
     needs_data: ClassVar[bool] = True
-    smoke: ClassVar[Mapping[str, int | None]] = {}  # the most that settings are in a smoke test; None: unset there
+    smoke: ClassVar[Mapping[str, int | None]] = {}  # largest values of settings in a smoke test; None: unset
     undistilled: ClassVar[Mapping[str, Any]] = {}  # settings under which the method chooses without a teacher
 
     def __init__(self, **settings: Any):
@@ -60,14 +60,14 @@ class Method:
         """Choose Architectures that meet the budget.
 
         Args:
-            pipeline: a pipeline, which stays as it is; its UNet alone, where the method can do without the rest.
+            pipeline: a pipeline, which is not changed; or its denoiser alone, if the method does not need the rest.
             dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder; None
                 if the method needs none.
-            directory: where the result is saved, with what a later call can go on from; None: nowhere.
-            log: takes rows of figures while a method trains.
+            directory: folder of the result and of files from which a later call resumes; None: nothing is saved.
+            log: function that takes rows of figures while a method trains.
 
         Raises:
-            UserError: a budget below the floor of the UNet, settings that do not fit it, or missing data; see `choose`.
+            UserError: a budget below the smallest cost of the UNet, settings that do not fit it, or missing data.
 
         """
         directory = None if directory is None else Path(directory)
@@ -89,18 +89,18 @@ class Method:
         directory: Path | None,
         log: Log | None,
     ) -> PruneResult:
-        """Return the result of `prune`, which has the arguments and saves what is returned."""
+        """Choose Architectures that meet the budget; arguments as in `prune`, which calls this and saves the result."""
         raise NotImplementedError
 
     def clear(self, directory: Path) -> None:
-        """Remove from a directory what is of no use once the result is saved there, such as checkpoints."""
+        """Remove the files that a directory with a saved result no longer needs, such as checkpoints."""
 
     def work(self, space: UnitSpace) -> MethodWork:
-        """Return the work that the method computes before it chooses among the units of a space; none by default."""
+        """Return the work that the method does before it chooses among the units of a space; none by default."""
         return MethodWork()
 
     def calibration_bytes(self, model: ModelMixin) -> int:
-        """Return the bytes that a calibration of forward passes holds beside them; the model may be on meta."""
+        """Return the bytes that a calibration holds in addition to its forward passes; the model may be on meta."""
         return 0
 
     def fine_tuning(self) -> dict[str, Any]:
@@ -108,10 +108,10 @@ class Method:
         return {}
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return changed settings with which the method takes seconds, at its full batch sizes.
+        """Return settings to change so that the method takes seconds, at its full batch sizes.
 
         `prunekit check` measures memory and time with them. By default every training among the settings gets two
-        steps. devices: number of devices that share a batch; the samples of one device run at once.
+        steps. devices: number of devices that share a batch; a micro-batch is at most the samples of one device.
         """
         return {name: two_steps(value, devices) for name, value in self.config if isinstance(value, TrainerConfig)}
 
@@ -141,12 +141,12 @@ class Method:
         return type(self)(**self.smoke_settings(self.config.model_dump(exclude_unset=True)))
 
     def recorded(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return settings, as a recipe gives them, as a run records them; a later version must read them alike."""
+        """Return a recipe's settings in the form that a run records; later versions must read the same meaning."""
         return settings
 
     @classmethod
     def read_recorded(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return settings that an earlier version recorded as this version writes them."""
+        """Return settings that an earlier version recorded, in the form of this version."""
         return settings
 
     def __repr__(self) -> str:
@@ -167,10 +167,10 @@ class ScoreMethod(Method):
         directory: Path | None,
         log: Log | None,
     ) -> PruneResult:
-        """Score, and take the highest scores within the budget.
+        """Score all units, and keep the units with the highest scores within the budget.
 
-        Where a directory is given, the scores are kept there as `scores.safetensors`. A later call for the same
-        weights with the same data and settings reads them, whatever its budget.
+        If a directory is given, the scores are saved there as `scores.safetensors`. A later call with the same weights,
+        data and settings reads them, for any budget.
         """
         cost = budget_cost(pipeline, self.config)
         scores = self.kept_scores(pipeline, dataset, directory)
@@ -178,14 +178,14 @@ class ScoreMethod(Method):
         return PruneResult([architecture], info=describe_result(self, [architecture], cost))
 
     def score_info(self) -> dict[str, Any]:
-        """Return what `Scores.info` holds: the method's name, and its settings without what meets the budget."""
+        """Return the content of `Scores.info`: the method's name, and its settings except those of the budget."""
         settings = self.config.model_dump(mode="json", exclude={"budget", "latency", "align"})
         return {"method": self.name, "settings": settings}
 
     def kept_scores(
         self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None, directory: Path | None
     ) -> Scores:
-        """Return the scores, which are kept in a directory and read again for the same weights, data and settings."""
+        """Return the scores, from `directory` if weights, data and settings are the same; save new scores there."""
         if directory is None:
             return self.score(pipeline, dataset)
         path, key = directory / SCORES, self._key(pipeline, dataset)
@@ -209,23 +209,22 @@ class ScoreMethod(Method):
         fingerprint = Fingerprint(SCORES_FORMAT, self.score_info(), *plain)
         if model.device.type != "meta":
             fingerprint.add_module(model)
-        if isinstance(dataset, CaptionedImages):  # what will encode them
+        if isinstance(dataset, CaptionedImages):  # the encoding depends on them
             fingerprint.add_encoders(pipeline)
         return fingerprint.add_data(dataset).key()
 
 
 def space_of(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> UnitSpace:
-    """Return the units that the settings allow to remove."""
+    """Return the units that may be removed under the settings."""
     return discover(denoiser_in(pipeline), settings.depth, settings.include, settings.exclude)
 
 
 def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> tuple[UnitSpace, CostModel]:
-    """The units that may be removed, and what counts their cost at the resolution and text length of the settings.
+    """Return the units that may be removed, and their cost model at the resolution and text length of the settings.
 
     Raises:
         ValueError: a resolution that is not a multiple of the pipeline's VAE scale, or one given for a UNet alone,
-            whose
-            VAE is unknown.
+            whose VAE is unknown.
 
     """
     model, space = denoiser_in(pipeline), space_of(pipeline, settings)
@@ -234,7 +233,7 @@ def space_and_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSett
 
 
 def budget_cost(pipeline: DiffusionPipeline | ModelMixin, settings: PruneSettings) -> CostModel:
-    """Return the cost model of the budget: MACs, or the time on a device, whose latency table is measured if missing.
+    """Return the cost model of the budget: MACs, or time on a device; a missing latency table is measured.
 
     Raises:
         ValueError: as `space_and_cost` and `latency_model`.
@@ -269,9 +268,9 @@ def _sample_size(
 
 
 def describe_result(method: Method, architectures: Sequence[Architecture], cost: CostModel) -> ResultInfo:
-    """Return what every result says: the method, its settings and the costs that were reached.
+    """Return the info that every result has: the method, its settings and the costs of the architectures.
 
-    With `align` also the groups that stay unaligned; with a budget in time also the predicted time.
+    With `align`, the info also has the groups that stay unaligned; with a latency budget, also the predicted time.
     """
     info = describe_cost(architectures, cost)
     info.method, info.settings = method.name, method.config.model_dump(mode="json")

@@ -1,7 +1,8 @@
-"""BK-SDM: whole layers go, by a fixed rule (Kim et al., BK-SDM: A Lightweight, Fast, and Cheap Version of SD, 2023).
+"""BK-SDM: remove whole layers by a fixed rule (Kim et al., BK-SDM: A Lightweight, Fast, and Cheap Version of SD, 2023).
 
-Base drops the second ResBlock and Transformer layer of every down block and of every up block, Small also the mid
-block, Tiny also the innermost level. Between the dense UNet and Base lie the members that thin only some levels.
+Base removes the second ResBlock and Transformer layer of every down block and of every up block. Small also removes the
+mid block, and Tiny also the innermost level. The other members of the family remove second layers only from some
+levels, and some of these also remove the mid block.
 """
 
 import itertools
@@ -27,7 +28,7 @@ from prunekit.runtime.errors import UserError
 from prunekit.training.trainer import Log
 
 NAMED = ("base", "small", "tiny")
-NO_MID = "-mid"  # suffix of a variant: the mid block goes too
+NO_MID = "-mid"  # suffix of a variant whose mid block is removed too
 _LAYERS = re.compile(rf"\d+(,\d+)*({NO_MID})?")
 
 
@@ -52,7 +53,7 @@ class BKSDMSettings(PruneSettings):
     @field_validator("depth")
     @classmethod
     def _whole_layers(cls, value: str) -> str:
-        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is not a fault
+        return "blocks"  # a recipe gives one `depth` to all its methods, so another value is not an error
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -79,22 +80,23 @@ class BKSDM(Method):
     smoke: ClassVar[Mapping[str, int | None]] = {"variant": None}
 
     def members(self, pipeline: DiffusionPipeline | ModelMixin) -> dict[str, Architecture]:
-        """Return the family's members on a UNet, also on meta: Architectures over the "blocks" space, by name.
+        """Return the family's members for a UNet, by name: Architectures over the "blocks" space.
 
-        "base", "small" and "tiny" first, then the layers per down block ("2,1,1,1", outermost first), with "-mid"
-        where the mid block is removed as well. A level is reduced from two layers to one by removing the second layer
-        of its down block and of its up block. Members that the UNet or the settings' include and exclude do not allow
-        are left out, such as "tiny" where the two innermost levels differ in width.
+        The UNet may be on the meta device. "base", "small" and "tiny" come first, then the layers per down block
+        ("2,1,1,1", outermost first), with "-mid" where the mid block is removed as well. A level is reduced from two
+        layers to one by removing the second layer of its down block and of its up block. Members that the UNet or the
+        settings' include and exclude do not allow are left out, such as "tiny" where the two innermost levels differ in
+        width.
 
         Raises:
             ValueError: a UNet with a level of other than one or two layers.
 
         """
-        _levels(denoiser_in(pipeline))  # which says so where there are none
+        _levels(denoiser_in(pipeline))  # raises if there are no levels
         return _members(denoiser_in(pipeline), space_of(pipeline, self.config))
 
     def architecture(self, pipeline: DiffusionPipeline | ModelMixin) -> Architecture:
-        """Return the Architecture of the settings' `variant`, at any cost; if unset, the one that `prune` chooses.
+        """Return the Architecture of the settings' `variant`, for any budget; if it is unset, the choice of `prune`.
 
         Args:
             pipeline: a pipeline or its UNet, which may be on the meta device.
@@ -114,10 +116,10 @@ class BKSDM(Method):
         directory: Path | None,
         log: Log | None,
     ) -> PruneResult:
-        """Take the variant of the settings or, without one, the costliest member that is within the budget.
+        """Choose the variant of the settings or, without one, the most expensive member within the budget.
 
-        Of members that cost the same the one with more parameters is taken. `info.variant` names the member, and
-        `info.ratio` says what it reached.
+        Among members of the same cost, choose the one with the most parameters. `info.variant` is the name of the
+        member, and `info.ratio` its MACs as a fraction of the dense MACs.
 
         Args:
             pipeline: a pipeline or its UNet, which may be on the meta device.
@@ -131,7 +133,7 @@ class BKSDM(Method):
 
         """
         model = denoiser_in(pipeline)
-        _levels(model)  # which says so where there are none
+        _levels(model)  # raises if there are no levels
         cost = budget_cost(pipeline, self.config)
         members = _members(model, cost.space)
         if self.config.variant is None:
@@ -162,7 +164,7 @@ class BKSDM(Method):
         return name, members[name]
 
     def _check_budget(self, name: str, member: Architecture, cost: CostModel) -> None:
-        """ValueError where the settings name both a variant and a budget, and they contradict each other."""
+        """Raise ValueError if the settings give both a variant and a budget, and the variant exceeds the budget."""
         budget = self.config.budget
         if "budget" in self.config.model_fields_set and not _fits(member, cost, budget):
             raise UserError(
@@ -172,7 +174,7 @@ class BKSDM(Method):
 
 
 def _fits(member: Architecture, cost: CostModel, budget: float) -> bool:
-    return cost.total(member) <= Fraction(repr(float(budget))) * cost.dense_total  # the decimal that was written
+    return cost.total(member) <= Fraction(repr(float(budget))) * cost.dense_total  # the exact decimal of the setting
 
 
 def _share(member: Architecture, cost: CostModel) -> float:
@@ -221,7 +223,7 @@ def _members(model: ModelMixin, space: UnitSpace) -> dict[str, Architecture]:
 
 
 def _tiny(levels: Levels, space: UnitSpace, second: list[list[str]], mid: list[str]) -> list[str]:
-    """What Tiny removes: what Small does, and the innermost stage; nothing where one of these cannot go."""
+    """Return the layers that Tiny removes: Small's and the innermost stage; none if one of them cannot be removed."""
     stage = _droppable(space, [levels.innermost])
     all_thin = all(names or count == 1 for count, names in zip(levels.layers, second, strict=True))
     if not stage or not all_thin or (levels.mid is not None and not mid):
@@ -240,7 +242,7 @@ def _written(counts: tuple[int, ...], without_mid: bool) -> str:
 
 
 def _levels(model: ModelMixin) -> Levels:
-    """Return a UNet's levels; UserError for a denoiser that has none."""
+    """Return a UNet's levels; raise UserError for a denoiser without levels."""
     levels = getattr(denoiser_of(model), "levels", None)
     if levels is None:
         raise UserError(f"bksdm thins the levels of a UNet, and {type(model).__name__} has none; choose another method")
@@ -248,7 +250,7 @@ def _levels(model: ModelMixin) -> Levels:
 
 
 def _droppable(space: UnitSpace, names: Sequence[str]) -> list[str]:
-    """The names, or nothing unless the space has every one of them."""
+    """Return the names if all of them are depth units of the space, else an empty list."""
     known = {group.name for group in space.depth_groups}
     return list(names) if known.issuperset(names) else []
 

@@ -1,24 +1,24 @@
-"""From scores to Architectures that meet a budget exactly, and leave nothing out that would still fit.
+"""Select Architectures from scores: the cost is within the budget, and no removed unit would still fit.
 
-Units go in the order of their scores, lowest first, until the cost is at or below the budget; then every removed
-unit that still fits is put back, highest score first. All comparisons are between integers: MACs, or nanoseconds where
-the budget is a latency.
+Units are removed in the order of their scores, lowest first, until the cost is at or below the budget. Then every
+removed unit that still fits is put back, highest score first. All comparisons are between integers: MACs, or
+nanoseconds if the budget is a latency.
 
-The order is global: units of all layers compete by their scores, so that every method meets the same budget in the
-same way. APTP's Norm row is global too. Diff-Pruning is not: it removes the same share of
-every layer's channels (torch-pruning's MagnitudePruner with its default global_pruning=False), so Taylor-SP here can
-spare the layers that matter, and the published one cannot.
+The order is global: units of all layers compete by their scores, so that every method meets the same budget in the same
+way. APTP's Norm row is global too. Diff-Pruning removes the same fraction of every layer's channels instead
+(torch-pruning's MagnitudePruner with its default global_pruning=False). So Taylor-SP here can spare the layers that
+matter, and the published method cannot.
 
-A score is the importance of the whole unit, so it is not divided by what the unit costs. APTP's logits have been
-weighed against MACs by the resource loss. A method that wants importance per MAC divides before it hands over.
+A score is the importance of a whole unit and is not divided by the unit's cost. The resource loss has already weighed
+APTP's logits against MACs. A method that needs importance per MAC must divide its scores itself.
 
-A removed layer keeps the bits of what lies under it: they say with which units it would come back. Units under a
-removed layer cost nothing and are not put back by themselves; they become candidates again once the layer is back.
+A removed layer keeps the bits of the units under it, which are the units that it would come back with. Units under a
+removed layer cost nothing and are not put back by themselves. They become candidates again once the layer is back.
 
-With `align`, a width group goes down to an aligned number of channels before units are put back, and then they come
-back in whole steps, each the best removed units of its group that make the next aligned number. A step ranks by its
-middle unit, so that at a common threshold numbers are rounded to the nearest step, and only the order of scores
-matters, as without `align`. None and all of a group are aligned whatever their number.
+With `align`, every width group is first reduced to an aligned number of channels. Units are then put back in steps: a
+step is the best removed units of a group that make the next aligned number. The rank of a step is the score of its
+middle unit, so that at a common threshold numbers are rounded to the nearest step. As without `align`, only the order
+of scores matters. A group that keeps no unit or all units counts as aligned.
 """
 
 import heapq
@@ -43,9 +43,9 @@ ALIGNMENTS = (8, 16, 32, 64)  # channels
 
 @dataclass
 class Scores:
-    """The importance of every unit of a space, (D,): the higher, the longer it stays. May hold +-inf, not NaN.
+    """The importance of every unit of a space, (D,); low scores are removed first. May hold +-inf, not NaN.
 
-    info: JSON values kept with them, e.g. the method and its settings.
+    info: JSON values that are saved with the scores, e.g. the method and its settings.
     """
 
     space: UnitSpace
@@ -57,13 +57,13 @@ class Scores:
         _check(self.values[None], self.space)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: a tensor per group, by its name; the space and `info` in its header."""
+        """Write one safetensors file with a tensor per group, by its name, and the space and `info` in the header."""
         tensors = {group.name: self.values[self.space.slice(group)].clone() for group in self.space.groups}
         return write_tensors(path, "scores", tensors, {"space": self.space.to_dict(), "info": self.info})
 
     @classmethod
     def load(cls, path: str | Path, space: UnitSpace | None = None) -> "Scores":
-        """Read what `save` wrote; over `space`, where one is given, which must be the same (else a ValueError)."""
+        """Read a file that `save` wrote; raise ValueError if `space` is given and the file has another space."""
         tensors, metadata = read_tensors(path, "scores")
         saved = UnitSpace.from_dict(metadata["space"])
         if space is not None and (difference := space.difference(saved)):
@@ -76,19 +76,19 @@ def select(scores: Scores | Tensor, cost: CostModel, budget: float, align: int |
 
     Args:
         scores: `Scores`, or a tensor (D,), over the cost model's space.
-        cost: counts the MACs, at its resolution and by its convention; or a LatencyModel, which counts time.
+        cost: cost model of the MACs, at its resolution and by its convention; or a LatencyModel, for time.
         budget: share of the dense UNet's cost, above 0 and below 1.
         align: 8, 16, 32 or 64; every width group keeps a multiple of that many channels, or none, or all (see
             `unaligned` for what can remain). Unset: any number.
 
     Returns:
         A boolean Architecture whose cost is at most budget x dense, and to which no removed unit (with `align`, no
-        step of units) can be added without exceeding that. Equal scores go in the order of the space. The same input
-        gives the same output.
+        step of units) can be added within the budget. Units with equal scores are removed in the order of the space.
+        The same input gives the same output.
 
     Raises:
-        ValueError: scores of another space or with NaN; a budget outside (0, 1), or below what is left when every
-            unit is removed (the message has that floor); another `align`.
+        ValueError: scores of another space or with NaN; a budget outside (0, 1), or below the cost with every unit
+            removed (the message has that cost); another `align`.
 
     """
     if isinstance(scores, Scores):
@@ -103,21 +103,21 @@ def select_mixture(
 ) -> list[Architecture]:
     """Return the Architectures of N experts whose mean cost over the training prompts is within the budget.
 
-    One threshold is common to all experts: the lowest at which sum_i counts_i x cost_i is at most
-    budget x dense x sum_i counts_i. The cost falls with the threshold, so passing the logits in order, at O(1) each,
-    finds exactly what a bisection would. Then units are put back, the highest logit of all experts first, until no
-    removed unit of any expert fits. An expert to which no prompt is routed has no part in the mean:
-    it meets the budget by itself, as in `select`.
+    All experts share one threshold: the lowest at which sum_i counts_i x cost_i is at most
+    budget x dense x sum_i counts_i. A higher threshold costs less, so one pass over the sorted logits, at O(1) each,
+    finds the same threshold as a bisection. Then units are put back, the highest logit of all experts first, until no
+    removed unit of any expert fits. An expert without prompts does not count in the mean; it meets the budget by
+    itself, as in `select`.
 
     Args:
-        logits: (N, D), the experts' codes.
-        counts: (N,), how many training prompts inference routing sends to each expert.
-        cost: counts the MACs, or the time.
+        logits: (N, D), scores of the units per expert, such as the experts' codes.
+        counts: (N,), the number of training prompts that inference routing sends to each expert.
+        cost: as in `select`.
         budget: share of the dense UNet's cost, above 0 and below 1.
         align: as in `select`.
 
     Raises:
-        ValueError: as in `select`; counts that are not N whole numbers, not negative, at least one above 0.
+        ValueError: as in `select`; counts that are not N whole numbers of 0 or more, with at least one above 0.
 
     """
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
@@ -133,12 +133,12 @@ def select_mixture(
 
 
 def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
-    """Return the most that `prompts` prompts may cost together, in what `cost.total` counts: MACs, or nanoseconds.
+    """Return the largest total cost of `prompts` prompts within the budget, in MACs or nanoseconds as `cost.total`.
 
-    The budget is read as the decimal that was written.
+    The budget is read as the exact decimal of the setting.
 
     Raises:
-        ValueError: a budget outside (0, 1), or below the floor of the space.
+        ValueError: a budget outside (0, 1), or below the smallest cost in the space.
 
     """
     if not 0 < budget < 1:
@@ -157,15 +157,15 @@ def budget_limit(cost: CostModel, budget: float, prompts: int = 1) -> int:
 
 
 def budget_of(total: int, dense_total: int) -> float:
-    """Return the smallest budget of 14 decimals under which an architecture of that total cost fits `budget_limit`."""
+    """Return the smallest budget with 14 decimals whose `budget_limit` allows a total cost."""
     scale = 10**14
     return float(Fraction(-(-total * scale // dense_total), scale))
 
 
 def unit_step(group: UnitGroup, align: int | None) -> int:
-    """The units by which a width group's number goes up and down: the fewest that make a multiple of `align` channels.
+    """Return the step of a width group's size, in units: the fewest units with a multiple of `align` channels.
 
-    A group that has no multiple of `align` within its width takes the next lower power of two.
+    If the group has too few units for a step, `align` is halved until it has enough.
     """
     if align is None or group.is_depth:
         return 1
@@ -175,10 +175,10 @@ def unit_step(group: UnitGroup, align: int | None) -> int:
 
 
 def unaligned(architecture: Architecture, align: int) -> dict[str, int]:
-    """The width groups, by name, whose kept channels are no multiple of `align`, and how many they keep.
+    """Return, by name, the number of kept channels of the width groups that do not keep a multiple of `align`.
 
-    After `select` with the same `align` these are groups that stay whole and are unaligned in the dense UNet already,
-    and groups too narrow for it. Groups under a removed layer are not among them.
+    After `select` with the same `align`, these groups are either kept whole and unaligned in the dense UNet already, or
+    too narrow for `align`. Groups under a removed layer are not included.
     """
     kept = {
         group.name: len(architecture.kept(group.name)) * group.channels for group in architecture.space.width_groups
@@ -195,13 +195,13 @@ def _check(scores: Tensor, space: UnitSpace) -> None:
 
 
 def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, align: int | None) -> list[Architecture]:
-    """`select_mixture` for experts (N, D) that all have prompts."""
+    """Return the Architectures of `select_mixture` for scores (N, D) of experts that all have prompts."""
     space, scores = cost.space, scores.detach().cpu()
     _check(scores, space)
     if align is not None and align not in ALIGNMENTS:
         raise UserError(f"align={align!r}: choose one of {', '.join(map(str, ALIGNMENTS))}, or leave it unset")
     mixture = _Mixture(scores, counts, cost, budget_limit(cost, budget, sum(counts)), align)
-    for position in scores.T.flatten().argsort(stable=True).tolist():  # of equal ones by unit, then by expert
+    for position in scores.T.flatten().argsort(stable=True).tolist():  # ties: by unit, then by expert
         if mixture.total <= mixture.limit:
             break
         unit, expert = divmod(position, len(counts))
@@ -212,7 +212,7 @@ def _select(scores: Tensor, counts: list[int], cost: CostModel, budget: float, a
 
 
 class _Mixture:
-    """N architectures, all complete at first, and what they cost for all prompts together."""
+    """N architectures, which start with all units, and their total cost over all prompts."""
 
     def __init__(self, scores: Tensor, counts: list[int], cost: CostModel, limit: int, align: int | None):
         self.space, self.counts, self.limit = cost.space, counts, limit
@@ -223,7 +223,7 @@ class _Mixture:
 
     @cached_property
     def over(self) -> list[list[int]]:
-        """Per group, the depth units (by position) whose removal removes it."""
+        """For each group, the positions of the depth units whose removal also removes the group."""
         depths = (self.space.depth_units_over(group.path, group.kind) for group in self.space.groups)
         return [[self.space.num_width + depth for depth in above] for above in depths]
 
@@ -231,7 +231,7 @@ class _Mixture:
         self.total += self.counts[expert] * self.running[expert].flip(unit)
 
     def round_down(self) -> None:
-        """Remove the lowest units of every width group down to a whole number of steps; all of a group stay."""
+        """Remove the units with the lowest scores until every width group has whole steps; a complete group stays."""
         for expert, scores in enumerate(self.scores):
             for group, step in zip(self.space.groups, self.steps, strict=True):
                 kept = [unit for unit in self._units(group) if self.running[expert].bits[unit]]
@@ -240,8 +240,10 @@ class _Mixture:
                     self.flip(expert, unit)
 
     def put_back(self) -> None:
-        """Put back every removed step of units that fits, highest score first. One that does not fit never will:
-        what a group costs does not fall with its units, and without this step its later ones cannot come.
+        """Put back every removed step of units that fits, highest score first.
+
+        A step that does not fit never fits later, because adding units does not lower the cost of a group. The later
+        steps of its group are dropped with it, because they can only follow it.
         """
         candidates = [entry for expert in range(len(self.counts)) for entry in self._missing(expert)]
         heapq.heapify(candidates)
@@ -255,7 +257,7 @@ class _Mixture:
                 continue
             if (entry := self._next_step(expert, group)) is not None:
                 heapq.heappush(candidates, entry)
-            if self.space.groups[group].is_depth:  # a layer is back: so may be what is missing under it
+            if self.space.groups[group].is_depth:  # a layer is back: the missing units under it are candidates again
                 for entry in self._missing(expert, under=units[0]):
                     heapq.heappush(candidates, entry)
 
@@ -269,7 +271,7 @@ class _Mixture:
         return [step for step in steps if step is not None]
 
     def _next_step(self, expert: int, index: int) -> "_Step | None":
-        """The units that come back next in a group, by the order of `put_back`; None if it is whole."""
+        """Return the step of units that `put_back` tries next in a group; None if the group is complete."""
         bits, scores = self.running[expert].bits, self.scores[expert]
         missing = [unit for unit in self._units(self.space.groups[index]) if not bits[unit]]
         if not missing:
@@ -283,4 +285,4 @@ class _Mixture:
         return range(self.space.size)[self.space.slice(group)]
 
 
-_Step = tuple[float, int, int, int, list[int]]  # (minus the score, the unit that has it, expert, group, units)
+_Step = tuple[float, int, int, int, list[int]]  # (minus the score, unit of this score, expert, group, units)

@@ -1,7 +1,7 @@
-"""The inputs on which a score method measures: fixed batches of noised latents, the same for any number of processes.
+"""Calibration samples for the methods that measure: batches of noised latents, equal for any number of processes.
 
-What sample i is depends on the seed and i alone: its picture, its caption, its noise and, where no timestep is given,
-its timestep. A batch is a run of neighbouring samples; processes take batches in turn.
+The picture, caption and noise of sample i depend only on the seed and i. Its timestep, if none is given, depends on i
+and the number of samples. A batch is a run of consecutive samples, and processes take batches in turn.
 """
 
 import math
@@ -22,16 +22,16 @@ from prunekit.models import resolution_of
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
 
-PROBE_SIDE = 32  # random latents are no larger than this, for their cost
+PROBE_SIDE = 32  # largest side of random latents, to limit their cost
 PROBE_TEXT_LENGTH = 77
-PIXELS = 8  # a latent position's, on random inputs
+PIXELS = 8  # per latent position along a side, for random inputs
 TimestepWeights = Literal["uniform", "noise", "logarithmic"]
 TIMESTEP_WEIGHTS = (
     "Weight of a sample by its timestep. uniform: 1; noise: 1 - alpha_bar; logarithmic: from 0.8 without noise "
     "to 1.2 (OBS-Diff)."
 )
 LOG_STEPS = 25  # sampling steps over which OBS-Diff's weights rise
-ROW_TOKENS = 8192  # latent positions that run through the denoiser at once while it is measured without gradients
+ROW_TOKENS = 8192  # most latent positions per forward pass of measurements without gradients
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CalibrationBatch:
     """Some calibration samples, on the denoiser's device and in its dtype."""
 
     index: int  # of the batch among all batches
-    call: Call  # what the denoiser gets
+    call: Call  # inputs of the denoiser
     latents: Tensor  # (B, C, h, w): clean
     noise: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,)
@@ -49,10 +49,10 @@ class CalibrationBatch:
 
 
 def as_encoded(pipeline: Any, dataset: EncodedData | CaptionedImages) -> EncodedData:
-    """Return encoded data as it is; captioned images encoded with the pipeline and the embedded prompt encoder.
+    """Return encoded data unchanged; encode captioned images with the pipeline and the embedded prompt encoder.
 
     Raises:
-        ValueError: data of another kind, or images where there is only a denoiser, which cannot encode them.
+        ValueError: data of another kind, or images with a denoiser alone, which cannot encode them.
 
     """
     if isinstance(dataset, EncodedData):
@@ -79,15 +79,15 @@ def calibration_batches(
     """Yield `count` calibration samples in batches of `batch_size` (the last may be smaller).
 
     Args:
-        pipeline: a pipeline or its denoiser; its scheduler noises the latents (a denoiser alone: `process_of`).
-        data: training pairs are drawn from it without repetition. None: Gaussian latents of the model's size (no side
-            above 32) and Gaussian text states.
-        count: samples of all batches together.
-        batch_size: samples of one batch.
-        seed: what the draws are keyed by.
-        timestep: of all samples; None: sample i has the middle of the i-th of `count` equal parts of the span.
-        share: (process, processes): only batches process, process + processes, … are made.
-        span: part of the schedule whose timesteps are taken, as shares of it: from, to.
+        pipeline: a pipeline, whose scheduler adds the noise; or its denoiser, with the usual noise of its family.
+        data: source of the training pairs, which are drawn without repetition. None: Gaussian latents of the model's
+            size (no side above 32) and Gaussian text states.
+        count: number of samples in all batches together.
+        batch_size: samples per batch.
+        seed: seed of the draws.
+        timestep: timestep of all samples; None: sample i has the middle of the i-th of `count` equal parts of `span`.
+        share: (index, number) of processes: only batches index, index + number, … are made.
+        span: start and end of the part of the schedule from which timesteps come, as fractions of the schedule.
 
     Raises:
         ValueError: more samples than there are training pairs, before the first batch.
@@ -121,14 +121,14 @@ def calibration_batches(
 
 
 def num_probes(pipeline: DiffusionPipeline | ModelMixin, data: EncodedData | None) -> int:
-    """How many samples of the calibration data run through the denoiser at once without gradients."""
+    """Return the number of calibration samples in one forward pass without gradients."""
     sides = _probe_sides(denoiser_in(pipeline)) if data is None else data.latents.shape[-2:]
     return max(1, ROW_TOKENS // (sides[0] * sides[1]))
 
 
 @contextmanager
 def evaluation_mode(model: ModelMixin) -> Iterator[None]:
-    """Switch every module to evaluation, and back to the mode that each was in."""
+    """Switch every module to evaluation mode inside the context; on exit restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -146,12 +146,12 @@ def sample_weights(kind: TimestepWeights, pipeline: DiffusionPipeline | ModelMix
     process = process_of(pipeline)
     if kind == "noise":
         return process.noised(torch.zeros_like(ones), ones, timesteps).square().flatten()
-    place = timesteps.float() / process.num_timesteps * LOG_STEPS  # of LOG_STEPS, the noisiest last
+    place = timesteps.float() / process.num_timesteps * LOG_STEPS  # position among LOG_STEPS steps, the noisiest last
     return 0.8 + 0.4 * (1 + place).log() / math.log(LOG_STEPS)
 
 
 def layer_values(model: nn.Module, paths: Sequence[str], call: Call) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a model up to the last of some layers; return the input and the output of each."""
+    """Run a model until all layers at `paths` have run; return the input and output of each layer."""
     values: dict[str, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
         for path in paths:
@@ -169,7 +169,7 @@ def layer_values(model: nn.Module, paths: Sequence[str], call: Call) -> dict[str
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the layer that is looked at."""
+    """Ends a forward pass once all requested layers have run."""
 
 
 def _draw_pairs(data: EncodedData, count: int, seed: int) -> Tensor:
@@ -183,7 +183,7 @@ def _draw_pairs(data: EncodedData, count: int, seed: int) -> Tensor:
 
 
 def _normal(seed: int, purpose: str, samples: range, shape: tuple[int, ...]) -> Tensor:
-    """Gaussian values (len(samples), *shape), each sample's from its own stream."""
+    """Return Gaussian values (len(samples), *shape); every sample has its own random stream."""
     return torch.stack([torch.randn(shape, generator=generator(seed, "calibration", purpose, i)) for i in samples])
 
 
@@ -193,7 +193,7 @@ def _probe_sides(model: ModelMixin) -> tuple[int, int]:
 
 
 def _random_call(model: ModelMixin, seed: int, samples: range) -> Call:
-    """Return a call of clean Gaussian latents and conditions, each sample's from streams of its own."""
+    """Return a call of clean Gaussian latents and conditions; every sample has its own random streams."""
     denoiser, sides = denoiser_of(model), _probe_sides(model)
 
     def fill(name: str, shape: tuple[int, ...]) -> Tensor:

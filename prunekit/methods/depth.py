@@ -1,4 +1,4 @@
-"""Depth pruning by ablation: the whole layers go whose removal alone changes the denoiser's output least.
+"""Depth pruning by ablation: remove the whole layers whose removal alone changes the denoiser's output least.
 
 Each layer is removed alone, and the change of the dense model's output is measured on calibration samples over the
 whole schedule, as Amber-Image (arXiv 2602.17047) ranks the blocks of Qwen-Image. A transformer without some of its
@@ -26,7 +26,7 @@ from prunekit.methods.workload import MethodWork
 from prunekit.runtime.errors import UserError
 from prunekit.training.trainer import Log
 
-FEW_SAMPLES = 4  # of a check
+FEW_SAMPLES = 4  # calibration samples of a check
 
 
 class DepthSettings(PruneSettings):
@@ -57,11 +57,11 @@ class Depth(ScoreMethod):
         """Return the output change of every whole layer; parts of layers score infinity, so that they stay.
 
         Args:
-            pipeline: a pipeline or its denoiser; its weights must be there, not on the meta device.
+            pipeline: a pipeline or its denoiser, with weights, not on the meta device.
             dataset: EncodedData or CaptionedImages; None: random inputs.
 
         Raises:
-            UserError: a denoiser on the meta device, no layer that may go, or more `samples` than training pairs.
+            UserError: a denoiser on the meta device, no removable layer, or more `samples` than training pairs.
 
         """
         model, space, config = denoiser_in(pipeline), space_of(pipeline, self.config), self.config
@@ -81,7 +81,7 @@ class Depth(ScoreMethod):
         directory: Path | None,
         log: Log | None,
     ) -> PruneResult:
-        """As the base class does; UserError where whole layers alone cannot meet the budget."""
+        """Choose as the base class does; raise UserError if removing whole layers alone cannot meet the budget."""
         result = super().choose(pipeline, dataset, directory, log)
         (architecture,) = result.architectures
         if not bool(architecture.values[: architecture.space.num_width].all()):

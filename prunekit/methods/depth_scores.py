@@ -1,17 +1,17 @@
-"""Scores of whole layers beside scores of their parts: the measured change of the UNet's output, for both.
+"""Score whole layers and their parts on one scale: the measured change of the UNet's output.
 
-The papers whose scores we use prune widths only and have no rule for depths; ours is this. A depth unit scores what
-its removal alone does to the output of the dense UNet: the mean squared change over the calibration samples, with the
-very gate under which masked is sliced. No sum over weights can say that: whether a layer matters depends on how much
-it adds to the hidden state that passes by, which its weights' size does not tell.
+The papers whose scores we use prune widths only and have no rule for whole layers, so this rule is our own. The score
+of a depth unit is the change of the dense UNet's output when this unit alone is removed: the mean squared change over
+the calibration samples. The gate that removes it is the one for which the masked and the sliced UNet agree (law 1). A
+sum over weights cannot replace this measurement: a layer matters if it adds much to the hidden state, and the size of
+its weights does not tell how much it adds.
 
-Width scores come in another unit (a norm, a first-order change of the loss), and `select` ranks both together. So we
-also measure the change when all units of a width group go at once, and multiply all width scores by one factor: the
-median over groups of (measured change) / (sum of the group's scores). After it, the scores of a typical group add up
-to what emptying it does to the output, so both kinds are changes of the output. One common factor leaves the ranking
-of the widths among each other exactly as the method made it; the median, not the mean, because a few groups whose
-method scores are nearly zero would otherwise decide it. Changes of several removals do not add up exactly, which is
-true of every score of single units.
+Width scores have another unit (a norm, or a first-order change of the loss), but `select` ranks both kinds together. So
+we also measure the change when all units of a width group are removed at once, and multiply all width scores by one
+factor: the median over groups of (measured change) / (sum of the group's scores). The scores of a typical group then
+add up to the output change of emptying the group, so both kinds of scores are output changes. One common factor does
+not change the method's ranking of the widths. The factor is a median, because a few groups with scores near zero would
+dominate a mean. The changes of several removals do not add up exactly; this holds for every score of single units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ from prunekit.runtime.processes import current
 
 
 def depth_calibrations(space: UnitSpace, groups: Sequence[UnitGroup], samples: int) -> tuple[Calibration, ...]:
-    """Return what `output_changes` of these groups computes; nothing in a space without depth units."""
+    """Return the work of `output_changes` for these groups; none in a space without depth units."""
     if not space.num_depth:
         return ()
     passes = len(groups) + 1
@@ -52,18 +52,18 @@ def joint_scores(
     samples: int,
     seed: int,
 ) -> Tensor:
-    """Scores of widths and depths on one scale, (D,) float64; the widths as they are where there are no depth units.
+    """Return scores of widths and depths on one scale, (D,) float64; without depth units, the widths unchanged.
 
     Args:
         widths: (num_width,), a method's scores, not negative.
         pipeline: a pipeline or its UNet.
-        space: its units.
+        space: the units.
         data: calibration data; None: random inputs.
-        samples: calibration samples.
-        seed: keys their draw.
+        samples: number of calibration samples.
+        seed: seed of the calibration samples.
 
     Raises:
-        ValueError: as `output_changes`; or no emptied group with scores changes the output, so that no scale exists.
+        ValueError: as in `output_changes`; or no emptied group with scores changes the output, so that no scale exists.
 
     """
     if not space.num_depth:
@@ -75,9 +75,9 @@ def joint_scores(
 
 
 def width_scale(widths: Tensor, changes: Tensor, space: UnitSpace) -> float:
-    """The factor from a method's width scores (num_width,) to output changes, from those of emptied groups (groups,).
+    """Return the factor from width scores (num_width,) to output changes; changes: of the emptied groups, (groups,).
 
-    Groups whose scores or change are zero have no say.
+    Groups whose scores or change are zero are ignored.
     """
     sums = torch.stack([widths[space.slice(group)].double().sum() for group in space.width_groups])
     known = (sums > 0) & (changes > 0)
@@ -99,10 +99,10 @@ def output_changes(
     seed: int,
     span: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Mean squared change of the dense UNet's output when one group alone goes with all its units, (groups,) float64.
+    """Return the mean squared change of the dense UNet's output when one group alone is emptied, (groups,) float64.
 
-    The mean is over samples, at timesteps in a part of the schedule (`span`), and output elements. Batches are fixed by
-    index and added in their order, so the number of processes changes no bit.
+    The mean is over output elements and samples; `span` is the part of the schedule from which their timesteps come.
+    Batches are fixed by index and added in order, so the result is bit-identical for any number of processes.
 
     Raises:
         ValueError: an output that is not finite, or more samples than training pairs.
@@ -142,7 +142,7 @@ def _changes(model: ModelMixin, gates: Gates, batch: CalibrationBatch, chunks: S
 
 
 def ranks(values: Tensor, space: UnitSpace) -> Tensor:
-    """Rank of every unit in its width group, or among all depth units, as a share above 0 and at most 1."""
+    """Return the rank of every unit within its width group, or among all depth units, as a fraction in (0, 1]."""
     pools = [space.slice(group) for group in space.width_groups]
     pools += [slice(space.num_width, space.size)] if space.num_depth else []
     ranks = torch.empty_like(values)

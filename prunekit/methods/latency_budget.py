@@ -25,7 +25,7 @@ from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
 HERE = "here"
-ANYWHERE = ("model", "sample_size", "text_length")  # conditions that a table from elsewhere must have too
+ANYWHERE = ("model", "sample_size", "text_length")  # conditions that a table from another machine must match
 PAIRS = 9  # interleaved samples of an architecture and the dense model
 
 
@@ -47,7 +47,7 @@ class LatencySettings(BaseModel):
 def latency_model(
     model: ModelMixin, cost: CostModel, settings: LatencySettings, align: int | None = None
 ) -> LatencyModel:
-    """Return the cost model in time; where the folder has no table of these conditions, measure and keep one.
+    """Return the cost model in time; if the folder has no table for these conditions, measure one and save it.
 
     Raises:
         ValueError: a model on the meta device, or one that cannot be timed layer by layer; a file that is not a table,
@@ -69,10 +69,11 @@ def latency_model(
 def predicted_and_measured(
     model: ModelMixin, architectures: list[Architecture], cost: LatencyModel, settings: LatencySettings
 ) -> list[dict[str, Any]]:
-    """Time architectures beside the dense model, under the table's conditions; a row for each, JSON values.
+    """Time architectures beside the dense model, under the table's conditions; return a row of JSON values for each.
 
-    macs_ratio, predicted, measured: shares of the dense model. error: of the prediction, relative. noise: the dense
-    model's against itself, as a distance from 1. Of a table from elsewhere nothing can be measured here: None.
+    macs_ratio, predicted, measured: fractions of the dense model's MACs or time. error: relative error of the
+    prediction. noise: distance from 1 of the dense model's time over itself. With a table from another machine nothing
+    is measured, and a row has no measured, error and noise.
     """
     rows = []
     for index, architecture in enumerate(architectures):

@@ -1,9 +1,10 @@
-"""Ridge regression of a layer's weight and bias, from sums over samples that never hold a batch's unfolded inputs.
+"""Ridge regression of a layer's weight and bias, from sums over samples; a batch's inputs are never unfolded.
 
 For a linear layer a sample's inputs are x (d,) and its targets y (o,); for a convolution every output position is a
 sample, and x holds the inputs under the kernel. With a constant for the bias, A = Σ w·x xᵀ and B = Σ w·x yᵀ are all
 that the fit needs: W = (A + λI)⁻¹ (B + λ W₀) minimizes Σ w·|Wᵀx − y|² + λ|W − W₀|². So W is W₀ for λ → ∞ and the
-least-squares solution for λ → 0; and as W₀ is a candidate of that minimum, the error on the samples never exceeds W₀'s.
+least-squares solution for λ → 0. The error of W on the samples never exceeds the error of W₀, because W₀
+is a candidate of that minimum, with a penalty of zero.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 from prunekit.core.axes import bias_of, weight_of
 
-FREE = 1e-6  # of the ridge on weights, what the bias has
-SUM_BYTES = 8  # of a number
+FREE = 1e-6  # ridge of the bias, as a fraction of the ridge of the weights
+SUM_BYTES = 8  # per float64 number
 
 
 def sums_bytes(weight: Tensor, share: float = 1.0) -> int:
-    """Return the bytes of a layer's sums, by its weight, which may be on the meta device.
+    """Return the bytes of a layer's sums; its weight may be on the meta device.
 
-    share: of its inputs that it keeps.
+    share: fraction of its inputs that the layer keeps.
     """
     inputs = round(weight[0].numel() * share) + 1
     return SUM_BYTES * inputs * (inputs + len(weight))
@@ -55,12 +56,12 @@ class Sums:
 
         Args:
             layer: the linear layer or convolution.
-            inputs: what it gets, (n, …, d) or (n, c, h, w).
-            targets: what it should give, of the shape of its output.
-            weights: of each sample of the batch, (n,).
+            inputs: inputs of the layer, (n, …, d) or (n, c, h, w).
+            targets: desired outputs, in the shape of the layer's output.
+            weights: weight of each sample of the batch, (n,).
 
         """
-        parts = list(_inputs(layer, inputs))  # each a function that makes (positions, channels)
+        parts = list(_inputs(layer, inputs))  # functions that return (positions, channels)
         targets = _positions(layer, targets)  # (n·p, o)
         roots = weights.to(targets).sqrt().repeat_interleave(len(targets) // len(weights))[:, None]
         targets = targets * roots
@@ -87,16 +88,16 @@ class Sums:
         self.weight += weights.double().sum().to(self.weight)
 
     def tensors(self) -> list[Tensor]:
-        """Return what several processes sum."""
+        """Return the tensors that are summed over processes."""
         return [self.gram, self.cross, self.square, self.weight]
 
     def plus(self, other: Sums) -> Sums:
-        """Return the sums over the samples of both."""
+        """Return the sums over the samples of both operands."""
         gram, cross, square, weight = (a + b for a, b in zip(self.tensors(), other.tensors(), strict=True))
         return Sums(gram, cross, square, weight, self.has_bias)
 
     def error(self, solution: Tensor) -> float:
-        """Return Σ w·|Wᵀx − y|² / Σ w of W (d + 1, o)."""
+        """Return the mean squared error Σ w·|Wᵀx − y|² / Σ w of a solution W (d + 1, o)."""
         fitted = (solution * (self.gram @ solution)).sum() - 2 * (solution * self.cross).sum() + self.square
         return float(fitted.clamp(min=0) / self.weight)
 
@@ -144,7 +145,7 @@ def _positions(layer: nn.Module, outputs: Tensor) -> Tensor:
 
 
 def _inputs(layer: nn.Module, inputs: Tensor) -> Sequence[Callable[[], Tensor]]:
-    """Return, for each kernel position, what makes the inputs under it, (samples and positions, c)."""
+    """Return, for each kernel position, a function that returns the inputs under it, (samples and positions, c)."""
     if not isinstance(layer, nn.Conv2d):
         return [lambda: inputs.reshape(-1, inputs.shape[-1]).float()]
     assert layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -1,7 +1,7 @@
-"""Magnitude pruning: the parts with the smallest weights go (Li et al., Pruning Filters for Efficient ConvNets, 2017).
+"""Magnitude pruning: remove units with the smallest weights (Li et al., Pruning Filters for Efficient ConvNets, 2017).
 
-It is one-shot and, as in the rows that APTP compares with, ranks all units together. Those rows also cut channels of
-the residual stream; here, as for every method, block outputs keep their shape, so this Norm is the milder one.
+The method is one-shot and ranks all units together, as in the Norm rows that APTP compares with. Those rows also cut
+channels of the residual stream. Here block outputs keep their shape, as for every method, so this Norm is milder.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ from prunekit.methods.unit_weights import sum_per_unit
 from prunekit.methods.workload import MethodWork
 from prunekit.runtime.errors import UserError
 
-SAMPLES = 16  # calibration samples, unless the settings say
-FEW_SAMPLES = 4  # of a check
+SAMPLES = 16  # default number of calibration samples
+FEW_SAMPLES = 4  # calibration samples of a check
 
 
 class NormSettings(PruneSettings):
@@ -64,17 +64,17 @@ class Norm(ScoreMethod):
     def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
         """Return the relative magnitude of every width unit and the measured output change of every depth unit.
 
-        A width unit scores the sum of |w|^order over the weights it owns, relative to the mean of its group: equal
-        to torch-pruning's MagnitudeImportance(p=order), so that layers of different size and scale compare. A depth
-        unit scores how much its removal changes the UNet's output, and the widths are multiplied by one factor so
-        that both rank together (see `depth_scores`); without depth units they stay as they are.
+        A width unit scores the sum of |w|^order over the weights it owns, relative to the mean of its group. This
+        equals torch-pruning's MagnitudeImportance(p=order), and makes layers of different size and scale comparable. A
+        depth unit scores how much its removal changes the UNet's output. All width scores are multiplied by one factor,
+        so that both kinds rank together (see `depth_scores`); without depth units they are not changed.
 
-        Scope "layer" replaces the scores by ranks within their group, so that a budget takes the same share of each;
-        depth units rank among all depth units.
+        Scope "layer" replaces the scores by ranks within their group, so that a budget removes the same fraction of
+        each group; depth units rank among all depth units.
 
         Args:
-            pipeline: a pipeline or its UNet; its weights must be there, not on the meta device.
-            dataset: EncodedData or CaptionedImages, on which depth units are measured; None: on random inputs.
+            pipeline: a pipeline or its UNet, with weights, not on the meta device.
+            dataset: EncodedData or CaptionedImages for the measurement of depth units; None: random inputs.
 
         Raises:
             ValueError: a UNet on the meta device, units that the settings name and the UNet lacks, or more `samples`

@@ -1,20 +1,20 @@
-"""OBS: the parts go whose removal the layer that reads them can make up for best.
+"""OBS: remove the units whose removal the other weights of the layers that read them compensate best.
 
 Optimal Brain Surgeon for groups of columns, after OBC (Frantar, Alistarh, arXiv 2208.11580) and OBS-Diff (arXiv
-2510.06751). A layer reads inputs x and has weights W; with H = Σ x xᵀ over calibration samples, removing the columns g
-and changing all others so that the layer's outputs stay as near as they can costs tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) / 2. Units
-go one by one, the cheapest first, each time with the change of the others taken into W and H⁻¹; so a unit's score is
-what its removal costs when those before it are gone. Heads and groups of channels are alike; a head that two streams
-share costs what both layers lose.
+2510.06751). A layer has inputs x and weights W, and H = Σ x xᵀ over calibration samples. Removing the columns g, and
+changing all other columns so that the layer's outputs change least, costs tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) / 2. Units are
+removed one by one, the cheapest first, and each removal updates W and H⁻¹. So the score of a unit is the cost of its
+removal after the removal of the units before it. Heads and groups of channels are treated alike. The cost of a head
+that two streams share is the sum of the costs in both layers.
 
-The change of the weights itself is the ridge regression of `recover.closed_form` with the inputs of the dense model:
-for the damped H both are the minimum of tr((W - W') H (W - W')ᵀ) over weights W' without the columns. So the method
-chooses, and recovery fits, on the inputs that the pruned model then provides.
+The method only chooses units. The change of the weights is the ridge regression of `recovery.closed_form` on the inputs
+of the dense model: for the damped H both minimize tr((W - W') H (W - W')ᵀ) over weights W' without the columns.
+Closed-form recovery then fits the weights, by default on the inputs that the pruned model provides.
 
-Deviations from OBS-Diff: every layer's inputs are those of the dense model, where the paper prunes four packages of
-blocks one after another; for heads of two streams costs are added, where the paper fuses two rankings; the last block
-is not left out; and a budget in MACs is met over all layers together, where the paper takes the same share of each,
-which is `scope: layer`.
+Differences from OBS-Diff: every layer's inputs are those of the dense model, while the paper prunes four packages of
+blocks one after another. For heads of two streams costs are added, while the paper fuses two rankings. The last block
+is pruned too. A budget in MACs is met over all layers together, while the paper removes the same fraction of every
+layer, which is `scope: layer` here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,11 +113,11 @@ class OBS(ScoreMethod):
         return INVERTED * sum(sizes[-self.config.layers_at_once :])
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return one batch."""
+        """Return settings with one batch of calibration samples."""
         return {"samples": min(self.config.samples, self.config.batch_size)}
 
     def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
-        """Return what removing each unit costs, in the order in which a group's units would go.
+        """Return the removal cost of each unit, where the units of a group are removed one by one, the cheapest first.
 
         A width unit scores the layer's squared error as a share of its squared outputs; a depth unit scores how much
         its removal changes the denoiser's output, and the widths are multiplied by one factor so that both rank
@@ -161,7 +161,7 @@ class OBS(ScoreMethod):
     def _readers(
         self, pipeline: DiffusionPipeline | ModelMixin, groups: Sequence[UnitGroup], data: EncodedData
     ) -> dict[UnitGroup, list["Reader"]]:
-        """Return the layers that read each group's channels, with what they read summed over all samples."""
+        """Return, for each group, the layers that read its channels, with the sums of their inputs over all samples."""
         config, model, processes = self.config, denoiser_in(pipeline), current()
         layers = width_layers(model)
         axes = {group: [axis for axis in layers[group.name].axes if axis.side == "in"] for group in groups}
@@ -189,10 +189,11 @@ class OBS(ScoreMethod):
 
 
 class Reader:
-    """A layer whose columns go, unit by unit, while the others make up for them.
+    """A layer from which the columns of units are removed, while the other columns change to compensate.
 
-    weight: W (d + 1, o), the bias last. inverse: H⁻¹ (d + 1, d + 1), damped; of a layer without bias the last row and
-    column are zero. columns: of each unit, (units, m). energy: Σ w·|y|², in whose shares a removal is counted.
+    weight: W (d + 1, o), the bias last. inverse: inverse of the damped H, (d + 1, d + 1); for a layer without bias the
+    last row and column are zero. columns: (units, m), the columns of each unit. energy: Σ w·|y|²; costs of removals are
+    fractions of it.
     """
 
     def __init__(self, weight: Tensor, inverse: Tensor, columns: Tensor, energy: float):
@@ -200,10 +201,10 @@ class Reader:
 
     @classmethod
     def of(cls, model: ModelMixin, path: str, channels: list[list[int]], sums: Sums, config: OBSSettings) -> "Reader":
-        """Return a layer's reader; channels: those of each unit along the weight's input."""
+        """Return the reader of a layer; channels: the channels of each unit along the weight's input axis."""
         layer = model.get_submodule(path)
         weight = packed(layer)
-        inputs = layer.weight.shape[1]  # every kernel position has them all
+        inputs = layer.weight.shape[1]  # per kernel position
         kernel = (len(weight) - 1) // inputs
         columns = torch.tensor([[k * inputs + c for k in range(kernel) for c in unit] for unit in channels])
         inverse = torch.zeros_like(sums.gram)
@@ -215,13 +216,13 @@ class Reader:
         return cls(weight, inverse, columns.to(weight.device), float(sums.square) or 1.0)
 
     def costs(self, units: Sequence[int]) -> Tensor:
-        """Return tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) / 2 of each of some units, (n,), as shares of the energy."""
+        """Return the removal cost tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) / 2 of each unit, (n,), as a fraction of the energy."""
         columns = self.columns[list(units)]  # (n, m)
         blocks, weight = self.inverse[columns[:, :, None], columns[:, None, :]], self.weight[columns]
         return (weight * torch.linalg.solve(blocks, weight)).sum((1, 2)) / 2 / self.energy
 
     def remove(self, unit: int) -> None:
-        """Remove a unit's columns, with the change of all others."""
+        """Remove the columns of a unit, and change all other columns to compensate."""
         columns = self.columns[unit]
         left = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns]).T  # (d + 1, m)
         self.weight = self.weight - left @ self.weight[columns]
@@ -232,9 +233,9 @@ class Reader:
 
 
 def removal_costs(readers: Sequence[Reader], units: int) -> Tensor:
-    """Return what removing each of a group's units costs, (units,) float64, where the cheapest goes first each time.
+    """Return the removal cost of each unit of a group, (units,) float64, removing the cheapest unit first each time.
 
-    A later removal never costs less than one before it, so that the lowest scores are the units that go first.
+    A cost below that of an earlier removal is raised to it, so that scores never decrease in the order of removal.
     """
     scores, left, most = torch.zeros(units, dtype=torch.float64), list(range(units)), 0.0
     while left:

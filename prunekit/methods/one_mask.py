@@ -1,9 +1,10 @@
-"""One mask: experts that differ in a few weights alone, by prompt, by timestep, or by both.
+"""One mask: all experts have one architecture and differ in a few weights, by prompt, by timestep, or by both.
 
-Experts with masks of their own share the training steps, or compete for the weights that they share; one architecture
-loses nothing to either. So one is chosen here, by another method, and experts differ in what `fine_tune.deltas` changes
-of its weights. Prompts are sorted by spherical k-means on their embeddings, timesteps into bins of as many of the
-sampler's steps. It is ours; the parts are named in `recovery.deltas`.
+Experts with different masks must divide the training steps, or compete for the weights that they share. One common
+architecture avoids both. So another method chooses one architecture, and the experts differ in the changes of its
+weights that `fine_tune.deltas` trains. Prompts are clustered by spherical k-means on their embeddings. Timesteps are
+divided into bins with equal numbers of the sampler's steps. The method is our own; `recovery.deltas` names the sources
+of its parts.
 """
 
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ class OneMask(Method):
 
     @property
     def num_models(self) -> int:
-        """Return the number of experts, N·K."""
+        """Return the number of Architectures: N groups of prompts times K bins."""
         return self.config.experts * self.config.bins
 
     def fine_tuning(self) -> dict[str, Any]:
@@ -65,17 +66,17 @@ class OneMask(Method):
         return {"shared_backbone": True, "experts_per_step": None} if self.num_models > 1 else {}
 
     def work(self, space: UnitSpace) -> MethodWork:
-        """Return what chooses the architecture."""
+        """Return the work of the method that chooses the architecture."""
         work = self._choice().work(space)
         return replace(work, memory_setting="choice_settings" if work.memory_setting else None)
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return a short choice."""
+        """Return settings that shorten the method that chooses the architecture."""
         return {"choice_settings": {**self.config.choice_settings, **self._choice().short_settings(devices)}}
 
     @classmethod
     def smoke_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings at the size of a smoke test, those of the choice too."""
+        """Return settings at the size of a smoke test, also for the method that chooses the architecture."""
         small, name = capped(super().smoke_settings(settings), {"experts": 2}), settings.get("choice", "taylor_sp")
         given = settings.get("choice_settings") or {}
         if isinstance(name, str) and name in registry.names() and isinstance(given, Mapping):
@@ -95,7 +96,7 @@ class OneMask(Method):
             pipeline: a pipeline, whose scheduler gives the timesteps of sampling.
             dataset: EncodedData, or CaptionedImages, which are then encoded.
             directory: directory for the checkpoints of the method that chooses; None: no checkpoints.
-            log: as of the method that chooses.
+            log: passed to the method that chooses.
 
         Raises:
             UserError: no data or no scheduler; fewer prompts than experts; as the method that chooses.
@@ -123,7 +124,7 @@ class OneMask(Method):
         return PruneResult(architectures, router, info, bins)
 
     def clear(self, directory: Path) -> None:
-        """Remove what the method that chooses kept."""
+        """Remove the files of the method that chooses the architecture."""
         self._choice().clear(directory)
 
     def _choice(self) -> Method:
@@ -131,7 +132,7 @@ class OneMask(Method):
         return registry.get(self.config.choice)(**{**settings, **self.config.choice_settings})
 
     def _router(self, data: EncodedData) -> Router:
-        """Return what sends a prompt to the nearest center of the training prompts, by cosine similarity."""
+        """Return a router to the nearest cluster center of the training prompts, by cosine similarity."""
         pairs, config = data.training_pairs(), self.config
         if config.experts > len(pairs):
             raise UserError(f"experts={config.experts} is more than the {len(pairs)} training prompts")

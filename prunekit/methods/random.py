@@ -1,7 +1,7 @@
-"""Random pruning: what any method has to beat.
+"""Random pruning: the baseline that every other method has to beat.
 
-Whole layers are removed at random too, where `depth` makes them units; the random baseline of APTP's published code
-keeps all layers, which is `depth: none`.
+Whole layers are removed at random too, if `depth` makes them units. The random baseline of APTP's published code keeps
+all layers, as `depth: none` does here.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The methods by name: a table of ours, a decorator, or the entry-point group `prunekit.methods` of another package.
+"""Methods by name: from the built-in table, the decorator, or another package's entry-point group `prunekit.methods`.
 
 A method's module is imported when the method is first used, so listing methods imports neither torch nor diffusers.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GROUP = "prunekit.methods"
 M = TypeVar("M", bound=type[Any])
-BUILT_IN = {  # our methods: module below this package, and class
+BUILT_IN = {  # our methods: module in this package, and class
     "aptp": ("aptp.method", "APTP"),
     "bksdm": ("bksdm", "BKSDM"),
     "depth": ("depth", "Depth"),
@@ -34,7 +34,7 @@ _methods: dict[str, Any] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Decorate a class: make a method available as `name` to recipes and commands.
+    """Return a class decorator that makes a method available as `name` to recipes and commands.
 
     Raises:
         ValueError: the name is taken by another class, or is not lower case letters, digits and underscores.
@@ -95,7 +95,7 @@ def describe() -> dict[str, str]:
 
 
 def _docstring(module: str, class_name: str) -> str:
-    """Return the docstring of a class of ours, read from its file."""
+    """Return the docstring of a built-in method's class, read from its file."""
     path = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

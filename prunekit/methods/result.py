@@ -1,4 +1,4 @@
-"""What a method's `prune` returns: architectures, a router where there are several, and how they were reached."""
+"""Result of a method's `prune`: architectures, a router for a mixture, and their settings, costs and figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,7 +18,7 @@ from prunekit.runtime.files import read_json, write_json
 from prunekit.runtime.run_directory import RESULT
 
 FORMAT = 1
-OPEN_GATES = 1.05  # times the budget: where soft gates cost more at the end of a search, the cut goes by little
+OPEN_GATES = 1.05  # times the budget: if soft gates cost more when a search ends, the cut is nearly arbitrary
 MOST_SHARE = 0.9  # of the training prompts: an expert with more leaves nearly nothing to route
 
 
@@ -31,7 +31,7 @@ class ResultInfo:
     Args:
         method: the name of the method.
         settings: all settings of the method, as JSON values.
-        imported: of a result that was imported: what its source said, as JSON values.
+        imported: for an imported result: the JSON values that its source recorded.
         sample_size: (height, width) of the latents at which MACs were counted.
         text_length: text tokens at which MACs were counted.
         convention: the convention by which MACs were counted.
@@ -43,16 +43,16 @@ class ResultInfo:
         unaligned: with `align`, the width groups of each architecture that stay unaligned, with their channels.
         latency_ratio: with a budget in time, the predicted time of each architecture as a share of the dense time.
         latency_table: with a budget in time, the conditions, dense nanoseconds and digest of the latency table.
-        variant: of a method with a fixed family of architectures: the name of the chosen member.
-        prompts_per_expert: of a mixture: the training prompts that inference routing sends to each expert.
-        assignment: of a mixture: training prompts of each expert before balance, by the way of assigning them.
-        mixture_ratio: of a mixture: the mean MACs over the training prompts and a sampler's timesteps, as a share of
+        variant: for a method with a fixed family of architectures: the name of the chosen member.
+        prompts_per_expert: for a mixture: the number of training prompts that inference routing sends to each expert.
+        assignment: for a mixture: the number of training prompts per expert before balancing, by kind of assignment.
+        mixture_ratio: for a mixture: the mean MACs over the training prompts and a sampler's timesteps, as a share of
             the dense MACs.
-        one_mask: whether all architectures are meant to be the same, and their weights to differ.
-        timestep_shares: where architectures depend on the timestep: the share of a sampler's timesteps in each bin.
+        one_mask: whether all architectures are the same on purpose, and only weights differ.
+        timestep_shares: if architectures depend on the timestep: fraction of the sampler's timesteps in each bin.
         search: figures of the method's training: steps, seconds, loss and its terms.
         gates_ratio: cost of each architecture's soft gates at the end of the search, as a share of the dense cost.
-        extra: further JSON values of a method, by keys that are no fields.
+        extra: further JSON values of a method; their keys are not names of fields.
 
     """
 
@@ -82,7 +82,7 @@ class ResultInfo:
 
     @property
     def mean_ratio(self) -> float:
-        """MACs as a share of the dense MACs: of a mixture the mean over the training prompts."""
+        """MACs as a fraction of the dense MACs; for a mixture, the mean over training prompts and timesteps."""
         return self.ratio[0] if self.mixture_ratio is None else self.mixture_ratio
 
     @property
@@ -119,10 +119,10 @@ FIELDS = tuple(field.name for field in fields(ResultInfo) if field.name != "extr
 class PruneResult:
     """The result of a method.
 
-    architectures: one, or N of a mixture. router: sends a prompt to one of the N; None if there is one.
-    info: the method, its settings and what was reached; a mapping is read by `ResultInfo.from_dict`.
-    bins: where an expert is another architecture at other timesteps: expert i has those from i·K to (i + 1)·K - 1, one
-    for each of the K bins; None: an expert is one architecture.
+    architectures: one, or N of a mixture. router: sends each prompt to an expert; None: there is one expert.
+    info: the method, its settings, and the costs reached; a mapping is read by `ResultInfo.from_dict`.
+    bins: K timestep bins, if the architecture of an expert depends on the timestep; expert i then has the architectures
+    i·K to (i + 1)·K - 1, one per bin. None: an expert is one architecture.
     """
 
     architectures: list[Architecture]
@@ -165,7 +165,7 @@ class PruneResult:
         return lines + share_warnings([count / sum(counts) for count in counts])
 
     def _alike(self) -> list[list[int]]:
-        """Return the experts that share an architecture, a list for each such architecture; none where they should."""
+        """Return lists of experts that share an architecture; no lists if they share it on purpose (`one_mask`)."""
         groups: list[list[int]] = []
         if self.info.one_mask:
             return groups
@@ -175,7 +175,7 @@ class PruneResult:
         return [group for group in groups if len(group) > 1]
 
     def _mean(self, values: Sequence[float]) -> float:
-        """Return the mean of a value per architecture over training prompts and timesteps, where they are known."""
+        """Return the mean of one value per architecture over training prompts and timesteps, if they are known."""
         shares = self.info.timestep_shares or [1.0]
         counts = self.info.prompts_per_expert or [1] * (len(values) // len(shares))
         weights = [count * share for count in counts for share in shares]
@@ -188,11 +188,11 @@ class PruneResult:
 
     @property
     def num_experts(self) -> int:
-        """Return the number of models that prompts are sent to."""
+        """Return the number of experts, among which the router chooses."""
         return len(self.architectures) // (len(self.bins) if self.bins else 1)
 
     def expert_macs(self, cost: CostModel, expert: int, scheduler: Any, steps: int) -> int:
-        """Return an expert's exact MACs; if they depend on the timestep, the rounded mean over a sampler's."""
+        """Return an expert's exact MACs; for timestep bins, the rounded mean over the sampler's timesteps."""
         macs = [cost.macs(architecture) for architecture in self.members(expert)]
         if self.bins is None:
             return macs[0]
@@ -200,7 +200,7 @@ class PruneResult:
         return round(sum(share * count for share, count in zip(shares, macs, strict=True)))
 
     def expert_params(self, cost: CostModel, expert: int) -> int:
-        """Return an expert's parameters: of slices of one set of weights, those that any of them keeps."""
+        """Return the number of an expert's parameters; for slices of shared weights, of those that any slice keeps."""
         members = self.members(expert)
         kept = torch.stack([architecture.values for architecture in members]).any(0)
         return cost.params(Architecture(self.space, kept))
@@ -233,11 +233,11 @@ class PruneResult:
         """Read what `save` wrote.
 
         Args:
-            directory: where it lies.
-            of: the UNet or space that it must fit; the UNet may be on the meta device.
+            directory: directory of the result.
+            of: the UNet or space that the result must fit; the UNet may be on the meta device.
 
         Raises:
-            FileNotFoundError: no result there.
+            FileNotFoundError: no result in the directory.
             ValueError: a result of another format, or one that does not fit `of` (the message names a difference).
 
         """
@@ -260,7 +260,7 @@ class PruneResult:
 
 
 def share_warnings(shares: Sequence[float]) -> list[str]:
-    """Return what is wrong with how a mixture's N experts share the training prompts, a line each; none for N = 1."""
+    """Return warnings, one line each, about how N experts share the training prompts; none for N = 1."""
     count = len(shares)
     lines: list[str] = []
     if count < 2:
@@ -283,7 +283,7 @@ def _listed(experts: Sequence[int]) -> str:
 
 
 def describe_cost(architectures: Sequence[Architecture], cost: CostModel) -> ResultInfo:
-    """Return what every result says of its costs, and how they were counted."""
+    """Return the info about the costs of architectures, and about how the costs were counted."""
     return ResultInfo(
         sample_size=cost.sample_size,
         text_length=cost.text_length,

@@ -1,7 +1,7 @@
-"""Which expert serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22).
+"""Choose the expert that serves a prompt: the architecture predictor (Eq. 4) and inference routing (Eq. 22).
 
-The predictor starts with the default weights of torch's linear layer; the published code starts with orthogonal ones.
-The paper says nothing, and which start is better is not measured.
+The predictor starts with the default weights of torch's linear layer; the published code starts with orthogonal
+weights. The paper names no start, and which start is better is not measured.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # not in an export's file
     from prunekit.core.space import UnitSpace
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
-GRID = 64  # steps of a component between 0 and 1, to which a `RandomRouter` rounds
-MOST_CLUSTERED = 16_384  # prompts among whose embeddings centers are sought
-ROWS_AT_ONCE = 1 << 16  # of embeddings that are read from disk, 200 MB of 768 numbers
+GRID = 64  # a `RandomRouter` rounds the components of an embedding to 1 / GRID
+MOST_CLUSTERED = 16_384  # most prompts whose embeddings are clustered
+ROWS_AT_ONCE = 1 << 16  # embeddings that are read from disk at once: 200 MB for 768 numbers each
 
 
 class ArchitecturePredictor(nn.Linear):
@@ -40,7 +40,7 @@ class ArchitecturePredictor(nn.Linear):
 
 
 def cosine_scores(embeddings: Tensor, codes: Tensor) -> Tensor:
-    """Cosine similarity of architecture embeddings e (B, D) and codes a (N, D): (B, N), never below float32."""
+    """Return the cosine similarity of architecture embeddings e (B, D) and codes a (N, D), (B, N), at least float32."""
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     with torch.autocast(embeddings.device.type, enabled=False):
         return F.normalize(embeddings.to(dtype), dim=1) @ F.normalize(codes.to(dtype), dim=1).T
@@ -117,7 +117,7 @@ class Router:
         return self.weight.shape[1]
 
     def scores(self, z: Tensor) -> Tensor:
-        """Return each prompt's cosine similarity to each code, times |e|, which is common to a row; (B, N) float64.
+        """Return each prompt's cosine similarity to each code, times the prompt's |e|, plus any shift, (B, N) float64.
 
         Unused experts have scores as well; `route` ignores them.
 
@@ -141,7 +141,7 @@ class Router:
         return _tree_sum(z[:, None, :] * self.weight)
 
     def route(self, z: Tensor) -> Tensor:
-        """LongTensor (B,): the expert of each prompt, the lowest index of a tie; `fallback` where z is all zero.
+        """Return the expert of each prompt, LongTensor (B,): the lowest index of a tie; `fallback` where z is all zero.
 
         An unused expert gets no prompt. Args and errors as in `scores`.
         """
@@ -152,14 +152,14 @@ class Router:
         return experts
 
     def scores_of(self, prompts: Any, rows: Tensor) -> Tensor:
-        """`scores` of rows (R,) of all prompts, (R, N); embeddings are read a part at a time.
+        """Return the `scores` of rows (R,) of all prompts, (R, N); read the embeddings in parts.
 
-        prompts: (P, Z), a tensor or `Rows` that lie on disk.
+        prompts: (P, Z), a tensor or `Rows` on disk.
         """
         return torch.cat([self.scores(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
 
     def route_rows(self, prompts: Any, rows: Tensor) -> Tensor:
-        """`route` of rows of all prompts, LongTensor (R,); read as in `scores_of`."""
+        """Return the `route` of rows (R,) of all prompts, LongTensor (R,); arguments as in `scores_of`."""
         return torch.cat([self.route(prompts[part]) for part in rows.split(ROWS_AT_ONCE)])
 
     def with_fallback(self, fallback: int) -> Router:
@@ -193,7 +193,7 @@ class Router:
 
     @staticmethod
     def load(path: str | Path) -> Router:
-        """Read what `save` wrote; a ValueError for a file that is something else."""
+        """Read a file that `save` wrote; raise ValueError for any other file."""
         tensors, metadata = read_tensors(_file(path), "router")
         kind: Any = HardenedRouter if "codes" in tensors else RandomRouter if "shares" in tensors else Router
         router: Router = kind(**tensors, **metadata)
@@ -203,7 +203,7 @@ class Router:
         return {"weight": self.weight, "bias": self.bias}
 
     def _form(self) -> dict[str, Any]:
-        """Return what the file's metadata holds beside what every router has."""
+        """Return the part of the file's metadata that is specific to this class of router."""
         return {}
 
     def _chunks(self, z: Tensor) -> Iterator[Tensor]:
@@ -227,19 +227,19 @@ class Router:
 
 
 class HardenedRouter(Router):
-    """Sends a prompt to the expert whose hardened gates are nearest to the prompt's own, as in the published code.
+    """Router to the expert whose hardened gates are nearest to the prompt's hardened gates, as in the published code.
 
-    A prompt's logits e(z) and the codes become gates at 0 or 1 (`Hardening`), and the score is the cosine similarity of
-    the two. The published code adds Gumbel noise that depends on a prompt's place in its batch; here there is none. The
-    score does not fold to N vectors, so the predictor is kept whole. A fixed order of additions in float64, as in
+    A prompt's logits e(z) and the codes become gates at 0 or 1 (`Hardening`). The score is the cosine similarity of the
+    gates. The published code adds Gumbel noise that depends on a prompt's position in its batch; here there is none.
+    The score does not fold to N vectors, so the predictor is kept whole. A fixed order of additions in float64, as in
     `Router`, gives the same prompt the same bits in every batch.
 
     Args:
-        weight: (D, Z), the predictor's. offset: (D,), its bias.
+        weight: (D, Z), the predictor's weight. offset: (D,), the predictor's bias.
         bias: (N,), added to the scores.
         codes: (N, D), the experts' hardened gates of length 1.
         over: (W, L) and sizes: (D,), of the `Hardening`.
-        relaxation: the `Relaxation`'s settings by name.
+        relaxation: settings of the `Relaxation`, by name.
         fallback, info, unused: as in `Router`.
 
     """
@@ -303,14 +303,14 @@ class HardenedRouter(Router):
 
 
 class RandomRouter(Router):
-    """Sends each prompt to an expert at random, with given shares: a control for routers that look at the prompt.
+    """Router to a random expert, with given shares of the prompts: a control for routers that use the prompt's content.
 
     The draw is a hash of the prompt's embedding and the seed, so a prompt goes to the same expert everywhere.
 
     Args:
-        shares: (N,) of the prompts, summing to 1; an expert whose share is 0 gets none.
-        embedding_size: Z.
-        seed: of the partition.
+        shares: (N,), fraction of the prompts per expert, summing to 1; an expert with a share of 0 gets no prompts.
+        embedding_size: Z, the width of a prompt's embedding.
+        seed: seed of the random assignment.
         fallback, info, unused: as in `Router`.
 
     """
@@ -345,13 +345,13 @@ class RandomRouter(Router):
 
 @dataclass(frozen=True)
 class Hardening:
-    """Gates at 0 or 1, 0 under a removed layer, each group weighted by 1/sqrt(its width): what APTP's code compares.
+    """Gates rounded to 0 or 1, 0 under a removed layer, each group weighted by 1/sqrt(its size), as in APTP's code.
 
     The published code can also weight units by their MACs; its configuration for COCO does not.
 
     Args:
-        over: (W, L), the whole layers that each width unit lies under, filled up with the index after the last layer.
-        sizes: (D,), how many units the group of each unit has.
+        over: (W, L), indices of the whole layers above each width unit, padded with the index after the last layer.
+        sizes: (D,), number of units in the group of each unit.
 
     """
 
@@ -362,7 +362,7 @@ class Hardening:
     def of(cls, space: UnitSpace, device: torch.device | str = "cpu") -> Hardening:
         """Return the hardening of a space's gates."""
         over = [space.depth_units_over(group.path, group.kind) for group in space.width_groups]
-        none, longest = space.num_depth, max(map(len, over), default=0)  # the layer that always stays fills the rows
+        none, longest = space.num_depth, max(map(len, over), default=0)  # pads rows: a layer that always stays
         padded = [[*units, *[none] * (longest - len(units))] for units in over]
         widths = [group.size for group in space.width_groups]
         rows = [row for row, size in zip(padded, widths, strict=True) for _ in range(size)]
@@ -370,19 +370,19 @@ class Hardening:
         return cls(torch.tensor(rows, dtype=torch.long, device=device).view(len(rows), longest), sizes)
 
     def __call__(self, gates: Tensor) -> Tensor:
-        """Return the hardened and weighted gates of soft ones (N, D)."""
+        """Return the hardened and weighted gates of soft gates (N, D)."""
         kept = (gates >= 0.5).to(gates)
         widths, depths = kept.split([len(self.over), kept.shape[1] - len(self.over)], dim=1)
         stay = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)[:, self.over].prod(dim=2)  # (N, W)
         return torch.cat([widths * stay, depths], dim=1) / self.sizes.to(gates).sqrt()
 
     def of_logits(self, logits: Tensor, relaxation: Relaxation) -> Tensor:
-        """Return the hardened gates of logits (N, D) without noise; a gate is open from logit + offset = 0 on."""
+        """Return the hardened gates of logits (N, D) without noise; a gate is open if score + offset >= 0."""
         return self((relaxation.scores(logits) + relaxation.offset >= 0).to(logits))
 
 
 def clustered_pairs(pairs: Tensor, seed: int) -> Tensor:
-    """Return the pairs (P,) whose embeddings are clustered: all, or as many as are enough, in their order."""
+    """Return the pairs whose embeddings are clustered, in order: all pairs (P,), or MOST_CLUSTERED random pairs."""
     if len(pairs) <= MOST_CLUSTERED:
         return pairs
     drawn = torch.randperm(len(pairs), generator=generator(seed, "clustered"))[:MOST_CLUSTERED]
@@ -392,8 +392,8 @@ def clustered_pairs(pairs: Tensor, seed: int) -> Tensor:
 def spherical_kmeans(embeddings: Tensor, count: int, seed: int, iterations: int = 25) -> Tensor:
     """Return `count` centers (N, D) of embeddings (P, D) by cosine similarity; deterministic.
 
-    Starts from k-means++ seeds (Arthur & Vassilvitskii, 2007); a center keeps the mean length of its members, and
-    an empty one stays where it was.
+    The start is k-means++ (Arthur & Vassilvitskii, 2007). A center has the mean length of its members; a center without
+    members keeps its direction.
     """
     unit = F.normalize(embeddings.double(), dim=1)
     source = generator(seed, "kmeans")

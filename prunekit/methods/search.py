@@ -1,7 +1,8 @@
-"""What the methods share that learn soft gates by gradient while the UNet stays frozen: settings, step and run.
+"""Shared parts of the methods that learn soft gates by gradient with a frozen UNet: settings, step and run.
 
-A step draws its global batch once. The resource term looks at the gates alone; the UNet runs micro-batches under soft
-gates with per-sample weights that are set for the whole batch, so accumulation and processes change nothing.
+A step draws its global batch once. The resource term depends only on the gates. The UNet runs micro-batches under soft
+gates, with per-sample weights that are set for the whole batch, so neither gradient accumulation nor the number of
+processes changes the result.
 """
 
 from collections.abc import Mapping
@@ -53,12 +54,12 @@ from prunekit.training.memory import held, preserved
 from prunekit.training.trainer import Log, Objective, Trainer, TrainerConfig
 
 SEARCH = {"steps": 3000, "batch_size": 1024, "learning_rate": 6.4e-3, "warmup_steps": 100}  # of APTP's published code
-RATIO_DRAWS = 16  # of the gates' noise, when their cost is told
+RATIO_DRAWS = 16  # of the gates' noise, over which `gates_ratio` averages
 CHECKPOINTS = "checkpoints"  # folder of a search's checkpoints in the directory of its result
 
 
 class SearchSettings(PruneSettings):
-    """Settings of every method that learns gates; defaults are APTP's paper's where it names one that works."""
+    """Settings of every method that learns gates; a default is APTP's value, if the paper names one that works."""
 
     temperature: float = Field(0.4, gt=0, description="Temperature of the gates, gamma of Eq. 9.")
     offset: float = Field(3.0, description="Constant added to every logit, so that all gates start open.")
@@ -101,7 +102,7 @@ class Codes(nn.Module):
 
 @dataclass(frozen=True)
 class SearchBatch:
-    """What a step draws for its global batch."""
+    """The draws of a step for its global batch."""
 
     step: int
     plan: NoisePlan
@@ -110,10 +111,10 @@ class SearchBatch:
 
 @dataclass
 class GateSearchObjective:
-    """The terms of a search step that all such methods share; `gates` are open on `model` while it trains.
+    """Terms of a search step that these methods share; `gates` must be active on `model` during the training.
 
-    A subclass makes this the `Objective` of a trainer: it sets `codes`, and has the modules that are trained, the batch
-    of a step, and the losses, which say under which logits each sample runs.
+    A subclass completes the `Objective` of a trainer: it sets `codes` and defines `modules`, `batch`, `shared_loss` and
+    `micro_loss`. The losses determine the logits under which each sample runs.
     """
 
     model: ModelMixin
@@ -155,35 +156,35 @@ class GateSearchObjective:
         return SearchBatch(step, plan, self.pairs[plan.indices])
 
     def gate(self, batch: SearchBatch, logits: Tensor, purpose: str = "gates") -> Tensor:
-        """Soft gates of logits (N, D), shifted by the offset (Eq. 9); their noise is keyed by (seed, purpose, step)."""
+        """Return soft gates of logits (N, D), shifted by the offset (Eq. 9); (seed, purpose, step) keys their noise."""
         return self.relaxation.gates(logits, generator(self.config.seed, purpose, batch.step))
 
     @torch.no_grad()
     def gates_ratio(self, logits: Tensor) -> list[float]:
-        """Return what the soft gates of logits (N, D) cost, each over the dense cost: means over their noise."""
+        """Return the N costs of the soft gates of logits (N, D) over the dense cost, averaged over draws of noise."""
         draws = (self.relaxation.gates(logits, generator(self.config.seed, "ratio", i)) for i in range(RATIO_DRAWS))
         return (
             torch.stack([self.cost.expected_total(gates) for gates in draws]).mean(0) / self.cost.dense_total
         ).tolist()
 
     def resource_term(self, mean_cost: Tensor) -> Tensor:
-        """Weighted distance of a mean cost, in what `cost.total` counts, to the budget (Eq. 26): a scalar."""
+        """Return the weighted distance of a mean cost, in the unit of `cost.total`, to the budget (Eq. 26)."""
         return self.config.resource_weight * resource_loss(mean_cost, self.config.budget * self.cost.dense_total)
 
     def sample_terms(
         self, batch: SearchBatch, positions: Tensor, logits: Tensor, rows: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
-        """Return the denoising and the distillation term of some of a batch's samples (Eq. 25).
+        """Return the denoising and distillation terms of some samples of a batch (Eq. 25).
 
         Args:
             batch: from `draw`.
-            positions: (n,) the samples' places in the batch.
-            logits: (N, D), what the gates come from.
-            rows: (n,) which row of the logits each sample runs under.
-            weights: (n,) what each sample counts; over the whole batch they sum to 1.
+            positions: (n,) positions of the samples in the batch.
+            logits: (N, D), logits of the gates.
+            rows: (n,) row of the logits under which each sample runs.
+            weights: (n,) weight of each sample; over the whole batch they sum to 1.
 
         Returns:
-            Scalars: "denoising", and "distillation" from the ungated model, which does not run where its weight is 0.
+            Scalars: "denoising", and "distillation" from the ungated model, unless distillation_weight is 0.
 
         """
         pairs, weights = batch.pairs[positions], to_device(weights, self.device)
@@ -231,7 +232,7 @@ ObjectiveT = TypeVar("ObjectiveT", bound=GateSearchObjective)
 
 
 class SearchMethod(Method, Generic[ObjectiveT]):
-    """A method that learns gates on data, then decides. A subclass has `_objective` and `_decide`."""
+    """A method that learns gates on data, then chooses Architectures; a subclass has `_objective` and `_decide`."""
 
     Config = SearchSettings
     config: SearchSettings
@@ -249,21 +250,21 @@ class SearchMethod(Method, Generic[ObjectiveT]):
         directory: Path | None,
         log: Log | None,
     ) -> PruneResult:
-        """Search on a data set; called again for the same directory, go on where an earlier call was cut off.
+        """Search on a data set, then choose; a call with the directory of an interrupted call resumes it.
 
         Args:
-            pipeline: a Stable Diffusion pipeline, whose UNet stays as it is. Its scheduler says what the UNet
-                predicts, so a UNet alone is refused.
+            pipeline: a whole pipeline, whose denoiser is not changed. A denoiser alone is refused, because the
+                scheduler determines what the denoiser predicts.
             dataset: encoded data, or captioned images, which are then encoded with the embedded prompt encoder.
-            directory: where checkpoints go, for resuming; a temporary one if None.
-            log: takes one row a few steps.
+            directory: folder of the checkpoints; None: a temporary folder.
+            log: function that takes a row every few steps.
 
         Returns:
             Boolean Architectures that meet the budget (law 3), and in `info.search` the training's figures.
 
         Raises:
-            UserError: a UNet without its scheduler, a budget below the floor of the space, or data that the method
-                cannot learn from.
+            UserError: a denoiser without its scheduler, a budget below the smallest cost in the space, or data that the
+                method cannot learn from.
 
         """
         if getattr(pipeline, "scheduler", None) is None:
@@ -294,7 +295,7 @@ class SearchMethod(Method, Generic[ObjectiveT]):
     def _objective(
         self, model: ModelMixin, gates: Gates, cost: CostModel, process: NoiseProcess, data: EncodedData
     ) -> ObjectiveT:
-        """Return what is trained, at its start."""
+        """Return the objective before its training."""
         raise NotImplementedError
 
     def _decide(self, objective: ObjectiveT) -> PruneResult:

@@ -1,19 +1,19 @@
-"""Taylor-SP: the parts go whose removal changes the loss least, to first order, at the timesteps that matter.
+"""Taylor-SP: remove the units whose removal changes the loss least, to first order, at the timesteps that matter.
 
 Diff-Pruning (Fang, Ma, Wang: Structural Pruning for Diffusion Models, NeurIPS 2023). With the training loss L_t at
-timestep t, a weight w scores |w · Σ_t ∂L_t/∂w|, where t ascends from 0 until L_t / L_max falls below a threshold,
-0.05 there: the noisiest timesteps, where the loss of a noise prediction and its gradient are small, only blur the sum.
-As in the published implementation the gradients are summed over timesteps before the magnitude is taken, and L_max is
-the largest loss so far. The timestep at which the sum stops is left out, as the paper's formula says. Of the published
-scripts ddpm_exp/prune.py leaves it out too, and ddpm_prune.py includes it.
+timestep t, the score of a weight w is |w · Σ_t ∂L_t/∂w|, where t ascends from 0 until L_t / L_max falls below a
+threshold, 0.05 in the paper. The noisiest timesteps are left out: the loss of a noise prediction and its gradient are
+small there, and only make the sum noisier. As in the published implementation, the gradients are summed over timesteps
+before the magnitude is taken, and L_max is the largest loss so far. The timestep at which the sum stops is left out, as
+in the paper's formula. Of the published scripts, ddpm_exp/prune.py leaves it out too, and ddpm_prune.py includes it.
 
-Units are ranked globally (`budget`), where Diff-Pruning removes the same share of every layer. How APTP's SP row was
+Units are ranked globally (`budget`), while Diff-Pruning removes the same fraction of every layer. How APTP's SP row was
 pruned is not known: its script loads a model that is already pruned.
 
 L_t is the model's own loss. For a noise prediction it falls with t by orders of magnitude. For a v-prediction it does
 not: at high t the velocity is nearly minus the clean latents, which no model can tell from noise, so L_t stays near
-their variance. Then nothing is cut off and all timesteps are summed, which is what the criterion asks for; the losses
-and the timesteps that were used are in the scores' `info`.
+their variance. So the criterion then sums all timesteps. The losses and the timesteps that were used are in the scores'
+`info`.
 
 The paper prunes widths only; whole layers are scored by `depth_scores`.
 """
@@ -84,7 +84,7 @@ class TaylorSP(ScoreMethod):
     smoke: ClassVar[Mapping[str, int | None]] = {"samples": 4, "batch_size": 4, "num_timesteps": 2}
 
     def work(self, space: UnitSpace) -> MethodWork:
-        """Return the gradients at all timesteps, though the sum may end earlier, and what scores depth units."""
+        """Return the gradients at all timesteps (the sum may end earlier), and the passes that score depth units."""
         samples, timesteps = self.config.samples, self.config.num_timesteps
         calibration = Calibration(
             "calibration",
@@ -97,15 +97,15 @@ class TaylorSP(ScoreMethod):
         return MethodWork((calibration, *depths), memory_setting="batch_size")
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return one batch at one timestep."""
+        """Return settings with one batch at one timestep."""
         return {"samples": min(self.config.samples, self.config.batch_size), "num_timesteps": 1}
 
     def score(self, pipeline: DiffusionPipeline | ModelMixin, dataset: Dataset | None = None) -> Scores:
         """Return the first-order change of the loss for every width unit; measured output change for depth units.
 
         Without depth units a score is in units of the loss, summed over the timesteps used; with them, in units of
-        output change (`depth_scores`). `info` has `timesteps`, those that were summed, and `losses`, L_t by timestep,
-        the one at which the sum ended included. The UNet is left as it was.
+        output change (`depth_scores`). `info` has `timesteps`, the summed timesteps, and `losses`, L_t by timestep,
+        including the timestep at which the sum ended. The UNet is not changed.
 
         Args:
             pipeline: a pipeline with UNet and scheduler.
@@ -132,7 +132,7 @@ class TaylorSP(ScoreMethod):
     def _gradients(
         self, pipeline: DiffusionPipeline, space: UnitSpace, data: EncodedData
     ) -> tuple[Gradients, dict[str, float], list[int]]:
-        """Gradients of Σ_t L_t over all processes' samples, L_t by timestep, and the timesteps that are in the sum."""
+        """Return the gradients of Σ_t L_t over all processes' samples, L_t by timestep, and the summed timesteps."""
         config, model, process = self.config, denoiser_in(pipeline), process_of(pipeline)
         processes = current()
         share = (processes.index, processes.count)
@@ -168,7 +168,7 @@ class TaylorSP(ScoreMethod):
         batches: Iterator[CalibrationBatch],
         weights: list[nn.Parameter],
     ) -> tuple[Tensor, Gradients]:
-        """The part of L_t that these batches are, and of its gradients."""
+        """Return the contribution of these batches to L_t and to its gradients."""
         total, step = torch.zeros((), dtype=torch.float64), Gradients()
         for batch in batches:
             with (
@@ -178,7 +178,7 @@ class TaylorSP(ScoreMethod):
                 prediction = predict(model, batch.call)
             goal = process.target(batch.latents, batch.noise, batch.timesteps)
             loss = per_sample_mse(prediction, goal).sum() / self.config.samples
-            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # zeros for what nothing reads
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # zeros for unused weights
             for weight, gradient in zip(weights, gradients, strict=True):
                 step[weight] = step[weight] + gradient if weight in step else gradient.float()
             total += loss.item()
@@ -188,10 +188,11 @@ class TaylorSP(ScoreMethod):
 def width_scores(
     model: ModelMixin, space: UnitSpace, gradients: Gradients, aggregation: Literal["sum_abs", "abs_sum"]
 ) -> Tensor:
-    """Taylor scores of the width units, (num_width,) float64, from the gradients of their weights.
+    """Return Taylor scores of the width units, (num_width,) float64, from the gradients of their weights.
 
     sum_abs: Σ |w·g| over the weights that a unit owns. abs_sum: |Σ w·g| over each channel's row or column of each
-    layer, summed over the unit's. As torch-pruning's GroupTaylorImportance with multivariable False and True.
+    layer, summed over the unit's channels. These equal torch-pruning's GroupTaylorImportance with multivariable False
+    and True.
     """
     widths = torch.zeros(space.num_width, dtype=torch.float64)
     for group in space.width_groups:
@@ -204,14 +205,14 @@ def width_scores(
 
 
 def spaced_timesteps(num_train_timesteps: int, count: int) -> list[int]:
-    """`count` timesteps evenly spaced from 0, ascending; all of them where there are fewer."""
+    """Return `count` timesteps, evenly spaced from 0, ascending; all timesteps if there are fewer."""
     count = min(count, num_train_timesteps)
     return [i * num_train_timesteps // count for i in range(count)]
 
 
 @contextmanager
 def gradients_only_of(model: ModelMixin, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Let only `weights` require gradients; then every flag is as it was."""
+    """Let only `weights` require gradients inside the context; on exit restore every flag."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for weight in weights:

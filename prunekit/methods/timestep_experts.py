@@ -1,11 +1,11 @@
-"""Timestep experts: a denoiser is cut less where a cut harms more along the way from noise to picture.
+"""Timestep experts: cut the denoiser less at the timesteps where a cut does more harm.
 
-The sampler's timesteps are cut into bins, and each bin has an architecture of its own; all are slices of one set of
-weights, which trains under all of them. After ALTER (arXiv 2505.21817) and MosaicDiff (arXiv 2510.11962), which let the
-parts that run depend on the timestep. What is chosen here differs from both: units are scored once, as `obs` or
-`taylor_sp` score them, and a bin multiplies the scores by how much more than on average a cut changes the output at its
-timesteps. Then one threshold over all bins meets the budget, so each bin's budget is free and the MACs are a mean over
-the timesteps that the sampler visits.
+The sampler's timesteps are divided into bins, and each bin has its own architecture. All architectures are slices of
+one set of weights, which is trained under all of them. As in ALTER (arXiv 2505.21817) and MosaicDiff (arXiv
+2510.11962), the parts that run depend on the timestep. The choice of the parts differs from both: `obs` or `taylor_sp`
+scores the units once, and each bin multiplies the scores by the output change of a cut at its timesteps, relative to
+the mean over bins. One threshold over all bins then meets the budget, so a bin has no budget of its own. The MACs are a
+mean over the timesteps that the sampler visits.
 """
 
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ class TimestepExperts(Method):
         return self.config.bins
 
     def fine_tuning(self) -> dict[str, Any]:
-        """Return that all bins train one set of weights, each sample through its own bin's slice."""
+        """Return settings by which all bins train one set of weights, each sample through the slice of its bin."""
         return {"shared_backbone": True, "experts_per_step": None}
 
     def work(self, space: UnitSpace) -> MethodWork:
@@ -83,13 +83,13 @@ class TimestepExperts(Method):
         return MethodWork((*scoring.calibrations, measuring), memory_setting="samples")
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return one batch of each."""
+        """Return settings with one sample per bin, and the short settings of the method that scores units."""
         scoring = self._scoring()
         return {"samples": 1, "score": {**self.config.score, **scoring.short_settings(devices)}}
 
     @classmethod
     def smoke_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings at the size of a smoke test, those of the scores too."""
+        """Return settings at the size of a smoke test, also for the method that scores units."""
         small, name = super().smoke_settings(settings), settings.get("scores", "obs")
         given = settings.get("score") or {}
         if name in SCORES and isinstance(given, Mapping):
@@ -106,13 +106,13 @@ class TimestepExperts(Method):
         """Score the units, measure the bins, and meet the budget over all bins by one threshold.
 
         Args:
-            pipeline: a pipeline; its scheduler says which timesteps are visited.
+            pipeline: a pipeline; its scheduler determines the visited timesteps.
             dataset: EncodedData, or CaptionedImages, which are then encoded.
-            directory: where the scores are kept, as a score method keeps them; None: nowhere.
+            directory: folder in which the scores are saved; None: they are not saved.
             log: not used.
 
         Raises:
-            UserError: no data or no scheduler; as the method that scores.
+            UserError: no data or no scheduler; as the method that scores units.
 
         """
         config = self.config
@@ -139,7 +139,7 @@ class TimestepExperts(Method):
         return SCORES[self.config.scores](**{**settings, **self.config.score})
 
     def _factors(self, pipeline: Any, space: UnitSpace, data: EncodedData, bins: TimestepBins) -> Tensor:
-        """Return what each bin multiplies the scores by, (K, D): its output changes over the mean of all bins'."""
+        """Return the factors of the scores in each bin, (K, D): output changes of the bin over their mean over bins."""
         config, steps = self.config, process_of(pipeline).num_timesteps
         edges = [0.0, *(bound / steps for bound in bins.bounds), 1.0]
         changes = torch.stack(
@@ -157,7 +157,7 @@ class TimestepExperts(Method):
 
 
 def even_bins(timesteps: Tensor, count: int) -> TimestepBins:
-    """Return bins of as many of a sampler's timesteps (n,) each, as far as that goes."""
+    """Return `count` bins whose numbers of a sampler's distinct timesteps (n,) are equal or differ by one."""
     visited = timesteps.unique()  # ascending
     if len(visited) < count:
         raise UserError(f"bins={count}, but the sampler visits {len(visited)} timesteps: raise sampling_steps")

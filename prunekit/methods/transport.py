@@ -1,10 +1,10 @@
 """Optimal transport between a batch of prompts and the experts (Eq. 5-7, 20-21 of APTP, ICLR 2025).
 
-Every expert gets an equal share of the batch, and every prompt goes where it fits best under that constraint.
+Every expert gets an equal share of the batch, and every prompt goes to the expert that fits best under this constraint.
 The paper writes Q as (N, B); here prompts come first, Q is (B, N), as everywhere else in this package.
 
-Eq. 5 prints the similarity A^T E. Here it is the cosine of e and a, as in Eq. 22; the published code takes a cosine
-too, of hardened gates. The lengths of e and a change while they are trained, and epsilon would have to follow them.
+Eq. 5 prints the similarity A^T E. Here the similarity is the cosine of e and a, as in Eq. 22; the published code takes
+the cosine of hardened gates. With A^T E, epsilon would have to follow the lengths of e and a, which change in training.
 """
 
 import math
@@ -17,15 +17,15 @@ from prunekit.runtime.errors import UserError
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Transport plan of Eq. 5-7: max_Q Tr(Q^T scores) + epsilon H(Q), by Sinkhorn-Knopp in the log domain.
+    """Return the transport plan of Eq. 5-7, max_Q Tr(Q^T scores) + epsilon H(Q), by Sinkhorn-Knopp in the log domain.
 
     Args:
-        scores: (B, N), how well each prompt fits each expert, e.g. `cosine_scores`.
+        scores: (B, N), similarity of each prompt to each expert, e.g. `cosine_scores`.
         epsilon: weight of the entropy: near 0 the plan is hard, large it is uniform.
         iterations: rounds of scaling the experts' sums, then the prompts'. The paper uses 3.
 
     Returns:
-        Q (B, N), in float32 whatever lower precision came in (float64 stays float64). A prompt's entries sum to
+        Q (B, N), in float32 for scores of float32 or lower precision (float64 stays float64). A prompt's entries sum to
         1/B exactly; an expert's to 1/N up to convergence. It carries no gradient.
 
     Raises:
@@ -48,9 +48,9 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 
 def assign(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Expert of each prompt in training, by optimal transport over the whole batch (Eq. 20-21).
+    """Return the expert of each prompt in training, by optimal transport over the whole batch (Eq. 20-21).
 
-    Args and errors as in `sinkhorn`. Inference takes `Router.route` instead, which looks at one prompt at a time.
+    Args and errors as in `sinkhorn`. Inference uses `Router.route` instead, which routes every prompt by itself.
 
     Returns:
         LongTensor (B,), each entry in 0..N-1.
@@ -61,10 +61,10 @@ def assign(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor
 
 @torch.no_grad()
 def expert_potentials(scores: Tensor, epsilon: float = 0.05, iterations: int = 100) -> Tensor:
-    """What to add to each expert's score so that prompts spread evenly when each takes its best expert.
+    """Return a shift of each expert's score with which prompts spread evenly when each takes its best expert.
 
-    These are the experts' dual variables of the transport problem (Eq. 5-7) over a whole data set: where `assign`
-    balances one batch, they balance any prompt by itself. Their mean is 0.
+    The shifts are the experts' dual variables of the transport problem (Eq. 5-7) over a whole data set. `assign`
+    balances one batch; with the shifts, prompts that are routed one by one are balanced. The mean shift is 0.
 
     Args:
         scores: (P, N), finite; their common scale does not matter.
@@ -72,7 +72,7 @@ def expert_potentials(scores: Tensor, epsilon: float = 0.05, iterations: int = 1
         iterations: rounds of scaling the experts' sums, then the prompts'.
 
     Returns:
-        (N,) float64, in the scores' own scale.
+        (N,) float64, in the scale of the scores.
 
     """
     scores = scores.to(torch.float64)

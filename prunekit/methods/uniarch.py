@@ -1,8 +1,8 @@
 """Uni-Arch: one architecture, learned as APTP learns its codes (Ganjdanesh et al., ICLR 2025, Table 3).
 
-The first row of APTP's ablation: the same gates, losses and budget with a single code, and neither router, contrastive
-term nor transport. That row trains without distillation, distillation_weight=0; one learned architecture with
-distillation, the default here, is the row that the table lacks.
+Uni-Arch is the first row of APTP's ablation: the same gates, losses and budget with a single code, and without router,
+contrastive term and transport. That row is trained without distillation (distillation_weight=0). The default here uses
+distillation; the paper's table has no row for one learned architecture with distillation.
 """
 
 import torch
@@ -64,7 +64,7 @@ class UniArchObjective(GateSearchObjective):
 class UniArch(SearchMethod[UniArchObjective]):
     """One learned architecture for all prompts, without a router (Uni-Arch of APTP's ablation, ICLR 2025).
 
-    `prune` returns the highest scores of the learned code that fit the budget (`select`, law 3).
+    `prune` returns the Architecture with the highest scores of the learned code within the budget (`select`, law 3).
     """
 
     Config = UniArchConfig

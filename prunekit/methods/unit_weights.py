@@ -1,7 +1,7 @@
-"""Which weights a unit owns: what weight-based scores (magnitude, Taylor) sum over.
+"""The weights that a unit owns, over which weight-based scores (magnitude, Taylor) are summed.
 
-A width unit owns the rows that make its channels and the columns that read them. These are the convolution and
-linear weights that slicing removes with it; biases and norms are not counted, as in torch-pruning's importances.
+A width unit owns the rows that produce its channels and the columns that read them. These are the convolution and
+linear weights that slicing removes with the unit. Biases and norms are not counted, as in torch-pruning's importances.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from prunekit.core.space import UnitGroup
 
 @dataclass(frozen=True)
 class OwnedWeight:
-    """A convolution or linear layer of which a group's units own the parts that an axis names."""
+    """A convolution or linear layer, and the axis along which a group's units own parts of its weight."""
 
     layer: nn.Module
     axis: Axis
@@ -31,14 +31,14 @@ class OwnedWeight:
 
 
 def owned_weights(model: nn.Module, group: UnitGroup) -> list[OwnedWeight]:
-    """The weights that the units of a width group own."""
+    """Return the layers and axes of the weights that the units of a width group own."""
     layer = width_layers(model)[group.name]
     owned = [OwnedWeight(layer.module(model, axis), axis) for axis in layer.axes]
     return [weight for weight in owned if isinstance(weight.layer, nn.Conv2d | nn.Linear)]
 
 
 def sum_per_channel(owned: OwnedWeight, values: Tensor) -> Tensor:
-    """Sum of `values`, of the weight's shape, over what each of its channels on the axis's side owns: (C,)."""
+    """Return the sum of `values`, of the weight's shape, over each channel on the axis's side, (C,)."""
     return (values.transpose(0, 1) if owned.axis.side == "in" else values).flatten(1).sum(1)
 
 
@@ -48,9 +48,10 @@ def sum_per_unit(
     value: Callable[[nn.Parameter], Tensor],
     of_sum: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """Sum of `value(weight)`, a tensor of the weight's shape, over what each unit of a width group owns: (size,).
+    """Return the sum of `value(weight)` over the weights that each unit of a width group owns, (size,).
 
-    of_sum: applied to the sum over each layer's channel, before those of a unit are added.
+    value: returns a tensor of the weight's shape. of_sum: is applied to the sum over each channel of a layer, before
+    the channels of a unit are added.
     """
     total = torch.zeros(group.size, dtype=torch.float64)
     width = group.size * group.channels

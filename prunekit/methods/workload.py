@@ -1,4 +1,4 @@
-"""What a method computes before it can choose, as `prunekit plan` and `prunekit check` count it."""
+"""Work of a method before it chooses, as `prunekit plan` and `prunekit check` count it."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ from prunekit.training.trainer import TrainerConfig
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples that a method measures once for a seed; what it learns from them serves every budget.
+    """Samples that a method measures once per seed; the measurements serve every budget.
 
     Args:
-        title: what the stage is called, e.g. "calibration".
-        samples: how many samples are measured.
+        title: name of the stage, e.g. "calibration".
+        samples: number of measured samples.
         forward_passes: passes of the dense UNet for one sample; a backward pass to the weights counts as two.
-        passes: the same in words, for people.
-        training_batch: samples of one forward and backward pass to all weights; None: there are forward passes alone.
-        forward_batch: samples of one forward pass, where the method says what else it holds (`calibration_bytes`).
+        passes: the forward passes in words, for people.
+        training_batch: samples per forward and backward pass to all weights; None: there are only forward passes.
+        forward_batch: samples per forward pass, if the method states its other memory (`calibration_bytes`).
 
     """
 
@@ -28,7 +28,7 @@ class Calibration:
 
     @property
     def dense_passes(self) -> int:
-        """Passes of the dense model for one sample each."""
+        """Number of passes of the dense model, one sample each."""
         return self.samples * self.forward_passes
 
 
@@ -37,7 +37,7 @@ class Search:
     """A training under soft gates, repeated for every seed and budget.
 
     Args:
-        training: its steps and batches.
+        training: steps and batches of the training.
         has_teacher: whether the ungated UNet runs on every sample too.
 
     """
@@ -52,13 +52,13 @@ class Search:
 
     @property
     def dense_passes(self) -> int:
-        """Passes of the dense model for one sample each."""
+        """Number of passes of the dense model, one sample each."""
         return self.training.steps * self.training.batch_size * self.passes_per_sample
 
 
 @dataclass(frozen=True)
 class MethodWork:
-    """Work that a method computes before it chooses; none by default.
+    """Work of a method before it chooses; none by default.
 
     Args:
         calibrations: in the order in which they run.
@@ -74,6 +74,6 @@ class MethodWork:
 
     @property
     def dense_passes(self) -> int:
-        """Passes of the dense model for one sample each, of all that it computes."""
+        """Number of passes of the dense model, one sample each, of all this work."""
         searched = 0 if self.search is None else self.search.dense_passes
         return sum(calibration.dense_passes for calibration in self.calibrations) + searched

@@ -1,10 +1,13 @@
 """The search of APTP: train the architecture predictor and the codes under a budget, the UNet frozen (Eq. 15, 25).
 
-A step looks at its whole global batch once: predicted embeddings, transport, contrastive and resource terms. The UNet
-then runs micro-batches under per-sample gates with weights 1/(M B_i), where B_i counts an expert's samples in the
-global batch and M the experts that have any; so accumulation and processes change nothing. Eq. 15 and 25 divide by
-all N experts. An expert without samples has no mean to add, and dividing by N would lower the weight of the denoising
-and distillation terms against the resource and contrastive terms whenever an expert is empty.
+A step computes the predicted embeddings, the transport, and the contrastive and resource terms once for its whole
+global batch. The UNet then runs micro-batches under per-sample gates. A sample has the weight 1/(M B_i), where B_i is
+the number of samples of its expert in the global batch, and M the number of experts with samples. So neither gradient
+accumulation nor the number of processes changes the result.
+
+Eq. 15 and 25 divide by all N experts instead of M. An expert without samples has no mean to add, and dividing by N
+would lower the weight of the denoising and distillation terms against the resource and contrastive terms whenever an
+expert is empty.
 """
 
 from collections.abc import Mapping
@@ -38,7 +41,7 @@ from prunekit.training.trainer import TrainerConfig
 
 
 class APTPConfig(SearchSettings):
-    """Settings of APTP; defaults are the paper's where it names one and nothing else measured better (docs/aptp.md)."""
+    """Settings of APTP; defaults are the paper's values, except where another value measured better (docs/aptp.md)."""
 
     preset: Literal["default", "paper", "published_code"] = Field(
         "default",
@@ -121,15 +124,15 @@ class APTPConfig(SearchSettings):
 
 @dataclass(frozen=True)
 class RoutedBatch(SearchBatch):
-    """A step's draws and what follows from the whole batch."""
+    """The draws of a step, with the embeddings, experts and weights of the whole batch."""
 
     embeddings: Tensor  # (B, D) e, with gradient
-    assignment: Tensor  # (B,) expert of each sample; during the warm-up its own position
+    assignment: Tensor  # (B,) expert of each sample; during the warm-up its position in the batch
     weights: Tensor  # (B,) 1/(M B_i), M experts with samples; sum to 1
 
 
 class SearchObjective(GateSearchObjective):
-    """Everything that one step of the search needs: the shared terms, the predictor and the N codes."""
+    """Objective of APTP's search, with the predictor and the N codes that it trains."""
 
     config: APTPConfig
 
@@ -155,7 +158,7 @@ class SearchObjective(GateSearchObjective):
         return {"predictor": self.predictor, "codes": self.codes}
 
     def batch(self, step: int) -> RoutedBatch:
-        """Draw a step; at the first step with codes, place them at the centers of the predicted embeddings."""
+        """Draw a step and assign its samples to experts; at the first step after the warm-up, initialize the codes."""
         config, drawn = self.config, self.draw(step)
         if step == config.warmup:
             self._place_codes()
@@ -173,7 +176,7 @@ class SearchObjective(GateSearchObjective):
         return RoutedBatch(step, drawn.plan, drawn.pairs, embeddings, assignment, weights)
 
     def shared_loss(self, batch: RoutedBatch) -> dict[str, Tensor]:
-        """Return the contrastive term (Eq. 14) and the resource term (Eq. 26) of the whole batch."""
+        """Return the contrastive (Eq. 14) and resource (Eq. 26) terms; also spread and maximum, if one has a weight."""
         config = self.config
         soft = self.gate(batch, batch.embeddings, "embeddings")
         contrast = contrastive_loss(self._prompts(batch), soft, config.contrastive_temperature)
@@ -190,7 +193,8 @@ class SearchObjective(GateSearchObjective):
     def micro_loss(self, batch: RoutedBatch, positions: Tensor) -> dict[str, Tensor]:
         """Return the denoising and distillation terms of `positions` under their experts' gates (Eq. 25).
 
-        During the warm-up embeddings are computed again: the graph of the whole batch stays with the shared terms.
+        During the warm-up the embeddings are computed again, because the graph of the batch's embeddings belongs to
+        the shared terms.
         """
         logits = self._embeddings(batch) if batch.step < self.config.warmup else self.codes.values
         own = to_device(positions, self.device)
@@ -198,7 +202,7 @@ class SearchObjective(GateSearchObjective):
 
     @torch.no_grad()
     def _place_codes(self) -> None:
-        """Set the codes to where they start."""
+        """Initialize the codes: random orthogonal directions, or k-means centers of the predicted embeddings."""
         config, codes = self.config, self.codes.values
         if config.codes == "random":
             draw = torch.randn(codes.shape, generator=generator(config.seed, "codes"))
@@ -208,7 +212,7 @@ class SearchObjective(GateSearchObjective):
         codes.copy_(spherical_kmeans(embedded, config.experts, config.seed))
 
     def _similarities(self, batch: SearchBatch, embeddings: Tensor) -> Tensor:
-        """Return how well each prompt fits each code, (B, N)."""
+        """Return the similarity of each prompt of a batch to each code, (B, N)."""
         if self.config.similarity == "cosine":
             return cosine_scores(embeddings, self.codes.values)
         prompt_gates, code_gates = self.gate(batch, embeddings, "embeddings"), self.gate(batch, self.codes.values)
@@ -216,7 +220,7 @@ class SearchObjective(GateSearchObjective):
 
     @torch.no_grad()
     def similarities(self, prompts: Tensor) -> Tensor:
-        """Return how well prompts (B, Z) fit the codes, (B, N), by the training's similarity without its noise."""
+        """Return the similarity of prompts (B, Z) to the codes, (B, N), as in training but without noise."""
         embeddings, codes = self.predictor(prompts.to(self.device)), self.codes.values
         if self.config.similarity == "cosine":
             return cosine_scores(embeddings, codes)

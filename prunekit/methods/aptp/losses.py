@@ -1,4 +1,4 @@
-"""The terms of APTP's objective that look at the whole batch: contrastive and spread losses, mean cost."""
+"""Terms of APTP's objective that need the whole batch: contrastive, spread and maximum losses, and the mean cost."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,14 @@ from prunekit.runtime.errors import UserError
 
 
 def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Tensor:
-    """Keep prompts that are alike on architectures that are alike (Eq. 12-14).
+    """Return the contrastive loss, which gives similar prompts similar architectures (Eq. 12-14).
 
-    r and s are the row softmaxes of the cosine similarities of the prompt embeddings and of their soft gates, the
-    prompt itself included. The loss is the binary cross entropy of s against r, averaged over B^2. Eq. 13 is
-    printed without its minus sign; it is a loss only with it.
+    r and s are row softmaxes of cosine similarities: r of the prompt embeddings, s of their soft gates. A row includes
+    the similarity of a prompt to itself. The loss is the binary cross entropy of s against r, averaged over B^2.
+    Eq. 13 is printed without the minus sign that makes it a loss.
 
     Args:
-        z: (B, Z) prompt embeddings; no gradient is sent into them.
+        z: (B, Z) prompt embeddings, which get no gradient.
         gates: (B, D) e' of Eq. 12, soft gates of the predicted embeddings.
         temperature: tau, 0.03 in the paper.
 
@@ -38,17 +38,17 @@ def contrastive_loss(z: Tensor, gates: Tensor, temperature: float = 0.03) -> Ten
 
 
 def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log p and log(1 - p) of the row softmax p (B, B), both to full precision."""
+    """Return log p and log(1 - p) of the row softmax p (B, B), both to full precision."""
     total = logits.logsumexp(dim=1, keepdim=True)  # (B, 1)
     log_p = logits - total
-    # 1 - p cancels only where p > 1/2, which is at most the largest of a row: there, sum the others instead.
+    # 1 - p loses precision only where p > 1/2, at most at the largest entry of a row: there, sum the others instead.
     largest = F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
     others = logits.masked_fill(largest, -torch.inf).logsumexp(dim=1, keepdim=True) - total
     return log_p, torch.where(largest, others, torch.log1p(-log_p.masked_fill(largest, -1.0).exp()))
 
 
 def batch_weighted_cost(costs: Tensor, assignment: Tensor) -> Tensor:
-    """Mean cost of a batch, sum_i (B_i / B) costs_i, over its experts (the T-hat(A) of Eq. 15).
+    """Return the mean cost of a batch, sum_i (B_i / B) costs_i over the experts (T-hat(A) of Eq. 15).
 
     Args:
         costs: (N,) the experts' costs, in MACs or in nanoseconds.
@@ -60,19 +60,19 @@ def batch_weighted_cost(costs: Tensor, assignment: Tensor) -> Tensor:
 
 
 def counts_of(assignment: Tensor, num_experts: int) -> Tensor:
-    """How many prompts each expert has, (N,) int64; as `bincount`, but the host need not wait for the device."""
+    """Return the number of prompts per expert, (N,) int64; unlike `bincount`, without waiting for the device."""
     return assignment.new_zeros(num_experts).index_add_(0, assignment, torch.ones_like(assignment))
 
 
 def spread_loss(ratios: Tensor) -> Tensor:
-    """Minus the standard deviation of the batch's costs: experts of different sizes lower it.
+    """Return minus the standard deviation of the batch's costs; experts of different sizes lower it.
 
-    In APTP's published code, not in its paper; so is `maximum_loss`. Both take ratios (B,), each sample's share of the
-    dense cost. A batch of one has no spread: 0.
+    This loss and `maximum_loss` are in APTP's published code, not in its paper. Both take ratios (B,), the cost of each
+    sample as a fraction of the dense cost. A batch of one sample has no spread: 0.
     """
     return -ratios.std() if len(ratios) > 1 else ratios.sum() * 0
 
 
 def maximum_loss(ratios: Tensor) -> Tensor:
-    """How much the batch's largest cost lacks to the dense one."""
+    """Return the gap between the batch's largest cost and the dense cost, as a fraction of the dense cost."""
     return 1 - ratios.max()

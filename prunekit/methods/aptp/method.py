@@ -27,8 +27,8 @@ from prunekit.runtime.randomness import generator
 class APTP(SearchMethod[SearchObjective]):
     """Adaptive Prompt-Tailored Pruning: a mixture of pruned experts and a router (Ganjdanesh et al., ICLR 2025).
 
-    `prune` returns N Architectures whose mean cost over the training prompts, by inference routing, meets the budget
-    (law 3), the router, and in `info.prompts_per_expert` how many of the training prompts each expert gets.
+    `prune` returns N Architectures and the router. The mean cost of the Architectures over the training prompts, under
+    inference routing, meets the budget (law 3). `info.prompts_per_expert` counts the training prompts.
     """
 
     Config = APTPConfig
@@ -41,18 +41,18 @@ class APTP(SearchMethod[SearchObjective]):
         return self.config.experts
 
     def short_settings(self, devices: int) -> dict[str, Any]:
-        """Return two steps of the search, both with codes."""
+        """Return settings with two steps of search, both after the warm-up."""
         return {**super().short_settings(devices), "warmup": 0}
 
     def recorded(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return settings in which a preset is marked as one of this version."""
+        """Return settings in which a preset has the mark of this version (`PRESET_MARK`)."""
         if settings.get("preset", "default") == "default":
             return settings
         return {**settings, PRESET_MARK: settings.get(PRESET_MARK, getattr(self.config, PRESET_MARK))}
 
     @classmethod
     def read_recorded(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return settings in which an earlier `preset: paper` is written out as what it meant then."""
+        """Return settings in which the `preset: paper` of an earlier version is replaced by the values that it had."""
         if settings.get("preset") != "paper" or PRESET_MARK in settings:
             return settings
         return {**EARLIER_PAPER, **settings, "preset": "default"}
@@ -92,9 +92,10 @@ class APTP(SearchMethod[SearchObjective]):
 
     @torch.no_grad()
     def _assignment(self, objective: SearchObjective) -> dict[str, list[int]]:
-        """Return how many of the training prompts, or as many as are enough, each expert gets before balance.
+        """Return the number of prompts per expert before balancing, over at most MOST_CLUSTERED training prompts.
 
-        nearest: each prompt takes the code nearest to it. transport: a batch is spread, as in the search (Eq. 5-7).
+        nearest: each prompt goes to its nearest code. transport: optimal transport assigns each batch, as in the search
+        (Eq. 5-7).
         """
         config = self.config
         counts = {"nearest": torch.zeros(config.experts, dtype=torch.long)}

@@ -1,6 +1,6 @@
-"""Presets of APTP's settings: the paper and its published code; and what they were in earlier versions."""
+"""Presets of APTP's settings, of the paper and of its published code, with their values in earlier versions."""
 
-PAPER = {  # preset="paper": the paper, and where it is silent its published code
+PAPER = {  # preset="paper": the paper, and its published code where the paper gives no value
     "temperature": 0.4,
     "offset": 3.0,  # published code
     "noise": "gumbel",
@@ -24,7 +24,7 @@ PAPER = {  # preset="paper": the paper, and where it is silent its published cod
     "balance": False,
     "warmup": 500,
 }
-PUBLISHED_CODE = PAPER | {  # preset="published_code": where the published code differs from the paper, the code
+PUBLISHED_CODE = PAPER | {  # preset="published_code": the code, also where it differs from the paper
     "depth_gates": "cumulative",
     "feature_scale": "mean",
     "similarity": "hardened",
