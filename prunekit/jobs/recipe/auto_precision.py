@@ -1,4 +1,4 @@
-"""What `precision: auto` in a recipe becomes: found once, before a run starts, and written down with the run."""
+"""Resolution of `precision: auto` in a recipe: done once, before a run starts, and recorded with the run."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,20 +27,20 @@ def precisions(recipe: AnyRecipe) -> dict[str, str]:
 def resolve_recipe(
     recipe: R, device: str | torch.device, recorded: AnyRecipe | None = None, meaning: str | None = None
 ) -> R:
-    """Return a recipe in which no precision is `auto`, nor the dtype of frozen weights.
+    """Return a recipe with `auto` replaced in all precisions and in the dtype of frozen weights.
 
     Args:
         recipe: a recipe as it was written.
         device: the device that the recipe will run on.
-        recorded: the recipe that an earlier start wrote, whose precisions `auto` then takes.
-        meaning: what `auto` means on a device that this machine does not have.
+        recorded: the recipe that an earlier start wrote; its precisions replace `auto`.
+        meaning: meaning of `auto` on a device that this machine does not have; None: by `device`.
 
     """
     earlier = {} if recorded is None else precisions(recorded)
     if isinstance(recipe, CommonRecipe):
         memory = _memory(recipe, device, recorded, meaning)
         recipe = cast(R, recipe.model_copy(update={"memory": memory}))
-        meaning = "bfloat16" if memory.weights == "bfloat16" else meaning  # what weights of that dtype run in
+        meaning = "bfloat16" if memory.weights == "bfloat16" else meaning  # forward passes take the weights' dtype
 
     def choose(name: str, scaled: bool) -> str:
         return earlier.get(name) or resolve_precision(AUTO, device, scaled, meaning)
@@ -53,7 +53,7 @@ def resolve_recipe(
 def _memory(
     recipe: CommonRecipe, device: str | torch.device, recorded: AnyRecipe | None, meaning: str | None
 ) -> MemoryConfig:
-    """Return how a recipe's models are held, with a dtype in place of `auto`; arguments as in `resolve_recipe`."""
+    """Return a recipe's section `memory` with a dtype in place of `auto`; arguments as in `resolve_recipe`."""
     if recipe.memory.weights != AUTO:
         return recipe.memory
     if isinstance(recorded, CommonRecipe):
@@ -71,7 +71,7 @@ def load_recorded(path: str | Path) -> AnyRecipe:
 
 
 def precision_lines(recipe: AnyRecipe, device: str | torch.device) -> list[str]:
-    """Return what the log says of a resolved recipe: its precisions, and a warning where one is slow on the device."""
+    """Return log lines about a resolved recipe: its precisions, and a warning for each that is slow on the device."""
     values = precisions(recipe)
     lines = [f"precision: {precision_text(values)} (auto means {resolve_precision(AUTO, device)} here: {why(device)})"]
     kind = torch.device(device).type
@@ -121,7 +121,7 @@ def _of_model(model: BaseModel, place: tuple[str, ...]) -> Iterator[tuple[tuple[
 
 
 def _replaced(recipe: AnyRecipe, choose: Callable[[str, bool], str]) -> AnyRecipe:
-    """Return a recipe in which `choose`, of a precision's name and scaling, has replaced every `auto`."""
+    """Return a recipe in which `choose(name, whether gradients are scaled)` replaces every precision that is `auto`."""
     content = recipe.model_dump(mode="json")
     _replace_in(content, recipe, (), choose)
     for label, config in _methods(recipe):

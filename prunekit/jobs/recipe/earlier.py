@@ -1,6 +1,6 @@
-"""Settings that were added or changed since runs and comparison cells were first recorded, and what they meant then.
+"""Settings that were added or changed after runs and comparison cells were first recorded, and their earlier meaning.
 
-`precision` is apart (`precision.py`): its earlier default is a value that is still allowed.
+`precision` is handled in `auto_precision.py`, because its earlier default is a value that is still allowed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,21 +29,21 @@ ADDED = {  # fields of a cell that were added later, with the value that every e
 
 
 def without_added(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cell's fields without settings that were added later and have their earlier value, so that keys stay."""
+    """Return a cell's fields without later settings at their earlier value, so that the cell's key does not change."""
     return {name: value for name, value in fields.items() if name not in ADDED or value != ADDED[name]}
 
 
 def with_added(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cell's fields with those that it was recorded before; none in a section that the cell lacks."""
+    """Return a cell's fields with those added since it was recorded, except in sections that the cell lacks."""
     sections = {name.partition(".")[0] for name in fields}
     return {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections} | dict(fields)
 
 
 def missing_settings(path: Path) -> Iterator[str]:
-    """Yield, as overrides, what the settings of a recorded recipe meant that it lacks because they were added later."""
+    """Yield overrides with the earlier meaning of settings that were added after a recipe was recorded."""
     try:
         data = read_mapping(path).get("data")
-    except UserError:  # reading the recipe says so
+    except UserError:  # reading the recipe raises it again
         return
     if isinstance(data, dict):
         yield from (f"data.{name}={value}" for name, value in DATA_BEFORE.items() if name not in data)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line that names the setting, what is allowed and the nearest valid name."""
+"""Errors in recipes: one line that names the setting, the allowed values and the nearest valid name."""
 
 import typing
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ def explain(
 ) -> str:
     """Return the first fault as one line.
 
-    model: what the settings were checked against. prefix: put before the setting's name. kinds: names of a union's
-    members, which pydantic puts first into a place. more: top-level settings that are allowed beside the model's.
+    model: model that checked the settings. prefix: text before the setting's name. kinds: names of a union's members,
+    which pydantic puts first in a location. more: top-level settings that are allowed in addition to the model's.
     """
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]

@@ -17,15 +17,15 @@ from prunekit.runtime.yaml_files import FAULTS, load_overrides, load_settings, m
 
 SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
 SCALES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"full": dict, "smoke": smoke}
-HIDDEN = "_"  # top-level settings that begin so are for ${...} in the same file or the files that extend it
+HIDDEN = "_"  # prefix of top-level settings for ${...} in the same file or in files that extend it
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """Read a YAML recipe, or the shipped one of that name, and put `key=value` overrides over it (dotted keys).
+    """Read a YAML recipe, or the shipped recipe of that name, and apply `key=value` overrides (dotted keys).
 
-    The files that `extends` names come first, in order, then the recipe, then the overrides: later wins. `scale=smoke`
-    shrinks what the files say; overrides stay as given. Raises RecipeError, one line: no such file, a circle of
-    `extends`, bad YAML, an unknown key (with the nearest valid one), a wrong value (with what is allowed).
+    The files that `extends` names come first, in order, then the recipe, then the overrides; later values win.
+    `scale=smoke` shrinks the values in the files, but not the overrides. Raises a one-line RecipeError: a missing file,
+    a cycle of `extends`, bad YAML, an unknown key (with the nearest valid one), a wrong value (with the allowed ones).
     """
     overrides = list(overrides)
     try:
@@ -72,7 +72,7 @@ def dump_recipe(recipe: AnyRecipe) -> str:
 
 
 def _merged(path: Path, above: tuple[Path, ...]) -> DictConfig:
-    """Return a file's content over that of the files that it extends; `above`: the files that lead here."""
+    """Return a file's content merged over the files that it extends; above: the chain of files that extend this one."""
     if path.resolve() in (file.resolve() for file in above):
         raise RecipeError(f"{above[0]} extends itself: {' -> '.join(map(str, (*above, path)))}")
     if not path.is_file():

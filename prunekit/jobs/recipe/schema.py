@@ -38,11 +38,11 @@ from prunekit.training.trainer import TrainerConfig
 
 Name = Annotated[str, AfterValidator(lambda text: plain_name(text, "name"))]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-MEMBER = re.compile(r"[a-z_]\w*:[\w,]+")  # a budget that is a member's own, such as bksdm:2,1,1,1
+MEMBER = re.compile(r"[a-z_]\w*:[\w,]+")  # a budget that names a BK-SDM member, such as bksdm:2,1,1,1
 
 
 class Section(BaseModel):
-    """A part of a recipe, in which a setting that it does not know is a mistake."""
+    """A part of a recipe; an unknown setting in it is an error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -154,7 +154,7 @@ class CommonRecipe(Section):
 
     @property
     def drawn_images(self) -> int:
-        """How many pictures a row draws, of held-out and of training pictures' prompts."""
+        """Number of pictures that a row draws, for prompts of held-out and of training pictures."""
         return self.evaluation.num_images + self.evaluation.seen_images(self.data.holds_pictures)
 
 
@@ -186,7 +186,7 @@ class PruneRecipe(CommonRecipe):
         return build_method(name, self.prune, self.methods[name] or {}, f"methods.{name}")
 
     def method_of(self, label: str) -> Method:
-        """Return the method of a row, as a comparison's recipe does."""
+        """Return the method of a row; it has the same signature as in a comparison's recipe."""
         return self.method(label)
 
     def fine_tuning(self, name: str) -> FineTuneConfig:
@@ -214,7 +214,7 @@ class BudgetEntry(Section):
 
     @property
     def label(self) -> str:
-        """What the table calls it."""
+        """Name of the budget in the table."""
         return str(self.budget)
 
 
@@ -238,7 +238,7 @@ class Row(Section):
     )
 
 
-PER_CELL = {"budget", "seed"}  # settings of `prune` that a comparison has in `budgets`
+PER_CELL = {"budget", "seed"}  # settings of `prune` that a comparison gives in `budgets`
 
 
 class CompareRecipe(CommonRecipe):
@@ -306,7 +306,7 @@ class CompareRecipe(CommonRecipe):
         return build_method(name, common, settings, f"methods.{label}", more=Row.model_fields)
 
     def row(self, label: str) -> Row:
-        """Return what a row says beside its method's settings."""
+        """Return a row's settings other than those of its method."""
         settings = self.methods[label] or {}
         try:
             return Row(**{key: value for key, value in settings.items() if key in Row.model_fields})
@@ -314,7 +314,7 @@ class CompareRecipe(CommonRecipe):
             raise UserError(explain(error, Row, f"methods.{label}.")) from error
 
     def recovering(self, label: str) -> RecoverConfig:
-        """Return how a row's models are recovered: the recipe's way, but for what the row says."""
+        """Return the recovery settings of a row: the recipe's settings with the row's changes."""
         row, changes = self.row(label), dict[str, Any]()
         if row.closed_form is True:
             changes["closed_form"] = self.recover.closed_form or ClosedFormConfig()
@@ -334,9 +334,10 @@ class CompareRecipe(CommonRecipe):
         return max(1, steps // num_models) if protocol == "equal_compute" else steps
 
     def fine_tuning(self, label: str, steps: int, scale_warmup: bool = False) -> FineTuneConfig:
-        """Return how a row's models are fine-tuned; without distillation the denoising error alone counts, in full.
+        """Return a row's fine-tuning settings; without distillation, only the denoising error counts, with weight 1.
 
-        scale_warmup: the warm-up has the share of the steps that the recipe gives it, however many there are.
+        steps: number of fine-tuning steps. scale_warmup: scale the warm-up with `steps`, so that its share of the steps
+            is that in the recipe.
         """
         changes: dict[str, Any] = {"steps": steps, **self.method_of(label).fine_tuning()}
         if scale_warmup:
@@ -355,9 +356,9 @@ class CompareRecipe(CommonRecipe):
 def build_method(
     name: str, common: PruneSettings, settings: dict[str, Any], where: str, more: Iterable[str] = ()
 ) -> Method:
-    """Return a method from the settings that all methods share and from further ones, which are found at `where`.
+    """Return a method with the settings `common` of all methods and its own `settings`, given in the recipe at `where`.
 
-    more: other settings that are allowed there.
+    more: names of other settings that are allowed at `where`, for error messages.
     """
     kind = registry.get(name)
     twice = sorted(set(settings) & set(PruneSettings.model_fields))
@@ -370,7 +371,7 @@ def build_method(
 
 
 def _refits_each(label: str, method: Method, tuning: FineTuneConfig, recovering: RecoverConfig) -> None:
-    """Refuse a closed-form refit of models that share their weights: it fits the weights of one mask alone."""
+    """Refuse a closed-form refit of models that share their weights: a refit fits the weights of one model only."""
     if recovering.closed_form is not None and tuning.shared_backbone and method.num_models > 1:
         raise UserError(
             f"recover.closed_form with fine_tune.shared_backbone=true: the models of {label!r} share their weights, "
@@ -379,7 +380,7 @@ def _refits_each(label: str, method: Method, tuning: FineTuneConfig, recovering:
 
 
 class PretrainRecipe(Section):
-    """Train an embedded model from nothing: the UNet's with all its parts and its evaluator, or SD 3's transformer."""
+    """Train an embedded model from scratch: the UNet with its other parts and evaluator, or the SD 3 transformer."""
 
     job: Literal["pretrain"]
     name: Name = Field(description="Name of the run's directory.")

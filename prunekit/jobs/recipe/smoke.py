@@ -1,6 +1,6 @@
-"""`scale=smoke`: a recipe's every stage on a few samples, in minutes, on a small model too.
+"""`scale=smoke`: shrink a recipe so that every stage runs on a few samples, in minutes, also with a small model.
 
-It works on a recipe's content before that is checked, so what is run and written down is an ordinary, small recipe.
+The content of the recipe is shrunk before it is checked, so a run uses and records an ordinary, small recipe.
 """
 
 from typing import Any
@@ -17,18 +17,18 @@ EVALUATION = {
     "num_pictures": 2,
     "num_seen_images": 4,
 }
-LEAST_HOLDOUT = 0.1  # of a few dozen captions a published data set's share would hold out none
-CLOSED_FORM = {"samples": 4, "batch_size": 4}  # of a refit, at most
-AT_STEP = 1  # the one step at which a recipe with evaluation.at_steps is looked at
-BUDGETS = 2  # of a comparison
+LEAST_HOLDOUT = 0.1  # a published data set's smaller share would hold out none of a few dozen captions
+CLOSED_FORM = {"samples": 4, "batch_size": 4}  # largest values for a refit
+AT_STEP = 1  # the only step in evaluation.at_steps, if the recipe has any
+BUDGETS = 2  # largest number of budgets in a comparison
 
 
 def smoke(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's content shrunk: what is larger than the figures above becomes as small as they are.
+    """Return a recipe's content with its numbers capped at the values above, and those of trainings at `SMOKE`.
 
     Resolutions become the model's own, encoder and evaluator the embedded ones, and BK-SDM's variant the largest member
-    within the budget, so that a recipe for a large model goes through on a small one. What is missing, or of a wrong
-    type, is left to the schema.
+    within the budget, so that a recipe for a large model also runs with a small one. The schema reports missing
+    settings and wrong types.
     """
     content = _trainings(content)
     if isinstance(content.get("name"), str):
@@ -71,7 +71,7 @@ def _methods(methods: Any) -> Any:
 
 
 def _method(label: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Shrink a row's settings by what its method says, also those that it leaves at their defaults."""
+    """Shrink a row's settings as its method prescribes, including settings that the row leaves at their defaults."""
     name = settings.get("method", label)
     settings = _refitting(settings)
     return registry.get(name).smoke_settings(settings) if name in registry.names() else settings
