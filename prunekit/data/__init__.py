@@ -1,1 +1,1 @@
-"""Captioned images: what a method calibrates on, what the trainer trains on, what the evaluation compares with."""
+"""Captioned images, for calibrating methods, for training, and as the evaluation's reference."""

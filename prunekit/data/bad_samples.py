@@ -1,4 +1,4 @@
-"""Samples that cannot be used: what is wrong with them, how many may be, and the file that lists them."""
+"""Bad samples: the reason for each, the share of captions that they may cost, and the report that lists them."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from prunekit.runtime.files import write_text
 from prunekit.runtime.progress import console
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-MOST_BYTES = 256 * 2**20  # of one picture or caption: 8192 x 8192 pixels of 4 bytes that are not compressed
+MOST_BYTES = 256 * 2**20  # per picture or caption: 8192 x 8192 uncompressed pixels of 4 bytes
 
 
 class DataError(UserError):
-    """Bad input data: the message, one line, names the file or sample and what is wrong with it."""
+    """Bad input data; the message is one line that names the file or sample and its fault."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
@@ -31,22 +31,22 @@ class BadSample:
     """One sample that is left out with its captions, or a shard that is missing or damaged."""
 
     sample: str  # its key, row or name
-    file: str  # the file that holds it, or should
+    file: str  # the file that holds the sample, or should hold it
     reason: str  # follows the sample's name in a sentence: "has an empty caption"
-    captions: int = 1  # that are lost with it; an estimate where a whole shard is
+    captions: int = 1  # number of captions lost with the sample; an estimate if a whole shard is lost
 
 
 @dataclass(frozen=True)
 class Tolerance:
     """How many bad samples a data set may have, and where they are listed."""
 
-    max_bad_share: float = 0.0  # of all captions
+    max_bad_share: float = 0.0  # largest fraction of all captions that may be lost
     report: Path | None = None  # JSON Lines: sample, file, reason, captions
 
     def check(self, skipped: list[BadSample], used: int) -> None:
-        """Write the report, say what was skipped, and raise DataError where it is more than the share allows.
+        """Write the report and print how many captions are lost; raise DataError if none is left or too many are lost.
 
-        used: how many captions are left.
+        used: number of captions that are left.
         """
         if self.report is not None:
             write_report(skipped, self.report)
@@ -65,22 +65,22 @@ class Tolerance:
 
 
 def write_report(skipped: list[BadSample], path: Path) -> None:
-    """Write one JSON object a bad sample to a JSON Lines file, atomically; an empty file where all are good."""
+    """Write one JSON object per bad sample to a JSON Lines file, atomically; an empty file if there are none."""
     rows = [json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in skipped]
-    write_text(path, "".join(rows), errors="backslashreplace")  # a lone surrogate becomes JSON's escape of it
+    write_text(path, "".join(rows), errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
 def file_size(path: Path) -> int:
     """Return the size in bytes of a file that holds a picture or a caption, without opening it.
 
-    Raises DataError, "is missing (why)": for a path that is not a regular file, as a device or a pipe may have no end;
-    for more than MOST_BYTES; for a name that no file can have.
+    Raises DataError if the file is missing, larger than MOST_BYTES or not a regular file (a device or a pipe may have
+    no end), or if no file can have its name. The message has no path, for example "is missing (why)".
     """
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"is missing ({error.strerror})") from error
-    except ValueError as error:  # the name holds NUL, or what the file system's encoding does not have
+    except ValueError as error:  # the name holds NUL, or a character that the file system's encoding lacks
         raise DataError(f"has a name that no file can have ({error})") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError("is not a file")
@@ -90,7 +90,7 @@ def file_size(path: Path) -> int:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file that holds a picture or a caption. Raises DataError, "PATH is missing (why)", as `file_size` does."""
+    """Read a file that holds a picture or a caption; raise DataError with the path if `file_size` or reading fails."""
     try:
         file_size(path)
         return path.read_bytes()
@@ -101,5 +101,5 @@ def read_file(path: Path) -> bytes:
 
 
 def too_large(size: int) -> str:
-    """Return the words of a message about a picture or caption that has more than MOST_BYTES."""
+    """Return the part of an error message that says that `size` is more than MOST_BYTES."""
     return f"{size:,} bytes, more than {MOST_BYTES:,}"

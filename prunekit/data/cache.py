@@ -1,11 +1,11 @@
-"""The encoded cache on disk: shards of rows, made once by however many processes, checked whenever they are opened.
+"""The encoded cache on disk: shards of rows, which any number of processes compute once and check at every start.
 
     DIRECTORY/latents-KEY/00000.safetensors …   the rows of a fixed range of pictures or captions
-    DIRECTORY/latents-KEY/manifest.json         every shard's rows, bytes, checksum, and what was left out of it
-    DIRECTORY/digests.jsonl, indexes/, locks/   what is known of the source files; no part of the result
+    DIRECTORY/latents-KEY/manifest.json         every shard's rows, bytes, checksum, and bad sources
+    DIRECTORY/digests.jsonl, indexes/, locks/   helper files of the readers and writers; not part of the result
 
-A shard appears whole or not at all, and its content depends on its range alone; so neither the number of processes nor
-a kill changes a byte.
+Shards are written atomically, and a shard's content depends on its range alone. So neither the number of processes nor
+a killed process changes a byte.
 """
 
 import json
@@ -30,32 +30,32 @@ from prunekit.runtime.work import Piece, share_and_tidy
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-RECORD = {"rows", "bytes", "blake2b", "bad"}  # what the manifest says of a shard
+RECORD = {"rows", "bytes", "blake2b", "bad"}  # fields of a shard's record in the manifest
 
 
 @dataclass
 class Batch:
-    """What one batch of sources gives."""
+    """The rows computed from a batch of sources, which are pictures or captions."""
 
-    tensors: dict[str, Tensor]  # (n, …) each: rows of the sources that are good
-    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # source: what it is called, why it is left out
-    sources: int = 0  # how many were looked at
+    tensors: dict[str, Tensor]  # (n, …) each: one row per good source
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # index of a bad source: (its name, the reason)
+    sources: int = 0  # number of sources in the batch, with the bad ones
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of rows of a data set: how they are made from `count` sources, and what tells them from others."""
+    """One kind of rows of a data set, such as latents: the function that computes the rows and their cache key."""
 
     kind: str
-    key: str  # digest of all that the rows depend on
-    count: int  # pictures or captions
+    key: str  # digest of everything that the rows depend on
+    count: int  # number of sources, which are pictures or captions
     make: Callable[[range], Iterator[Batch]]
     precision: torch.dtype = torch.float32
     shard_size: int = 4096
 
     @property
     def ranges(self) -> dict[str, range]:
-        """The sources of every shard, by its file's name."""
+        """The source indices of every shard, by the name of the shard's file."""
         starts = range(0, self.count, self.shard_size)
         return {
             f"{number:05d}.safetensors": range(start, min(start + self.shard_size, self.count))
@@ -64,12 +64,12 @@ class Part:
 
     @property
     def folder(self) -> str:
-        """The name of its folder in a cache."""
+        """The name of the part's folder in a cache."""
         return f"{self.kind}-{self.key[:16]}"
 
 
 def collect(batches: Iterator[Batch], most: int, precision: torch.dtype, progress: Callable[[int], None]) -> Batch:
-    """Put batches together in one of at most `most` rows, in the precision in which they are kept."""
+    """Concatenate batches into one batch of at most `most` rows, in dtype `precision`."""
     whole, filled = Batch({}), 0
     for batch in batches:
         rows = 0
@@ -86,7 +86,7 @@ def collect(batches: Iterator[Batch], most: int, precision: torch.dtype, progres
 
 
 class Manifest:
-    """What a part's folder holds, by shard; every process sees what the others add."""
+    """The records of the shards in a part's folder, in a JSON file that all processes share."""
 
     def __init__(self, folder: Path, key: str, lock: Path):
         self.path, self.key, self.lock = folder / MANIFEST, key, lock
@@ -94,7 +94,7 @@ class Manifest:
         self._read_at: tuple[int, ...] | None = None
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return what each shard was when it was made; nothing where the file is not there, damaged, or another's."""
+        """Return each shard's record by file name; nothing if the file is missing, damaged, or of another key."""
         try:
             stat = self.path.stat()
             read_at = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -114,7 +114,7 @@ class Manifest:
         return self._records
 
     def add(self, name: str, record: dict[str, Any]) -> None:
-        """Record a shard."""
+        """Add a shard's record to the file."""
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.lock):
             clear_killed(self.path)
@@ -129,15 +129,15 @@ class StoredPart:
         self.part, self.digests, self.verify = part, digests, verify
         self.folder, self.locks = directory / part.folder, directory / "locks"
         self.manifest = Manifest(self.folder, part.key, self.locks / f"{part.folder}.lock")
-        self._good: dict[str, dict[str, Any]] = {}  # shards that were checked, and their records of then
+        self._good: dict[str, dict[str, Any]] = {}  # records of the shards that passed the check
         self._told: set[str] = set()
 
     def is_whole(self) -> bool:
-        """Whether every shard is there and good."""
+        """Return whether every shard is present and undamaged."""
         return all(self._is_good(name) for name in self.part.ranges)
 
     def complete(self, progress: Callable[[int], None]) -> None:
-        """Make the shards that are missing or damaged, with whatever other processes do the same; wait for them all."""
+        """Compute the missing and damaged shards together with other processes, and wait until all are done."""
         pieces = [
             Piece(f"{self.part.folder}-{name}", partial(self._is_good, name), partial(self._make, name, progress))
             for name in self.part.ranges
@@ -147,12 +147,12 @@ class StoredPart:
 
     @property
     def bad(self) -> dict[int, tuple[str, str]]:
-        """The sources without rows: what each is called, and why."""
+        """The sources without rows: {index: (name, reason)}."""
         records = self.manifest.records().values()
         return {int(source): (name, why) for record in records for source, (name, why) in record["bad"].items()}
 
     def rows(self) -> dict[str, MappedRows]:
-        """Return the rows of every tensor, by its name."""
+        """Return the rows of every tensor, by the tensor's name."""
         paths = [self.folder / name for name, record in self.manifest.records().items() if record["bytes"] is not None]
         if not paths:
             return {}
@@ -171,7 +171,7 @@ class StoredPart:
         return fault is None
 
     def _fault(self, path: Path, record: dict[str, Any]) -> str | None:
-        if record["bytes"] is None:  # only what was left out is kept
+        if record["bytes"] is None:  # the shard has no file, only the list of its bad sources
             return None
         try:
             size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""What of the frozen parts' output a run keeps on disk."""
+"""Settings of the cache: which outputs of the frozen encoders a run stores on disk."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _unquoted_off(value: Any) -> Any:
-    """YAML reads an unquoted `off` as false."""
+    """Return "off" for False, because YAML reads an unquoted `off` as false."""
     return "off" if value is False else value
 
 
@@ -42,8 +42,8 @@ def cache_bytes(
 ) -> dict[str, int]:
     """Return the bytes that the cache of a data set takes on disk, by part: latents, text, prompts, pooled.
 
-    latent_shape: (C, h, w). text_shape: (T, E) of one caption. prompt_width: Z. pooled_width: of SDXL's pooled text
-    embeddings, else 0. A part that `config` does not keep is 0; files' headers (about 100 bytes each) are left out.
+    latent_shape: (C, h, w). text_shape: (T, E) of one caption. prompt_width: Z. pooled_width: width of SDXL's pooled
+    text embeddings, else 0. A part that `config` does not store is 0. Headers (about 100 bytes per file) are left out.
     """
     size = {"float32": 4, "float16": 2}[config.precision]
     values = {"off": 0, "means": 1, "moments": 2}[config.latents] * math.prod(latent_shape)

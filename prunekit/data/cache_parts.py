@@ -1,4 +1,4 @@
-"""The parts of encoded data: what each is keyed by, and how its rows are made, in memory or in a cache."""
+"""The parts of encoded data (latents, text, prompts): compute each part's key and rows, in memory or in a cache."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -21,29 +21,29 @@ from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Progress
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
-PROBES = 16  # captions whose embeddings tell one prompt encoder from another
+PROBES = 16  # number of captions whose embeddings identify a prompt encoder
 
 
 @dataclass(frozen=True)
 class Made:
-    """A part's rows, by tensor, and the sources that have none."""
+    """A part's rows, by tensor name, and the bad sources, which have no rows."""
 
     key: str
     rows: Mapping[str, Tensor | Rows]
-    bad: dict[int, tuple[str, str]]  # source: what it is called, why it is left out
+    bad: dict[int, tuple[str, str]]  # index of a bad source: (its name, the reason)
 
 
 class PartMaker:
-    """Makes the parts of one data set, each where it is not in the cache already."""
+    """Computes the parts of one data set, or reads the parts that are in the cache."""
 
     def __init__(self, encoders: FrozenEncoders, config: CacheConfig, cache: Path | None = None, verify: bool = False):
         self.encoders, self.config, self.cache, self.verify = encoders, config, cache, verify
         self.digests = Digests(cache)
 
     def latents(self, images: CaptionedImages) -> Made:
-        """Return `mean`, and for moments `deviation`, of every picture that can be decoded; with "off" only which can.
+        """Return `mean` and, for "moments", `deviation` of every picture that can be decoded; for "off", no rows.
 
-        Raises DataError as soon as more cannot than the images' tolerance allows.
+        Raises DataError as soon as more pictures are bad than `images.tolerance` allows.
         """
         kept = {"means": ("mean",), "moments": ("mean", "deviation"), "off": ()}[self.config.latents]
         key = Fingerprint(kept, self.encoders.picture_key if kept else None)
@@ -62,7 +62,7 @@ class PartMaker:
         return self._made("latents" if kept else "pictures", key, images.num_images, make)
 
     def text(self, captions: list[str]) -> Made:
-        """Return `text` and, where the UNet takes them, `pooled` of every caption."""
+        """Return every caption's text states: `text`, and the other conditions that the denoiser takes, by role."""
 
         def make(sources: range) -> Iterator[Batch]:
             for part in _split(sources, BATCH):
@@ -71,7 +71,7 @@ class PartMaker:
         return self._made("text", Fingerprint(self.encoders.text_key).add_texts(captions), len(captions), make)
 
     def null_text(self) -> Made:
-        """Return the same of the empty caption: one row."""
+        """Return the text states of the empty caption, as one row."""
 
         def make(sources: range) -> Iterator[Batch]:
             yield Batch(self.encoders.null_states(), sources=len(sources))

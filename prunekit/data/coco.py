@@ -13,10 +13,10 @@ SPLITS = {"train": "train2014", "val": "val2014", VALIDATION: "val2014"}
 
 
 def coco_validation(annotations: list[dict[str, Any]], count: int = 30_000, seed: int = 42) -> list[dict[str, Any]]:
-    """Choose the captions of the validation protocol: the first of each picture, `count` of them at random.
+    """Choose the captions of the validation protocol: take each picture's first caption, and draw `count` of these.
 
-    The same as APTP's published script (`sample_coco_30k.py`): NumPy's legacy generator, without replacement, in the
-    order drawn; all of them, in an order drawn, where there are fewer.
+    The choice equals APTP's published script (`sample_coco_30k.py`): NumPy's legacy generator, without replacement, in
+    the order drawn. If there are fewer than `count`, all are returned, in random order.
     """
     import numpy as np
 
@@ -29,7 +29,7 @@ def coco_validation(annotations: list[dict[str, Any]], count: int = 30_000, seed
 
 
 def coco_files(root: Path, split: str | None, annotations: str | None, images: str | None) -> tuple[Path, Path]:
-    """Return the captions' json and the folder of pictures; relative settings start at `root`."""
+    """Return the JSON file of captions and the folder of pictures; relative settings are relative to `root`."""
     year = SPLITS.get(split or "", "")
     captions = root / (annotations or f"annotations/captions_{year}.json")
     if not captions.is_file():
@@ -42,7 +42,7 @@ def coco_files(root: Path, split: str | None, annotations: str | None, images: s
 
 
 def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iterator[Sample | BadSample]:
-    """Yield each picture with its captions, in the json's order; with `validation` those of `coco_validation`.
+    """Yield each picture with its captions, in the file's order; with `validation`, only those of `coco_validation`.
 
     Raises DataError for a file that is not a COCO captions json.
     """
@@ -64,7 +64,7 @@ def coco_samples(captions: Path, images: Path, validation: bool = False) -> Iter
             usable.append(entry)
         else:
             yield BadSample(f"annotations[{position}]", str(captions), "has an id or an image_id of the wrong type")
-    if not listed:  # only annotations, as the 30,000 captions are published: COCO 2014's own names
+    if not listed:  # the published file of 30,000 captions lists no images: use COCO 2014's file names
         names = {entry["image_id"]: f"COCO_{images.name}_{entry['image_id']:012d}.jpg" for entry in usable}
     texts: dict[Any, list[str]] = {} if validation else {number: [] for number in names}
     seen: set[Any] = set()

@@ -1,4 +1,4 @@
-"""Which captioned images a recipe uses: the settings, and the reader of each layout."""
+"""Settings of a recipe's captioned images, and the reader of each layout."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ from prunekit.data.webdataset import missing_shards, shards_of, webdataset_sampl
 from prunekit.runtime.errors import UserError
 
 CC3M_FOLDERS = {"Train_GCC-training.tsv": "training", "Validation_GCC-1.1.0-Validation.tsv": "validation"}
-LAYOUT_SETTINGS = {  # which settings of a layout mean something for which kind
+LAYOUT_SETTINGS = {  # settings that only some layouts use, and the kinds that use them
     "split": ("webdataset", "parquet", "coco"),
     "holdout_split": ("webdataset", "parquet", "coco", "cc3m_tsv", "csv"),
     "annotations": ("coco",),
@@ -31,7 +31,7 @@ LAYOUT_SETTINGS = {  # which settings of a layout mean something for which kind
     "image_column": ("webdataset", "parquet", "csv", "folder"),
     "text_column": ("webdataset", "parquet", "csv", "folder"),
 }
-PATHS = {  # what data.path names
+PATHS = {  # meaning of data.path, by kind
     "webdataset": "a folder of *.tar shards",
     "cc3m_tsv": "CC3M's TSV file",
     "coco": "COCO's folder",
@@ -39,8 +39,8 @@ PATHS = {  # what data.path names
     "parquet": "a folder of *.parquet files",
     "csv": "a CSV file",
 }
-DATA_BEFORE = {"holdout_by": "captions"}  # settings of runs that were recorded without them
-MOST_COUNTED_BYTES = 256 * 2**20  # of shards, or of a table, that are read to count captions
+DATA_BEFORE = {"holdout_by": "captions"}  # values of settings that older runs did not record
+MOST_COUNTED_BYTES = 256 * 2**20  # largest size of shards, or of a table, that are read to count captions
 
 
 class DataConfig(BaseModel):
@@ -127,7 +127,7 @@ class DataConfig(BaseModel):
 
     @property
     def held_out_split(self) -> "DataConfig | None":
-        """The data that is held out where it is a split of its own; None if a share is held out."""
+        """Settings of the split that is held out; None if a fraction of the data is held out instead."""
         if self.holdout_split is None:
             return None
         changes: dict[str, Any] = {"split": self.holdout_split, "annotations": None, "images": None}
@@ -138,12 +138,12 @@ class DataConfig(BaseModel):
 
     @property
     def tolerance(self) -> Tolerance:
-        """How many bad samples may be, and where they are listed."""
+        """The allowed share of bad samples, and the file that lists them."""
         return Tolerance(self.max_bad_share, Path(self.report).expanduser() if self.report else None)
 
 
 def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
-    """Return the section `data` that a run recorded; before there was `holdout_by`, captions were held out."""
+    """Return the section `data` that a run recorded; runs that recorded no `holdout_by` held out captions."""
     return DataConfig.model_validate({**DATA_BEFORE, **settings})
 
 
@@ -186,9 +186,9 @@ def _held_out(samples: Iterable[Sample | BadSample]) -> Iterator[Sample | BadSam
 
 
 def data_size(config: DataConfig) -> tuple[int, int] | None:
-    """Return (images, captions) of a data set that is here and quickly counted, without decoding; else None.
+    """Return (images, captions) of a local data set, counted without decoding; None if it is missing or too large.
 
-    Samples that are bad as far as the reader tells are not counted. A split that is held out is part of the data.
+    Samples that the reader finds bad are not counted. A split that is held out is counted too.
     """
     sizes = [_size_of(part) for part in (config, config.held_out_split) if part is not None]
     counted = [size for size in sizes if size is not None]
@@ -212,13 +212,13 @@ def _size_of(config: DataConfig) -> tuple[int, int] | None:
             return data.num_images, data.num_pairs
         samples = (s for s in READERS[config.kind](config, path)[0] if isinstance(s, Sample))
         counts = [sum(caption_fault(caption) is None for caption in sample.captions) for sample in samples]
-    except (DataError, OSError):  # a plan does not judge data; the run will
+    except (DataError, OSError):  # a plan does not report faulty data; the run does
         return None
     return sum(count > 0 for count in counts), sum(counts)
 
 
 def _bytes_to_read(config: DataConfig, path: Path) -> int:
-    """Bytes of the files that a reader goes through to find captions: shards, or the table; of a folder none."""
+    """Return the number of bytes that a reader reads to find captions; for a folder of pictures, about none."""
     if config.kind == "coco":
         return coco.coco_files(path, config.split, config.annotations, config.images)[0].stat().st_size
     if config.kind in ("emoji", "webdataset"):

@@ -1,4 +1,4 @@
-"""The frozen parts run once: latents, text states and prompt embeddings of a data set, cached on disk."""
+"""Encoded data: latents, text states and prompt embeddings of a data set, computed once and cached on disk."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,23 +20,23 @@ from prunekit.runtime.tensors import to_device
 
 @dataclass(frozen=True)
 class EncodedData:
-    """What training on a frozen autoencoder, text encoder and prompt encoder needs, for n images and P pairs.
+    """The frozen encoders' output for n images and P (image, caption) pairs, which training reads.
 
-    What has a row for each image or pair is a tensor, or Rows that are read or made when they are requested.
+    A field with one row per image or per pair is a tensor, or Rows that are read or computed on demand.
     """
 
     latents: Tensor | Rows  # (n, C, h, w) float32: the posterior's mean, scaled
     text: Tensor | Rows  # (P, T, E) float32: the text encoder's states
-    null_text: Tensor  # (T, E): the empty caption's
+    null_text: Tensor  # (T, E): states of the empty caption
     prompts: Tensor | Rows  # (P, Z) float32: the prompt encoder's embeddings
     images: CaptionedImages
     pooled: Tensor | Rows | None = None  # (P, E2): pooled text embeddings, where they condition the denoiser (SDXL)
     null_pooled: Tensor | None = None  # (E2,)
     time_ids: Tensor | None = None  # (6,): original size, crop and target size, where they condition the denoiser
-    others: Mapping[str, tuple[Tensor | Rows, Tensor]] = field(default_factory=dict)  # a caption's further conditions,
-    # by role, such as "mask": (P, …), and the empty caption's
-    deviations: Tensor | Rows | None = None  # (n, C, h, w): the posterior's, where latents are sampled from it
-    key: str = field(default="", compare=False)  # digest of all that it was made of; unset: unknown
+    # further conditions by role, such as "mask": (captions' values (P, …), the empty caption's value)
+    others: Mapping[str, tuple[Tensor | Rows, Tensor]] = field(default_factory=dict)
+    deviations: Tensor | Rows | None = None  # (n, C, h, w): the posterior's standard deviation, if latents are sampled
+    key: str = field(default="", compare=False)  # digest of everything that the data depends on; empty: unknown
 
     @property
     def image_index(self) -> Tensor:
@@ -44,9 +44,9 @@ class EncodedData:
         return self.images.image_index
 
     def draw_latents(self, pairs: Tensor, noise: Tensor | None) -> Tensor:
-        """Return the latents of pairs (k,), (k, C, h, w): the posterior's means, or samples where deviations are kept.
+        """Return the latents (k, C, h, w) of pairs (k,): posterior means, or samples if `deviations` are stored.
 
-        noise: (k, C, h, w) Gaussian, keyed by what makes the draw unique (law 4); None if there are only means.
+        noise: (k, C, h, w) standard normal, from a seed unique to the draw (law 4); None if only means are stored.
         """
         images = self.image_index[pairs]
         means = self.latents[images]
@@ -56,15 +56,15 @@ class EncodedData:
         return means + self.deviations[images] * noise
 
     def training_pairs(self) -> Tensor:
-        """The pairs that training may use, (P_train,)."""
+        """Return the indices of the pairs that training may use, (P_train,)."""
         return self.images.training_pairs()
 
     def conditions(
         self, pairs: Tensor, device: torch.device | str = "cpu", dropped: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return what conditions a denoiser on the captions of `pairs` (n,), by role, as `Denoiser.call` takes it.
+        """Return the conditions of the captions of `pairs` (n,), by role, as `Denoiser.call` takes them.
 
-        dropped: (n,) bool, which samples get the empty caption instead.
+        dropped: (n,) bool, the samples that get the empty caption instead; None: no sample.
         """
         dropped = torch.zeros(len(pairs), dtype=torch.bool) if dropped is None else dropped
 
@@ -93,7 +93,7 @@ def encode(
 ) -> EncodedData:
     """Run the frozen encoders over a data set, or read the result of an earlier call with the same input from `cache`.
 
-    Pictures that cannot be decoded are left out with their captions, so that `images` of the result may be fewer.
+    Pictures that cannot be decoded are left out with their captions, so `images` of the result may hold fewer.
 
     Args:
         pipeline: pipeline whose autoencoder and text encoders run, on their device.
@@ -106,7 +106,7 @@ def encode(
         verify: compare the checksum of every file of the cache, not only of files that changed since the last start.
 
     Raises:
-        DataError: more pictures that cannot be decoded than the images' tolerance allows.
+        DataError: more pictures cannot be decoded than `images.tolerance` allows.
 
     """
     config, encoders = config or CacheConfig(), FrozenEncoders(pipeline, resolution)

@@ -1,4 +1,4 @@
-"""The frozen encoders of a pipeline: pictures to latents, captions to text states; and rows that are made on demand."""
+"""The frozen encoders of a pipeline (pictures to latents, captions to text states), and rows computed on demand."""
 
 import json
 from functools import cached_property
@@ -14,14 +14,14 @@ from prunekit.data.images import CaptionedImages
 from prunekit.data.rows import Rows
 
 BATCH = 64
-BATCH_SIDE = 256  # pixels up to which so many pictures go through the autoencoder at once
+BATCH_SIDE = 256  # largest side in pixels at which an autoencoder batch holds BATCH pictures
 AUTOENCODER_SETTINGS = ("scaling_factor", "norm_num_groups", "act_fn", "force_upcast")
-SHIFTS = ("shift_factor", "latents_mean", "latents_std", "batch_norm_eps")  # of those autoencoders that have them
+SHIFTS = ("shift_factor", "latents_mean", "latents_std", "batch_norm_eps")  # only some autoencoders have these
 TEXT_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
 
 
 class FrozenEncoders:
-    """What of a pipeline is run once over a data set, at one resolution (pixels of a side)."""
+    """A pipeline's autoencoder and text encoders, at one picture resolution (side in pixels)."""
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int):
         self.pipeline, self.vae, self.resolution = pipeline, pipeline.vae, resolution
@@ -29,7 +29,7 @@ class FrozenEncoders:
 
     @cached_property
     def roles(self) -> frozenset[str]:
-        """What the denoiser is called with, such as "text" and "sizes"."""
+        """The roles of the tensors that the denoiser takes, such as "text" and "sizes"."""
         model, asked = denoiser_in(self.pipeline), set()
 
         def fill(role: str, shape: tuple[int, ...]) -> Tensor:
@@ -41,7 +41,7 @@ class FrozenEncoders:
 
     @property
     def batch(self) -> int:
-        """Pictures that go through the autoencoder at once, by the resolution alone."""
+        """The number of pictures per autoencoder batch; it depends on the resolution only."""
         return max(1, min(BATCH, BATCH * BATCH_SIDE**2 // self.resolution**2))
 
     @cached_property
@@ -61,17 +61,17 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def states(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return captions' states, `text` (n, T, E), and what else of them the denoiser takes, by role; float32."""
+        """Return captions' states by role, float32: `text` (n, T, E), and the others that the denoiser takes."""
         return {name: value.float().cpu() for name, value in self.family.states(self.pipeline, texts).items()}
 
     @torch.no_grad()
     def null_states(self) -> dict[str, Tensor]:
-        """Return the states of the empty caption (1, …), as the pipeline guides away from it."""
+        """Return the states of the empty caption, (1, …) each, as the pipeline's guidance uses them."""
         return {name: value.float().cpu() for name, value in self.family.null_states(self.pipeline).items()}
 
     @cached_property
     def picture_key(self) -> str:
-        """A digest of all that a picture's latent depends on beside the picture."""
+        """A digest of everything that a picture's latent depends on, except the picture."""
         config = self.vae.config
         settings = [config.get(name) for name in AUTOENCODER_SETTINGS]
         settings += [config[name] for name in SHIFTS if config.get(name) is not None]
@@ -79,7 +79,7 @@ class FrozenEncoders:
 
     @cached_property
     def text_key(self) -> str:
-        """A digest of all that a caption's states depend on beside the caption."""
+        """A digest of everything that a caption's states depend on, except the caption."""
         zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
         fingerprint = Fingerprint("text", type(self.pipeline).__name__, zeros)
         for suffix in ("", "_2", "_3"):
@@ -92,7 +92,7 @@ class FrozenEncoders:
 
 
 class LiveLatents(Rows):
-    """Latents (n, C, h, w) that the autoencoder makes of the pictures each time they are requested."""
+    """Latents (n, C, h, w) that the autoencoder computes from the pictures at every request."""
 
     def __init__(self, encoders: FrozenEncoders, images: CaptionedImages):
         super().__init__(images.num_images, encoders.latent_shape)
@@ -107,7 +107,7 @@ class LiveLatents(Rows):
 
 
 class CaptionStates:
-    """The states of captions made on demand; those that were asked for last stay for the caller of their other part."""
+    """Caption states computed on demand; the last result is cached, as each part of it is requested separately."""
 
     def __init__(self, encoders: FrozenEncoders, captions: list[str]):
         self.encoders, self.captions = encoders, captions
@@ -123,7 +123,7 @@ class CaptionStates:
 
 
 class LiveText(Rows):
-    """One part, such as "text" or "pooled", of captions' states, which the text encoders make when it is requested."""
+    """One part of the caption states, such as "text" or "pooled", which the text encoders compute on demand."""
 
     def __init__(self, states: CaptionStates, name: str, row_shape: tuple[int, ...]):
         super().__init__(len(states.captions), row_shape)
@@ -134,9 +134,9 @@ class LiveText(Rows):
 
 
 def _rules(tokenizer: Any) -> str:
-    """All that a tokenizer goes by; what a call sets in it, length and padding, is left out."""
+    """Return a tokenizer's rules as JSON, without truncation and padding, which every call sets."""
     chat = getattr(tokenizer, "chat_template", None)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, which takes pictures too
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor, which also takes pictures, holds a tokenizer
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
     parts = [rules, tokenizer.model_max_length, tokenizer.pad_token_id, *([] if chat is None else [chat])]

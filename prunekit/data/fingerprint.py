@@ -1,4 +1,4 @@
-"""What a cached result is keyed by: a digest of weights, pictures, captions, tensors and settings."""
+"""Keys of cached results: digests of weights, pictures, captions, tensors and settings."""
 
 import hashlib
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Fingerprint:
         return self
 
     def add_encoders(self, pipeline: Any) -> "Fingerprint":
-        """Add a pipeline's frozen encoders, those that it has."""
+        """Add a pipeline's autoencoder and text encoders; parts that the pipeline lacks are skipped."""
         encoders = (
             getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
         )
@@ -47,7 +47,7 @@ class Fingerprint:
         return self
 
     def add_pictures(self, encoded: Sequence[bytes], digests: Digests | None = None) -> "Fingerprint":
-        """Add compressed pictures; of those on disk the files' contents, which `digests` may know without reading."""
+        """Add compressed pictures; for pictures on disk, their files' digests, which `digests` may have cached."""
         if isinstance(encoded, Pictures):
             self.add(*(digests or Digests()).of(encoded.files), *encoded.identity())
             return self
@@ -61,8 +61,9 @@ class Fingerprint:
         return self
 
     def add_data(self, data: Any) -> "Fingerprint":
-        """Add a data set: by its `key` where it has one (EncodedData that was read or made), else a dataclass
-        (EncodedData, CaptionedImages) field by field, anything else by its repr.
+        """Add a data set by its `key` if it has one (EncodedData made by `encode`).
+
+        Without a key, add a dataclass field by field, tensors and pictures by content, and other values by their repr.
         """
         if getattr(data, "key", ""):
             return self.add(data.key)
@@ -78,5 +79,5 @@ class Fingerprint:
         return self
 
     def key(self) -> str:
-        """The digest so far, as 32 hexadecimal digits."""
+        """Return the digest so far, as 32 hexadecimal digits."""
         return self._digest.hexdigest()

@@ -16,8 +16,8 @@ def folder_samples(
 ) -> Iterator[Sample | BadSample]:
     """Yield the pictures of a folder and its subfolders with their captions.
 
-    Where there is a metadata file, its rows count, in their order, and paths start at its folder; else the pictures
-    in the order of their paths, with the text files beside them.
+    If there is a metadata file, its rows name the pictures, in order, by paths relative to the file's folder. Otherwise
+    the pictures come in the order of their paths, each with the text file beside it.
     """
     if not folder.is_dir():
         raise DataError(f"data.path={folder} is not a folder")

@@ -1,8 +1,8 @@
-"""Which captions and pictures no training sees.
+"""Choose the captions or pictures that no training sees.
 
-By pictures: a held-out picture takes all its captions with it. Its duplicates, its near-duplicates and the pictures
-that share a caption with it are held out too, and theirs in turn. By captions: at most one caption of a picture is held
-out, and every picture stays in training.
+By pictures: a picture is held out with all its captions. Its duplicates, its near-duplicates and the pictures that
+share a caption with it are held out too, and so are their duplicates, and so on. By captions: at most one caption of a
+picture is drawn, and every picture stays in training.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from prunekit.runtime.randomness import generator
 from prunekit.runtime.tensors import save_tensors
 
 HoldoutBy = Literal["pictures", "captions"]
-THUMBNAIL = 16  # pixels of a side
-NEAR = 0.06  # root mean square distance of two thumbnails in [0, 1] up to which pictures are near-duplicates
-MOST_COMPARED = 20_000  # pictures of a data set up to which near-duplicates are looked for
-ROWS = 1024  # thumbnails that are compared with all at once
+THUMBNAIL = 16  # side in pixels
+NEAR = 0.06  # largest root mean square distance of near-duplicates' thumbnails, with values in [0, 1]
+MOST_COMPARED = 20_000  # number of pictures above which a data set is not searched for duplicate pictures
+ROWS = 1024  # number of thumbnails that are compared with all others at once
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out pairs (P,) bool, the number of held-out pictures, and how many of these only the closure took."""
+    """The held-out pairs, (P,) bool, and the number of held-out pictures.
+
+    by_closure: number of pictures that are held out only because they resemble a chosen picture.
+    """
 
     pairs: Tensor
     pictures: int = 0
@@ -52,17 +55,17 @@ def hold_out(
     split: Tensor | None = None,
     cache: Path | None = None,
 ) -> HeldOut:
-    """Choose what no training sees.
+    """Choose the pairs that no training sees.
 
     Args:
-        by: "pictures" or "captions", as this module says.
+        by: "pictures" or "captions", as the module's docstring describes.
         encoded: each picture's compressed bytes.
         captions: the text of each pair.
         image_index: the picture of each pair, (P,).
-        share: of the pictures, or of the captions.
-        seed: the choice is keyed by it.
-        split: pictures (n,) bool of a split that is held out in place of a share, with their duplicates elsewhere.
-        cache: a directory in which it is remembered which pictures resemble each other.
+        share: fraction of the pictures, or of the captions, to hold out.
+        seed: seed of the choice.
+        split: (n,) bool, the pictures of a split to hold out instead of `share`; their duplicates are held out too.
+        cache: directory that caches the pairs of similar pictures.
 
     """
     if split is not None:
@@ -77,10 +80,11 @@ def hold_out(
 
 
 def held_out_captions(captions: list[str], image_index: Tensor, share: float, seed: int) -> Tensor:
-    """Choose the pairs whose *text* training never sees, (P,) bool: at most one caption of an image.
+    """Return the pairs whose *text* training never sees, (P,) bool; at most one caption per image is drawn.
 
-    Only images with several captions give one up, so that every picture stays in training; where no image has
-    several (one caption a picture), the held-out pairs' pictures are unseen too. The same text elsewhere goes with it.
+    Only captions of images with several captions are drawn, so that every picture stays in training. If no image has
+    several, training does not see the pictures of the drawn captions either. Other captions that could have been drawn
+    are held out too if their text equals a drawn one.
     """
     counts = torch.bincount(image_index)
     several = counts[image_index] > 1 if bool((counts > 1).any()) else torch.ones(len(captions), dtype=torch.bool)
@@ -98,9 +102,11 @@ def held_out_captions(captions: list[str], image_index: Tensor, share: float, se
 
 
 def _held_out_pictures(groups: Tensor, image_index: Tensor, share: float, seed: int) -> HeldOut:
-    """Draw whole groups of pictures (n,) until the share is reached; a group that would go beyond it is left.
+    """Draw whole groups of pictures until the share is reached; skip groups that would exceed the share.
 
-    Where every group would, the smallest is drawn; where there is but one group, none.
+    If every group would exceed it, draw the smallest group; if there is only one group, draw none.
+
+    groups: (n,) the group of each picture.
     """
     wanted, order = round(share * len(groups)), torch.randperm(len(groups), generator=generator(seed, "hold_out"))
     sizes = torch.bincount(groups).tolist()
@@ -123,11 +129,11 @@ def _held_out_pictures(groups: Tensor, image_index: Tensor, share: float, seed: 
 def duplicate_groups(
     encoded: Sequence[bytes], captions: list[str], image_index: Tensor, cache: Path | None = None
 ) -> Tensor:
-    """Return the group of each picture, (n,) int64: pictures that must not be divided between training and evaluation.
+    """Return each picture's group, (n,) int64; a group must not be divided between training and evaluation.
 
-    Two pictures are in one group if they have the same bytes, if they share a caption, or if the root mean square
-    distance of their 16 x 16 thumbnails is at most 0.06 (in data sets of up to 20,000 pictures), and so on through
-    others. The captions compare without case and surrounding blanks.
+    Two pictures are in one group if they share a caption, compared without case and surrounding blanks. In data sets of
+    up to 20,000 pictures, they also are if they have the same bytes, or if the root mean square distance of their
+    16 x 16 thumbnails is at most 0.06. Pictures that such pairs connect in a chain are in one group.
     """
     edges: list[tuple[int, int]] = []
     first: dict[str, int] = {}
@@ -141,7 +147,7 @@ def duplicate_groups(
 
 
 def _resembling(encoded: Sequence[bytes], cache: Path | None) -> list[tuple[int, int]]:
-    """Return the pairs of pictures with equal bytes or near thumbnails; with a cache, of pictures seen before, read."""
+    """Return the pairs of pictures with equal bytes or near thumbnails; read them from the cache if they are there."""
     path = None
     if cache is not None:
         key = Fingerprint("resembling", THUMBNAIL, NEAR).add_pictures(encoded, Digests(cache)).key()
@@ -157,7 +163,7 @@ def _resembling(encoded: Sequence[bytes], cache: Path | None) -> list[tuple[int,
 
 
 def near_pairs(encoded: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Return the pairs of pictures whose thumbnails are near; a picture that cannot be decoded is in none."""
+    """Return the pairs of pictures whose thumbnails are near; skip pictures that cannot be decoded."""
     indices, thumbnails = [], []
     for index in range(len(encoded)):
         try:

@@ -13,7 +13,7 @@ from prunekit.data.holdout import HoldoutBy
 from prunekit.data.picture_files import decode, fault
 from prunekit.data.pictures import Pictures
 
-Split = Literal["held out", "training"]  # of data of which pictures are held out
+Split = Literal["held out", "training"]  # of data with held-out pictures
 HELD_OUT: Split = "held out"
 TRAINING: Split = "training"
 __all__ = ["HELD_OUT", "TRAINING", "BadSample", "CaptionedImages", "DataError", "Split", "Tolerance"]
@@ -23,11 +23,11 @@ __all__ = ["HELD_OUT", "TRAINING", "BadSample", "CaptionedImages", "DataError", 
 class CaptionedImages:
     """Images and (image, caption) pairs; the pair is the unit of training data.
 
-    `encoded[i]` is the i-th picture's compressed bytes (a list, or Pictures that are read when asked for), `names[i]`
-    its short name (what "the nearest name" means in the evaluation); pair p is the image `image_index[p]` with the
-    text `captions[p]`, and `held_out[p]` says that no training may see that pair (`data.holdout`), and where pictures
-    are held out, its picture. `skipped` are the samples that were left out, `tolerance` how many may be; neither is
-    part of the data's identity.
+    `encoded[i]` is the i-th picture's compressed bytes (a list, or Pictures that are read on demand). `names[i]` is its
+    short name, which the evaluation prompts with and searches for the nearest name. Pair p is the image
+    `image_index[p]` with the text `captions[p]`. If `held_out[p]`, no training may see the pair (`data.holdout`) or,
+    where pictures are held out, its picture. `skipped` lists the samples that were left out, and `tolerance` limits
+    them; neither is part of the data's identity.
     """
 
     encoded: Sequence[bytes]
@@ -38,16 +38,16 @@ class CaptionedImages:
     skipped: list[BadSample] = field(default_factory=list, compare=False)
     tolerance: Tolerance = field(default=Tolerance(), compare=False)
     holdout_by: HoldoutBy = "captions"
-    held_by_closure: int = field(default=0, compare=False)  # held-out pictures that only resemble one that was drawn
+    held_by_closure: int = field(default=0, compare=False)  # pictures held out only as they resemble a drawn picture
 
     @property
     def num_images(self) -> int:
-        """How many pictures there are."""
+        """The number of pictures."""
         return len(self.encoded)
 
     @property
     def num_pairs(self) -> int:
-        """How many (image, caption) pairs there are, held-out ones included."""
+        """The number of (image, caption) pairs, with the held-out pairs."""
         return len(self.captions)
 
     def training_pairs(self) -> Tensor:
@@ -55,7 +55,7 @@ class CaptionedImages:
         return torch.nonzero(~self.held_out).flatten()
 
     def training_pictures(self) -> "CaptionedImages":
-        """Return the pictures that have a caption which training may use, and all captions of these."""
+        """Return the pictures that have at least one caption for training, with all their captions."""
         kept = self.image_index[self.training_pairs()].unique()
         return self if len(kept) == self.num_images else self.take(kept.tolist())
 
@@ -65,18 +65,21 @@ class CaptionedImages:
         return self.holdout_by == "pictures" and bool(self.held_out.any())
 
     def pairs_of(self, split: Split | None) -> Tensor:
-        """Return the indices of a split's pairs, or of all, (n,)."""
+        """Return the indices of a split's pairs, (n,); None: of all pairs."""
         kept = torch.ones_like(self.held_out) if split is None else self.held_out == (split == HELD_OUT)
         return torch.nonzero(kept).flatten()
 
     def of_split(self, split: Split | None) -> "CaptionedImages":
-        """Return the pictures of a split and their captions; None: all. For data of which pictures are held out."""
+        """Return the pictures of a split and their captions; None: all. A split needs data that holds out pictures."""
         if split is None:
             return self
         return self.take(self.image_index[self.pairs_of(split)].unique().tolist())
 
     def pairs_beside_names(self) -> Tensor:
-        """Return the indices of the pairs whose caption is not their picture's name; a picture without such has all."""
+        """Return the indices (n,) of the pairs whose caption differs from the picture's name.
+
+        A picture without such a caption keeps all its pairs.
+        """
         pictures = self.image_index.tolist()
         beside = torch.tensor([text != self.names[i] for text, i in zip(self.captions, pictures, strict=True)])
         has_other = torch.zeros(self.num_images, dtype=torch.bool)
@@ -84,7 +87,7 @@ class CaptionedImages:
         return torch.nonzero(beside | ~has_other[self.image_index]).flatten()
 
     def held_out_pictures(self) -> Tensor:
-        """Return the indices of the pictures that no training sees: all their pairs are held out; (n,)."""
+        """Return the indices (n,) of the pictures that no training sees, which have all their pairs held out."""
         training = torch.zeros(self.num_images, dtype=torch.bool)
         training[self.image_index[~self.held_out]] = True
         return torch.nonzero(~training).flatten()
@@ -97,9 +100,9 @@ class CaptionedImages:
         return torch.stack([self._decoded(index, size) for index in indices])
 
     def readable_pixels(self, indices: Iterable[int], size: int, bad: dict[int, str]) -> list[Tensor]:
-        """Decode pictures as `pixels` does, one by one, and leave out those that cannot be: `bad` gets the reasons.
+        """Decode pictures as `pixels` does, but skip pictures that cannot be decoded and add their reasons to `bad`.
 
-        Raises DataError as soon as more are bad than `tolerance` allows.
+        Raises DataError as soon as more pictures are bad than `tolerance` allows.
         """
         decoded = []
         for index in indices:
@@ -128,10 +131,10 @@ class CaptionedImages:
         return reasons
 
     def without(self, bad: Mapping[int, str], names: Mapping[int, str] | None = None) -> "CaptionedImages":
-        """Return the images without some, and their captions; reasons by image, which `skipped` and the report get.
+        """Return the images without bad pictures and their captions; add them to `skipped` and the report.
 
-        names: what a person calls the bad ones, where that is known without looking (`where`).
-        Raises DataError where more are bad than `tolerance` allows.
+        bad: the reasons by index of the bad pictures. names: their names for messages, by index; None: from `where`.
+        Raises DataError if more pictures are bad than `tolerance` allows.
         """
         if not bad:
             return self
@@ -171,7 +174,7 @@ class CaptionedImages:
             raise DataError(f"the picture of {name!r} {error}; remove or replace it") from error
 
     def where(self, index: int) -> tuple[str, str]:
-        """Return (what a person calls a picture, its file)."""
+        """Return (a picture's name for messages, its file)."""
         if isinstance(self.encoded, Pictures):
             return self.encoded.where(index)
         return f"the picture of {self.names[index]!r}", ""

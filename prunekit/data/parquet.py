@@ -14,7 +14,7 @@ IMAGE_COLUMNS = ("image", "jpg", "png")
 
 
 def columns_of(files: list[Path], image_column: str | None, text_column: str | None) -> tuple[str, str]:
-    """Return the columns of pictures and captions; raises DataError where no file can be read or one is not there."""
+    """Return the columns of pictures and captions; raise DataError if no file can be read or a column is missing."""
     errors = []
     for path in files:
         try:
@@ -30,10 +30,10 @@ def columns_of(files: list[Path], image_column: str | None, text_column: str | N
 
 
 def parquet_samples(files: list[Path], missing: list[Path], text_column: str) -> Iterator[Sample | BadSample]:
-    """Yield the rows of the files in order, by their captions alone; pictures are read when asked for.
+    """Yield the rows of the files in order; only captions are read here, pictures are read on demand.
 
-    A row's caption is a text or a list of texts. A lost file, or one without the column, counts as many captions as the
-    median of the others.
+    A row's caption is a text or a list of texts. A file that is missing, damaged or without the column counts as many
+    lost captions as the other files have rows (their median).
     """
     faults: tuple[type[Exception], ...] = (DataError, *_errors())
     whole: list[int] = []
@@ -65,7 +65,7 @@ def parquet_samples(files: list[Path], missing: list[Path], text_column: str) ->
 
 
 def _values(column: Any) -> list[Any]:
-    """Return a column's values; for a value that cannot be read, as a text that is not UTF-8, the ValueError."""
+    """Return a column's values; a ValueError stands in for a value that cannot be read, such as non-UTF-8 text."""
     try:
         return column.to_pylist()
     except ValueError:
@@ -80,7 +80,7 @@ def _value(cell: Any) -> Any:
 
 
 def num_rows(files: list[Path]) -> int:
-    """Count the rows of Parquet files by their footers."""
+    """Return the number of rows in Parquet files, read from their footers."""
     return sum(_open(path).metadata.num_rows for path in files)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from prunekit.data.bad_samples import DataError, read_file
 from prunekit.runtime.files import replacing
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's others run programs (EPS) or differ by its version
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's other formats run programs (EPS) or vary by version
 MOST_PIXELS = 2**26  # 8192 x 8192
-ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION = 0x0112  # EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,14 +27,14 @@ TURNS = {
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
-    """Decode a picture in full, without turning it; of an animation the first frame.
+    """Decode a picture in full, without applying its EXIF orientation; of an animation, decode the first frame.
 
     Args:
         source: a file, or a compressed picture.
 
     Raises:
-        DataError: the format is not in FORMATS, the picture is damaged, or its header says that it has more than
-            MOST_PIXELS pixels, which are then not decoded. "cannot be read (why)", with the path if `source` is one.
+        DataError: the format is not in FORMATS, the picture is damaged, or its header gives more than MOST_PIXELS
+            pixels (it is not decoded then). The message is "cannot be read (why)", after the path if there is one.
 
     """
     name, encoded = (f"{source} ", read_file(source)) if isinstance(source, Path) else ("", source)
@@ -45,13 +45,13 @@ def open_picture(source: Path | bytes) -> Image.Image:
         if image.width * image.height > MOST_PIXELS:
             raise DataError(f"{image.width:,} x {image.height:,} pixels, more than {MOST_PIXELS:,}")
         image.load()
-    except Exception as error:  # a damaged file makes Pillow's plugins raise whatever they come across
+    except Exception as error:  # Pillow's plugins may raise any exception for a damaged file
         raise DataError(f"{name}cannot be read ({why(error)})") from error
     return image
 
 
 def why(error: Exception) -> str:
-    """Return the words of a message about an error that Pillow raised."""
+    """Return the reason of an error that Pillow raised, for an error message."""
     if isinstance(error, UnidentifiedImageError):
         return f"no picture in one of the formats {', '.join(FORMATS)}, or its header is damaged"
     if isinstance(error, Image.DecompressionBombError):
@@ -62,16 +62,16 @@ def why(error: Exception) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return a picture turned as its EXIF orientation says; as it is stored where its EXIF data are damaged."""
+    """Return a picture turned as its EXIF orientation says; unchanged if its EXIF data are damaged."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 0))
-    except Exception:  # Pillow's parser raises whatever it comes across; the pixels do not depend on it
+    except Exception:  # Pillow's EXIF parser may raise any exception; the pixels do not depend on it
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def write_image(path: Path, image: Image.Image, **options: Any) -> None:
-    """Write a picture in the format that its name ends in (png, webp), atomically; `options` as Pillow's `save`."""
+    """Write a picture atomically, in the format of the path's suffix (png, webp); `options` go to Pillow's `save`."""
     with replacing(path) as new:
         image.save(new, format=path.suffix.removeprefix("."), **options)
 
@@ -99,8 +99,8 @@ def fault(encoded: bytes) -> str | None:
 def rgb(encoded: bytes) -> Any:
     """Decode one compressed picture to a PIL picture in RGB, turned as its EXIF orientation says.
 
-    16-bit gray is scaled, transparent parts show white, palettes and CMYK are resolved; of an animation the first
-    frame. Color profiles are not applied, and damaged EXIF data are ignored.
+    16-bit gray is scaled to 8 bits, transparent parts become white, palettes and CMYK are converted. Of an animation,
+    the first frame is decoded. Color profiles are not applied, and damaged EXIF data are ignored.
 
     Raises DataError if it cannot be decoded: "cannot be read (why)".
     """

@@ -1,4 +1,4 @@
-"""Compressed pictures that stay on disk: a sequence that reads a picture's bytes when it is requested."""
+"""Compressed pictures that stay on disk: sequences that read a picture's bytes on demand."""
 
 import hashlib
 import tarfile
@@ -15,10 +15,10 @@ from prunekit.data.tar import members
 
 
 class Pictures(Sequence):
-    """Pictures by file and place; it holds no picture.
+    """Pictures by file and place in the file; no picture is in memory.
 
-    files: the files that hold them. places (n, 3) int64: of each picture its file's index and two numbers that say
-    where in the file it is, as the subclass defines.
+    files: paths of the files that hold the pictures. places: (n, 3) int64, each picture's index in `files` and two
+    numbers that say where in the file it is; each subclass defines these numbers.
     """
 
     def __init__(self, files: list[str], places: np.ndarray):
@@ -28,7 +28,7 @@ class Pictures(Sequence):
         return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
-        """The picture's bytes, empty where its file has none; raises DataError where they cannot be read."""
+        """Return the picture's bytes, empty if its file has none; raise DataError if they cannot be read."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         file, first, second = self.places[index].tolist()
@@ -42,7 +42,7 @@ class Pictures(Sequence):
         return type(self)(self.files, self.places[np.asarray(indices, dtype=np.int64)])
 
     def where(self, index: int) -> tuple[str, str]:
-        """Return (what a person calls the picture, its file)."""
+        """Return (a picture's name for messages, its file)."""
         raise NotImplementedError
 
     def file_of(self, index: int) -> str:
@@ -50,7 +50,7 @@ class Pictures(Sequence):
         return self.files[int(self.places[index, 0])]
 
     def identity(self) -> tuple[Any, ...]:
-        """What tells which pictures of the files these are: with the files' contents it is their identity."""
+        """Return values that identify the pictures, together with the contents of their files."""
         return (hashlib.blake2b(self.places.tobytes(), digest_size=16).hexdigest(),)
 
     def _read(self, file: str, first: int, second: int) -> bytes:
@@ -58,10 +58,10 @@ class Pictures(Sequence):
 
 
 class FilePictures(Pictures):
-    """Pictures that are files, or parts of uncompressed tar archives: a place is (offset, bytes)."""
+    """Pictures that are files, or members of uncompressed tar archives; a place is (offset, size), in bytes."""
 
     def where(self, index: int) -> tuple[str, str]:
-        """As in Pictures; a part of an archive by shard and member."""
+        """Return (a picture's name for messages, its file); in an archive the name is SHARD:MEMBER."""
         file, offset, _ = self.places[index].tolist()
         path = Path(self.files[file])
         if path.suffix != ".tar":
@@ -79,7 +79,7 @@ class FilePictures(Pictures):
 
 @lru_cache(maxsize=1)
 def _member_names(path: Path) -> dict[int, str]:
-    """The names of an archive's members by their contents' offsets; kept, as bad pictures are named shard by shard."""
+    """Return the names of an archive's members by content offset; cached, as bad pictures are named shard by shard."""
     names: dict[int, str] = {}
     with suppress(tarfile.ReadError, OSError), path.open("rb") as file:
         names.update((member.offset, member.name) for member in members(file))
@@ -87,7 +87,7 @@ def _member_names(path: Path) -> dict[int, str]:
 
 
 class ParquetPictures(Pictures):
-    """Pictures in a column of Parquet files: a place is (row group, row in it). The last row group read is kept."""
+    """Pictures in a column of Parquet files; a place is (row group, row in the group). The last group is cached."""
 
     def __init__(self, files: list[str], places: np.ndarray, column: str = "image"):
         super().__init__(files, places)
@@ -95,15 +95,15 @@ class ParquetPictures(Pictures):
         self._group: tuple[Any, Any] = (None, None)  # (file, row group), values
 
     def identity(self) -> tuple[Any, ...]:
-        """As in Pictures, and the column."""
+        """Return the identity as in Pictures, and the column's name."""
         return (*super().identity(), self.column)
 
     def take(self, indices: list[int]) -> "ParquetPictures":
-        """As in Pictures."""
+        """Return the pictures with these indices, in this order."""
         return ParquetPictures(self.files, self.places[np.asarray(indices, dtype=np.int64)], self.column)
 
     def where(self, index: int) -> tuple[str, str]:
-        """As in Pictures: the file, and the row counted within its row group."""
+        """Return (a picture's name for messages, its file); the name counts the row within its row group."""
         file, group, row = self.places[index].tolist()
         name = printable(Path(self.files[file]).name)
         return f"{name}: row {row} of row group {group}", self.files[file]
@@ -124,7 +124,7 @@ class ParquetPictures(Pictures):
             self._group = ((file, first), values)
         try:
             value = self._group[1][second].as_py()
-        except ValueError as error:  # of a text that is not UTF-8, for one
+        except ValueError as error:  # for example a text that is not UTF-8
             raise DataError(f"cannot be read ({file}: {error})") from error
         path: Any = None
         if isinstance(value, dict):

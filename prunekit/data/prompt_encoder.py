@@ -1,7 +1,7 @@
 """Prompt embeddings for the router: the embedded static encoder, or any Sentence Transformer (Eq. 3 of APTP).
 
-A Sentence Transformer runs whole, so the vectors of all-mpnet-base-v2 have length 1. APTP's published code leaves out
-that last normalization, so its vectors have other lengths; a predictor trained there takes vectors of that scale.
+A Sentence Transformer runs with all its modules, so the vectors of all-mpnet-base-v2 have length 1. APTP's published
+code leaves out the last module, a normalization. Its vectors have other lengths, which its trained predictors expect.
 """
 
 import json
@@ -20,8 +20,8 @@ STATIC_BATCH = 1024
 class PromptEncoder:
     """Turns prompts into vectors; a prompt's vector does not depend on the prompts beside it.
 
-    A static encoder averages word vectors, so batches change no bit. Any other model sees one prompt at a time, because
-    padding to the longest of a batch would change the last bits and with them, now and then, the expert.
+    A static encoder averages word vectors, so batches change no bit. Any other model encodes one prompt at a time:
+    padding to a batch's longest prompt would change a vector's last bits and, now and then, the prompt's expert.
     """
 
     def __init__(self, name: str | Path = EMBEDDED):
@@ -32,7 +32,7 @@ class PromptEncoder:
         path = PROMPT_ENCODER_DIRECTORY if self.name == EMBEDDED else name
         refuse_foreign_code(Path(path))
         device, is_here = "cpu" if self.name == EMBEDDED else None, Path(path).is_dir()
-        try:  # of a folder, the library would ask the hub for a model of that name
+        try:  # without `local_files_only`, the library would ask the hub for a model with the folder's name
             self.model = SentenceTransformer(str(path), device=device, local_files_only=is_here)
         except Exception as error:  # a damaged folder makes libraries raise almost anything
             raise UserError(
@@ -52,8 +52,8 @@ class PromptEncoder:
     def encode(self, prompts: list[str]) -> Tensor:
         """Return the vectors (n, Z), float32, on the CPU.
 
-        With the embedded encoder a prompt without any known word, the empty one among them, gives the zero vector: it
-        has no direction, and the router must have a fallback for it. Known words are those of Emoji-64's captions.
+        The embedded encoder knows the words of Emoji-64's captions. A prompt without any known word, such as the empty
+        prompt, gives the zero vector. This vector has no direction, so the router needs a fallback for it.
         """
         if not prompts:
             return torch.zeros(0, self.size)
@@ -65,9 +65,9 @@ class PromptEncoder:
 
 
 def refuse_foreign_code(folder: Path) -> None:
-    """Refuse a Sentence Transformer's folder whose modules are not of sentence_transformers itself.
+    """Refuse a Sentence Transformer's folder that names modules from outside the package sentence_transformers.
 
-    The library imports the classes that `modules.json` names, by which a stranger's export could run its own code.
+    The library imports the classes that `modules.json` names, so a folder from a stranger could run its own code.
     Raises UserError, one line, for such a folder and for a `modules.json` that cannot be read.
     """
     path = folder / "modules.json"
@@ -88,6 +88,6 @@ def refuse_foreign_code(folder: Path) -> None:
 def load_prompt_encoder(name: str | Path = EMBEDDED) -> PromptEncoder:
     """Load "emoji", the embedded encoder, or any Sentence Transformer by folder or hub name.
 
-    Raises ValueError if there is none of that name.
+    Raises ValueError if there is no such encoder.
     """
     return PromptEncoder(name)

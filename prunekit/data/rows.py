@@ -1,4 +1,4 @@
-"""Rows of a data set that are read from memory-mapped files when they are requested, so that memory holds a batch."""
+"""Rows of a data set that are read from memory-mapped files on demand, so that memory holds only one batch."""
 
 import json
 import mmap
@@ -15,14 +15,14 @@ from prunekit.runtime.errors import UserError
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-}  # safetensors' names of what is stored
+}  # by their names in safetensors files
 
 
 class Rows:
-    """Rows that are read or made when asked for: `shape`, `len()`, and `rows[index]` as with a tensor (n, …).
+    """Rows that are read or computed on demand, with `shape`, `len()` and `rows[index]` as for a tensor (n, …).
 
-    An index is an integer, a slice, or a tensor of integers or booleans; the result is float32 on the CPU. A subclass
-    has `_take`.
+    An index is an integer, a slice, or a tensor of integers or booleans; the result is float32 on the CPU. Subclasses
+    implement `_take`.
     """
 
     def __init__(self, count: int, row_shape: tuple[int, ...]):
@@ -32,7 +32,7 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The rows of an index; raises IndexError for one that is out of range."""
+        """Return the rows at an index; raise IndexError if the index is out of range."""
         if not isinstance(index, Tensor) or index.dtype == torch.bool:
             index = torch.arange(len(self))[index]
         flat = index.reshape(-1).long().cpu()
@@ -42,13 +42,13 @@ class Rows:
         return taken.view((*index.shape, *self.shape[1:]))
 
     def _take(self, index: Tensor) -> Tensor:
-        """Return the rows of an index (k,) in range, (k, …), float32."""
+        """Return the rows (k, …), float32, at the indices (k,), which are from 0 to len(self) - 1."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file."""
+    """Dtype, shape and position of a tensor in a safetensors file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file. Raises ValueError if it has none, or other bytes than it says."""
+    """Read the header of a safetensors file; raise ValueError if it is damaged or does not match the file."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -76,7 +76,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 class MappedRows(Rows):
-    """A tensor's rows over the safetensors files that hold them one after another.
+    """The rows of one tensor that is split over several safetensors files, in the order of the files.
 
     Raises ValueError for files whose rows differ in shape or type, or that lack the tensor.
     """
@@ -114,14 +114,14 @@ class MappedRows(Rows):
             self._announce(file, wanted[places] - self._start(file))
         for file, places in owners:
             out[places] = self._arrays[file][wanted[places] - self._start(file)]
-            self._maps[file].madvise(mmap.MADV_DONTNEED)  # the pages stay in the file cache, not with this process
+            self._maps[file].madvise(mmap.MADV_DONTNEED)  # release this process's pages; they stay in the file cache
         return taken
 
     def _start(self, file: int) -> int:
         return int(self._ends[file]) - len(self._arrays[file])
 
     def _announce(self, file: int, rows: np.ndarray) -> None:
-        """Let the kernel read the rows all at once, each with one request of its length."""
+        """Tell the kernel to read all the rows ahead, with one request per row."""
         size = self._arrays[file].itemsize * int(np.prod(self.shape[1:]))
         for row in rows.tolist():
             start = self._offsets[file] + row * size

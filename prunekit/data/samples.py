@@ -1,4 +1,4 @@
-"""From what a reader of some layout finds to one set of captioned images: order kept, bad samples left out."""
+"""Collect the samples that a layout's reader finds into one set of captioned images, without the bad samples."""
 
 from array import array
 from collections.abc import Callable, Iterable
@@ -23,13 +23,13 @@ class Sample:
 
     key: str  # for messages: shard and key, row, or file
     file: str  # the file that holds the picture
-    place: tuple[int, int]  # where in the file, as the layout's Pictures define
+    place: tuple[int, int]  # where the picture is in the file, as the layout's Pictures define
     captions: list[Any]  # as they are in the data: `caption_fault` says which are good
-    is_held_out: bool = False  # of a split that no training sees
+    is_held_out: bool = False  # whether the sample is in a split that no training sees
 
 
 def file_sample(key: str, path: Path, captions: list[Any]) -> Sample | BadSample:
-    """Return the sample of a picture that is a file, or what is wrong with that file as far as its size tells."""
+    """Return the sample of a picture file, or a bad sample if the file is missing, empty or too large."""
     try:
         size = file_size(path)
         if not size:
@@ -40,7 +40,7 @@ def file_sample(key: str, path: Path, captions: list[Any]) -> Sample | BadSample
 
 
 def caption_fault(caption: Any) -> str | None:
-    """Return what is wrong with a caption, or None for a text that is not blank and that UTF-8 can hold."""
+    """Return why a caption cannot be used, or None for a text that is not blank and that UTF-8 can encode."""
     if caption is None:
         return "has an empty caption"
     if not isinstance(caption, str):
@@ -65,18 +65,18 @@ def collect(
     holdout_by: HoldoutBy = "captions",
     cache: Path | None = None,
 ) -> CaptionedImages:
-    """Make captioned images of a reader's samples, in the reader's order.
+    """Return the captioned images of a reader's samples, in the reader's order.
 
-    A caption that `caption_fault` finds bad is left out; a picture that has no other goes with it. verify: decode every
-    picture once, here, and leave out those that cannot be; without it they are found, and left out, when they are
-    encoded. cache: as in `hold_out`.
-    Raises DataError if nothing is found, and where more is bad than `tolerance` allows.
+    A caption that `caption_fault` finds bad is left out; a picture without another caption is left out too.
+    where: name of the data set for error messages. verify: decode every picture once, and leave out the pictures that
+    cannot be decoded; otherwise they are found and left out when they are encoded. cache: as in `hold_out`.
+    Raises DataError if there is no sample, or if more samples are bad than `tolerance` allows.
     """
     files: list[str] = []
     places, image_index = array("q"), array("q")
     names: list[str] = []
     captions: list[str] = []
-    split: list[bool] = []  # of each picture: whether it is of the split that is held out
+    split: list[bool] = []  # for each picture: whether it is in the held-out split
     skipped: list[BadSample] = []
     for sample in samples:
         if isinstance(sample, BadSample):

@@ -11,14 +11,14 @@ from prunekit.data.bad_samples import BadSample, DataError
 from prunekit.data.samples import Sample, caption_fault, file_sample
 from prunekit.runtime.errors import nearest
 
-Row = tuple[str, Path, Any]  # what messages call it, the picture's file, the caption
-NUMBERED = re.compile(r"(\d+)(?:_(\d+))?")  # the file names of CC3M's downloads: the row from 0, a checksum of the link
+Row = tuple[str, Path, Any]  # (label for messages, the picture's file, the caption)
+NUMBERED = re.compile(r"(\d+)(?:_(\d+))?")  # file names of CC3M's downloads: row number from 0, checksum of the link
 
 
 def grouped(rows: Iterable[Row | BadSample], where: Path) -> Iterator[Sample | BadSample]:
-    """Yield a sample for each picture, with the captions of all its rows, in the order of first rows.
+    """Yield a sample for each picture, with the captions of all its rows, in the order of the pictures' first rows.
 
-    where: the table, for messages. A row is bad whose caption is, or that says the same as an earlier one.
+    where: path of the table, for messages. A row is bad if its caption is bad or repeats one of the same picture.
     """
     captions: dict[Path, tuple[str, list[str]]] = {}
     for row in rows:
@@ -40,7 +40,7 @@ def grouped(rows: Iterable[Row | BadSample], where: Path) -> Iterator[Sample | B
 def csv_rows(path: Path, root: Path, image_column: str, text_column: str) -> Iterator[Row | BadSample]:
     """Yield the rows of a CSV file whose first line names its columns; relative paths start at `root`.
 
-    Bytes that are not UTF-8 become lone surrogates, which make a caption bad, and name a file by these bytes.
+    Bytes that are not UTF-8 become lone surrogates. A caption with a surrogate is bad; a path still names its file.
     """
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
@@ -57,7 +57,7 @@ def csv_rows(path: Path, root: Path, image_column: str, text_column: str) -> Ite
 
 
 def check_columns(path: Path, columns: list[str], image_column: str, text_column: str) -> None:
-    """Raise DataError for a column that is not there, with the nearest that is."""
+    """Raise DataError if a column is missing; the message suggests the nearest name."""
     for setting, column in (("image_column", image_column), ("text_column", text_column)):
         if column not in columns:
             hint = nearest(column, columns)
@@ -65,7 +65,7 @@ def check_columns(path: Path, columns: list[str], image_column: str, text_column
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return names as a message lists them: 500 letters at most, so that a damaged table is not a page of text."""
+    """Return names as text for a message, at most 500 characters, as a damaged table may have a page of names."""
     text = ", ".join(str(name) for name in names)
     return text if len(text) <= 500 else f"{text[:500]} …"
 
@@ -73,8 +73,8 @@ def listed(names: Iterable[Any]) -> str:
 def cc3m_rows(path: Path, images: Path) -> Iterator[Row | BadSample]:
     """Yield the rows of CC3M's TSV (caption, tab, link; no header) with their pictures in a folder.
 
-    The second column is a path below `images`, or a link: its picture is then the file whose name begins with the
-    row's number, counted from 0, alone or followed by `_` and the link's CRC-32, as CC3M's downloaders write them.
+    The second column is a path below `images`, or a link. A link's picture is the file that is named by the row's
+    number, counted from 0, alone or followed by `_` and the link's CRC-32, as CC3M's downloaders name their files.
     """
     numbered: dict[int, tuple[str, str | None]] = {}
     for name in sorted(file.name for file in images.iterdir()):

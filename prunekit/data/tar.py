@@ -1,7 +1,7 @@
 """List the files in a tar archive, in time and memory proportional to the archive's size, whatever its headers say.
 
-Python's `tarfile` decodes each header, but does not decide where the next one is: in several Python versions a negative
-size makes it loop forever (CVE-2025-8194), and a long chain of extended headers makes it recurse too deeply.
+Python's `tarfile` decodes each header here, but this module finds the next header. In several Python versions, a
+negative size makes `tarfile` loop forever (CVE-2025-8194), and many extended headers make it recurse too deeply.
 """
 
 import tarfile
@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)  # PAX fields of the next file, or of all
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-CONTENT = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # files that can be read as they lie in the archive
+CONTENT = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # files whose content the archive stores unchanged
 WITHOUT_CONTENT = (
     tarfile.LNKTYPE,
     tarfile.SYMTYPE,
@@ -19,8 +19,8 @@ WITHOUT_CONTENT = (
     tarfile.DIRTYPE,
     tarfile.FIFOTYPE,
 )
-SPARSE = "GNU.sparse."  # how the PAX fields of a sparse file begin
-MOST_HEADER_BYTES = 2**20  # of one extended header
+SPARSE = "GNU.sparse."  # prefix of the PAX fields of a sparse file
+MOST_HEADER_BYTES = 2**20  # per extended header
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -46,7 +46,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
     size = file.seek(0, 2)
     position = 0
     common: dict[str, str] = {}  # PAX fields of all files that follow
-    next_fields: dict[str, str] = {}  # of the next file
+    next_fields: dict[str, str] = {}  # PAX fields of the next file
     while True:
         file.seek(position)
         block = file.read(BLOCK)
@@ -86,7 +86,7 @@ def _size(given: int | str, name: str) -> int:
 
 
 def _after_sparse_map(file: BinaryIO, block: bytes) -> int:
-    """Return the position after the blocks that continue an old GNU sparse header; they begin where the file stands."""
+    """Return the position after the blocks that continue an old GNU sparse header; the file is at the first of them."""
     more = block[482]
     while more:
         block = file.read(BLOCK)
@@ -97,7 +97,7 @@ def _after_sparse_map(file: BinaryIO, block: bytes) -> int:
 
 
 def _extension(file: BinaryIO, kind: bytes, size: int) -> dict[str, str]:
-    """Return the fields that an extended header sets; the file stands at the header's content."""
+    """Return the fields that an extended header sets; the file is at the header's content."""
     if size > MOST_HEADER_BYTES:
         raise tarfile.ReadError(f"an extended header has {size:,} bytes, more than {MOST_HEADER_BYTES:,}")
     content = file.read(size)
@@ -109,7 +109,7 @@ def _extension(file: BinaryIO, kind: bytes, size: int) -> dict[str, str]:
 
 
 def _pax_fields(content: bytes) -> dict[str, str]:
-    r"""Return what matters of a PAX header, records `LENGTH KEY=VALUE\n` (POSIX.1-2001, pax, "Extended Header")."""
+    r"""Return the path, size and sparse fields of a PAX header (POSIX.1-2001, pax): records `LENGTH KEY=VALUE\n`."""
     fields: dict[str, str] = {}
     position = 0
     while position < len(content) and content[position]:  # zeros may follow the last record

@@ -1,4 +1,4 @@
-"""What WebDataset shards hold: the place of every part of every sample, and captions; listed once and remembered."""
+"""Indexes of WebDataset shards: the place of every part of every sample, and the captions; made once and cached."""
 
 import hashlib
 import json
@@ -15,27 +15,27 @@ from prunekit.data.tar import members
 from prunekit.runtime.files import write_text
 from prunekit.runtime.work import Piece, share_and_tidy
 
-FORMAT = 2  # of a remembered list
+FORMAT = 2  # of a cached index
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and suffix; the key ends at the base name's first dot
 Part = tuple[int, int]  # offset and bytes in the archive
 
 
 @dataclass
 class Shard:
-    """What one archive holds: the place of every sample's parts, by key and suffix, in the archive's order."""
+    """The index of one archive: the place of every sample's parts, by key and suffix, in the archive's order."""
 
     path: Path
     parts: dict[str, dict[str, Part]] = field(default_factory=dict)
-    repeated: list[tuple[str, str]] = field(default_factory=list)  # (key, suffix) of members that come again
-    contents: dict[tuple[str, str], bytes] = field(default_factory=dict)  # of the parts that were asked for
+    repeated: list[tuple[str, str]] = field(default_factory=list)  # (key, suffix) of members that repeat another
+    contents: dict[tuple[str, str], bytes] = field(default_factory=dict)  # of the parts that `index_shard` reads
     fault: str | None = None  # why the archive could not be read to its end
 
 
 def index_shard(path: Path, read: tuple[str, ...] = ("txt",)) -> Shard:
-    """List an archive's samples without their pictures; of a damaged archive what comes before the damage.
+    """Return the index of an archive; if the archive is damaged, the index of the part before the damage.
 
-    read: suffixes of the parts whose contents are kept, if they have at most MOST_BYTES. Of members with one name the
-    first counts.
+    read: suffixes of the parts whose contents are read, if they have at most MOST_BYTES. If several members have the
+    same name, the first is used.
     """
     shard = Shard(path)
     if path.exists() and not path.is_file():  # a device or a pipe may have no end
@@ -66,10 +66,10 @@ def _add(shard: Shard, key: str, suffix: str, part: Part, file: Any, read: tuple
 
 
 def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None = None) -> Iterator[Shard]:
-    """Yield what `index_shard` finds in each archive.
+    """Yield the index of each archive, as `index_shard` returns it.
 
-    indexes: a folder in which that is remembered by path, size and time of change, so that an archive is opened once;
-    several processes may use it, and share the archives. A damaged archive is listed anew at every start.
+    indexes: folder that caches the indexes by the archive's path, size and modification time, so that an archive is
+    opened once. Processes that use one folder share the work. A damaged archive is indexed again at every start.
     """
     if indexes is None:
         yield from (index_shard(path, read) for path in shards)
@@ -99,7 +99,7 @@ def index_shards(shards: list[Path], read: tuple[str, ...], indexes: Path | None
 
 
 def _file_name(path: Path, read: tuple[str, ...]) -> str:
-    """Two digests: of the archive's path and of what is read, and of its size and time of change."""
+    """Return the name of an archive's index file: a digest of path and `read`, and of size and modification time."""
     stat = path.stat() if path.exists() else None
     parts = ((str(path.absolute()), read), stat and (FORMAT, stat.st_size, stat.st_mtime_ns))
     return "-".join(hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest() for part in parts) + ".json"
@@ -111,7 +111,7 @@ def _packed(shard: Shard) -> dict[str, Any]:
 
 
 def _unpacked(path: Path, file: Path) -> Shard | None:
-    """Return what `_packed` was made of; None if the file has been damaged, and is removed."""
+    """Return the shard that `_packed` stored in a file; if the file is damaged, remove it and return None."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         parts = {

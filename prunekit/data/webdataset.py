@@ -12,14 +12,14 @@ from prunekit.data.tar_index import Part, Shard, index_shard, index_shards
 
 NUMBER = re.compile(r"(?P<series>.*?)(?P<number>\d+)(?P<of>-of-(?P<total>\d+))?(?P<rest>(?:-[0-9a-f]{16,})?\.\w+)")
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-MOST_MISSING = 10_000  # a wider gap is not a numbered series: dates, identifiers
+MOST_MISSING = 10_000  # with more missing numbers, the names are not a numbered series but dates or identifiers
 
 
 def shards_of(path: Path, suffix: str, split: str | None) -> list[Path]:
-    """Return the shards `*.suffix` at or below a path in the order of their names, those of one split if it is given.
+    """Return the shards `*.suffix` at or below a path, ordered by name; with `split`, only the shards of this split.
 
-    split: the series' name before the number ("cc3m-train"), or one of its words ("train"). Raises DataError for none,
-    for an unknown split, and for shards of several splits when none is requested.
+    split: the part of the file names before the number ("cc3m-train"), or one of its words ("train"). Raises DataError
+    if there is no shard, if the split is unknown, or if `split` is None and the shards are of several splits.
     """
     shards = [path] if path.is_file() else sorted(path.glob(f"*.{suffix}")) or sorted(path.rglob(f"*.{suffix}"))
     shards = [file for file in shards if not file.name.startswith(".")]
@@ -41,7 +41,7 @@ def shards_of(path: Path, suffix: str, split: str | None) -> list[Path]:
 
 
 def missing_shards(shards: list[Path]) -> list[Path]:
-    """Return the files that a numbered series lacks: between its first and last, or of NNNN-of-NNNN all."""
+    """Return the missing files of numbered series: between the first and last number; for NNNN-of-NNNN, of all."""
     groups: dict[tuple[Path, str, str, str], dict[int, int]] = {}
     for path in shards:
         matched = NUMBER.fullmatch(path.name)
@@ -76,9 +76,10 @@ def webdataset_samples(
 ) -> Iterator[Sample | BadSample]:
     """Yield the samples of shards in order, then the shards that are missing or damaged.
 
-    image_suffix, text_suffix: the members that hold picture and caption; None: any picture's, and txt.
-    indexes: where what the shards hold is remembered (`index_shards`).
-    A lost shard counts as many captions as the median of the whole ones, a damaged one those that it has less.
+    image_suffix, text_suffix: suffixes of the members that hold picture and caption; None: any of PICTURE_SUFFIXES, and
+    txt. indexes: folder that caches the shards' indexes (`index_shards`).
+    A missing shard counts as many lost captions as the whole shards have samples (their median); a damaged shard counts
+    the samples that it has less than this median.
     """
     images, text = (image_suffix,) if image_suffix else PICTURE_SUFFIXES, text_suffix or "txt"
     whole: list[int] = []
@@ -121,9 +122,9 @@ def _sample(shard: Shard, key: str, parts: dict[str, Part], images: tuple[str, .
 
 
 def read_webdataset(shards: list[Path]) -> list[dict]:
-    """Read small shards whole (picture / txt / json) into one dictionary a sample, in the shards' order.
+    """Read small shards (picture, txt, json) into memory, as one dictionary per sample, in the shards' order.
 
-    Keys: `key` (shard and sample, for messages), `image` (bytes), `text` (str), `json` (dict, maybe empty).
+    Keys: `key` (shard and sample, for messages), `image` (bytes), `text` (str), `json` (dict, may be empty).
     Raises DataError for a shard that cannot be read and for any bad sample.
     """
     if not shards:
