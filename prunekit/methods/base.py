@@ -24,7 +24,7 @@ from prunekit.runtime.run_directory import SCORES
 from prunekit.training.memory import SMOKE, capped, two_steps
 from prunekit.training.trainer import Log, TrainerConfig
 
-SCORES_FORMAT = 1  # raise it whenever a method computes other scores than before: old files are then ignored
+SCORES_FORMAT = 1  # increase it whenever a method computes other scores than before: old files are then ignored
 Dataset = EncodedData | CaptionedImages
 M = TypeVar("M", bound="Method")
 

@@ -2,7 +2,7 @@
 
 Each layer is removed alone, and the change of the dense model's output is measured on calibration samples over the
 whole schedule, as Amber-Image (arXiv 2602.17047) ranks the blocks of Qwen-Image. A transformer without some of its
-blocks keeps the dense model's class, so other tools load it (see the docs on export).
+blocks keeps the dense model's class, so other tools can load it (see the docs on export).
 """
 
 from collections.abc import Mapping

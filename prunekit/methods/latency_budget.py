@@ -73,7 +73,7 @@ def predicted_and_measured(
 
     macs_ratio, predicted, measured: fractions of the dense model's MACs or time. error: relative error of the
     prediction. noise: distance from 1 of the dense model's time over itself. With a table from another machine nothing
-    is measured, and a row has no measured, error and noise.
+    is measured, and a row has no `measured`, `error` and `noise`.
     """
     rows = []
     for index, architecture in enumerate(architectures):

@@ -3,8 +3,8 @@
 For a linear layer a sample's inputs are x (d,) and its targets y (o,); for a convolution every output position is a
 sample, and x holds the inputs under the kernel. With a constant for the bias, A = Σ w·x xᵀ and B = Σ w·x yᵀ are all
 that the fit needs: W = (A + λI)⁻¹ (B + λ W₀) minimizes Σ w·|Wᵀx − y|² + λ|W − W₀|². So W is W₀ for λ → ∞ and the
-least-squares solution for λ → 0. The error of W on the samples never exceeds the error of W₀, because W₀
-is a candidate of that minimum, with a penalty of zero.
+least-squares solution for λ → 0. The error of W on the samples never exceeds the error of W₀, because W₀ is
+a candidate of that minimum with a penalty of zero.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class OneMask(Method):
             log: passed to the method that chooses.
 
         Raises:
-            UserError: no data or no scheduler; fewer prompts than experts; as the method that chooses.
+            UserError: no data or no scheduler; fewer prompts than experts; errors of the method that chooses.
 
         """
         config, scheduler = self.config, getattr(pipeline, "scheduler", None)

@@ -105,7 +105,7 @@ class ResultInfo:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ResultInfo":
-        """Read what `to_dict` returned; a key that is not a field goes to `extra`."""
+        """Read a mapping that `to_dict` returned; a key that is not a field goes to `extra`."""
         known = {name: value for name, value in content.items() if name in FIELDS}
         if known.get("sample_size") is not None:
             known["sample_size"] = tuple(known["sample_size"])
@@ -230,7 +230,7 @@ class PruneResult:
 
     @classmethod
     def load(cls, directory: str | Path, of: ModelMixin | UnitSpace | None = None) -> "PruneResult":
-        """Read what `save` wrote.
+        """Read a result that `save` wrote.
 
         Args:
             directory: directory of the result.

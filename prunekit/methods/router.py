@@ -23,7 +23,7 @@ from prunekit.runtime.randomness import generator
 from prunekit.runtime.run_directory import ROUTER
 from prunekit.runtime.tensors import read_tensors, write_tensors
 
-if TYPE_CHECKING:  # not in an export's file
+if TYPE_CHECKING:  # imports that do not go into an export's file
     from prunekit.core.space import UnitSpace
 
 _CHUNK = 1 << 22  # products held at once, 32 MB
@@ -52,7 +52,7 @@ class Router:
     Experts that no training prompt was routed to (`unused`) were not fine-tuned, so no prompt is sent to them.
 
     The norm of e does not change which code is nearest, so the score folds to z.(W^T a/|a|) + b.a/|a|: N vectors of
-    length Z and N offsets. It does change which expert wins after `shifted`, which adds to |e| times the cosine.
+    length Z and N offsets. After `shifted` the norm matters, because the shift is added to |e| times the cosine.
 
     Weights and offsets are kept in float64 on the CPU, and a score is a fixed tree of element-wise sums: the same
     prompt gets the same bits in any batch, on any machine and with any number of threads.
@@ -141,7 +141,7 @@ class Router:
         return _tree_sum(z[:, None, :] * self.weight)
 
     def route(self, z: Tensor) -> Tensor:
-        """Return the expert of each prompt, LongTensor (B,): the lowest index of a tie; `fallback` where z is all zero.
+        """Return the expert of each prompt, LongTensor (B,): the lowest index on a tie; `fallback` where z is all zero.
 
         An unused expert gets no prompt. Args and errors as in `scores`.
         """
@@ -187,7 +187,7 @@ class Router:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with JSON in its header; a path that is not a `.safetensors` is a directory."""
-        unused = {"unused": list(self.unused)} if self.unused else {}  # absent: a file that older versions read
+        unused = {"unused": list(self.unused)} if self.unused else {}  # without the entry, older versions read the file
         metadata = {"fallback": self.fallback, "info": self.info, **unused, **self._form()}
         return write_tensors(_file(path), "router", self._tensors(), metadata)
 

@@ -12,7 +12,7 @@ pruned is not known: its script loads a model that is already pruned.
 
 L_t is the model's own loss. For a noise prediction it falls with t by orders of magnitude. For a v-prediction it does
 not: at high t the velocity is nearly minus the clean latents, which no model can tell from noise, so L_t stays near
-their variance. So the criterion then sums all timesteps. The losses and the timesteps that were used are in the scores'
+their variance. The criterion then sums all timesteps. The losses and the timesteps that were used are in the scores'
 `info`.
 
 The paper prunes widths only; whole layers are scored by `depth_scores`.

@@ -4,8 +4,8 @@ The sampler's timesteps are divided into bins, and each bin has its own architec
 one set of weights, which is trained under all of them. As in ALTER (arXiv 2505.21817) and MosaicDiff (arXiv
 2510.11962), the parts that run depend on the timestep. The choice of the parts differs from both: `obs` or `taylor_sp`
 scores the units once, and each bin multiplies the scores by the output change of a cut at its timesteps, relative to
-the mean over bins. One threshold over all bins then meets the budget, so a bin has no budget of its own. The MACs are a
-mean over the timesteps that the sampler visits.
+the mean over bins. One threshold over all bins then meets the budget, and determines the cost of each bin. The MACs are
+a mean over the timesteps that the sampler visits.
 """
 
 from collections.abc import Mapping
@@ -112,7 +112,7 @@ class TimestepExperts(Method):
             log: not used.
 
         Raises:
-            UserError: no data or no scheduler; as the method that scores units.
+            UserError: no data or no scheduler; errors of the method that scores units.
 
         """
         config = self.config

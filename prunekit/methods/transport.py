@@ -1,7 +1,7 @@
 """Optimal transport between a batch of prompts and the experts (Eq. 5-7, 20-21 of APTP, ICLR 2025).
 
 Every expert gets an equal share of the batch, and every prompt goes to the expert that fits best under this constraint.
-The paper writes Q as (N, B); here prompts come first, Q is (B, N), as everywhere else in this package.
+The paper writes Q as (N, B); here Q is (B, N), prompts first, as everywhere else in this package.
 
 Eq. 5 prints the similarity A^T E. Here the similarity is the cosine of e and a, as in Eq. 22; the published code takes
 the cosine of hardened gates. With A^T E, epsilon would have to follow the lengths of e and a, which change in training.
@@ -21,7 +21,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
     Args:
         scores: (B, N), similarity of each prompt to each expert, e.g. `cosine_scores`.
-        epsilon: weight of the entropy: near 0 the plan is hard, large it is uniform.
+        epsilon: weight of the entropy: near 0 the plan is hard, for large values it is uniform.
         iterations: rounds of scaling the experts' sums, then the prompts'. The paper uses 3.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A single .safetensors file that holds a whole Stable Diffusion model, as most fine-tunes are shared."""
+"""Load a single .safetensors file with a whole Stable Diffusion model, the form in which most fine-tunes are shared."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The search of APTP: train the architecture predictor and the codes under a budget, the UNet frozen (Eq. 15, 25).
+"""The search of APTP: train the architecture predictor and the codes under a budget, with a frozen UNet (Eq. 15, 25).
 
 A step computes the predicted embeddings, the transport, and the contrastive and resource terms once for its whole
 global batch. The UNet then runs micro-batches under per-sample gates. A sample has the weight 1/(M B_i), where B_i is

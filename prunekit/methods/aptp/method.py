@@ -28,7 +28,7 @@ class APTP(SearchMethod[SearchObjective]):
     """Adaptive Prompt-Tailored Pruning: a mixture of pruned experts and a router (Ganjdanesh et al., ICLR 2025).
 
     `prune` returns N Architectures and the router. The mean cost of the Architectures over the training prompts, under
-    inference routing, meets the budget (law 3). `info.prompts_per_expert` counts the training prompts.
+    inference routing, meets the budget (law 3). `info.prompts_per_expert` counts each expert's training prompts.
     """
 
     Config = APTPConfig
