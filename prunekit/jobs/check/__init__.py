@@ -1,4 +1,4 @@
-"""`prunekit check`: one batch of every stage of a recipe, for real, before the whole of it is started."""
+"""`prunekit check`: run one batch of every stage of a recipe, before the whole recipe is started."""
 
 from prunekit.jobs.check.checking import Checked, CheckError, check
 

@@ -1,7 +1,7 @@
-"""One batch of every stage of a recipe, for real, in a throwaway directory.
+"""Run one batch of every stage of a recipe in a temporary directory.
 
-Batches, resolutions, precisions and models are the recipe's own, so that it tells whether they fit the device; only
-how often things are done is cut down. From the measured times follow the hours of the whole recipe.
+Batches, resolutions, precisions and models are those of the recipe, so the check shows whether they fit the device.
+Only the numbers of steps and samples are reduced. The hours of the whole recipe are estimated from the measured times.
 """
 
 import resource
@@ -30,9 +30,9 @@ from prunekit.runtime.processes import current
 from prunekit.runtime.tracking import require_installed
 from prunekit.training.memory import STEPS
 
-PAIRS = 64  # that are read, or as many as a batch of pictures or the experts need
-Kind = tuple[str | None, str | None]  # of work that is measured together: a method's label, and a part of its work
-NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # what errors of torch say
+PAIRS = 64  # least number of pairs to read; a batch of pictures or the experts may need more
+Kind = tuple[str | None, str | None]  # of work that is measured together: (label of the method, part of the work)
+NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # in error messages of torch
 
 
 class CheckError(UserError):
@@ -41,15 +41,15 @@ class CheckError(UserError):
 
 @dataclass(frozen=True)
 class Checked:
-    """A stage that went through."""
+    """A finished stage of a check."""
 
     stage: str
     seconds: float
-    peak_bytes: int  # of the device; on a CPU of the whole process until then
+    peak_bytes: int  # of the device in this stage; on a CPU, of the process since its start
 
 
 class CheckLog(RunLog):
-    """Keeps the rows of the trainings, and says nothing."""
+    """A log that keeps the rows of the trainings and prints nothing."""
 
     def __init__(self, directory: Path):
         super().__init__(directory)
@@ -60,19 +60,20 @@ class CheckLog(RunLog):
         self.rows.append(row)
 
     def say(self, text: str) -> None:
-        """Nothing: the stages are told as a whole."""
+        """Print nothing: the check reports whole stages."""
 
     def steps_seconds(self, since: int) -> float:
-        """Return the seconds of all steps of the training logged after `since` rows, at its last one's pace."""
+        """Return the seconds of all steps of the training logged after `since` rows, at the pace of its last step."""
         times = [row["seconds"] for row in self.rows[since:] if "step" in row]
         return STEPS * (times[-1] - times[-2]) if len(times) > 1 else sum(times)
 
 
 def check(recipe: AnyRecipe, devices: int = 1, say: Callable[[Checked], Any] = lambda stage: None) -> dict[str, Any]:
-    """Run one batch of every stage; return the stages, and the estimate of the whole recipe as `scheduled` has it.
+    """Run one batch of every stage; return the stages, and the estimate of the whole recipe as in `scheduled`.
 
-    devices: number of devices of the whole recipe; the check tries the share of one. say: takes each finished stage.
-    Raises CheckError at the first stage that fails; ValueError for a recipe that cannot be checked.
+    devices: number of devices of the whole recipe; the check runs the share of one device.
+    say: called with each finished stage.
+    Raises CheckError at the first stage that fails, and ValueError for a recipe that cannot be checked.
     """
     if isinstance(recipe, PretrainRecipe):
         raise UserError(
@@ -98,7 +99,7 @@ class _Check:
         self.spent: dict[Kind, float] = {}  # seconds
 
     def run(self) -> dict[str, Any]:
-        """Run the stages, in a run's order; the first that fails ends it."""
+        """Run the stages in the order of a run; stop at the first stage that fails."""
         recipe = self.recipe
         with self._stage("recipe", "model, prune, methods, tracking"):
             require_installed(recipe.tracking)
@@ -131,7 +132,10 @@ class _Check:
 
     @contextmanager
     def _stage(self, name: str, setting: str, batch: str = "") -> Iterator[None]:
-        """Time a stage, and put what fails in it into one line. batch: the setting that its memory depends on."""
+        """Time a stage; turn an error in it into a CheckError.
+
+        setting: settings that the error names. batch: setting that the stage's memory depends on.
+        """
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -175,7 +179,10 @@ class _Check:
             stages.measure(candidate, stages.judge(pictures), seen)
 
     def _estimate(self, whole: list[Work], tried: list[Work]) -> dict[str, Any]:
-        """Scale each kind of work by its MACs; the dense model, which was not tried, draws as slowly as the slowest."""
+        """Estimate the time of the whole recipe: scale the measured time of each kind of work by its MACs.
+
+        Work that was not measured, such as drawing with the dense model, takes the slowest pace of drawing.
+        """
         macs: dict[Kind, float] = {}
         for item in tried:
             macs[item.label, item.part] = macs.get((item.label, item.part), 0.0) + (item.macs or 0.0)

@@ -1,4 +1,4 @@
-"""A recipe with its own batches, resolutions and precisions, that does everything once or twice, on a few pairs."""
+"""Shrink a recipe for a check: equal batches, resolutions and precisions, but two steps or less, on a few pairs."""
 
 import io
 import itertools
@@ -15,14 +15,14 @@ from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
 from prunekit.runtime.tracking import TrackingConfig
 from prunekit.training.memory import STEPS, two_steps
 
-HELD_OUT = 0.25  # share of the few captions, which the evaluation needs
+HELD_OUT = 0.25  # held-out share of the few captions, for the evaluation
 
 
 def first_images(config: DataConfig, seed: int, pairs: int) -> CaptionedImages:
-    """Read the first pictures of a recipe's data, at least `pairs` captions where there are so many.
+    """Read the first pictures of a recipe's data, with at least `pairs` captions if there are that many.
 
-    Only the emoji data and tables are read whole. Bad samples among them are left out; errors as in `load_data`, but
-    for the share of bad ones, which so few do not tell.
+    Only the emoji data and tables are read completely. Bad samples are left out, whatever their share: a few samples do
+    not show the share in the whole data. Other errors are those of `load_data`.
     """
     if config.kind == "emoji" or config.path is None or not Path(config.path).expanduser().exists():
         return load_data(config, seed)
@@ -41,7 +41,7 @@ def first_images(config: DataConfig, seed: int, pairs: int) -> CaptionedImages:
 
 
 def write_shard(images: CaptionedImages, pairs: int, path: Path) -> DataConfig:
-    """Write the first pairs as one WebDataset shard, a picture a caption; return how it is read."""
+    """Write the first pairs as one WebDataset shard, one picture per caption; return the config that reads it."""
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w") as archive:
         for pair, image in enumerate(images.image_index[:pairs].tolist()):
@@ -58,8 +58,8 @@ def shrunk(
 ) -> PruneRecipe | CompareRecipe:
     """Return the recipe on other data, with two steps of every training and one batch of pictures.
 
-    devices, tuning_devices: how many share a batch of a search, and of a fine-tuning, in the whole recipe; what one of
-    them would run at once is run at once.
+    devices, tuning_devices: number of devices that share a batch of a search and of a fine-tuning in the whole recipe;
+        a forward pass of the check has the samples of one device.
     """
     evaluation = recipe.evaluation
     pictures = max(2, min(evaluation.batch_size, evaluation.num_images))
@@ -86,7 +86,7 @@ def shrunk(
 
 
 def _settings(recipe: PruneRecipe | CompareRecipe, label: str, devices: int) -> dict[str, Any]:
-    """Return a row's settings with those that make its method short."""
+    """Return a row's settings with the changes that make its method short."""
     short = recipe.method_of(label).short_settings(devices)
     dumped = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in short.items()}
     return {**(recipe.methods[label] or {}), **dumped}
