@@ -1,1 +1,1 @@
-"""Methods side by side: the cells of a comparison, the refusal of unfair ones, and their tables."""
+"""Comparisons of methods: their cells, the check that they are fair, and their tables."""

@@ -1,4 +1,4 @@
-"""How long a pruned model's call takes against the dense one's: interleaved in one process, so that drift cancels."""
+"""Time of a pruned model's call relative to the dense model's, interleaved in one process so that drift cancels."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from prunekit.report.comparison_table import Result
 from prunekit.runtime.run_directory import WORK
 
 PAIRS = 15
-PICTURES = 8  # of a timed call
+PICTURES = 8  # pictures per timed call
 WARM_UP = WarmUp(max_seconds=10.0)
 
 
@@ -26,7 +26,7 @@ def call_ratio(dense: nn.Module, pruned: nn.Module, call: Call) -> float:
 
 
 def cell_ratio(cell: Result, directory: Path, stages: Stages) -> float | None:
-    """Return a cell's call ratio, the mean over its experts by their training prompts; None if models are gone."""
+    """Return a cell's call ratio, averaged over experts by training prompts; None if the models are missing."""
     models = directory / WORK / cell["models_folder"]
     shares = [expert["training_share"] for expert in cell["experts"]] or [1.0]
     folders = [models / str(index) / denoiser_name(stages.pipeline) for index in range(len(shares))]

@@ -1,9 +1,9 @@
-"""The cells of a comparison: one method at one budget, seed and training protocol, each a JSON file of its own.
+"""The cells of a comparison: one method at one budget, seed and training protocol, each in its own JSON file.
 
-A cell is cached by content: its key is a hash of all that its figures depend on, so a changed setting makes it anew and
-an unchanged one is never repeated, on whatever machine it was finished. What cells can share they share: the encoded
-data, a score method's calibration over all budgets, a mixture's search over both protocols, and a static method's one
-model, which has as many steps under either protocol.
+A cell is cached by content: its key is a hash of everything that its figures depend on. A changed setting makes a
+new cell, and an unchanged cell is never computed twice, on any machine. Cells share the encoded data, a score method's
+calibration for all budgets, a mixture's search for all protocols, and the single model of a static method, if it has
+equally many steps under all protocols.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ MEETING_THE_BUDGET = ("prune.budget", "prune.align", "prune.latency")  # fields 
 
 
 def cells_of(recipe: CompareRecipe, steps: TrainingSteps) -> list[Cell]:
-    """Return a comparison's cells, a whole seed before the next, so that a table that is cut off is still balanced."""
+    """Return a comparison's cells, seed by seed, so that the table of a stopped comparison is balanced."""
     cells: list[Cell] = []
     most = max(len(entry.seeds) for entry in recipe.budgets)
     for repetition in range(most):
@@ -61,10 +61,10 @@ def cells_of(recipe: CompareRecipe, steps: TrainingSteps) -> list[Cell]:
 
 
 def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> float:
-    """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is that member's own, rounded up.
+    """Return a budget as a share of the dense MACs; "bksdm:VARIANT" is the share of this BK-SDM member, rounded up.
 
-    cost: what counts the table's MACs; of its space nothing is used. The denoiser may be on the meta device.
-    Raises RecipeError for a text of another form, ValueError for a member that the denoiser does not have.
+    model: dense denoiser, which may be on the meta device. cost: cost model of the table, for its latent size and text
+    length. Raises RecipeError for text of another form, and ValueError for a member that the denoiser does not have.
     """
     if not isinstance(budget, str):
         return budget
@@ -77,7 +77,7 @@ def budget_value(budget: float | str, model: ModelMixin, cost: CostModel) -> flo
 
 
 class CellRunner:
-    """Makes the cells of one comparison in its directory."""
+    """Computes the cells of one comparison in its directory."""
 
     def __init__(self, recipe: CompareRecipe, directory: Path, stages: Stages):
         self.recipe, self.directory, self.stages = recipe, directory, stages
@@ -94,7 +94,7 @@ class CellRunner:
         self.cells = cells_of(recipe, self.training_steps)
 
     def path(self, cell: Cell) -> Path:
-        """Return where a cell's result is, beside an equally named cell of another recipe in the directory."""
+        """Return the file of a cell's result; another recipe's cell of that name with other content keeps its file."""
         path, name = self.directory / CELLS / f"{cell.name}.json", self.recipe.name
         if path.is_file():
             earlier = read_json(path)
@@ -103,7 +103,7 @@ class CellRunner:
         return path
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result where it is there, for the same content."""
+        """Return a cell's result if it exists for the same content (key); else None."""
         path = self.path(cell)
         result = read_json(path) if path.is_file() else None
         return result if result and result["key"] == key_of(self.fields(cell)) else None
@@ -115,7 +115,7 @@ class CellRunner:
         return self.training_steps.of(cell.label, cell.budget, cell.protocol)
 
     def tuning(self, cell: Cell) -> FineTuneConfig:
-        """Return how a cell's models are fine-tuned, if they are."""
+        """Return the fine-tuning settings of a cell's models."""
         return self.recipe.fine_tuning(cell.label, max(1, self.steps(cell)), scale_warmup=cell.protocol == EQUAL_TOTAL)
 
     def distillation(self, cell: Cell) -> str:
@@ -127,7 +127,7 @@ class CellRunner:
         return "shared" if self.recipe.fine_tuning(cell.label, 1).distillation_weight else "none"
 
     def fields(self, cell: Cell) -> dict[str, Any]:
-        """Return all that a cell's figures depend on, flat: what must not differ between rows of one table."""
+        """Return everything that a cell's figures depend on, as flat fields, which `refuse_unfair` compares."""
         recipe, stages = self.recipe, self.stages
         fields: dict[str, Any] = {
             "format": FORMAT,
@@ -205,12 +205,12 @@ class CellRunner:
         return result
 
     def models_folder(self, cell: Cell) -> Path:
-        """Where a cell's fine-tuned models are; another evaluation finds them again."""
+        """Return the folder of a cell's fine-tuned models; cells that differ only in evaluation share it."""
         trained = {name: value for name, value in self.fields(cell).items() if not name.startswith("evaluation")}
         return self.directory / WORK / f"{cell.name}-models-{key_of(trained)[:8]}"
 
     def candidate(self, cell: Cell) -> tuple[Candidate, PruneResult | None]:
-        """Choose a cell's architectures and recover them, or read what an earlier start left."""
+        """Choose a cell's architectures and recover them, or load the results of an earlier start."""
         if cell.label == DENSE:
             return self.stages.dense, None
         searched = {
@@ -249,7 +249,7 @@ class CellRunner:
         return replace(chosen, router=RandomRouter(shares, router.embedding_size, seed, fallback, unused=unused))
 
     def _chosen(self, cell: Cell, fields: dict[str, Any]) -> PruneResult:
-        """Return the architectures: one search for both protocols, one calibration for all budgets."""
+        """Return a cell's architectures; all protocols share one search, and all budgets one calibration."""
         work = self.directory / WORK
         method = self.recipe.method(cell.label, self.budgets[cell.budget], cell.seed)
         folder = work / f"{method.name}-chosen-{key_of(fields)[:8]}"  # rows of one method share it
@@ -264,7 +264,7 @@ class CellRunner:
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Copy a file into a folder that may not be there yet, atomically."""
+    """Copy a file atomically into a folder that may not exist yet."""
     with replacing(to) as new:
         shutil.copyfile(file, new)
 

@@ -1,4 +1,4 @@
-"""`prunekit compare`: make the cells that are missing, and one table and one picture of them all."""
+"""`prunekit compare`: compute the missing cells, and write one table and one picture of all cells."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -85,15 +85,15 @@ class Comparison:
     """One comparison recipe, resolved, in its directory."""
 
     def __init__(self, recipe: CompareRecipe, directory: Path, log: Log | None = None):
-        """Load the model and the data; `log` takes what is said, by default the directory's."""
+        """Load the model and the data; log: the directory's log by default."""
         self.recipe, self.directory, self.log = recipe, directory, log or RunLog.of(recipe, directory)
         self.stages = Stages(recipe, self.log, directory)
-        self.stages.evaluator  # noqa: B018 - a missing one is refused before anything is made
+        self.stages.evaluator  # noqa: B018 - a missing evaluator is an error before any work
         self.runner = CellRunner(recipe, directory, self.stages)
         self.cells = self.runner.cells
 
     def make(self, executor: Executor) -> None:
-        """Make the cells that are missing, but for those that another launch on this directory is making."""
+        """Compute the missing cells, except those that another launch on this directory is computing."""
 
         def make(number: int, cell: Cell) -> None:
             self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
@@ -118,7 +118,7 @@ class Comparison:
         return [result for _, result in results if result], [cell for cell, result in results if not result]
 
     def timings(self, cells: Sequence[Result]) -> dict[str, float]:
-        """Return every cell's time of a denoiser call over the dense one's; measured once, in this process."""
+        """Return each cell's time of a denoiser call, relative to the dense model's; measured once, in this process."""
         path = self.directory / TIMINGS
         timings = read_json(path) if path.is_file() else {}
         for cell in cells:
@@ -132,14 +132,14 @@ class Comparison:
 
 @lru_cache(maxsize=1)
 def _opened(recipe: str, directory: str, log: Log) -> Comparison:
-    """Return a comparison whose model and data stay in memory for the next cell of it."""
+    """Return a comparison, and cache it so that its model and data stay in memory for its next cell."""
     content = parse_recipe(json.loads(recipe))
     assert isinstance(content, CompareRecipe), "it is a comparison's"
     return Comparison(content, Path(directory), log)
 
 
 def make_one(executor: OnePiece, recipe: dict[str, Any], directory: str) -> None:
-    """Make one cell of a comparison, on a node of a cluster."""
+    """Compute one cell of a comparison, on a node of a cluster."""
     _opened(json.dumps(recipe), directory, executor.log).make(executor)
 
 
@@ -150,12 +150,12 @@ def compare(
 ) -> Path:
     """Run comparisons, or read finished ones, and write `results.json`, `table.csv`, `table.md` and `pareto.png`.
 
-    paths: comparison recipes, whose missing cells are made in `runs/NAME`, and directories with finished `cells/`.
-    output: where the table goes; the first comparison's directory by default.
-    Several processes may share a directory: each makes the cells that no other is making, and then shows what is there.
-    Returns the output directory. Raises RecipeError for what is not a comparison, ValueError for cells that cannot
-    share
-    a table, by the field that differs.
+    paths: comparison recipes, whose missing cells are computed, and directories with finished `cells/`.
+    output: directory of the cells and the table; by default `runs/NAME` of each recipe, and the table in the directory
+        of the first path.
+    Several processes may share a directory: each computes cells that no other is computing, and then shows the finished
+    cells. Returns the directory of the table. Raises RecipeError for a path that is not a comparison, and ValueError
+    with the field that differs for cells that cannot share a table.
     """
     overrides, sources = list(overrides), [Path(path) for path in paths]
     cells: list[Result] = []
@@ -173,7 +173,7 @@ def compare(
         def enter(folder: Path, recipe: CompareRecipe | None = None) -> CompareRecipe | None:
             return stack.enter_context(occupied(folder, lambda others: claim(folder, recipe)))
 
-        enter(folders[0])  # before anything is made
+        enter(folders[0])  # before any work starts
         for path, folder in zip(sources, folders, strict=True):
             if path.is_dir():
                 finished = [read_json(file) for file in sorted((path / CELLS).glob("*.json"))]

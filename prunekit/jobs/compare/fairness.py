@@ -1,4 +1,4 @@
-"""A comparison is fair (law 7): what differs between two rows is a declared axis, or the table is refused."""
+"""Fairness of a comparison (law 7): rows may differ only in declared axes, or the table is refused."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from prunekit.report.comparison_table import EQUAL_TOTAL, Result
 from prunekit.runtime.errors import UserError
 
 DISTILLED = tuple(f"fine_tune.{name}" for name in DISTILLATION)
-WEIGHTS = ("fine_tune.snr_gamma", "fine_tune.snr_form")  # of the denoising error, of which a method may have its own
+WEIGHTS = ("fine_tune.snr_gamma", "fine_tune.snr_form")  # weights of the denoising error; a method may have its own
 AXES = {"seed"}
 
 
 def refuse_unfair(cells: Sequence[Result]) -> None:
-    """Raise ValueError, by the field's name, where two cells differ in what is not an axis of the comparison.
+    """Raise ValueError with the field's name if two cells differ in a field that is not an axis of the comparison.
 
     Axes are the method with its own settings, the budget, the seed, distillation and the protocol. All else must be
     equal: model, data, resolution, convention, fine-tuning and evaluation.
@@ -34,7 +34,7 @@ def refuse_unfair(cells: Sequence[Result]) -> None:
 
 
 def title(cell: Result) -> str:
-    """Return what messages call a cell."""
+    """Return the name of a cell in messages."""
     return " ".join(str(part) for part in cell["cell"].values() if part != "")
 
 
@@ -47,7 +47,7 @@ def _group(field: str, cell: Result) -> Hashable | None:
         return axes["method"]
     rules: dict[str, Callable[[], Hashable | None]] = {
         "prune.budget": lambda: axes["budget"],
-        "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own space
+        "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own unit space
         "fine_tune.shared_backbone": lambda: axes["method"],
         "fine_tune.experts_per_step": lambda: axes["method"],
         "fine_tune.steps": lambda: {"equal_compute": cell["models"], EQUAL_TOTAL: None}.get(axes["protocol"], ""),

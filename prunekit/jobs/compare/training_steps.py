@@ -1,7 +1,7 @@
-"""How many steps each model of a comparison's row trains for, under each protocol.
+"""The number of training steps of each model in a comparison's row, under each protocol.
 
-Training is counted in passes of the dense model, for one sample each: a forward pass is 1, a backward pass 2, or 1
-where the weights are frozen; a pruned model's passes count by its share of the MACs.
+Compute is counted in forward passes of the dense model on one sample: a forward pass is 1, a backward pass 2, or 1 if
+the weights are frozen. A pruned model's passes are multiplied by its share of the dense MACs.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ class TrainingSteps:
 
     Args:
         recipe: the comparison.
-        work_of: what a method computes before it can choose.
+        work_of: returns the work that a method does before it chooses.
         budgets: the value of each budget, as a share of the dense MACs, by its label.
-        layers: how many layers of a model a closed-form refit fits at most.
+        layers: largest number of layers in a model that a closed-form refit fits.
 
     """
 
@@ -34,7 +34,7 @@ class TrainingSteps:
         self._choices: dict[tuple[str, str], float] = {}
 
     def of(self, label: str, budget: str, protocol: str) -> int:
-        """Return the steps of each of a row's models; they are what a mixture's experts have on average."""
+        """Return the number of steps per model of a row; for a mixture, this is the mean over its experts."""
         recipe = self.recipe
         if not recipe.recovering(label).fine_tune:
             return 0
@@ -59,12 +59,12 @@ class TrainingSteps:
         return {label for entry in entries for label in entry.methods or self.recipe.methods}
 
     def _passes(self, label: str, budget: str, steps: int) -> float:
-        """Passes of the dense model that a row takes, where each of its models trains for `steps`."""
+        """Return a row's compute in dense passes, if each of its models trains for `steps` steps."""
         steps = steps if self.recipe.recovering(label).fine_tune else 0
         return self._before(label, budget) + steps * self.trainings(label) * self._step(label, budget)
 
     def _before(self, label: str, budget: str) -> float:
-        """Passes of the dense model that a row takes before its models are fine-tuned."""
+        """Return a row's compute before fine-tuning, in dense passes."""
         closed_form, models = self.recipe.recovering(label).closed_form, self.trainings(label)
         refits = models * closed_form.dense_passes(self.layers, self.budgets[budget]) if closed_form else 0.0
         return self._choice(label, budget) + refits
