@@ -34,18 +34,18 @@ def bench(
     small: bool = False,
     say: Callable[[str], Any] = print,
 ) -> tuple[Path, BenchRecipe, list[Row], bool]:
-    """Time what a target names, row by row; what is there already is not made again.
+    """Time the models of a target, row by row; rows that exist are not measured again.
 
     Args:
-        target: a recipe with job: bench, or a run's directory: then its dense model and all its finished experts.
-        overrides: `key=value` over the recipe.
-        output: where rows and table go; runs/NAME by default, or RUN/bench.
-        minutes: no row is begun that would end later.
-        small: the reduced form, for a CPU.
-        say: told of every row.
+        target: a recipe with job: bench, or a run's directory, for its dense model and all its finished experts.
+        overrides: `key=value` settings that replace those of the recipe.
+        output: directory of rows and table; runs/NAME or RUN/bench by default.
+        minutes: time limit; no row starts that would end later. None: no limit.
+        small: use the reduced form, for a CPU.
+        say: called with a line for every row.
 
     Returns:
-        The table's path, the recipe, the finished rows of all devices, and whether all rows of this device are made.
+        The table's path, the recipe, the finished rows of all devices, and whether this device has measured all rows.
 
     """
     quiet_libraries()
@@ -68,13 +68,13 @@ def bench(
 
 
 def _claim(directory: Path) -> None:
-    """Refuse a directory that holds something else than a benchmark's rows and table."""
+    """Refuse a directory that holds files other than a benchmark's rows and table."""
     is_bench = (directory / TABLE).is_file() or bool(list(directory.glob("*/*.json")))
     refuse_foreign(directory, is_bench and not (directory / RECIPE).is_file(), "benchmark")
 
 
 def run_recipe(directory: Path) -> BenchRecipe:
-    """Return the benchmark of a run: its model and its finished experts, at the resolution that its model is used at.
+    """Return the benchmark of a run: its dense model and its finished experts, at the model's resolution.
 
     Raises FileNotFoundError for a directory without a run, ValueError for one without a finished expert.
     """

@@ -1,4 +1,4 @@
-"""What is timed: a pipeline of a model's shapes with random weights, and its pruned denoisers."""
+"""The models of a benchmark: a pipeline with a model's shapes and random weights, and its pruned denoisers."""
 
 import math
 from pathlib import Path
@@ -22,14 +22,14 @@ from prunekit.runtime.errors import UserError
 
 TEXT_ENCODERS: dict[
     int, dict[str, Any]
-] = {  # by the width of the text that the denoiser takes: CLIP ViT-L/14's, and OpenCLIP ViT-H/14's but a layer
+] = {  # by the denoiser's text width: that of CLIP ViT-L/14, and that of OpenCLIP ViT-H/14 without a layer
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
     1024: {"num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
 }
 VOCABULARY, TOKENS = 49408, 77
 AUTOENCODER: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 PROMPT = "a photograph of an astronaut riding a horse"
-DEPTH_OF = {"random": "aptp", "width": "none", "depth": "all"}  # which layers may go, by how an architecture is chosen
+DEPTH_OF = {"random": "aptp", "width": "none", "depth": "all"}  # depth policy, by `choose` of an architecture
 
 
 def random_unet(model: str, device: torch.device, dtype: torch.dtype, seed: int) -> ModelMixin:
@@ -38,7 +38,7 @@ def random_unet(model: str, device: torch.device, dtype: torch.dtype, seed: int)
 
 
 def random_pipeline(model: ModelMixin, seed: int) -> DiffusionPipeline:
-    """Return a Stable Diffusion 1 or 2 pipeline around a denoiser, the other parts at their true sizes, random weights.
+    """Return a Stable Diffusion 1 or 2 pipeline around a denoiser; the other parts have true sizes and random weights.
 
     Its tokenizer is trained on one prompt: which tokens are encoded does not change the time.
     Raises ValueError for a denoiser whose text encoder is not one of Stable Diffusion 1's or 2's.
@@ -88,9 +88,9 @@ def own_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Diffus
 
 
 def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_length: int, seed: int) -> Any:
-    """Return (Architecture, its cost model) of a budget: a function of the model's shapes, the settings and the seed.
+    """Return (architecture, cost model) for a budget, from the model's shapes, the settings and the seed alone.
 
-    The scores are Random's. Where widths or depths alone are requested, the others' scores lie above all of theirs.
+    Scores are those of the method Random. With choose=depth, widths score above all depths and are cut last.
     """
     method = Random(seed=seed, depth=DEPTH_OF[config.choose])
     scores = method.score(model)
@@ -102,7 +102,7 @@ def choose(config: ArchitectureConfig, model: ModelMixin, latent: int, text_leng
 
 
 def read_unet(path: str, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-    """Return a denoiser from its folder, frozen; ValueError, one line, where there is none."""
+    """Return the denoiser of a folder, frozen; raise a one-line ValueError if there is none."""
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} holds no denoiser: give a folder that save_pretrained wrote (it has a config.json)")
     unet = load_model(path, torch_dtype=dtype).to(device)
@@ -116,7 +116,7 @@ def dense_cost(model: ModelMixin, latent: int, text_length: int) -> tuple[int, i
 
 
 def kept_units(architecture: Architecture) -> dict[str, list[int]]:
-    """Return [kept, total] units of each kind, parts under a removed layer counted as gone."""
+    """Return [kept, total] units of each kind; units under a removed layer count as removed."""
     kept: dict[str, list[int]] = {}
     for row in architecture.describe():
         pair = kept.setdefault(row["kind"], [0, 0])
@@ -127,11 +127,11 @@ def kept_units(architecture: Architecture) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def _filled(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Give a module on the meta device random weights of a size that keeps activations near 1, and its own tables."""
+    """Return a meta module on a device, with random weights that keep activations near 1, and with its tables."""
     if is_denoiser(module):
         denoiser_of(module).fill_tables(module)
     blank = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    module = nn.Module.to(module, dtype)  # diffusers' own `to` warns of a dtype's change
+    module = nn.Module.to(module, dtype)  # diffusers' own `to` warns about a change of dtype
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -118,7 +118,7 @@ class BenchRecipe(_Section):
         return self
 
     def names(self, cell: CellConfig) -> list[str]:
-        """Return the architectures of a cell, the dense one first where it is among them."""
+        """Return the names of a cell's architectures, the dense model first if the cell has it."""
         return [
             name for name in (DENSE, *self.architectures) if cell.architectures is None or name in cell.architectures
         ]
@@ -135,7 +135,7 @@ def reduced(recipe: BenchRecipe) -> BenchRecipe:
 
 
 def is_benchmark(path: str | Path) -> bool:
-    """Whether a YAML file says that it is a benchmark's recipe."""
+    """Return whether a YAML file is a benchmark's recipe (job: bench)."""
     try:
         return read_mapping(Path(path)).get("job") == JOB
     except UserError:
@@ -143,9 +143,9 @@ def is_benchmark(path: str | Path) -> bool:
 
 
 def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchRecipe:
-    """Read a benchmark's YAML recipe and put `key=value` overrides over it (dotted keys).
+    """Read a benchmark's YAML recipe and apply `key=value` overrides (dotted keys).
 
-    Raises BenchRecipeError, one line: no such file, bad YAML, an unknown key or a wrong value.
+    Raises a one-line BenchRecipeError: a missing file, bad YAML, an unknown key or a wrong value.
     """
     path = Path(path)
     if not path.is_file():

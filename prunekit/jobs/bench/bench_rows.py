@@ -1,4 +1,4 @@
-"""One row of a benchmark: its place and key, and the figures that are kept of its measurement."""
+"""One row of a benchmark: its file, its key, and the figures of its measurement."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,11 +18,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """An architecture of a benchmark, by shapes alone.
+    """An architecture of a benchmark, described by its shapes alone.
 
-    macs, params: exact, batch 1, at the benchmark's resolution. digest: of what it keeps. budget: where it has one.
-    kept: [kept, total] units of each kind, where it was chosen here. unaligned: groups that stayed so, and their
-    channels, where it was chosen with `align`.
+    macs, params: exact counts at batch 1 and the benchmark's resolution. digest: hash of the kept units or the config.
+    budget: share of the dense MACs; None: not chosen for a budget. published_seconds: published time per image.
+    kept: [kept, total] units of each kind, if it was chosen for a budget.
+    unaligned: channels of the groups that are not multiples of `align`, if it was chosen with `align`.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Piece:
-    """One row that is to be made: an architecture under a cell's settings."""
+    """One row to measure: an architecture under a cell's settings."""
 
     recipe: BenchRecipe
     cell: CellConfig
@@ -46,26 +47,26 @@ class Piece:
 
     @property
     def title(self) -> str:
-        """What a person calls it."""
+        """Title of the row in messages."""
         cell = self.cell
         layout = "" if cell.memory_format == "contiguous" else f", {cell.memory_format}"
         return f"{self.subject.name}: {cell.workload}, {cell.dtype}, {cell.mode}{layout}"
 
     @property
     def key(self) -> str:
-        """A digest of all that the row depends on but the device and the versions."""
+        """Digest of everything that the row depends on, except the device and the versions."""
         recipe, cell = self.recipe, self.cell
         settings = recipe.model_dump(exclude={"name", "device", "architectures", "cells", "published"})
         content = [FORMAT, sorted(settings.items()), sorted(cell.model_dump(exclude={"architectures"}).items())]
         return Fingerprint(*content, self.dense.digest, self.subject.digest).key()
 
     def path(self, folder: Path) -> Path:
-        """Where the row is kept in a device's folder."""
+        """Return the file of the row in a device's folder."""
         cell = self.cell
         return folder / f"{self.subject.name}-{cell.workload}-{cell.dtype}-{cell.mode}-{self.key[:8]}.json"
 
     def read(self, folder: Path, environment: Mapping[str, Any] | None = None) -> Row | None:
-        """Return the row if it was made; with an environment, only if it was made in the same one."""
+        """Return the row if it was measured (with `environment`: in an equal one); else None."""
         path = self.path(folder)
         if not path.is_file():
             return None
@@ -79,8 +80,8 @@ class Piece:
 def row_of(piece: Piece, measured: Measurement, facts: Mapping[str, Any], environment: Mapping[str, Any]) -> Row:
     """Return a row's figures, as JSON.
 
-    The measurement's arms are `dense` and, unless that is the piece itself, the piece's architecture. facts: figures of
-    the call that are not times (denoiser calls, memory, …).
+    measured: its arms are `dense` and, unless the piece is the dense model, the piece's architecture.
+    facts: figures of the call other than times (denoiser calls, memory, …).
     """
     recipe, cell, subject = piece.recipe, piece.cell, piece.subject
     ratio = None if subject.name == DENSE else measured.ratio(subject.name)
@@ -123,7 +124,7 @@ def row_of(piece: Piece, measured: Measurement, facts: Mapping[str, Any], enviro
 
 
 def _is_faster(ratio: Ratio, noise: Ratio) -> bool:
-    """Whether a time is below the dense one's: its ratio lies below the noise, and its interval below 1."""
+    """Return whether a time is below the dense model's: its ratio is below the noise, and its interval below 1."""
     return ratio.value < 1 - noise.distance and ratio.high < 1
 
 

@@ -1,4 +1,4 @@
-"""The rows of a benchmark as a table: by device, published times beside them."""
+"""The rows of a benchmark as one table per device, with published times."""
 
 from collections.abc import Sequence
 
@@ -73,7 +73,7 @@ def _note(row: Row) -> str:
 def shown(
     rows: Sequence[Row], recipe: BenchRecipe, columns: Sequence[str] = COLUMNS
 ) -> tuple[list[str], list[list[str]]]:
-    """Return (header, lines) of the columns that some row fills."""
+    """Return (header, lines) of those columns that at least one row fills."""
     lines = [cells_of(row, recipe) for row in rows]
     wanted = [COLUMNS.index(name) for name in columns]
     filled = [index for index in wanted if any(line[index] not in ("", MISSING) for line in lines)]
@@ -81,7 +81,7 @@ def shown(
 
 
 def markdown(rows: Sequence[Row], recipe: BenchRecipe) -> str:
-    """Return the whole table's page, a section a device."""
+    """Return the page with all rows as Markdown, one section per device."""
     parts = [f"# {recipe.name}\n\n{settings_line(recipe)}\n"]
     for device in dict.fromkeys(row["environment"]["device"] for row in rows):
         device_rows = [row for row in rows if row["environment"]["device"] == device]
@@ -95,7 +95,7 @@ def markdown(rows: Sequence[Row], recipe: BenchRecipe) -> str:
 
 
 def settings_line(recipe: BenchRecipe) -> str:
-    """Return what all rows have in common, and how to read them."""
+    """Return a text with the settings that all rows share and the meaning of the columns."""
     guided = f"guidance {recipe.guidance:g}" if recipe.guidance > 1 else "no guidance"
     return (
         f"{recipe.model} with {recipe.weights} weights, {recipe.resolution} px, batch {recipe.batch}, {guided}, "
@@ -107,7 +107,7 @@ def settings_line(recipe: BenchRecipe) -> str:
 
 
 def environment_line(row: Row) -> str:
-    """Return where a row was measured."""
+    """Return a line with the versions and the system with which a row was measured."""
     here = row["environment"]
     names = {"torch": "torch", "diffusers": "diffusers", "cuda": "CUDA", "driver": "driver", "cudnn": "cuDNN"}
     versions = [f"{title} {here[name]}" for name, title in names.items() if here[name]]

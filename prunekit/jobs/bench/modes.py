@@ -14,27 +14,27 @@ from prunekit.core.registry import denoiser_of
 from prunekit.runtime.errors import UserError
 
 Mode = Literal["eager", "compiled", "cuda_graph"]
-ISOLATED = "isolate_recompiles"  # of torch.compile where it has it: no region looks through another's graphs
+ISOLATED = "isolate_recompiles"  # option of newer torch.compile: no region searches another's graphs
 LIMITS: dict[str, Any] = {
     "recompile_limit": 1024,
     "accumulated_recompile_limit": 8192,
-}  # a pruned denoiser has a shape per block
+}  # each block of a pruned denoiser may have its own shapes
 
 
 @contextmanager
 def in_mode(model: ModelMixin, mode: Mode, call: Call, backend: str = "inductor") -> Iterator[None]:
-    """Run a model in a mode inside this context; it is as before on exit.
+    """Run a model in a mode inside this context; restore the model on exit.
 
     Args:
         model: frozen, in evaluation mode.
-        mode: "eager": as it is. "compiled": every one of `Denoiser.regions` is compiled by itself, as one graph
-            for its shapes; that every block of a pruned model has shapes of its own costs compile time, never a silent
-            return to eager. "cuda_graph": one capture of the eager call, replayed.
-        call: of the only shapes that are then run.
-        backend: of torch.compile.
+        mode: "eager": unchanged. "compiled": each of `Denoiser.regions` is compiled alone, as one graph for its shapes;
+            the different shapes of a pruned model's blocks cost compile time, but never a silent fallback to eager.
+            "cuda_graph": the eager call is captured once and replayed.
+        call: a call with the shapes of all calls in the context.
+        backend: backend of torch.compile.
 
     Raises:
-        ValueError: an unknown mode, or a CUDA graph elsewhere than on CUDA.
+        ValueError: an unknown mode, or a CUDA graph on a device other than CUDA.
 
     """
     if mode == "eager":
@@ -70,13 +70,13 @@ def _graphed(model: ModelMixin, call: Call) -> Iterator[None]:
     static = call.map(Tensor.clone)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):  # what a first call sets up must not be captured
+    with torch.no_grad(), torch.cuda.stream(side):  # the setup of a first call must not be captured
         for _ in range(3):
             predict(model, static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        output = model(**static, return_dict=False)[0]  # as the model gives it; `predict` finishes it
+        output = model(**static, return_dict=False)[0]  # raw output, which `predict` completes
     signature, before = inspect.signature(model.forward), vars(model).get("forward")
 
     def replay(*positional: Any, **named: Any) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""Making the rows of a benchmark, a file each, so that it can be stopped anywhere and go on."""
+"""Measure the rows of a benchmark, one file per row, so that a stopped benchmark can be resumed."""
 
 import gc
 import time
@@ -41,10 +41,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Bench:
-    """A benchmark on one device: what is to be measured, what is, and the measuring.
+    """A benchmark on one device: its rows, which of them are missing, and their measurement.
 
-    directory: holds a folder a device, with a JSON file a row.
-    Raises ValueError, one line: a resolution that the model cannot have, no such device, a model that is unknown.
+    directory: holds one folder per device, with one JSON file per row.
+    Raises a one-line ValueError: a resolution that the model does not support, a missing device, or an unknown model.
     """
 
     def __init__(self, recipe: BenchRecipe, directory: Path, say: Callable[[str], Any] = print):
@@ -70,7 +70,7 @@ class Bench:
         ]
 
     def missing(self) -> list[Piece]:
-        """Return the rows that this device, with its driver and versions, has not made yet."""
+        """Return the rows that are not measured yet on this device with its driver and versions."""
         return [piece for piece in self.pieces if piece.read(self.folder, self.environment) is None]
 
     def rows(self) -> list[Row]:
@@ -80,9 +80,9 @@ class Bench:
         return [row for row in rows if row is not None]
 
     def run(self, minutes: float | None = None) -> bool:
-        """Make missing rows; return whether all are made.
+        """Measure the missing rows; return whether all rows are measured.
 
-        minutes: no row is begun that would, by the time of the last of its kind, end later than this.
+        minutes: time limit; no row starts that would end later, judged by the longest row of its kind so far.
         """
         start, missing = time.monotonic(), self.missing()
         longest: dict[tuple[str, str, str], float] = {}
@@ -106,8 +106,8 @@ class Bench:
         return True
 
     def architecture(self, name: str) -> Architecture | None:
-        """Return an architecture that was chosen here; None for the dense model and for a folder's denoiser."""
-        self.pieces  # noqa: B018 - chooses
+        """Return an architecture chosen for a budget; None for the dense model and for a denoiser from a folder."""
+        self.pieces  # noqa: B018 - chooses the architectures
         return self._chosen.get(name)
 
     def _subject(self, name: str) -> Subject:
@@ -128,7 +128,7 @@ class Bench:
 
 
 class _Dense:
-    """The dense model of a cell on the device, in the cell's mode while the context is open; makes the cell's rows."""
+    """The dense model of a cell on the device, in the cell's mode inside the context; it measures the cell's rows."""
 
     def __init__(self, bench: Bench, cell: CellConfig):
         self.bench, self.recipe, self.cell, self.stack = bench, bench.recipe, cell, ExitStack()
@@ -203,7 +203,7 @@ class _Dense:
         if cell.workload == "unet":
             return timed_call(model, self.inputs)
         pipeline = with_denoiser(self.pipeline, model)
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # of its own
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # own scheduler
         shape = (recipe.resolution, recipe.batch, recipe.guidance, recipe.steps)
         return pipeline_call(pipeline, cell.workload, *shape, stack, recipe.seed)
 

@@ -32,9 +32,9 @@ def pipeline_call(
     stack: ExitStack,
     seed: int = 0,
 ) -> Callable[[], Tensor]:
-    """Return one call of the stock pipeline: its loop alone ("sampling"), or all of it ("image").
+    """Return a function that runs the stock pipeline once: its loop alone ("sampling"), or completely ("image").
 
-    stack: the pipeline's bar and safety checker are off until it closes.
+    stack: keeps the pipeline's progress bar and safety checker off until it closes.
     """
     stack.enter_context(quiet(pipeline))
     model, scale = denoiser_in(pipeline), scale_of(pipeline)
@@ -52,7 +52,7 @@ def pipeline_call(
         "latents": latents,
     }
     if workload == "image":
-        common |= call_options(pipeline, guidance)  # a pipeline may write into the list of its texts
+        common |= call_options(pipeline, guidance)  # a copy of prompts: a pipeline may change its list
         return lambda: pictures_of(pipeline, pipeline(prompt=list(prompts), output_type="pt", **common))
     family = family_of(pipeline)
     common |= family.call_options(pipeline, guidance)
