@@ -1,4 +1,4 @@
-"""The application: arguments that several commands take, output, and errors as one line and a status."""
+"""The application: shared arguments, output, and errors as one line and an exit status."""
 
 import importlib
 import os
@@ -15,7 +15,7 @@ from prunekit.runtime.errors import UserError, plain_line
 PACKAGE = __name__.partition(".")[0]
 INTERRUPTED = 130
 _BASES: tuple[Any, ...] = typer.BadParameter.__mro__
-UsageError, ClickException = _BASES[1:3]  # of click, which newer typers carry inside
+UsageError, ClickException = _BASES[1:3]  # classes of click, which newer versions of typer bundle
 Recipe = Annotated[
     Path,
     typer.Argument(metavar="RECIPE", help="Recipe: a YAML file, or a name that `prunekit recipes` lists."),
@@ -60,9 +60,9 @@ class Commands(TyperGroup):
 
 
 def is_users(error: Exception) -> bool:
-    """Return whether the message is for the user: an error class of ours, or an operating system's error on a file.
+    """Return whether an error is for the user: its class is prunekit's, or it is an OSError.
 
-    Any other error is a fault of prunekit or of a library, which the traceback helps to find.
+    Any other error is a fault of prunekit or of a library, and its traceback is shown.
     """
     return isinstance(error, UserError | OSError) or type(error).__module__.partition(".")[0] == PACKAGE
 
@@ -90,7 +90,7 @@ def common(
     """
     for library in ("transformers", "diffusers"):
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
-        if library in sys.modules:  # then it has read its variable already
+        if library in sys.modules:  # an imported library has read its variable already
             importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
 
 

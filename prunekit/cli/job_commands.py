@@ -124,13 +124,13 @@ def plan(
 
 
 def _recipes_and_overrides(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Part a command's arguments into recipes, which are YAML files or names of shipped recipes, and settings."""
+    """Split a command's arguments into recipes (YAML files or names of shipped recipes) and settings."""
     known = shipped_recipes()
     recipes = [text for text in arguments if text in known or Path(text).suffix == ".yaml" or Path(text).is_file()]
     if not recipes:
         first = next((text for text in arguments if "=" not in text), None)
         if first is not None:
-            find_recipe(first)  # says which names are near
+            find_recipe(first)  # raises an error with the nearest name
         raise UserError("no recipe: give a recipe's YAML file, and after it settings as KEY=VALUE")
     return [find_recipe(text) for text in recipes], [text for text in arguments if text not in recipes]
 

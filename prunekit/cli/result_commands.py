@@ -1,4 +1,4 @@
-"""The commands about what a run made: generate, evaluate, report, demo, serve, export, import, bench."""
+"""The commands about results of runs: generate, evaluate, report, figure, demo, serve, export, import, bench."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from prunekit.jobs.shipped import find_recipe
 from prunekit.runtime.errors import UserError
 from prunekit.serving.limits import API_KEY, Limits, PoolSettings, ServerSettings, check_packages
 
-MOST_ROWS = 50  # of pictures that `generate` lists
+MOST_ROWS = 50  # largest number of pictures that `generate` lists
 
 
 @app.command()
