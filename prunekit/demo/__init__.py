@@ -1,4 +1,4 @@
-"""A page to try a run in: one prompt, the dense model's picture beside its expert's, and why that expert."""
+"""A web page to try a run: one prompt, the pictures of the dense model and of the chosen expert, and the scores."""
 
 from prunekit.demo.answering import Answer, Demo
 

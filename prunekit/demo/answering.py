@@ -1,4 +1,4 @@
-"""One prompt, two pictures: the dense model's and the expert's that the router chooses, timed, with the scores."""
+"""Answer a prompt with pictures of the dense model and of the expert that the router chooses, with times and scores."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ MOST_RESIDENT = 2  # experts in memory
 
 @dataclass(frozen=True)
 class Answer:
-    """What a prompt gives.
+    """The answer to a prompt.
 
-    dense: None where the dense model is not here. expert: who drew `pruned`. scores: the router's of every expert;
-    empty without a router. known: false where the prompt encoder knows no word, so that the fallback expert draws.
+    dense: picture of the dense model; None if the model is missing. pruned: picture of the expert.
+    expert: index of the expert. scores: the router's score of every expert; empty without a router.
+    known: False if the prompt encoder knows no word of the prompt, so that the fallback expert draws it.
     """
 
     prompt: str
@@ -58,7 +59,7 @@ class Demo:
 
     @cached_property
     def architectures(self) -> list[Chosen | None]:
-        """What each expert keeps, with what counts its cost; None for one that does not say it."""
+        """Architecture and cost model of each expert; None for an expert without a record of its cut."""
         return architectures_of(self.directory, self.pipeline)
 
     @cached_property
@@ -69,7 +70,7 @@ class Demo:
     def answer(self, prompt: str, seed: int = 0, steps: int = 25, guidance: float | None = None) -> Answer:
         """Draw a prompt with both models, from the same noise.
 
-        guidance: the run's by default. Raises ValueError, one line, for what cannot be drawn.
+        guidance: guidance scale; the run's by default. Raises a one-line ValueError for invalid arguments.
         """
         prompt, seed, steps, guidance = self._checked(prompt, seed, steps, guidance)
         mixture, scores, known = self.pipeline.mixture, [], True

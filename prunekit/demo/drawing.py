@@ -1,4 +1,4 @@
-"""What stands under the two pictures, as HTML: costs, the router's scores, and the expert's architecture."""
+"""HTML below the two pictures: costs, the router's scores, and the expert's architecture."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ OTHERS = "#7F7F7F"  # bars of the experts that were not chosen
 
 
 def caption(drawn: Picture, title: str) -> str:
-    """Return a picture's line: who drew it, its time, and the MACs of all its denoiser calls."""
+    """Return a picture's caption: the model, its time, and the MACs of all its denoiser calls."""
     macs = f"{drawn.macs / 1e12:.2f} T" if drawn.macs >= 1e12 else f"{drawn.macs / 1e9:.2f} G"
     return f"<p class='caption'><b>{escape(title)}</b> {drawn.seconds:.2f} s · {macs}MACs</p>"
 
 
 def explanation(demo: Demo, answer: Answer) -> str:
-    """Return what explains an answer: the saving, why this expert, and what it is."""
+    """Return the explanation of an answer: the saving, the router's scores, and the expert's architecture."""
     parts = [f"<p class='saving'>{escape(saving(demo, answer))}</p>"]
     figures = [scores(answer)] if len(answer.scores) > 1 else []
     chosen = demo.architectures[answer.expert]
@@ -39,7 +39,7 @@ def explanation(demo: Demo, answer: Answer) -> str:
 
 
 def saving(demo: Demo, answer: Answer) -> str:
-    """Return the answer in words."""
+    """Return a text on the chosen expert, its share of the dense MACs, and the times."""
     count, text = demo.pipeline.num_experts, ""
     if count > 1 and answer.known:
         text = (

@@ -1,4 +1,4 @@
-"""What the demo opens: a run, a routed export or a pipeline, with the dense model that it was cut from."""
+"""Open a run, a routed export or a pipeline for the demo, with the dense model that it was cut from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its o
 
 
 def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptRoutedPipeline | None, str]:
-    """Return the dense model with the pruned one's other parts, or None and the reason why there is none."""
+    """Return a pipeline of the dense model with the pruned pipeline's other parts, or None and the reason."""
     name = pipeline.mixture.info.get("model")
     if name is None:
         return None, f"{directory} does not say which dense model it was cut from."
@@ -52,7 +52,7 @@ def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptR
 
 @dataclass(frozen=True)
 class Chosen:
-    """An expert's architecture, what counts its cost, and how the model is drawn."""
+    """An expert's architecture, its cost model, and the places and the legend of its drawing."""
 
     cost: CostModel
     architecture: Architecture
@@ -61,7 +61,7 @@ class Chosen:
 
 
 def architectures_of(directory: Path, pipeline: PromptRoutedPipeline) -> list[Chosen | None]:
-    """Return each expert's architecture; None for one that does not say what was cut."""
+    """Return each expert's architecture; None for an expert without a record of its cut."""
     info = pipeline.mixture.info
     architectures: list[Chosen | None] = []
     result = None
@@ -90,9 +90,9 @@ def shares_of(chosen: Chosen) -> Mapping[str, float | None]:
 
 
 def example_prompts(directory: Path, pipeline: PromptRoutedPipeline) -> list[str]:
-    """Return a few prompts of the run's own pictures, of every expert in turn.
+    """Return a few prompts of the run's generated pictures, from each expert in turn.
 
-    Where it has none: captions of the embedded data for the embedded model, of a shipped list for any other.
+    Without such pictures: captions of the embedded data for the embedded model, or else prompts of a shipped list.
     """
     prompts: dict[str, None] = {}
     for path in sorted(directory.glob(f"samples/*/**/{REQUEST}")):
@@ -116,6 +116,6 @@ def of_every_expert(prompts: list[str], pipeline: PromptRoutedPipeline) -> list[
 
 
 def title_of(directory: Path, info: Mapping[str, Any]) -> str:
-    """Return what the page is called."""
+    """Return the title of the page."""
     name = read_recipe(directory).get("name") if (directory / RECIPE).is_file() else None
     return str(name or directory.resolve().name) + (f": {info['method']}" if info.get("method") else "")

@@ -1,4 +1,4 @@
-"""The page itself, in gradio, and its server: on this machine, without analytics, fonts or scripts from elsewhere."""
+"""The gradio page and its server, without analytics and without fonts or scripts from other servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunekit.runtime.errors import MissingPackageError, cannot_listen
 
 STEPS = 25
 FONTS = ["system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
-KEPT_SECONDS = 3600  # of a picture that the page shows, on disk
+KEPT_SECONDS = 3600  # time that a shown picture stays on disk
 STYLE = """
 .prunekit { --grid: #d9dce1; }
 .dark .prunekit { --grid: #3a3f48; }
@@ -34,7 +34,7 @@ footer { display: none !important; }
 
 
 def check_gradio() -> None:
-    """ImportError that names the extra where gradio is missing."""
+    """Raise an ImportError that names the extra if gradio is missing."""
     if find_spec("gradio") is None:
         raise MissingPackageError("the demo needs gradio; pip install 'prunekit[demo]'")
 
@@ -88,7 +88,7 @@ def build(demo: Demo) -> Any:
 def launch(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> tuple[Any, str]:
     """Start the server in threads; return the page, whose `close()` ends it, and its address.
 
-    port: the first free one from 7860 on by default. Raises ValueError, one line, for one that is taken.
+    port: by default the first free port from 7860 on. Raises a one-line ValueError if the port is taken.
     """
     gradio = _gradio()
     page = build(demo)
@@ -105,7 +105,7 @@ def launch(demo: Demo, host: str = "127.0.0.1", port: int | None = None) -> tupl
 def serve(
     directory: Path, method: str | None, host: str, port: int | None, device: str | None, say: Callable[[str], None]
 ) -> None:
-    """Open a run and serve its page until Ctrl-C. Errors as `Demo` and `launch`; ImportError without gradio."""
+    """Open a run and serve its page until Ctrl-C. Errors as in `Demo` and `launch`; ImportError without gradio."""
     check_gradio()
     demo = Demo(directory, method, device)
     if demo.dense is None:
@@ -120,7 +120,7 @@ def serve(
 
 
 def _gradio() -> Any:
-    """Import gradio so that it reports to nobody."""
+    """Import gradio with its analytics switched off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     check_gradio()
     import gradio
