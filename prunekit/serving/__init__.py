@@ -1,4 +1,4 @@
-"""Using what a run made: prompts go to the expert that serves them, in a call, in bulk, or over HTTP.
+"""Draw with the pruned models of a run: each prompt goes to its expert, in a Python call, in bulk, or over HTTP.
 
 Names are imported when they are first used.
 """

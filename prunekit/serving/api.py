@@ -36,14 +36,17 @@ from prunekit.serving.routed_call import DEFAULT_STEPS
 
 GENERATIONS = "/v1/images/generations"
 PATHS = (GENERATIONS, "/v1/models", "/health", "/metrics", "/openapi.json", "/")
-RANDOM_SEEDS = 2**32  # the number of seeds that are drawn where a request gives none; exact in every JSON reader
-CLIENT_GONE = 499  # as nginx counts it; nobody receives it
+RANDOM_SEEDS = 2**32  # random seeds are below this number, which every JSON reader reads exactly
+CLIENT_GONE = 499  # nginx's status for a client that has left; no client receives it
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An error in OpenAI's form. headers: of the answer."""
+    """An error in the form of OpenAI's API.
+
+    headers: headers of the response, with "_" in the place of "-".
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -52,12 +55,12 @@ class ApiError(Exception):
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def answer(self) -> JSONResponse:
-        """Return it as a response."""
+        """Return the error as an HTTP response."""
         return JSONResponse(self.content, self.status, self.headers)
 
 
 def build(backend: Backend, settings: ServerSettings) -> ASGIApp:
-    """Return the application; it starts the backend with its lifespan, and leaves draining to who serves it."""
+    """Return the ASGI application. Its lifespan starts the backend; the server that runs it must drain the backend."""
     metrics, created = Metrics(backend), int(time.time())
 
     @contextlib.asynccontextmanager
@@ -98,7 +101,7 @@ def build(backend: Backend, settings: ServerSettings) -> ASGIApp:
 
     @app.get("/health", responses={503: {"model": None}})
     async def health() -> JSONResponse:
-        """Say whether images are drawn at once, and what is under way; status 503 where they are not."""
+        """Return the server's state, the number of waiting images and the running batches; status 503 if not ready."""
         load = backend.load()
         running = [vars(batch) for batch in load.running]
         content = {"status": backend.state(), "waiting": load.waiting, "running": running}
@@ -118,7 +121,7 @@ def build(backend: Backend, settings: ServerSettings) -> ASGIApp:
 
 
 class Gate:
-    """What every request passes: the API key, the limit of its body, and the counter of answers."""
+    """ASGI middleware for every request: it checks the API key, limits the size of the body, and counts responses."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics):
         self.app, self.metrics, self.most = app, metrics, settings.limits.body
@@ -202,7 +205,12 @@ def _check_model(name: str | None, backend: Backend) -> None:
 
 
 def _job(asked: GenerationRequest, backend: Backend, settings: ServerSettings) -> Job:
-    """Return what a request asks for, with all that it leaves open filled in."""
+    """Return the job of a request, with defaults for the fields that the request leaves out.
+
+    Raises:
+        UserError: the prompt is blank, the seeds are too large, or the size is not allowed.
+
+    """
     count, served = asked.n or 1, backend.served
     if not asked.prompt.strip():
         raise UserError("prompt='': say what the image shows")
@@ -233,7 +241,7 @@ async def _response(asked: GenerationRequest, job: Job, drawn: Drawn) -> ImagesR
 
 
 async def _unless_gone(request: Request, work: Awaitable[T], seconds: float) -> T:
-    """Wait for work; cancel it where the client leaves, or where it takes too long."""
+    """Return the result of work; cancel the work and raise ApiError if the client leaves or `seconds` have passed."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,7 +1,7 @@
-"""What the HTTP API needs of whatever draws: one protocol, and the plain data that cross it.
+"""The protocol of backends, which draw images for the HTTP API, and the data that the API and backends exchange.
 
-`InProcessBackend` draws in this process. A backend on several machines takes the same jobs: everything here can be
-pickled, and a job that is no longer wanted is cancelled as every asyncio task is.
+`InProcessBackend` draws in this process. A backend on several machines takes the same jobs: all data can be pickled,
+and a job that is no longer needed is cancelled like any asyncio task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 from prunekit.serving.drawer import Picture
 
 READY, DRAINING = "ready", "draining"  # states
-DRAINING_RETRY = 5  # seconds, in which another server may take over
+DRAINING_RETRY = 5  # seconds after which a client may try again; another server may run by then
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer, not a fault
@@ -30,15 +30,16 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not a fault
 
 
 class DrawingError(Exception):
-    """A job that failed for a reason other than its request, which the log has."""
+    """A job failed for a reason that is not in its request; the log has the reason."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Images of one prompt, each by its seed; all that the API leaves open is filled in.
+    """Images to draw of one prompt, one per seed; fields that a request left out have their defaults.
 
-    size: pixels (height, width). negative_prompt: None is not the empty text: see `PromptRoutedPipeline`.
-    expert: draws the images; None: the expert that the router chooses.
+    size: pixels (height, width).
+    negative_prompt: None: the stock pipeline's default, which may differ from the empty text.
+    expert: index of the expert that draws the images; None: the router chooses.
     """
 
     prompt: str
@@ -60,10 +61,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Served:
-    """What a backend draws with.
+    """The model that a backend draws with.
 
-    name: of the model. size: its own pixels (height, width). multiple: of which sides must be multiples.
-    guidance: where a request asks for none.
+    name: name of the model in the API. size: default size of an image in pixels, (height, width).
+    multiple: an image's sides must be multiples of this number of pixels. guidance: default guidance scale.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Running:
-    """A batch that is being drawn: by which expert, how many images, and how far it is."""
+    """A batch that is being drawn: its expert, its number of images, the steps done and the steps in total."""
 
     expert: int
     images: int
@@ -96,13 +97,13 @@ class Admission:
 
     def __init__(self) -> None:
         self.draining = False
-        self.images = 0  # of jobs under way
+        self.images = 0  # number of images in the jobs under way
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
     def job(self, job: Job) -> Iterator[None]:
-        """Give a context in which a job is under way; Refused once draining has begun."""
+        """Count a job as under way within the context; raise Refused once draining has begun."""
         if self.draining:
             raise Refused("the server is about to end", DRAINING_RETRY)
         self.images += len(job.seeds)
@@ -121,23 +122,23 @@ class Admission:
 
 
 class Backend(Protocol):
-    """Whatever draws; its methods are called from one event loop."""
+    """An object that draws images for the HTTP API; its methods are called from one event loop."""
 
     @property
     def served(self) -> Served:
-        """What it draws with."""
+        """The model that the backend draws with."""
         ...
 
     async def start(self) -> None:
-        """Begin; jobs may be given from now on, and wait until it is ready."""
+        """Start the backend; from now on it accepts jobs, which wait until it is ready."""
         ...
 
     def ready(self) -> bool:
-        """Return whether it draws at once what it is given."""
+        """Return whether the backend is ready to draw jobs."""
         ...
 
     def state(self) -> str:
-        """Return "ready", or why it is not, in a few words."""
+        """Return "ready", or in a few words why the backend is not ready."""
         ...
 
     def load(self) -> Load:
@@ -145,10 +146,10 @@ class Backend(Protocol):
         ...
 
     async def draw(self, job: Job) -> Drawn:
-        """Draw a job; cancelling it drops what waits, and stops a batch that nobody else waits for.
+        """Draw a job. Cancelling drops the job's waiting images, and stops a batch that no other job waits for.
 
         Raises:
-            Refused: there is no room, or it is about to end.
+            Refused: there is no room for the job, or the backend is draining.
             UserError: the model cannot draw the job.
             DrawingError: drawing failed.
 

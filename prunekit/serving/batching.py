@@ -1,9 +1,10 @@
-"""The queue in front of a device: what waits is cut into batches of one key, the oldest first.
+"""The queue in front of a device: waiting items are cut into batches of one key, the oldest items first.
 
-Plain Python: the server, a test or a worker of another engine may own one. A batch is cut when a device asks for it,
-so that it holds whatever has come by then. A device that has just answered a batch may ask to settle: clients who ask
-again at once then get into the next batch. A device that was idle never waits for a batch to fill. The batch of the
-oldest item is always the next one, so an item waits for no more batches than there are items before it.
+The queue is plain Python: the server, a test or a worker of another engine may own one. A batch is cut when a device
+takes it, so it can hold all items that have arrived by then. A device that has just answered a batch may wait a short
+time (`settle`), so that clients who send their next request at once get into the next batch. A device that was idle
+does not wait for a batch to fill. The batch of the oldest item is always the next one, so the number of batches that an
+item waits for is at most the number of items before it.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ T = TypeVar("T")
 
 
 class QueueFullError(Exception):
-    """There is no room for what was put."""
+    """The queue has no room for the given items."""
 
 
 class QueueClosedError(Exception):
-    """The queue takes nothing any more."""
+    """The queue is closed and accepts no more items."""
 
 
 class Batcher(Generic[K, T]):
-    """Items that wait by key; safe for many threads.
+    """A queue of items that are batched by key; safe for many threads.
 
     Args:
-        max_batch: items of one batch.
-        max_waiting: items that may wait.
+        max_batch: largest number of items in a batch.
+        max_waiting: largest number of waiting items.
 
     """
 
@@ -40,7 +41,7 @@ class Batcher(Generic[K, T]):
             raise ValueError(f"max_batch={max_batch}, max_waiting={max_waiting}: both must be at least 1")
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self._numbers = count()
-        self._waiting: dict[K, deque[tuple[int, T]]] = {}  # by key, each with its place in the order of arrival
+        self._waiting: dict[K, deque[tuple[int, T]]] = {}  # by key: (order of arrival, item)
         self._size = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -50,15 +51,15 @@ class Batcher(Generic[K, T]):
         return self._size
 
     def has_room(self, items: int) -> bool:
-        """Return whether so many items would be taken now."""
+        """Return whether the queue now has room for this number of items."""
         return self._size + items <= self.max_waiting
 
     def put(self, key: K, items: Sequence[T]) -> None:
-        """Let items of one key wait, all of them or none.
+        """Add items of one key to the queue, all of them or none.
 
         Raises:
-            QueueFullError: there is no room for all.
-            QueueClosedError: after `close`.
+            QueueFullError: there is no room for all items.
+            QueueClosedError: `close` was called.
 
         """
         with self._changed:
@@ -72,7 +73,7 @@ class Batcher(Generic[K, T]):
                 self._changed.notify_all()
 
     def cut(self) -> list[T]:
-        """Take the next batch: the oldest item and the oldest others of its key; empty where nothing waits."""
+        """Remove and return the next batch: the oldest item and the next oldest items of its key; [] if none waits."""
         with self._changed:
             if not self._waiting:
                 return []
@@ -85,9 +86,9 @@ class Batcher(Generic[K, T]):
             return batch
 
     def take(self, settle: float = 0.0) -> list[T] | None:
-        """Wait for the next batch; None once the queue is closed and empty.
+        """Wait for the next batch, remove it and return it; return None once the queue is closed and empty.
 
-        settle: seconds that items which wait already may go on waiting until their batch is full.
+        settle: longest time in seconds that already waiting items wait for their batch to fill.
         """
         with self._changed:
             if self._waiting and settle:
@@ -99,11 +100,11 @@ class Batcher(Generic[K, T]):
         return min(self._waiting, key=lambda key: self._waiting[key][0][0])
 
     def _is_settled(self) -> bool:
-        """Whether no later item would get into the next batch."""
+        """Return whether the next batch is full, no item waits, or the queue is closed."""
         return self._closed or not self._waiting or len(self._waiting[self._oldest()]) >= self.max_batch
 
     def remove(self, items: Collection[T]) -> int:
-        """Drop those of the items that still wait, by identity; return how many there were."""
+        """Remove the given items that still wait, compared by identity; return the number removed."""
         gone = {id(item) for item in items}
         with self._changed:
             before = self._size
@@ -116,7 +117,7 @@ class Batcher(Generic[K, T]):
             return before - self._size
 
     def close(self) -> None:
-        """Take nothing any more; what waits is still cut."""
+        """Accept no more items; waiting items can still be taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""Many pictures into one directory, by any number of processes, in any order, through any number of kills.
+"""Draw many pictures into one directory, by any number of processes; killed processes can be started again.
 
-Pictures are cut into fixed batches: by expert, then by prompt and seed. So no byte depends on the order in which they
-are requested, or on which process makes what; processes that are given the same work share it by lock files.
+Pictures are drawn in fixed batches: by expert, then by prompt and seed. So a picture's bytes do not depend on the order
+of the request or on the process that draws it. Processes with the same request share the work by lock files.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from prunekit.runtime.work import Piece, Sharing, occupied, refuse_foreign, shar
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.routed_call import RoutedOutput
 
-FORMATS = ("png", "webp")  # both without loss
+FORMATS = ("png", "webp")  # both are lossless
 KEY = "prunekit"
 _DESCRIPTION = 0x010E  # EXIF's ImageDescription
-WORK = ".work"  # in the directory: what was asked for, and the locks
-REQUEST = "request.json"  # there
-BATCHES_PER_PIECE = 4  # what a process takes at a time
+WORK = ".work"  # folder in the directory, with the request and the locks
+REQUEST = "request.json"  # file in WORK
+BATCHES_PER_PIECE = 4  # a process takes this number of batches at a time
 
 
 def write_picture(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
-    """Write a picture, by its name's ending, atomically; `metadata`, JSON values, goes in."""
+    """Write a picture atomically, as WebP or PNG by its name's ending, with `metadata` (JSON values) in the file."""
     text = json.dumps(metadata, sort_keys=True)
     if path.suffix == ".webp":
         exif = Image.Exif()
@@ -52,7 +52,7 @@ def write_picture(path: Path, picture: Image.Image, metadata: Mapping[str, Any])
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what `write_picture` put into a picture; UserError, one line, where there is nothing."""
+    """Return the metadata that `write_picture` put into a picture; UserError if there is none."""
     picture = open_picture(path)
     try:
         metadata = json.loads(picture.getexif()[_DESCRIPTION] if path.suffix == ".webp" else picture.info[KEY])
@@ -65,9 +65,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """What is requested: prompts with their seeds, and how all of them are drawn.
+    """Prompts with their seeds, one per picture, and the settings with which all pictures are drawn.
 
-    size: pixels (height, width); None: the model's own. picture_format: "png" or "webp".
+    guidance: guidance scale; None: the mixture's default. size: pixels (height, width); None: the model's default size.
+    picture_format: "png" or "webp".
     """
 
     prompts: list[str]
@@ -90,7 +91,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pipeline came from, as `PromptRoutedPipeline.from_pretrained` takes it; another node opens it anew."""
+    """Arguments of `PromptRoutedPipeline.from_pretrained`, with which another node opens the same pipeline."""
 
     directory: str
     method: str | None = None
@@ -113,10 +114,20 @@ def generate_to(
 ) -> list[tuple[Path, int]]:
     """Draw all prompts to `directory`/00000.png …; return each picture's path and expert.
 
-    A picture appears whole or not at all, and what is there is not made again. Returns when all are there, made here
-    or by other processes. weights: their digest, where `weights_digest` was called already. executor: draws, with a
-    pipeline that it opens from `source`; by default this process. Raises ValueError, one line, for a directory that
-    holds pictures of another request.
+    A picture appears whole or not at all, and an existing picture is not drawn again. The call returns when all
+    pictures exist, whichever process drew them.
+
+    Args:
+        directory: new, empty, or with pictures of the same request.
+        pipeline: routes the prompts; it also draws them if no executor is given.
+        request: the prompts, seeds and settings.
+        weights: result of `weights_digest`, if it was already called.
+        executor: draws with a pipeline that it opens from `source`; by default this process draws.
+        source: opens the pipeline on the executor's nodes.
+
+    Raises:
+        UserError: the directory holds pictures of another request, or other files.
+
     """
     content, leave = _content(pipeline, request, weights), partial(_forget_if_empty, directory)
     sharing = partial(share, locks=directory / WORK)
@@ -129,7 +140,7 @@ def generate_to(
 
 @lru_cache(maxsize=1)
 def _opened(source: Source) -> PromptRoutedPipeline:
-    """Return a pipeline that stays in memory for the next piece."""
+    """Return the pipeline of a source; it stays in memory for the next piece."""
     return source.open()
 
 
@@ -169,7 +180,7 @@ def _generate(
 
 
 def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request, weights: str | None = None) -> Path:
-    """Return `base`, or the first of `base`-2, `base`-3 …, that holds pictures of this request or none of any.
+    """Return the first of `base`, `base`-2, `base`-3 … that holds no pictures of another request.
 
     weights: as in `generate_to`.
     """
@@ -179,7 +190,12 @@ def free_directory(base: Path, pipeline: PromptRoutedPipeline, request: Request,
 
 
 def _claim(directory: Path, content: dict[str, Any]) -> None:
-    """Write down what is requested; ValueError that names a difference to the earlier request."""
+    """Record the request in the directory.
+
+    Raises:
+        UserError: the directory has another request, whose differences the error names, or other files.
+
+    """
     refuse_foreign(directory, (directory / WORK / REQUEST).is_file(), "generated pictures")
     if different := _differences(directory, content):
         raise UserError(
@@ -199,16 +215,16 @@ def _content(pipeline: PromptRoutedPipeline, request: Request, weights: str | No
 
 
 def _differences(directory: Path, content: dict[str, Any]) -> list[str]:
-    """Return the names of what the pictures that a directory holds were asked for with, and `content` has otherwise."""
+    """Return the names of the values in which the request recorded in a directory differs from `content`."""
     path = directory / WORK / REQUEST
     earlier = read_json(path) if path.is_file() else content
     return [name for name in content if name in earlier and earlier[name] != content[name]]
 
 
 def weights_digest(pipeline: PromptRoutedPipeline) -> str:
-    """Return a digest of what draws: the frozen parts, and the experts' weights or the run that made them.
+    """Return a digest of the frozen parts' weights, and of the run's recipe or, without a recipe, the experts' weights.
 
-    It reads all weights, which takes seconds for a large model.
+    It reads these weights, which takes seconds for a large model.
     """
     digest = Fingerprint("weights")
     for name, part in sorted(pipeline.parts.components.items()):
@@ -223,13 +239,13 @@ def weights_digest(pipeline: PromptRoutedPipeline) -> str:
 
 
 def _forget_if_empty(directory: Path) -> None:
-    """Remove what a request that drew nothing has written, so that the directory is free for another one."""
+    """Remove the record of a request that drew no picture, so that another request can use the directory."""
     if not any(path.suffix[1:] in FORMATS for path in directory.iterdir()):
         shutil.rmtree(directory / WORK, ignore_errors=True)
 
 
 def _batches(experts: list[int], request: Request) -> dict[int, list[list[int]]]:
-    """Cut the rows of each expert, in the order of their prompts and seeds, into batches."""
+    """Return each expert's batches of row indices; an expert's rows are sorted by prompt and seed."""
     batches = {}
     for expert in sorted(set(experts)):
         rows = [row for row, assigned in enumerate(experts) if assigned == expert]

@@ -1,4 +1,4 @@
-"""A pipeline opened to draw prompts as they come, for the demo and the server: checked, warmed up, timed."""
+"""A pipeline that draws prompts as they arrive, for the demo and the server; it is checked, warmed up and timed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from prunekit.runtime.run_directory import RECIPE, method_directory
 from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.routed_call import RoutedOutput
 
-WARM_UP_STEPS = 2  # PixArt draws a single one by another rule, which most schedulers do not know
-PIXELS = 8  # of which stock pipelines want sides to be multiples, whatever their autoencoder's scale
+WARM_UP_STEPS = 2  # PixArt treats a single step in a different way, which most schedulers do not support
+PIXELS = 8  # stock pipelines require sides that are multiples of this, for any scale of the autoencoder
 
 
 @dataclass(frozen=True)
 class Picture:
     """An image, the seed of its noise, the exact MACs of its denoiser calls, and the batch that it was drawn in.
 
-    batch: the images of that batch. seconds: that the batch took, with text encoder and autoencoder.
+    batch: number of images in the batch. seconds: time of the batch, including text encoder and autoencoder.
     """
 
     image: Image.Image
@@ -38,7 +38,7 @@ class Picture:
 
 
 class Drawer:
-    """What draws with a pipeline's experts; each expert's first batch follows an untimed one, which loads it."""
+    """Draws batches with a pipeline's experts and times them; an untimed batch warms up each expert first."""
 
     def __init__(self, pipeline: PromptRoutedPipeline):
         pipeline.set_progress_bar_config(disable=True)
@@ -49,8 +49,8 @@ class Drawer:
             sides, patch = latent_size(model), getattr(model.config, "patch_size", None)
         scale = base.vae_scale_factor
         self.size = (sides[0] * scale, sides[1] * scale)  # pixels (height, width) that the model was made for
-        packed = 1 if pipeline.parts.denoiser == "unet" else max(2, patch or 1)  # latent positions of a token's side
-        self.multiple = math.lcm(PIXELS, scale * packed)  # of which an image's sides must be multiples
+        packed = 1 if pipeline.parts.denoiser == "unet" else max(2, patch or 1)  # latent positions per side of a token
+        self.multiple = math.lcm(PIXELS, scale * packed)  # an image's sides must be multiples of this
 
     def draw(
         self,
@@ -66,22 +66,22 @@ class Drawer:
         """Draw prompts by one expert, as one batch.
 
         Args:
-            prompts: one an image.
-            seeds: one an image.
-            expert: who draws.
-            steps: of all images.
-            guidance: of all images.
-            negative_prompts: one an image; None: none.
-            size: pixels (height, width); None: the model's own.
-            on_step: told after each step how many are done, and how many the scheduler makes, which may be more than
-                `steps`; what it raises ends the batch.
+            prompts: one per image.
+            seeds: one per image.
+            expert: index of the expert that draws.
+            steps: scheduler steps of all images.
+            guidance: guidance scale of all images.
+            negative_prompts: one per image; None: no negative prompts.
+            size: pixels (height, width); None: the size that the model was made for.
+            on_step: called after each step with the number of steps done and the scheduler's number of steps, which may
+                exceed `steps`; an exception that it raises ends the batch.
 
         """
         height, width = size or self.size
         options: dict[str, Any] = {"guidance_scale": guidance, "height": height, "width": width}
         options |= {"negative_prompt": negative_prompts, "seeds": seeds, "batch_size": len(prompts)}
         options["experts"] = [expert] * len(prompts)
-        with self.pipeline.mixture.experts.use(expert):  # loading is not drawing
+        with self.pipeline.mixture.experts.use(expert):  # so the time excludes loading
             if expert not in self._warm:
                 self.pipeline(prompts, num_inference_steps=WARM_UP_STEPS, **options)
                 self._warm.add(expert)
@@ -94,7 +94,7 @@ class Drawer:
         return [Picture(*one, len(prompts), seconds) for one in drawn]
 
     def _told(self, on_step: Callable[[int, int], None]) -> dict[str, Any]:
-        """Return the stock pipeline's argument for a callback that changes nothing."""
+        """Return the stock pipeline's callback argument that calls `on_step` after each step."""
 
         def at_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1, pipeline.num_timesteps)
@@ -102,21 +102,23 @@ class Drawer:
 
         if "callback_on_step_end" in inspect.signature(self.pipeline.parts.kind.__call__).parameters:
             return {"callback_on_step_end": at_step_end}
-        return {"callback": lambda step, timestep, latents: on_step(step + 1, step + 1)}  # PixArt's, without a total
+        return {"callback": lambda step, timestep, latents: on_step(step + 1, step + 1)}  # PixArt's, without total
 
 
 def open_pipeline(
     directory: Path, method: str | None, device: str | None, max_resident: int | None = None
 ) -> PromptRoutedPipeline:
-    """Load what is pruned to draw with; every expert's files are looked at, none is loaded yet.
+    """Open a pipeline to draw with; check that every expert has weights, but load none yet.
 
     Args:
-        directory: a run, what `prunekit export` wrote, or any diffusers pipeline.
-        method: of a run; by default the one that routes, else its first.
-        device: where it draws; a GPU by default where there is one.
-        max_resident: experts in memory at once; None: all.
+        directory: directory of a run, an export, or any diffusers pipeline.
+        method: method of the run; by default the method that routes, else the first by name.
+        device: device that draws; by default a GPU if there is one.
+        max_resident: largest number of experts in memory; None: all.
 
-    Raises FileNotFoundError or ValueError, one line, for a folder without a model, or one that lacks an expert.
+    Raises:
+        FileNotFoundError: the directory holds no model, or lacks an expert.
+        UserError: the model is faulty, an expert has no weights, or the device is not usable.
 
     """
     if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""A mixture, and its experts kept in memory up to a bound: the least recently used expert leaves first."""
+"""A mixture, whose experts stay in memory up to a bound; the least recently used expert is removed first."""
 
 import threading
 from collections import OrderedDict
@@ -28,16 +28,16 @@ class Slot:
 class Experts:
     """N denoisers by index, loaded when they are used; safe for many threads.
 
-    A thread that needs an expert for which there is no room waits until others leave theirs, so that the bound holds
-    at every moment; threads are served in turn.
+    A thread that needs an expert for which there is no room waits until other threads release their experts, so the
+    bounds always hold. No other thread can overtake the waiting thread.
 
     Args:
-        load: returns the denoiser of expert i on a device and in a type.
-        num_weights: returns how many weights it has; asked before it is loaded.
+        load: returns the denoiser of expert i on a device and in a dtype.
+        num_weights: returns the number of weights of expert i without loading it.
         num_experts: N.
-        device, dtype: where experts are loaded.
-        max_resident: how many experts may be in memory; None: all.
-        max_bytes: how many bytes their weights may take; None: any. One expert always fits.
+        device, dtype: device and dtype of loaded experts.
+        max_resident: largest number of experts in memory; None: all.
+        max_bytes: largest size of all loaded weights in bytes; None: no bound. A single expert may exceed it.
 
     """
 
@@ -59,7 +59,7 @@ class Experts:
         self.device, self.dtype = device, dtype
         self.max_resident, self.max_bytes = max_resident, max_bytes
         self._slots: OrderedDict[int, Slot] = OrderedDict()  # least recently used first
-        self._turn = threading.Lock()  # held by the thread that is next, so that nobody overtakes it
+        self._turn = threading.Lock()  # held by the thread that is next, so that no thread overtakes it
         self._changed = threading.Condition()
 
     @property
@@ -70,7 +70,7 @@ class Experts:
 
     @contextmanager
     def use(self, index: int) -> Iterator[ModelMixin]:
-        """Give expert `index` and keep it in memory meanwhile; a thread uses one at a time."""
+        """Yield expert `index`, and keep it in memory within the context; a thread may use one expert at a time."""
         if not 0 <= index < self.num_experts:
             raise UserError(f"expert {index}: there are {self.num_experts}, 0 to {self.num_experts - 1}")
         with self._turn, self._changed:
@@ -85,7 +85,7 @@ class Experts:
                 self._changed.notify_all()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the experts in memory, and load the later ones there."""
+        """Move the experts in memory to a device and a dtype, and load later experts there."""
         with self._turn, self._changed:
             self.device, self.dtype = device, dtype
             for slot in self._slots.values():
@@ -96,14 +96,14 @@ class Experts:
         return self.num_weights(index) * self.dtype.itemsize
 
     def _enter(self, index: int) -> Slot:
-        """Make room for an expert and load it; the caller holds the lock, and nobody else enters meanwhile."""
+        """Make room for an expert and load it; the caller holds `_turn`, so no other thread loads one meanwhile."""
         size = self.size(index) if self.max_bytes is not None else 0
         self._changed.wait_for(lambda: self._make_room(size))
         self._slots[index] = slot = Slot(self.load(index, self.device, self.dtype))
         return slot
 
     def _make_room(self, size: int) -> bool:
-        """Drop unused experts until there is room for one of that size; say whether there is."""
+        """Drop unused experts until an expert of `size` bytes fits; return whether it fits."""
         while self._slots and not self._fits(size):
             unused = next((index for index, slot in self._slots.items() if not slot.users), None)
             if unused is None:
@@ -119,10 +119,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a pipeline serves: the experts and the router that assigns prompts to them.
+    """The experts of a pipeline, and the router that assigns prompts to them.
 
-    router, encoder: None where there is one expert. guidance: where a call asks for none. info: JSON values about the
-    mixture's source, `recipe` (a hash) and `method` among them.
+    router, encoder: the router and its prompt encoder; None if there is a single expert.
+    guidance: default guidance scale.
+    info: JSON values about the mixture's source, such as `recipe` (a hash) and `method`.
     """
 
     experts: Experts
@@ -132,12 +133,15 @@ class Mixture:
     info: dict[str, Any] = field(default_factory=dict)
 
     def route(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the expert of each prompt, LongTensor (n,); see `route`."""
+        """Return the expert index of each prompt, LongTensor (n,); see the function `route`."""
         return route(prompts, self.router, self.encoder)
 
 
 def route(prompts: Sequence[str], router: Router | None, encoder: PromptEncoder | None) -> torch.Tensor:
-    """Return the expert of each prompt, LongTensor (n,); the same for a prompt in any company; not safe for threads."""
+    """Return the expert index of each prompt, LongTensor (n,); not safe for threads.
+
+    A prompt's expert does not depend on the other prompts.
+    """
     if router is None or encoder is None:
         return torch.zeros(len(prompts), dtype=torch.long)
     return router.route(encoder.encode(list(prompts)))

@@ -1,6 +1,6 @@
-"""Where an exported mixture lies: its experts, router and prompt encoder, for a pipeline without prunekit.
+"""The folder of an exported mixture: experts, router and prompt encoder, for a pipeline without prunekit.
 
-An export's `experts/mixture.py` is written from this module and what it needs.
+An export's `experts/mixture.py` is generated from this module and the definitions that it needs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.run_directory import ROUTER
 from prunekit.serving.experts import DEFAULT_GUIDANCE, Experts, Mixture
 
-ROUTED = "routed.json"  # of a saved PromptRoutedPipeline
+ROUTED = "routed.json"  # settings of a saved PromptRoutedPipeline
 PROMPT_ENCODER = "prompt_encoder"
 
 
 def read_router(directory: Path, content: dict[str, Any]) -> tuple[Router | None, PromptEncoder | None]:
-    """Read the router of a mixture's directory, and the encoder of its prompts; None and None where it has none.
+    """Read the router and the prompt encoder of a mixture's directory; return (None, None) if it has no router.
 
-    content: of the directory's `routed.json`.
+    content: content of the directory's `routed.json`.
 
     Raises:
-        UserError: they do not fit each other or the number of experts.
+        UserError: the router does not fit the prompt encoder or the number of experts.
 
     """
     if not content.get("has_router"):
@@ -51,7 +51,7 @@ def read_mixture(directory: Path, content: dict[str, Any], experts: Experts) -> 
 
 
 class ExpertsFolder:
-    """Where an exported mixture lies: the component `experts` of its pipeline; experts are read when they are used."""
+    """The component `experts` of an exported pipeline: the folder of experts, each of which is read when it is used."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -59,7 +59,7 @@ class ExpertsFolder:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> ExpertsFolder:
-        """Take the folder `experts` of an export."""
+        """Open the folder `experts` of an export; `options` are ignored."""
         return cls(Path(folder))
 
     @property
@@ -69,7 +69,10 @@ class ExpertsFolder:
         return height, width
 
     def mixture(self, device: torch.device, dtype: torch.dtype, max_resident: int | None) -> Mixture:
-        """Return the experts, which are loaded where and in which type they are used, and their router."""
+        """Return the mixture, whose experts are loaded on a device and in a dtype when they are used.
+
+        max_resident: largest number of experts in memory; None: all.
+        """
         count: int = self.content["num_experts"]
         experts = Experts(self._load, _no_size, count, device, dtype, max_resident)
         return read_mixture(self.folder.parent, self.content, experts)

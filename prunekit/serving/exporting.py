@@ -1,4 +1,4 @@
-"""`prunekit export`: a run, a pipeline or a denoiser in the tier that fits, checked in a fresh process beforehand."""
+"""`prunekit export`: write a run, a pipeline or a denoiser in the tier that fits, checked in a fresh process."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ from prunekit.serving.pipeline import PromptRoutedPipeline
 from prunekit.serving.prompts import read_prompts, shipped_prompts
 from prunekit.serving.routed_directory import write_shared
 
-HELD_OUT = 5  # one prompt of so many measures the error of a folding to a rank
-GRAPH_BATCHES = (1, 3)  # with which a graph for any batch is checked
+HELD_OUT = 5  # one in this number of prompts measures the error of folding to a rank
+GRAPH_BATCHES = (1, 3)  # batch sizes that check a graph for any batch size
 
 
 @dataclass
 class Exported:
-    """directory: where it is. tiers: of each denoiser. checked: how each was opened, and what it differed by."""
+    """A finished export.
+
+    directory: the export's directory. tiers: tier of each denoiser.
+    checked: for each check, how the export was opened and by how much its output differed.
+    """
 
     directory: Path
     tiers: list[str]
@@ -61,11 +65,14 @@ class _Work:
 
     @property
     def use(self) -> str:
-        """Return how what is saved without a pipeline is loaded, a key of the card's USES; "" for the other tiers."""
+        """Key of the model card's USES for a denoiser that is saved without a pipeline; "" for the other tiers."""
         return "graph" if self.tier in GRAPHS else self.tier if self.tier in ALONE else ""
 
     def folded(self, pipeline: PromptRoutedPipeline, model: ModelMixin, what: str) -> tuple[ModelMixin, Folded | None]:
-        """Fold an expert's modulation layers if requested; return what is saved, and the folding."""
+        """Fold an expert's modulation layers if requested; return the model to save, and the folding or None.
+
+        what: the expert's name in reports and errors.
+        """
         if self.folding is None:
             return model, None
         if isinstance(model, TimestepModel):
@@ -81,7 +88,10 @@ class _Work:
         return folded.model, folded
 
     def save(self, model: ModelMixin, folder: Path, what: str) -> None:
-        """Save a denoiser to its own folder, or each slice of one; `what` is its name in reports."""
+        """Save a denoiser, or each of its slices for bins of timesteps, to a folder.
+
+        what: the denoiser's name in reports.
+        """
         if isinstance(model, TimestepModel):
             for index, (part, place) in enumerate(saved_parts(model, folder)):
                 self.save(part, place, f"{what}, slice {index}")
@@ -95,7 +105,7 @@ class _Work:
         self.saved(model, folder, what, specification)
 
     def saved(self, model: ModelMixin, folder: Path, what: str, specification: Mapping[str, Any]) -> Expected:
-        """Take note of a denoiser that is saved; return what it gives in memory."""
+        """Record a saved denoiser's checks, tier and costs; return the outputs of the denoiser in memory."""
         tier = specification["tier"]
         batches = (self.batch,) if self.batch else GRAPH_BATCHES
         expected = Expected.of(model, self.text_length, batches if tier in GRAPHS else (2,))
@@ -115,24 +125,25 @@ def export(
     fold_modulation: str | None = None,
     prompts_file: Path | None = None,
 ) -> Exported:
-    """Export what a run made, a pipeline's directory or a denoiser's folder; return where it is and what was checked.
+    """Export a run, a pipeline or a denoiser; return the export's directory, its tiers and the results of its checks.
 
     Args:
-        source: a run, what `PromptRoutedPipeline.save_pretrained` wrote, a diffusers pipeline, or a denoiser's folder.
-        directory: new or empty; it appears once every check is passed, with a model card.
-        tier: "stock", "class", "single-file", "onnx", "torch", or "auto": stock where it expresses the cut, else class.
-        method: of a run; by default the one that routes, else the first by name.
-        expert: of a mixture, export it alone, as a plain pipeline; by default all, with their router.
-        batch: of "onnx" and "torch": samples of a call; by default any number.
-        fold_modulation: "table=N", "nearest=N" or "rank=R", as `FoldingPlan.parse` reads it: of a transformer, fold
-            the modulation layers; by default they stay.
-        prompts_file: of "rank=R": prompts, one a line, such as the model is used with. Four fifths of them say which
-            directions are kept, the rest measures the error. By default the shipped lists, 32 and 20 prompts.
+        source: directory of a run, a saved `PromptRoutedPipeline` or a diffusers pipeline, or a denoiser's folder.
+        directory: new or empty; it appears, with a model card, once every check has passed.
+        tier: "stock", "class", "single-file", "onnx", "torch", or "auto": "stock" if it can express the cut, else
+            "class".
+        method: method of the run; by default the method that routes, else the first by name.
+        expert: index of an expert to export alone, as a plain pipeline; by default all experts, with their router.
+        batch: samples per call of the tiers "onnx" and "torch"; by default any number.
+        fold_modulation: how to fold a transformer's modulation layers: "table=N", "nearest=N" or "rank=R", see
+            `FoldingPlan.parse`; by default the layers stay as they are.
+        prompts_file: for "rank=R": typical prompts of the model, one per line. Four fifths of them determine the
+            directions that are kept, and one fifth measures the error. By default the shipped lists, 32 and 20 prompts.
 
     Raises:
-        ValueError: one line: a faulty source, a directory in use, a tier that does not fit, a check that fails.
-        FileNotFoundError: nothing at `source`.
-        ImportError: "onnx" without its packages.
+        ValueError: the source is faulty, the directory is in use, the tier does not fit, or a check fails.
+        FileNotFoundError: `source` holds no model.
+        ImportError: the packages of the tier "onnx" are missing.
 
     """
     source, directory = Path(source), Path(directory)
@@ -216,7 +227,7 @@ def _export_all(
 
 
 def _routes(pipeline: PromptRoutedPipeline) -> Expected:
-    """Return prompts, as bytes of their text, and one more than their experts, so that no expectation is zero."""
+    """Return prompts as bytes, and each prompt's expert index plus 1, so that no expected value is zero."""
     prompts = ["", *shipped_prompts("aptp-coco")]
     text = torch.frombuffer(bytearray("\n".join(prompts).encode()), dtype=torch.uint8)
     return Expected([(Inputs({"prompts": text}, {}, {}, frozenset()), pipeline.route(prompts).double() + 1)])
@@ -231,7 +242,7 @@ def _finish(
     info: Mapping[str, Any],
     table: Sequence[Mapping[str, Any]],
 ) -> Exported:
-    """Check everything, and write the card."""
+    """Check all claims of the export, write the model card, and return the finished export."""
     checked = verify(work.claims)
     card = model_card(use, directory.name, info, work.rows, checked, table, part, work.notes)
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -239,6 +250,6 @@ def _finish(
 
 
 def _table(source: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's results; none where there are no results."""
+    """Return the table rows of a run's results; [] if the run has no results."""
     path = source / RESULTS
     return read_json(path)["table"]["rows"] if path.is_file() else []

@@ -35,8 +35,8 @@ WARMING = "warming up"  # a state
 FAILING = "failing"  # a state
 WARM_UP = "warm up"  # a prompt
 FAILURES = 3  # batches in a row after which a device counts as faulty
-SETTLE = 0.05  # of a batch's time: how long the next one waits for clients who were just answered to ask again
-MOST_RETRY = 60  # seconds that a client is asked to wait
+SETTLE = 0.05  # share of a batch's time that the next batch waits for new requests of clients just answered
+MOST_RETRY = 60  # most seconds that a refused client is asked to wait
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class _Task:
 
 @dataclass(frozen=True, eq=False)
 class _Image:
-    """One image of a task, as it waits."""
+    """One image of a task, as an item of the queue."""
 
     task: _Task
     index: int
@@ -98,17 +98,17 @@ class InProcessBackend:
         self._queue: Batcher[Key, _Image] = Batcher(max_batch, max_queued)
         self._router = ThreadPoolExecutor(1, "router")
         self._running: dict[int, Running] = {}  # by device
-        self._failures = [0] * len(drawers)  # in a row, of each device
+        self._failures = [0] * len(drawers)  # failed batches in a row, of each device
         self._cold = set(range(len(drawers)))  # devices whose experts have not drawn yet
         self._admission = Admission()
-        self._seconds = 0.0  # that an image took lately
+        self._seconds = 0.0  # time per image in the last batch
         self._threads: list[threading.Thread] = []
 
     @classmethod
     def open(cls, directory: Path, settings: ServerSettings) -> InProcessBackend:
         """Open a run, an export or any diffusers pipeline on every device of the settings; errors as `open_pipeline`.
 
-        The model is read here; its experts are read by `start`.
+        This call reads the model without its experts; `start` reads the experts.
         """
         devices: Sequence[str | None] = settings.devices or (None,)
         pipelines = [open_pipeline(directory, settings.method, name, settings.max_resident) for name in devices]
@@ -124,7 +124,7 @@ class InProcessBackend:
             thread.start()
 
     def ready(self) -> bool:
-        """Return whether it draws at once what it is given."""
+        """Return whether the backend is ready to draw jobs."""
         return self.state() == READY
 
     def state(self) -> str:
@@ -136,11 +136,11 @@ class InProcessBackend:
         return FAILING if min(self._failures) >= FAILURES else READY
 
     def resident(self) -> set[int]:
-        """Return the experts that are in a device's memory."""
+        """Return the indices of the experts that are in the memory of any device."""
         return {expert for drawer in self._drawers for expert in drawer.pipeline.mixture.experts.resident}
 
     def load(self) -> Load:
-        """Return how busy it is."""
+        """Return the current load of the backend."""
         return Load(len(self._queue), tuple(self._running.copy().values()))
 
     async def draw(self, job: Job) -> Drawn:
@@ -181,14 +181,14 @@ class InProcessBackend:
         return int(self._drawers[0].pipeline.route([prompt])[0])
 
     def _full(self) -> Refused:
-        """Return the refusal of a job for which there is no room, with the seconds that the queue takes."""
+        """Return the error for a job that the full queue cannot take, with the seconds after which to try again."""
         waiting = len(self._queue)
         seconds = math.ceil(waiting * self._seconds / len(self._drawers))
         text = f"{waiting} images wait, and at most {self._queue.max_waiting} may"
         return Refused(text, min(max(1, seconds), MOST_RETRY))
 
     def _work(self, device: int) -> None:
-        """Be the thread of a device."""
+        """Warm up a device, then draw batches until the queue is closed and empty; runs in the device's thread."""
         self._warm_up(device)
         settle = 0.0
         while (batch := self._queue.take(settle)) is not None:
@@ -197,7 +197,7 @@ class InProcessBackend:
             settle = SETTLE * (time.monotonic() - began)
 
     def _warm_up(self, device: int) -> None:
-        """Draw one step with every expert, so that the first request finds it loaded."""
+        """Draw one step with every expert, so that the first request does not wait for loading."""
         for expert in range(self.served.num_experts):
             if self._admission.draining:
                 break
@@ -208,7 +208,7 @@ class InProcessBackend:
         self._cold.discard(device)
 
     def _draw_batch(self, device: int, images: Sequence[_Image]) -> None:
-        """Draw a batch and answer it; where it fails, draw each of its images alone, so that only faulty ones fail."""
+        """Draw a batch and answer its jobs; if it fails, draw each image alone, so that only faulty images fail."""
         batch = [image for image in images if not image.task.gone]
         if not batch:
             return
@@ -231,11 +231,11 @@ class InProcessBackend:
             with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody waits
                 self._loop.call_soon_threadsafe(answer)
             return
-        for image in batch:  # after the error is gone, which would keep the batch's tensors
+        for image in batch:  # here the error is gone, which would keep the batch's tensors in memory
             self._draw_batch(device, [image])
 
     def _pictures(self, device: int, batch: Sequence[_Image]) -> list[Picture]:
-        """Draw images of one key; _AbandonedError at the step after which nobody waits for any of them."""
+        """Draw images of one key; raise _AbandonedError after a step if nobody waits for any of the images."""
         key, jobs = batch[0].task.key, [image.task.job for image in batch]
 
         def on_step(step: int, steps: int) -> None:

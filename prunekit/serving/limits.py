@@ -8,17 +8,17 @@ from importlib.util import find_spec
 from prunekit.runtime.errors import MissingPackageError, UserError
 
 MOST_SEED = 2**63 - 1
-LETTER_BYTES = 12  # of a letter in JSON at most: two escapes of six
-API_KEY = "PRUNEKIT_API_KEY"  # a variable of the environment
-OTHER_BYTES = 16_384  # of a request's body beside its prompts
+LETTER_BYTES = 12  # most bytes of a character in JSON: two escapes of 6 bytes
+API_KEY = "PRUNEKIT_API_KEY"  # name of an environment variable
+OTHER_BYTES = 16_384  # most bytes of a request's body in addition to its prompts
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Upper limits of one request.
 
-    letters: of a prompt, and of a negative prompt. images: of one prompt (`n`). guidance: the largest scale.
-    pixels: of an image; None: those of the model's own size.
+    letters: characters of a prompt, and of a negative prompt. steps: scheduler steps. images: images of the prompt
+    (`n`). guidance: guidance scale. pixels: pixels of an image; None: as many as the model's default size has.
     """
 
     letters: int = 1000
@@ -29,12 +29,12 @@ class Limits:
 
     @property
     def body(self) -> int:
-        """Bytes of a request's body: both prompts, every letter escaped, and the rest."""
+        """Most bytes of a request's body: both prompts with every character escaped, and the other fields."""
         return OTHER_BYTES + 2 * LETTER_BYTES * self.letters
 
 
 def check_whole(name: str, value: float | None, least: int, most: int) -> int:
-    """Return a number that must be whole and within bounds, both included; UserError that names it otherwise."""
+    """Return `value` as an int; UserError, which names it, unless it is a whole number from `least` to `most`."""
     if not isinstance(value, int | float) or value != int(value) or not least <= value <= most:
         raise UserError(f"{name}={value}: a whole number from {least} to {most}")
     return int(value)
@@ -45,17 +45,17 @@ class ServerSettings:
     """How the server runs.
 
     Args:
-        method: of a run: whose pruned model; None: the method that routes, else the first by name.
-        host, port: where it listens; port 0: any free one.
-        devices: where it draws, one copy of the model on each; empty: a GPU where there is one.
-        name: of the model in the API; None: the directory's.
-        max_batch: images of one call of the stock pipeline.
-        max_resident: experts in a device's memory; None: all.
-        max_queued: images that wait for a device; more are refused with status 503.
-        deterministic: draw every image alone, so that its bytes depend on its request alone.
-        request_seconds: after which a request is given up with status 504.
-        api_key: that requests must carry; None: none is needed.
-        limits: of one request.
+        method: method of the run whose models draw; None: the method that routes, else the first by name.
+        host, port: address to listen on; port 0: any free port.
+        devices: devices that draw, each with its own copy of the model; empty: a GPU if there is one, else the CPU.
+        name: name of the model in the API; None: the directory's name.
+        max_batch: largest number of images per call of the stock pipeline.
+        max_resident: largest number of experts in a device's memory; None: all.
+        max_queued: largest number of waiting images; further images are refused with status 503.
+        deterministic: whether every image is drawn alone, so that its bytes depend on its request alone.
+        request_seconds: time limit of a request; a request that takes longer fails with status 504.
+        api_key: key that requests must carry; None: no key is needed.
+        limits: upper limits of one request.
 
     """
 
@@ -83,19 +83,19 @@ class ServerSettings:
 
     @property
     def batch(self) -> int:
-        """Images of one call of the stock pipeline, as `deterministic` allows."""
+        """Largest number of images per call of the stock pipeline: 1 if `deterministic`, else `max_batch`."""
         return 1 if self.deterministic else self.max_batch
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Where the server draws on a Ray cluster.
+    """The replicas that draw for the server on a Ray cluster.
 
     Args:
-        replicas: the fewest and the most copies of the model; equal numbers: no autoscaling.
+        replicas: smallest and largest number of replicas (copies of the model); equal numbers: no autoscaling.
         cpus: CPUs of a replica, and the threads that it computes with.
-        gpus: GPUs of a replica, or a share of one; None: 1 where the cluster has GPUs, else 0.
-        address: of the cluster; "auto": of this machine; "local": one is started here.
+        gpus: GPUs of a replica, or a fraction of one GPU; None: 1 if the cluster has GPUs, else 0.
+        address: address of the cluster; "auto": this machine's cluster; "local": start a cluster here.
 
     """
 
@@ -106,7 +106,14 @@ class PoolSettings:
 
     @classmethod
     def of(cls, replicas: str, cpus: float, gpus: float | None, address: str) -> PoolSettings:
-        """Return the settings; replicas: "2", or "1:4" for autoscaling. UserError for another text."""
+        """Return the settings from a command's options.
+
+        replicas: "2", or "1:4" for autoscaling between 1 and 4 replicas.
+
+        Raises:
+            UserError: `replicas` has another form, or `gpus` is above 1 and not a whole number.
+
+        """
         least, _, most = replicas.partition(":")
         if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
             raise UserError(f"--replicas {replicas}: give a number such as 2, or the fewest and the most as 1:4")
@@ -116,7 +123,7 @@ class PoolSettings:
 
 
 def check_packages(extra: str = "serve") -> None:
-    """ImportError that names the extra, "serve" or "ray", where a package of it is missing."""
+    """Raise MissingPackageError, which names the extra ("serve" or "ray"), if a package of the extra is missing."""
     for package in {"serve": ("fastapi", "uvicorn", "prometheus_client"), "ray": ("ray",)}[extra]:
         if find_spec(package) is None:
             raise MissingPackageError(f"the server needs {package}; pip install 'prunekit[{extra}]'")

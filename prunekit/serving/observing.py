@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus: requests, latency, queue, batch sizes, expert shares, MACs."""
+"""Metrics of the server for Prometheus: requests, latency, queue, batch sizes, images per expert, MACs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64)
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self, backend: Backend):
         self.registry = CollectorRegistry()
@@ -44,5 +44,5 @@ class Metrics:
             self.drawing.observe(picture.seconds)
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

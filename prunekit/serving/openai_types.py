@@ -15,11 +15,11 @@ from prunekit.runtime.errors import UserError, nearest
 from prunekit.serving.limits import MOST_SEED, Limits
 
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
-SHOWN = 80  # letters of a wrong value in a message
+SHOWN = 80  # characters of a wrong value that an error shows
 
 
 def _only(kind: type) -> BeforeValidator:
-    """Return what refuses a value of another type: to Python, 0.0 equals False, and False equals 0."""
+    """Return a validator that refuses values of another type; in Python, 0.0 equals False, and False equals 0."""
 
     def check(value: Any) -> Any:
         if value is not None and type(value) is not kind:
@@ -62,7 +62,14 @@ class GenerationRequest(BaseModel):
     safety_identifier: Annotated[str | None, Field(max_length=256, description="ignored")] = None
 
     def pixels(self, own: tuple[int, int], multiple: int, limits: Limits) -> tuple[int, int]:
-        """Return (height, width); own: the model's. UserError for a size that it cannot or may not draw."""
+        """Return the requested size in pixels, (height, width).
+
+        own: the model's default size. multiple: sides must be multiples of it.
+
+        Raises:
+            UserError: the model cannot draw the size, or the limits do not allow it.
+
+        """
         if self.size in (None, "auto"):
             return own
         width, height = map(int, re.findall("[0-9]+", self.size or ""))
@@ -76,7 +83,7 @@ class GenerationRequest(BaseModel):
 
 
 def request_model(limits: Limits) -> type[GenerationRequest]:
-    """Return the class of requests within limits, so that the OpenAPI schema states them."""
+    """Return a class of requests whose fields have the limits as bounds, so that the OpenAPI schema states them."""
     fields: dict[str, Any] = {
         "prompt": Annotated[str, Field(min_length=1, max_length=limits.letters)],
         "negative_prompt": (Annotated[str | None, Field(max_length=limits.letters)], None),
@@ -91,7 +98,7 @@ def request_model(limits: Limits) -> type[GenerationRequest]:
 
 
 class ImageData(BaseModel):
-    """One image; what follows `b64_json` is prunekit's: who drew it, its exact MACs, and the seed that repeats it."""
+    """One image. prunekit adds the index of the expert that drew it, its exact MACs, and the seed that repeats it."""
 
     b64_json: str
     expert: int
@@ -126,7 +133,7 @@ class ModelList(BaseModel):
 
 
 class Error(BaseModel):
-    """What is wrong; param: the request's field, where it is one's fault."""
+    """A description of an error; param: the request's field that caused it, or null."""
 
     message: str
     type: str
@@ -141,7 +148,7 @@ class ErrorResponse(BaseModel):
 
 
 def fault_of(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Return the first of pydantic's errors as one line, and the field that it is about."""
+    """Return the first of pydantic's errors as one line, and the request's field that it is about, or None."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     field = place[0] if place and first["type"] != "json_invalid" else None
@@ -158,7 +165,7 @@ def fault_of(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
 
 
 def encoded(image: Image.Image, output_format: str, quality: int | None) -> str:
-    """Return an image as base64 text; quality: 0 to 100, of jpeg and webp."""
+    """Return an image as base64 text; quality: of jpeg and webp, 0 to 100; None: 100."""
     buffer = io.BytesIO()
     options = {} if output_format == "png" else {"quality": 100 if quality is None else quality}
     image.save(buffer, format=output_format, **options)

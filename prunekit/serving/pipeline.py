@@ -1,4 +1,4 @@
-"""PromptRoutedPipeline: a pipeline whose denoiser is, prompt by prompt, the one that the router chooses."""
+"""PromptRoutedPipeline: a pipeline that draws each prompt with the denoiser that the router chooses."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
 
     @classmethod
     def of(cls, parts: Parts, mixture: Mixture) -> PromptRoutedPipeline:
-        """Put a mixture of experts into a pipeline's parts."""
+        """Return a routed pipeline that combines a pipeline's parts with a mixture of experts."""
         given = {name: parts.components[name] for name in PARTS if name in parts.components}
         return cls(**given, parts=parts, mixture=mixture)
 
@@ -82,11 +82,18 @@ class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
         prompt_encoder: PromptEncoder | str | Path = EMBEDDED,
         guidance: float = DEFAULT_GUIDANCE,
     ) -> PromptRoutedPipeline:
-        """Serve denoisers that are in memory, in place of a pipeline's own, whose other parts are shared.
+        """Return a routed pipeline of denoisers that are in memory; it shares a pipeline's other parts.
 
-        experts: denoisers; they are put into evaluation mode and frozen, and move where the pipeline moves.
-        router: sends prompts, embedded by `prompt_encoder` (or what its name loads), to them; None if there is one.
-        guidance: where a call asks for none. Raises ValueError for a router of another number of experts.
+        Args:
+            pipeline: the base pipeline; its denoiser is not used.
+            experts: denoisers; they are put into evaluation mode, frozen, and moved together with the routed pipeline.
+            router: assigns prompts to the experts; None for a single expert.
+            prompt_encoder: embeds prompts for the router; an encoder, or a name or path from which to load one.
+            guidance: default guidance scale.
+
+        Raises:
+            UserError: the router has another number of experts.
+
         """
         if (1 if router is None else router.num_experts) != len(experts):
             known = "no router, which takes one expert" if router is None else f"a router of {router.num_experts}"
@@ -113,17 +120,19 @@ class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
         max_resident: int | None = None,
         max_bytes: int | None = None,
     ) -> PromptRoutedPipeline:
-        """Load a run, what `save_pretrained` or `prunekit export` wrote, or any diffusers directory (one expert).
+        """Load a routed pipeline from a run, a saved pipeline, an export, or any diffusers pipeline (one expert).
 
         Args:
-            directory: where it is.
-            method: of a run: whose architectures; by default the one that routes, else the first by name.
-            device: where it runs; by default a GPU where there is one.
-            dtype: of all weights.
-            max_resident, max_bytes: how many experts, or bytes of their weights, may be in memory; by default all.
-                The least recently used goes first; an expert is read when it is first used.
+            directory: directory of the run or the pipeline.
+            method: method of the run whose models draw; by default the method that routes, else the first by name.
+            device: device to draw on; by default a GPU if there is one, else the CPU.
+            dtype: dtype of all weights.
+            max_resident, max_bytes: largest number of experts in memory, and largest size of their weights in bytes; by
+                default no limit. An expert is read when it is first used; the least recently used one is removed first.
 
-        Raises FileNotFoundError for a directory without a model, ValueError, one line, for a faulty one.
+        Raises:
+            FileNotFoundError: the directory holds no model.
+            ValueError: the model is faulty.
 
         """
         parts, mixture = load(Path(directory), method, device, dtype, max_resident, max_bytes)
@@ -138,7 +147,7 @@ class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
 
     @property
     def text_length(self) -> int:
-        """The tokens of a prompt as the denoiser takes it; no expert is loaded."""
+        """Number of tokens that the denoiser takes of a prompt; reading it loads no expert."""
         return text_length(self._base(None), self.family)
 
     def _around(self, model: ModelMixin | None) -> DiffusionPipeline:
@@ -156,7 +165,10 @@ class PromptRoutedPipeline(RoutedCall, DiffusionPipeline):
         return sum(self._call_macs((expert, index), model.slices[index], size) for index in bins)
 
     def _call_macs(self, slot: tuple[int, int], model: ModelMixin, size: tuple[int, int]) -> int:
-        """Exact MACs of one denoiser call for one image at a latent of (h, w); slot: expert, and bin of timesteps."""
+        """Return the exact MACs of one denoiser call for one image.
+
+        slot: index of the expert, and of the bin of timesteps. size: height and width of the latent.
+        """
         if (slot, size) not in self._macs:
             cost = CostModel(model, discover(model, "none"), size, self.text_length)
             self._macs[slot, size] = cost.dense_macs

@@ -1,4 +1,4 @@
-"""Where prompts come from: a text file, a shipped list, a data set's validation captions."""
+"""Sources of prompts: a text file, a shipped list, a data set's validation captions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,21 @@ def collect(
     validation: int | None = None,
     extremes: int | None = None,
 ) -> list[str]:
-    """Return all prompts that are requested: given ones, a file's, a shipped list's, the run's validation captions.
+    """Return all requested prompts, in the order of the arguments.
 
-    directory: the run. extremes: as in `extreme_prompts`, of the validation captions, all or the first `validation`.
-    Raises ValueError, one line, if nothing is requested.
+    Args:
+        pipeline: routes validation captions for `extremes`.
+        directory: directory of the run, whose data has the validation captions.
+        prompts: prompts given as text.
+        file: text file with one prompt per line.
+        shipped: name of a shipped list.
+        validation: number of the run's validation captions; None: none, or all for `extremes`.
+        extremes: take only this number of the validation captions each for the cheapest and the most expensive expert;
+            see `extreme_prompts`.
+
+    Raises:
+        UserError: no prompt is requested, or a source of prompts is faulty.
+
     """
     for text in prompts:
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -47,7 +58,7 @@ def collect(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file, one a line; empty lines count for nothing."""
+    """Return the prompts of a text file, one per line; empty lines are skipped."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -68,9 +79,13 @@ def shipped_prompts(name: str) -> list[str]:
 
 
 def validation_prompts(settings: dict[str, Any], count: int | None = None) -> list[str]:
-    """Return the first captions, in the data's order, that no training of a run sees; `count` of them, or all.
+    """Return the first `count` held-out captions of a run's data, in the data's order; all if `count` is None.
 
-    settings: the run's recipe. Raises ValueError, one line, where its data holds back fewer.
+    settings: the run's recipe.
+
+    Raises:
+        UserError: the data has fewer held-out captions than `count`, or none.
+
     """
     images = load_data(recorded_data(settings["data"]), settings["seed"])
     held = torch.nonzero(images.held_out).flatten().tolist()
@@ -82,9 +97,13 @@ def validation_prompts(settings: dict[str, Any], count: int | None = None) -> li
 
 
 def extreme_prompts(pipeline: PromptRoutedPipeline, prompts: Sequence[str], count: int) -> list[str]:
-    """Return `count` prompts each for the cheapest and the most expensive of the used experts.
+    """Return up to `count` prompts each of the cheapest and the most expensive expert among those that get prompts.
 
-    As the APTP paper's Figure 4 shows them. Raises ValueError, one line, for one expert, or unknown costs.
+    The APTP paper's Figure 4 shows such prompts.
+
+    Raises:
+        UserError: all prompts go to one expert, or the experts' costs are unknown.
+
     """
     macs = (pipeline.mixture.info.get("result") or {}).get("macs")
     experts = pipeline.route(prompts).tolist()

@@ -1,7 +1,7 @@
 """The Ray Serve application: an ingress that answers HTTP and routes, and a pool of replicas that draw.
 
 `serve deploy` and KubeRay call `build` with the arguments in the file that `prunekit serve --write-config` wrote. Each
-replica has its own `InProcessBackend`, so that images are batched by expert, steps, guidance and size there.
+replica has its own `InProcessBackend`, which batches images by expert, steps, guidance and size.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from prunekit.serving.ray_backend import RayBackend, ResidentFirst
 from prunekit.serving.ray_config import INGRESS, POOL, Arguments, deployment_options
 
 STATS_SECONDS = 1.0  # between a replica's routing statistics
-WARM_SECONDS = 0.05  # between looks at a replica that warms up
+WARM_SECONDS = 0.05  # between checks whether a replica has warmed up
 CONSTRUCTOR_ATTEMPTS = 3
 
 
@@ -43,32 +43,32 @@ class Pool:
         self.check_health()
 
     def served(self) -> Served:
-        """Return what it draws with."""
+        """Return the model that the replica draws with."""
         return self._backend.served
 
     def load(self) -> Load:
-        """Return how busy it is."""
+        """Return the current load of the replica."""
         return self._backend.load()
 
     async def draw(self, job: Job) -> Drawn | Exception:
-        """Draw a job; what is wrong with it is an answer too, so that Ray does not take it for a fault of its own."""
+        """Draw a job; return its error instead of raising it, so that Ray does not take it for a replica's failure."""
         try:
             return await self._backend.draw(job)
         except (Refused, UserError, DrawingError) as error:
             return error
 
     def check_health(self) -> None:
-        """Raise where every device failed lately: Serve then replaces the replica."""
+        """Raise RuntimeError if every device failed several times in a row; Serve then replaces the replica."""
         if self._backend.state() == FAILING:
             raise RuntimeError("drawing failed several times in a row; the replica's log says why")
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Return what `ResidentFirst` looks at."""
+        """Return the replica's experts in memory and its number of waiting images, for `ResidentFirst`."""
         return {"resident": sorted(self._backend.resident()), "waiting": self._backend.load().waiting}
 
 
 class Ingress:
-    """Answers HTTP by the same application as `prunekit serve` on one machine; it draws nothing."""
+    """Answers HTTP requests with the same application as `prunekit serve` on one machine; replicas draw the images."""
 
     def __init__(self, pool: DeploymentHandle, directory: Path, settings: ServerSettings, needs_api_key: bool):
         if needs_api_key:
@@ -79,7 +79,7 @@ class Ingress:
         self._backend = RayBackend(pool, directory, settings.method)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's name
-        """Return the application, once a replica has said what it draws with."""
+        """Return the application, once a replica has reported the model that it draws with."""
         await self._backend.connect()
         return api.build(self._backend, self._settings)
 
@@ -89,12 +89,12 @@ class Ingress:
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """Return the application of a file's arguments; the file's `deployments` say how many replicas there are."""
+    """Return the application for the arguments in a file; the file's `deployments` set the number of replicas."""
     return application(arguments, deployment_options(arguments.settings, PoolSettings()))
 
 
 def application(arguments: Arguments, options: Mapping[str, Mapping[str, Any]]) -> serve.Application:
-    """Return the application; options: of each deployment, by name."""
+    """Return the application; options: options of each deployment, by the deployment's name."""
     given = (arguments.directory, arguments.settings)
     more: dict[str, Any] = {}
     if arguments.settings.max_resident is not None:

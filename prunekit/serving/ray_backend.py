@@ -1,6 +1,6 @@
-"""The backend on a Ray cluster: it routes prompts here, and replicas of `ray_app.Pool` draw them on other nodes.
+"""The backend on a Ray cluster: it routes prompts in this process, and replicas of `ray_app.Pool` draw them.
 
-A job whose replica is lost is drawn again by another one with the same seeds, so its answer is the same.
+If a job's replica is lost, another replica draws the job again with the same seeds, so the answer is the same.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from prunekit.serving.experts import route
 from prunekit.serving.routed_directory import load_router
 
 NO_REPLICA = "no replica is ready"  # a state
-ATTEMPTS = 5  # of a job whose replica is lost; more losses are a fault of the job, such as its memory
+ATTEMPTS = 5  # for a job whose replica is lost; after that, the cause is likely the job, such as its memory
 PAUSE_SECONDS = 1.0  # before a job is drawn again
-POLL_SECONDS = 1.0  # between questions to all replicas
-POLL_TIMEOUT = 5.0  # seconds, after which a question is given up
-SILENT = 6  # questions without an answer, after which no replica counts as ready
+POLL_SECONDS = 1.0  # between polls of all replicas
+POLL_TIMEOUT = 5.0  # seconds after which a poll fails
+SILENT = 6  # failed polls in a row, after which no replica counts as ready
 BUSY_RETRY = 5  # seconds that a client is asked to wait
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ class RayBackend:
     """Gives jobs to the replicas of a deployment, which answer by `Pool.draw`.
 
     Args:
-        pool: of the replicas.
-        directory: a run, an export or any diffusers pipeline, of which only the router is read.
-        method: of a run, as `open_pipeline` has it.
+        pool: handle of the replicas' deployment.
+        directory: directory of a run, an export or any diffusers pipeline; only its router is read.
+        method: method of the run, as in `open_pipeline`.
 
     """
 
@@ -51,20 +51,20 @@ class RayBackend:
         self._router, self._encoder = load_router(directory, method)
         self._embedding = ThreadPoolExecutor(1, "router")
         self._admission = Admission()
-        self._loads: list[Load] = []  # of the replicas, when they were last asked
-        self._silent = 0  # questions in a row without an answer
+        self._loads: list[Load] = []  # of the replicas, at the last poll
+        self._silent = 0  # failed polls in a row
 
     async def connect(self) -> None:
-        """Wait until a replica is ready, and learn what it draws with."""
+        """Wait until a replica is ready, and ask it for the model that it draws with."""
         self.served = await self._pool.served.remote()
         await self._look()
 
     async def start(self) -> None:
-        """Begin to watch the replicas."""
+        """Begin to poll the replicas."""
         self._watching = asyncio.ensure_future(self._watch())
 
     def ready(self) -> bool:
-        """Return whether it draws at once what it is given."""
+        """Return whether the backend is ready to draw jobs."""
         return self.state() == READY
 
     def state(self) -> str:
@@ -74,7 +74,7 @@ class RayBackend:
         return READY if self._loads else NO_REPLICA
 
     def load(self) -> Load:
-        """Return how busy it is: what replicas draw, as of the last second, and all other images of jobs under way."""
+        """Return the load: batches that replicas drew at the last poll; all other images of jobs under way wait."""
         running = tuple(batch for load in self._loads for batch in load.running)
         return Load(max(0, self._admission.images - sum(batch.images for batch in running)), running)
 
@@ -93,7 +93,7 @@ class RayBackend:
         return int(route([prompt], self._router, self._encoder)[0])
 
     async def _draw(self, job: Job) -> Drawn:
-        """Ask replicas until one answers."""
+        """Send the job to replicas until one answers, at most ATTEMPTS times."""
         for attempt in range(ATTEMPTS):
             if attempt:
                 await asyncio.sleep(PAUSE_SECONDS)
@@ -124,7 +124,7 @@ class RayBackend:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look(self) -> None:
-        """Ask all replicas how busy they are. One that was just lost keeps the others' answers away for a while."""
+        """Poll the loads of all replicas. A replica that was just lost makes polls fail for a while."""
         try:
             answers = await self._pool.broadcast("load").results_async(timeout_s=POLL_TIMEOUT, return_exceptions=True)
             self._loads, self._silent = [answer for answer in answers if isinstance(answer, Load)], 0
@@ -136,22 +136,26 @@ class RayBackend:
 
 
 class ResidentFirst(RequestRouter):
-    """Serve's choice of a replica where not all experts fit into memory: first the replicas that hold the job's expert.
+    """Ray Serve's choice of a replica if not all experts fit into memory: it prefers replicas with the job's expert.
 
-    A hint: a replica whose queue is longer than a batch is not preferred, and no job waits for a replica.
-    Replicas say what they hold by `Pool.record_routing_stats`.
+    The preference is a hint: it ends when a replica's queue is longer than a batch, and no job waits for a preferred
+    replica. Replicas report the experts in their memory through `Pool.record_routing_stats`.
     """
 
     def initialize_state(self, **settings: Any) -> None:
-        """Take the setting `max_batch`: images that may wait at a replica that is preferred."""
+        """Set `max_batch`, the largest number of images that may wait at a preferred replica."""
         self._most = int(settings["max_batch"])
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return the replicas in two ranks; of a rank, Serve takes the one with the fewest requests."""
+        """Return the replicas in two ranks, preferred replicas and others.
+
+        Serve takes the replica with the fewest requests in the first rank. If all of its replicas are full, Serve tries
+        the second rank.
+        """
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # where every replica is full
+            pending_request.routing_context.should_backoff = True  # wait between attempts if all replicas are full
         job = pending_request.args[0] if pending_request is not None and pending_request.args else None
         stats = [replica.routing_stats for replica in candidate_replicas]
         first = holders(stats, job.expert, self._most) if isinstance(job, Job) else []
@@ -160,7 +164,10 @@ class ResidentFirst(RequestRouter):
 
 
 def holders(stats: Sequence[dict[str, Any]], expert: int | None, most: int) -> list[int]:
-    """Return which replicas hold an expert and have at most `most` images waiting, by their routing statistics."""
+    """Return the indices of the replicas that hold an expert and have at most `most` waiting images.
+
+    stats: routing statistics of each replica.
+    """
     return [
         index for index, own in enumerate(stats) if expert in own.get("resident", ()) and own.get("waiting", 0) <= most
     ]

@@ -1,5 +1,5 @@
-"""What a Ray cluster is told of the server: the arguments of `ray_app.build`, how its deployments scale, and the file
-for `serve deploy`. Nothing here needs Ray.
+"""The server's configuration for a Ray cluster: the arguments of `ray_app.build`, the options of its deployments, and
+the file for `serve deploy`. This module does not need Ray.
 """
 
 from dataclasses import asdict
@@ -17,9 +17,9 @@ from prunekit.serving.routed_directory import load_router
 APPLICATION = "prunekit"
 IMPORT_PATH = "prunekit.serving.ray_app:build"
 INGRESS, POOL = "Ingress", "Pool"  # deployments
-MANY_REQUESTS = 10_000  # that the ingress takes at once: it refuses those for which there is no room itself
-STOP_MARGIN = 30.0  # seconds in which a replica ends beyond the longest request
-ELSEWHERE = ("host", "port", "devices", "api_key")  # settings that the arguments leave to Serve, to Ray, and to nodes
+MANY_REQUESTS = 10_000  # taken by the ingress at once; it refuses requests for which the replicas have no room
+STOP_MARGIN = 30.0  # seconds that a stopping replica gets in addition to the longest request
+ELSEWHERE = ("host", "port", "devices", "api_key")  # settings of Serve, Ray and the nodes, not in the arguments
 QUIET = {"enable_access_log": False}
 HEADER = """\
 # Written by `prunekit serve --write-config`. On a node of a running cluster:
@@ -30,10 +30,10 @@ HEADER = """\
 
 
 class Arguments(BaseModel):
-    """What `build` takes, as the file has it.
+    """The arguments of `ray_app.build`, as the file has them.
 
-    directory: of the model, which all nodes have. needs_api_key: requests carry the key that the variable
-    PRUNEKIT_API_KEY of the nodes' environment has, so that it is in no file.
+    directory: directory of the model, which all nodes see. needs_api_key: whether requests must carry an API key. The
+    key is in the variable PRUNEKIT_API_KEY of the nodes' environment, not in the file.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,7 +43,7 @@ class Arguments(BaseModel):
     needs_api_key: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return the arguments as JSON values, with every setting that counts on a cluster."""
+        """Return the arguments as JSON values, with every setting that applies on a cluster."""
         settings = {name: value for name, value in asdict(self.settings).items() if name not in ELSEWHERE}
         return {"directory": str(self.directory), "settings": settings, "needs_api_key": self.needs_api_key}
 
@@ -51,8 +51,9 @@ class Arguments(BaseModel):
 def deployment_options(settings: ServerSettings, pool: PoolSettings) -> dict[str, dict[str, Any]]:
     """Return the options of both deployments, by name, as `serve.deployment` and a file take them.
 
-    A replica takes as many requests as its devices draw at once and its queue holds; beyond it, as many wait at the
-    ingress, and the others are refused. One that is to end has the time of the longest request.
+    A replica takes as many requests as its devices draw at once plus as many as its queue holds. If the replicas are
+    full, up to `max_queued` requests wait at the ingress, and further requests are refused. A replica that must stop
+    gets the time of the longest request, and 30 s more.
     """
     least, most = pool.replicas
     stop = settings.request_seconds + STOP_MARGIN
@@ -68,7 +69,7 @@ def deployment_options(settings: ServerSettings, pool: PoolSettings) -> dict[str
     needs = {"num_cpus": pool.cpus, "num_gpus": pool.gpus or 0}
     return {
         INGRESS: {
-            "num_replicas": 1,  # it counts what /metrics shows
+            "num_replicas": 1,  # it has the counters that /metrics shows
             "max_ongoing_requests": MANY_REQUESTS,
             "graceful_shutdown_timeout_s": stop,
             "ray_actor_options": {"num_cpus": 0},
@@ -86,9 +87,13 @@ def deployment_options(settings: ServerSettings, pool: PoolSettings) -> dict[str
 def write(directory: Path, settings: ServerSettings, pool: PoolSettings, path: Path) -> None:
     """Write the file that `serve deploy` takes.
 
+    A directory that does not exist on this machine may exist on the nodes: it is not checked, and its path must be
+    absolute.
+
     Raises:
-        UserError: the settings leave open how many GPUs a replica has, or the directory has no model. One that does
-            not exist here is taken as it is, if its path is absolute: it may exist on the nodes alone.
+        UserError: the number of GPUs per replica is not set, or the path of a directory that does not exist here is
+            relative.
+        FileNotFoundError: the directory exists here, but holds no model.
 
     """
     if pool.gpus is None:

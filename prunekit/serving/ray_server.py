@@ -1,4 +1,4 @@
-"""`prunekit serve --engine ray`: the server on a Ray cluster, until it is asked to end."""
+"""`prunekit serve --engine ray`: the server on a Ray cluster, until a signal stops it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ WAKE_SECONDS = 1.0
 def serve_on_ray(directory: Path, settings: ServerSettings, pool: PoolSettings, say: Callable[[str], None]) -> None:
     """Serve a run, an export or any diffusers pipeline on a Ray cluster until SIGTERM or Ctrl-C.
 
-    Then new requests are refused, the accepted ones are answered, and Serve ends on the cluster. A second signal
-    ends it at once.
+    After the signal, new requests are refused, accepted requests are answered, and Ray Serve stops on the cluster. A
+    second signal stops it at once.
 
     Raises:
-        UserError: no model in the directory, no cluster, Serve already runs there, or its replicas do not start.
+        FileNotFoundError: the directory holds no model.
+        UserError: the port is taken, no cluster is at the address, this is not its head node, Serve already runs on the
+            cluster, or the replicas do not start.
 
     """
     with listening(settings.host, settings.port) as listener:  # before the cluster is asked for anything
         host, port = listener.getsockname()[:2]
-    load_router(directory, settings.method)  # the model's errors, before the cluster is asked for anything
+    load_router(directory, settings.method)  # raises the model's errors before the cluster is used
     with connected(pool.address, ENGINE, "--ray-address "):
         import ray
         from ray import serve
@@ -71,7 +73,7 @@ def serve_on_ray(directory: Path, settings: ServerSettings, pool: PoolSettings, 
 
 
 def _check_cluster(ray: Any) -> None:
-    """UserError where Serve runs already, which would end with this command, or this is not the head node."""
+    """Raise UserError if this is not the head node, or if Serve already runs: this command would stop it at its end."""
     here = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
     if HEAD not in node["Resources"]:

@@ -1,4 +1,4 @@
-"""What a call of the pipeline asks for, one entry per image, before anything is routed or drawn."""
+"""The images that a call of the pipeline requests, one entry per image, before they are routed and drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from prunekit.runtime.errors import UserError
 from prunekit.serving.limits import MOST_SEED
 
-PER_PROMPT = (  # arguments of the stock pipelines that would have to be cut to each expert's prompts
+PER_PROMPT = (  # arguments of the stock pipelines that would have to be split by expert
     "latents",
     "prompt_2",
     "negative_prompt_2",
@@ -39,7 +39,7 @@ class Image:
     generator: torch.Generator | None = None
 
     def noise(self) -> torch.Generator:
-        """Return the image's own generator, on the CPU unless the caller's is elsewhere."""
+        """Return the generator of the image's noise: the caller's, or a CPU generator with the image's seed."""
         return self.generator or torch.Generator().manual_seed(self.seed)
 
 
@@ -50,11 +50,20 @@ def images_of(
     seeds: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[Image]:
-    """Return the images that are requested, a prompt's own side by side.
+    """Return the requested images; the images of one prompt follow each other.
 
-    seeds: one a prompt or one an image; of a prompt's k images with one seed the j-th takes seed + j. One int counts
-    for every prompt. generator: one an image, or a single one, from which each image's seed is drawn, in this order.
-    With neither, seeds are drawn at random. ValueError, one line, for what does not fit together.
+    Args:
+        prompt: one text or several.
+        negative_prompt: one text for all prompts, or one per prompt.
+        num_images_per_prompt: images of each prompt.
+        seeds: one per image or one per prompt; one int is the seed of every prompt. With one seed per prompt, image j
+            of a prompt, counted from 0, has the seed plus j.
+        generator: one per image, or a single one from which each image's seed is drawn, in this order. With neither
+            seeds nor generator, seeds are drawn at random.
+
+    Raises:
+        UserError: an argument is faulty, or the arguments do not fit together.
+
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(isinstance(text, str) for text in prompts):
@@ -99,7 +108,7 @@ def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[
 
 
 def check_options(kind: type[DiffusionPipeline], options: Mapping[str, Any]) -> None:
-    """ValueError, one line, for an argument that the stock pipeline has not, or that cannot be given here."""
+    """Raise UserError for an argument that the stock pipeline does not have, or that routing does not support."""
     known = [name for name in inspect.signature(kind.__call__).parameters if name not in ("self", "kwargs")]
     for name in options:
         if name in PER_PROMPT:

@@ -1,7 +1,7 @@
-"""The call of a prompt-routed pipeline: each prompt goes to an expert, whose images stock pipelines draw.
+"""The call of a prompt-routed pipeline: each prompt goes to an expert, and a stock pipeline with this expert draws it.
 
-Exports of a mixture hold a copy of this module's definitions (`standalone`), so they need no more of prunekit than what
-fits into a file: no description of denoisers, no costs.
+Exports of a mixture hold a copy of this module's definitions and of everything that they use (`standalone`). So this
+module uses only small parts of prunekit, and neither the descriptions of denoisers nor the cost models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prunekit.core.registry import scale_of
 from prunekit.runtime.errors import UserError
 from prunekit.serving.requests import Image, check_options, images_of
 
-if TYPE_CHECKING:  # an export's file takes along what this module imports
+if TYPE_CHECKING:  # an export's file also copies what this module imports outside of this block
     from prunekit.core.family import Family
     from prunekit.serving.experts import Mixture
 
@@ -32,10 +32,13 @@ DEFAULT_STEPS = 25
 
 @dataclass
 class RoutedOutput(BaseOutput):
-    """images: as the stock pipeline gives them, in the order asked for. The rest has one entry an image.
+    """The images of a call; the other fields have one entry per image.
 
-    experts: who drew it. macs: what its denoiser calls took, both halves of guidance counted; empty where that is
-    not known, outside of prunekit. seeds: of its noise.
+    images: images in the form of the stock pipeline's output, in the order of the prompts.
+    experts: index of the expert that drew the image.
+    macs: exact MACs of the image's denoiser calls, with both halves of guidance; empty if they are not known, as in an
+        export that runs without prunekit.
+    seeds: seed of the image's noise.
     """
 
     images: Any
@@ -45,9 +48,9 @@ class RoutedOutput(BaseOutput):
 
 
 class RoutedCall:
-    """What prompt-routed pipelines share: routing, grouping by expert, drawing. A base beside `DiffusionPipeline`.
+    """Base class of prompt-routed pipelines, beside `DiffusionPipeline`: routing, grouping by expert, drawing.
 
-    kind: the stock pipeline's class. family: what it does around its denoiser. mixture: experts and router.
+    kind: the stock pipeline's class. family: the stock pipeline's `Family`. mixture: experts and router.
     """
 
     kind: type[DiffusionPipeline]
@@ -55,15 +58,15 @@ class RoutedCall:
     mixture: Mixture
     vae: Any
     scheduler: Any
-    progress_bar: Callable[..., Any]  # a diffusers pipeline's
+    progress_bar: Callable[..., Any]  # of `DiffusionPipeline`
 
     def _prepare(self) -> None:
-        """Make the locks; a constructor calls it."""
-        self._texts = threading.Lock()  # tokenizers are not made for threads
+        """Create the locks; a subclass's constructor must call this method."""
+        self._texts = threading.Lock()  # tokenizers are not safe for threads
         self._upcasting = threading.Lock()
 
     def _around(self, model: ModelMixin | None) -> DiffusionPipeline:
-        """Return a stock pipeline around an expert, of this pipeline's parts."""
+        """Return a stock pipeline with `model` as its denoiser, or none, and with this pipeline's other parts."""
         raise NotImplementedError
 
     def _latent_size(self, model: ModelMixin) -> tuple[int, int]:
@@ -71,7 +74,10 @@ class RoutedCall:
         raise NotImplementedError
 
     def _macs_of(self, expert: int, model: ModelMixin, base: DiffusionPipeline, size: tuple[int, int]) -> int | None:
-        """Return the exact MACs of all denoiser calls of one text at a latent of (h, w); None: not known."""
+        """Return the exact MACs of all denoiser calls for one text; None if they are not known.
+
+        A guided image takes two texts. size: height and width of the latent.
+        """
         return None
 
     @property
@@ -80,13 +86,13 @@ class RoutedCall:
         return self.mixture.experts.num_experts
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As every diffusers pipeline's; the experts go along."""
+        """Move the pipeline, as `DiffusionPipeline.to` does, and its experts; return the pipeline."""
         super().to(*args, **kwargs)  # type: ignore[misc]
         self.mixture.experts.to(self.vae.device, self.vae.dtype)
         return self
 
     def route(self, prompts: Sequence[str]) -> Tensor:
-        """Return the expert of each prompt, LongTensor (n,); the same for a prompt in any company."""
+        """Return the expert index of each prompt, LongTensor (n,); it does not depend on the other prompts."""
         with self._texts:
             return self.mixture.route(prompts)
 
@@ -109,25 +115,28 @@ class RoutedCall:
         return_dict: bool = True,
         **options: Any,
     ) -> RoutedOutput | tuple:
-        """Draw prompts, each by its expert.
+        """Draw each prompt with its expert.
 
         Args:
-            prompt, negative_prompt: texts; a list of negative ones has one a prompt.
+            prompt, negative_prompt: one text or several; a list of negative prompts has one per prompt.
             num_inference_steps: scheduler steps.
-            guidance_scale: classifier-free guidance; the recipe's by default.
-            height, width: pixels; the model's own by default.
-            num_images_per_prompt: images of a prompt, side by side in the output.
-            seeds, generator: of the noise, as `images_of` says: one an image, so that it depends on nothing beside it.
-            batch_size: images of one call of the stock pipeline. At 1 an image has the same bytes whatever is asked
-                with it; in larger batches up to the rounding of the device's kernels.
+            guidance_scale: scale of classifier-free guidance; by default the mixture's, which is that of its recipe.
+            height, width: pixels; by default the size that the model was made for.
+            num_images_per_prompt: images per prompt, which follow each other in the output.
+            seeds, generator: seeds or generators of the noise, see `images_of`. Each image has its own noise, which
+                does not depend on the other images.
+            batch_size: images per call of the stock pipeline. At 1, an image's bytes do not depend on the other images.
+                In larger batches, they depend on them up to the rounding of the device's kernels.
             output_type: "pil", "np", "pt" or "latent".
-            callback_on_step_end: called as callback(pipeline, step, timestep, tensors) for every batch; pipeline is the
-                stock one, and its `image_indices` are the positions of the batch's images in the output.
-            experts: who draws, one a prompt; by default whom the router chooses.
-            return_dict: false: a tuple of RoutedOutput's fields.
-            options: of the stock pipeline, the same for all images.
+            callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step of every batch.
+                `pipeline` is the stock pipeline; its `image_indices` are the positions of the batch's images in the
+                output.
+            experts: index of the expert that draws, one per prompt; by default the router chooses.
+            return_dict: whether to return a RoutedOutput; if false, return a tuple of its fields.
+            options: further arguments of the stock pipeline, the same for all images.
 
-        Raises ValueError, one line, for what does not fit together or is unknown.
+        Raises:
+            UserError: an argument is unknown or faulty, or the arguments do not fit together.
 
         """
         if batch_size < 1:
@@ -188,15 +197,15 @@ class RoutedCall:
         return {row: (image, macs and macs * texts) for row, image in zip(rows, drawn, strict=True)}
 
     def _base(self, model: ModelMixin | None) -> DiffusionPipeline:
-        """Return a stock pipeline around an expert, with a scheduler of its own: a call leaves nothing behind."""
+        """Return a stock pipeline around an expert, with a copy of the scheduler, which its call may change."""
         base = self._around(model)
-        base.scheduler = copy.deepcopy(self.scheduler)  # set as a user does, so that it is taken as it is
+        base.scheduler = copy.deepcopy(self.scheduler)  # set as a user does: a constructor may change its config
         base.set_progress_bar_config(disable=True)
         return base
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Keep other threads out where the stock pipeline changes the shared autoencoder's type to decode."""
+        """Let one thread at a time in, if the stock pipeline changes the shared autoencoder's dtype to decode."""
         upcasts = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
         with self._upcasting if upcasts else nullcontext():
             yield
@@ -206,7 +215,7 @@ class RoutedCall:
     ) -> dict[str, Any]:
         """Return the texts of a batch as the stock pipeline's embeddings.
 
-        Negative prompts are left out where no image has one, as the stock pipelines tell that from an empty text.
+        If no image has a negative prompt, none is passed: stock pipelines distinguish this from an empty text.
         """
         negatives = [image.negative_prompt for image in images]
         negative = None if all(text is None for text in negatives) else [text or "" for text in negatives]

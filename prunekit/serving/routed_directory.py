@@ -1,14 +1,15 @@
-"""A PromptRoutedPipeline as one directory, and what it is made of: read from a run, from such a directory, or from any
-diffusers directory.
+"""Save a PromptRoutedPipeline as one directory; load one from such a directory, a run, or any diffusers pipeline.
+
+The directory holds:
 
     model_index.json  vae/ text_encoder/ tokenizer/ scheduler/ …   a diffusers pipeline without its denoiser
     experts/0/ 1/ …                                               denoisers, each in its own tier
-    router.safetensors  prompt_encoder/                           which expert a prompt goes to
-    routed.json                                                   what belongs together
+    router.safetensors  prompt_encoder/                           the router that assigns prompts to experts
+    routed.json                                                   number of experts, class of the pipeline, guidance …
     pipeline.py  experts/mixture.py                               the mixture as one pipeline of diffusers
 
-Without prunekit, diffusers opens it by the last two, and its stock class with one expert, put in by the name of the
-pipeline's denoiser: `StableDiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`. prunekit runs neither file.
+Without prunekit, diffusers opens the directory through the last two files. A stock class opens it with one expert as
+the denoiser: `StableDiffusionPipeline.from_pretrained(DIRECTORY, unet=EXPERT)`. prunekit itself runs neither file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from prunekit.serving.experts import Experts, Mixture
 from prunekit.serving.experts_folder import PROMPT_ENCODER, ROUTED, read_mixture, read_router
 from prunekit.serving.standalone import write_own_code
 
-FORMAT = 2  # with the pipeline's class and the latent's size; files of format 1 have a stock class in model_index.json
+FORMAT = 2  # has the pipeline's class and the latent's size; in format 1, model_index.json names a stock class
 
 
 def load(
@@ -68,7 +69,7 @@ def load(
 
 
 def load_router(directory: Path, method: str | None) -> tuple[Router | None, PromptEncoder | None]:
-    """Read only what routes prompts; None and None where one expert draws all. Arguments and errors as `load`."""
+    """Read only the router and its prompt encoder; (None, None) for a single expert. Arguments and errors as `load`."""
     kind = _kind(directory)
     if kind == RECIPE:
         result = PruneResult.load(method_directory(directory, method))
@@ -77,7 +78,7 @@ def load_router(directory: Path, method: str | None) -> tuple[Router | None, Pro
 
 
 def _kind(directory: Path) -> str:
-    """Return which of the files that mark a model the directory has."""
+    """Return the name of the file that tells a directory's kind: RECIPE, ROUTED or INDEX; FileNotFoundError if none."""
     for name in (RECIPE, ROUTED, INDEX):
         if (directory / name).is_file():
             return name
@@ -87,7 +88,7 @@ def _kind(directory: Path) -> str:
 
 
 def recipe_hash(directory: Path) -> str:
-    """Return the hash of a run's recipe, which names it in what is made from it."""
+    """Return the hash of a run's recipe, which identifies the run in pictures and exports."""
     return Fingerprint((directory / RECIPE).read_text(encoding="utf-8")).key()
 
 
@@ -130,7 +131,7 @@ def _from_routed(
 
 
 def _read_routed(directory: Path) -> tuple[dict[str, Any], int]:
-    """Return what `routed.json` says, and the number of experts, which are all there."""
+    """Return the content of `routed.json` and the number of experts; UserError if an expert's folder is missing."""
     content = read_object(directory / ROUTED)
     if content.get("format") not in (1, FORMAT):
         raise UserError(
@@ -174,9 +175,9 @@ def write(parts: Parts, mixture: Mixture, folder: Path, tier: str = "auto") -> l
 
 
 def write_shared(parts: Parts, mixture: Mixture, folder: Path) -> bool:
-    """Write all but the experts, which are there; return whether diffusers can open the folder as one pipeline.
+    """Write all files but the experts, which are in the folder; return whether diffusers can open it as one pipeline.
 
-    It cannot where an expert is several slices for bins of timesteps, among which prunekit alone chooses.
+    Diffusers cannot if an expert consists of several slices for bins of timesteps: only prunekit selects a slice.
     """
     parts.save(folder)
     if mixture.router is not None and mixture.encoder is not None:

@@ -1,4 +1,4 @@
-"""`prunekit serve`: the API under uvicorn, until it is asked to end; then it answers what it accepted."""
+"""`prunekit serve`: the API under uvicorn until a signal stops it; the server then answers the accepted requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prunekit.serving.limits import ServerSettings
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server that drains: on SIGTERM or Ctrl-C it refuses new requests and answers the accepted ones.
+    """uvicorn's server with draining: at SIGTERM or Ctrl-C, it refuses new requests and answers the accepted ones.
 
     A second signal ends it at once.
     """
@@ -30,10 +30,10 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.backend, self.announce = backend, started
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._asked = False  # to end
+        self._asked = False  # whether a signal has asked the server to stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Start to listen, and announce it."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._announcing = asyncio.ensure_future(asyncio.to_thread(self.announce))
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Hold an address, whose connections are refused until a server listens on it; UserError for one that is taken."""
+    """Reserve an address within the context; UserError if it is taken. It accepts no connections before `listen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -70,7 +70,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def served_line(name: str, host: str, port: int, settings: ServerSettings) -> str:
-    """Return what a server that has started says."""
+    """Return the line that a server prints once it has started."""
     open_to = "" if settings.api_key or ipaddress.ip_address(host).is_loopback else " to everybody who reaches it"
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     return f"{name} is served{open_to} at {url} ; Ctrl-C stops it"
@@ -79,8 +79,10 @@ def served_line(name: str, host: str, port: int, settings: ServerSettings) -> st
 def serve(directory: Path, settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Serve a run, an export or any diffusers pipeline until SIGTERM or Ctrl-C.
 
-    Raises FileNotFoundError or ValueError, one line, for a folder without a model, one that lacks an expert, a device
-    that is not usable, and an address that is taken.
+    Raises:
+        FileNotFoundError: the directory holds no model, or lacks an expert.
+        UserError: the model is faulty, an expert has no weights, a device is not usable, or the address is taken.
+
     """
     with listening(settings.host, settings.port) as listener:  # before the model is read, which takes long
         backend = InProcessBackend.open(directory, settings)

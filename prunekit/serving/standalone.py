@@ -1,8 +1,8 @@
 """A mixture as one diffusers pipeline where prunekit is not installed.
 
-An export of a mixture holds two files that are written from prunekit's sources: `pipeline.py`, of this module, with
-the pipeline's class, and `experts/mixture.py`, of `experts_folder`, with the component that holds experts, router and
-prompt encoder. The `model_index.json` names both.
+An export of a mixture holds two files that are generated from prunekit's sources. `pipeline.py`, from this module, has
+the pipeline's class. `experts/mixture.py`, from `experts_folder`, has the component that holds experts, router and
+prompt encoder. `model_index.json` names both.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from prunekit.runtime.files import read_json, write_json
 from prunekit.serving import experts_folder
 from prunekit.serving.routed_call import RoutedCall
 
-if TYPE_CHECKING:  # what is imported here does not go into an export's file
+if TYPE_CHECKING:  # these imports do not go into an export's file
     from prunekit.core.family import Family
     from prunekit.export.pipeline_parts import Parts
     from prunekit.serving.experts_folder import ExpertsFolder
 
-CLASS = "PromptRoutedDiffusion"  # diffusers has none of that name, and servers then ask for the folder's own class
+CLASS = "PromptRoutedDiffusion"  # diffusers has no class of this name, so servers take the class from the folder
 PIPELINE_FILE, EXPERTS_FILE = "pipeline", "mixture"  # modules of an export's own code
 _TITLE = """A mixture of pruned models and its router as one pipeline: {name}, for diffusers.
 
@@ -37,19 +37,23 @@ Licence: Apache-2.0.
 
 
 class RoutedFolder(RoutedCall):
-    """An export's pipeline: see `routed_pipeline`. denoiser: the stock pipeline's name of what an expert is."""
+    """Base class of an export's pipeline; see `routed_pipeline`.
+
+    denoiser: name of the denoiser in the stock pipeline: "unet" or "transformer". experts: the folder of the experts.
+    settings: plain arguments of the stock pipeline's constructor.
+    """
 
     denoiser: str
     experts: ExpertsFolder
     settings: Mapping[str, Any]
 
     def stock_pipeline(self, expert: int) -> DiffusionPipeline:
-        """Return a stock pipeline around one expert, which stays in memory with it."""
+        """Return a stock pipeline around one expert; the expert stays in memory while the stock pipeline exists."""
         with self.mixture.experts.use(expert) as model:
             return self._around(model)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """Refuse: experts lie in the folder that was opened, which may be copied."""
+        """Raise UserError: the experts are in the folder that was opened; copy this folder instead."""
         raise UserError(f"copy {self.experts.folder.parent}: diffusers cannot save this pipeline")
 
     def _around(self, model: ModelMixin | None) -> DiffusionPipeline:
@@ -62,13 +66,17 @@ class RoutedFolder(RoutedCall):
 
 
 def routed_pipeline(kind: type[DiffusionPipeline], denoiser: str, family: Family, module: str) -> type:
-    """Return the class of an export's pipeline: its parts are a stock pipeline's, with `experts` for its denoiser.
+    """Return the class of an export's pipeline: a stock pipeline's parts, with `experts` in place of the denoiser.
 
-    Its constructor, and so `from_pretrained`, also takes `max_resident`, how many experts may be in memory (by default
-    all), and `preload`: load all experts at once, instead of each when it is first used.
+    Its constructor, and so `from_pretrained`, also takes `max_resident`, the largest number of experts in memory (by
+    default all), and `preload`: load all experts at once, instead of each when it is first used.
 
-    kind: the stock pipeline's class. denoiser: what that calls its denoiser. family: what it does around it.
-    module: where the class is defined.
+    Args:
+        kind: the stock pipeline's class.
+        denoiser: name of the denoiser in the stock pipeline: "unet" or "transformer".
+        family: the stock pipeline's family.
+        module: name of the module that defines the class.
+
     """
     stock = _parameters(kind)
     plain = [name for name, item in stock.items() if item.default is not item.empty]
@@ -116,7 +124,7 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def write_own_code(parts: Parts, folder: Path) -> None:
-    """Add the files by which diffusers opens a mixture's directory as one pipeline, once its parts are there."""
+    """Write the files with which diffusers opens a mixture's directory as one pipeline; the parts must be there."""
     own, called = type(family_named(parts.kind.__name__)), routed_pipeline.__name__
     roots = [(own.__module__, own.__name__), (__name__, called)]
     made = f'{called}(diffusers.{parts.kind.__name__}, "{parts.denoiser}", {own.__name__}(), __name__)'
