@@ -30,7 +30,7 @@ from prunekit.serving.experts import Experts, Mixture
 from prunekit.serving.prompts import shipped_prompts
 
 MOST_EXAMPLES = 6
-EXAMPLES = "aptp-coco"  # the shipped list where the run has no prompts of its own
+EXAMPLES = "aptp-coco"  # shipped list for a run without generated pictures
 
 
 def open_dense(directory: Path, pipeline: PromptRoutedPipeline) -> tuple[PromptRoutedPipeline | None, str]:

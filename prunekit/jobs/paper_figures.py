@@ -32,7 +32,7 @@ SQUARES = 16  # prompts per line in the picture of a batch's assignment
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a sheet are made, and how many there are.
+    """Settings with which the pictures of a sheet are drawn.
 
     Args:
         count: number of prompts, per row or per expert.

@@ -109,7 +109,7 @@ def _version() -> str:
 
 @torch.no_grad()
 def measure_sensitivity(stages: Stages, path: Path, samples: int = SAMPLES, times: int = TIMES) -> Path:
-    """Measure the error without each layer at `times` timesteps on `samples` fixed pictures; write it as JSON."""
+    """Measure the prediction's error without each layer at `times` timesteps of `samples` pictures; write JSON."""
     model, process = denoiser_in(stages.pipeline), process_of(stages.pipeline)
     space = discover(model, stages.recipe.prune.depth)
     last, full = process.num_timesteps - 1, space.full().values

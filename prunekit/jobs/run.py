@@ -371,7 +371,7 @@ def resume(directory: str | Path, engine: EngineConfig = LOCAL) -> Path:
 
 
 def recorded(directory: str | Path, engine: EngineConfig = LOCAL) -> PruneRecipe | PretrainRecipe:
-    """Return the recipe of the run in `directory`, for an engine. Raises RecipeError if there is none."""
+    """Return the recipe of the run in `directory`, set to an engine. Raises RecipeError if there is no run."""
     folder = Path(directory)
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is not a run directory: it has no {RECIPE}; start one with `prunekit run RECIPE`")

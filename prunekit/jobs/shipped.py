@@ -46,11 +46,11 @@ def find_recipe(given: str | Path) -> Path:
 
 
 def copy_recipe(name: str, target: str | Path | None = None) -> list[Path]:
-    """Copy a shipped recipe with the files that it extends, so that it runs from where it now is.
+    """Copy a shipped recipe with the files that it extends, so that it runs from its new place.
 
     Args:
-        name: a shipped recipe's name.
-        target: the file to write, or a directory; the working directory by default.
+        name: name of a shipped recipe.
+        target: file to write, or its directory; the working directory by default.
 
     Returns:
         The files that were written, the recipe first.

@@ -24,7 +24,7 @@ SPEED_SECONDS = 0.3  # duration of the speed measurement
 PLAIN_SECONDS = 60.0  # least time between lines of one stage
 MOST_LINES = 20  # largest number per run, without the lines at the beginning of a stage
 TIMED_PICTURES = 10  # pictures per model that measure the seconds per image, with warm-up
-MOVED = 0.1  # an item that takes less than this share of its planned time existed; its time is ignored
+MOVED = 0.1  # an item that takes less than this share of its planned time existed before; its time is ignored
 Key = tuple[str, str, int]  # part of a run's work, name of its row, index of the model
 
 

@@ -1,1 +1,1 @@
-"""`prunekit bench`: time a model's pruned denoisers beside the dense one."""
+"""`prunekit bench`: time a model's pruned denoisers and its dense denoiser, interleaved."""

@@ -1,4 +1,4 @@
-"""How a denoiser is run while it is timed: eager, compiled by regions, or replayed as a CUDA graph."""
+"""Modes in which a denoiser is timed: eager, compiled by regions, or replayed as a CUDA graph."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def in_mode(model: ModelMixin, mode: Mode, call: Call, backend: str = "inductor"
     """Run a model in a mode inside this context; restore the model on exit.
 
     Args:
-        model: frozen, in evaluation mode.
+        model: frozen model in evaluation mode.
         mode: "eager": unchanged. "compiled": each of `Denoiser.regions` is compiled alone, as one graph for its shapes;
             the different shapes of a pruned model's blocks cost compile time, but never a silent fallback to eager.
             "cuda_graph": the eager call is captured once and replayed.

@@ -159,7 +159,7 @@ class _Dense:
         self.stack.close()
 
     def row(self, piece: Piece) -> Row:
-        """Measure one row: the architecture beside the dense model, and the dense model beside itself."""
+        """Measure one row: the architecture against the dense model, and the dense model against itself."""
         recipe, bench = self.recipe, self.bench
         with ExitStack() as stack, torch.no_grad():
             model, calls = self.model, {DENSE: self.call}

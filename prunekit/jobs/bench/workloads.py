@@ -52,7 +52,8 @@ def pipeline_call(
         "latents": latents,
     }
     if workload == "image":
-        common |= call_options(pipeline, guidance)  # a copy of prompts: a pipeline may change its list
+        common |= call_options(pipeline, guidance)
+        # Each call gets a copy of the prompts, because a pipeline may change the list
         return lambda: pictures_of(pipeline, pipeline(prompt=list(prompts), output_type="pt", **common))
     family = family_of(pipeline)
     common |= family.call_options(pipeline, guidance)

@@ -1,4 +1,4 @@
-"""Shrink a recipe for a check: equal batches, resolutions and precisions, but two steps or less, on a few pairs."""
+"""Shrink a recipe for a check: equal batches, resolutions and precisions, but at most two steps, on a few pairs."""
 
 import io
 import itertools

@@ -20,7 +20,7 @@ WARM_UP = WarmUp(max_seconds=10.0)
 
 @torch.no_grad()
 def call_ratio(dense: nn.Module, pruned: nn.Module, call: Call) -> float:
-    """Return the median over pairs of (time of a pruned call) / (time of the dense call beside it)."""
+    """Return the median over pairs of (time of a pruned call) / (time of the dense call in the pair)."""
     calls = {"dense": lambda: predict(dense, call), "pruned": lambda: predict(pruned, call)}
     return measure(calls, PAIRS, call.device, WARM_UP).ratio("pruned").value
 

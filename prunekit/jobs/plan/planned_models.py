@@ -88,7 +88,7 @@ class PlannedModel:
         return self.once(("params", id(cost), target), estimate)
 
     def describe(self, resolution: int | None = None) -> dict[str, Any]:
-        """Return the plan's facts of the model. resolution: side of training pictures in pixels; None: the model's."""
+        """Return the plan's entry of the model. resolution: side of training pictures in pixels; None: the model's."""
         return {
             "name": self.shape.name,
             "unet": type(self.shape.denoiser).__name__,

@@ -1,8 +1,8 @@
 """The memory of a stage, from a rehearsal of its step: the real code runs on tensors without content.
 
 PyTorch's fake tensors have shapes but no data, so a step of a full-size model takes about a second and no memory. Every
-storage that the step would allocate is counted while it lives. Not counted: the allocator's gaps, the scratch space of
-kernels.
+storage that the step would allocate is counted while it lives. Gaps of the allocator and scratch space of kernels are
+not counted.
 """
 
 import weakref
@@ -33,7 +33,7 @@ from prunekit.training.memory import held, lower
 from prunekit.training.trainer import TrainerConfig
 
 FLOAT32, LOWERED = 4, 2  # bytes per number; frozen weights are held in either dtype
-# Blocks of one kind in a list: up to MOST_BLOCKS are all rehearsed; of a longer list, FEW_BLOCKS or MORE_BLOCKS are
+# Blocks of one kind in a list: up to MOST_BLOCKS are all rehearsed; of more, only FEW_BLOCKS or MORE_BLOCKS are
 MOST_BLOCKS, FEW_BLOCKS, MORE_BLOCKS = 8, 2, 3
 KEPT_IN_FLOAT32 = (nn.GroupNorm, nn.LayerNorm)  # by CUDA's autocast, which the rehearsal on the CPU imitates
 

@@ -143,7 +143,7 @@ class DecoderShape:
         return self.num_hidden_layers * layer + scores
 
 
-SANA_TOKENS = 298 + 206  # of a prompt, and about those of the instruction before it (with the start token)
+SANA_TOKENS = 298 + 206  # tokens of a prompt, and about those of the instruction before it (with the start token)
 GLM_TOKENS = 224  # tokens per text in CogView4
 GEMMA_2: dict[str, Any] = {"norms": 4, "has_biases": False, "is_tied": True}
 CLIP_L = ClipShape(768, 3072, 12)

@@ -98,7 +98,7 @@ def _by_value(values: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _precisions_of(recipe: AnyRecipe) -> Iterator[tuple[tuple[str, ...], bool, str]]:
-    """Yield each precision's place, whether its gradients are scaled, and its value."""
+    """Yield each precision's place (names of sections and setting), whether its gradients are scaled, and its value."""
     yield from _of_model(recipe, ())
     for label, config in _methods(recipe):
         yield from _of_model(config, ("methods", label))

@@ -15,7 +15,7 @@ from prunekit.jobs.shipped import EXTENDS, find_recipe
 from prunekit.runtime.errors import UserError, nearest
 from prunekit.runtime.yaml_files import FAULTS, load_overrides, load_settings, merged, resolved
 
-SCALE = "scale"  # in a file or an override: what the recipe is shrunk to before it is checked
+SCALE = "scale"  # in a file or an override: size to which the recipe is shrunk before it is checked
 SCALES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"full": dict, "smoke": smoke}
 HIDDEN = "_"  # prefix of top-level settings for ${...} in the same file or in files that extend it
 
