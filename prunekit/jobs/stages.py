@@ -274,8 +274,8 @@ class Stages:
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
         """Return a method's architectures, chosen now or by an earlier start.
 
-        The processes of a launch choose together. Of several launches on one directory, one chooses and the others
-        wait. folder: folder of the result. name: name of the row in the log; the method's name by default.
+        The processes of a launch choose together. Of several launches of one process each on one directory, one chooses
+        and the others wait. folder: folder of the result. name: name of the row in the log; the method's by default.
         """
         processes, name = current(), name or method.name
 
