@@ -15,7 +15,7 @@ MAX_KEYWORDS = 4
 
 
 def emoji_captions(name: str, keywords: list[str]) -> list[str]:
-    """Return one emoji's captions: its name, its keywords, and both; only its name if it has less than two keywords."""
+    """Return one emoji's captions: its name, its keywords, and both; with fewer than two keywords, only its name."""
     listed = ", ".join(keywords[:MAX_KEYWORDS])
     return [name] if len(keywords) < 2 else [name, listed, f"{name}: {listed}"]
 

@@ -1,1 +1,1 @@
-"""How good a model is: evaluators, generation, distances, agreement, tables and pictures."""
+"""Evaluate the quality of models: evaluators, generation, distances, agreement, tables and picture sheets."""

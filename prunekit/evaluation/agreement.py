@@ -1,4 +1,4 @@
-"""How closely a pruned model predicts what the dense one does: a quality figure without any sampling."""
+"""Agreement of a pruned model's predictions with the dense model's: a quality figure that needs no sampling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SAMPLES = 256
 
 @dataclass(frozen=True)
 class AgreementSamples:
-    """Fixed inputs of the models: one noisy latent, timestep and text a sample."""
+    """Fixed inputs of the models: one noisy latent, timestep and text per sample."""
 
     indices: Tensor  # (n,) int64: the rows of the latents and texts that were drawn
     call: Call  # of all n samples, float32 on the CPU
@@ -31,17 +31,17 @@ def agreement_samples(
     seed: int = 0,
     count: int = SAMPLES,
 ) -> AgreementSamples:
-    """Draw `count` triples (latents of a picture and its text, timestep, noise), the same for the same seed.
+    """Draw `count` triples (a picture's latents and text, timestep, noise), the same for the same seed.
 
     Args:
         latents: (n, C, h, w), scaled as the denoiser expects.
-        conditions: of the pictures' captions by role, (n, …) each, as `EncodedData.conditions` returns them.
-        pipeline: whose denoiser is called, and whose scheduler noises.
-        seed: what the draws are keyed by.
-        count: samples; where it exceeds n, rows come again.
+        conditions: conditions of the pictures' captions by role, (n, …) each, as `EncodedData.conditions` returns them.
+        pipeline: pipeline with the denoiser to call and the scheduler that adds the noise.
+        seed: seed of the draws.
+        count: number of samples; above n, rows repeat.
 
     Raises:
-        UserError: no latents, or conditions of another number of them.
+        UserError: there are no latents, or not as many conditions as latents.
 
     """
     if len(latents) != len(conditions["text"]) or not len(latents):
@@ -55,9 +55,9 @@ def agreement_samples(
 def data_samples(
     data: EncodedData, pipeline: Any, seed: int = 0, count: int = SAMPLES, pairs: Tensor | None = None
 ) -> AgreementSamples:
-    """Draw the samples of `agreement_samples` among a data set's pairs, and read no other row of it.
+    """Draw samples as `agreement_samples` does from a data set's pairs, and read only the rows that are drawn.
 
-    pairs: (n,) among which they are drawn; all without it.
+    pairs: (n,) indices of the pairs to draw from; None: all.
     """
     pairs = torch.arange(data.images.num_pairs) if pairs is None else pairs
     indices = pairs[epoch_indices(len(pairs), count, seed, 0)]
@@ -79,7 +79,7 @@ def _noised(
 def predictions(
     model: nn.Module, samples: AgreementSamples, rows: Tensor | None = None, batch_size: int = 32
 ) -> Tensor:
-    """Return a model's predictions (n, C, h, w), float32 on the CPU, of the samples or of the given `rows` of them."""
+    """Return a model's predictions (n, C, h, w), float32 on the CPU, for all samples or only for the given `rows`."""
     rows = torch.arange(samples.call.batch) if rows is None else rows
     parts = [predict(model, samples.call.take(part).to(model)) for part in rows.split(batch_size)]
     return torch.cat([part.float().cpu() for part in parts])
@@ -108,9 +108,9 @@ def agreement_errors(
 ) -> Tensor:
     """Return each sample's mean squared difference of the student's and the dense model's predictions, (n,) float64.
 
-    `dense` is the model or its `predictions`, which several students may share. For routed experts, `student` is their
-    list and `expert` (n,) says which one a sample's prompt is sent to.
-    Raises ValueError where `expert` does not name one expert a sample.
+    `dense` is the model or its `predictions`, which several students may share. For routed experts, `student` is the
+    list of experts, and `expert` (n,) is the index of the expert to which each sample's prompt is routed.
+    Raises ValueError if `expert` does not name one expert per sample.
     """
     target = dense if isinstance(dense, Tensor) else predictions(dense, samples, batch_size=batch_size)
     experts = [student] if isinstance(student, nn.Module) else student

@@ -1,4 +1,4 @@
-"""What an evaluator says of pictures whose worth is known: the bounds that a generator's figures are read against."""
+"""An evaluator's figures for pictures of known quality, as bounds for the figures of generated pictures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ TEXT_FIGURES = ("clip_score", "top1", "top5")
 def text_figures(evaluator: Any, images: Tensor, texts: Tensor, targets: Tensor) -> dict[str, float]:
     """Return {"clip_score", "top1", "top5"} of uint8 pictures (n, 3, H, W).
 
-    texts: (N, E), the embedded names. targets: (n,), which of them each picture shows.
+    texts: (N, E), the embedded names. targets: (n,), the index of the name that each picture shows.
     """
     embeddings = evaluator.embed_images(images)
     return {
@@ -39,14 +39,21 @@ def evaluator_ceiling(
     size: int = 64,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Return {row: {"clip_score", "top1", "top5"}} of real, softened, reconstructed and meaningless pictures.
+    """Return {row: {"clip_score", "top1", "top5"}} of real, softened, reconstructed and noise pictures.
 
-    Rows: "real", the data set; "half resolution", the same resized to half and back; "reconstructed", through
-    `autoencoder` (an AutoencoderKL, or that of a `family`; left out without one), the best that a latent diffusion
-    model with it can reach;
-    "noise", uniform pixels. Show it with `table.CEILING_COLUMNS`.
-    shown: which pictures of the data set, (n,); all without it. Names are found among those of the whole data set.
-    size: pixels of a side.
+    The rows, which `table.CEILING_COLUMNS` shows, are "real", pictures of the data set; "half resolution", the same
+    resized to half and back; "reconstructed", the same encoded and decoded by the autoencoder, the best that a latent
+    diffusion model with this autoencoder can reach; and "noise", uniform random pixels.
+
+    Args:
+        evaluator: the evaluator.
+        data: the data set; a picture's name is searched among all names of the data set.
+        shown: (n,) indices of the pictures to use; None: all.
+        autoencoder: an AutoencoderKL, or the autoencoder of `family`; None: no row "reconstructed".
+        family: family of the autoencoder.
+        size: side of the pictures in pixels.
+        seed: seed of the noise.
+
     """
     targets = torch.arange(data.num_images) if shown is None else shown
     real, texts = data.pixels(targets.tolist(), size), evaluator.embed_texts(data.names)
@@ -58,14 +65,14 @@ def evaluator_ceiling(
 
 
 def real_figures(evaluator: Any, data: CaptionedImages, shown: Tensor, size: int) -> dict[str, float]:
-    """Return {"clip_score", "top1", "top5"} of real pictures (n,) of the data, `size` pixels of a side."""
+    """Return {"clip_score", "top1", "top5"} of the data's pictures `shown` (n,), at a side of `size` pixels."""
     return text_figures(evaluator, data.pixels(shown.tolist(), size), evaluator.embed_texts(data.names), shown)
 
 
 def unfit(known: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the figures that the evaluator does not judge on held-out pictures.
+    """Return the figures that the evaluator cannot judge on held-out pictures.
 
-    Of those it gives real held-out pictures less than half of what it gives real training pictures.
+    These are the figures in which real held-out pictures score less than half as high as real training pictures.
     """
     if REAL_TRAINING not in known:
         return []
@@ -79,7 +86,7 @@ def fit(row: dict[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
 
 
 def unfit_line(name: str, known: Mapping[str, Mapping[str, float]]) -> str:
-    """Return why a figure is left out."""
+    """Return a sentence that says why a figure is left out."""
     column = next(column for column in TEXT if column.key == name)
     unit = f" {column.unit}" if column.unit else ""
     held, training = (f"{column.shown(known[pictures][name])}{unit}" for pictures in (REAL, REAL_TRAINING))
@@ -93,7 +100,7 @@ def unfit_line(name: str, known: Mapping[str, Mapping[str, float]]) -> str:
 def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 64, family: Family | None = None) -> Tensor:
     """Encode and decode uint8 pictures (n, 3, H, W); the latents are the posterior's means.
 
-    family: whose autoencoder it is; None: an AutoencoderKL.
+    family: family of the autoencoder; None: the autoencoder is an AutoencoderKL.
     """
     parameter, through = next(autoencoder.parameters()), (family or Guided()).reconstruct
     outputs = []
@@ -104,7 +111,7 @@ def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 64, family: 
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn float pixels in [0, 1] into uint8, clipping what lies outside."""
+    """Turn float pixels in [0, 1] into uint8; values outside are clipped."""
     return (pixels.clamp(0, 1) * 255).round().byte()
 
 
@@ -114,7 +121,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def soften(pixels: Tensor, factor: int) -> Tensor:
-    """Return float pictures (n, 3, H, W) without the detail that 1/`factor` of the resolution cannot hold."""
+    """Return float pictures (n, 3, H, W) resized to 1/`factor` of the resolution and back, which removes detail."""
     size = pixels.shape[-2:]
     small = F.interpolate(pixels, [side // factor for side in size], mode="bilinear", antialias=True)
     return F.interpolate(small, size, mode="bicubic").clamp(0, 1)

@@ -12,7 +12,7 @@ from prunekit.runtime.errors import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that OpenAI's CLIP was trained on
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-TOKENIZERS = {  # of models that are published without one
+TOKENIZERS = {  # tokenizers of models that are published without one
     "yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 }
 
@@ -20,9 +20,9 @@ TOKENIZERS = {  # of models that are published without one
 class CLIPEvaluator:
     """The methods of `Evaluator` over a `CLIPModel` and its tokenizer.
 
-    Pictures are resized bicubically to the model's size (a picture that is not square is squeezed) and normalised as
-    OpenAI's CLIP asks. `features` are the image embeddings before normalization: what CMMD is defined on. PickScore's
-    model is one of these too: its score is the cosine times exp(`logit_scale`).
+    Pictures are resized bicubically to the model's size (a picture that is not square is squeezed) and normalized as
+    OpenAI's CLIP expects. `features` are the image embeddings before normalization, on which CMMD is defined. The model
+    of PickScore is a CLIP model too: its score is the cosine times exp(`logit_scale`).
     """
 
     def __init__(self, model: Any, tokenizer: Any):
@@ -39,7 +39,7 @@ class CLIPEvaluator:
         try:
             tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(str(name), name))
             model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
-            if info["missing_keys"]:  # such as the text encoder of a pipeline: the rest would be random
+            if info["missing_keys"]:  # for example in a pipeline's text encoder: these weights would be random
                 raise UserError(f"it is not a complete CLIP model, {len(info['missing_keys'])} weights are missing")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(": ")
@@ -51,12 +51,12 @@ class CLIPEvaluator:
 
     @property
     def logit_scale(self) -> Tensor:
-        """The logarithm of what cosines are multiplied by, a scalar."""
+        """The logarithm of the factor for cosines, a scalar."""
         return self.model.logit_scale
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return image embeddings (n, E), not normalised, of uint8 pictures (n, 3, H, W)."""
+        """Return image embeddings (n, E), not normalized, of uint8 pictures (n, 3, H, W)."""
         return in_batches(self._project, images)
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -64,13 +64,13 @@ class CLIPEvaluator:
         return F.normalize(self.features(images), dim=-1)
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `features` and `embed_images` of pictures, of one pass."""
+        """Return `features` and `embed_images` of pictures, from one forward pass."""
         features = self.features(images)
         return features, F.normalize(features, dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Embed texts as unit vectors (n, E), float32, on the CPU; longer ones are cut at the model's length."""
+        """Embed texts as unit vectors (n, E), float32, on the CPU; long texts are cut at the model's maximum length."""
         length = self.model.config.text_config.max_position_embeddings
         embeddings = []
         for start in range(0, len(texts), 256):

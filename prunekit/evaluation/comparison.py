@@ -1,4 +1,4 @@
-"""One row of the table per model: generate, measure, and say what each expert does. The same inputs for every row."""
+"""Compute one table row per model, from the same inputs: generate pictures, measure them, and describe experts."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ FREQUENT_WORDS = 6
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model under test: one, or experts and the router that chooses among them."""
+    """A model under test: one denoiser, or several experts and the router that chooses among them."""
 
     name: str
     models: Sequence[ModelMixin]
@@ -38,12 +38,13 @@ class Candidate:
     params: Sequence[int]
     router: Router | None = None
     training_seconds: float | None = None
-    training_passes: float | None = None  # of the dense model for one sample each: what pruning and recovery computed
+    training_passes: float | None = None  # compute of pruning and recovery, in dense-model passes of one sample
 
     def used_params(self, shares: Tensor | None = None) -> int:
-        """Return the parameters of the experts that prompts are sent to; a dead expert is not part of the model.
+        """Return the number of parameters of the experts that receive prompts; other experts are not counted.
 
-        shares: (N,) of the training prompts; unknown: all experts count that the router does not name as unused.
+        shares: (N,) each expert's share of the training prompts; None: all experts are counted that are not in
+        `router.unused`.
         """
         if shares is None:
             unused = () if self.router is None else self.router.unused
@@ -64,10 +65,10 @@ class Candidate:
 
 
 class StoredModels(Sequence[ModelMixin]):
-    """Pruned denoisers in folders, read when they are requested; the last one that was stays in memory."""
+    """Pruned denoisers in folders, read on demand; the last denoiser that was read stays in memory."""
 
     def __init__(self, folders: Sequence[Path], hold: Callable[[ModelMixin], ModelMixin]):
-        """Take the folders; hold: puts a model that was read onto its device, in the dtype that it runs in."""
+        """Set the folders; hold: function that moves a model that was read to its device and dtype."""
         self.folders, self.hold = list(folders), hold
         self._last: tuple[int, ModelMixin] | None = None
 
@@ -79,7 +80,7 @@ class StoredModels(Sequence[ModelMixin]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         if self._last is None or self._last[0] != index:
-            self._last = None  # before the next is read
+            self._last = None  # free the last model before the next is read
             model = self.hold(read_denoiser(self.folders[index]))
             self._last = (index, model.eval().requires_grad_(False))
         return self._last[1]
@@ -87,22 +88,22 @@ class StoredModels(Sequence[ModelMixin]):
 
 @dataclass
 class Prompts:
-    """What every row draws: prompts with their pictures' names, and fixed seeds.
+    """The prompts and noise seeds from which every row generates its pictures.
 
-    The first part are names (their pictures are requested by name: top-k), the rest held-out captions.
-    `images` are the real pictures that the rows are held against: all of the data set, or as many as are requested.
+    The first `num_names` prompts are names of pictures, for top-k retrieval; the other prompts are captions. `images`
+    are the real pictures that the rows are compared with: all of the data set, or the requested number.
     """
 
-    images: CaptionedImages | None  # None: prompts alone
+    images: CaptionedImages | None  # None: there are only prompts
     prompts: list[str]
-    targets: Tensor  # (n,) the picture whose prompt it is
+    targets: Tensor  # (n,) index in `images` of each prompt's picture
     num_names: int
     seeds: list[int]
     embeddings: Tensor  # (n, Z) of the prompts
 
     @property
     def real_images(self) -> CaptionedImages:
-        """The real pictures of what has more than prompts."""
+        """The real pictures; an AssertionError if there are only prompts."""
         assert self.images is not None, "these prompts have no pictures"
         return self.images
 
@@ -116,12 +117,12 @@ class Prompts:
         num_references: int | None = None,
         split: Split | None = None,
     ) -> "Prompts":
-        """Choose half of `count` prompts among the names and half among the captions, as far as there are.
+        """Choose half of `count` prompts among the names and half among the captions; more names if captions are few.
 
-        prompt_encoder: with `encode`; None: embeddings are zeros (n, 1).
-        num_references: real pictures at most, the prompts' own first; None: all.
-        split: prompts and pictures are of this split, for data of which pictures are held out; None: names and pictures
-            are of all the data, the captions those that are held out.
+        prompt_encoder: object with `encode`; None: embeddings are zeros (n, 1).
+        num_references: largest number of real pictures, with the prompts' pictures first; None: all.
+        split: split from which prompts and pictures come, for data with held-out pictures; None: names and pictures
+            come from all the data, and captions from the held-out captions.
         """
         images = images.of_split(split)
         order = torch.randperm(images.num_images, generator=generator(seed, "evaluation names"))
@@ -130,7 +131,7 @@ class Prompts:
             held = images.pairs_beside_names()
         held = held[torch.randperm(len(held), generator=generator(seed, "evaluation captions"))]
         names = order[: count - min(count // 2, len(held))]
-        if split is not None:  # pictures first that no name asks for
+        if split is not None:  # captions of pictures whose name is not among the prompts come first
             asked = torch.isin(images.image_index[held], names)
             held = torch.cat([held[~asked], held[asked]])
         held = held[: count // 2]
@@ -143,25 +144,25 @@ class Prompts:
         return cls(images, prompts, targets, len(names), noise_seeds(seed, len(prompts)), embeddings)
 
     def reseeded(self, seed: int | None) -> "Prompts":
-        """Return the same prompts with another seed of their noise; None changes nothing."""
+        """Return the same prompts with the noise of another seed; None: the same noise."""
         return self if seed is None else replace(self, seeds=noise_seeds(seed, len(self.prompts)))
 
 
 @dataclass
 class EvaluationSet(Prompts):
-    """What a run's rows are measured on: prompts, and what its evaluator sees in the real pictures."""
+    """The prompts on which a run's rows are measured, and the evaluator's output for the real pictures."""
 
     real_features: Tensor = field(repr=False)  # (num_images, F)
     real_embeddings: Tensor = field(repr=False)  # (num_images, E)
-    floors: dict[str, float] = field(default_factory=dict)  # {"cmmd", "kid"} of real pictures of training, as many
+    floors: dict[str, float] = field(default_factory=dict)  # {"cmmd", "kid"} of equally many real training pictures
 
     @classmethod
     def of(
         cls, prompts: Prompts, evaluator: Any, size: int, images: CaptionedImages | None = None, seed: int = 0
     ) -> "EvaluationSet":
-        """Look at the real pictures behind prompts, `size` pixels of a side.
+        """Return the evaluation set of prompts: run the evaluator over their real pictures, at a side of `size` pixels.
 
-        images: all the data, of which pictures are held out, for the floors; seed: of the pictures for these.
+        images: all the data, with held-out pictures, for the floors; None: no floors. seed: draws the floors' pictures.
         """
         real = prompts.real_images.pixels(range(prompts.real_images.num_images), size)
         features, embeddings = evaluator.look(real)
@@ -171,10 +172,10 @@ class EvaluationSet(Prompts):
 
 
 def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, size: int, seed: int) -> dict[str, float]:
-    """Return CMMD and KID of real pictures of the training split in place of drawn ones: what no generator can beat.
+    """Return the floors of CMMD and KID: the distances of real training pictures, in place of generated pictures.
 
-    The pictures are as many as there are prompts, none of them a reference, and the figure is the mean over up to 2
-    such sets; nothing where there are too few.
+    A set has as many pictures as there are prompts, and none of them is a reference. The figures are means over up to 2
+    such sets; the result is empty if there are too few pictures for one set.
     """
     training, used = images.of_split(TRAINING), {bytes(picture) for picture in prompts.real_images.encoded}
     order = torch.randperm(training.num_images, generator=generator(seed, "floor")).tolist()
@@ -201,9 +202,11 @@ def _floors(prompts: EvaluationSet, images: CaptionedImages, evaluator: Any, siz
 def referred(
     images: CaptionedImages, targets: Tensor, order: Tensor, most: int | None
 ) -> tuple[CaptionedImages, Tensor]:
-    """Return at most `most` real pictures (None: all), the targets' own first, then by `order`, with the targets.
+    """Return about `most` real pictures (None: all), and the targets as indices of the returned pictures.
 
-    targets: (n,) index `images`, and what is returned; order: a permutation of them, (num_images,).
+    All pictures of targets are kept, even if they are more than `most`; others follow in `order` up to `most`.
+
+    targets: (n,) indices of `images`. order: (num_images,) a permutation of the indices of `images`.
     """
     if most is None or most >= images.num_images:
         return images, targets
@@ -219,16 +222,16 @@ def noise_seeds(seed: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made, the same for every row."""
+    """Settings for generating pictures, the same for every row."""
 
     steps: int
     guidance: float
     batch_size: int
     precision: str = "float32"  # of the denoiser and the text encoder: a `Precision`
-    size: int | None = None  # pixels of a side; None: the model's own
+    size: int | None = None  # side in pixels; None: the model's own
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Return the context under which pictures are made."""
+        """Return the autocast context in which pictures are generated."""
         return autocast(self.precision, device)
 
 
@@ -240,9 +243,9 @@ def sample(
     folder: Path,
     sharing: Sharing,
 ) -> tuple[list[Path], Tensor]:
-    """Generate every prompt's picture, each by its own expert; resumable, and shared with others by `sharing`.
+    """Generate every prompt's picture with its expert; resumable, and shared with other processes by `sharing`.
 
-    Returns the pictures' files and the expert of each prompt (n,). An expert's prompts go in batches of their own.
+    Returns the pictures' files and the expert of each prompt (n,). A batch has prompts of one expert only.
     """
     experts = candidate.experts(prompts.embeddings)
     files: list[Path] = [folder] * len(prompts.prompts)
@@ -273,12 +276,12 @@ def sample(
 
 @dataclass(frozen=True)
 class Judged:
-    """What an evaluator sees in a row's pictures, and in the texts that they are held against."""
+    """An evaluator's output for a row's pictures, and for the texts that they are compared with."""
 
     features: Tensor  # (n, F)
     embedded: Tensor  # (n, E)
     texts: Tensor  # (n, E) of the prompts
-    names: Tensor  # (num_images, E) of all pictures' names
+    names: Tensor  # (num_images, E) of the real pictures' names
 
 
 def judge(pictures: Tensor, prompts: EvaluationSet, evaluator: Any) -> Judged:
@@ -295,7 +298,7 @@ def judge(pictures: Tensor, prompts: EvaluationSet, evaluator: Any) -> Judged:
 def measure(
     candidate: Candidate, judged: Judged, prompts: EvaluationSet, data: EncodedData, dense: Candidate, agreement: float
 ) -> dict[str, Any]:
-    """Return the row's figures (keys of `table.COLUMNS`), costs being means over the training prompts."""
+    """Return the row's figures (keys of `table.COLUMNS`); its MACs are the mean over the training prompts."""
     shares = training_shares(candidate, data)
     macs = float((shares * torch.tensor(candidate.macs, dtype=torch.float64)).sum())
     return {
@@ -310,7 +313,7 @@ def measure(
 
 
 def quality(judged: Judged, prompts: EvaluationSet, agreement: float) -> dict[str, float | None]:
-    """Return how good a row's pictures and predictions are; None for a figure that so few pictures do not give."""
+    """Return the quality figures of a row's pictures and predictions; None for a figure that needs more pictures."""
     features, embedded, texts, names = judged.features, judged.embedded, judged.texts, judged.names
     asked = prompts.targets[: prompts.num_names]
     figures: dict[str, float | None] = {
@@ -360,14 +363,14 @@ def training_shares(candidate: Candidate, data: EncodedData) -> Tensor:
 
 
 def shares_of(experts: Tensor, count: int) -> Tensor:
-    """Return the share of prompts, whose experts (n,) are given, that each of `count` experts has, (N,) float64."""
+    """Return each expert's share of prompts, (N,) float64, from the prompts' experts (n,) and the number of experts."""
     return torch.bincount(experts, minlength=count).double() / len(experts)
 
 
 def frequent_words(captions_of: Sequence[Sequence[str]], count: int = FREQUENT_WORDS) -> list[list[str]]:
-    """Return the words that tell each expert's captions from the others', by the mean TF-IDF over its captions.
+    """Return the words that distinguish each expert's captions from the others, by their mean TF-IDF in its captions.
 
-    captions_of: of each expert. English stop words are left out; an expert without captions has no words.
+    captions_of: each expert's captions. English stop words are left out; an expert without captions has no words.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -388,7 +391,7 @@ def frequent_words(captions_of: Sequence[Sequence[str]], count: int = FREQUENT_W
 def seconds_per_image(
     candidate: Candidate, pipeline: DiffusionPipeline, prompts: EvaluationSet, sampling: Sampling
 ) -> float:
-    """Measure the time of one image in a batch of 8, after a warm-up: the mean over the prompts' experts."""
+    """Measure the seconds per image in a batch of 8, after a warm-up; the mean over experts is weighted by prompts."""
     count = min(TIMED_IMAGES, len(prompts.prompts))
     shares = shares_of(candidate.experts(prompts.embeddings), len(candidate.models))
     total = 0.0

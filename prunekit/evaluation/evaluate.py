@@ -48,7 +48,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: its folder, settings and rows, each with its costs and `figures.figures`."""
+    """The result of an evaluation: its folder, protocol and rows; a row has costs and `figures.figures`."""
 
     folder: Path
     protocol: Protocol
@@ -74,23 +74,23 @@ def evaluate(
     output: str | Path | None = None,
     say: Callable[[str], Any] = print,
 ) -> Evaluation:
-    """Draw and measure models under one protocol; write `results.json` and `table.md`.
+    """Generate and measure pictures of models under one protocol; write `results.json` and `table.md`.
+
+    Existing pictures and features are not computed again, and several processes may share the generation.
 
     Args:
         targets: runs' directories (their dense model and every method), diffusers directories, hub ids, "emoji".
         protocol: "aptp", "bksdm" or "emoji" (`protocols.PROTOCOLS`).
-        data: captioned pictures, as `protocols.load_data_config`; by default the held-out captions of the runs' data,
-            or the embedded data under protocol emoji.
+        data: captioned pictures, as for `protocols.load_data_config`; by default the held-out captions of the runs'
+            data, or the embedded data under protocol emoji.
         num_images: number of pictures per model; by default the protocol's.
-        overrides: `key=value` over the protocol's settings.
+        overrides: `key=value` texts that change the protocol's settings.
         output: directory of pictures and tables; runs/evaluate-PROTOCOL by default.
-        say: takes a line for each finished step.
-
-    Existing pictures and features are not computed again, and several processes may share the drawing.
+        say: function that is called with one line per finished step.
 
     Raises:
-        ValueError: one line, for bad input; before anything is drawn, as far as it can be known.
-        ImportError: features of a package that is missing; the message names the extra.
+        ValueError: invalid input; the message is one line. Faults are found before pictures are generated, if possible.
+        ImportError: a metric needs a package that is missing; the message names the extra.
 
     """
     quiet_libraries()
@@ -107,10 +107,10 @@ def evaluate(
 
 
 def _claim(folder: Path) -> None:
-    """Refuse a directory that holds something else than an evaluation."""
+    """Raise UserError if a directory holds anything other than an evaluation."""
     table = folder / TABLE
     ours = [table.is_file() and table.read_text(encoding="utf-8", errors="replace").startswith(HEADING)]
-    ours += [(folder / name).is_dir() for name in (FEATURES, PICTURES)]  # of one that was stopped
+    ours += [(folder / name).is_dir() for name in (FEATURES, PICTURES)]  # of an evaluation that was stopped
     refuse_foreign(folder, any(ours) and not (folder / RECIPE).is_file(), "evaluation")
 
 
@@ -122,7 +122,7 @@ def _evaluate(
     say: Callable[[str], Any],
     executor: Executor,
 ) -> Evaluation:
-    """Draw and measure in a directory that is this command's."""
+    """Generate and measure pictures in a directory that this command has claimed."""
     digests = Digests(folder / "cache")
     features = Features(folder / FEATURES, digests)
     prompts, source = _prompts(settings, places, data, folder / "cache")
@@ -168,14 +168,14 @@ def _evaluate(
 class Drawn:
     """The pictures of one model."""
 
-    prompts: Prompts  # as the model's router sees them
+    prompts: Prompts  # with the embeddings for the model's router
     folder: Path
     files: list[Path]
     experts: Tensor  # (n,) of the prompts
 
 
 def _draw(subject: Subject, protocol: Protocol, prompts: Prompts, folder: Path, sharing: Sharing) -> Drawn:
-    """Draw one model's pictures."""
+    """Generate one model's pictures."""
     candidate, pipeline = subject.candidate, subject.pipeline
     options = (protocol.steps, protocol.guidance, protocol.batch_size, protocol.precision)
     sampling = Sampling(*options, protocol.resolution)
@@ -187,7 +187,7 @@ def _draw(subject: Subject, protocol: Protocol, prompts: Prompts, folder: Path, 
 
 @lru_cache(maxsize=1)
 def _opened(asked: str) -> tuple[Protocol, Prompts]:
-    """Return an evaluation's settings and prompts, which stay in memory for the next batch."""
+    """Return an evaluation's settings and prompts, cached for the next batch."""
     content = json.loads(asked)
     protocol, data = Protocol(**content["protocol"]), content["data"]
     places = [Target.at(place) for place in content["places"]]
@@ -197,14 +197,14 @@ def _opened(asked: str) -> tuple[Protocol, Prompts]:
 
 @lru_cache(maxsize=1)
 def _opened_subjects(asked: str, place: int) -> list[Subject]:
-    """Return the models at a place, which stay in memory for the next batch."""
+    """Return the models at a place, cached for the next batch."""
     content = json.loads(asked)
     digests = Digests(Path(content["folder"]) / "cache")
     return list(Target.at(content["places"][place]).subjects(_opened(asked)[0], digests))
 
 
 def draw_one(executor: OnePiece, asked: dict[str, Any], place: int, subject: int) -> None:
-    """Draw one batch of a model's pictures, on a node of a cluster."""
+    """Generate one batch of a model's pictures, on a node of a cluster."""
     quiet_libraries()
     key, folder = json.dumps(asked), Path(asked["folder"])
     (protocol, prompts), model = _opened(key), _opened_subjects(key, place)[subject]
@@ -215,7 +215,7 @@ def draw_one(executor: OnePiece, asked: dict[str, Any], place: int, subject: int
 def _row(
     subject: Subject, protocol: Protocol, features: Features, prompts: Prompts, folder: Path, sharing: Sharing
 ) -> dict[str, Any]:
-    """Draw and measure one model."""
+    """Generate and measure one model's pictures, and return the model's row."""
     candidate, size = subject.candidate, protocol.compare_at or protocol.resolution or resolution_of(subject.pipeline)
     drawn = _draw(subject, protocol, prompts, folder, sharing)
     macs = float(torch.tensor(candidate.macs, dtype=torch.float64)[drawn.experts].mean())
@@ -234,7 +234,7 @@ def _row(
 def _prompts(
     protocol: Protocol, places: Sequence[Target], data: Any, cache: Path
 ) -> tuple[Prompts, dict[str, Any] | str]:
-    """Return what is drawn, and where it came from."""
+    """Return the prompts, and their source: the data's settings, or the path of the file of prompts."""
     recipes = [place.recipe for place in places if place.recipe is not None]
     seeds = {recipe.get("seed", 0) for recipe in recipes} if data is None and protocol.seed is None else set()
     if len(seeds) > 1:
@@ -269,11 +269,11 @@ def _own_data(protocol: Protocol, recipes: Sequence[dict[str, Any]]) -> DataConf
             f"protocol {protocol.name} needs captioned pictures: give --data, such as "
             '"{kind: coco, path: coco, split: val30k}", or prompts=FILE'
         )
-    return DataConfig(holdout_by="captions")  # the model is not a run's: all of the data is requested
+    return DataConfig(holdout_by="captions")  # no run held out pictures, so prompts may ask for any picture
 
 
 def _captions(protocol: Protocol, images: CaptionedImages, seed: int, held_only: bool) -> Prompts:
-    """Choose one caption a picture; `held_only`: of those that no training sees."""
+    """Choose one caption per picture; with `held_only`, only captions that no training sees."""
     pairs = torch.nonzero(images.held_out).flatten() if held_only else torch.arange(images.num_pairs)
     if not len(pairs):
         raise UserError("the run's data has no held-out captions (data.holdout=0): give --data with other captions")
@@ -287,9 +287,9 @@ def _captions(protocol: Protocol, images: CaptionedImages, seed: int, held_only:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file, one a line, or of the column `Prompt` of a .tsv (PartiPrompts).
+    """Return the prompts of a text file, one per line, or of the column `Prompt` of a .tsv (PartiPrompts).
 
-    Raises ValueError, one line, for a file that is missing or holds none.
+    Raises ValueError, one line, for a file that cannot be read or holds fewer than two prompts.
     """
     try:
         text = path.read_text(encoding="utf-8")

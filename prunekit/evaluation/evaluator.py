@@ -1,7 +1,7 @@
-"""The embedded evaluator: a small CLIP-like image and text pair that judges generated emoji.
+"""The embedded evaluator: a small CLIP-like model, with an image tower and a text tower, that judges generated emoji.
 
-It shares nothing with the diffusion model that is judged: own image tower, own text tower, own training
-(`prunekit.evaluation.evaluator_training`). Photographs are judged by a CLIP model instead (`prunekit.evaluation.clip`).
+It shares no weights with the diffusion model that it judges, and is trained separately
+(`prunekit.embedded.evaluator_training`). Photographs are judged by a CLIP model instead (`prunekit.evaluation.clip`).
 """
 
 import re
@@ -26,13 +26,13 @@ EMBEDDED_EVALUATORS = {
     "emoji-held-out": EVALUATOR_DIRECTORY.parent / "evaluator_held_out",
 }
 INCEPTION = "inception"
-BATCH = 64  # every forward pass has this many pictures, so that a picture's numbers do not depend on its company
+BATCH = 64  # pictures in every forward pass, so that a picture's result does not depend on the number of pictures
 INITIAL_SCALE = 14.0  # of the logits, as in CLIP
 WORDS = re.compile(r"\w+|[^\w\s,:]")
 
 
 class EvaluatorConfig(BaseModel):
-    """The towers' shapes."""
+    """Shapes of the image tower and the text tower."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class EvaluatorConfig(BaseModel):
 
 
 def pieces(text: str) -> list[str]:
-    """Return a text's words and its pairs of neighbouring words, lower case; commas and colons are dropped."""
+    """Return a text's words and its pairs of neighboring words, lower case; commas and colons are dropped."""
     words = WORDS.findall(text.lower())
     return words + [f"{a} {b}" for a, b in pairwise(words)]
 
@@ -55,7 +55,7 @@ def vocabulary_of(texts: list[str]) -> list[str]:
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions, added to what came in."""
+    """Two 3x3 convolutions with group normalization, added to the input."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
 
 
 class Evaluator(nn.Module):
-    """Unit vectors of pictures and of texts, near each other where they belong together."""
+    """A model that embeds pictures and texts as unit vectors, near each other if picture and text match."""
 
     def __init__(self, config: EvaluatorConfig, vocabulary: list[str]):
         super().__init__()
@@ -99,9 +99,9 @@ class Evaluator(nn.Module):
         return F.normalize(self.image_projection(self.image_features(pixels)).float(), dim=-1)
 
     def stage_features(self, pixels: Tensor) -> Tensor:
-        """Return features (n, F) of float pixels (n, 3, H, W): the pooled output of each stage, layer-normalised.
+        """Return features (n, F) of float pixels (n, 3, H, W): the pooled output of each stage, layer-normalized.
 
-        The last stage alone hardly sees softness, which it was trained to forgive; the earlier ones do.
+        The last stage alone hardly detects blur, because it was trained to ignore blur; the earlier stages detect it.
         """
         return _normalised(self._pooled(pixels))
 
@@ -134,7 +134,7 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `features` and `embed_images` of pictures, of one pass."""
+        """Return `features` and `embed_images` of pictures, from one forward pass."""
 
         def both(part: Tensor) -> Tensor:
             pooled = self._pooled(self._pixels(part))
@@ -170,7 +170,7 @@ class Evaluator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "Evaluator":
-        """Read what `save_pretrained` wrote. Raises ValueError where the folder holds no evaluator."""
+        """Load an evaluator that `save_pretrained` wrote; raise ValueError if the folder holds none."""
         folder = Path(folder)
         if not (folder / "vocabulary.json").is_file():
             raise UserError(f"{folder} holds no evaluator (vocabulary.json is missing)")
@@ -185,9 +185,9 @@ def _normalised(pooled: list[Tensor]) -> Tensor:
 
 
 def in_batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Apply `embed` to uint8 pictures (n, 3, H, W) in batches of exactly BATCH (the last is filled up), to (n, E).
+    """Return `embed`, as (n, E), of uint8 pictures (n, 3, H, W), in batches of exactly BATCH; the last is padded.
 
-    Raises ValueError for anything but uint8 RGB pictures.
+    Raises ValueError if the pictures are not uint8 RGB, or if there are none.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"pictures must be uint8 (n, 3, H, W), not {images.dtype} {tuple(images.shape)}")

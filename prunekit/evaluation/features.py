@@ -1,4 +1,4 @@
-"""What models see in pictures, kept by content: real pictures are looked at once, whatever is held against them."""
+"""Features of pictures, cached by content, so that evaluators run only once over the real pictures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from prunekit.runtime.digests import Digests
 from prunekit.runtime.progress import Progress
 from prunekit.runtime.tensors import save_tensors
 
-CHUNK = 4 * BATCH  # pictures in memory at once; whole batches, so that chunks change no number
+CHUNK = 4 * BATCH  # pictures in memory at once; a multiple of BATCH, so that chunks do not change the features
 
 
 class Features:
-    """Features of real and of drawn pictures by model and view, computed once and kept in `folder`.
+    """Features of real and of generated pictures by model and view, computed once and cached in `folder`.
 
     A view is a method of an evaluator that maps uint8 pictures to rows: "features" or "embed_images". A file's name
     is a digest of the model's weights, the view, the pictures' contents and the side that they are resized to.
@@ -31,13 +31,13 @@ class Features:
         self._models: dict[str, tuple[Any, str]] = {}
 
     def model(self, name: str) -> Any:
-        """Return the evaluator of a name (`load_evaluator`), loaded once."""
+        """Return the evaluator with this name (see `load_evaluator`), which is loaded once."""
         return self._loaded(name)[0]
 
     def real(self, images: CaptionedImages, name: str, view: str, size: int) -> Tensor:
-        """Return rows (n, F) of the real pictures, `size` pixels of a side; those that cannot be decoded are left out.
+        """Return rows (n, F) of the real pictures that can be decoded, at a side of `size` pixels.
 
-        Raises DataError where more cannot be decoded than the data's tolerance allows.
+        Raises DataError if more pictures cannot be decoded than the data's tolerance allows.
         """
         model, key = self._loaded(name)
         key = Fingerprint("real", key, view, size).add_pictures(images.encoded, self.digests).key()
@@ -56,7 +56,7 @@ class Features:
         return self._kept(key, lambda: _rows(chunks(), getattr(model, view), images.num_images, "real pictures"))
 
     def drawn(self, paths: Sequence[Path], name: str, view: str, size: int | None) -> Tensor:
-        """Return rows (n, F) of drawn pictures, resized to `size` pixels of a side (None: as they are)."""
+        """Return rows (n, F) of generated pictures, resized to a side of `size` pixels (None: not resized)."""
         model, key = self._loaded(name)
         key = Fingerprint("drawn", key, view, size).add(*self.digests.of([str(path) for path in paths])).key()
         chunks = (read_pictures(paths[start : start + CHUNK], size) for start in range(0, len(paths), CHUNK))
@@ -86,18 +86,18 @@ def _rows(chunks: Iterator[Tensor], view: Callable[[Tensor], Tensor], total: int
 
 
 def identity(evaluator: Any) -> str:
-    """Return a digest of what an evaluator is: its class and weights."""
+    """Return a digest that identifies an evaluator by its class and weights."""
     module = evaluator if isinstance(evaluator, nn.Module) else evaluator.model
     return Fingerprint(type(evaluator).__name__, BATCH).add_module(module).key()
 
 
 def load_evaluator(name: str | Path) -> Any:
-    """Load an evaluator: an embedded one, or of a folder with one of ours or a CLIP model of transformers.
+    """Load an evaluator, which has the methods `embed_images`, `embed_texts` and `features`, by name or folder.
 
-    "emoji" has learned all of Emoji-64. "emoji-held-out" has not seen the pictures that `holdout_by: pictures` holds
-    out, up to 20 %, at seed 0.
-    "inception" is FID's network, which has `features` alone; anything else is a CLIP model's name on the hub. What
-    comes back has `embed_images`, `embed_texts` and `features`. Raises ValueError if there is no such model.
+    "emoji" is trained on all of Emoji-64. "emoji-held-out" is trained without the pictures that `holdout_by: pictures`
+    holds out, up to 20 %, at seed 0. "inception" is FID's network, which has only `features`. A folder holds an
+    `Evaluator` or a CLIP model of transformers; any other name is a CLIP model on the hub.
+    Raises ValueError if there is no such model.
     """
     if name == INCEPTION:
         from prunekit.evaluation.inception import InceptionFeatures

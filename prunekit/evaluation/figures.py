@@ -1,4 +1,4 @@
-"""The figures of one model's pictures under a protocol, each with its error and the number of pictures behind it."""
+"""Figures of one model's pictures under a protocol, each with its error and the number of pictures that it uses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,36 +18,36 @@ from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import replacing
 
 Figure = dict[str, float | int]
-REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder, of the real pictures that frechet was taken to
+REAL_STATISTICS = "real-statistics.npz"  # in an evaluation's folder: moments of frechet's real pictures
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One model's pictures and what they are held against; what a figure needs is computed when it is requested."""
+    """One model's pictures, and the prompts and real pictures to compare with; features are computed on demand."""
 
     protocol: Protocol
     features: Features
     prompts: Prompts
-    paths: Sequence[Path]  # of the drawn pictures, one a prompt
-    size: int  # pixels of a side, real and drawn
+    paths: Sequence[Path]  # of the generated pictures, one per prompt
+    size: int  # side of real and generated pictures in pixels
 
     def pair(self, name: str, view: str) -> tuple[Tensor, Tensor]:
-        """Return a model's rows of the real and of the drawn pictures, (n, F) and (m, F)."""
+        """Return an evaluator's rows of the real and of the generated pictures, (n, F) and (m, F)."""
         return self.features.real(self.prompts.real_images, name, view, self.size), self.drawn(name, view)
 
     def drawn(self, name: str, view: str = "embed_images") -> Tensor:
-        """Return a model's rows of the drawn pictures, (m, F)."""
+        """Return an evaluator's rows of the generated pictures, (m, F)."""
         return self.features.drawn(self.paths, name, view, self.size)
 
     def captioned(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return a model's unit vectors of the pictures that captions asked for, and of those captions, (k, E) each."""
+        """Return an evaluator's unit vectors of the captions' generated pictures and of the captions, (k, E) each."""
         first = self.prompts.num_names
-        texts = self.features.model(name).embed_texts(self.prompts.prompts)  # all, in the batches that a run cuts
+        texts = self.features.model(name).embed_texts(self.prompts.prompts)  # all prompts, in the same batches as a run
         return self.drawn(name)[first:], texts[first:]
 
     @cached_property
     def ranks(self) -> Tensor:
-        """How many other names are as near to each picture that a name asked for, (num_names,)."""
+        """The number of other names at least as near to each name's generated picture as the name, (num_names,)."""
         name, count = self.protocol.clip_model, self.prompts.num_names
         texts = self.features.model(name).embed_texts(self.prompts.real_images.names)
         return metrics.ranks(self.drawn(name)[:count], texts, self.prompts.targets[:count])
@@ -56,7 +56,7 @@ class Seen:
 def figures(seen: Seen) -> dict[str, Figure]:
     """Return {metric: {value, error, low, high, count}}; low and high are the ends of the 95 % interval.
 
-    error: the jackknife error over the drawn pictures (`uncertainty`). count: drawn pictures behind the figure.
+    error: the jackknife error over the generated pictures (`uncertainty`). count: number of generated pictures used.
     """
     return {name: FIGURES[name](seen) for name in seen.protocol.metrics}
 
@@ -115,7 +115,7 @@ FIGURES: dict[str, Callable[[Seen], Figure]] = {
 }
 
 
-NEEDS = {  # of which model, by its setting, what a metric uses
+NEEDS = {  # metric: (the setting that names its model, the attribute of the model that it uses)
     "cmmd": ("cmmd_model", "embed_images"),
     "kid": ("feature_model", "features"),
     "frechet": ("feature_model", "features"),
@@ -127,10 +127,13 @@ NEEDS = {  # of which model, by its setting, what a metric uses
 
 
 def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
-    """Refuse, before anything is drawn, what could not be measured; the models are loaded for it.
+    """Check, before pictures are generated, that every metric can be measured; this loads the metrics' models.
 
-    Raises ValueError, one line: a model that cannot be loaded or does not fit its metric, statistics that cannot be
-    read, a Fréchet distance of too few pictures. ImportError: a model's package that is missing.
+    Raises:
+        ValueError: a model cannot be loaded or does not fit its metric, statistics cannot be read, or there are too few
+            pictures for a Fréchet distance; the message is one line.
+        ImportError: a model's package is missing.
+
     """
     for name in protocol.metrics:
         setting, need = NEEDS[name]
@@ -152,7 +155,7 @@ def refuse(protocol: Protocol, features: Features, prompts: Prompts) -> None:
 def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
     """Read mean (F,) and covariance (F, F) of real features from an .npz with `mu` and `sigma`, as pytorch-fid writes.
 
-    Raises ValueError, one line, if there is none, or one of features of another width.
+    Raises ValueError, one line, if there is no such file, or if its features do not have the width `width`.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
@@ -166,7 +169,7 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
 
 
 def write_statistics(path: Path, mean: Tensor, covariance: Tensor) -> None:
-    """Write what `read_statistics` and pytorch-fid read; the file appears whole or not at all."""
+    """Write mean and covariance atomically, in the format that `read_statistics` and pytorch-fid read."""
     arrays: dict[str, Any] = dict(zip(_STATISTICS, (mean.numpy(), covariance.numpy()), strict=True))
     with replacing(path) as new, new.open("wb") as file:
         np.savez(file, **arrays)

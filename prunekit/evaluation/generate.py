@@ -1,4 +1,4 @@
-"""Pictures from any diffusers text-to-image pipeline, the same for the same (prompt, seed) in every run."""
+"""Generate pictures with any diffusers text-to-image pipeline; a prompt and seed give the same picture in every run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,8 +33,8 @@ def draw(
 ) -> Tensor:
     """Return uint8 pictures (n, 3, H, W) of one pipeline call.
 
-    Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
-    diffusers gives the same picture. `size` is pixels, one side or (height, width), by default the pipeline's.
+    Each picture's noise comes from a CPU generator with the picture's seed, so `torch.Generator().manual_seed(seed)` in
+    plain diffusers gives the same picture. `size` is the side or (height, width) in pixels; None: the pipeline's own.
     """
     if size is None and has_denoiser(pipeline):
         size = pixels_of(pipeline)
@@ -54,7 +54,7 @@ def draw(
 
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
-    """Leave out the pipeline's own progress bar and its safety checker, which would blacken pictures of a test."""
+    """Disable, within the context, the pipeline's progress bar and its safety checker, which may blacken pictures."""
     checker = getattr(pipeline, "safety_checker", None)
     settings = getattr(pipeline, "_progress_bar_config", None)
     if checker is not None:
@@ -80,12 +80,12 @@ def generate(
     size: int | tuple[int, int] | None = None,
     title: str = "generate",
 ) -> Tensor:
-    """Return uint8 pictures (n, 3, H, W), one a prompt.
+    """Return uint8 pictures (n, 3, H, W), one per prompt.
 
-    Each picture's noise comes from its own seed's CPU generator, so `torch.Generator().manual_seed(seed)` in plain
-    diffusers gives the same picture; batches are cut by index. `steps` is the number asked of the scheduler (PNDM
-    calls the denoiser once more); `size` is pixels, one side or (height, width), by default the pipeline's.
-    Raises ValueError where prompts and seeds do not match.
+    Each picture's noise comes from a CPU generator with the picture's seed, so `torch.Generator().manual_seed(seed)` in
+    plain diffusers gives the same picture. Batches are fixed by index. `steps` is the number of scheduler steps (PNDM
+    calls the denoiser once more). `size` is the side or (height, width) in pixels; None: the pipeline's own.
+    Raises ValueError if there is not one seed per prompt.
     """
     _check(prompts, seeds, batch_size)
     pictures = []
@@ -109,12 +109,12 @@ def generate_to(
     title: str = "generate",
     sharing: Sharing | None = None,
 ) -> list[Path]:
-    """As `generate`, into `directory`/00000.png, 00001.png …; return their paths.
+    """Generate pictures as `generate` does into `directory`/00000.png, 00001.png …; return their paths.
 
-    A picture appears whole or not at all, and a batch whose pictures are all there is not made again. What was asked
-    for is kept beside them; another request for the same directory raises ValueError that names what differs.
-    pipeline: or a function that returns it, called for the first batch that is made here.
-    sharing: makes the batches, with other processes that call this; by default this process makes all of them.
+    Pictures are written atomically, and a batch is skipped if all its pictures exist. The arguments are stored beside
+    the pictures; a call with other arguments for the same directory raises ValueError, which names the difference.
+    pipeline: the pipeline, or a function that returns it, which is called for this process's first batch.
+    sharing: does the batches together with other processes that call this function; None: this process does all.
     """
     _check(prompts, seeds, batch_size)
     side = list(size) if isinstance(size, tuple) else size
@@ -157,7 +157,7 @@ def generate_to(
 
 
 def read_pictures(paths: Sequence[Path], size: int | None = None) -> Tensor:
-    """Read PNG files of one size to uint8 (n, 3, H, W); `size`: resized to that side, bilinearly, antialiased."""
+    """Read PNG files of one size to uint8 (n, 3, H, W), resized to a side of `size` pixels (bilinear, antialiased)."""
     arrays = []
     for path in paths:
         rgb = open_picture(path).convert("RGB")

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from prunekit.evaluation.evaluator import in_batches
 from prunekit.runtime.errors import MissingPackageError, UserError
 
-SIDE = 299  # pixels that the network was trained at
+SIDE = 299  # side in pixels of the pictures that the network was trained on
 
 
 class InceptionFeatures:
-    """The pooled features of FID's Inception network; without text, so it serves `kid` and `frechet` alone."""
+    """The pooled features of FID's Inception network; it embeds no texts, so only `kid` and `frechet` can use it."""
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
@@ -23,10 +23,10 @@ class InceptionFeatures:
 
     @classmethod
     def load(cls) -> "InceptionFeatures":
-        """Load the network; ImportError without the extra `metrics`, ValueError where its weights are not available."""
+        """Load the network; raise ImportError without the extra `metrics`, ValueError if its weights are missing."""
         try:
             from cleanfid.inception_pytorch import InceptionV3
-        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another version of torch
             raise MissingPackageError(
                 "Inception features need clean-fid: pip install 'prunekit[metrics]'; or set "
                 f"feature_model=emoji or a CLIP model, or remove kid and frechet from metrics ({error})"

@@ -1,8 +1,8 @@
-"""What the tables report, as linear algebra in float64: distances between sets of pictures, and agreement with text.
+"""Metrics of the tables, computed in float64: distances between sets of pictures, and the match of pictures and texts.
 
-Lower is better for the three distances (zero, up to sampling noise, for two samples of one distribution), higher for
-the rest.
-Features and embeddings come from an evaluator; figures from different evaluators cannot be compared.
+Lower is better for the three distances, which are zero, up to sampling noise, for two samples of one distribution;
+higher is better for the other metrics. Features and embeddings come from an evaluator; figures from different
+evaluators cannot be compared.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from prunekit.runtime.randomness import generator
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
-FRECHET_SAMPLES = 10  # pictures a feature that a Fréchet distance needs in each set
+FRECHET_SAMPLES = 10  # pictures per feature that a Fréchet distance needs in each set
 BLOCK = 2048  # rows of a kernel matrix in memory at once
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,15 +31,16 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 def frechet_of_enough(real: Tensor, generated: Tensor) -> float | None:
-    """Return the `frechet_distance`, or None where `refuse_few` would refuse it."""
+    """Return the `frechet_distance`, or None if there are too few pictures for it (see `refuse_few`)."""
     enough = min(len(real), len(generated)) >= FRECHET_SAMPLES * generated.shape[1]
     return frechet_distance(real, generated) if enough else None
 
 
 def refuse_few(count: int, width: int, what: str = "generated pictures") -> None:
-    """Raise ValueError where `count` pictures are too few for a Fréchet distance of features of width `width`.
+    """Raise ValueError if `count` pictures are too few for a Fréchet distance of features of width `width`.
 
-    Its bias falls with the number of pictures and differs by model: below 10 a feature it decides the order of rows.
+    The bias of the distance falls with the number of pictures and differs between models. Below 10 pictures per
+    feature, this bias decides the order of the table's rows.
     """
     if count < FRECHET_SAMPLES * width:
         raise UserError(
@@ -65,9 +66,9 @@ def gaussian_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, cova
 def kid(real: Tensor, generated: Tensor, subset: int | None = None, subsets: int = 100, seed: int = 0) -> float:
     """Return the kernel distance: unbiased squared MMD, kernel (x·y/F + 1)³ (Bińkowski et al., 2018).
 
-    Features are (n, F) and (m, F). With `subset`, the mean over `subsets` random subsets of that size, as the paper
-    computes it; without, all samples at once. Slightly negative for equal distributions: the estimate is unbiased.
-    Raises ValueError where a subset is larger than a set.
+    Features are (n, F) and (m, F). With `subset`, the result is the mean over `subsets` random subsets of that size, as
+    in the paper; without it, all samples are used at once. The estimate is unbiased, so it may be slightly negative for
+    equal distributions. Raises ValueError if `subset` is below 2 or larger than a set.
     """
     real, generated = _checked(real, generated, least=2)
     if subset is None:
@@ -91,7 +92,7 @@ def _kid(x: Tensor, y: Tensor) -> float:
 
 
 def row_sums(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
-    """Return the sums over `y` of a kernel's rows, (n,), of values (n, F) and (m, F); the matrix is never whole."""
+    """Return the row sums (n,) of the kernel matrix of (n, F) and (m, F); the whole matrix is never in memory."""
     return torch.cat([kernel(part, y).sum(dim=1) for part in x.split(BLOCK)])
 
 
@@ -112,9 +113,9 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cmmd(real: Tensor, generated: Tensor) -> float:
-    """Return CMMD: 1000 · squared MMD of L2-normalised embeddings, Gaussian kernel σ = 10 (Jayasumana et al., 2024).
+    """Return CMMD: 1000 · squared MMD of L2-normalized embeddings, Gaussian kernel σ = 10 (Jayasumana et al., 2024).
 
-    Embeddings are (n, E) and (m, E). As in the authors' code the estimate is the biased one, so never negative.
+    Embeddings are (n, E) and (m, E). As in the authors' code, the estimate is biased and never negative.
     """
     x, y = (torch.nn.functional.normalize(values, dim=1) for values in _checked(real, generated, least=1))
     means = (row_sums(gaussian_kernel, a, b).sum() / (len(a) * len(b)) for a, b in ((x, x), (y, y), (x, y)))
@@ -152,10 +153,10 @@ def retrieval(images: Tensor, texts: Tensor, targets: Tensor, k: int = 1) -> flo
 
 
 def ranks(images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
-    """Return how many other texts are as near to each picture as its own, (n,): 0 where its own is the nearest.
+    """Return the number of other texts at least as near to each picture as the picture's own text, (n,).
 
     `images` (n, E) and `texts` (m, E) are unit vectors, `targets` (n,) the index of each picture's text. A tie counts
-    against the picture, so that a collapsed model gets nothing.
+    against the picture, so that collapsed embeddings, which are all equal, do not score.
     """
     if len(images) != len(targets) or not len(images):
         raise UserError(

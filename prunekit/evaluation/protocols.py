@@ -1,4 +1,4 @@
-"""Evaluation protocols: named settings under which pictures are made and measured. Figures of two are not compared."""
+"""Evaluation protocols: named settings for making and measuring pictures. Never compare figures of two protocols."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ class ProtocolError(UserError):
 
 
 class Protocol(BaseModel):
-    """How pictures are made, what they are held against, and what is measured."""
+    """How pictures are generated, which pictures they are compared with, and which metrics are measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -119,9 +119,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def load_protocol(name: str, overrides: Iterable[str] = (), num_images: int | None = None) -> Protocol:
-    """Return a protocol's settings with `key=value` overrides and a number of pictures over them.
+    """Return a protocol's settings, changed by `num_images` and by `key=value` overrides.
 
-    Raises ProtocolError, one line: an unknown protocol or key (with the nearest valid one), or a wrong value.
+    Raises ProtocolError, one line, for an unknown protocol or key (with the nearest valid one), or a wrong value.
     """
     if name not in PROTOCOLS:
         raise ProtocolError(f"no protocol {name!r}{nearest(name, PROTOCOLS) or '.'} Protocols: {', '.join(PROTOCOLS)}")
@@ -134,10 +134,10 @@ def load_protocol(name: str, overrides: Iterable[str] = (), num_images: int | No
 
 
 def load_data_config(given: str | Path | Mapping[str, Any] | DataConfig) -> DataConfig:
-    """Return which captioned pictures are meant.
+    """Return the data settings that `given` describes.
 
-    given: "emoji"; a folder (of tar or parquet shards, or of pictures with captions); a YAML file, a recipe with a
-    section `data` or that section alone; or the section itself, as YAML text such as "{kind: coco, path: coco}".
+    given: "emoji"; a folder of tar or parquet shards, or of pictures with captions; a YAML file with a recipe or with
+    only the recipe's section `data`; or that section as a mapping or as YAML text, such as "{kind: coco, path: coco}".
     Raises ProtocolError, one line, for anything else.
     """
     if isinstance(given, DataConfig):
@@ -167,7 +167,10 @@ def load_data_config(given: str | Path | Mapping[str, Any] | DataConfig) -> Data
 
 
 def checked(model: type[BaseModel], content: dict[str, Any], prefix: str) -> Any:
-    """Return the settings that a mapping holds; ProtocolError, one line, for the first fault. `prefix` of the keys."""
+    """Return `content` as validated settings; raise ProtocolError, one line, for the first fault.
+
+    prefix: text before the keys in messages.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:

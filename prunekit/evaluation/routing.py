@@ -1,7 +1,7 @@
-"""Does routing carry information? A mixture's router held against what it could have done.
+"""Measure whether routing carries information, by comparing a mixture's router with other ways to route.
 
-Every expert runs on the same fixed samples, so each sample has an error under each expert, and a router is a choice of
-one column a row. Error is the squared difference to the dense denoiser's prediction (`agreement`).
+Every expert runs on the same fixed samples, so each sample has an error under each expert, and a router chooses one
+column per row of this matrix. The error is the squared difference to the dense denoiser's prediction (`agreement`).
 """
 
 import math
@@ -34,13 +34,15 @@ def error_matrix(candidate: Candidate, samples: AgreementSamples, reference: Ten
 def routing_report(
     candidate: Candidate, data: EncodedData, samples: AgreementSamples, reference: Tensor, seed: int = 0
 ) -> dict[str, Any]:
-    """Return what a mixture's router does, beside its controls: JSON values.
+    """Return figures of a mixture's router and of its controls, as JSON values.
 
-    controls: mean errors when every prompt goes where the router sends it (`routed`), to an expert drawn with the
-    training prompts' shares (`random`), all to one expert (`best_single`, whose cost stands beside it), or each to its
-    best one (`oracle`, which no router can beat). `gain` is 1 - routed / random with its 95 % bootstrap interval.
-    difficulty: Spearman's correlation of a prompt's mean error over the experts with its own expert's MACs, and p.
-    paraphrases: how often two captions of one picture go to the same expert, and how often two of any would.
+    controls: mean errors if every prompt goes to the router's choice (`routed`), to an expert drawn by the training
+    prompts' shares (`random`), to the one expert with the lowest mean error (`best_single`, with its relative MACs), or
+    to the best expert for the prompt (`oracle`, which no router can beat). `gain` is 1 - routed / random, with its 95 %
+    bootstrap interval.
+    difficulty: Spearman's correlation of a prompt's mean error over the experts with the MACs of the prompt's expert,
+    and its p-value.
+    paraphrases: how often two captions of one picture go to the same expert, and how often any two captions would.
     """
     pairs = data.training_pairs()
     trained = candidate.experts_of(data.prompts, pairs)
@@ -63,7 +65,7 @@ def routing_report(
 
 
 def _entropy(shares: Tensor) -> float:
-    """Return the entropy of the shares over that of equal ones: 1 is even, 0 is one expert for all."""
+    """Return the entropy of the shares divided by that of equal shares: 1 if all are equal, 0 if one expert has all."""
     positive_shares = shares[shares > 0]
     return float(-(positive_shares * positive_shares.log()).sum() / math.log(len(shares))) if len(shares) > 1 else 0.0
 
@@ -99,7 +101,10 @@ def _difficulty(errors: Tensor, routed: Tensor, macs: Sequence[int]) -> dict[str
 
 
 def _paraphrases(images: Tensor, experts: Tensor, shares: Tensor) -> dict[str, float | int | None]:
-    """Count pairs of captions of one picture that go to one expert; `chance` is what the shares alone would give."""
+    """Return the number of caption pairs of one picture, and the share of them that goes to one expert (`agree`).
+
+    chance: the value of `agree` if captions went to experts at random with the same shares.
+    """
     counts = torch.zeros(int(images.max()) + 1, len(shares), dtype=torch.float64)
     counts.index_put_((images, experts), torch.ones(len(images), dtype=torch.float64), accumulate=True)
     total = counts.sum(1)

@@ -1,4 +1,4 @@
-"""One picture of many: the same prompts and seeds under several models, a row each."""
+"""Sheets of pictures: one image with the pictures of several models, a row per model, for the same prompts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from torch import Tensor
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import replacing
 
-CELL = 1.15  # inches of a picture's side
-CAPTION_LETTERS = 19  # in a line above a picture
+CELL = 1.15  # side of a picture in inches
+CAPTION_LETTERS = 19  # characters per line of the caption above a picture
 CAPTION_LINES = 3
 MARGIN = 0.12
 
@@ -27,7 +27,7 @@ class PictureRow:
 
 
 def expert_note(expert: int, macs: int) -> str:
-    """Return what stands under a routed picture: which expert made it, and its MACs per denoiser call."""
+    """Return the note under a routed picture: the expert that made it, and its MACs per denoiser call."""
     if macs < 1e9:
         return f"expert {expert} · {macs / 1e6:.0f} M MACs"
     return f"expert {expert} · {macs / 1e9:.{2 if macs < 1e11 else 0}f} G MACs"
@@ -36,7 +36,7 @@ def expert_note(expert: int, macs: int) -> str:
 def picture_sheet(path: Path, rows: Sequence[PictureRow], prompts: Sequence[str], title: str | None = None) -> Path:
     """Write a PNG with models as rows and prompts as columns, and return its path.
 
-    Raises ValueError where a row has not one picture (and one note, if any) a prompt.
+    Raises ValueError if a row does not have one picture per prompt or, if it has notes, one note per prompt.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,11 +98,11 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 
 def shortened(prompt: str) -> str:
-    """Break a prompt into at most CAPTION_LINES short lines; what does not fit becomes an ellipsis."""
+    """Break a prompt into at most CAPTION_LINES short lines; an ellipsis replaces the words that do not fit."""
     lines = textwrap.wrap(prompt, CAPTION_LETTERS, max_lines=CAPTION_LINES, placeholder=" …")
     return plain("\n".join(lines))
 
 
 def plain(text: str) -> str:
-    """Return a text that matplotlib draws as it is: a dollar sign begins no formula."""
+    """Return a text with its dollar signs escaped, so that matplotlib draws no formula."""
     return text.replace("$", r"\$")

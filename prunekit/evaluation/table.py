@@ -12,7 +12,7 @@ from prunekit.runtime.screen import fitted_table
 
 Row = Mapping[str, Any]
 MISSING = "–"
-SEEN = "seen_"  # before the key of a figure: the same of training pictures
+SEEN = "seen_"  # prefix of a figure's key: the same figure on training pictures
 SEEN_NOTE = (
     "Measured on held-out pictures and their prompts; in parentheses: on training pictures. Above the floor: what is "
     "left when real pictures' own figure is taken off."
@@ -21,7 +21,7 @@ SEEN_NOTE = (
 
 @dataclass(frozen=True)
 class Column:
-    """One column: where its value is in a row, and how a person reads it.
+    """One column of a table: the key of its value in a row, and how the value is shown.
 
     A row holds base units (parameters, MACs, seconds); the shown number is the value · `scale`, in `unit`.
     """
@@ -40,12 +40,12 @@ class Column:
         return f"{self.title}{unit}{' ' + self.direction if self.direction else ''}"
 
     def show(self, row: Row) -> str:
-        """Return the row's value as text, and in parentheses that of training pictures; a dash where there is none."""
+        """Return the row's value as text, or a dash; the value on training pictures follows in parentheses."""
         text, seen = self.shown(row.get(self.key)), row.get(SEEN + self.key)
         return text if seen is None else f"{text} ({self.shown(seen)})"
 
     def shown(self, value: Any) -> str:
-        """Return a value as text; a dash for none."""
+        """Return a value as text; a dash for None and NaN."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return MISSING
         return format(value * self.scale, self.format) if self.format else str(value)
@@ -99,9 +99,9 @@ def axis(key: str) -> Column:
 
 
 def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Column]:
-    """Return the columns that some row has a value for.
+    """Return the columns for which at least one row has a value.
 
-    Raises ValueError for a row with a key that no column shows, so that no figure is lost in silence.
+    Raises ValueError for a row with a key that no column shows, so that no figure is lost silently.
     """
     keys = [column.key for column in columns]
     for row in rows:
@@ -115,7 +115,7 @@ def shown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Colu
 def terminal_table(
     rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, title: str | None = None, width: int = 80
 ) -> RenderableType:
-    """Return a table for a terminal of `width` letters; see `fitted_table`."""
+    """Return a table for a terminal of `width` characters; see `fitted_table`."""
     columns = shown(rows, columns)
     lines = [[column.show(row) for column in columns] for row in rows]
     return fitted_table([c.header for c in columns], lines, [bool(c.format) for c in columns], width, title)
@@ -133,7 +133,7 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> 
 
 
 def warning_lines(warnings: Sequence[str]) -> list[str]:
-    """Return warnings as parts of a Markdown page, to stand under a table; none where there are none."""
+    """Return a section of warnings as parts of a Markdown page, below a table; no parts if there are no warnings."""
     return ["## Warnings\n", "".join(f"- {warning}.\n" for warning in warnings)] if warnings else []
 
 

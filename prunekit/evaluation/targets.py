@@ -1,4 +1,4 @@
-"""What can be evaluated: a run with its dense model and experts, or any diffusers pipeline."""
+"""Targets of an evaluation: a run with its dense model and experts, or any diffusers pipeline."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULT, ROUTER,
 from prunekit.runtime.yaml_files import read_mapping
 
 INDEX = "model_index.json"  # of a pipeline
-FILES = ("*.safetensors", "config.json")  # that a model's output depends on
+FILES = ("*.safetensors", "config.json")  # files that a model's output depends on
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Subject:
     candidate: Candidate
     pipeline: DiffusionPipeline
     key: str
-    encoder: Any | None = None  # of the prompts that its router sees
-    dense_macs: int | None = None  # of the model that it was pruned from, where that is known
+    encoder: Any | None = None  # prompt encoder of its router
+    dense_macs: int | None = None  # MACs of the model that it was pruned from, if known
 
 
 @dataclass(frozen=True)
 class Target:
-    """A place that holds models to evaluate; nothing of it is loaded before `subjects`."""
+    """A place that holds models to evaluate; no model is loaded before `subjects` is called."""
 
     place: str
     name: str
@@ -52,9 +52,9 @@ class Target:
 
     @classmethod
     def at(cls, place: str | Path) -> "Target":
-        """Return what is at a place: a run's directory, or a model as `load_pipeline` takes it.
+        """Return the target at a place, which is a run's directory, or a model that `load_pipeline` takes.
 
-        Raises ValueError, one line, for a directory that is neither, and a run without a finished method.
+        Raises ValueError, one line, for a directory that is neither, and for a run without a finished method.
         """
         path = Path(place).expanduser()
         if not (path / RECIPE).is_file():
@@ -76,9 +76,9 @@ class Target:
         return cls(str(place), path.resolve().name, recipe)
 
     def subjects(self, protocol: Protocol, digests: Digests) -> Iterator[Subject]:
-        """Load the pipeline, on this process's device, and give its models one by one: of a run, the dense one first.
+        """Load the pipeline on this process's device and yield its models one by one; of a run, the dense model first.
 
-        Raises ValueError, one line, for a model that cannot be loaded, FileNotFoundError for an expert that is missing.
+        Raises ValueError, one line, if a model cannot be loaded, and FileNotFoundError if an expert is missing.
         """
         recipe, device = self.recipe, current().device
         pipeline = (load_pipeline(self.place) if recipe is None else load_pipeline_of(recipe)).to(device)
@@ -104,7 +104,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Stored:
-    """A method's models on disk: the folder of its result, and that of its numbered experts."""
+    """A method's models on disk: the folder of its result, and the folder of its numbered experts."""
 
     name: str
     result: Path
@@ -116,7 +116,7 @@ def _results(place: Path) -> list[Path]:
 
 
 def _cells(place: Path) -> Iterator[tuple[str, Path]]:
-    """Yield name and models' folder of every finished cell of a comparison that has models of its own."""
+    """Yield name and models' folder of every finished cell of a comparison, except cells of the dense model."""
     for path in sorted((place / CELLS).glob("*.json")):
         cell = read_json(path)
         if cell["cell"]["method"] != DENSE:
@@ -132,7 +132,10 @@ def _pruned(
     key: str,
     digests: Digests,
 ) -> Subject:
-    """Return a method's experts, read when they draw, behind their router; with the weights of a kept step."""
+    """Return a method's experts, which are read on demand, with their router; `step` chooses stored weights of a step.
+
+    Raises FileNotFoundError if an expert is missing.
+    """
     result = PruneResult.load(stored.result, denoiser_in(pipeline))
     part = denoiser_name(pipeline) if step is None else f"step-{step}/{denoiser_name(pipeline)}"
     experts = range(result.num_experts)
@@ -161,13 +164,13 @@ def _pruned(
 
 
 def _schedule(pipeline: DiffusionPipeline) -> tuple[str, dict[str, Any]]:
-    """Return what the scheduler does; its other settings say where it came from."""
+    """Return the scheduler's class and the settings that affect its result; others (`_…`) describe its origin."""
     config = pipeline.scheduler.config
     return type(pipeline.scheduler).__name__, {key: config[key] for key in sorted(config) if key[0] != "_"}
 
 
 def embeddings_of(subject: Subject, prompts: Sequence[str]) -> torch.Tensor:
-    """Return what the subject's router sees of prompts, (n, Z); without a router, (n, 1) of zeros."""
+    """Return the prompt embeddings for the subject's router, (n, Z); without a router, zeros (n, 1)."""
     if subject.encoder is None:
         return torch.zeros(len(prompts), 1)
     return torch.as_tensor(subject.encoder.encode(list(prompts))).float()

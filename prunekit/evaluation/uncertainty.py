@@ -1,8 +1,9 @@
-"""How far a row's figures would move with other pictures (jackknife errors) or other seeds (Student's t intervals).
+"""Uncertainty of a row's figures: jackknife errors for other pictures, and Student's t intervals for other seeds.
 
-The jackknife leaves out one picture at a time (Efron and Stein, 1981). These figures have it in closed form, so nothing
-is drawn and the same pictures give the same error. The Fréchet distance has no closed form: of it tenths of the
-pictures are left out in turn; its bias with the number of pictures is larger than its spread, and not in the error.
+The jackknife leaves out one picture at a time (Efron and Stein, 1981). Most figures have it in closed form, so nothing
+is drawn at random, and the same pictures give the same error. The Fréchet distance has no closed form, so a tenth of
+the pictures is left out at a time. Its bias from the number of pictures is larger than its spread, and is not part of
+the error.
 """
 
 import math
@@ -34,7 +35,7 @@ FRECHET_GROUPS = 10
 def jackknife_errors(judged: Judged, prompts: EvaluationSet) -> dict[str, float]:
     """Return the standard error over the row's pictures of cmmd, kid, clip_score, top1 and top5.
 
-    The real pictures are the whole data set: they are not left out.
+    The jackknife does not leave out real pictures, because they are the whole data set.
     """
     count = prompts.num_names
     rank = ranks(judged.embedded[:count], judged.names, prompts.targets[:count])
@@ -71,9 +72,9 @@ def frechet_error(mean: Tensor, covariance: Tensor, generated: Tensor) -> float:
 
 
 def _distance_without_one(kernel: Kernel, real: Tensor, generated: Tensor, unbiased: bool) -> Tensor:
-    """Squared MMD without each generated picture in turn, (m,), but for the real pictures' own term."""
+    """Return the squared MMD without each generated picture in turn, (m,), less the constant term of real pictures."""
     count, rows, diagonal = len(generated), row_sums(kernel, generated, generated), diagonal_of(kernel, generated)
-    rest = rows.sum() - 2 * rows + diagonal  # of the kernel without row and column i
+    rest = rows.sum() - 2 * rows + diagonal  # sum of the kernel without row and column i
     pairs = (count - 1) * (count - 2) if unbiased else (count - 1) ** 2
     generated_term = (rest - (diagonal.sum() - diagonal) * unbiased) / pairs
     columns = row_sums(kernel, generated, real) / len(real)
@@ -86,7 +87,7 @@ def _jackknife(without_one: Tensor) -> float:
 
 
 def error_of_mean(values: Tensor) -> float:
-    """Return the standard error of the mean of values (n,); NaN for one."""
+    """Return the standard error of the mean of values (n,); NaN for a single value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
@@ -101,14 +102,14 @@ class Estimate:
     count: int
 
     def overlaps(self, other: "Estimate") -> bool:
-        """Whether the intervals have a point in common, so that the two cannot be told apart."""
+        """Return whether the two intervals overlap, so that the figures cannot be told apart."""
         return self.low <= other.high and other.low <= self.high
 
 
 def estimate(values: Sequence[float], errors: Sequence[float]) -> Estimate:
-    """Return the estimate of a figure from its value, and its jackknife error, at every seed.
+    """Return the estimate of a figure from its values and its jackknife errors, one of each per seed.
 
-    Several seeds: mean ± t·s/√n (Student, 1908). One seed: ± 1.96 jackknife errors, so the pictures' spread alone.
+    Several seeds: mean ± t·s/√n (Student, 1908). One seed: ± 1.96 jackknife errors, so only the spread of the pictures.
     """
     mean, count = statistics.fmean(values), len(values)
     if count == 1:

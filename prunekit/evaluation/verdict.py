@@ -11,14 +11,14 @@ DEVIATIONS = 1.96  # standard errors on each side of a 95 % interval
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], errors: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a sentence on the agreement with the dense model; "" without a pruned row that has it.
+    """Return a sentence on the agreement with the dense model; "" if no pruned row has this figure.
 
-    The interval of a difference takes the errors of both rows as independent. They share their samples, so it is wider
-    than a paired one: what is called a difference here is one there too.
+    The interval of a difference treats the errors of both rows as independent. The rows share their samples, so this
+    interval is wider than a paired one: a difference that is reported here is also one under a paired interval.
 
     Args:
-        rows: of the table, the dense model's among them: name, macs_ratio, and the mean squared error `agreement`.
-        errors: by a row's name, the standard errors of its figures over pictures and samples.
+        rows: the table's rows, with the keys name, macs_ratio and agreement (a mean squared error).
+        errors: {row's name: {figure: its standard error over pictures and samples}}.
 
     """
     pruned = [row for row in rows if row["name"] != DENSE and isinstance(row.get(FIGURE), int | float)]
