@@ -1,4 +1,4 @@
-"""What a person looks at after a run: one self-contained HTML page of a run or of a comparison."""
+"""The report of a run or of a comparison, as one self-contained HTML page."""
 
 from prunekit.report.page import REPORT, write_report
 

@@ -1,4 +1,4 @@
-"""The experts' architectures: what stays of every layer of the denoiser, as a drawing, and each expert's counts."""
+"""The experts' architectures: a drawing of the share that is kept of every layer, and a table of kept units."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ NOTE = (
 
 
 def architectures(source: Source) -> Section:
-    """Return the section. Raises MissingError before a method has chosen, or where the model is not here."""
+    """Return the section. Raises MissingError before a method has chosen, or if the model cannot be read here."""
     if not source.chosen:
         raise MissingError("this directory has no method's choice (result.json)")
     drawings: list[str] = []
@@ -44,23 +44,23 @@ def architectures(source: Source) -> Section:
 
 
 def layers_of(space: UnitSpace, places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
-    """Return the layers of a space in the order of a forward pass, and which of its units are theirs, (D,) bool.
+    """Return the layers of a space in the order of a forward pass, each with a mask of the layer's units, (D,) bool.
 
-    places: the layers that there are, by path, as `Denoiser.outline` gives them.
+    places: the denoiser's layers by path, as `Denoiser.outline` returns them.
     """
     masks: dict[str, torch.Tensor] = {}
     for group in space.groups:
         layer = group.path
         while layer and layer not in places:
             layer = layer.rpartition(".")[0]
-        if layer:  # a stage lies in none
+        if layer:  # empty for a stage, which is in no layer
             mask = masks.setdefault(layer, torch.zeros(space.size, dtype=torch.bool))
             mask[space.slice(group)] = True
     return masks
 
 
 def retained(cost: CostModel, architecture: Architecture, places: Mapping[str, Place]) -> dict[str, float | None]:
-    """Return, per layer of `places`, the share of its removable MACs that stays; None for a layer that is gone."""
+    """Return, per layer of `places`, the share of its removable MACs that is kept; None for a removed layer."""
     space = cost.space
     shares: dict[str, float | None] = {}
     full, values = space.full().values, architecture.canonical
@@ -108,7 +108,7 @@ def drawing(title: str, shares: Mapping[str, float | None], ratio: float, places
 
 
 def _counts(cost: CostModel, architecture: Architecture) -> list[str]:
-    """Return an expert's row: its costs, and of each kind of unit what stays of all there are."""
+    """Return an expert's row: its costs, and for each kind of unit the number of kept units and of all units."""
     rows = architecture.describe()
     layers = [row for row in rows if row["kind"] in ("layer", "block", "stage")]
     gone = [group.path for group in architecture.removed()]

@@ -1,4 +1,4 @@
-"""The table of a comparison, from its cells on disk: means and 95 % intervals, and which rows cannot be told apart."""
+"""The table of a comparison from its cells on disk: means, 95 % intervals, and the rows that cannot be told apart."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from prunekit.methods.result import share_warnings
 from prunekit.report.paired import LEVEL, TESTED, Difference, difference, holm
 from prunekit.runtime.run_directory import DENSE
 
-STATIC = "static"  # the protocol of a cell with one training: it serves every protocol
+STATIC = "static"  # protocol of a cell with one training, which is the same under every protocol
 Result = dict[str, Any]  # a cell's JSON
 COSTS = ("params", "macs", "macs_ratio")
 TIMES = (
@@ -30,7 +30,7 @@ PROTOCOLS = {
     EQUAL_TOTAL: "equal total compute (calibration, search and fine-tuning of all models; cheaper rows train longer)",
     "equal_compute": "equal fine-tuning in total (each of N experts has 1/N of the steps; searches are not charged)",
 }
-TIMINGS = "timings.json"  # of a comparison
+TIMINGS = "timings.json"  # in a comparison's directory
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Cell:
     """One method at one budget, seed and protocol; the dense model has no budget."""
 
     label: str
-    budget: str  # as the recipe writes it
+    budget: str  # as it is written in the recipe
     seed: int
     protocol: str = STATIC  # a key of PROTOCOLS, or "static"
     num_models: int = 1
@@ -51,12 +51,12 @@ class Cell:
 
     @property
     def choice(self) -> str:
-        """What names the cells that share one choice of architectures: one process makes them."""
+        """The name shared by all cells that use one choice of architectures, which one process makes."""
         return Cell(self.label, self.budget, self.seed, "").name
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The cell's name in messages."""
         return " ".join(part for part in (self.label, self.budget, f"seed {self.seed}", self.protocol) if part)
 
 
@@ -74,14 +74,14 @@ class Row:
     estimates: Mapping[str, Estimate]
     costs: Mapping[str, float | None]  # means over the seeds
     differs: bool = False  # whether it trains differently under other protocols
-    values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # of each figure, by seed
-    errors: Mapping[str, float] = field(default_factory=dict)  # over the pictures, the mean over the seeds
+    values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # figure: {seed: value}
+    errors: Mapping[str, float] = field(default_factory=dict)  # figure: error over the pictures, mean over the seeds
 
 
 def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None) -> list[Row]:
-    """Return the rows of all tables, by protocol, budget and method; a static cell stands under every protocol.
+    """Return the rows of all tables, by protocol, budget and method; a static cell is in the rows of every protocol.
 
-    timings: time of a denoiser call over the dense one's, by a cell's `models_folder`.
+    timings: {a cell's `models_folder`: time of its denoiser call divided by that of the dense model}.
     """
     protocols = [p for p in PROTOCOLS if any(cell["cell"]["protocol"] == p for cell in cells)] or ["equal_steps"]
     budgets = list(dict.fromkeys(cell["cell"]["budget"] for cell in cells if cell["cell"]["budget"]))
@@ -91,7 +91,7 @@ def rows_of(cells: Sequence[Result], timings: Mapping[str, float] | None = None)
         for budget in budgets:
             for method in methods:
                 repeated = [c for c in cells if _belongs(c, protocol, budget, method)]
-                if method == DENSE:  # the seeds that the budget's rows have
+                if method == DENSE:  # only the seeds of the budget's other rows
                     seeds = {c["cell"]["seed"] for c in cells if c["cell"]["budget"] == budget}
                     repeated = [cell for cell in repeated if cell["cell"]["seed"] in seeds]
                 if repeated:
@@ -131,15 +131,15 @@ def _row(cells: list[Result], protocol: str, budget: str, method: str, timings: 
 
 
 def _params(cell: Result) -> int:
-    """Return the parameters of a cell's experts with training prompts; an earlier cell's figure counts all of them."""
+    """Return the parameters of a cell's experts with training prompts; old cells' figures count unused experts too."""
     used = [expert["params"] for expert in cell["experts"] if expert["training_share"]]
     return sum(used) if used else cell["figures"]["params"]
 
 
 def warnings_of(cells: Sequence[Result]) -> list[str]:
-    """Return what may be wrong with the cells' choices, a line each; a choice that several protocols share, once.
+    """Return the warnings about the cells' choices, one line each; a choice that several protocols share has one line.
 
-    An earlier cell recorded no warnings; those about how its experts share the prompts follow from its figures.
+    Cells of old versions recorded no warnings; warnings about their experts' shares of prompts follow from the figures.
     """
     warnings = []
     for cell in cells:
@@ -152,7 +152,7 @@ def warnings_of(cells: Sequence[Result]) -> list[str]:
 
 
 def known_lines(cells: Sequence[Result]) -> list[str]:
-    """Return what stands above the tables: what the figures were measured on, and the floor of each."""
+    """Return the lines above the tables: the pictures that the figures were measured on, and the figures' floors."""
     known = next((cell["known"] for cell in cells if REAL_TRAINING in cell.get("known", {})), None)
     if known is None:
         held = {cell["fields"].get("data.holdout_by", "captions") for cell in cells}
@@ -175,7 +175,7 @@ def _mean(values: Any) -> float:
 
 
 def best(rows: Sequence[Row], name: str) -> Row:
-    """Return the best pruned row of a figure."""
+    """Return the pruned row with the best mean of a figure; the dense row if there is no pruned row."""
     rows = [row for row in rows if name in row.estimates]
     pruned = [row for row in rows if row.method != DENSE] or rows
     sign = -1 if BY_KEY[name].direction == "↑" else 1
@@ -183,9 +183,9 @@ def best(rows: Sequence[Row], name: str) -> Row:
 
 
 def shown_rows(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[Column]]:
-    """Return one table's rows and columns as text: the mean, and half of its 95 % intervals over seeds and pictures.
+    """Return one table's rows and columns as text: means, and halves of the 95 % intervals over seeds and pictures.
 
-    Of each figure the best pruned row is bold, and "≈" stands where a row cannot be told from the best one.
+    For each figure, the best pruned row is bold, and "≈" marks a row that cannot be told from the best row.
     """
     columns = [Column("name", "method"), Column("distillation", "distillation"), Column("seeds", "seeds")]
     figures = [key for key in QUALITY if any(key in row.estimates for row in rows)]
@@ -217,16 +217,16 @@ def _shown(row: Row, rows: Sequence[Row], key: str) -> str:
 
 
 def _halves(row: Row, key: str) -> tuple[float | None, float]:
-    """Return half of the 95 % interval of a figure over the seeds (None for one seed), and over the pictures."""
+    """Return half the 95 % interval of a figure over the seeds (None for one seed), and half that over the pictures."""
     figure, pictures = row.estimates[key], NORMAL_975 * row.errors.get(key, 0.0)
     return (None if figure.count == 1 else (figure.high - figure.low) / 2), pictures
 
 
 def inseparable(row: Row, rows: Sequence[Row]) -> set[str]:
-    """Return the figures in which a pruned row cannot be told from the best one.
+    """Return the figures in which a pruned row cannot be told from the best row.
 
-    By the paired differences over their seeds, with Holm's correction over the rows of the table; where two rows have
-    fewer than two seeds in common, by whether their intervals overlap.
+    The test uses the paired differences over their seeds, with Holm's correction over the rows of the table. If two
+    rows have fewer than two seeds in common, they cannot be told apart if their intervals overlap.
     """
     tied_figures = set()
     for key in row.estimates.keys() & set(QUALITY):
@@ -243,9 +243,9 @@ def inseparable(row: Row, rows: Sequence[Row]) -> set[str]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Return the result in a sentence per budget, under the first protocol: the best row, and which ones equal it.
+    """Return one sentence per budget, under the first protocol, with the best row and the rows that equal it.
 
-    It is about the agreement with the dense model. "" without a pruned row that has it.
+    The compared figure is the agreement with the dense model; the result is "" if no pruned row has it.
     """
     first = [row for row in rows if row.protocol == rows[0].protocol and FIGURE in row.estimates]
     sentences = []
@@ -266,7 +266,7 @@ def _sentence(pruned: Sequence[Row], section: Sequence[Row], budget: str) -> str
     worse = [row for row in others if row not in equal]
     held = (top, *(equal or others[:1]))
     count = min(len(row.seeds) for row in held)
-    if count == 1 and not all(row.errors.get(FIGURE) for row in held):  # of an earlier version's cells
+    if count == 1 and not all(row.errors.get(FIGURE) for row in held):  # cells of old versions recorded no errors
         return f"{said}; the next is {_named(others[0])}; with one seed and no recorded errors, the noise is unknown."
     noise = f"noise of {count} seeds" if count > 1 else "noise of the samples (one seed)"
     if not equal:
@@ -282,7 +282,7 @@ def _named(row: Row) -> str:
 def paired_rows(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Return the differences of the pairs of rows that a recipe names, under every protocol and budget.
 
-    Holm's correction is over all of them together. A pair with fewer than two seeds in common is left out.
+    Holm's correction is over all differences together. A pair with fewer than two seeds in common is left out.
     """
     comparisons: list[tuple[dict[str, Any], Difference]] = []
     places = dict.fromkeys((row.protocol, row.budget) for row in rows)
@@ -302,7 +302,7 @@ PAIR_COLUMNS = [Column(key, key) for key in ("protocol", "budget", "rows", "figu
 
 
 def paired_lines(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the differences as text, a line each, for PAIR_COLUMNS."""
+    """Return the differences as text for PAIR_COLUMNS, one line each."""
     lines = []
     for pair in differences:
         column = BY_KEY[pair["figure"]]
@@ -330,7 +330,7 @@ def json_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV: of each figure the mean, standard deviation over seeds, and ends of the interval."""
+    """Return the rows as CSV, with mean, standard deviation over seeds and ends of the interval for each figure."""
     output = io.StringIO()
     parts = ("mean", "deviation", "low", "high")
     keys = [key for key in (*QUALITY, *(SEEN + key for key in QUALITY)) if any(key in row.estimates for row in rows)]

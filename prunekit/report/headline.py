@@ -1,4 +1,4 @@
-"""The headline: every row's figures with their intervals, and quality against cost in one picture."""
+"""The headline: tables of every row's figures with their intervals, and charts of quality against cost."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ COMPARE_NOTE = (
 )
 PAIRS_TITLE = "Pairs, paired by seed: mean and 95 % interval, p with Holm's correction over all of them"
 MINOR_TICKS = (1.5, 2, 3, 4, 5, 7)  # between the powers of ten of a logarithmic axis
-NEAR_ZERO = 5  # a logarithmic axis begins no lower than at the least mean over this
+NEAR_ZERO = 5  # a logarithmic axis begins no lower than at the smallest mean divided by this number
 Table = dict[str, Any]
 
 
@@ -51,9 +51,9 @@ def headline(source: Source) -> Section:
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], title: str = "") -> Table:
-    """Return a table for the page: header and cells as text, and which columns are numbers.
+    """Return a table for the page: header and cells as text, and a list that says which columns are numbers.
 
-    A cell in `**` is strong, as in Markdown.
+    A cell whose text is between `**` is strong, as in Markdown.
     """
     columns = shown(rows, columns)
     cells = [[column.show(row) for column in columns] for row in rows]
@@ -104,7 +104,7 @@ def _with_intervals(row: Mapping[str, Any], errors: Mapping[str, float]) -> dict
 
 
 def _point(row: Mapping[str, Any], errors: Mapping[str, float]) -> Row:
-    """Return a run's row as one of a comparison with one seed, for the picture."""
+    """Return a run's row as a comparison's row with one seed, for the charts."""
     finite = {name: error if math.isfinite(error) else 0.0 for name, error in errors.items()}
     figures = {
         name: estimate([row[name]], [finite.get(name, 0.0)]) for name in QUALITY if isinstance(row.get(name), float)
@@ -136,9 +136,9 @@ def _of_comparison(source: Source) -> tuple[list[Table], list[Row], str]:
 
 
 def _pareto(rows: Sequence[Row], whole: bool) -> list[str]:
-    """Return the pictures of the rows that have the figures; none where there is only the dense model.
+    """Return the charts of the rows that have the figures; none if there is only the dense model.
 
-    whole: show every interval to its ends, however wide.
+    whole: show every interval in full, however wide.
     """
     drawn = [row for row in rows if row.estimates]
     panels = panels_of(drawn)
@@ -164,7 +164,7 @@ def _pareto(rows: Sequence[Row], whole: bool) -> list[str]:
 
 
 def _show_intervals(panel: Any, rows: Sequence[Row], name: str) -> None:
-    """Widen a panel's y axis to the ends of the intervals; on a logarithmic one what is near zero stays cut off."""
+    """Widen a panel's y axis to the ends of the intervals; a logarithmic axis still cuts off ends near zero."""
     scale = BY_KEY[name].scale
     means = [row.estimates[name].mean * scale for row in rows]
     lows, highs = ([getattr(row.estimates[name], end) * scale for row in rows] for end in ("low", "high"))

@@ -1,4 +1,4 @@
-"""The page: its sections in order, put together in one file that needs nothing beside itself."""
+"""The page: put its sections, in order, into one file that needs no other file."""
 
 import re
 from collections.abc import Callable
@@ -36,10 +36,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Source], Section]]] = {
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write `report.html` of a run or a comparison into its directory, from what lies there; return its path.
+    """Write `report.html` of a run or a comparison into its directory, from the files there; return the path.
 
-    A section whose data is not there is left out, with one line that says why. Raises ValueError, one line, for a
-    directory that is not a run.
+    A section without data is replaced by one line that says why. Raises ValueError, one line, for a directory that is
+    neither a run nor a comparison.
     """
     source = Source(Path(directory))
     path = source.directory / REPORT
@@ -59,7 +59,7 @@ def page(source: Source) -> str:
 
 
 def _section(key: str, source: Source) -> Section:
-    """Return a section, or the reason why there is none: an old or unfinished run still gives a page."""
+    """Return a section, or the reason why it is missing, so that an old or unfinished run still gives a page."""
     title, make = SECTIONS[key]
     try:
         return make(source)
@@ -85,7 +85,7 @@ def _summary(source: Source) -> str:
 
 
 def _with_code(text: str) -> Markup:
-    """Return a sentence as HTML, what stands in backticks as code."""
+    """Return a sentence as HTML, with text in backticks as code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 

@@ -1,6 +1,6 @@
-"""Differences between rows of a comparison, paired by seed, with Holm's correction over all that are asked about.
+"""Differences between rows of a comparison, paired by seed, with Holm's correction over all tested differences.
 
-Rows of one seed share prompts, noise and data order, so their differences tell more apart than their own intervals.
+Rows of one seed share prompts, noise and data order, so paired differences separate more rows than intervals per row.
 """
 
 import math
@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LEVEL = 0.05  # of significance
-TESTED = ("agreement", "kid")  # figures that are tested of every pair that a recipe names
+LEVEL = 0.05  # significance level
+TESTED = ("agreement", "kid")  # figures that are tested for every pair of rows that a recipe names
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,15 @@ class Difference:
     mean: float
     low: float  # ends of the 95 % interval, Student's t
     high: float
-    p: float  # two-sided, of no difference
-    count: int  # seeds
+    p: float  # two-sided p-value of the hypothesis of no difference
+    count: int  # number of seeds
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    """Return the paired difference of two rows' figures by seed; None for fewer than two seeds that both have."""
+    """Return the difference of two rows' figures, paired by seed; None if they share fewer than two seeds.
+
+    first, second: each row's figure by seed.
+    """
     from scipy.stats import t
 
     seeds = sorted(first.keys() & second.keys())
@@ -40,7 +43,7 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return p-values corrected for being one of many, in their order (Holm, 1979): at most 1, and never smaller."""
+    """Return p-values corrected for multiple tests (Holm, 1979), in the given order; none gets smaller or exceeds 1."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(order):

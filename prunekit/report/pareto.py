@@ -1,4 +1,4 @@
-"""The Pareto picture of a comparison: quality against exact MACs and against measured time."""
+"""Pareto charts of a comparison: quality against exact MACs and against measured time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +8,17 @@ from prunekit.evaluation.sheets import save_figure
 from prunekit.report.comparison_table import BY_KEY, Row
 from prunekit.runtime.run_directory import DENSE
 
-PANELS = ("cmmd", "clip_score", "agreement")  # the first two that every row has
+PANELS = ("cmmd", "clip_score", "agreement")  # figures; the first two that every row has are drawn
 COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a denoiser call (% of dense)"}
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
 MARKERS = "*osD^vP<>X"
-SHIFT = 0.35  # percentage points between the rows of one budget, so that their bars do not hide each other
+SHIFT = 0.35  # percentage points between the rows of one budget, so that their bars do not overlap
 
 
 def pareto_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
     """Write a PNG of the rows' means and 95 % intervals, and return its path.
 
-    A row has a filled marker for equal steps and an open one for equal compute, where that makes a difference.
+    Markers are filled; a row that trains differently under the protocols has open markers for all but equal steps.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def costs_of(rows: Sequence[Row]) -> list[str]:
 
 
 def panels_of(rows: Sequence[Row]) -> list[str]:
-    """Return the figures that are drawn."""
+    """Return the figures that are drawn: the first two of PANELS that every row has."""
     return [name for name in PANELS if all(name in row.estimates for row in rows)][:2]
 
 
@@ -60,7 +60,7 @@ def pareto_panel(panel: Any, rows: Sequence[Row], name: str, cost: str) -> None:
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """Leave out the second copy of a row that both protocols share."""
+    """Return the rows without copies; a row that several protocols share appears once."""
     seen, distinct = set(), []
     for row in rows:
         key = (row.method, row.budget if row.method != DENSE else "", row.steps)
@@ -94,7 +94,7 @@ def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> Non
 
 
 def _limit(panel, rows: Sequence[Row], name: str) -> None:
-    """Make the axis fit the means, so that one wide interval does not flatten all others; CMMD's is logarithmic."""
+    """Fit the y axis to the means, so that one wide interval does not flatten all others; CMMD's is logarithmic."""
     means = [row.estimates[name].mean * BY_KEY[name].scale for row in rows]
     low, high = min(means), max(means)
     if name == "cmmd" and low > 0:

@@ -1,4 +1,4 @@
-"""Routing: who gets which prompts, what that says of the router, and the prompts on a map."""
+"""Routing: each expert's share of prompts, the router against its controls, and a map of the prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from prunekit.report.svg import colour, inline_svg, legend_below, new_figure, st
 from prunekit.runtime.randomness import generator
 
 MOST_POINTS = 600
-MAP_SIDE, MAP_HEIGHT, MARGIN = 640, 420, 14  # of the map's drawing
-SHAPES = (  # paths around (0, 0), so that experts differ by more than colour
+MAP_SIDE, MAP_HEIGHT, MARGIN = 640, 420, 14  # width, height and margin of the map's drawing
+SHAPES = (  # SVG paths around (0, 0), so that experts differ not only in color
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
     "M-3.6 -3.6h7.2v7.2h-7.2z",
     "M0 -4.8L4.6 3.4H-4.6z",
@@ -51,14 +51,14 @@ def routing(source: Source) -> Section:
 
 
 def mapped_rows(count: int, seed: int = 0) -> Tensor:
-    """Return which of `count` prompts stand on the map, by `seed`: LongTensor, ascending, MOST_POINTS at most."""
+    """Return the indices of the prompts on the map, drawn by `seed` from `count`: ascending, at most MOST_POINTS."""
     return torch.randperm(count, generator=generator(seed, "prompt map"))[:MOST_POINTS].sort().values
 
 
 def prompt_map(embeddings: Tensor, captions: Sequence[str], experts: Tensor, of: int) -> dict[str, Any]:
-    """Return a two-dimensional map of prompts as JSON: their first two principal components.
+    """Return a two-dimensional map of prompts as JSON values: the first two principal components.
 
-    embeddings: (n, Z) of the prompts on the map; experts: (n,). of: how many prompts they were drawn from.
+    embeddings: (n, Z) of the prompts on the map; experts: (n,). of: number of prompts that these were drawn from.
     """
     centred = embeddings.double()
     centred = centred - centred.mean(dim=0)
@@ -99,7 +99,7 @@ def _mixture(
 
 
 def _shares(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return share and budget of every expert, beside each other (Figure 8 of the paper)."""
+    """Return a bar chart of every expert's share of prompts and MACs (Figure 8 of the APTP paper)."""
     import numpy as np
 
     places = np.arange(len(rows))
@@ -122,7 +122,7 @@ def _shares(name: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _assignment(name: str, rows: Sequence[dict[str, Any]], counts: dict[str, list[int]]) -> str:
-    """Return who gets the training prompts with transport and without (Figure 7 of the paper)."""
+    """Return a bar chart of each expert's training prompts with and without transport (Figure 7 of the APTP paper)."""
     import numpy as np
 
     places = np.arange(len(rows))
@@ -147,7 +147,7 @@ def _assignment(name: str, rows: Sequence[dict[str, Any]], counts: dict[str, lis
 
 
 def _controls(report: dict[str, Any]) -> dict[str, Any]:
-    """Return the router beside its controls, as rows and sentences."""
+    """Return the errors of the router and its controls as rows, and the other figures of routing as sentences."""
     controls, alike, hard = report["controls"], report["paraphrases"], report["difficulty"]
     low, high = (100 * bound for bound in controls["gain_interval"])
     best = f"all to expert {controls['best_single_expert']}, the best for all "
@@ -176,7 +176,7 @@ def _controls(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _map(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the map's points in the drawing's own coordinates."""
+    """Return the map's points in the coordinates of the drawing, with the experts' shapes, colors and counts."""
     places = torch.tensor(recorded["places"], dtype=torch.float64)
     low, high = places.amin(0), places.amax(0)
     unit = (places - low) / (high - low).clamp_min(1e-12)

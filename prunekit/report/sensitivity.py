@@ -1,4 +1,4 @@
-"""Sensitivity: what the prediction loses when one layer's removable parts go, at each of a few time steps."""
+"""Sensitivity: change of the prediction if one layer's removable parts are removed, at each of a few timesteps."""
 
 from typing import Any
 

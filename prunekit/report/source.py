@@ -1,4 +1,4 @@
-"""What a directory holds for a report: a run, a comparison, or a pretraining; finished, under way or old."""
+"""The source of a report: the directory of a run, a comparison or a pretraining, which may be unfinished or old."""
 
 import json
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ ERRORS = ".errors.json"  # end of the name of a row's file in metrics/
 
 
 class MissingError(UserError):
-    """A section has nothing to show; the message is the one line that says why."""
+    """A section has nothing to show; the message says why in one line."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the page: its template `KIND.html.j2` and what that shows; or the reason why it is left out."""
+    """One section of the page: the content for the template `KEY.html.j2`, or the reason why it is left out."""
 
     key: str
     title: str
@@ -36,7 +36,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Source:
-    """A directory that is reported on. Raises ValueError, one line, for one that is not a run."""
+    """The directory of a report. Raises ValueError, one line, if it is neither a run nor a comparison."""
 
     directory: Path
 
@@ -51,7 +51,7 @@ class Source:
 
     @cached_property
     def recipes(self) -> list[dict[str, Any]]:
-        """The resolved recipes that the page is of; of comparisons that share a directory, those measured last."""
+        """The resolved recipes of the page; if comparisons share a directory, the recipes that were measured last."""
         paths = [self.directory / RECIPE, *sorted(self.directory.glob("recipe-*.yaml"))]
         known = [read_mapping(path) for path in paths if path.is_file()]
         last = [recipe for recipe in known if recipe.get("name") in self.results.get("recipes", ())]
@@ -59,12 +59,12 @@ class Source:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe; empty where there is none."""
+        """The resolved recipe; empty if there is none."""
         return self.recipes[0] if self.recipes else {}
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        """What the run measured; empty before it has."""
+        """The run's results; empty if it has none yet."""
         path = self.directory / RESULTS
         return read_json(path) if path.is_file() else {}
 
@@ -76,7 +76,7 @@ class Source:
 
     @cached_property
     def cells(self) -> list[dict[str, Any]]:
-        """The finished cells of a comparison; where it has a recipe, those of other recipes are left out."""
+        """The finished cells of a comparison; if it has a recipe, cells of other recipes are left out."""
         paths = sorted((self.directory / CELLS).glob("*.json"))
         cells = [(path, read_json(path)) for path in paths]
         comparisons = [recipe for recipe in self.recipes if recipe.get("job") == "compare"]
@@ -85,7 +85,7 @@ class Source:
         return [cell for path, cell in cells if any(self._is_of(recipe, path, cell) for recipe in comparisons)]
 
     def _is_of(self, recipe: dict[str, Any], path: Path, cell: dict[str, Any]) -> bool:
-        """Whether a cell is one of a recipe's: of its own making, or made by another recipe with the same settings."""
+        """Return whether a cell belongs to a recipe: made by it, or by another recipe with the same settings."""
         name = recipe.get("name")
         if _place(cell) not in _places(recipe):
             return False
@@ -96,22 +96,22 @@ class Source:
 
     @property
     def is_comparison(self) -> bool:
-        """Whether it is a comparison."""
+        """Whether the directory is a comparison."""
         return bool(self.cells) or self.recipe.get("job") == "compare"
 
     @property
     def name(self) -> str:
-        """What the page is called."""
+        """The page's title."""
         return str(self.recipe.get("name") or self.results.get("recipe") or self.directory.resolve().name)
 
     def metrics(self, name: str, kind: str) -> Any:
-        """Return a row's record of a kind, such as "errors"; None if the run has none."""
+        """Return the record of the row `name` of a kind, such as "errors"; None if the run has none."""
         path = self.directory / "metrics" / f"{name}.{kind}.json"
         return read_json(path) if path.is_file() else None
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:
-        """The rows of the log; a line that a kill cut off is left out, and so are trainings of other recipes' cells."""
+        """The rows of the log, without incomplete lines of killed runs and without trainings of other recipes."""
         path, rows = self.directory / LOG, list[dict[str, Any]]()
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
@@ -123,10 +123,10 @@ class Source:
 
     @cached_property
     def chosen(self) -> dict[str, PruneResult]:
-        """What each method chose, by a name that a person reads."""
+        """The result of each method, by a title for the page."""
         if self.is_comparison:
             results: dict[str, PruneResult] = {}
-            for cell in self.cells:  # the models of a choice lie with it, under each protocol
+            for cell in self.cells:  # several protocols may share one choice
                 folder = self.directory / WORK / cell.get("models_folder", "")
                 if (folder / RESULT).is_file():
                     result, (label, _, seed) = PruneResult.load(folder), _place(cell)
@@ -138,7 +138,7 @@ class Source:
 
     @cached_property
     def shape(self) -> ModelMixin:
-        """The dense denoiser without weights. Raises MissingError where the model is not here."""
+        """The dense denoiser without weights. Raises MissingError if the model cannot be read here."""
         if "model" not in self.recipe:
             raise MissingError("the directory holds no recipe that names the model")
         try:
@@ -148,13 +148,13 @@ class Source:
 
 
 def _place(cell: dict[str, Any]) -> tuple[str, str, int]:
-    """Return a cell's row, budget and seed."""
+    """Return a cell's method, budget and seed."""
     axes = cell["cell"]
     return axes["method"], axes["budget"], axes["seed"]
 
 
 def _places(recipe: dict[str, Any]) -> set[tuple[str, str, int]]:
-    """Return the rows, budgets and seeds of a comparison's recipe."""
+    """Return the (method, budget, seed) of every cell of a comparison's recipe."""
     places = set()
     for entry in recipe.get("budgets") or ():
         labels = [*(entry.get("methods") or recipe.get("methods", ()))]

@@ -1,4 +1,4 @@
-"""Drawing for the page: matplotlib figures as inline SVG that take the page's font and its light or dark colors."""
+"""Draw for the page: matplotlib figures as inline SVG that takes the page's font and its light or dark colors."""
 
 import io
 import itertools
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513")  # Okabe-Ito first
-ABOVE, BELOW, LEGEND_LINE = 0.34, 0.5, 0.2  # inches of a figure: over and under its panel, and a line of its legend
-TEXT, GRID = "#000000", "#dddddd"  # become the page's own
+ABOVE, BELOW, LEGEND_LINE = 0.34, 0.5, 0.2  # inches above and below a figure's panel, and of a line of its legend
+TEXT, GRID = "#000000", "#dddddd"  # `inline_svg` replaces them by the page's colors
 _numbers = itertools.count()
 STYLE: Any = {  # matplotlib's own type names every setting
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
@@ -32,13 +32,13 @@ STYLE: Any = {  # matplotlib's own type names every setting
 
 
 def colour(index: int) -> str:
-    """Return the color of line, expert or method `index`; they come again after eight."""
+    """Return the color of line, expert or method `index`; colors repeat after eight."""
     return COLOURS[index % len(COLOURS)]
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the page's style."""
+    """Draw in the page's style within the context."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -46,9 +46,9 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float, left: float = 0.9) -> tuple[Any, Any]:
-    """Return a figure of that many inches and its one panel, with a light grid; use within `style`.
+    """Return a figure of `width` x `height` inches and its one panel, with a light grid; use within `style`.
 
-    left: inches beside the panel. Margins are fixed: finding them out takes longer than drawing.
+    left: inches to the left of the panel. Margins are fixed, as computing them takes longer than drawing.
     """
     from matplotlib.figure import Figure
 
@@ -62,7 +62,7 @@ def new_figure(width: float, height: float, left: float = 0.9) -> tuple[Any, Any
 
 
 def legend_below(figure: Any, panel: Any, columns: int) -> None:
-    """Put the panel's legend, each label once, under it, making the figure higher by as much."""
+    """Put the panel's legend, with each label once, under the panel; the figure grows by the legend's height."""
     handles, labels = panel.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     more = LEGEND_LINE * -(-len(unique) // columns)
@@ -85,9 +85,9 @@ def plain_log_axis(panel: Any) -> None:
 
 
 def inline_svg(figure: Any, label: str) -> str:
-    """Return a figure as SVG for use within HTML; `label` says what it shows to those who cannot see it.
+    """Return a figure as SVG for use within HTML; `label` describes it for screen readers.
 
-    Names inside are made unique in the page; black becomes the text's color and light gray the grid's. Use within
+    Ids inside are made unique in the page; black becomes the text's color, and light gray the grid's. Use within
     `style`.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -112,7 +112,7 @@ def inline_svg(figure: Any, label: str) -> str:
 
 
 def ink_on(value: float) -> str:
-    """Return the color of text that can be read on viridis at `value` in 0..1."""
+    """Return a text color that is readable on the viridis color of `value`, from 0 to 1."""
     return "#fffffe" if value < 0.55 else "#010101"
 
 

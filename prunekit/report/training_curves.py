@@ -1,4 +1,4 @@
-"""Training: the loss by term, the learning rate, the time of a step and the memory, of every training of the run."""
+"""Training: loss by term, learning rate, time per step and memory of every training of the run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from prunekit.report.source import MissingError, Section, Source
 from prunekit.report.svg import COLOURS, colour, inline_svg, legend_below, new_figure, plain_log_axis, style
 from prunekit.runtime.run_directory import LOG
 
-OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # of a row's figures, what is not a term of the loss
+OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # keys of a row that are not terms of the loss
 MOST_TRAININGS = 24
-SHORT = 14  # letters of a name of which three fit beside each other
-APART = 30  # from this ratio on, curves of one figure share a logarithmic axis
-MOST_POINTS = 400  # of a curve
+SHORT = 14  # longest name, in characters, of which three fit on one line of a legend
+APART = 30  # above this ratio of largest to smallest value, the axis is logarithmic
+MOST_POINTS = 400  # per curve
 LINES = ("-", "--", ":", "-.")
 NOTE = (
     "Each point is one batch. The loss is the sum of its terms, which are drawn with their weights. Memory is the "
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def training(source: Source) -> Section:
-    """Return the section. Raises MissingError where the log has no step of a training."""
+    """Return the section. Raises MissingError if the log has no training step."""
     trainings = by_training(source.log)
     if not trainings:
         raise MissingError(f"the directory holds no log of a training ({LOG})")
@@ -41,7 +41,7 @@ def training(source: Source) -> Section:
 
 
 def by_training(log: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the steps of each training in order; of a step that was made again after a kill, the last row."""
+    """Return the rows of each training, ordered by step; a step that was repeated after a kill has its last row."""
     stages: dict[str, dict[int, Row]] = {}
     for row in log:
         if "step" in row and "loss" in row:
@@ -50,7 +50,7 @@ def by_training(log: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def step_times(rows: Sequence[Row]) -> list[Row]:
-    """Return the mean time of a step, in seconds, since the row before (the first: since the start)."""
+    """Return, for each row, the mean seconds per step since the previous row (for the first row, since the start)."""
     times, step, seconds = [], 0, 0.0
     for row in rows:
         if row["seconds"] >= seconds and row["step"] > step:
@@ -73,7 +73,7 @@ def _table(trainings: dict[str, list[Row]]) -> list[list[str]]:
 
 
 def _losses(title: str, rows: Sequence[Row]) -> str:
-    """Return the loss and its terms over the steps (Figure 6 of the paper); logarithmic where all are above 0."""
+    """Return a chart of the loss and its terms (Figure 6 of the APTP paper); logarithmic if all values are positive."""
     terms = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in OTHER]
     rows = thinned(rows)
     with style():
@@ -94,7 +94,7 @@ def _losses(title: str, rows: Sequence[Row]) -> str:
 
 
 def _together(trainings: dict[str, list[Row]], key: str, title: str, unit: str, scale: float = 1.0) -> str | None:
-    """Return one figure of the first eight trainings over their steps; None if none recorded it."""
+    """Return a chart of the key `key` for the first eight trainings that recorded it; None if no training did."""
     curves: dict[str, list[tuple[Any, Any]]] = {}
     for name, rows in trainings.items():
         points = [(row["step"], row[key] * scale) for row in rows if row.get(key) is not None]
@@ -120,7 +120,7 @@ def _together(trainings: dict[str, list[Row]], key: str, title: str, unit: str, 
 
 
 def thinned(points: Sequence[Any], most: int = MOST_POINTS) -> list[Any]:
-    """Return at most `most` of the points, evenly, the last among them."""
+    """Return about `most` of the points, evenly spaced; the last point is always kept."""
     every = -(-len(points) // most)
     return [*points[::every], *([points[-1]] if (len(points) - 1) % every else [])]
 

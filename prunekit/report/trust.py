@@ -1,4 +1,4 @@
-"""Trust: whether cut models are what was masked, whether costs are what was counted, and what it was all made of."""
+"""Trust: whether cut models equal masked models and costs equal counted MACs; warnings, versions and hashes."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from prunekit.runtime.files import read_json
 from prunekit.runtime.run_directory import RECIPE, SMOKE_SUFFIX
 from prunekit.serving.routed_directory import recipe_hash
 
-TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}  # of law 1, by the dtype of the dense model's products
+TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}  # masked against cut (law 1), by dtype of the dense model's products
 HEADER = ["model", "masked against cut", "", "predicted MACs", "counted MACs", ""]
 ABOUT = (
     f"Masked against cut: the dense denoiser under the masks and the cut denoiser, before fine-tuning, on the same "
@@ -22,7 +22,7 @@ NO_CERTIFICATE = (
 
 
 def trust(source: Source) -> Section:
-    """Return the section. Raises MissingError where neither a recipe nor an environment is known."""
+    """Return the section. Raises MissingError if neither a recipe nor versions are recorded."""
     facts = _of_comparison(source) if source.is_comparison else _of_run(source)
     if not facts:
         raise MissingError("the directory records neither recipe nor versions")
@@ -34,7 +34,7 @@ def trust(source: Source) -> Section:
 
 
 def warnings_of(source: Source) -> list[str]:
-    """Return what a person should know before relying on the figures, a sentence each."""
+    """Return the warnings that a reader should know before relying on the figures, one sentence each."""
     warnings = [f"{warning}." for warning in _of_choices(source)]
     rows = source.results.get("table", {}).get("rows") or []
     spread = [row["name"] for row in rows if (source.metrics(row["name"], "errors") or {})]
@@ -55,7 +55,7 @@ def warnings_of(source: Source) -> list[str]:
 
 
 def _of_choices(source: Source) -> list[str]:
-    """Return the warnings about what methods chose; of an earlier comparison, as far as its cells tell."""
+    """Return the warnings about the methods' choices, from a comparison's cells or from the results."""
     if source.is_comparison and (not source.chosen or any("warnings" in cell for cell in source.cells)):
         return cell_warnings(source.cells)
     return [f"{name}: {warning}" for name, result in source.chosen.items() for warning in result.warnings()]

@@ -1,4 +1,4 @@
-"""The image wall: the same prompts and seeds under every model, with the expert and its MACs under each."""
+"""The image wall: pictures of the same prompts and seeds by every model, each with its expert and MACs."""
 
 import base64
 import io
@@ -17,16 +17,16 @@ from prunekit.runtime.files import read_json
 from prunekit.runtime.run_directory import DENSE
 
 MOST_PROMPTS = 24
-FEW_MODELS = 5  # with more, half as many prompts
-MOST_PIXELS = 256  # of a picture's longer side
-PLAIN_PIXELS = 96  # up to here a picture keeps every bit
-MOST_BYTES = 4_500_000  # of all pictures, as they stand in the page
-Drawn = dict[tuple[str, int], tuple[Path, int]]  # the picture and the expert of a (prompt, seed)
+FEW_MODELS = 5  # with more models, half as many prompts are shown
+MOST_PIXELS = 256  # longer side of a large picture, after it is reduced
+PLAIN_PIXELS = 96  # longer side up to which a picture is embedded unchanged
+MOST_BYTES = 4_500_000  # of all pictures, as they are encoded in the page
+Drawn = dict[tuple[str, int], tuple[Path, int]]  # (prompt, seed): (file of the picture, expert)
 
 
 @dataclass(frozen=True)
 class Painter:
-    """A model whose pictures hang on the wall; `macs` is one figure an expert."""
+    """A model whose pictures are on the wall; `macs` has one figure per expert."""
 
     name: str
     drawn: Drawn
@@ -55,12 +55,12 @@ def wall(source: Source) -> Section:
 
 
 def chosen(keys: list[tuple[str, int]], count: int = MOST_PROMPTS) -> list[tuple[str, int]]:
-    """Return the first and the last of the prompts, half each: names come first, held-out captions last."""
+    """Return at most `count` prompts: half from the start (names), and half from the end (held-out captions)."""
     return keys if len(keys) <= count else keys[: count - count // 2] + keys[-(count // 2) :]
 
 
 def pictures_of(folder: Path) -> Drawn:
-    """Return the pictures that `evaluation.comparison.sample` left in a folder: its own, or an expert's each."""
+    """Return the pictures that `evaluation.comparison.sample` wrote to a folder or to its `expert-N` subfolders."""
     pictures: Drawn = {}
     experts = sorted(folder.glob("expert-*"), key=lambda path: int(path.name.partition("-")[2]))
     for directory, expert in [(folder, 0), *((path, int(path.name.partition("-")[2])) for path in experts)]:
@@ -74,7 +74,7 @@ def pictures_of(folder: Path) -> Drawn:
 
 
 def data_uri(path: Path) -> str:
-    """Return a picture as a data URI: small ones as they are, large ones smaller and as WebP."""
+    """Return a picture as a data URI: a small picture unchanged, a large picture reduced and as WebP."""
     picture = open_picture(path).convert("RGB")
     if max(picture.size) <= PLAIN_PIXELS:
         kind, content = "png", path.read_bytes()
@@ -118,7 +118,7 @@ def _of_comparison(source: Source) -> tuple[list[Painter], str]:
 
     for cell in sorted(wanted, key=place):
         name = cell["cell"]["method"]
-        if name in seen:  # under its other protocol
+        if name in seen:  # under another protocol
             continue
         seen.add(name)
         stem = Cell(name, cell["cell"]["budget"], seed, cell["cell"]["protocol"]).name
