@@ -1,8 +1,9 @@
-"""Which units a search sees as cheap: at 256 against 768 pixels, by the exact count and by the one of APTP's paper.
+"""Compare the prices of units in a search: at 256 and 768 pixels, by the exact count and by the APTP paper's count.
 
-A unit's price is what the dense UNet's MACs fall by when it alone is removed. The table gives each kind's share of all
-prices, and the rank correlation (Spearman) of the units' prices with those of the first row; then the groups whose
-share of the prices in the last row differs most from that in the first. Shapes alone: no weights, no UNet call.
+A unit's price is the decrease of the dense UNet's MACs when only this unit is removed. The first table gives each
+kind's share of all prices, and the rank correlation (Spearman) of the units' prices with the first row's prices. The
+second table gives the groups whose share of the prices differs most between the last and the first row. Only shapes are
+used: no weights are loaded and no UNet is called.
 Run: python benchmarks/cheap_units.py [--model sd-2.1] [--top 8]
 """
 
@@ -14,7 +15,7 @@ from scipy.stats import spearmanr
 import prunekit as pk
 from prunekit.models import load_shape
 
-ROWS = {  # what a search may count with: convention, pixels
+ROWS = {  # ways to count MACs in a search: (convention, pixels)
     "exact, 768 px": ("exact", 768),
     "exact, 256 px": ("exact", 256),
     "paper's count, 768 px": ("aptp", 768),
@@ -30,7 +31,7 @@ def prices(unet, space: pk.UnitSpace, convention: str, pixels: int) -> torch.Ten
 
 
 def part_of(space: pk.UnitSpace, group) -> str:
-    """Return what a group is called in the table: self- and cross-attention apart."""
+    """Return a group's column in the table; self-attention and cross-attention have separate columns."""
     if group.kind != "attention":
         return f"whole {group.kind}s" if group.is_depth else group.kind
     return "self-attention" if group.path.endswith("attn1") else "cross-attention"

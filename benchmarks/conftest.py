@@ -13,7 +13,7 @@ from prunekit.runtime.randomness import generator
 
 @pytest.fixture(scope="session")
 def shape():
-    """Stable Diffusion 2.1's UNet on the meta device."""
+    """Return Stable Diffusion 2.1's UNet on the meta device."""
     return load_unet_on_meta("sd-2.1")
 
 
@@ -24,19 +24,19 @@ def space(shape):
 
 @pytest.fixture(scope="session")
 def unet():
-    """Stable Diffusion 2.1's UNet with random weights in float32."""
+    """Return Stable Diffusion 2.1's UNet with random weights in float32."""
     return random_unet("sd-2.1", torch.device("cpu"), torch.float32, 0)
 
 
 @pytest.fixture(scope="session")
 def pipeline():
-    """The embedded pipeline."""
+    """Return the embedded pipeline."""
     return load_pipeline("emoji")
 
 
 @pytest.fixture(scope="session")
 def data(pipeline):
-    """Random latents, texts and prompts as the embedded model takes them."""
+    """Return random latents, texts and prompts with the shapes that the embedded model takes."""
     draw, config, num = generator(0, "benchmark"), pipeline.unet.config, 64
     captions = [f"picture {index}" for index in range(num)]
     rows, is_holdout = torch.arange(num), torch.zeros(num, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """diffusers' own tests of its transformers, run with pruned models in place of the stock classes.
 
-The tests are diffusers' (`tests/` of its repository, which its wheel lacks); none of them is copied here. Each suite
-runs twice, as it is and with every model cut at random (the first block of each list stays), and what fails only with
-cut models is listed with its reason.
+The tests are in `tests/` of diffusers' repository, which its wheel lacks; none of them is copied here. Each suite runs
+twice: with the stock models, and with every model cut at random (the first block of each list stays). Tests whose
+outcome differs between the two are listed with the reason.
 
     git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers && rm -r diffusers/src
     python benchmarks/diffusers_suites.py diffusers --output docs/results/diffusers_suites
@@ -37,13 +37,13 @@ SUITES = {
     "PixArtTransformer2DModel": "test_models_pixart_transformer2d.py",
 }
 FOLDER = "tests/models/transformers"
-KEEP, CUTS = "PRUNEKIT_KEEP", "PRUNEKIT_CUTS"  # environment variables: the share of units that stays; a file of cuts
+KEEP, CUTS = "PRUNEKIT_KEEP", "PRUNEKIT_CUTS"  # environment variables: share of units to keep; file that lists the cuts
 SEED = 0
-TIMEOUT = 300  # seconds of a test
+TIMEOUT = 300  # seconds per test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put pruned classes in place of the stock ones, in the run that is told to (this file is a plugin of pytest)."""
+    """Replace the stock classes by pruned classes if KEEP is set; pytest loads this file as a plugin."""
     if KEEP in os.environ:
         for kind in {item.cls for item in items if getattr(item, "cls", None) is not None}:
             _put_pruned(kind, float(os.environ[KEEP]))
@@ -70,13 +70,13 @@ def _put_pruned(kind: type, keep: float) -> None:
 
 
 def _stand_in(dense: type) -> type:
-    """Return the pruned class under the stock one's name, by which some tests look for it."""
+    """Return the pruned class under the stock class's name, which some tests look for."""
     pruned = denoiser_of(dense).pruned_class()
     return type(dense.__name__, (pruned,), {"__module__": dense.__module__})
 
 
 def _with_pruning(kind: type, dense: Any, config: dict[str, Any], keep: float) -> dict[str, Any]:
-    """Return a test's config with a random cut, which is written down under the test class's name."""
+    """Return a test's config with a random cut; append the cut to the file CUTS under the test class's name."""
     if "pruning" in config:
         return config
     with torch.device("meta"):
@@ -94,9 +94,10 @@ def _with_pruning(kind: type, dense: Any, config: dict[str, Any], keep: float) -
 
 
 def run(repository: Path, keep: float | None, cuts: Path) -> dict[str, tuple[str, str]]:
-    """Return (outcome, reason) of every test, by suite and name.
+    """Run the suites and return (outcome, reason) of every test, by suite and name.
 
-    keep: of cut models; None: stock ones. cuts: gets a line for each model, [test class, layers that are gone].
+    keep: share of units that cut models keep; None: stock models. cuts: file that gets one line per cut model, [test
+    class, removed layers].
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({} if keep is None else {KEEP: str(keep), CUTS: str(cuts)})
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -117,7 +118,7 @@ def run(repository: Path, keep: float | None, cuts: Path) -> dict[str, tuple[str
 
 
 def _told(outcomes: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
-    """Return what was not skipped, with the reason of what did not pass, shortened."""
+    """Return the outcomes of tests that were not skipped, with a shortened reason for tests that did not pass."""
     return {
         key: [what, " ".join(why.split())[:200]] if why else [what]
         for key, (what, why) in outcomes.items()
@@ -126,7 +127,7 @@ def _told(outcomes: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Run both, print the counts and what differs, and write them."""
+    """Run the suites with stock and with cut models, print counts and differences, and write all outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="a checkout of diffusers without its src/")
     parser.add_argument("--keep", type=float, default=0.6, help="share of the units that cut models keep")

@@ -1,13 +1,13 @@
-"""Stable Diffusion 2.1 at its full size, random weights, 256 pixels: what a search step and a fine-tuning step take.
+"""Measure search and fine-tuning steps of Stable Diffusion 2.1 at full size, with random weights, at 256 pixels.
 
-    python benchmarks/full_size.py              every case in a process of its own; prints a table
+    python benchmarks/full_size.py              every case in a separate process; prints a table
     python benchmarks/full_size.py search bfloat16
     python benchmarks/full_size.py fine_tuning float32
     python benchmarks/full_size.py cache bfloat16           fine-tuning from the cache, and with live encoders
-    python benchmarks/full_size.py cache_emoji bfloat16     the same of the embedded model
+    python benchmarks/full_size.py cache_emoji bfloat16     the same for the embedded model
 
-A case prints one JSON object: seconds of a step (the mean of those after the first), peak memory of the process in
-GiB (resident on a CPU, allocated on a GPU). The pipeline is put together from the published shapes, nothing is fetched.
+A case prints one JSON object: seconds per step (the mean of the steps after the first), and peak memory of the process
+in GiB (resident on a CPU, allocated on a GPU). The pipeline is built from published shapes; nothing is downloaded.
 """
 
 import json
@@ -36,7 +36,7 @@ from prunekit.runtime.randomness import generator
 CASES = [("search", "bfloat16"), ("search", "float32"), ("fine_tuning", "bfloat16"), ("fine_tuning", "float32")]
 CASES += [("cache", "bfloat16"), ("cache_emoji", "bfloat16")]
 RESOLUTION, PICTURES, BATCH, MICRO, STEPS, BUDGET = 256, 32, 4, 2, 3, 0.66
-CACHE_BATCH, CACHE_MICRO = 32, 4  # nearer to the 256 and more of a real run, where updating the weights weighs little
+CACHE_BATCH, CACHE_MICRO = 32, 4  # closer to a real run (256 or more), where the weight update takes little of a step
 
 
 def pipeline() -> StableDiffusionPipeline:
@@ -78,7 +78,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def encoded(made: StableDiffusionPipeline, kept: bool, resolution: int = RESOLUTION) -> EncodedData:
-    """Encode the first pictures; `kept`: latents and text states once, else at every step."""
+    """Encode the first pictures; with `kept`, latents and text states are computed once, else at every step."""
     images = load_emoji(None, 0.0).take(list(range(PICTURES)))
     config = CacheConfig(precision="float16") if kept else CacheConfig(latents="off", text=False)
     return encode(made, images, load_prompt_encoder("emoji"), resolution, config=config)
@@ -120,7 +120,7 @@ def cache(precision: str) -> dict:
 
 
 def cache_emoji(precision: str) -> dict:
-    """The same of the embedded model."""
+    """Time the same for the embedded model."""
     made = load_pipeline("emoji")
     return with_and_without(made, made.unet.config.sample_size * made.vae_scale_factor, precision, 20 * STEPS)
 
@@ -128,7 +128,7 @@ def cache_emoji(precision: str) -> dict:
 def with_and_without(
     made: StableDiffusionPipeline, resolution: int, precision: str, steps: int = STEPS
 ) -> dict[str, float]:
-    """Return the seconds of a step from the cache and without it."""
+    """Return the seconds of a step with and without the cache, and their ratio."""
     student, seconds = sliced(made), {}
     for kept in (True, False):
         config = training(precision, steps, CACHE_BATCH, CACHE_MICRO)
@@ -146,7 +146,7 @@ def sliced(made: StableDiffusionPipeline) -> UNet2DConditionModel:
 def tune(made: StableDiffusionPipeline, data: EncodedData, student: UNet2DConditionModel, settings: dict) -> float:
     """Return the seconds of a fine-tuning step."""
     rows: list[dict] = []
-    with TemporaryDirectory() as folder:  # the last step's checkpoint is of the training, not of a step
+    with TemporaryDirectory() as folder:  # for the checkpoint after the last step, which no step's time includes
         config = FineTuneConfig(**settings)
         fine_tune(student, made.unet, data, config, Path(folder), scheduler=made.scheduler, log=rows.append)
     return step_seconds(rows)

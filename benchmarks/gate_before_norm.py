@@ -1,7 +1,8 @@
-"""Why a ResBlock's gate sits after `norm2`: the same mask before it, as in APTP's published code, beside ours.
+"""Compare a ResBlock's gate before `norm2`, as in APTP's published code, with prunekit's gate after `norm2`.
 
-Masks a share of every ResBlock's channel groups of the embedded model, in `norm2`'s input or in `conv2`'s, and compares
-with the UNet that is sliced to it; and takes the gradient of the squared output with respect to every gate at 1/2.
+Masks a share of the channel groups in every ResBlock of the embedded model, in the input of `norm2` or of `conv2`, and
+compares the output with the UNet that is sliced by the same mask. Also takes the gradient of the summed squared output
+with respect to every gate, with all ResBlock gates at 1/2.
 Run: python benchmarks/gate_before_norm.py [--keep 0.7]
 """
 
@@ -34,7 +35,7 @@ def gated_before_norm(unet, space: pk.UnitSpace, gates: torch.Tensor) -> Iterato
 
 
 def main() -> None:
-    """Print one row a place of the gate."""
+    """Print one row per position of the gate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=float, default=0.7, help="share of the groups that stay")
     given = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train the evaluator that has not seen Emoji-64's held-out pictures: 20 % of them at seed 0.
 
-They contain those of 10 %. About half an hour on a CPU core with bfloat16 units; a call that was cut off goes on where
-it was.
+These pictures include the pictures that are held out at 10 %. Training takes about half an hour on a CPU core with
+bfloat16 units; start the same command again to resume a training that was stopped.
 
 Run: python benchmarks/held_out_evaluator.py runs/held_out_evaluator
 Then copy runs/held_out_evaluator/evaluator to prunekit/assets/evaluator_held_out.
@@ -20,7 +20,7 @@ HOLDOUT, SEED = 0.2, 0
 
 
 def main() -> None:
-    """Train, and print what the evaluator says of real pictures of both splits, the same number of each."""
+    """Train, and print the evaluator's figures for real pictures of both splits, the same number of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory

@@ -1,9 +1,9 @@
-"""Gates alone, or gates and weights together? A search whose UNet learns a LoRA beside the gates: the embedded model.
+"""Compare a search of gates alone with a search that also trains a LoRA of the UNet, on the embedded model.
 
-One architecture (Uni-Arch), so that nothing but the weights differs. Rows: gates alone; with a LoRA that is thrown away
-after the search, so that it only helps the gates to see what a network recovers from; with a LoRA that is merged into
-the weights before they are sliced. Each is then fine-tuned alike. The figure is the agreement with the dense model
-(mean squared difference of predictions on fixed triples; lower is better), before and after fine-tuning.
+The search is for one architecture (Uni-Arch), so that nothing but the weights differs. Rows: gates alone; with a LoRA
+that is discarded after the search, so that it only shows the gates what a network recovers from; with a LoRA that is
+merged into the weights before slicing. All rows are fine-tuned in the same way. The figure is the agreement with the
+dense model (mean squared difference of predictions on fixed triples; lower is better), before and after fine-tuning.
 Run: python benchmarks/joint_lora.py [--rank 16] [--steps 240] [--budget 0.5] [--seeds 0 1]
 """
 
@@ -28,11 +28,11 @@ from prunekit.training.memory import held
 from prunekit.training.trainer import Trainer
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
-SCALE = 0.03  # of the adapters: they train at the gates' rate, which is 30 times what weights stand
+SCALE = 0.03  # of the adapters: they train at the gates' learning rate, which is 30 times too high for weights
 
 
 class LowRank(nn.Module):
-    """W + s B A of a linear or convolutional weight (out, ...): below the gate, which scales the layer's input."""
+    """W + s B A for a linear or convolutional weight W (out, ...); the gate scales the layer's input."""
 
     def __init__(self, weight: torch.Tensor, rank: int):
         super().__init__()
@@ -46,7 +46,7 @@ class LowRank(nn.Module):
 
 
 def adapters(unet: nn.Module, rank: int) -> list[LowRank]:
-    """Put a LoRA on every layer that pruning touches."""
+    """Put a LoRA on every layer that pruning cuts, and return the adapters."""
     layers = [module for name, module in unet.named_modules() if name.endswith(LAYERS)]
     made = [LowRank(layer.weight, rank) for layer in layers]
     for layer, own in zip(layers, made, strict=True):
@@ -55,7 +55,7 @@ def adapters(unet: nn.Module, rank: int) -> list[LowRank]:
 
 
 def merge(unet: nn.Module) -> None:
-    """Leave the sum as the weight of each layer."""
+    """Replace each layer's weight by the sum of weight and LoRA."""
     for module in list(unet.modules()):
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -81,7 +81,7 @@ class JointObjective(UniArchObjective):
 
 
 def search(world: World, method: UniArch, rank: int):
-    """Return the architecture, the UNet with its LoRA merged (or as it was), and the seconds."""
+    """Search; return the architecture, the UNet with its LoRA merged (unchanged for rank 0), and the seconds."""
     unet, config = copy.deepcopy(world.pipeline.unet).requires_grad_(False), method.config
     cost = budget_cost(world.pipeline, config)
     start = time.monotonic()

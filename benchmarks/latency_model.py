@@ -1,8 +1,9 @@
-"""The latency table's prediction against measurement, on architectures that it was not made from.
+"""Compare a latency table's predictions with measured times, on architectures that the table was not made from.
 
-A table is measured for the UNet (`--table FILE` keeps it, and reads it when it is there). Then held-out architectures,
-widths and whole layers removed at random, keep 0.5 to 0.9, are sliced and timed in turn with the dense UNet; and what
-`select` takes of the same random scores for a budget in MACs and for one in time.
+A table is measured for the UNet (`--table FILE` stores it, or reads it if the file exists). Then held-out architectures
+with widths and whole layers removed at random, which keep 0.5 to 0.9 of the units, are sliced and timed in turn with
+the dense UNet. The last two architectures are the choices of `select` from the same random scores, for a budget in MACs
+and for a budget in time.
 Run: python benchmarks/latency_model.py [--model emoji] [--count 12] [--pairs 9]
 """
 
@@ -30,7 +31,7 @@ BUDGET = 0.7
 
 
 def table_of(unet, cost: pk.CostModel, batch: int, file: str) -> LatencyTable:
-    """Return the table in `file`, or measure it, and say how long that took."""
+    """Return the table in `file`; if there is none, measure it, print how long this took, and write it to `file`."""
     conditions = conditions_of(unet, cost.sample_size, cost.text_length, batch, unet.dtype)
     if file and Path(file).is_file():
         table = LatencyTable.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
@@ -45,7 +46,7 @@ def table_of(unet, cost: pk.CostModel, batch: int, file: str) -> LatencyTable:
 
 
 def main() -> None:
-    """Print a line an architecture, then the errors' median and largest."""
+    """Print one line per architecture, and the median and largest error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("sd-2.1", "emoji"), default="sd-2.1")
     parser.add_argument("--count", type=int, default=12, help="held-out architectures")

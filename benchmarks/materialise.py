@@ -1,7 +1,7 @@
-"""Opening an expert of a shared backbone beside one with weights of its own: time, disk, and peak memory.
+"""Compare opening an expert of a shared backbone with opening a separate expert: time, disk and peak memory.
 
-Random weights, half of the MACs of Stable Diffusion 2.1's shape (or the embedded model's). Each is opened in a fresh
-process, several times in turn, with the files in the system's cache.
+The experts keep half of the MACs of Stable Diffusion 2.1's shape with random weights, or of the embedded model. Each is
+opened several times, in turn, in a new process, with its files in the system's cache.
 Run: python benchmarks/materialise.py [--model sd-2.1 | emoji] [--times 5]
 """
 
@@ -35,14 +35,14 @@ print(seconds, memory("VmHWM") - before, unet.num_parameters())
 
 
 def opened(folder: Path) -> tuple[float, float, int]:
-    """Return the seconds, the GiB that the process grew by at most, and the parameters of a UNet opened anew."""
+    """Open a UNet in a new process; return the seconds, the process's peak growth in GiB, and the parameters."""
     done = subprocess.run([sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True)
     seconds, memory, parameters = done.stdout.split()[-3:]
     return float(seconds), float(memory), int(parameters)
 
 
 def size(folder: Path) -> float:
-    """Return a folder's MB."""
+    """Return a folder's size in MB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 

@@ -1,7 +1,7 @@
-"""What folding a transformer's modulation layers saves, and what it costs in accuracy.
+"""Measure the parameters that folding a transformer's modulation layers saves, and the error that it adds.
 
     python benchmarks/modulation_folding.py sizes     parameters of full-size models before and after, without weights
-    python benchmarks/modulation_folding.py emoji     error over rank of the embedded transformer, which is trained
+    python benchmarks/modulation_folding.py emoji     error by rank of the embedded transformer, which is trained
 
 Each prints a table in Markdown.
 """
@@ -24,7 +24,7 @@ CAPTIONS, HELD_OUT, SAMPLED = 320, 80, 16
 
 
 def sizes() -> None:
-    """Print the parameters of models on the meta device, folded and not."""
+    """Print the parameters of models on the meta device, before and after folding."""
     print("| model | parameters | in modulation layers | folded to | parameters after | saved |")
     print("|---|---|---|---|---|---|")
     for name in MODELS:
@@ -46,7 +46,7 @@ def sizes() -> None:
 
 
 def emoji() -> None:
-    """Print the embedded transformer's error over rank, on captions and steps that were not fitted to."""
+    """Print the embedded transformer's error by rank, on captions and timesteps that were not used for the fit."""
     pipeline = load_pipeline("emoji-sd3")
     model = pipeline.transformer
     captions = [text for text in load_emoji(None, 0.0).captions if text]
@@ -58,7 +58,7 @@ def emoji() -> None:
     )
     rows = errors_by_rank(model, seen, unseen, RANKS)
     alone = torch.nn.Linear(seen.inputs.shape[1], seen.inputs.shape[1], bias=False)
-    torch.nn.init.eye_(alone.weight)  # keeps the vectors, whatever the layers make of them
+    torch.nn.init.eye_(alone.weight)  # an identity: the error of the vectors, without the modulation layers
     plain = [row["error"] for row in errors_by_rank(model, seen, unseen, RANKS, [alone])]
     folded = {str(rank): fold_modulation(model, seen, rank) for rank in RANKS}
     errors = output_errors(

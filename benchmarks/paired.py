@@ -1,6 +1,6 @@
-"""Differences between rows of a comparison, paired by seed: seeds share noise and prompts, so pairs tell more apart.
+"""Print differences between rows of a comparison, paired by seed, as rows of one seed share noise and prompts.
 
-Each figure: the first row's minus the other's, the mean over the seeds with its 95 % interval (Student's t).
+Each figure is the value of --row minus the other row's: the mean over the seeds, with its 95 % interval (Student's t).
 Run: python benchmarks/paired.py DIRECTORY --row aptp --protocol equal_steps [--budget 0.5]
 """
 

@@ -1,13 +1,13 @@
-"""What recovery takes of Stable Diffusion 2.1 at its full size: random weights, 256 pixels, half of the MACs.
+"""Measure time and memory of recovery for Stable Diffusion 2.1 at full size: random weights, 256 px, half the MACs.
 
-    python benchmarks/recovery_memory.py                every case in a process of its own; prints a table
-    python benchmarks/recovery_memory.py refit          one of them: cut, refit, low_rank, fine_tuning
+    python benchmarks/recovery_memory.py                every case in a separate process; prints a table
+    python benchmarks/recovery_memory.py refit          one case: cut, refit, low_rank or fine_tuning
 
-cut: the dense model and its slice, held as `refit` needs them. refit: closed form, SAMPLES samples, layer by layer, the
-dense model in bfloat16. low_rank and fine_tuning: STEPS steps of BATCH samples, in micro-batches of MICRO, activations
-recomputed, the dense model as the teacher, forward passes in bfloat16. A case prints one JSON object: seconds of the
-whole refit or of a step (the mean of those after the first), and the peak memory of its process in GiB (resident on a
-CPU, allocated on a GPU).
+cut: slicing, with the dense model and its slice in memory as `refit` needs them. refit: closed-form fit, layer by
+layer, on SAMPLES samples, with the dense model in bfloat16. low_rank and fine_tuning: STEPS steps of BATCH samples in
+micro-batches of MICRO, with recomputed activations, the dense model as the teacher, and forward passes in bfloat16.
+A case prints one JSON object: seconds of the cut, of the whole refit or of a step (the mean of the steps after the
+first), and the peak memory of its process in GiB (resident on a CPU, allocated on a GPU).
 """
 
 import json
@@ -106,12 +106,12 @@ def tune(lora: LoraConfig | None) -> float:
 
 
 def fine_tuning() -> float:
-    """All weights."""
+    """Return the seconds of a step that trains all weights."""
     return tune(None)
 
 
 def low_rank() -> float:
-    """Low-rank changes alone."""
+    """Return the seconds of a step that trains only low-rank changes."""
     return tune(LoraConfig(rank=16))
 
 

@@ -1,9 +1,9 @@
-"""Would a router that predicts each prompt's error under each expert do better than the codes? On a finished emoji run.
+"""Compare a finished emoji run's router with a router that predicts each prompt's error under each expert.
 
-Every expert and the dense UNet predict the same noisy latents of some captions, at a few timesteps. On half of the
-pictures a ridge regression learns each expert's log error from the prompt's embedding; on the other half each prompt
-goes to the expert with the least predicted error, after potentials that spread the first half's prompts as the run's
-router does. Printed: how far a prompt's difficulty can be predicted at all, and the error under each way of routing.
+Every expert and the dense UNet run on the same noisy latents and captions, at a few timesteps. On half of the pictures,
+a ridge regression learns each expert's log error from the prompt's embedding. On the other half, each prompt goes to
+the expert with the smallest predicted error, after a shift per expert that spreads the first half's prompts evenly.
+Prints how well a prompt's difficulty can be predicted at all, and the error under each way of routing.
 Run: python benchmarks/router_by_error.py RUN/methods/aptp [--experts FOLDER] [--pairs 1500]
 """
 
@@ -51,12 +51,12 @@ def ridge(z: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, Tensor]:
 
 
 def explained(predicted: Tensor, targets: Tensor) -> float:
-    """Return R², against the targets' own mean."""
+    """Return R², relative to the mean of the targets."""
     return float(1 - (predicted - targets).square().sum() / (targets - targets.mean(0)).square().sum())
 
 
 def main() -> None:
-    """Print both parts in Markdown."""
+    """Print the predictability of errors, then the table of routings in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="a method's folder with its result and experts")
     parser.add_argument("--experts", type=Path, help="the folder of the experts; RESULT/experts by default")
@@ -70,7 +70,7 @@ def main() -> None:
     order = torch.randperm(len(data.training_pairs()), generator=torch.Generator().manual_seed(1))
     pairs = data.training_pairs()[order[: given.pairs]]
     errors = errors_of(unets, pipeline.unet, data, process_of(pipeline), pairs)
-    scaled = errors / errors.mean((0, 2), keepdim=True)  # every timestep counts alike
+    scaled = errors / errors.mean((0, 2), keepdim=True)  # every timestep has the same weight
     z, first = data.prompts[pairs].double(), data.image_index[pairs] % 2 == 0
     targets, hard = scaled.mean(1).log(), scaled.mean((1, 2)).log()[:, None]  # (n, N), (n, 1)
     preferences = targets - targets.mean(1, keepdim=True)

@@ -1,10 +1,10 @@
-"""How a search's experts share the training prompts: one router, or one expert that takes them all?
+"""Measure how a search's experts share the training prompts, as one expert may get all of them.
 
-Embedded model, float32, one seed, the search of recipes/settings_emoji.yaml and no fine-tuning. Each row is a preset,
-or a preset with settings changed, written as PRESET[,SETTING=VALUE...]. A row says which share of the training prompts
-each expert gets: by the transport of the search's batches, and at inference by either routing, with and without
-`balance` (the search depends on neither, so all are of the same codes); what the gates cost at the end; and how many
-architectures differ.
+Each search uses the embedded model in float32, one seed and the settings of recipes/settings_emoji.yaml, without
+fine-tuning. Each row is a preset, or a preset with changed settings, written as PRESET[,SETTING=VALUE...]. A row gives
+each expert's share of the training prompts: by the transport of the search's batches, and at inference by both
+routings, with and without `balance`. The search does not depend on these two settings, so all shares are of the same
+codes. A row also gives the cost of the gates at the end of the search, and the number of different architectures.
 Run: python benchmarks/router_shares.py [--rows paper published_code paper,feature_blocks=none] [--steps 240]
 [--batch-size 48] [--experts 4] [--warmup 80] [--budget 0.5] [--seed 0]
 """
@@ -28,7 +28,7 @@ NAMES = ("cosine", "cosine, balanced", "hardened", "hardened, balanced")
 
 
 class Counted(APTP):
-    """APTP that says where both routers would send the training prompts."""
+    """APTP that records each expert's share of the training prompts under both routings."""
 
     def _decide(self, objective):
         result, config = super()._decide(objective), self.config
@@ -43,7 +43,7 @@ class Counted(APTP):
 
 
 def main() -> None:
-    """Search once for each row, and print what it does with the prompts."""
+    """Search once for each row, and print the experts' shares of the prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS)
     for name, value in (("steps", 240), ("batch-size", 48), ("experts", 4), ("warmup", 80), ("seed", 0)):

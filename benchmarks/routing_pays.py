@@ -1,10 +1,11 @@
-"""Does routing pay, and from how much training on? One architecture, experts of their own and a shared backbone.
+"""Compare one architecture, separate experts and experts of a shared backbone, over the number of training steps.
 
-Embedded model, one seed. Each row searches once, then is fine-tuned anew for each total number of steps, which its
-experts share: N experts of their own take 1/N each, a backbone takes them all, one expert a step. The figure is the
-agreement with the dense model (mean squared difference of predictions on fixed triples; lower is better), without any
-drawing of pictures. --pull s cuts the experts by their mean scores plus s times what each differs by: 1 leaves them as
-they are, 0 makes them one architecture. Finished figures are kept in --file, so a run that was stopped goes on.
+Embedded model, one seed. Each row searches once, and is then fine-tuned from the search's result for each total number
+of steps: N separate experts take 1/N of the steps each, and a shared backbone takes all steps, with --per-step experts
+in each. The figure is the agreement with the dense model (mean squared difference of predictions on fixed triples;
+lower is better); no pictures are generated. --pull s cuts the experts by their mean scores plus s times each expert's
+difference from the mean: 1 changes nothing, 0 gives one architecture. --file stores finished figures: start the same
+command again to resume a stopped run.
 Run: python benchmarks/routing_pays.py [--steps 240 960] [--experts 4] [--budget 0.5] [--seed 0] [--codes random]
 [--pull 1] [--per-step 2] [--file FILE]
 """
@@ -32,7 +33,7 @@ BF16 = {"precision": "bfloat16"}
 
 
 class Pulled(APTP):
-    """APTP whose experts are pulled towards their mean before they are cut; the router is as it was."""
+    """APTP that pulls the experts' scores towards their mean before the cut; the router does not change."""
 
     pull = 1.0
 
@@ -48,7 +49,7 @@ class Pulled(APTP):
 
 
 class World:
-    """The embedded model, its data, and what every model is measured on."""
+    """The embedded model, its data, and the samples on which every model is measured."""
 
     def __init__(self, seed: int, per_step: int = 2):
         self.seed, self.per_step, self.pipeline = seed, per_step, load_pipeline("emoji")
@@ -58,15 +59,15 @@ class World:
         self.reference = predictions(self.pipeline.unet, self.samples)
 
     def search(self, method: pk.methods.Method) -> PruneResult:
-        """Return what a method chooses."""
+        """Return a method's result."""
         return method.prune(self.pipeline, self.data)
 
     def tuning(self, steps: int, **changes: Any) -> FineTuneConfig:
-        """Return how models are fine-tuned."""
+        """Return the settings of fine-tuning."""
         return FineTuneConfig(steps=steps, experts_per_step=self.per_step, **TUNING, **BF16, **changes)
 
     def tune(self, unet, pairs: torch.Tensor, steps: int):
-        """Fine-tune a UNet on some pairs."""
+        """Fine-tune a UNet on some pairs, and return it."""
         options: dict[str, Any] = {"scheduler": self.pipeline.scheduler, "pairs": pairs, "seed": self.seed}
         with tempfile.TemporaryDirectory() as folder:
             fine_tune(unet, self.pipeline.unet, self.data, self.tuning(steps), Path(folder), **options)
@@ -79,23 +80,23 @@ class World:
         return result.router.route(self.data.prompts[pairs])
 
     def experts_of_their_own(self, result: PruneResult, steps: int) -> list:
-        """Return UNets that share the steps."""
+        """Return separate experts, each fine-tuned for an equal part of the steps."""
         config = self.tuning(steps // len(result.architectures))
         return pk.recover_experts(result, self.pipeline, self.data, config, seed=self.seed)
 
     def shared_backbone(self, result: PruneResult, steps: int) -> list:
-        """Return UNets sliced from one that took all steps."""
+        """Return experts sliced from one backbone that was fine-tuned for all steps."""
         config = self.tuning(steps, shared_backbone=True)
         return pk.recover_experts(result, self.pipeline, self.data, config, seed=self.seed)
 
     def error(self, result: PruneResult, unets: list) -> float:
-        """Return the routed agreement."""
+        """Return the agreement of the UNets with the dense model under the result's routing."""
         routes = self.routes(result, self.samples.indices)
         return agreement(self.reference, unets, self.samples, routes)
 
 
 def main() -> None:
-    """Print a line a figure, then the table in Markdown."""
+    """Print one line per figure, then the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[240, 960])
     parser.add_argument("--experts", type=int, default=4)

@@ -1,10 +1,11 @@
-"""Which mixture pays? Variants at equal exact MACs and equal total training compute, on pictures that none has seen.
+"""Compare variants of mixtures at equal exact MACs and equal total training compute, on held-out pictures.
 
-The embedded model at half of the MACs. Every variant spends TOTAL forward passes of the dense model on its choice and
-its training together, as the protocol `equal_total` of comparisons counts them. Screening uses pictures of the training
-split alone: 20 % of them are held out again. The figure is the agreement with the dense model there (mean squared
-difference of predictions on 512 fixed triples; lower is better), with its standard error over the triples, and beside
-it that of training pictures. Finished figures are kept in --file, so a run that was stopped goes on.
+The variants prune the embedded model to half of its MACs. Every variant spends TOTAL forward passes of the dense model
+on choice and training together, as the protocol `equal_total` of comparisons counts them. Screening uses only pictures
+of the training split, and holds out 20 % of them. The figure is the agreement with the dense model on these held-out
+pictures (mean squared difference of predictions on 512 fixed triples; lower is better), with its standard error over
+the triples. The last column is the agreement on training pictures. --file stores finished figures: start the same
+command again to resume a stopped run.
 Run: python benchmarks/screen_mixtures.py [--total 60000] [--seed 0] [--budget 0.5] [--file FILE] [VARIANT ...]
 """
 
@@ -56,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the metho
 
 
 class World:
-    """The embedded model, the training split's pictures, 20 % of them held out again, and what variants are held to."""
+    """The embedded model, the training split's pictures (20 % held out again), and the samples for measuring."""
 
     def __init__(self, seed: int, budget: float, total: float):
         self.seed, self.budget, self.total = seed, budget, total
@@ -72,7 +73,7 @@ class World:
         self.references = {name: predictions(self.pipeline.unet, samples) for name, samples in self.samples.items()}
 
     def figures(self, method: str, settings: dict[str, Any], tuning: dict[str, Any]) -> dict[str, Any]:
-        """Choose, train for what is left of the compute, and measure."""
+        """Run the method, fine-tune for the rest of the compute, and return the figures."""
         started = time.time()
         chooser = registry.get(method)(budget=self.budget, seed=self.seed, depth="aptp", **settings)
         space = space_of(self.pipeline, chooser.config)
@@ -95,7 +96,7 @@ class World:
 
 
 def main() -> None:
-    """Print a line a variant, then the table in Markdown."""
+    """Print one line per variant, then the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", help="by default all")
     parser.add_argument("--total", type=float, default=60_000)

@@ -1,4 +1,4 @@
-"""The server beside the pipeline in one process: throughput, latency, batches, start-up time, memory.
+"""Compare the server with the pipeline in one process: throughput, latency, batches, start-up time and memory.
 
     python benchmarks/serving.py                        the embedded model cut into two experts, about 15 minutes
     python benchmarks/serving.py --model runs/quickstart --clients 1 16 --rates --json serving.json
@@ -6,13 +6,14 @@
 
 Ray listens on all of a machine's addresses; `unshare --net sh -c "ip link set lo up && python …"` keeps it local.
 
-Closed loop: N clients, each asking again as soon as it is answered. Open loop: requests come at a rate, by a Poisson
-process, whether or not earlier ones are answered; latency counts from when a request was due. Prompts are captions of
-the embedded data, routed to all experts.
+Closed loop: N clients, each of which sends its next request as soon as it has an answer. Open loop: requests arrive at
+a rate, as a Poisson process, whether or not earlier requests are answered; latency counts from the time at which a
+request was due. Prompts are captions of the embedded data, routed to all experts.
 
-Each round draws the same prompts by the pipeline in this process, then by the server with every number of clients, so
-that the load of the machine falls on all alike; a ratio is of one round, and the table has medians. Beside N clients
-the pipeline draws at the server's largest batch size; beside one client it draws prompt by prompt.
+Each round runs the same prompts through the pipeline in this process, and through the server with every number of
+clients, so that other load of the machine affects all alike. Ratios are taken within a round, and the table has their
+medians. The server with several clients is compared with the pipeline at the server's largest batch size; the server
+with one client is compared with the pipeline prompt by prompt.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from prunekit.serving.drawer import open_pipeline
 
 PATH = "/v1/images/generations"
 START_LIMIT = 600  # seconds
-RAY_PROCESSES = {  # by a part of their titles
+RAY_PROCESSES = {  # kinds of Ray's processes, by a part of their titles
     "ServeReplica:prunekit:Pool": "replicas",
     "ServeReplica:prunekit:Ingress": "ingress",
     "ServeController": "Serve",
@@ -57,7 +58,7 @@ RAY_PROCESSES = {  # by a part of their titles
 
 @dataclass
 class Load:
-    """What one load gave: the images of its answers, requests that were refused, latencies in seconds, batches."""
+    """The result of one load: images, refused requests, duration and latencies in seconds, and mean batch size."""
 
     what: str
     images: int
@@ -65,7 +66,7 @@ class Load:
     seconds: float
     latencies: list[float]
     mean_batch: float
-    cpu: float  # seconds of the process that draws, with those that it started
+    cpu: float  # CPU seconds of the process that generates the images, and of its descendants
 
     @property
     def throughput(self) -> float:
@@ -79,7 +80,7 @@ class Load:
 
 
 def make_model(folder: Path, experts: int) -> Path:
-    """Write a routed directory of the embedded model: experts of about 0.7 of its MACs, and a router that uses all."""
+    """Write a routed directory of the embedded model: experts with 70 % of its units, and a router that uses all."""
     pipeline, encoder = pk.load_pipeline("emoji"), load_prompt_encoder("emoji")
     space = pk.discover(pipeline.unet, "aptp")
     cut = [pk.slice_unet(pipeline.unet, space.random(0.7, seed=seed)) for seed in range(experts)]
@@ -91,14 +92,14 @@ def make_model(folder: Path, experts: int) -> Path:
 
 
 def captions(count: int) -> list[str]:
-    """The first captions of the embedded data, in a drawn order."""
+    """Return at most `count` captions of the embedded data, drawn at random with a fixed seed."""
     names = list(load_data(DataConfig(kind="emoji"), 0).names)
     return random.Random(0).sample(names, min(count, len(names)))
 
 
 @contextlib.contextmanager
 def server(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Start `prunekit serve`; yield its address, its process, and what starting took."""
+    """Start `prunekit serve`; yield its address, its process id, and its start-up times (s) and memory sizes (MB)."""
     command = [sys.executable, "-m", "prunekit", "serve", str(model), "--port", "0"]
     command += ["--max-batch", str(given.max_batch), "--max-queued", str(given.max_queued)]
     if given.engine == "ray":
@@ -106,7 +107,7 @@ def server(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, int, d
     else:
         command += ["--device", given.device]
     started = time.perf_counter()
-    equal = {"RAY_worker_niceness": "0"}  # or Ray gives the replicas less of the processor than the pipeline has
+    equal = {"RAY_worker_niceness": "0"}  # by default, Ray gives replicas a lower CPU priority than the pipeline has
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | equal)
     try:
         while not (found := re.search(r" is served at (http://\S+)", process.stdout.readline())):
@@ -128,16 +129,16 @@ def server(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, int, d
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that it started."""
+    """Return a process and all its descendants."""
     first = psutil.Process(pid)
     return [first, *first.children(recursive=True)]
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Return the proportional set sizes in MB of a server's processes, by what they are."""
+    """Return the proportional set sizes in MB of a server's processes, by kind of process."""
     sizes: dict[str, float] = {}
     for process in family(pid):
-        with contextlib.suppress(psutil.Error, OSError, TypeError):  # it has just ended
+        with contextlib.suppress(psutil.Error, OSError, TypeError):  # the process has just ended
             title = " ".join(process.cmdline())
             text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             size = int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
@@ -148,7 +149,7 @@ def memory(pid: int) -> dict[str, float]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and of all that it started."""
+    """Return the CPU seconds of a process and of all its descendants."""
     total = 0.0
     for process in family(pid):
         with contextlib.suppress(psutil.Error):
@@ -158,7 +159,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Client:
-    """Asks the server, and keeps what it answered."""
+    """Sends requests to the server, and records latencies and refusals."""
 
     def __init__(self, http: httpx.AsyncClient, given: argparse.Namespace):
         self.http, self.given = http, given
@@ -166,7 +167,7 @@ class Client:
         self.refused = 0
 
     async def ask(self, prompt: str, due: float | None = None) -> None:
-        """Ask for one image; its latency counts from when it was due, by default now."""
+        """Request one image; its latency counts from the time `due`, by default now."""
         due = time.perf_counter() if due is None else due
         await asyncio.sleep(max(0, due - time.perf_counter()))
         body = {"prompt": prompt, "seed": 0, "num_inference_steps": self.given.steps}
@@ -179,7 +180,7 @@ class Client:
             raise RuntimeError(answer.text)
 
     async def closed_loop(self, clients: int, prompts: list[str]) -> None:
-        """Share prompts among clients, each asking again as soon as it is answered."""
+        """Share prompts among clients; each client sends its next request as soon as it has an answer."""
         line = iter(prompts)
 
         async def one() -> None:
@@ -189,15 +190,15 @@ class Client:
         await asyncio.gather(*(one() for _ in range(clients)))
 
     async def open_loop(self, rate: float, prompts: list[str]) -> None:
-        """Ask for prompts at a rate, whether or not earlier ones are answered."""
+        """Request prompts at `rate` per second on average, whether or not earlier requests are answered."""
         generator, due = random.Random(1), time.perf_counter()
         times = [due := due + generator.expovariate(rate) for _ in prompts]
         await asyncio.gather(*(self.ask(*one) for one in zip(prompts, times, strict=True)))
 
     async def counters(self, pid: int) -> tuple[float, float, float]:
-        """Return the images and batches that the server has drawn, and its CPU time.
+        """Return the numbers of images and batches that the server has generated, and its CPU seconds.
 
-        An image of a batch of b is 1/b of a batch.
+        An image in a batch of size b counts as 1/b of a batch.
         """
         images = batches = 0.0
         for line in (await self.http.get("/metrics")).text.splitlines():
@@ -208,7 +209,7 @@ class Client:
 
 
 def loaded(url: str, pid: int, what: str, given: argparse.Namespace, work: Callable[[Client], Awaitable[None]]) -> Load:
-    """Put a load on the server."""
+    """Run `work` with a client of the server, and return the result as a load named `what`."""
 
     async def main() -> Load:
         limits = httpx.Limits(max_connections=None)
@@ -225,7 +226,7 @@ def loaded(url: str, pid: int, what: str, given: argparse.Namespace, work: Calla
 
 
 def direct(pipeline: pk.PromptRoutedPipeline, what: str, prompts: list[str], batch: int, steps: int) -> Load:
-    """Draw prompts by the pipeline in this process: all in one call, or, at batch 1, one after another."""
+    """Generate images with the pipeline in this process: in one call, or, at batch 1, one prompt after another."""
     calls = [prompts] if batch > 1 else [[prompt] for prompt in prompts]
     latencies, cpu = [], time.process_time()
     for call in calls:
@@ -243,7 +244,7 @@ def clients_of(count: int) -> str:
 
 
 def compare(url: str, pid: int, pipeline: pk.PromptRoutedPipeline, given: argparse.Namespace) -> dict[str, list[Load]]:
-    """Measure every round; the loads by name, one a round."""
+    """Measure every round, then the open loops once; return the loads by name, one per round."""
     loads: dict[str, list[Load]] = {}
     many, few = captions(given.images), captions(given.images)[: given.single]
     for turn in range(given.rounds):
@@ -265,7 +266,7 @@ def compare(url: str, pid: int, pipeline: pk.PromptRoutedPipeline, given: argpar
 
 
 def pooled(loads: list[Load]) -> Load:
-    """Return the rounds of one load as one: all latencies, and the median throughput."""
+    """Return the rounds of one load combined into one, with all latencies and the median throughput."""
     latencies = [latency for load in loads for latency in load.latencies]
     images, refused = sum(load.images for load in loads), sum(load.refused for load in loads)
     mean = statistics.mean(load.mean_batch for load in loads)
@@ -275,9 +276,9 @@ def pooled(loads: list[Load]) -> Load:
 
 
 def ratios(loads: dict[str, list[Load]], given: argparse.Namespace) -> dict[str, Ratio]:
-    """Return the server's figures over the pipeline's, paired by rounds.
+    """Return the server's figures divided by the pipeline's, paired by rounds.
 
-    CPU time counts the server's whole process; beside busy processes it is steadier than the time on the clock.
+    CPU time counts all processes of the server; on a busy machine it is steadier than wall-clock time.
     """
 
     def ratio(figure: Callable[[Load], float], own: str, other: str) -> Ratio:
@@ -297,7 +298,7 @@ def ratios(loads: dict[str, list[Load]], given: argparse.Namespace) -> dict[str,
 
 
 def main() -> None:
-    """Measure; print Markdown."""
+    """Measure, and print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a run, an export or a pipeline; by default one is made")
     parser.add_argument("--experts", type=int, default=2, help="of the model that is made")

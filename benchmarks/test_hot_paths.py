@@ -1,4 +1,4 @@
-"""Our own hot paths. Run: python -m pytest benchmarks --benchmark-enable."""
+"""Benchmarks of prunekit's hot paths. Run: python -m pytest benchmarks --benchmark-enable."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def test_route_50000_embedded_prompts(benchmark):
 
 
 def step(objective: Objective, number: int) -> None:
-    """One step of a training on its whole batch, without the optimizer."""
+    """Run one training step on its whole batch, without the optimizer."""
     batch = objective.batch(number)
     with torch.autocast("cpu", torch.bfloat16):
         terms = [*objective.shared_loss(batch).values(), *objective.micro_loss(batch, torch.arange(BATCH)).values()]

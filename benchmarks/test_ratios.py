@@ -1,4 +1,4 @@
-"""Times that must stay small beside others of the same run. Run: python -m pytest benchmarks/test_ratios.py -s."""
+"""Check ratios of times within one run against limits. Run: python -m pytest benchmarks/test_ratios.py -s."""
 
 import time
 from pathlib import Path
@@ -23,7 +23,7 @@ GPU = Devices(throughput=1e12, precision="bfloat16")
 
 @pytest.fixture(scope="module")
 def routed(pipeline):
-    """The embedded model as four random experts, to which a random router spreads prompts."""
+    """Return the embedded model as four random experts with a random router."""
     space, draw = pk.discover(pipeline.unet), torch.Generator().manual_seed(0)
     experts = [pk.slice_unet(pipeline.unet, space.random(0.7, seed=seed)).eval() for seed in range(4)]
     router = Router(torch.randn(4, load_prompt_encoder().size, generator=draw), torch.zeros(4))

@@ -1,4 +1,4 @@
-"""How CPU threads should wait: a training step of the embedded model under several settings, idle and beside others.
+"""Time training steps of the embedded model under settings of how CPU threads wait, on an idle and a busy machine.
 
     python benchmarks/threads.py            the table of docs/performance.md, about 6 minutes on 2 cores
 
@@ -19,7 +19,7 @@ SETTINGS = {
     **{f"GOMP_SPINCOUNT={turns}": {"GOMP_SPINCOUNT": str(turns)} for turns in (500, 1000, 2000, 10_000)},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-MOST_COLLAPSED = 2  # steps of the default beside busy processes, where one takes up to half a minute
+MOST_COLLAPSED = 2  # steps of the default setting beside busy processes, where a step takes up to half a minute
 
 
 def worker() -> None:
