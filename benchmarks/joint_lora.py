@@ -1,9 +1,9 @@
 """Compare a search of gates alone with a search that also trains a LoRA of the UNet, on the embedded model.
 
 The search is for one architecture (Uni-Arch), so that nothing but the weights differs. Rows: gates alone; with a LoRA
-that is discarded after the search, so that it only shows the gates what a network recovers from; with a LoRA that is
-merged into the weights before slicing. All rows are fine-tuned in the same way. The figure is the agreement with the
-dense model (mean squared difference of predictions on fixed triples; lower is better), before and after fine-tuning.
+that is discarded after the search, so that it affects only the choice of units; with a LoRA that is merged into the
+weights before slicing. All rows are fine-tuned in the same way. The figure is the agreement with the dense model (mean
+squared difference of predictions on fixed triples; lower is better), before and after fine-tuning.
 Run: python benchmarks/joint_lora.py [--rank 16] [--steps 240] [--budget 0.5] [--seeds 0 1]
 """
 

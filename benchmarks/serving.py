@@ -92,7 +92,7 @@ def make_model(folder: Path, experts: int) -> Path:
 
 
 def captions(count: int) -> list[str]:
-    """Return at most `count` captions of the embedded data, drawn at random with a fixed seed."""
+    """Return at most `count` names of the embedded data's pictures, drawn at random with a fixed seed."""
     names = list(load_data(DataConfig(kind="emoji"), 0).names)
     return random.Random(0).sample(names, min(count, len(names)))
 
