@@ -1,7 +1,7 @@
-"""What a denoiser says of its layers: which rows and columns of which weights a unit owns.
+"""The description of a denoiser's layers: which rows and columns of which weights each unit owns.
 
-Gates, cuts, exact costs, the weights that a score sums over, LoRA matrices and latency keys are loops over axes, so
-each is written once for all models.
+Gates, cuts, exact costs, importance scores, LoRA matrices and latency keys are all loops over axes, so each of them is
+written once for all models.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RMS_NORMS = (nn.RMSNorm, RMSNorm)
 
 @dataclass(frozen=True)
 class Axis:
-    """A group's channels along one weight: `copies` runs of all the group's channels, one after another, from `start`.
+    """A unit group's channels along one side of a weight: `copies` consecutive runs of all its channels, from `start`.
 
-    layer: the path of the module that holds the weight, inside the layer.
+    layer: path, inside the layer, of the module that holds the weight.
     side: "out": rows (and elements of the bias); "in": columns; "each": channels that a norm or a depthwise convolution
-        handles one by one. The statistic of an RMS norm runs over all of them: under gates, over those that are kept.
+        handles one by one. An RMS norm computes its statistic over all these channels; under gates, over the kept ones.
     """
 
     layer: str
@@ -35,7 +35,7 @@ class Axis:
     copies: int = 1
 
     def channels(self, kept: list[int], group: UnitGroup) -> list[int]:
-        """The positions along the weight of the kept units' channels, in order."""
+        """Return the positions, along the weight, of the kept units' channels, in order."""
         width, channels = group.size * group.channels, group.channels
         positions: list[int] = []
         for copy in range(self.copies):
@@ -49,7 +49,8 @@ class Axis:
 class Activation:
     """An elementwise activation on `channels` values at every position of a stream; only some conventions charge it.
 
-    needed: "unit": a share of it belongs to every unit; "any": it runs while any unit is left; "always".
+    needed: when it costs. "unit": each kept unit of the layer adds an equal share; "any": while any unit is left;
+        "always".
     """
 
     channels: int
@@ -59,18 +60,20 @@ class Activation:
 
 @dataclass(frozen=True)
 class Layer:
-    """A part of a denoiser that costs something, or that contains such parts, in the order of the forward pass.
+    """A part of a denoiser that has a cost, or that contains such parts.
 
     kind: such as "attention"; with a group, the group's kind.
-    path: of the module; "" for what lies in no other layer (both ends of the model, its embeddings).
-    stream: whose positions its modules run on; "" where `streams` must name them all.
-    streams: exceptions, by the path inside the layer of a module or of what contains it.
-    group: the units that can be removed from it one by one; None if nothing is left to remove.
-    axes: what these units own.
-    products: attention: the streams of the queries and of the keys; of a linear attention, whose keys are summed up
-        in a matrix for each head, a stream of as many positions as the matrix has rows stands for the keys.
-    feeds: paths (in the model) of modules, such as norms, that only feed this layer and go with its last unit.
-    tables: names of parameters, of modules that hold no others, that shift or scale hidden states: they cost no MACs.
+    path: path of the module; "" for everything that lies in no other layer (both ends of the model, its embeddings).
+    stream: stream on whose positions the layer's modules run; "" if `streams` must name the stream of every module.
+    streams: exceptions to `stream`, by the path, inside the layer, of a module or of a module that contains it.
+    group: the units that can be removed from the layer one by one; None if nothing is left to remove.
+    axes: the axes that these units own.
+    products: for attention: the streams of the queries and of the keys. A linear attention sums its keys up in one
+        matrix per head; a stream with as many positions as this matrix has rows then stands for the keys.
+    feeds: paths (in the model) of modules, such as norms, that only feed this layer and are removed with its last unit.
+    activations: the layer's elementwise activations.
+    tables: names of parameters that shift or scale hidden states and cost no MACs; their modules hold no other
+        parameters.
     """
 
     kind: str
@@ -91,7 +94,7 @@ class Layer:
         return self.group
 
     def stream_of(self, name: str) -> str:
-        """The stream on whose positions a module of the layer runs, by its path inside the layer; "": unknown."""
+        """Return the stream on whose positions the module at path `name` inside the layer runs; "" if it is unknown."""
         while name:
             if name in self.streams:
                 return self.streams[name]
@@ -99,23 +102,23 @@ class Layer:
         return self.stream
 
     def place(self, axis: Axis) -> str:
-        """The path, in the model, of the module that holds an axis's weight."""
+        """Return the path, in the model, of the module that holds an axis's weight."""
         return f"{self.path}.{axis.layer}"
 
     def module(self, model: nn.Module, axis: Axis) -> nn.Module:
-        """The module that holds an axis's weight."""
+        """Return the module that holds an axis's weight."""
         return model.get_submodule(self.place(axis))
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight of a module that holds one."""
+    """Return the weight of a module that has one."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor), f"a {type(module).__name__} has no weight"
     return weight
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
-    """The bias of a module that holds a weight; None if it has none."""
+    """Return the bias of a module with a weight; None if it has no bias."""
     bias = module.bias
     assert bias is None or isinstance(bias, torch.Tensor), f"the bias of a {type(module).__name__} is not a tensor"
     return bias
@@ -126,8 +129,9 @@ class Passage:
     """Where the hidden states enter a whole layer and where its output leaves it.
 
     enter, leave: module paths; the same one for a single layer.
-    inputs: names of the arguments of `enter` that pass on if the layer goes, in the order of the outputs of `leave`.
-    channels: how many of the first argument's channels (axis 1) pass on; None: all.
+    inputs: names of the arguments of `enter` that are passed on if the layer is removed, in the order of `leave`'s
+        outputs.
+    channels: number of leading channels (axis 1) that are passed on; None: all.
     """
 
     enter: str
@@ -138,10 +142,11 @@ class Passage:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a drawing of the model shows a whole layer, in a row of layers that run one after another.
+    """Where a diagram of the model shows a whole layer; the layers of one row run one after another.
 
-    side: down the "left" side, in the "middle" below, or up the "right" side; models without skips use the left one.
-    row: from the top. letter: what kind of layer it is; see `Denoiser.legend`.
+    side: "left" on the way down, "middle" at the bottom, "right" on the way up; models without skips use "left".
+    row: row number, from the top.
+    letter: letter for the kind of layer; see `Denoiser.legend`.
     """
 
     side: Literal["left", "middle", "right"]

@@ -8,20 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-Fill = Callable[
-    [str, tuple[int, ...]], Tensor
-]  # from what an argument is, such as "text", and its shape, to its values
+Fill = Callable[[str, tuple[int, ...]], Tensor]  # (role of an argument, such as "text", shape) -> values
 
-TIMESTEP = 500  # of an example
+TIMESTEP = 500  # timestep of an example call
 
 
 class Call(Mapping[str, Any]):
-    """The keyword arguments of one denoiser call, by name: tensors, mappings or lists of them. It is never changed.
+    """The keyword arguments of one denoiser call, by name: tensors, or mappings or lists of them; immutable.
 
-    A list holds one tensor for each sample, such as texts of different lengths. Any other tensor has a row for each
-    sample along its first axis, except one without axes, as a timestep may be, and those that are named shared, such
-    as positions: these are the same for all samples. A `Denoiser` makes it (`call`, `example`), since the names are
-    the model's. Use: `predict(model, call)`, or `model(**call)`.
+    A list holds one tensor per sample, such as texts of different lengths. Any other tensor has one row per sample
+    along its first axis. Two kinds of tensors hold for all samples instead: tensors without axes, such as a scalar
+    timestep, and arguments named in `shared`, such as positions. A `Denoiser` makes calls (`call`, `example`), because
+    the argument names depend on the model. Run a call with `predict(model, call)` or `model(**call)`.
     """
 
     __slots__ = ("_arguments", "finish", "grid", "shared")
@@ -33,14 +31,15 @@ class Call(Mapping[str, Any]):
         grid: tuple[int, int] | None = None,
         finish: Callable[[Any], Tensor] | None = None,
     ):
-        """Take the arguments; the tensors are not copied.
+        """Keep the arguments; the tensors are not copied.
 
-        shared: names of arguments that have no row for each sample.
-        grid: rows and columns of the latent's tokens, where the latent is passed as tokens.
-        finish: makes the prediction for the latents, (B, C, h, w), of the model's output; None: it is that already.
+        shared: names of arguments that have no row per sample.
+        grid: rows and columns of the latent's tokens, if the latent is passed as tokens.
+        finish: function that turns the model's output into the prediction for the latents, (B, C, h, w); None: the
+            output is that prediction.
 
         Raises:
-            ValueError: tensors that disagree on the number of samples.
+            ValueError: the tensors disagree on the number of samples.
 
         """
         self.grid, self.finish = grid, finish
@@ -66,7 +65,7 @@ class Call(Mapping[str, Any]):
         return f"Call({shapes})"
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield all tensors, nested ones in their place."""
+        """Yield all tensors in order, including nested ones."""
         yield from _leaves(self._arguments)
 
     @property
@@ -76,15 +75,18 @@ class Call(Mapping[str, Any]):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are, by the first of them."""
+        """The device of the first tensor."""
         return next(self.tensors()).device
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
-        """Return the call whose tensors are `function` of these."""
+        """Return the call with `function` applied to every tensor."""
         return Call(_mapped(self._arguments, function), **self._rest)
 
     def take(self, rows: Tensor | slice) -> Call:
-        """Return the call of some samples: `rows` (n,) are indices, which may repeat, or a boolean mask; or a slice."""
+        """Return the call with only some of the samples.
+
+        rows: indices (n,), which may repeat; a boolean mask (B,); or a slice.
+        """
 
         def rows_of(samples: list[Tensor]) -> list[Tensor]:
             return [samples[index] for index in torch.arange(len(samples))[_on_host(rows)].tolist()]
@@ -92,10 +94,11 @@ class Call(Mapping[str, Any]):
         return self._map_rows(lambda tensor: tensor[rows], rows_of)
 
     def to(self, device: torch.device | str | Tensor | nn.Module, dtype: torch.dtype | None = None) -> Call:
-        """Return the call on a device; floating-point tensors in a dtype, all others in the dtype that they have.
+        """Return the call on a device, with its floating-point tensors in a dtype; other tensors keep their dtype.
 
-        device: or a tensor or a model, whose device and dtype are taken; of a model in several dtypes, float32 where it
-            is among them. dtype: None leaves it as it is.
+        device: a device; or a tensor or a model, whose device and dtype are used. For a model in several dtypes,
+            float32 is used if it is among them.
+        dtype: None keeps the dtype of each tensor, unless `device` is a tensor or a model.
         """
         like = _typical(device) if isinstance(device, nn.Module) else device
         place = like.device if isinstance(like, Tensor) else torch.device(like)
@@ -103,13 +106,13 @@ class Call(Mapping[str, Any]):
         return self.map(lambda tensor: tensor.to(place, kind if tensor.is_floating_point() else None))
 
     def repeat(self, times: int) -> Call:
-        """Return the call of all samples `times` times over: 0, 1, …, B - 1, 0, 1, …"""
+        """Return the call with all samples repeated `times` times, in the order 0, 1, …, B - 1, 0, 1, …"""
         return self._map_rows(
             lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)), lambda samples: samples * times
         )
 
     def replace(self, **arguments: Any) -> Call:
-        """Return the call with other values of some arguments, which it must have.
+        """Return the call with new values for some of its arguments.
 
         Raises:
             KeyError: an argument that the call does not have.
@@ -121,9 +124,9 @@ class Call(Mapping[str, Any]):
 
     @staticmethod
     def cat(calls: Sequence[Call]) -> Call:
-        """Return one call of the samples of several, which have the same arguments, one call's after another's.
+        """Concatenate the samples of several calls, which have the same arguments, into one call.
 
-        A tensor without rows must be equal in all of them.
+        Tensors without rows must be equal in all calls; otherwise ValueError is raised.
         """
         shared = calls[0].shared
         arguments = {name: _joined([call[name] for call in calls], name in shared) for name in calls[0]}
@@ -131,11 +134,11 @@ class Call(Mapping[str, Any]):
 
     @property
     def _rest(self) -> dict[str, Any]:
-        """What belongs to the call beside its arguments."""
+        """The constructor's arguments besides `arguments`."""
         return {"shared": self.shared, "grid": self.grid, "finish": self.finish}
 
     def _rows(self) -> Iterator[int]:
-        """Yield the number of samples of every value that has them."""
+        """Yield the number of samples of every list, and of every tensor with rows."""
         for name, value in self._arguments.items():
             if _is_list(value):
                 yield len(value)
@@ -143,7 +146,7 @@ class Call(Mapping[str, Any]):
                 yield from (len(tensor) for tensor in _leaves(value) if tensor.dim())
 
     def _map_rows(self, function: Callable[[Tensor], Tensor], of_list: Callable[[list[Tensor]], list[Tensor]]) -> Call:
-        """Return the call whose tensors with rows are `function` of these, and its lists `of_list` of them."""
+        """Return the call with `function` applied to every tensor with rows, and `of_list` to every list."""
 
         def mapped(tensor: Tensor) -> Tensor:
             return function(tensor) if tensor.dim() else tensor
@@ -156,7 +159,7 @@ class Call(Mapping[str, Any]):
 
 
 class NamedCalls:
-    """The part of a `Denoiser` that is about inputs, where the config gives the shapes. Methods are `Denoiser`'s.
+    """The methods of a `Denoiser` that handle inputs, for models whose config gives the shapes; see `Denoiser`.
 
     arguments: the names of the forward pass's arguments, by role: "noisy", "timestep", and the conditions.
     """
@@ -174,7 +177,7 @@ class NamedCalls:
         return self.arguments["timestep"]
 
     def taken(self, timesteps: Tensor) -> Tensor:
-        """Return timesteps of the noise process as the model takes them: as they are."""
+        """Return timesteps of the noise process in the model's unit; here they are the same."""
         return timesteps
 
     def call(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Call:
@@ -191,7 +194,7 @@ class NamedCalls:
         fill: Fill,
         timesteps: Tensor | None = None,
     ) -> Call:
-        """Return a call of the right shapes."""
+        """Return an example call with tensors of the right shapes."""
         noisy = fill("noisy", (batch, self.latent_channels(model), *latent))
         conditions = self.example_conditions(model, batch, text_length, fill)
         timesteps = torch.tensor(TIMESTEP, device=noisy.device) if timesteps is None else timesteps
@@ -205,7 +208,7 @@ class NamedCalls:
         return conditions
 
     def at(self, call: Call, noisy: Tensor, timesteps: Tensor) -> Call:
-        """Return the call under the same conditions for other noisy latents at other timesteps."""
+        """Return the call with the same conditions, but other noisy latents and timesteps."""
         return call.replace(**{self.latent: noisy, self.timestep: self.taken(timesteps)})
 
     def noisy(self, call: Call) -> Tensor:
@@ -213,24 +216,24 @@ class NamedCalls:
         return call[self.arguments["noisy"]]
 
     def starting(self, call: Call) -> Tensor:
-        """Return the noisy latents of a call in the form in which a pipeline takes those that it starts from."""
+        """Return the noisy latents of a call in the form in which a pipeline takes its initial latents."""
         latents: Tensor = call[self.latent]
         return latents
 
     def text_length(self, call: Call) -> int:
-        """Return the tokens of a call's text."""
+        """Return the number of text tokens of a call."""
         return int(call[self.arguments["text"]].shape[1])
 
     def hidden(self, output: Any) -> Tensor:
-        """Return the hidden states in the output of a block, which may give others after them."""
+        """Return the hidden states from a block's output: the first item, if the output is a tuple."""
         return output[0] if isinstance(output, tuple) else output
 
     def latent_channels(self, model: Any) -> int:
-        """Return the channels of the latents."""
+        """Return the number of channels of the latents."""
         return int(model.config.in_channels)
 
     def latent_size(self, model: Any) -> tuple[int, int] | None:
-        """Return the latent's (h, w) that a model was made for; None if its config does not say."""
+        """Return the latent size (h, w) that a model was made for; None if its config does not say."""
         size = model.config.sample_size
         return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
 
@@ -250,12 +253,12 @@ def predict(model: nn.Module, call: Call) -> Tensor:
 
 
 def normal(generator: torch.Generator) -> Fill:
-    """Return what fills arguments with Gaussian values, on the generator's device, each drawn after the one before."""
+    """Return a function that fills arguments, one after another, with Gaussian values on the generator's device."""
     return lambda name, shape: torch.randn(shape, generator=generator, device=generator.device)
 
 
 def zeros(device: torch.device | str = "cpu") -> Fill:
-    """Return what fills arguments with zeros."""
+    """Return a function that fills arguments with zeros."""
     return lambda name, shape: torch.zeros(shape, device=device)
 
 

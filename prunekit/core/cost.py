@@ -1,4 +1,4 @@
-"""What an Architecture costs: MACs by convention, and parameters, exact to the integer and differentiable."""
+"""The cost of an Architecture: MACs by convention, and parameters; exact to the integer and differentiable."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class CostModel:
 
     Args:
         model: the denoiser, which may be on the meta device.
-        space: its units.
-        sample_size: side of the latent, or (h, w); None: the model's own.
+        space: the denoiser's units.
+        sample_size: side of the latent, or (h, w); None: the size in the model's config.
         text_length: number of text tokens.
         convention: "exact": convolutions, linear layers, QKᵀ and AV; equals torch's FlopCounterMode / 2 on the sliced
             model. "conv_linear": only the weights of convolutions and linear layers. "aptp" (UNets): the count behind
@@ -34,7 +34,7 @@ class CostModel:
 
     """
 
-    unit = "MACs"  # of what a budget counts
+    unit = "MACs"  # unit of a budget
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class CostModel:
     @overload
     def macs(self, architecture: torch.Tensor) -> int | torch.Tensor: ...
     def macs(self, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
-        """Return the MACs of one forward pass, batch 1: an integer for a boolean Architecture or a boolean (D,).
+        """Return the MACs of one forward pass, batch 1: an integer for a boolean Architecture or a boolean tensor (D,).
 
-        Other tensors give what `expected_macs` gives.
+        For other tensors, return the result of `expected_macs`.
 
         Raises:
             UserError: a soft Architecture.
@@ -81,8 +81,8 @@ class CostModel:
     def expected_macs(self, gates: torch.Tensor) -> torch.Tensor:
         """Return the expected MACs (...) for gates (..., D), each the probability that its unit stays, independently.
 
-        The result is differentiable, equals the integer at 0 and 1, and has the gates' dtype (float64 for boolean
-        gates): float64 holds every integer exactly.
+        The result is differentiable, and equals the integer count where all gates are 0 or 1. It has the gates' dtype
+        (float64 for boolean gates); float64 holds every integer count exactly.
         """
         return self._expectation(self._macs, gates)
 
@@ -104,7 +104,7 @@ class CostModel:
 
     @property
     def dense_total(self) -> int:
-        """What a budget is a share of: here the dense model's MACs."""
+        """The dense model's `total`, which a budget is a fraction of; here its MACs."""
         return self.dense_macs
 
     @overload
@@ -116,11 +116,11 @@ class CostModel:
         return self._evaluate(self._budgeted, architecture)
 
     def expected_total(self, gates: torch.Tensor) -> torch.Tensor:
-        """Return the expectation of what a budget counts, as in `expected_macs`."""
+        """Return the expectation of `total` for soft gates; shapes and dtypes as in `expected_macs`."""
         return self._expectation(self._budgeted, gates)
 
     def running(self, architecture: Architecture) -> RunningCost:
-        """The `total` of a boolean Architecture whose units are then flipped one by one, in O(1) each."""
+        """Return the `total` of a boolean Architecture as a `RunningCost`, which flips single units in O(1)."""
         return RunningCost(self._budgeted, self._vector(architecture))
 
     def marginal(self, architecture: Architecture) -> torch.Tensor:
@@ -139,7 +139,7 @@ class CostModel:
 
     @property
     def _budgeted(self) -> Polynomial:
-        """What `total` counts."""
+        """The polynomial that `total` evaluates."""
         return self._macs
 
     def _evaluate(self, polynomial: Polynomial, architecture: Architecture | torch.Tensor) -> int | torch.Tensor:
@@ -156,10 +156,11 @@ class CostModel:
 class Polynomial:
     """The sum over chains k of P_k · (always_k + sum over k's width groups g of a_g·n_g + b_g·[n_g > 0]).
 
-    A chain is the set of depth units that a layer lies under, P_k the product of their gates; n_g is the number of
-    kept units of a group. So the polynomial is linear in every gate alone once [n > 0] is 1 - prod(1 - gate).
+    A chain is the set of depth units that a layer lies under, and P_k is the product of their gates. n_g is the number
+    of kept units of a group; a_g and b_g are its costs `per_unit` and `if_any`. The polynomial is linear in each single
+    gate, because [n > 0] is computed as 1 - prod(1 - gate).
 
-    layers: (path, kind, units, cost) of everything in the model that costs something.
+    layers: (path, kind, number of units, cost) of every layer that has a cost.
     """
 
     def __init__(self, space: UnitSpace, layers: Iterable[tuple[str, str, int, LayerCost]]):
@@ -175,7 +176,7 @@ class Polynomial:
             always += [0] * (len(chains) - len(always))
             always[chain] += cost.always
             group = groups.get((kind, path))
-            if group is None:  # not a group of this space: it stays as it is
+            if group is None:  # not a group of this space: all its units stay
                 always[chain] += cost.per_unit * full + cost.if_any
             else:
                 self.per_unit[group], self.if_any[group] = cost.per_unit, cost.if_any
@@ -185,15 +186,15 @@ class Polynomial:
         self._soft: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
 
     def width_cost(self, group: int, kept: int) -> int:
-        """What the width group of that index costs with `kept` units, its layer not being removed."""
+        """Return the cost of the width group with index `group` with `kept` units, if its layer is not removed."""
         return self.per_unit[group] * kept + self.if_any[group] * (kept > 0)
 
     def count(self, values: torch.Tensor) -> int:
-        """The exact integer for boolean values (D,)."""
+        """Return the exact integer cost for boolean values (D,)."""
         return RunningCost(self, values).total
 
     def expectation(self, gates: torch.Tensor) -> torch.Tensor:
-        """The expectation (...) for soft gates (..., D)."""
+        """Return the expected cost (...) for soft gates (..., D)."""
         shape, dtype = gates.shape[:-1], gates.dtype
         gates = gates.reshape(shape.numel(), self.space.size)
         if dtype in (torch.float16, torch.bfloat16):
@@ -202,12 +203,12 @@ class Polynomial:
         widths, depths = gates[:, : self.space.num_width], gates[:, self.space.num_width :]  # (B, W), (B, U)
         per_chain = tables["always"] + self.inside(widths, tables)  # (B, K)
         depths = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)
-        for column in tables["chain_units"]:  # (K,): one depth unit of every chain, or the closing one
+        for column in tables["chain_units"]:  # (K,): one depth unit of every chain, or the last column, which is 1
             per_chain = per_chain * depths.index_select(1, column)
         return per_chain.sum(dim=-1).to(dtype).reshape(shape)
 
     def inside(self, widths: torch.Tensor, tables: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What soft width gates (B, W) make each chain's layers cost, (B, K) float64."""
+        """Return the cost of each chain's width groups, (B, K) float64, for soft width gates (B, W)."""
         kept = (widths @ tables["members"]).double()  # (B, G)
         per_chain = kept @ tables["per_unit"]
         if "if_any" in tables:
@@ -246,14 +247,15 @@ class Polynomial:
         return self._soft[device, dtype]
 
     def extra_tables(self, in_chain: torch.Tensor) -> dict[str, torch.Tensor]:
-        """More constants for `inside`; in_chain (G, K) is 1 where a width group lies in a chain."""
+        """Return more constants for `inside`; in_chain (G, K) is 1 where a width group lies in a chain."""
         return {}
 
 
 class RunningCost:
-    """A cost that follows a boolean vector while units are flipped; made by `CostModel.running`.
+    """The cost of a boolean vector, updated as units are flipped; made by `CostModel.running`.
 
-    total: the cost now. bits: the vector now, a list of D booleans (read only).
+    total: current cost.
+    bits: current vector, a list of D booleans (read only).
     """
 
     def __init__(self, polynomial: Polynomial, values: torch.Tensor):
@@ -267,7 +269,7 @@ class RunningCost:
         self._polynomial = polynomial
         self._group_of = [index for index, group in enumerate(space.width_groups) for _ in range(group.size)]
         self._kept = [sum(self.bits[space.slice(group)]) for group in space.width_groups]
-        self._inside = list(polynomial.always)  # per chain, what it costs while all its depth units stay
+        self._inside = list(polynomial.always)  # per chain: its cost if all its depth units stay
         for group, kept in enumerate(self._kept):
             self._inside[polynomial.chain_of_group[group]] += polynomial.width_cost(group, kept)
         self._closed = [0] * len(polynomial.chains)
@@ -279,7 +281,7 @@ class RunningCost:
         self.total = sum(inside for inside, closed in zip(self._inside, self._closed, strict=True) if not closed)
 
     def change(self, unit: int) -> int:
-        """How the total would change (signed) if this unit were flipped."""
+        """Return the signed change of the total if this unit were flipped."""
         kept = self.bits[unit]
         if unit < self._num_width:
             group = self._group_of[unit]
@@ -294,7 +296,7 @@ class RunningCost:
         return sum(self._inside[chain] for chain in chains if self._closed[chain] == 1)
 
     def flip(self, unit: int) -> int:
-        """Flip a unit; returns the change of the total. Flipping twice undoes."""
+        """Flip a unit and return the change of the total. A second flip undoes the first."""
         change, step = self.change(unit), -1 if self.bits[unit] else 1
         if unit < self._num_width:
             group = self._group_of[unit]
@@ -323,13 +325,14 @@ def _latent_size(denoiser: Denoiser, model: nn.Module, sample_size: int | tuple[
 
 
 class _Part(NamedTuple):
-    """A module of a layer, and to whom its cost belongs.
+    """A module of a layer, and which units its cost depends on.
 
-    owner: "unit": `share`, a fraction (of, in all), of what its weight costs belongs to the layer's units together, and
-    so does its bias, unless it makes the layer's output; "any": what feeds the layer; "always".
-    rest: whether what no layer's units own of the weight, and an output's bias, are charged here; of a weight in which
-    several layers own channels, the first one's part has them.
-    owned: the channels of the weight that some layer's units own.
+    owner: "unit": the layer's units together own the fraction `share`, (numerator, denominator), of the weight's cost,
+        and the bias unless the module makes the layer's output; "any": the module feeds the layer and costs while any
+        unit is left; "always": its cost is constant.
+    rest: whether the part is also charged for the channels of the weight that no unit owns, and for an output's bias.
+        Where several layers own channels of one weight, only the first layer's part is.
+    owned: number of the weight's channels that units of any layer own.
     """
 
     module: nn.Module
@@ -345,7 +348,7 @@ _Entry = tuple[Layer, list[_Part]]
 
 
 def _parts_of_layers(denoiser: Denoiser, model: nn.Module) -> list[_Entry]:
-    """Every layer with the modules that cost with it: those with parameters in no inner layer, and what feeds it."""
+    """Return every layer with the modules charged to it: those with parameters in no inner layer, and its feeds."""
     layers: list[_Entry] = [(layer, []) for layer in denoiser.layers(model)]
     at: dict[str, _Entry] = {}
     for entry in layers:
@@ -373,7 +376,7 @@ def _parts_of_layers(denoiser: Denoiser, model: nn.Module) -> list[_Entry]:
 
 
 def _add_owned(module: nn.Module, path: str, axes: list[tuple[_Entry, Axis]]) -> None:
-    """Give a weight in which units own channels to the layers of these units."""
+    """Charge a module, in whose weight units own channels, to the layers of these units."""
     sides = {axis.side == "in" for _, axis in axes}
     assert len(sides) == 1, f"the axes of {path} lie on one side of its weight"
     is_input = sides.pop()
@@ -390,7 +393,7 @@ def _add_owned(module: nn.Module, path: str, axes: list[tuple[_Entry, Axis]]) ->
 def _layer_costs(
     layers: Iterable[_Entry], counter: Counter, lengths: Mapping[str, int]
 ) -> Iterator[tuple[str, str, int, LayerCost]]:
-    """(path, kind, units, cost) of everything in the model that costs something."""
+    """Yield (path, kind, number of units, cost) of every layer that has a cost."""
     for layer, parts in layers:
         if parts or layer.activations:
             units = layer.group.size if layer.group else 0
@@ -398,7 +401,7 @@ def _layer_costs(
 
 
 def _cost(layer: Layer, parts: Iterable[_Part], counter: Counter, lengths: Mapping[str, int]) -> LayerCost:
-    """What one layer costs. The bias of what makes its output stays while any unit does."""
+    """Return the cost of one layer. Its output bias costs while any unit is left, or always if the counter says so."""
     costs = {"unit": 0, "any": 0, "always": 0}
     for part in parts:
         if isinstance(part.module, Emptied):

@@ -1,4 +1,4 @@
-"""What one operation costs, by convention; see `cost.CostModel` for the meanings."""
+"""The cost of single operations, by convention; `cost.CostModel` says what each convention counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm, *RMS_NORMS)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a layer costs as a function of its width group's kept units n: per_unit·n + if_any·[n > 0] + always."""
+    """The cost of a layer with n kept units in its width group: per_unit·n + if_any·[n > 0] + always."""
 
     per_unit: int = 0
     if_any: int = 0
@@ -24,19 +24,19 @@ class LayerCost:
 
 
 class Counter:
-    """The weights' MACs of convolutions and linear layers, batch 1: the convention "conv_linear"."""
+    """MACs of the weights of convolutions and linear layers, batch 1: the convention "conv_linear"."""
 
-    output_bias_stays = False  # an emptied layer's output bias costs nothing
+    output_bias_stays = False  # whether an emptied layer's output bias costs something
 
     def text_length(self, tokens: int) -> int:
-        """How many text tokens are charged where there are `tokens`."""
+        """Return the number of text tokens to charge for a text of `tokens` tokens."""
         return tokens
 
     def module(self, module: nn.Module, positions: int) -> tuple[int, int]:
-        """(of the weights, of the bias) of a module that runs on `positions` vectors, without its submodules.
+        """Return the costs (weights, bias) of a module on `positions` vectors, without its submodules.
 
         Raises:
-            UserError: a module with parameters of a kind that nothing is known of.
+            UserError: the module has parameters, and the cost of its kind is unknown.
 
         """
         if isinstance(module, _CONVS):
@@ -48,43 +48,47 @@ class Counter:
         raise UserError(f"the cost of a {type(module).__name__} is unknown, so its MACs cannot be counted")
 
     def conv(self, conv: nn.Conv2d | nn.Conv3d, positions: int) -> tuple[int, int]:
-        """(of the weights, of the bias) of a convolution with `positions` output positions."""
+        """Return the costs (weights, bias) of a convolution with `positions` output positions."""
         return conv.weight.numel() * positions, 0
 
     def linear(self, linear: nn.Linear, positions: int) -> tuple[int, int]:
-        """(of the weights, of the bias) of a linear layer on `positions` vectors."""
+        """Return the costs (weights, bias) of a linear layer on `positions` vectors."""
         return linear.weight.numel() * positions, 0
 
     def norm(self, norm: nn.Module, positions: int) -> int:
-        """Of a norm on `positions` vectors."""
+        """Return the cost of a norm on `positions` vectors."""
         return 0
 
     def activation(self, channels: int, positions: int) -> int:
-        """Of an elementwise activation, such as SiLU, on `positions` vectors of `channels`."""
+        """Return the cost of an elementwise activation, such as SiLU, on `positions` vectors of `channels`."""
         return 0
 
     def attention(self, inner: int, heads: int, queries: int, keys: int) -> int:
-        """Of QKᵀ and AV of `heads` heads of `inner` channels together."""
+        """Return the cost of QKᵀ and AV in an attention over `queries` and `keys` positions.
+
+        inner: number of channels of all heads together.
+        heads: number of heads.
+        """
         return 0
 
     def emptied(self, bias: nn.Parameter | None) -> int:
-        """Of the output bias that an emptied layer still adds."""
+        """Return the cost of the output bias that an emptied layer still adds."""
         return bias.numel() if self.output_bias_stays and bias is not None else 0
 
     def table(self, parameter: nn.Parameter | None) -> int:
-        """Of a parameter that shifts or scales hidden states, and is in no product."""
+        """Return the cost of a parameter that shifts or scales hidden states and enters no matrix product."""
         return 0
 
 
 class Exact(Counter):
-    """Also the products QKᵀ and AV of every attention: torch's FlopCounterMode / 2."""
+    """MACs like `Counter`, plus the products QKᵀ and AV of every attention: torch's FlopCounterMode / 2."""
 
     def attention(self, inner: int, heads: int, queries: int, keys: int) -> int:  # noqa: D102
         return 2 * queries * keys * inner
 
 
 class Parameters(Counter):
-    """The number of parameters, under the same interface."""
+    """The number of parameters, with the interface of `Counter`."""
 
     output_bias_stays = True
 

@@ -1,4 +1,4 @@
-"""Cutting single layers: torch-pruning's layer functions, which cut in place and check nothing, made checked."""
+"""Cutting single layers in place: torch-pruning's layer functions, plus the checks that they lack."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from .axes import RMS_NORMS, Axis, Layer, Side, weight_of
 
 
 def units_to_channels(kept: Sequence[int], channels: int) -> list[int]:
-    """The channel indices of the kept units, each `channels` wide."""
+    """Return the channel indices of the kept units, each `channels` wide."""
     return [unit * channels + offset for unit in kept for offset in range(channels)]
 
 
 def keep_channels(module: nn.Module, axes: Sequence[tuple[Axis, Layer, list[int]]], is_input: bool) -> None:
-    """Cut a module's weight along one side, in place, to what all the axes on that side keep together.
+    """Cut a module's weight along one side, in place, to the channels that the axes on that side keep together.
 
-    axes: with the layer that each belongs to and its kept units; channels that no axis owns stay. A weight of which
-        nothing would stay is left, since what holds it is replaced.
+    axes: every axis on that side, with its layer and the layer's kept units. Channels that no axis owns stay. A weight
+        that would lose all its channels is left as it is, because its module is replaced.
+    is_input: whether that side is the columns of the weight.
     """
     if isinstance(module, nn.GroupNorm):
         ((_, _, kept),) = axes
@@ -84,7 +85,7 @@ def _prune_rms_norm(norm: nn.Module, removed: Sequence[int]) -> None:
 
 
 def note_width(norm: nn.Module) -> None:
-    """Update the width that an RMS norm remembers, torch's or diffusers' own, once its weight is cut."""
+    """Update the width that an RMS norm (torch's or diffusers') stores, after its weight was cut."""
     shape = weight_of(norm).shape
     if isinstance(norm, nn.RMSNorm):
         norm.normalized_shape = tuple(shape)
@@ -96,7 +97,7 @@ def keep_groups(norm: nn.GroupNorm, kept: Sequence[int]) -> None:
     """Keep only these groups of a GroupNorm, in place."""
     channels = norm.num_channels // norm.num_groups
     _keep(norm, norm.num_channels, units_to_channels(kept, channels), tp.prune_groupnorm_out_channels)
-    norm.num_groups = len(kept)  # torch-pruning leaves it, which silently regroups the channels
+    norm.num_groups = len(kept)  # torch-pruning keeps the old number, which silently regroups the channels
     assert norm.num_channels == len(kept) * channels
 
 

@@ -1,4 +1,4 @@
-"""The part of a description that most denoisers share: lists of blocks that pass their hidden states on by name."""
+"""The part of a description that most denoisers share: lists of blocks that pass hidden states on by name."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .renumbering import fewer_layers, rebuilt
 from .slicing import PrunedModel, blank_of, dense_config, hollow, pruned_class, share_tables
 from .space import UnitGroup
 
-HIDDEN = "hidden_states"  # the argument of a block that the image goes through
-MOST = 2**20  # of every size in a config
-MOST_BLOCKS = 1000  # of a list
+HIDDEN = "hidden_states"  # the argument of a block that holds the image's hidden states
+MOST = 2**20  # largest allowed value of any size in a config
+MOST_BLOCKS = 1000  # largest allowed number of blocks in a list
 
 
 class Bypassed(nn.Module):
-    """In place of a removed block: what entered by the names of its inputs, in the order of its outputs.
+    """A module in place of a removed block; it returns the block's inputs in the order of the block's outputs.
 
-    It has the block's own attributes that are flags or numbers, which a ControlNet may read.
+    It keeps the block's boolean and integer attributes, which a ControlNet may read.
     """
 
     def __init__(self, block: nn.Module, inputs: Sequence[str]):
@@ -41,23 +41,24 @@ class Bypassed(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """The inputs that pass on: one, or a tuple of several."""
+        """Return the inputs to pass on: one, or a tuple of several."""
         given = {**dict(zip(self.names, arguments, strict=False)), **named}
         passing = tuple(given[name] for name in self.inputs)
         return passing[0] if len(passing) == 1 else passing
 
 
 class Description(NamedCalls):
-    """A `Denoiser` of a model whose blocks stand in lists; a subclass says what is in a block and how long streams are.
+    """The `Denoiser` of a model with lists of blocks; a subclass describes a block's layers and the streams' lengths.
 
     dense: the model class.
     lists: the paths of the lists of blocks, in the order of the forward pass.
-    inputs: the arguments of a block that pass on if it goes, in the order of its outputs.
-    outputs: by kind of layer, the path inside it of the layer whose output bias is left when it is empty.
-    tables, modulation: as `Structure` says.
-    layers_in_config: the settings of the config that count the blocks of each list, in the order of `lists`; lists may
-        share one. A cut of whole blocks is then a stock config (`stock`).
-    indices_in_config: settings that name blocks of the first list by their index.
+    inputs: the arguments of a block that are passed on if it is removed, in the order of its outputs.
+    outputs: by kind of layer, the path, inside the layer, of the output layer whose bias remains when the layer is
+        emptied.
+    tables, modulation: see `Structure`.
+    layers_in_config: the config settings that hold the number of blocks of each list, in the order of `lists`; lists
+        may share one setting. With them, a model that lost only whole blocks has a stock config (`stock`).
+    indices_in_config: config settings that hold indices of blocks in the first list.
     """
 
     dense: ClassVar[type[nn.Module]]
@@ -81,24 +82,24 @@ class Description(NamedCalls):
     legend: ClassVar[str] = "B: transformer block"
 
     def stem(self, model: Any) -> Layer:
-        """What lies outside of the blocks."""
+        """Return the layer for everything outside the blocks."""
         raise NotImplementedError
 
     def inside(self, model: Any, path: str, block: Any) -> list[Layer]:
-        """The layers of one block, the block itself first."""
+        """Return the layers of one block, starting with the block itself."""
         raise NotImplementedError
 
     def lengths(self, model: Any, latent: tuple[int, int], text_length: int) -> dict[str, int]:
-        """The number of positions of every stream."""
+        """Return the number of positions of every stream."""
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
-        """UserError for a model on which the laws have not been verified; here none."""
+        """Raise UserError for a model on which the laws have not been verified; by default, accept every model."""
 
     # structure
 
     def blocks(self, model: Any, inner: bool = True) -> dict[str, nn.Module]:
-        """The live blocks, by path."""
+        """Return the live blocks, by path."""
         return {
             f"{name}.{index}": block
             for name in self.lists
@@ -107,39 +108,39 @@ class Description(NamedCalls):
         }
 
     def passing(self, path: str) -> tuple[str, ...]:
-        """The arguments of the block at a path that pass on if it goes; `inputs` where all blocks are alike."""
+        """Return the arguments to pass on if the block at a path is removed: `inputs`, if all blocks are alike."""
         return self.inputs
 
     def hidden(self, output: Any) -> Tensor:
-        """The image's hidden states: the first output, or the one in the place of the input of that name."""
+        """Return the image's hidden states: the output, or from a tuple the item at their index in `inputs`."""
         is_joint = isinstance(output, tuple)
         return output[self.inputs.index(HIDDEN)] if is_joint else output
 
     def regions(self, model: Any) -> list[nn.Module]:
-        """The blocks, which are compiled each by itself."""
+        """Return the blocks, which are compiled separately."""
         return list(self.blocks(model).values())
 
     def layers(self, model: Any) -> list[Layer]:
-        """Every live layer, the stem first."""
+        """Return every live layer, starting with the stem."""
         inside = [layer for path, block in self.blocks(model).items() for layer in self.inside(model, path, block)]
         return [self.stem(model), *inside]
 
     def groups(self, model: Any, policy: str) -> list[UnitGroup]:
-        """The groups of all layers, and every block unless the policy is "none"."""
+        """Return the groups of all layers, then every block unless the policy is "none"."""
         widths = [layer.group for layer in self.layers(model) if layer.group is not None]
         paths = () if policy == "none" else self.blocks(model)
         return widths + [UnitGroup("block", path, 1, self.width(model), (path,)) for path in paths]
 
     def width(self, model: Any) -> int:
-        """Channels of the hidden states that enter a block."""
+        """Return the number of channels of the hidden states that enter a block."""
         return int(model.inner_dim)
 
     def passage(self, model: Any, group: UnitGroup) -> Passage:
-        """A block's inputs by name."""
+        """Return the passage of a block: its inputs by name."""
         return Passage(group.path, group.path, self.passing(group.path))
 
     def after_cut(self, model: Any, layer: Layer, kept: Sequence[int]) -> None:
-        """Update what modules remember of their widths; here nothing."""
+        """Update the widths that modules store; by default they store none."""
 
     def empty(self, model: Any, layer: Layer) -> None:
         """Replace a layer by its output bias."""
@@ -147,28 +148,28 @@ class Description(NamedCalls):
         model.set_submodule(layer.path, EmptiedLayer(module, self.outputs[layer.kind]))
 
     def bypass(self, model: Any, group: UnitGroup) -> None:
-        """Replace a block by what passes its inputs on."""
+        """Replace each covered block by a module that passes its inputs on."""
         for path in group.covers:
             model.set_submodule(path, Bypassed(model.get_submodule(path), self.passing(path)))
 
     def outline(self, model: Any) -> dict[str, Place]:
-        """The blocks below one another, up to eight in a row."""
+        """Return the blocks' places in a diagram: rows of up to eight blocks, one below another."""
         return {path: Place("left", index // 8, "B") for index, path in enumerate(self.blocks(model))}
 
     def pruned_class(self) -> type[PrunedModel]:
-        """The class of the pruned models, made once."""
+        """Return the class of the pruned models; it is made once."""
         dense: Any = self.dense
         return pruned_class(dense, self)
 
     def class_source(self) -> tuple[list[tuple[str, str]], str]:
-        """The description and what makes the class of it."""
+        """Return the description class, the function that makes the pruned class, and the statement that calls it."""
         own, make = type(self), pruned_class
         made = f"{make.__name__}({self.dense.__name__}, {own.__name__}(), __name__)"
         roots = [(item.__module__, item.__name__) for item in (own, make)]
         return roots, f"{self.pruned_class().__name__} = {made}"
 
     def stock(self, model: Any) -> Any:
-        """The model itself if it is dense; of one that lost whole blocks alone, the dense class with fewer."""
+        """Return a dense model itself, or a model that lost only whole blocks as a shorter dense model; else None."""
         if not isinstance(model, PrunedModel):
             return model
         live: dict[str, list[int]] = {name: [] for name in self.lists}
@@ -181,7 +182,7 @@ class Description(NamedCalls):
         return None if config is None else rebuilt(self, self.dense, config, sources, model)
 
     def blank(self, model: Any) -> Any:
-        """A dense model of the same config, on the meta device."""
+        """Return a dense model of the same config, on the meta device."""
         return blank_of(self.dense, model)
 
     def from_config(self, config: Mapping[str, Any], name: str | Path) -> Any:
@@ -199,7 +200,7 @@ class Description(NamedCalls):
             share_tables(self, small, model)
 
     def check_config(self, config: Mapping[str, Any], name: str | Path) -> None:
-        """Raise UserError for a config whose sizes are none, or so large that building its model would not end."""
+        """Raise UserError for a config with invalid sizes, or sizes so large that building its model would not end."""
         known = inspect.signature(self.dense.__init__).parameters
         for key, value in config.items():
             if key not in known or isinstance(value, bool):

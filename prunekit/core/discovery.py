@@ -23,17 +23,17 @@ def discover(
 ) -> UnitSpace:
     """Return the UnitSpace of a denoiser, also of one on the meta device or one that is already pruned.
 
-    Width units are always included. `depth` selects the whole layers that are units too. Of a UNet:
+    Width units are always included. `depth` selects the whole layers that are units too. For a UNet:
         "aptp": the last ResBlock and the last Transformer layer of every down and up block (APTP, section 3.2);
-        "all": every Transformer layer, every ResBlock whose incoming hidden width is its output width, and every
-            inner transformer block of a Transformer layer that has several (SDXL);
-        "blocks": "all" and, per inner level whose widths agree with the level outside it, one stage: the
-            downsampler before it, its down block, the mid block, all that lies further in, and its up block
-            (BK-SDM-Tiny removes one);
+        "all": every Transformer layer, every ResBlock whose incoming hidden width is its output width, and every inner
+            transformer block of a Transformer layer that has several (SDXL);
+        "blocks": "all" and, for each inner level whose widths agree with the level outside it, one stage: the
+            downsampler before it, its down block, the mid block, all levels further in, and its up block (BK-SDM-Tiny
+            removes one);
         "none".
-    Of a transformer: "all" (and "aptp", the default, likewise): every block; "none".
-    include, exclude: globs over module paths, such as ``"*.attn2"``; a group stays if it matches an `include`
-        (where there is one) and no `exclude`.
+    For a transformer: "all" (the default "aptp" means the same): every block; "none".
+    include, exclude: globs over module paths, such as ``"*.attn2"``; a group stays if it matches an `include` (where
+        there is one) and no `exclude`.
 
     Raises:
         UserError: a model that is not supported, an unknown policy, or a pattern that matches nothing.
@@ -48,18 +48,18 @@ def discover(
 
 
 def whole_space(structure: Structure, model: nn.Module) -> UnitSpace:
-    """The space with every group that a model has under any policy."""
+    """Return the space with every group that a model has under any policy; raise UserError for an unsupported model."""
     structure.check(model)
     return UnitSpace(structure.groups(model, structure.richest))
 
 
 def match(model: nn.Module, space: UnitSpace) -> None:
-    """UserError that names the difference, unless every group of `space` is in the model."""
+    """Raise UserError, which names the difference, unless every group of `space` is in the model."""
     match_in(whole_space(denoiser_of(model), model), space)
 
 
 def match_in(whole: UnitSpace, space: UnitSpace) -> None:
-    """The same for a model whose whole space is known."""
+    """Raise UserError, as `match` does, unless every group of `space` is in `whole`, a model's whole space."""
     full = {group.name: group for group in whole.groups}
     for group in space.groups:
         same = full.get(group.name)
@@ -73,7 +73,7 @@ def match_in(whole: UnitSpace, space: UnitSpace) -> None:
 
 
 def width_layers(model: nn.Module) -> dict[str, Layer]:
-    """The layers that have units, by the names of their groups, in the order of the forward pass."""
+    """Return the layers that have units, by the names of their groups, in the order of the forward pass."""
     return {layer.group.name: layer for layer in denoiser_of(model).layers(model) if layer.group is not None}
 
 

@@ -1,4 +1,4 @@
-"""What is left of a layer that lost all its units: the bias of its output layer.
+"""Layers that lost all their units: each still adds the bias of its output layer.
 
 An emptied layer holds the bias itself. It has no module where the dense layer has its output layer, because PEFT and
 attention processors would take such a module for a linear or convolution layer. In files the bias keeps the dense
@@ -18,9 +18,10 @@ NO_OUTPUTS: Mapping[str, str] = MappingProxyType({})
 
 
 class Emptied(nn.Module):
-    """A layer without units; a subclass for each kind names the dense layer's output layers and runs the rest.
+    """A layer without units; a subclass for each kind names the dense layer's output layers and defines `forward`.
 
-    outputs: by the name of a bias here, the path of the output layer inside the dense layer that it comes from.
+    outputs: by the name of a bias in this module, the path, inside the dense layer, of the output layer that it comes
+        from.
     """
 
     outputs: Mapping[str, str] = NO_OUTPUTS
@@ -34,7 +35,7 @@ class Emptied(nn.Module):
             self.register_parameter(name, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """As the stock method; also reads a bias under the name that it has in files."""
+        """Load like the stock method, but also accept a bias under its name in files."""
         for name, path in self.outputs.items():
             in_file = f"{prefix}{_bias(path)}"
             if in_file in state_dict:
@@ -43,19 +44,19 @@ class Emptied(nn.Module):
 
 
 class EmptiedLayer(Emptied):
-    """Of a layer whose output has the shape of its first argument, such as a feed-forward."""
+    """An emptied layer whose output has the shape of its first argument, such as a feed-forward."""
 
     def __init__(self, layer: nn.Module, output: str):
         self.outputs = {"bias": output}
         super().__init__(layer)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(B, q, C) -> (B, q, C), the bias everywhere."""
+        """Return the bias at every position: (B, q, C) -> (B, q, C)."""
         return spread(self.bias, hidden_states)
 
 
 class EmptiedOutput(Emptied):
-    """An output layer of several branches that all lost their units: its bias."""
+    """The bias of an output layer that several branches share, after all of them lost their units."""
 
     def __init__(self, layer: nn.Linear):
         self.outputs = {"bias": ""}
@@ -63,21 +64,21 @@ class EmptiedOutput(Emptied):
         self.out_features = layer.out_features
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, q, 0) -> (B, q, C), the bias everywhere."""
+        """Return the bias at every position: (B, q, 0) -> (B, q, C)."""
         return spread(self.bias, hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features))
 
 
 def spread(bias: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the bias (C,), or zeros where there is none, at every place of (B, q, C).
+    """Return the bias (C,), or zeros if there is none, at every position of (B, q, C).
 
-    The result is a sum, because a bare view of a leaf upsets module trackers.
+    The result is a sum, because module trackers cannot handle a bare view of a leaf tensor.
     """
     zero = hidden_states.new_zeros(1)
     return (zero if bias is None else zero + bias).expand(hidden_states.shape)
 
 
 def names_in_files(model: nn.Module) -> dict[str, str]:
-    """Return the names in a file, by the names in memory, of the parameters for which the two differ."""
+    """Return {name in memory: name in files} for the parameters whose two names differ."""
     return {
         f"{path}.{name}": f"{path}.{_bias(output)}"
         for path, module in model.named_modules()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class NoiseProcess(Protocol):
     """How latents are noised, and what a denoiser then predicts.
 
-    Latents and noise are (B, C, h, w). Timesteps are (B,) in the unit that the denoiser takes, from 0, clean, to
-    `num_timesteps`, noise: integers where the process is discrete.
+    Latents and noise are (B, C, h, w). Timesteps are (B,), from 0 (clean) to `num_timesteps` (noise): integers if the
+    process is discrete.
     """
 
     num_timesteps: int
@@ -26,7 +26,7 @@ class NoiseProcess(Protocol):
         ...
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return latents at the timesteps, (B, C, h, w)."""
+        """Return the latents noised to the timesteps, (B, C, h, w)."""
         ...
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ class NoiseProcess(Protocol):
     def weights(self, timesteps: Tensor, gamma: float, form: str) -> Tensor:
         """Return the min-SNR weight of each sample's error, (B,) (Hang et al., 2023).
 
-        gamma: where the weights are cut off. form: "velocity" or "published", as the setting `snr_form` says.
+        gamma: value at which the SNR is clipped.
+        form: "velocity" or "published", as the setting `snr_form` says.
         """
         ...
 
@@ -49,19 +50,19 @@ class NoiseProcess(Protocol):
 class Family(Protocol):
     """What a pipeline does around its denoiser; it holds no state.
 
-    negative: the text that guidance leads away from, where a pipeline's call must name one; None: the pipeline has it.
-    scale: pixels of a side per latent position, of the autoencoder that most models of the family have.
+    negative: negative prompt that must be passed to a pipeline's calls; None: the pipeline has a default.
+    scale: pixels per latent position along a side, for the autoencoder of most models of the family.
     """
 
     negative: ClassVar[str | None]
     scale: ClassVar[int]
 
     def refusal(self, pipeline: Any) -> str | None:
-        """Return why a loaded pipeline is not supported, as "NAME has" goes on; None if it is."""
+        """Return why a loaded pipeline is not supported, as words that follow "NAME has"; None if it is supported."""
         ...
 
     def process(self, scheduler: Any | None) -> NoiseProcess:
-        """Return the noise process of a pipeline's scheduler; of None, the one that most models of the family have."""
+        """Return the noise process of a pipeline's scheduler; for None, the process of most models of the family."""
         ...
 
     def moments(self, autoencoder: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,47 +73,49 @@ class Family(Protocol):
         ...
 
     def reconstruct(self, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
-        """Return pictures, (n, 3, H, W) from about -1 to 1, encoded and decoded; latents are the posterior's means."""
+        """Encode and decode pictures, (n, 3, H, W) from about -1 to 1; the latents are the posterior's means."""
         ...
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Return the conditions that texts give, by role: "text" (n, T, E), and "pooled" (n, P) where there is one."""
+        """Return the conditions of texts, by role: "text" (n, T, E), and "pooled" (n, P) if the family has it."""
         ...
 
     def null_states(self, pipeline: Any) -> dict[str, Tensor]:
-        """Return the conditions of the empty text, (1, …), as the pipeline guides away from it."""
+        """Return the conditions of the empty text, (1, …), in the form in which the pipeline uses them for guidance."""
         ...
 
     def embeddings(
         self, pipeline: Any, texts: list[str], negatives: list[str] | None, guided: bool, **options: Any
     ) -> dict[str, Tensor]:
-        """Return a pipeline's keyword arguments that take the place of its texts.
+        """Return the keyword arguments that replace the texts in a pipeline's call by their embeddings.
 
         Args:
-            pipeline: whose text encoders run.
-            texts: a prompt for each picture.
-            negatives: as many negative prompts; None: the pipeline's own, which may differ from the empty text.
-            guided: with those of the negative prompts.
-            options: of the pipeline's `encode_prompt`, such as `clip_skip`.
+            pipeline: pipeline whose text encoders run.
+            texts: one prompt per picture.
+            negatives: one negative prompt per picture; None: the pipeline's default, which may differ from the empty
+                text.
+            guided: whether to include the embeddings of the negative prompts.
+            options: options of the pipeline's `encode_prompt`, such as `clip_skip`.
 
         """
         ...
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline's calls for a guidance scale, beside texts, sizes and steps."""
+        """Return the keyword arguments of a pipeline's calls at a guidance scale, except texts, sizes and steps."""
         ...
 
     def texts(self, guidance: float, options: Mapping[str, Any] = ...) -> int:
-        """Return how many texts of a picture a pipeline runs the denoiser on at every step: 2 where it leads away.
+        """Return the number of texts per picture on which the denoiser runs at every step: 2 with a negative text.
 
-        options: the plain settings of the pipeline, and further ones of its call; see `registry.texts_of`.
+        options: the pipeline's plain settings, and further options of its call; see `registry.texts_of`.
         """
         ...
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
-        """Return the tokens of a text, by the most that each of a pipeline's tokenizers gives.
+        """Return the number of text tokens that the denoiser takes, from the tokenizers' largest lengths.
 
-        lengths: by the tokenizer's name in the pipeline, such as "tokenizer_2"; one that is not known is left out.
+        lengths: largest number of tokens by the tokenizer's name in the pipeline, such as "tokenizer_2"; unknown ones
+            are left out.
         """
         ...
 
@@ -121,16 +124,16 @@ class Family(Protocol):
         ...
 
     def pictures(self, output: Any) -> Any:
-        """Return the pictures, or latents, of what a pipeline's call returns, one of each text."""
+        """Return the pictures, or latents, from the output of a pipeline's call, one per text."""
         ...
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one denoiser call of a pipeline that draws pictures, with guidance or without."""
+        """Return the number of samples in one denoiser call that draws `pictures` pictures, guided or not."""
         ...
 
 
 class Guided:
-    """The part of a `Family` whose pipelines guide by a second text of a picture, in the same call of the denoiser.
+    """The part of a `Family` whose pipelines guide with a second text per picture, in the same denoiser call.
 
     Their autoencoder is an AutoencoderKL of pictures.
     """
@@ -139,22 +142,22 @@ class Guided:
     scale: ClassVar[int] = 8
 
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline's calls for a guidance scale."""
+        """Return the keyword arguments of a pipeline's calls at a guidance scale."""
         return {"guidance_scale": guidance}
 
     def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-        """Return 2 where a call is guided: the picture's text and the one that it leads away from; else 1."""
+        """Return 2 for a guided call, which runs the prompt and the negative prompt; else 1."""
         return 2 if guidance > 1 else 1
 
     def reconstruct(self, autoencoder: Any, pixels: Tensor) -> Tensor:
-        """Return pictures, (n, 3, H, W), encoded and decoded by an AutoencoderKL."""
+        """Encode and decode pictures, (n, 3, H, W), with an AutoencoderKL."""
         reconstructed: Tensor = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mean).sample
         return reconstructed
 
     def pictures(self, output: Any) -> Any:
-        """Return the pictures of what a pipeline's call returns."""
+        """Return the pictures from the output of a pipeline's call."""
         return output.images
 
     def call_batch(self, pictures: int, guided: bool) -> int:
-        """Return the samples of one denoiser call: both texts of a picture are in it."""
+        """Return the number of samples in one denoiser call; a guided call holds both texts of each picture."""
         return 2 * pictures if guided else pictures
