@@ -1,4 +1,4 @@
-"""Run a stock denoiser UNDER Architectures, hard or soft, one per sample: forward hooks only, gone on exit."""
+"""Run a stock denoiser under Architectures, hard or soft, one per sample, by forward hooks that are removed on exit."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .discovery import match, width_layers
 from .registry import denoiser_of
 from .space import Architecture, UnitGroup, UnitSpace
 
-LEAST = 1e-12  # sum of gates, by which a norm's statistic is divided
-_Read = Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]  # of a forward pass's (args, kwargs)
+LEAST = 1e-12  # smallest sum of gates by which a norm's statistic is divided
+_Read = Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]  # (args, kwargs) of a forward pass -> arguments
 
 
 class _Token:
-    """Lives as long as an autograd graph, or a checkpoint that is to be recomputed, needs the gates of one `set`."""
+    """An object that lives as long as an autograd graph, or a checkpoint to recompute, needs the gates of one `set`."""
 
 
 class _Track(torch.autograd.Function):
-    """The identity; its node in the graph holds a token until backward has passed."""
+    """The identity; its node in the autograd graph holds a token until the backward pass is done."""
 
     @staticmethod
     def forward(ctx: Any, gates: torch.Tensor, token: _Token) -> torch.Tensor:
@@ -46,10 +46,10 @@ class _Track(torch.autograd.Function):
 class _State:
     """The gates of one `set`, expanded to channels."""
 
-    batch: int | None  # the batch they are for; None: any
+    batch: int | None  # batch size that the gates are for; None: any
     masks: list[torch.Tensor] | None  # per width group (rows, channels); per depth group (rows,); None: all are open
     token: _Token
-    entered: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # what entered open depth units, by stream
+    entered: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by depth group: its inputs, per stream
 
 
 class Gates:
@@ -59,7 +59,7 @@ class Gates:
         self.space = space
         self._model = model
         self._denoiser = denoiser_of(model)
-        self._parameter = next(model.parameters())  # whose device and dtype the gates take
+        self._parameter = next(model.parameters())  # the gates take its device and dtype
         self._state: _State | None = None
         self._token: weakref.ref[_Token] | None = None
         groups = space.width_groups
@@ -74,12 +74,16 @@ class Gates:
     def set(self, g: Architecture | torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Set the gates of the next forward passes.
 
-        g: an Architecture or (D,): every sample runs under it, for any batch. (G, D): sample b runs under row b,
-            and the batch must be G; or, with rows (batch,) of integers, under row rows[b]. Under `space.full()` the
-            model runs as it is, without a mask.
-        RuntimeError where a forward pass under the previous gates still waits for its backward.
+        g: an Architecture or a tensor (D,): every sample runs under it, for any batch. A tensor (G, D): sample b runs
+            under row b, and the batch must be G; or, with integers rows (batch,), under row rows[b]. Under
+            `space.full()` the model runs as it is, without a mask.
+
+        Raises:
+            UserError: gates or rows of a wrong shape, or rows out of range.
+            RuntimeError: a forward pass under the previous gates still waits for its backward pass.
+
         """
-        opens = isinstance(g, Architecture) and g.is_boolean and all(g.values.tolist())  # they lie on the host
+        opens = isinstance(g, Architecture) and g.is_boolean and all(g.values.tolist())  # its values are on the host
         if isinstance(g, Architecture):
             values = g.on(self.space).values if g.space is not self.space else g.values
         else:
@@ -113,12 +117,12 @@ class Gates:
 
     @property
     def _now(self) -> _State:
-        """The gates that are set."""
+        """The state of the gates that are set."""
         assert self._state is not None, "a forward pass checks first that gates are set"
         return self._state
 
     def _release(self, action: str) -> None:
-        """Let the state go, unless something else still holds it, which is then an unfinished backward."""
+        """Drop the current state; raise RuntimeError if an unfinished backward pass still needs it."""
         self._state = None
         if self._token is not None and self._token() is not None:
             raise RuntimeError(
@@ -170,7 +174,7 @@ class Gates:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._state is None:
                 raise RuntimeError("no gates are set; call gates.set(...) first (space.full() runs the dense model)")
-            batch = len(read(args, kwargs)[0])  # a tensor's rows, or one latent for each sample
+            batch = len(read(args, kwargs)[0])  # a tensor's rows, or a list of one latent per sample
             if self._state.batch not in (None, batch):
                 raise UserError(
                     f"the gates are for a batch of {self._state.batch}, but the model got {batch}; pass rows=, "
@@ -188,7 +192,7 @@ class Gates:
         return mask
 
     def _along(self, index: int, axis: Axis, total: int, batch: int) -> torch.Tensor | None:
-        """The mask (rows, total) along a weight, 1 where it belongs to other groups."""
+        """Return the mask (rows, total) along a weight, 1 at channels of other groups; None if all gates are open."""
         mask = self._mask(index, batch)  # (rows, channels)
         if mask is None:
             return None
@@ -247,10 +251,12 @@ class Gates:
 
 
 def mix(entered: Sequence[torch.Tensor], output: Any, gate: torch.Tensor) -> Any:
-    """u·f(x) + (1 - u)·h for every stream (APTP, Eq. 23 and 24), exact at u = 0 and 1.
+    """Return u·f(x) + (1 - u)·h for every stream (APTP, Eq. 23 and 24), exact at u = 0 and 1.
 
-    entered: the hidden states h that entered, one of each stream. output: the layer's: a tensor, or a tuple whose first
-        items are those of the streams, in this order; None if a layer gives a stream no output. gate: (rows,).
+    entered: the hidden states h that entered the layer, one per stream.
+    output: the layer's output f(x): a tensor, or a tuple whose first items belong to the streams, in this order; an
+        item is None if the layer gives its stream no output.
+    gate: u, (rows,).
     """
     if isinstance(output, tuple):
         mixed = [mix([h], f, gate) for h, f in zip(entered, output, strict=False)]
@@ -266,10 +272,13 @@ def normalized_over(
 ) -> torch.Tensor:
     """Return an RMS norm's output with the statistic of the kept channels: Σ g·x² / Σ g in place of the mean of x².
 
-    So a norm whose channels were cut, which is a shorter stock norm, gives the same. Under gates of 1 the result is the
-    output to the bit; without any channel it is finite.
+    A stock norm that is cut to the kept channels gives the same output. Where all gates are 1, the result equals
+    `output` bitwise; where all gates are 0, it is finite.
 
-    gates: (rows, C). entered: (B, …, C). output: of the norm, of that shape. eps: of the norm; None: torch's default.
+    gates: g, (rows, C).
+    entered: input of the norm, (B, …, C).
+    output: output of the norm, in the same shape.
+    eps: eps of the norm; None: torch's default.
     """
     x = entered.to(torch.promote_types(entered.dtype, torch.float32))
     eps = torch.finfo(entered.dtype).eps if eps is None else eps
@@ -281,9 +290,9 @@ def normalized_over(
 
 
 def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None) -> _Read:
-    """A function of a forward pass's (args, kwargs) that returns the arguments of these names.
+    """Return a function of a forward pass's (args, kwargs) that returns the arguments of these names.
 
-    channels: how many channels (axis 1) are taken of each; None: all.
+    channels: number of channels (axis 1) to take of each argument; None: all.
     """
     order = list(inspect.signature(module.forward).parameters)
     places = [(order.index(name), name) for name in names]
@@ -299,11 +308,11 @@ def _reader(module: nn.Module, names: Sequence[str], channels: int | None = None
 def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
     """Open a context in which a denoiser runs with gates: `gates.set(g, rows)`, then call the model as usual.
 
-    Gates are differentiable. Set, forward and backward belong together and happen inside the context: a RuntimeError
-    is raised for another `set`, or for leaving the context, between a forward pass and its backward pass. All hooks are
+    Gates are differentiable. Set, forward and backward belong together and happen inside the context: a RuntimeError is
+    raised for another `set`, or for leaving the context, between a forward pass and its backward pass. All hooks are
     removed on exit.
-    Gradient checkpointing recomputes with the gates of its own forward pass. Graphs that torch.compile made before stay
-    valid for later; with gates, one more graph is compiled once.
+    Gradient checkpointing recomputes with the gates of its own forward pass. Graphs that torch.compile made before the
+    context stay valid after it; gates need one more graph, which is compiled once.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     match(model, space)
@@ -320,10 +329,11 @@ def gated(model: nn.Module, space: UnitSpace) -> Iterator[Gates]:
 
 @contextlib.contextmanager
 def _seen_by_compiled_code(modules: list[nn.Module]) -> Iterator[None]:
-    """Give modules a `forward` in their instance's dict, which does what it did.
+    """Put a wrapper of `forward` into each module's instance dict, so that torch.compile notices the hooks.
 
-    torch.compile does not look whether hooks were added to a module or removed; but its code for a module holds only
-    while that entry is as it was (torch/_dynamo/variables/nn_module.py, guard_to_detect_forward_monkeypatching).
+    torch.compile does not check whether hooks were added to a module or removed. Its compiled code for a module is
+    valid only while the `forward` in the instance dict is unchanged (torch/_dynamo/variables/nn_module.py,
+    guard_to_detect_forward_monkeypatching).
     """
 
     def passing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,7 +357,7 @@ def _seen_by_compiled_code(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpoints_under(gates: Gates) -> Iterator[None]:
-    """Make gradient checkpointing, switched on before or inside the context, recompute under its forward's gates."""
+    """Make gradient checkpointing, enabled before or inside the context, recompute with its forward pass's gates."""
     originals: list[tuple[Any, Callable[..., Any]]] = []
     modules: list[Any] = [module for module in gates._model.modules() if hasattr(module, "gradient_checkpointing")]
 
@@ -384,7 +394,7 @@ def _checked_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     rows = torch.as_tensor(rows)
     if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise UserError(f"rows is (batch,) of integers, got {tuple(rows.shape)} of {rows.dtype}")
-    on_host = rows.device.type == "cpu"  # on a GPU looking would make the host wait, and indexing checks by itself
+    on_host = rows.device.type == "cpu"  # on a GPU, reading would make the host wait; indexing checks anyway
     if on_host and len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
         raise UserError(f"rows name gate rows 0 to {num_rows - 1}, got {int(rows.min())} to {int(rows.max())}")
     return rows

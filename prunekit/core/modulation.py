@@ -1,12 +1,13 @@
-"""FOLD: a transformer's modulation layers over a short code, in place of the wide vector that all of them read.
+"""Folding: a transformer's modulation layers read a short code instead of the wide vector that all of them share.
 
-Every modulation (AdaLN) layer computes W·u + b of the same vector u = silu(embedding), of width d. Where the vectors
-that occur are combinations of a few, u = Eᵀ·c with a basis E (k, d), the layer becomes (W·Eᵀ)·c + b: k columns in place
-of d. The code c (k,) is of one of two kinds, `folding` in the model's config says which:
+Every modulation (AdaLN) layer computes W·u + b of the same vector u = silu(embedding), of width d. If all vectors that
+occur are combinations of a few, u = Eᵀ·c with a basis E (k, d), the layer becomes (W·Eᵀ)·c + b: k columns in place of
+d. The code c (k,) is of one of two kinds. The entry `folding` of the model's config says which:
 
-{format: 1, kind: "table", timesteps, nearest}: c names one of N timesteps, and E holds their vectors. Exact at these.
-{format: 1, kind: "rank", rank}: c holds the coordinates of u - mean in `rank` directions, and a 1, with which the mean
-    is multiplied.
+{format: 1, kind: "table", timesteps, nearest}: c is a one-hot vector for one of N timesteps, and E holds their vectors.
+    Exact at these timesteps.
+{format: 1, kind: "rank", rank}: c holds the coordinates of u - mean in `rank` directions, then a 1, which multiplies
+    the mean.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from prunekit.runtime.errors import UserError
 
 FORMAT = 1
 KINDS = ("table", "rank")
-TOLERANCE = 1e-3  # of a timestep from 0 to 1000, beside what its type rounds
+TOLERANCE = 1e-3  # largest error of a timestep (0 to 1000), beyond the rounding of its dtype
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Where a transformer's modulation lies.
+    """The location of a transformer's modulation layers.
 
-    embedding: path of the module whose output all modulation layers read, each through a SiLU of its own.
+    embedding: path of the module whose output all modulation layers read, each through its own SiLU.
     layers: last parts of the paths of these linear layers.
-    unit: timesteps of the noise process (0 to 1000) for one of the embedding's first argument.
-    of_timestep_alone: whether nothing else enters the embedding, such as a pooled text.
+    unit: number of timesteps of the noise process (0 to 1000) per unit of the embedding's first argument.
+    of_timestep_alone: whether the embedding depends on the timestep alone, and not, for example, on a pooled text.
     """
 
     embedding: str
@@ -52,11 +53,12 @@ class Modulation:
 
 
 class StepCode(nn.Module):
-    """In place of the embedding of a timestep: which of N timesteps it is, as a vector (N,) with one 1.
+    """A one-hot vector (N,) for one of N timesteps, in place of the embedding of the timestep.
 
-    timesteps: of the noise process, those of one sampler's steps. unit: as `Modulation` has it.
-    nearest: whether another timestep is taken for the nearest of them; else it is refused. A timestep in a type of low
-        precision is taken for the nearest one within that type's rounding.
+    timesteps: the timesteps of one sampler's steps, in the unit of the noise process.
+    unit: see `Modulation`.
+    nearest: whether a timestep that is not in the table is replaced by the nearest one; else it is refused. A
+        difference within the rounding of the timestep's dtype is always accepted.
     """
 
     def __init__(self, timesteps: Sequence[float], unit: float, nearest: bool):
@@ -64,10 +66,10 @@ class StepCode(nn.Module):
         self.timesteps, self.unit, self.nearest = tuple(timesteps), unit, nearest
 
     def forward(self, timestep: Tensor, hidden_states: Tensor, *args: Any) -> Tensor:
-        """(B,), any tensor of the wanted type -> (B, N).
+        """Return the one-hot vectors (B, N) of timesteps (B,), in the dtype of `hidden_states`.
 
         Raises:
-            UserError: a timestep that is none of the table's, unless the nearest one is taken.
+            UserError: a timestep is not in the table, and `nearest` is false.
 
         """
         given = timestep.flatten().float() * self.unit
@@ -86,12 +88,12 @@ class StepCode(nn.Module):
 
 
 def fold(modulation: Modulation | None, model: nn.Module, folding: Mapping[str, Any]) -> None:
-    """Give a model's modulation layers the shapes of their folded form, in place; their weights are then to be set.
+    """Replace a model's modulation layers, in place, by layers of the folded shapes; their weights are set afterwards.
 
     Args:
-        modulation: where they lie; None for a model of which the library does not know it.
-        model: not folded.
-        folding: as in a model's config.
+        modulation: location of the layers; None for a model whose modulation the library does not know.
+        model: model that is not folded yet.
+        folding: the entry `folding` of a model's config.
 
     Raises:
         UserError: a model without such layers, or a `folding` that this version does not read.
@@ -119,13 +121,13 @@ def fold(modulation: Modulation | None, model: nn.Module, folding: Mapping[str, 
 
 
 def _coded(module: Any, arguments: Any, output: Tensor) -> Tensor:
-    """Return the coordinates of an embedding (B, d), and a 1: (B, rank + 1)."""
+    """Return the code (B, rank + 1) of an embedding (B, d): its coordinates, then a 1."""
     code = module.code(F.silu(output))
     return torch.cat([code, torch.ones_like(code[:, :1])], dim=-1)
 
 
 def _size(folding: Mapping[str, Any]) -> int:
-    """Return the length of the code."""
+    """Return the length k of the code; raise UserError for a `folding` that this version does not read."""
     if folding.get("format") != FORMAT or folding.get("kind") not in KINDS:
         raise UserError(
             f"the config's folding has format {folding.get('format')!r} and kind {folding.get('kind')!r}; this version "

@@ -21,24 +21,24 @@ FORMATS = (1, 2)
 
 
 def kept_units(model: Any, group: str) -> list[int] | None:
-    """Return the dense model's units that an earlier cut left of a group, by its name; None if it was not cut."""
+    """Return the dense model's units that earlier cuts kept of the group with this name; None if it was not cut."""
     kept = (model.config.get("pruning") or {}).get("kept") or {}
     return kept.get(group, kept.get(group.partition(":")[2]))
 
 
 def kept_groups(model: Any, group: str) -> int | None:
-    """Return how many they are."""
+    """Return the number of units that earlier cuts kept of the group with this name; None if it was not cut."""
     units = kept_units(model, group)
     return None if units is None else len(units)
 
 
 def record_cut(architecture: Architecture, model: nn.Module, space: UnitSpace) -> dict[str, Any]:
-    """Return the record of a cut after the model's earlier one.
+    """Return the record of a cut, combined with the record of the model's earlier cuts.
 
     Args:
-        architecture: of the cut, in the model's units.
-        model: that was cut; its config has the earlier record, if there is one.
-        space: with every group of the model.
+        architecture: the cut, in the units of the model before it.
+        model: the model before the cut; its config has the earlier record, if there is one.
+        space: space with every group of the model.
 
     """
     config: Any = model.config
@@ -70,7 +70,7 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
     """Return the Architecture that a config's record describes.
 
     Raises:
-        UserError: another format, or a record that does not fit the model.
+        UserError: a format that this version does not read, or a record that does not fit the model.
 
     """
     version = pruning.get("format") if isinstance(pruning, Mapping) else pruning
@@ -102,7 +102,7 @@ def read_pruning(pruning: Mapping[str, Any], space: UnitSpace) -> Architecture:
 
 
 def _key(group: UnitGroup, version: int) -> str:
-    """Return what a group is called in a record of a format."""
+    """Return the key of a group in a record of the given format."""
     return group.path if version == 1 else group.name
 
 

@@ -1,4 +1,4 @@
-"""Which `Denoiser` describes a model class. Nothing heavy is imported before a model is requested."""
+"""The registry of the `Denoiser` of each model class. Heavy modules are imported at a model's first use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .family import Family, NoiseProcess
 
-SCALES = ("vae_scale_factor", "vae_scale_factor_spatial")  # what pipelines call their pixels per latent position
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # parts of pipelines
+SCALES = ("vae_scale_factor", "vae_scale_factor_spatial")  # pipeline attributes with the pixels per latent position
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # pipeline attributes that hold the tokenizers
 _LOADERS: dict[str, Callable[[], Denoiser]] = {}
 _LOADED: dict[str, Denoiser] = {}
-_UNNAMED: list[str] = []  # the class of configs that name none
-_ATTRIBUTE_OF: dict[str, str] = {}  # by model class
-_MODEL_OF: dict[str, str] = {}  # by class of a pipeline: a model class of its denoiser
-_ATTRIBUTES = ["denoiser"]  # of a pipeline, which may hold one; the first is that of prunekit's own pipeline shapes
+_UNNAMED: list[str] = []  # the class to assume for configs that name no class
+_ATTRIBUTE_OF: dict[str, str] = {}  # pipeline attribute by model class
+_MODEL_OF: dict[str, str] = {}  # model class of the denoiser by pipeline class
+_ATTRIBUTES = ["denoiser"]  # pipeline attributes that may hold a denoiser; prunekit's shapes of pipelines use the first
 
 
 def register_denoiser(
@@ -38,7 +38,7 @@ def register_denoiser(
         models: classes, or their names. A subclass is described by its nearest registered base class.
         denoiser: the description, or a function that returns it; the function is called once, at the first use.
         attribute: attribute of a pipeline that holds such a model: "unet" or "transformer".
-        unnamed: class of old configs that name no class.
+        unnamed: model class to assume for old configs that name no class.
         pipelines: names of the diffusers pipelines that may be loaded with such a model in this attribute.
 
     """
@@ -54,32 +54,33 @@ def register_denoiser(
 
 
 def supported() -> list[str]:
-    """Return the names of the model classes that are described."""
+    """Return the names of the supported model classes."""
     return sorted(_LOADERS)
 
 
 def pipeline_parts() -> Mapping[str, str]:
-    """Return the pipelines that can be loaded, by the names of their classes: which attribute holds the denoiser."""
+    """Return {class name of a pipeline: attribute that holds its denoiser} for the pipelines that can be loaded."""
     return {pipeline: _ATTRIBUTE_OF[model] for pipeline, model in _MODEL_OF.items()}
 
 
 def denoiser_of(model: nn.Module | type) -> Denoiser:
-    """Return what describes a model or a model class.
+    """Return the `Denoiser` that describes a model or a model class.
 
     Raises:
-        UserError: a class that no `Denoiser` describes; the message names those that are.
+        UserError: no `Denoiser` describes the class; the message names the supported classes.
 
     """
     return _loaded(_registered(model))
 
 
 def denoiser_named(name: str | None) -> Denoiser:
-    """Return what describes a model class by the name that its config states, "_class_name".
+    """Return the `Denoiser` of a model class by the class name in a model's config, "_class_name".
 
-    name: a pruned form's name is "Pruned" before its base class's. None: the class whose old configs state none.
+    name: a pruned model's class name is "Pruned" plus the name of its dense class. None: the class to assume for old
+        configs that name no class.
 
     Raises:
-        UserError: a class that no `Denoiser` describes; the message names those that are.
+        UserError: no `Denoiser` describes the class; the message names the supported classes.
 
     """
     base = _UNNAMED[0] if name is None else name.removeprefix("Pruned")
@@ -89,7 +90,7 @@ def denoiser_named(name: str | None) -> Denoiser:
 
 
 def part_of(model: nn.Module | type) -> str:
-    """Return what pipelines call a model of this class: "unet" or "transformer"; errors as `denoiser_of`."""
+    """Return the pipeline attribute for a model of this class: "unet" or "transformer"; errors as in `denoiser_of`."""
     return _ATTRIBUTE_OF[_registered(model)]
 
 
@@ -108,7 +109,7 @@ def _registered(model: Any) -> str:
 
 
 def _described(model: Any) -> Any:
-    """Return what is described in place of a model: one of those that it is made of, or itself."""
+    """Return the model whose class is looked up: a model's `described` part, if it has one, else the model itself."""
     return model.described if isinstance(getattr(type(model), "described", None), property) else model
 
 
@@ -118,7 +119,7 @@ def _attribute(pipeline: Any) -> str | None:
 
 
 def has_denoiser(pipeline: Any) -> bool:
-    """Return whether a pipeline holds a denoiser that is described; a mixture's pipeline holds several elsewhere."""
+    """Return whether a pipeline holds a supported denoiser; the pipeline of a mixture holds several in other places."""
     return _attribute(pipeline) is not None
 
 
@@ -138,7 +139,7 @@ def denoiser_name(pipeline: Any) -> str:
 
 
 def denoiser_in(pipeline: Any) -> Any:
-    """Return the model that a pipeline denoises with; a model that is given itself is returned as it is.
+    """Return the denoiser of a pipeline; a denoiser itself is returned as it is.
 
     Raises:
         UserError: neither a supported model nor a pipeline with one.
@@ -148,14 +149,14 @@ def denoiser_in(pipeline: Any) -> Any:
 
 
 def with_denoiser(pipeline: Any, model: nn.Module) -> Any:
-    """Return a copy of a pipeline, which shares all its other parts and its settings, around another model."""
+    """Return a copy of a pipeline with another denoiser; the copy shares all other parts and the settings."""
     other = copy(pipeline)
     setattr(other, denoiser_name(pipeline), model)
     return other
 
 
 def family_of(pipeline: Any) -> Family:
-    """Return the family of a pipeline or of a denoiser; errors as `denoiser_in`."""
+    """Return the family of a pipeline or of a denoiser; errors as in `denoiser_in`."""
     return denoiser_of(denoiser_in(pipeline)).family
 
 
@@ -165,7 +166,7 @@ def family_named(pipeline: str) -> Family:
 
 
 def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
-    """Return the keyword arguments of a pipeline's calls with texts for a guidance scale, beside sizes and steps."""
+    """Return the keyword arguments of a pipeline's calls with texts at a guidance scale, except sizes and steps."""
     if not has_denoiser(pipeline):  # no family describes it
         return {"guidance_scale": guidance}
     family = family_of(pipeline)
@@ -174,28 +175,29 @@ def call_options(pipeline: Any, guidance: float) -> dict[str, Any]:
 
 
 def texts_of(pipeline: Any, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-    """Return how many texts of a picture a pipeline runs its denoiser on at every step, by a guidance scale.
+    """Return the number of texts per picture on which a pipeline runs its denoiser at every step, at a guidance scale.
 
-    pipeline: or the shape of one, or a denoiser alone. options: further ones of the pipeline's call.
+    pipeline: a pipeline, the shape of one, or a denoiser alone.
+    options: further options of the pipeline's call.
     """
     settings = pipeline.config if (stated := getattr(pipeline, "settings", None)) is None else stated
     return family_of(pipeline).texts(guidance, {**settings, **options})
 
 
 def pictures_of(pipeline: Any, output: Any) -> Any:
-    """Return the pictures of what a pipeline's call returned."""
+    """Return the pictures from the output of a pipeline's call."""
     return family_of(pipeline).pictures(output) if has_denoiser(pipeline) else output.images
 
 
 def scale_of(pipeline: Any) -> int | None:
-    """Return the pixels of a side per latent position of a pipeline or its shape; None: a denoiser alone knows none."""
+    """Return the pixels per latent position, along a side, of a pipeline or its shape; None for a denoiser alone."""
     return next((int(getattr(pipeline, name)) for name in SCALES if hasattr(pipeline, name)), None)
 
 
 def text_length(pipeline: Any, family: Family | None = None) -> int:
-    """Return the tokens of a text that a pipeline's denoiser takes; of a denoiser alone, its family's usual number.
+    """Return the number of text tokens of a pipeline's denoiser; for a denoiser alone, its family's usual number.
 
-    family: of a pipeline that holds no denoiser; by default that of its denoiser.
+    family: family of a pipeline that holds no denoiser; by default the family of its denoiser.
     """
     if (stated := getattr(pipeline, "text_length", None)) is not None:  # the shape of a pipeline
         return int(stated)
@@ -207,16 +209,17 @@ def text_length(pipeline: Any, family: Family | None = None) -> int:
 def process_of(pipeline: Any) -> NoiseProcess:
     """Return the noise process of a pipeline's scheduler; for a denoiser alone, the usual one of its family.
 
-    It noises. What a denoiser alone predicts, noise or velocity, only a pipeline's scheduler tells.
+    For a denoiser alone, use the process only to add noise: only a pipeline's scheduler says whether the denoiser
+    predicts noise or velocity.
     """
     return family_of(pipeline).process(getattr(pipeline, "scheduler", None))
 
 
 def latent_size(model: nn.Module) -> tuple[int, int]:
-    """Return the latent's (h, w) that a model was made for.
+    """Return the latent size (h, w) that a model was made for.
 
     Raises:
-        UserError: its config does not say.
+        UserError: the model's config does not say.
 
     """
     size = denoiser_of(model).latent_size(model)

@@ -1,4 +1,4 @@
-"""The stock form of a model that lost whole layers: the dense class with fewer of them, which are numbered anew."""
+"""The stock form of a model that lost whole layers: the dense class with fewer layers, which get new indices."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def rebuilt(
     """Return a pruned model in its dense class, with the same function and a copy of the weights.
 
     Works on the meta device. The result has the model's dtype, device, training mode, frozen parameters and attention
-    processors. None where the shapes differ: a width is cut, or a layer is missing that the config always has.
+    processors. Returns None if the shapes differ: a width is cut, or a layer is missing that every config has.
 
     Args:
-        structure: of the model.
-        dense: its dense class.
-        config: of the result.
-        sources: by the path of a module in the result, its path in the model; together they hold all weights but those
-            of the model's own parameters.
+        structure: description of the model.
+        dense: the model's dense class.
+        config: config of the result.
+        sources: by the path of a module in the result, its path in the model. Together these modules hold all weights,
+            except the parameters that lie directly in the model.
         model: the pruned model.
 
     """
@@ -58,13 +58,13 @@ def fewer_layers(
     counts: Sequence[str],
     indices: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Return a config with the blocks that stay; None where it cannot state them.
+    """Return a config with only the blocks that stay; None if no config of the dense class can express them.
 
     Args:
-        config: the dense model's.
+        config: the dense model's config; it may be changed.
         live: by the path of a list of blocks, the indices of those that stay.
-        counts: the settings that count the blocks of each list, in the order of `live`; lists may share one.
-        indices: settings that name blocks of the first list by their index.
+        counts: the settings that hold the number of blocks of each list, in the order of `live`; lists may share one.
+        indices: settings that hold indices of blocks in the first list.
 
     """
     stated: dict[str, int] = {}

@@ -1,10 +1,10 @@
-"""CUT: a denoiser whose removed units are physically gone, and `slice_model`, which makes one.
+"""Slicing: `slice_model` makes a pruned model, a denoiser whose removed units are physically gone.
 
-A pruned model's `config.json` holds the dense config and what was cut, `pruning` (see `record`), and, where its
+A pruned model's `config.json` holds the dense config, the record of the cut in `pruning` (see `record`), and, if its
 modulation layers are folded, `folding` (see `modulation`).
 
-Several pruned models may share one set of weights, a *backbone*: a *member's* folder has a config and `backbone.json`,
-which names the backbone's folder, and loading slices it.
+Several pruned models may share one set of weights, a *backbone*. A *member's* folder has a config and `backbone.json`,
+which names the backbone's folder; loading a member slices the backbone.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from .record import kept_units, read_pruning, record_cut
 from .registry import denoiser_named, denoiser_of
 from .space import Architecture
 
-CUT = ("pruning", "folding")  # entries of a config that the dense model's has not
-FORMAT = 1  # of a member's folder
-POINTER = "backbone.json"  # of a member: where its weights are
-DELTAS = "deltas.safetensors"  # of a member: what it changes of them, where it does
-DOWN, UP, SHIFT = ".down", ".up", ".shift"  # after a tensor's name there: a low-rank change, or what is added as it is
+CUT = ("pruning", "folding")  # entries that only a pruned model's config has
+FORMAT = 1  # format of a member's folder
+POINTER = "backbone.json"  # file of a member: names the folder of its weights
+DELTAS = "deltas.safetensors"  # optional file of a member: its changes to the backbone's weights
+DOWN, UP, SHIFT = ".down", ".up", ".shift"  # suffixes of tensor names in DELTAS: low-rank factors, full change
 SAVED_MODULE = "prunekit.slicing"  # the module that saved pipelines name; see there
 
 
 class PrunedModel(ModelMixin):
-    """What the classes of pruned models share; it stands before the class of the dense model among their bases.
+    """The base of the classes of pruned models; it stands before the class of the dense model among their bases.
 
-    A subclass calls `_prune` in its constructor, and gives that the signature `config_signature`.
+    A subclass calls `_prune` in its constructor, and gives the constructor the signature `config_signature`.
 
-    structure: of the dense model.
+    structure: description of the dense model.
     """
 
     structure: ClassVar[Structure]
 
     def _prune(self, pruning: Mapping[str, Any] | None, folding: Mapping[str, Any] | None = None) -> None:
-        """Cut the model, which is dense, to what a config says, and fold its modulation layers where it says so."""
+        """Cut this model, which is dense, as `pruning` says, and fold its modulation layers as `folding` says."""
         if pruning is not None:
             cut(self.structure, self, read_pruning(pruning, whole_space(self.structure, self)))
         self.register_to_config(pruning=pruning)
@@ -64,12 +64,12 @@ class PrunedModel(ModelMixin):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
-        """As the stock method; `auto_map`, by which diffusers finds a class file, is not part of the model."""
+        """Build a model like the stock method; ignore `auto_map`, by which diffusers finds a class file."""
         return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """As the stock method; also from a member's folder, whose weights are those of a shared backbone."""
+        """Load a model like the stock method; also from a member's folder, with the weights of a shared backbone."""
         backbone = backbone_of(pretrained_model_name_or_path)
         if backbone is None:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
@@ -85,7 +85,7 @@ class PrunedModel(ModelMixin):
         loaded_keys: list[str],
         **options: Any,
     ) -> Any:
-        """As the stock method; tensors of the files get the names that they have in memory."""
+        """Load weights like the stock method; tensors of the files get the names that they have in memory."""
         names = {in_file: in_memory for in_memory, in_file in names_in_files(model).items()}
         if names and state_dict is not None:
             state_dict = renamed(state_dict, names)
@@ -110,9 +110,9 @@ class PrunedModel(ModelMixin):
 
 @functools.cache
 def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -> type[PrunedModel]:
-    """The class of the pruned models of a dense class, made once: `PrunedX` of X.
+    """Return the class of the pruned models of a dense class, `PrunedX` for X; it is made once.
 
-    Pipelines that hold such a model are saved with its name in a module, where loaders find it.
+    module: name of the module in which loaders of saved pipelines find the class.
     """
 
     def construct(
@@ -126,7 +126,7 @@ def pruned_class(dense: Any, structure: Structure, module: str = SAVED_MODULE) -
         self._save_with_names(super(pruned, self).save_pretrained, *arguments, **options)
 
     def load_ip_adapter(self: Any, *arguments: Any, **options: Any) -> None:
-        """As the stock method; UserError where attentions lost heads."""
+        """Load an IP-Adapter like the stock method; raise UserError if attentions lost heads."""
         cut = [layer.path for layer in structure.layers(self) if layer.kind == "attention" and layer.group is not None]
         cut = [path for path in cut if kept_units(self, f"attention:{path}") is not None]
         if cut:
@@ -162,7 +162,7 @@ def export_model(model: nn.Module, folder: str | Path) -> Literal["stock", "prun
 
 
 def config_signature(dense: type[ModelMixin]) -> inspect.Signature:
-    """The signature of a dense class's constructor, and what a cut adds: diffusers reads a config's keys there."""
+    """Return the signature of a dense class's constructor plus `CUT`; diffusers reads the keys of a config from it."""
     parameters = inspect.signature(dense.__init__).parameters.values()
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in CUT]
     return inspect.Signature([*parameters, *added])
@@ -171,9 +171,12 @@ def config_signature(dense: type[ModelMixin]) -> inspect.Signature:
 def slice_model(model: nn.Module, architecture: Architecture) -> Any:
     """Return a pruned copy of a denoiser with the units that a boolean Architecture keeps; the model does not change.
 
-    Works on the meta device, on a model that is pruned already, and with an Architecture from another instance of the
-    same space; UserError where the Architecture does not fit the model.
-    The copy has the model's dtype, device, training mode, frozen parameters and attention processors.
+    Works on the meta device, on a model that is already pruned, and with an Architecture from another instance of the
+    same space. The copy has the model's dtype, device, training mode, frozen parameters and attention processors.
+
+    Raises:
+        UserError: the Architecture is soft or does not fit the model, or the model has fused attention projections.
+
     """
     pruned_class = denoiser_of(model).pruned_class()
     assert issubclass(pruned_class, PrunedModel)
@@ -181,9 +184,13 @@ def slice_model(model: nn.Module, architecture: Architecture) -> Any:
 
 
 def load_model(folder: str | Path, **options: Any) -> Any:
-    """Read a denoiser that was saved, stock or pruned, by the pruned form of its class.
+    """Load a saved denoiser, stock or pruned, as the pruned class of its model class.
 
-    options: of `from_pretrained`. UserError for a class that no `Denoiser` describes.
+    options: options of `from_pretrained`.
+
+    Raises:
+        UserError: no `Denoiser` describes the class.
+
     """
     name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_class_name")
     pruned_class: Any = denoiser_named(name).pruned_class()
@@ -213,7 +220,7 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
     cut(structure, pruned, architecture)
     memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for parameter in pruned.parameters():
-        if parameter.untyped_storage().data_ptr() in memory:  # was not cut: still the model's own memory
+        if parameter.untyped_storage().data_ptr() in memory:  # not cut: it still shares the model's memory
             parameter.data = parameter.data.clone()
     pruned.train(model.training)
     pruned.register_to_config(pruning=record_cut(architecture, model, whole))
@@ -221,7 +228,7 @@ def _sliced(pruned_class: type[PrunedModel], model: ModelMixin, architecture: Ar
 
 
 def share_tables(structure: Structure, original: nn.Module, copy: nn.Module) -> None:
-    """Give a model on the meta device the tables of another of its class."""
+    """Let a model on the meta device share the tables of another model of its class."""
     for path in structure.tables:
         source, target = original.get_submodule(path), copy.get_submodule(path)
         for tensors in (target._buffers, vars(target)):
@@ -231,7 +238,7 @@ def share_tables(structure: Structure, original: nn.Module, copy: nn.Module) -> 
 
 
 def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> None:
-    """Cut a model in place: all weights' axes first, then what lost all its units, then whole layers."""
+    """Cut a model in place: first the axes of all weights, then layers that lost all their units, then whole layers."""
     gone = architecture.removed()
     layers = {layer.group.name: layer for layer in structure.layers(model) if layer.group is not None}
     owners = Counter(path for layer in layers.values() for path in set(map(layer.place, layer.axes)))
@@ -246,7 +253,7 @@ def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> N
     for layer, kept in cuts:
         for axis in layer.axes:
             path = layer.place(axis)
-            if kept or owners[path] > 1:  # a layer that is emptied is replaced, but not what it shares with others
+            if kept or owners[path] > 1:  # an emptied layer is replaced; weights that it shares are cut
                 weights.setdefault((path, axis.side == "in"), []).append((axis, layer, kept))
     for (path, is_input), axes in weights.items():
         keep_channels(model.get_submodule(path), axes, is_input)
@@ -263,9 +270,10 @@ def cut(structure: Structure, model: nn.Module, architecture: Architecture) -> N
 
 
 def save_member(model: nn.Module, architecture: Architecture, folder: Path, backbone: Path) -> None:
-    """Write a folder that loads as the model sliced to the Architecture, and takes its weights from another's.
+    """Write a member's folder, which loads as the model sliced to the Architecture, with weights from a backbone.
 
-    model: a dense one. backbone: where it is saved; it is named by its path from the folder, so both move together.
+    model: a dense model.
+    backbone: folder where the model is saved. It is named by its path from `folder`, so the two can be moved together.
     """
     slice_model(blank_copy(model), architecture).save_config(folder)
     pointer = {"format": FORMAT, "backbone": Path(os.path.relpath(backbone, folder)).as_posix()}
@@ -273,7 +281,12 @@ def save_member(model: nn.Module, architecture: Architecture, folder: Path, back
 
 
 def backbone_of(folder: str | Path) -> Path | None:
-    """Where the weights of a member's folder are; None for any other folder. A ValueError of one line for a bad one."""
+    """Return the backbone's folder of a member's folder; None for any other folder.
+
+    Raises:
+        UserError: the member's `backbone.json` is damaged, has another format, or names a folder that does not exist.
+
+    """
     path = Path(folder) / POINTER
     if not path.is_file():
         return None
@@ -290,25 +303,29 @@ def backbone_of(folder: str | Path) -> Path | None:
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
-    """A dense model of a model's config, without weights: on the meta device."""
+    """Return a dense model with a model's config, without weights: on the meta device."""
     return denoiser_of(model).blank(model)
 
 
 def blank_of(dense: Any, model: Any) -> Any:
-    """A model of a dense class with a model's config, without weights: on the meta device."""
+    """Return a model of a dense class with a model's config, without weights: on the meta device."""
     with torch.device("meta"):
         return dense(**dense_config(model))
 
 
 def dense_config(model: Any) -> dict[str, Any]:
-    """The arguments that a dense model of a model's config is made from."""
+    """Return the constructor arguments of the dense model from a model's config."""
     return {key: value for key, value in model.config.items() if not key.startswith("_") and key not in CUT}
 
 
 def hollow(kind: Any, config: Mapping[str, Any], what: str) -> Any:
-    """A model of a class by its config, without weights, on the meta device; UserError where it builds none.
+    """Return a model of a class, built from its config on the meta device, without weights.
 
-    what: names the model in the message.
+    what: name of the model in the error.
+
+    Raises:
+        UserError: the config builds no model.
+
     """
     try:
         with torch.device("meta"):
@@ -320,7 +337,7 @@ def hollow(kind: Any, config: Mapping[str, Any], what: str) -> Any:
 
 
 def slice_member(pruned_class: type[PrunedModel], model: nn.Module, folder: str | Path) -> Any:
-    """A backbone sliced to the Architecture of a member's folder, with the member's own changes."""
+    """Return a backbone sliced to the Architecture of a member's folder, with the member's changes to the weights."""
     pruning = pruned_class.load_config(folder)["pruning"]
     sliced = _sliced(pruned_class, model, read_pruning(pruning, whole_space(pruned_class.structure, model)))
     if (Path(folder) / DELTAS).is_file():
@@ -330,7 +347,7 @@ def slice_member(pruned_class: type[PrunedModel], model: nn.Module, folder: str 
 
 @torch.no_grad()
 def _change(model: nn.Module, path: Path) -> None:
-    """Add the changes in a file to a model's weights. UserError for one that does not fit."""
+    """Add the changes in a file to a model's weights; raise UserError if the file does not fit the model."""
     names, changes = names_in_files(model), load_state_dict(path)
     known = {names.get(name, name): parameter for name, parameter in model.named_parameters()}
     for key, value in changes.items():
@@ -338,7 +355,7 @@ def _change(model: nn.Module, path: Path) -> None:
         weight = known.get(name)
         try:
             if kind == DOWN[1:]:
-                continue  # with its `up`
+                continue  # used with its `up`
             assert weight is not None
             change = changes[name + UP].double() @ changes[name + DOWN].double() if kind == UP[1:] else value.double()
             weight.copy_(weight.double() + change.reshape(weight.shape).to(weight.device))
@@ -347,12 +364,12 @@ def _change(model: nn.Module, path: Path) -> None:
 
 
 def keep_saved_module(pruned: type) -> None:
-    """Let saved pipelines name the module of a class as they always have, wherever its file lies."""
+    """Set a class's module to the one that saved pipelines have always named, wherever the class is defined."""
     pruned.__module__ = SAVED_MODULE
 
 
 def _name_as_in_files(model: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
-    """Give a state dict's tensors, in place and in their order, the names that they have in files."""
+    """Rename a state dict's tensors, in place and in their order, to the names that they have in files."""
     items = renamed(state, names_in_files(model))
     state.clear()
     state.update(items)

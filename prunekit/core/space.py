@@ -1,6 +1,6 @@
-"""The nouns: UnitGroup, UnitSpace and Architecture. Plain data: no module is referenced, so all can be saved.
+"""UnitGroup, UnitSpace and Architecture. They are plain data without references to modules, so all can be saved.
 
-Tensors name their device, since a model may be built, and walked, under `torch.device("meta")`.
+Tensors are created on an explicit device, because a model may be built, and examined, under `torch.device("meta")`.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class UnitGroup:
 
     @functools.cached_property
     def _inside(self) -> tuple[str, ...]:
-        """What the paths of modules inside the covers begin with."""
+        """The prefixes of the paths of all modules inside the covers."""
         return tuple(cover + "." for cover in self.covers)
 
 
 class UnitSpace:
     """The ordered list of a denoiser's UnitGroups: D units, widths first, depths last.
 
-    Widths, and depths, are in the order of a forward pass; stages are last, outermost first.
+    Width groups are in the order of a forward pass, and so are depth groups; stages are last, outermost first.
     """
 
     def __init__(self, groups: Iterable[UnitGroup]):
@@ -84,7 +84,7 @@ class UnitSpace:
         self.num_width = self.size - self.num_depth
         self.depth_groups = tuple(group for group in self.groups if group.is_depth)
         self.width_groups = tuple(group for group in self.groups if not group.is_depth)
-        self._under = [self._positions_under(group) for group in self.depth_groups]  # one (K,) per depth unit
+        self._under = [self._positions_under(group) for group in self.depth_groups]  # (K,) per depth unit
 
     def _positions_under(self, depth_group: UnitGroup) -> torch.Tensor:
         positions = [
@@ -110,7 +110,7 @@ class UnitSpace:
     def depth_units_over(self, path: str, kind: str | None = None) -> tuple[int, ...]:
         """Return the depth units (0 .. num_depth-1) whose removal also removes the module at `path`, in order.
 
-        kind: kind of the depth group at `path`, if there is one; it is left out of the result.
+        kind: kind of the group at `path`; if it is a depth group, it is left out of the result.
         """
         return tuple(
             index
@@ -128,7 +128,7 @@ class UnitSpace:
         return Architecture(self, torch.rand(self.size, generator=generator, device="cpu") < keep)
 
     def canonical(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy of `values` (D,) in which every unit under a removed depth unit is zero."""
+        """Return a copy of `values` (D,) in which every unit under a removed depth unit is zero."""
         values = values.clone()
         for index, positions in enumerate(self._under):
             if values[self.num_width + index] == 0:
@@ -204,7 +204,7 @@ class Architecture:
         return self.space.canonical(self.values)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The values of one group, by its name."""
+        """Return the values of one group, by its name."""
         return self.values[self.space.slice(name)]
 
     def kept(self, name: str) -> list[int]:
@@ -232,7 +232,10 @@ class Architecture:
         return Architecture(space, self.values)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Per group, in order: name, kind, path, block, kept (a sum, where soft), total, removed (by depth)."""
+        """Return a row per group, in order: name, kind, path, block, kept (a sum, if soft), total, removed.
+
+        removed: whether a removed depth group contains the group.
+        """
         values, rows = self.canonical, []
         for group in self.space.groups:
             over = self.space.depth_units_over(group.path, group.kind)
@@ -309,13 +312,13 @@ class Architecture:
 
 
 def block_of(path: str) -> str:
-    """The block in which a module lies: the path's first name, and the index that follows where it is a list."""
+    """Return the path of a module's block: the first name of the module's path, plus a list index if one follows."""
     parts = path.split(".")
     return ".".join(parts[: 2 if parts[1:] and parts[1].isdigit() else 1])
 
 
 def check_format(data: Mapping[str, Any], what: str) -> None:
-    """Refuse a saved form that this version does not know."""
+    """Raise UserError for a saved form with a format that this version does not read."""
     if data.get("format") != FORMAT:
         raise UserError(
             f"this is not {what} of format {FORMAT} (format: {data.get('format')!r}); "
@@ -324,7 +327,7 @@ def check_format(data: Mapping[str, Any], what: str) -> None:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """` Near names: ...`, for an error's end; all of them where they are few."""
+    """Return ` Near names: …` for the end of an error: up to 3 similar names, else the first 3; "" without names."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     return f" Near names: {', '.join(close)}" if close else ""

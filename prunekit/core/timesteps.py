@@ -1,4 +1,4 @@
-"""A denoiser that is another one at other timesteps: one module, which a stock pipeline takes for its denoiser."""
+"""TimestepModel: one module with a slice for each range of timesteps, usable as a stock pipeline's denoiser."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TimestepBins:
-    """Timesteps divided into K bins; bin b has those t with bounds[b - 1] <= t < bounds[b].
+    """Timesteps divided into K bins; bin b holds the timesteps t with bounds[b - 1] <= t < bounds[b].
 
-    bounds: (K - 1), ascending, in the unit of the noise process.
+    bounds: K - 1 ascending timesteps, in the unit of the noise process.
     """
 
     bounds: tuple[float, ...]
@@ -48,10 +48,10 @@ class TimestepBins:
         return torch.bucketize(timesteps.double(), bounds, right=True)
 
     def of_taken(self, times: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the bin of each time as a denoiser takes it, int64, of the shape of `times`.
+        """Return the bin of each time, given in the denoiser's unit: int64, of the shape of `times`.
 
-        take: makes such times of timesteps, ascending or descending ones. The bounds go through it too, so both are
-            rounded alike.
+        take: converts timesteps of the noise process to this unit, ascending or descending. The bounds are converted
+            too, so bounds and times are rounded alike.
         """
         bounds = torch.tensor(self.bounds, dtype=torch.float64)
         bounds = take(bounds.to(times.dtype) if times.is_floating_point() else bounds).double()
@@ -66,14 +66,14 @@ class TimestepBins:
 
 
 def middle_shift(config: Mapping[str, Any]) -> float:
-    """Return the middle of the range of a scheduler's shift that depends on the picture's size, as a logarithm."""
+    """Return the middle of the range of a scheduler's shift that depends on picture size, as a logarithm."""
     return (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2
 
 
 def sampled_timesteps(scheduler: Any, steps: int) -> Tensor:
-    """Return the timesteps of a denoiser's calls for one picture, (n,) float64; the scheduler stays as it is.
+    """Return the timesteps of a denoiser's calls for one picture, (n,) float64; the scheduler is not changed.
 
-    A shift that depends on the picture's size is taken at the middle of its range, as `FlowMatching` does.
+    A shift that depends on the picture's size is taken at the middle of its range, as in `FlowMatching`.
     """
     scheduler, config = copy.deepcopy(scheduler), scheduler.config
     is_shifted = config.get("use_dynamic_shifting")
@@ -91,10 +91,10 @@ class TimestepModel(ModelMixin, ConfigMixin):
     config_name = CONFIG
 
     def __init__(self, slices: Sequence[nn.Module], bins: TimestepBins):
-        """Hold the slices, one for each of the bins.
+        """Hold the slices, one per bin.
 
         Raises:
-            UserError: another number of slices than bins, or slices of several model classes.
+            UserError: the number of slices is not the number of bins, or the slices are of several model classes.
 
         """
         super().__init__()
@@ -109,11 +109,11 @@ class TimestepModel(ModelMixin, ConfigMixin):
 
     @property
     def described(self) -> nn.Module:
-        """A slice: what the denoiser is, it says for all."""
+        """The first slice, which stands for all slices when the model's denoiser is looked up."""
         return self.slices[0]
 
     def __getattr__(self, name: str) -> Any:
-        """Return what a pipeline looks for on its denoiser: the first slice's."""
+        """Return an attribute of the first slice, where this model has none; pipelines read such attributes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -122,7 +122,7 @@ class TimestepModel(ModelMixin, ConfigMixin):
             return getattr(self.slices[0], name)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Run each sample through the slice of its timestep; arguments and result are the slices'."""
+        """Run each sample through the slice of its timestep; arguments and result are those of a slice."""
         options |= dict(zip(self._parameters_of, arguments, strict=False))
         denoiser = denoiser_of(self.slices[0])
         bins = self.bins.of_taken(torch.as_tensor(options[denoiser.timestep]), denoiser.taken)
@@ -141,10 +141,10 @@ class TimestepModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> TimestepModel:
-        """Read what `save_pretrained` wrote.
+        """Load a model that `save_pretrained` wrote.
 
         Raises:
-            UserError: a folder of something else, or of another format.
+            UserError: the folder holds something else, or another format.
 
         """
         folder = Path(pretrained_model_name_or_path)
@@ -155,16 +155,16 @@ class TimestepModel(ModelMixin, ConfigMixin):
 
 
 def read_denoiser(folder: str | Path, **options: Any) -> Any:
-    """Read a denoiser that was saved: a single one, stock or pruned, or a `TimestepModel`; errors as `load_model`."""
+    """Load a saved denoiser: a single model, stock or pruned, or a `TimestepModel`; errors as in `load_model`."""
     if read_bins(folder) is None:
         return load_model(folder, **options)
     return TimestepModel.from_pretrained(folder, **options)
 
 
 def saved_parts(model: nn.Module, folder: Path) -> list[tuple[Any, Path]]:
-    """Return the models that stand for a denoiser in a folder, and where each goes: itself, or its slices below.
+    """Return the models to save for a denoiser, with their folders: itself, or the slices of a `TimestepModel`.
 
-    The bins of slices are written.
+    The bins of a `TimestepModel` are written to `folder`.
     """
     if not isinstance(model, TimestepModel):
         return [(model, folder)]
@@ -173,7 +173,7 @@ def saved_parts(model: nn.Module, folder: Path) -> list[tuple[Any, Path]]:
 
 
 def slice_folder(folder: str | Path, index: int) -> Path:
-    """Return where a slice lies in the folder of a `TimestepModel`."""
+    """Return the folder of one slice inside the folder of a `TimestepModel`."""
     return Path(folder) / f"slice-{index}"
 
 
@@ -188,12 +188,12 @@ def read_bins(folder: str | Path) -> TimestepBins | None:
     """Return the bins of a `TimestepModel`'s folder; None for the folder of a single model.
 
     Raises:
-        UserError: another format, or bounds that are none.
+        UserError: another format, or bounds that are not numbers.
 
     """
     try:
         content = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what reads the folder as a single model says so
+    except (OSError, ValueError):  # loading the folder as a single model reports the error
         return None
     if not isinstance(content, dict) or content.get("_class_name") != TimestepModel.__name__:
         return None
@@ -206,11 +206,11 @@ def read_bins(folder: str | Path) -> TimestepBins | None:
 
 
 def _joined(outputs: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """Join the outputs of models, tensors or what holds them, in the form that they have."""
+    """Join outputs of models with `join`; the result has their structure: tensors, lists, tuples or mappings."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return join(list(outputs))
-    if isinstance(first, list):  # one tensor a sample, of one shape
+    if isinstance(first, list):  # one tensor per sample, all of one shape
         return list(join([torch.stack(output) for output in outputs]))
     if isinstance(first, tuple):
         return tuple(_joined(values, join) for values in zip(*outputs, strict=True))

@@ -1,4 +1,4 @@
-"""Attention and feed-forward, which diffusers' transformer blocks share: their units, and what is left when empty."""
+"""Attention and feed-forward layers, which diffusers' transformer blocks share: their units and their emptied forms."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .axes import Axis, Layer
 from .emptied import Emptied, EmptiedLayer, spread
 from .space import UnitGroup
 
-MOST_GROUPS = 32  # of a feed-forward's channels, or the largest divisor of its width below that
+MOST_GROUPS = 32  # largest number of channel groups in a feed-forward; see `channel_groups`
 _ATTENTION = (Axis("to_q", "out"), Axis("to_k", "out"), Axis("to_v", "out"), Axis("to_out.0", "in"))
 _ADDED = (Axis("add_q_proj", "out"), Axis("add_k_proj", "out"), Axis("add_v_proj", "out"))
 _ADDED_OUTPUT = Axis("to_add_out", "in")
-NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of queries and keys
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # norms of queries and keys
 
 
 class EmptiedAttention(Emptied):
-    """An attention without a head: the bias of its output projection, and the dropout after it."""
+    """An attention without heads: the bias of its output projection, and the dropout after it."""
 
     def __init__(self, attention: Any):
         self.outputs = {"bias": "to_out.0", **self.outputs}
@@ -31,12 +31,12 @@ class EmptiedAttention(Emptied):
         self.dropout = attention.to_out[1]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(B, q, C) -> (B, q, C), the bias everywhere; text and masks have nothing left to act on."""
+        """Return the bias at every position: (B, q, C) -> (B, q, C); text and masks are ignored."""
         return self.dropout(spread(self.bias, hidden_states))
 
 
 class EmptiedJointAttention(EmptiedAttention):
-    """A joint attention without a head: the bias of each stream's output projection."""
+    """A joint attention without heads: the bias of each stream's output projection."""
 
     added_bias: nn.Parameter | None
 
@@ -48,13 +48,16 @@ class EmptiedJointAttention(EmptiedAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, q, C), (B, T, C) -> the same shapes. The text's output is unused where its projection is missing."""
+        """Return each stream's bias at every position: (B, q, C), (B, T, C) -> the same shapes.
+
+        Without an output projection for the text, the text is returned unchanged and not used.
+        """
         image, text = super().forward(hidden_states), encoder_hidden_states
         return image, spread(self.added_bias, text) if "added_bias" in self.outputs else text
 
 
 class EmptiedFeedForward(EmptiedLayer):
-    """A feed-forward without an inner channel: the bias of its last linear layer."""
+    """A feed-forward without inner channels: the bias of its last linear layer."""
 
     def __init__(self, feedforward: FeedForward):
         super().__init__(feedforward, "net.2")
@@ -69,17 +72,18 @@ def attention_layer(
     feeds: Sequence[str] = (),
     over_heads: bool = False,
 ) -> Layer:
-    """Describe an attention. The units are its heads; a zero before an output projection is a removal.
+    """Describe an attention. Its units are its heads; a zero before an output projection removes a head.
 
     Args:
-        path: of the attention in the model.
-        module: diffusers' `Attention`, or a class with the same names; or what an earlier cut left of it.
+        path: path of the attention in the model.
+        module: diffusers' `Attention`, or a class with the same names; dense or already cut.
         queries: stream of the hidden states.
-        keys: stream of the keys and values; by default that of the queries. With `added`, that of both together.
-        added: of a joint attention: the stream of the other hidden states, such as a text's.
+        keys: stream of the keys and values; by default the stream of the queries. With `added`, the stream of both
+            together.
+        added: for a joint attention: the stream of the other hidden states, such as a text's.
         feeds: paths of modules that only feed the attention.
-        over_heads: whether the norms of queries and keys are RMS norms over the channels of all heads together, and a
-            head owns its own channels of them; else they run head by head.
+        over_heads: whether the norms of queries and keys are RMS norms over the channels of all heads together, so that
+            each head owns channels of the norms; else they run head by head.
 
     """
     if isinstance(module, Emptied):
@@ -113,7 +117,7 @@ def attention_layer(
 
 
 def keep_heads(attention: Any, heads: int, channels: int) -> None:
-    """Update what an attention remembers of its widths, once it is cut to some heads of `channels` each."""
+    """Update the widths that an attention stores, after it was cut to `heads` heads of `channels` channels each."""
     attention.heads = heads
     attention.inner_dim = heads * channels
     width = heads * channels
@@ -131,15 +135,15 @@ def feedforward_layer(
     inputs: Sequence[str] = ("net.0.proj",),
     output: str = "net.2",
 ) -> Layer:
-    """Describe a feed-forward. The units are groups of inner channels; a zero before the last layer is a removal.
+    """Describe a feed-forward. Its units are groups of inner channels; a zero before the last layer removes a channel.
 
     Args:
-        path: of the feed-forward in the model.
-        module: diffusers' `FeedForward`, or a class with other names, or what an earlier cut left of it.
-        stream: of its input.
-        groups: how many an earlier cut left; None if it was not cut.
+        path: path of the feed-forward in the model.
+        module: diffusers' `FeedForward`, or a class with other names; dense or already cut.
+        stream: stream of its input.
+        groups: number of groups that an earlier cut kept; None if it was not cut.
         feeds: paths of modules that only feed it.
-        inputs: names of the linear layers that read its input. A gated one may give values and gates together.
+        inputs: names of the linear layers that read its input. A gated layer may return values and gates together.
         output: name of its last linear layer.
 
     """
@@ -159,7 +163,7 @@ def feedforward_layer(
 
 
 def check_plain(path: str, layers: Iterable[Any], kinds: Collection[type[nn.Module]]) -> None:
-    """Raise UserError where one of a module's layers is of none of these classes, as one with an adapter is."""
+    """Raise UserError if one of a module's layers is of none of these classes, for example if it has an adapter."""
     for layer in layers:
         if type(layer) not in kinds:
             raise UserError(
@@ -169,5 +173,5 @@ def check_plain(path: str, layers: Iterable[Any], kinds: Collection[type[nn.Modu
 
 
 def channel_groups(width: int) -> int:
-    """Return into how many groups of neighbours a width is cut: the largest divisor up to 32."""
+    """Return the number of groups of neighboring channels in a feed-forward: its width's largest divisor up to 32."""
     return next(count for count in range(min(MOST_GROUPS, width), 0, -1) if width % count == 0)
