@@ -1,1 +1,1 @@
-"""Time and its noise: clock, interleaved measurements, tables of layers' latencies, a check of MAC counts."""
+"""Measuring time and its noise: clock, interleaved timing, latency tables of layers, and a check of MAC counts."""

@@ -1,4 +1,4 @@
-"""One sample of a callable's time, by the clock that its device needs; and what memory it takes."""
+"""Timing a callable with the clock for its device, and measuring the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prunekit.runtime.errors import UserError
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-TimeOf = Callable[[Callable[[], Any], int], float]  # (function, calls) -> seconds of one call
+TimeOf = Callable[[Callable[[], Any], int], float]  # (function, number of calls) -> seconds per call
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def clock(device: str | torch.device) -> TimeOf:
-    """Return what times a callable on a device ("cpu" or "cuda"); ValueError for another."""
+    """Return the function that times a callable on a device, "cpu" or "cuda"; raise UserError for another device."""
     device = torch.device(device)
     if device.type == "cpu":
         return _monotonic
@@ -41,7 +41,7 @@ def _monotonic(function: Callable[[], Any], calls: int) -> float:
 
 
 def _events(device: torch.device) -> TimeOf:
-    """Time by CUDA events, each call after a write of twice the L2 cache, so that no call finds its data there."""
+    """Return a timer by CUDA events; before each call, it flushes the L2 cache by a write of twice its size."""
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(size, 1 << 20), dtype=torch.int8, device=device)
 
@@ -62,9 +62,10 @@ def _events(device: torch.device) -> TimeOf:
 
 
 def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int | None:
-    """Return the bytes that one call takes beyond what was held before it; None if the system does not tell.
+    """Return the peak memory of one call, in bytes above the memory held before it; None if the system does not tell.
 
-    CUDA: by the allocator, exact. CPU: the process's peak resident size (Linux), to within what malloc kept.
+    CUDA: exact, from the allocator. CPU: from the process's peak resident size (Linux), except for memory that malloc
+    kept.
     """
     device = torch.device(device)
     gc.collect()
@@ -77,7 +78,7 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int 
         return torch.cuda.max_memory_allocated(device) - held
     try:
         _trim()
-        RESET.write_text("5")  # the peak starts anew from here
+        RESET.write_text("5")  # reset the peak
         held = _resident("VmRSS")
     except OSError:
         return None
@@ -93,16 +94,16 @@ def _resident(field: str) -> int:
 
 
 def _trim() -> None:
-    """Give back what malloc keeps, so that it does not hide a new allocation; only glibc can."""
+    """Release the free memory that malloc keeps, so that it does not hide a new allocation; only glibc can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def timed_inputs(model: ModelMixin, batch: int, latent: int | tuple[int, int], text_length: int, seed: int = 0) -> Call:
-    """Return a call of normal noise and text on a model's device, in its dtype, for `batch` samples.
+    """Return a call with Gaussian latents and texts for `batch` samples, on a model's device and in its dtype.
 
-    The timestep is a scalar, as a pipeline's: which one it is does not change the time.
+    The timestep is a scalar, as in a pipeline; its value does not change the time.
     """
     sides = (latent, latent) if isinstance(latent, int) else latent
     fill = normal(torch.Generator().manual_seed(seed))
@@ -110,5 +111,5 @@ def timed_inputs(model: ModelMixin, batch: int, latent: int | tuple[int, int], t
 
 
 def timed_call(model: ModelMixin, call: Call) -> Callable[[], Tensor]:
-    """Return what makes a call of the model."""
+    """Return a function that runs the model on the call."""
     return lambda: predict(model, call)

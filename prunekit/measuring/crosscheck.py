@@ -1,4 +1,4 @@
-"""Our MACs beside other counters', every difference reconciled by number: what `prunekit macs --check` prints."""
+"""The check of `prunekit macs --check`: our MACs beside other counters', with every difference explained in numbers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from prunekit.core.registry import denoiser_of
 
 MOST_TRACED_MACS = 10**10  # fvcore has to run the model; above this it runs at a latent of SMALL x SMALL instead
 SMALL = 8
-CHARGED = ("group_norm", "layer_norm", "upsample_nearest2d", "einsum")  # by fvcore: not multiply-adds
+CHARGED = ("group_norm", "layer_norm", "upsample_nearest2d", "einsum")  # by fvcore, though not multiply-adds
 _MISSING = "not installed; it comes with the extra `check`: pip install 'prunekit[check]'"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one counter says, batch 1.
+    """The result of one counter, batch 1.
 
-    counter: its name. sample_size: the latent (h, w) at which it counted.
-    macs: its count; None if it is not installed. ours: the exact MACs by CostModel at that latent.
-    unexplained: what is left of the difference once what `explanation` names is added and taken off; 0 is agreement.
+    counter: name of the counter.
+    sample_size: the latent (h, w) at which it counted.
+    macs: its count; None if it is not installed.
+    ours: the exact MACs by CostModel at that latent.
+    unexplained: the rest of the difference after all corrections that `explanation` names; 0 means agreement.
     """
 
     counter: str
@@ -40,7 +42,7 @@ class Row:
 
     @property
     def difference(self) -> int | None:
-        """Its count minus ours."""
+        """The counter's MACs minus ours."""
         return None if self.macs is None else self.macs - self.ours
 
 
@@ -65,14 +67,14 @@ def crosscheck(model: ModelMixin, sample_size: int | tuple[int, int] | None = No
 
 
 class _Called(nn.Module):
-    """A copy of a model, without weights of its own, called with one tensor: counters pass positional arguments."""
+    """A copy of a model, without weights, that takes a single tensor, because counters pass positional arguments."""
 
     def __init__(self, model: ModelMixin, size: tuple[int, int], text_length: int, device: str):
         super().__init__()
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         with torch.device("meta"):
             self.model = type(model)(**config).eval()
-        if device != "meta":  # every weight a view of one zero: it runs, and takes no memory
+        if device != "meta":  # every weight is a view of one zero: the model runs, and weights take no memory
             for module in self.model.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     zero = nn.Parameter(torch.zeros((), device=device).expand(parameter.shape), requires_grad=False)
@@ -114,7 +116,7 @@ def _thop_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: 
 
 
 def _no_cost(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """For thop: a layer that is not charged."""
+    """Charge nothing for a layer, as a custom operation of thop."""
 
 
 def _fvcore_row(model: ModelMixin, size: tuple[int, int], text_length: int, ours: int, is_smaller: bool) -> Row:

@@ -1,4 +1,4 @@
-"""What a measured time depends on beside the code: the device, its driver, versions, threads and precision flags."""
+"""The environment of a measured time, besides the code: device, driver, versions, threads and precision flags."""
 
 import os
 import platform
@@ -11,11 +11,11 @@ import torch
 
 from prunekit.runtime.precision import CPU_INFO, resolve_precision
 
-SAME = ("device", "driver", "torch", "diffusers", "cuda", "threads")  # rows that differ in these are made again
+SAME = ("device", "driver", "torch", "diffusers", "cuda", "threads")  # rows that differ in these are measured again
 
 
 def environment(device: str | torch.device) -> dict[str, Any]:
-    """Return a JSON record of where a row was measured."""
+    """Return a JSON record of the environment in which a row is measured."""
     device = torch.device(device)
     is_cuda = device.type == "cuda"
     return {
@@ -46,7 +46,7 @@ def device_name(device: str | torch.device) -> str:
 
 
 def folder_name(device: str | torch.device) -> str:
-    """Return a device's name as a folder's."""
+    """Return a device's name in a form that suits a folder."""
     return re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
 
 

@@ -1,8 +1,9 @@
-"""Timing several callables side by side: interleaved, warm first, with the noise of the measurement measured too.
+"""Interleaved timing of several callables after a warm-up, with a measured noise floor.
 
-The first callable is timed as two arms, A and A'. What their ratio differs from 1 is noise, so no other ratio that lies
-within it says anything. Every round times each arm once, in a drawn order and then in its reverse, so that drift (heat,
-clocks, a busy machine) and what ran before fall on all arms alike; a ratio is the median of the rounds' ratios.
+The first callable is timed as two arms, A and A'. The deviation of their ratio from 1 is noise, so another ratio that
+deviates less says nothing. Every round times each arm once. Rounds alternate between a random order and its reverse, so
+that drift (heat, clocks, a busy machine) and the effect of the arm before fall on all arms alike. A ratio is the median
+of the rounds' ratios.
 """
 
 import random
@@ -18,17 +19,17 @@ from prunekit.measuring.clock import clock
 from prunekit.runtime.errors import UserError
 
 CONFIDENCE = 0.95
-SHORTEST = 1e-4  # seconds of one sample: a faster callable is called several times a sample (not on CUDA)
+SHORTEST = 1e-4  # shortest sample in seconds: a faster callable is called several times per sample (not on CUDA)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The samples of one arm, in seconds of one call, in the order of the rounds."""
+    """The samples of one arm, in seconds per call, in the order of the rounds."""
 
     seconds: tuple[float, ...]
 
     def quantile(self, share: float) -> float:
-        """The sample below which `share` of the samples lie, between neighbours by interpolation."""
+        """Return the time below which the fraction `share` of the samples lies, by linear interpolation."""
         ordered = sorted(self.seconds)
         position = share * (len(ordered) - 1)
         low = int(position)
@@ -37,7 +38,7 @@ class Timing:
 
     @property
     def count(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return len(self.seconds)
 
     @property
@@ -52,13 +53,13 @@ class Timing:
 
     @property
     def p99(self) -> float:
-        """The 99th percentile; with fewer than 100 samples it leans on the largest."""
+        """The 99th percentile; with fewer than 100 samples it depends mostly on the largest one."""
         return self.quantile(0.99)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of paired ratios, and the order statistics between which the true one lies with 95 % confidence."""
+    """The median of paired ratios, with its 95 % confidence interval from order statistics."""
 
     value: float
     low: float
@@ -67,7 +68,7 @@ class Ratio:
 
     @property
     def distance(self) -> float:
-        """How far from 1 the interval reaches."""
+        """The largest distance of the interval from 1."""
         return max(abs(self.low - 1), abs(self.high - 1))
 
     def __str__(self) -> str:
@@ -75,12 +76,12 @@ class Ratio:
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """Return the median ratio of samples that were taken side by side, with its interval by the binomial rule."""
+    """Return the median ratio of paired samples, with its interval from the binomial distribution."""
     ratios = sorted(a / b for a, b in zip(numerator, denominator, strict=True))
     if not ratios:
         raise UserError("a ratio needs at least one pair of samples")
     count, cut, tail, term = len(ratios), 0, 0.0, 0.5 ** len(ratios)
-    while cut < count and tail + term <= (1 - CONFIDENCE) / 2:  # how many of each end can be left out
+    while cut < count and tail + term <= (1 - CONFIDENCE) / 2:  # number of ratios to leave out at each end
         tail += term
         term *= (count - cut) / (cut + 1)
         cut += 1
@@ -90,9 +91,10 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
 
 @dataclass(frozen=True)
 class WarmUp:
-    """When the samples begin to count: once every arm's last `window` samples have the median of those before.
+    """The rule that ends the warm-up: in every arm, the last `window` samples have the median of the `window` before.
 
-    tolerance: by how much the two medians may differ, relative. max_rounds, max_seconds: where it ends in any case.
+    tolerance: largest relative difference of the two medians.
+    max_rounds, max_seconds: limits after which the warm-up ends in any case.
     """
 
     window: int = 3
@@ -101,7 +103,7 @@ class WarmUp:
     max_seconds: float = 60.0
 
     def is_stable(self, seconds: Sequence[float]) -> bool:
-        """Whether one arm's samples have settled."""
+        """Return whether one arm's samples have settled."""
         if len(seconds) < 2 * self.window:
             return False
         before, last = (
@@ -112,11 +114,13 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found.
+    """The result of `measure`.
 
-    arms: by name, in the order given; the first one's second arm is `again`.
-    warmup_rounds: how many samples of each arm were thrown away; is_warm: whether they had settled by then.
-    calls: how many calls one sample spans; its seconds are of one call.
+    arms: timings by name, in the order given.
+    again: the second arm of the first callable.
+    warmup_rounds: number of warm-up rounds, whose samples were discarded.
+    is_warm: whether the samples had settled by then.
+    calls: number of calls per sample; a sample's seconds are per call.
     """
 
     arms: Mapping[str, Timing]
@@ -136,14 +140,14 @@ class Measurement:
         return paired_ratio(self.again.seconds, self.arms[self.reference].seconds)
 
     def ratio(self, name: str, of: str | None = None) -> Ratio:
-        """Time of one arm / time of another, by default the first, paired by rounds."""
+        """Return the time of one arm divided by the time of another (by default the first), paired by rounds."""
         for given in (name, of):
             if given is not None and given not in self.arms:
                 raise UserError(f"no arm {given!r}; the arms are {', '.join(self.arms)}")
         return paired_ratio(self.arms[name].seconds, self.arms[of or self.reference].seconds)
 
     def lines(self) -> list[str]:
-        """The measurement for a terminal: a line an arm, then the noise floor."""
+        """Return the measurement for a terminal: one line per arm, then the noise floor."""
         width = max(map(len, self.arms))
         lines = [
             f"{name:<{width}}  p50 {1e3 * arm.p50:10.4f} ms  p90 {1e3 * arm.p90:10.4f}  p99 {1e3 * arm.p99:10.4f}  "
@@ -203,9 +207,9 @@ def _warm(
     time_of: Callable[[Callable[[], Any], int], float],
     is_cuda: bool,
 ) -> tuple[int, bool, int]:
-    """Run rounds until every callable has settled; (rounds, whether all have, calls a sample).
+    """Run rounds until every callable has settled; return (rounds, whether all have settled, calls per sample).
 
-    The first round, which compiles and allocates, does not count against the caps.
+    The time of the first round, which compiles and allocates, does not count toward `max_seconds`.
     """
     fastest = min([time_of(function, 1) for function in callables.values()])
     calls, rounds, spent, is_warm = 1, 1, 0.0, False

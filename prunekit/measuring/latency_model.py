@@ -1,9 +1,9 @@
-"""A cost model whose budget is time: what a whole Architecture takes, as the sum of its layers' and a constant rest.
+"""A cost model whose budget is time: an Architecture's time is the sum of its layers' times and a constant rest.
 
-A layer with more units can be faster: a kernel for an odd width may take twice as long as one for the next even one.
-So two times belong to a number of units: its own, which predicts; and the least that it or any larger number takes,
-which the solver counts. The second never falls with the units, so that a budget can be met unit by unit as in MACs, and
-at the solver's end they agree: units that cost nothing more are always put back.
+A layer with more units can be faster: a kernel for an odd width may take twice as long as a kernel for the next even
+width. So every number of units has two times. Predictions use the measured time of this number. The solver uses the
+least time of this or any larger number, which never falls as units are added, so that it can meet a budget unit by
+unit, as in MACs. When the solver ends, the two times agree, because units that cost nothing more are always put back.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from prunekit.runtime.errors import UserError
 
 
 class LatencyModel(CostModel):
-    """A CostModel that a method can be given in place of one that counts MACs: `total` is nanoseconds.
+    """A CostModel that budgets time in place of MACs: `total` is in nanoseconds.
 
-    MACs, parameters and `ratio` stay what they are. A removed layer takes no time; the rest of a call, which belongs
-    to no layer, is constant. `total` counts as the solver does; soft width gates count as the number of units that they
-    add up to, between whole numbers on a straight line, so `expected_total` is differentiable and equals the integer at
-    0 and 1.
+    MACs, parameters and `ratio` are as in CostModel. A removed layer takes no time; the rest of a call, which belongs
+    to no layer, is constant. `total` uses the solver's times. A group's soft gates count as the number of units that
+    they add up to, interpolated linearly between whole numbers, so `expected_total` is differentiable and equals the
+    integer where all gates are 0 or 1.
 
-    cost: whose space, latent size, text length and convention it has.
-    table: of the same model; ValueError where a layer is missing in it, or has another number of units there.
-    step_of: the units by which a group's number changes where widths are aligned; others are then not counted on.
+    cost: CostModel that gives the space, latent size, text length and convention.
+    table: latency table of the same model; UserError if a layer is missing in it, or has another number of units there.
+    step_of: step in units by which a group's width changes, if widths are aligned; only whole steps and the full width
+        count.
     """
 
     unit = "time"
@@ -60,14 +61,14 @@ class LatencyModel(CostModel):
         return self._counted
 
     def latency_ratio(self, architecture: Architecture) -> float:
-        """The predicted time of a boolean Architecture as a share of the dense model's."""
+        """Return the predicted time of a boolean Architecture as a fraction of the dense model's time."""
         return self._predicted.count(self._vector(architecture)) / self.dense_total
 
 
 class _Curves(Polynomial):
-    """As its base, but a width group costs what the table's curve says for its number of units.
+    """A Polynomial in which a width group costs the time that the table's curve gives for its number of units.
 
-    step_of: given, the curve is the least that this number of units or a larger one takes, of whole steps.
+    step_of: if given, the curve is the least time of this or a larger number of units, among whole steps.
     """
 
     def __init__(self, space: UnitSpace, table: LatencyTable, step_of: Callable[[UnitGroup], int] | None = None):
@@ -111,7 +112,7 @@ class _Curves(Polynomial):
 
 
 def least_from(curve: list[int], step: int) -> list[int]:
-    """Return, for every number of units, the least of a curve at it or above, among whole steps and the curve's end."""
+    """Return, for every number of units, the least time of this or a larger number, whole steps or full width only."""
     full = len(curve) - 1
     allowed = [value if kept % step == 0 or kept == full else curve[full] for kept, value in enumerate(curve)]
     return list(itertools.accumulate(reversed(allowed), min))[::-1]

@@ -1,4 +1,4 @@
-"""The latency table of a denoiser on a device, as plain data: what each layer takes by the number of units it keeps."""
+"""The latency table of a denoiser on a device, as plain data: each layer's time by the number of units it keeps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from prunekit.measuring.environment import device_name
 from prunekit.runtime.errors import UserError
 
 FORMAT = 1
-DEFAULT_WIDTHS = 32  # numbers of kept units that are measured of each width group, besides none: all of most groups
+DEFAULT_WIDTHS = 32  # measured numbers of kept units per width group, besides 0: every number of most groups
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """What one layer takes.
+    """The time of one layer.
 
-    kind: "resnet", "attention", "feedforward"; "transformer" (without its blocks), "downsampler", "upsampler"; of a
-        transformer model "block" (without its layers).
-    units: of its width group; 0 where it has none, and one time.
-    kept: the numbers of units at which it was measured, ascending. nanoseconds: at each of them; more units may take
-        less, since a kernel for an odd width can be half as fast.
+    kind: "resnet", "attention", "feedforward"; "transformer" (without its blocks), "downsampler", "upsampler"; for a
+        transformer model also "block" (without its layers).
+    units: number of units of its width group; 0 for a layer without units, which has a single time.
+    kept: the numbers of units at which it was measured, ascending.
+    nanoseconds: time at each of these numbers; more units may take less time, since a kernel for an odd width can be
+        half as fast.
     """
 
     kind: str
@@ -38,7 +39,10 @@ class LayerTimes:
 
     @classmethod
     def fitted(cls, kind: str, units: int, samples: Mapping[int, Sequence[float]]) -> LayerTimes:
-        """The medians of samples: seconds, by the number of kept units."""
+        """Return the medians of samples.
+
+        samples: seconds, by the number of kept units.
+        """
         if not units:
             every = [second for seconds in samples.values() for second in seconds]
             return cls(kind, 0, (0,), (round(1e9 * statistics.median(every)),))
@@ -48,11 +52,11 @@ class LayerTimes:
 
     @property
     def full(self) -> int:
-        """With all units, in nanoseconds."""
+        """The time with all units, in nanoseconds."""
         return self.nanoseconds[-1]
 
     def curve(self) -> list[int]:
-        """Nanoseconds with 0, 1, …, `units` units, on straight lines between what was measured."""
+        """Return the nanoseconds with 0, 1, …, `units` units, interpolated linearly between the measured numbers."""
         points, times = list(zip(self.kept, self.nanoseconds, strict=True)), [self.nanoseconds[0]]
         for (low, before), (high, after) in itertools.pairwise(points):
             span = high - low
@@ -62,27 +66,27 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """A denoiser's layers by path, in the order of a forward pass, and the rest of a call, which no layer has.
+    """The times of a denoiser's layers by path, in the order of a forward pass, and of the rest of a call.
 
     conditions: what the times depend on: device, torch, dtype, batch, sample_size, text_length, and the model's shape.
     """
 
     conditions: dict[str, Any]
-    rest: int  # nanoseconds
+    rest: int  # nanoseconds outside of all layers
     layers: dict[str, LayerTimes]
 
     @property
     def dense(self) -> int:
-        """What a call of the whole model takes, in nanoseconds."""
+        """The time of a call of the whole model, in nanoseconds."""
         return self.rest + sum(layer.full for layer in self.layers.values())
 
     @property
     def digest(self) -> str:
-        """Of all its content."""
+        """A hash of the table's whole content."""
         return hashlib.blake2b(json.dumps(self.to_dict()).encode(), digest_size=8).hexdigest()
 
     def refuse(self, conditions: Mapping[str, Any]) -> None:
-        """Raise ValueError, one line, where the table was made under other conditions than these."""
+        """Raise UserError, in one line, if the table was measured under other conditions than these."""
         for name, wanted in conditions.items():
             if self.conditions.get(name) != wanted:
                 what = "of another model" if name == "model" else f"for {name} {self.conditions.get(name)}"
@@ -99,7 +103,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
-        """The table that `to_dict` wrote; ValueError for another format."""
+        """Return the table that `to_dict` wrote; raise UserError for another format."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise UserError(f"this is not a latency table of format {FORMAT}; measure the table again")
         layers = {

@@ -1,13 +1,13 @@
-"""What every layer of a denoiser takes at several widths, measured in place: inside whole calls, by hooks.
+"""Measuring the time of every layer of a denoiser at several widths, inside whole calls, by hooks.
 
-A layer alone, called again and again, finds its weights in the cache and looks faster than it is; inside a call it
-finds what the call leaves it. So the model is sliced to several widths, all layers at once, and one call of such a
-model times every layer at that width. Its calls take turns with the dense model's, by whose time theirs are divided, so
-that drift from width to width cancels. A layer's time is a median, over the layers of the same shape too, so that on a
-busy machine what interrupts now one layer, now another does not count.
+A layer that is called alone, again and again, finds its weights in the cache and looks faster than it is; so layers are
+timed inside whole calls. The model is sliced to several widths, all layers at once, and one call of a sliced model
+times every layer at that width. Calls of the sliced and of the dense model alternate, and the sliced model's times are
+divided by the dense model's, so that drift from width to width cancels. A layer's time is a median over rounds and over
+layers of the same shape, so that a busy machine's interruptions of single layers do not count.
 
-In a UNet, blocks lie inside a layer, and its time is without them. In a transformer they lie in none. A block is then
-timed itself, without its layers: its norms and modulations, which are removed with it.
+In a UNet, blocks lie inside a layer, whose time is measured without them. In a transformer, blocks lie in no layer.
+There, a block itself is timed, without its layers: its norms and modulations, which are removed with it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from prunekit.measuring.interleaved import WarmUp, measure
 from prunekit.measuring.latency_table import DEFAULT_WIDTHS, LatencyTable, LayerTimes, conditions_of
 from prunekit.runtime.errors import UserError
 
-FEWEST, MOST = 3, 25  # rounds of one width
-REST = ""  # in place of a path: what a call takes beside its layers
+FEWEST, MOST = 3, 25  # limits on the rounds per width
+REST = ""  # in place of a path: the time of a call outside of its layers
 BEGIN, END = "begin", "end"
 
 Marks = dict[tuple[str, str], list[Any]]  # (path, BEGIN or END) -> instants in one call
-Seconds = dict[str, float]  # of a layer by its path, and of the rest
+Seconds = dict[str, float]  # by path of a layer
 
 
 def measure_table(
@@ -52,20 +52,21 @@ def measure_table(
     seconds: float = 3.0,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> LatencyTable:
-    """Measure a denoiser on its device, eager.
+    """Measure the latency table of a denoiser on its device, in eager mode.
 
     Args:
-        unet: a UNet or transformer with its weights, whose values do not matter; it may be pruned. It is left as it is.
+        unet: a UNet or transformer with its weights, whose values do not matter; it may be pruned. It is not changed.
         sample_size: (h, w) of the latent.
-        text_length: tokens of the text.
-        batch: of one call; guidance doubles the images'.
-        dtype: of the timed model.
-        widths: at how many numbers of kept units each width group is measured, besides none.
-        seconds: for one width, where calls are short; where they are long, three rounds.
-        progress: is told how many widths are done, of `widths` + 1.
+        text_length: number of text tokens.
+        batch: samples per call; guidance doubles the number of images.
+        dtype: dtype of the timed model.
+        widths: how many numbers of kept units are measured per width group, besides 0.
+        seconds: target seconds per width; at least 3 and at most 25 rounds are run.
+        progress: is called with the number of finished widths, of `widths` + 1.
 
     Raises:
-        ValueError: a model on the meta device, or on one that cannot be timed, or that `check_timed` refuses.
+        UserError: a model on the meta device or on a device that cannot be timed, or a model that `check_timed`
+            refuses.
 
     """
     device, space = unet.device, discover(unet, "none")
@@ -100,9 +101,9 @@ def measure_table(
 
 
 def check_timed(model: ModelMixin) -> None:
-    """UserError for a model with heads and feed-forward units in one layer, as in FLUX's single blocks.
+    """Raise UserError for a model with heads and feed-forward units in one layer, as in FLUX's single blocks.
 
-    They run in common products, whose time is not the sum of the two.
+    Both are computed in the same matrix products, so neither can be timed alone.
     """
     for first, second in itertools.pairwise(layer for layer in _timed(model) if layer.group is not None):
         if first.path == second.path:
@@ -113,7 +114,7 @@ def check_timed(model: ModelMixin) -> None:
 
 
 def _timed(model: nn.Module) -> list[Layer]:
-    """The layers of a model that are timed, and the blocks that they lie in, in the order of the forward pass."""
+    """Return the timed layers of a model and the blocks that they lie in, in the order of the forward pass."""
     return [layer for layer in denoiser_of(model).layers(model) if layer.path]
 
 
@@ -122,8 +123,8 @@ def _units(layer: Layer) -> int:
 
 
 def _shape(model: nn.Module, layer: Layer) -> Hashable:
-    """What a layer's times depend on: layers that have it in common are samples of one another."""
-    name = layer.path.rpartition(".")[2] if layer.kind == "attention" else ""  # self- and cross-attention
+    """Return everything that a layer's times depend on; layers with an equal result share their samples."""
+    name = layer.path.rpartition(".")[2] if layer.kind == "attention" else ""  # tells self- from cross-attention
     parameters = model.get_submodule(layer.path).named_parameters()
     shapes = tuple((key, tuple(parameter.shape)) for key, parameter in parameters)
     return layer.kind, name, layer.stream, _units(layer), shapes
@@ -132,7 +133,12 @@ def _shape(model: nn.Module, layer: Layer) -> Hashable:
 def _level(
     dense: ModelMixin, space: UnitSpace, kept: Mapping[str, int], inputs: Call, rounds: int
 ) -> tuple[float, dict[str, list[float]]]:
-    """Return (the dense call's time beside, every layer's samples with `kept` units of each group, by path)."""
+    """Time a model with `kept` units of each group, beside the dense model.
+
+    Returns:
+        Median seconds of the dense model's calls; samples of each layer, and of the rest, in seconds by path.
+
+    """
     is_full = all(kept[group.path] == group.size for group in space.width_groups)
     values = [unit < kept[group.path] for group in space.groups for unit in range(group.size)]
     pruned = dense if is_full else slice_model(dense, Architecture(space, torch.tensor(values, dtype=torch.bool)))
@@ -152,7 +158,7 @@ def _level(
 
 
 def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Return one call's time by the instants that layers are timed by."""
+    """Return the time of one call, by the same clock as the layers' times."""
     start = _instant(device)
     call()
     return _elapsed(start, _instant(device))
@@ -160,10 +166,10 @@ def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 @contextmanager
 def in_place(unet: ModelMixin) -> Iterator[Marks]:
-    """A context in which a call of the model marks where its layers begin and end; each call overwrites the marks.
+    """Open a context in which a call of the model marks where its layers begin and end; each call overwrites the marks.
 
-    Where a block lies inside a layer, its attentions and feed-forwards begin with the norm that feeds them and end
-    where the next one, or the block, does. A layer may run several times in a call.
+    In a block that lies inside a layer, attentions and feed-forwards begin with the norm that feeds them, and end where
+    the next one begins or the block ends. A layer may run several times in a call.
     """
     marks: Marks = {}
     device = unet.device
@@ -195,12 +201,12 @@ def in_place(unet: ModelMixin) -> Iterator[Marks]:
 
 
 def layer_seconds(unet: ModelMixin, marks: Marks) -> Seconds:
-    """Return what each layer took in the last call, without the blocks or layers inside it."""
+    """Return the time of each layer in the last call, without the blocks or layers inside it."""
     if unet.device.type == "cuda":
         torch.cuda.synchronize(unet.device)
     seconds: Seconds = {}
-    parts: dict[str, list[str]] = {}  # of a block inside a layer, in order
-    containers = {}  # of such a block, the layer
+    parts: dict[str, list[str]] = {}  # by block inside a layer: its parts, in order
+    containers = {}  # by such a block: the layer that contains it
     block = ""
     for layer, container in _contained(unet):
         if container and layer.kind == "block":
@@ -223,7 +229,7 @@ def layer_seconds(unet: ModelMixin, marks: Marks) -> Seconds:
 
 
 def _contained(model: nn.Module) -> Iterator[tuple[Layer, str]]:
-    """Yield each timed layer, and the layer in which it, or the block that it is part of, lies; "" for none."""
+    """Yield each timed layer, and the path of the layer that contains it, or its block; "" for none."""
     container = ""
     for layer in _timed(model):
         inside = container if layer.path.startswith(f"{container}.") else ""
@@ -233,7 +239,7 @@ def _contained(model: nn.Module) -> Iterator[tuple[Layer, str]]:
 
 
 def _is_part(layer: Layer) -> bool:
-    """Whether a layer is a part of a block, which begins with what feeds it and ends where the next part begins."""
+    """Return whether a layer is a part of a block: it begins with its feeds and ends where the next part begins."""
     return any(not path.startswith(f"{layer.path}.") for path in layer.feeds)
 
 
