@@ -1,6 +1,6 @@
-"""prunekit: prune a text-to-image diffusion UNet, slice it, recover it, and route prompts to pruned experts.
+"""prunekit: prune a text-to-image diffusion model, slice it, recover it, and route prompts to pruned experts.
 
-Names are imported when they are first used.
+Names are imported at their first use.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from prunekit import denoisers
 from prunekit.runtime import threads
 
 threads.configure()
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports with any pipeline
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for onnxruntime, which diffusers imports with any pipeline
 denoisers.register()
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The module that saved pipelines name for the classes of pruned models, which lie in `denoisers`."""
+"""The module that saved pipelines name for the classes of pruned models; the classes are defined in `denoisers`."""
 
 from typing import Any
 

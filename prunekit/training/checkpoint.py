@@ -12,13 +12,13 @@ from prunekit.runtime.files import ASIDE, read_json, restore_killed, write_folde
 
 
 class Checkpoints:
-    """The numbered checkpoints below a folder; the last `keep` stay."""
+    """The numbered checkpoints in a folder; only the last `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int = 1):
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Save the state after `step` steps; atomic."""
+        """Save the state after `step` steps atomically, and delete older checkpoints beyond `keep`."""
 
         def write(temporary: Path) -> None:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
@@ -36,7 +36,7 @@ class Checkpoints:
         return load_file(folders[-1] / "state.safetensors"), read_json(folders[-1] / "state.json")
 
     def clear(self) -> None:
-        """Remove them all: the training they served has its result."""
+        """Remove all checkpoints, once their training has its result."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
@@ -46,7 +46,7 @@ class Checkpoints:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's state as `optimizer.INDEX.NAME` tensors."""
+    """Return an optimizer's state as tensors by the names `optimizer.INDEX.NAME`."""
     state = optimizer.state_dict()["state"]
     return {
         f"optimizer.{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -56,7 +56,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `flatten_optimizer`'s tensors back."""
+    """Load the tensors of `flatten_optimizer` into an optimizer; tensors with other names are ignored."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

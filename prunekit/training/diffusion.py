@@ -1,4 +1,4 @@
-"""The denoising objective: noise a latent, and predict what the noise process asks for."""
+"""The denoising objective: add noise to a latent, and predict the target of the noise process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +25,15 @@ SNR_FORM = (  # the setting's description
     "published code, with weight 1 for the noisiest timesteps. For noise prediction both are min(SNR, "
     "gamma)/SNR."
 )
-SHORT_ATTENTION = 256  # tokens up to which plain matrix products train faster on a CPU than its flash kernel
+SHORT_ATTENTION = 256  # most tokens for which plain matrix products train faster on a CPU than torch's flash kernel
 
 
 def shift_timesteps(timesteps: Tensor, shift: float, num_timesteps: int) -> Tensor:
-    """Move timesteps towards the noisy end, T·s·t/(T + (s - 1)·t) (Esser et al., 2024, Eq. 23); 1 changes nothing."""
+    """Shift timesteps toward the noisy end: T·s·t/(T + (s - 1)·t) (Esser et al., 2024, Eq. 23).
+
+    timesteps: t, from 0 to T = `num_timesteps`.
+    shift: s; 1 changes nothing.
+    """
     shifted = num_timesteps * shift * timesteps / (num_timesteps + (shift - 1) * timesteps)
     return shifted.long().clamp(max=num_timesteps - 1)
 
@@ -43,9 +47,10 @@ def denoising_errors(
     snr_gamma: float | None = None,
     snr_form: SNRForm = "velocity",
 ) -> Tensor:
-    """Return each sample's denoising error, (B,), float32: of the noise or the velocity, as the process asks.
+    """Return each sample's denoising error, (B,), float32: the mean squared error to the target of the process.
 
-    snr_gamma: multiplies each error by its min-SNR weight (`NoiseProcess.weights`). snr_form: form of that weight.
+    snr_gamma: gamma of the min-SNR weight that multiplies each error (`NoiseProcess.weights`); None: no weight.
+    snr_form: form of that weight.
     """
     errors = per_sample_mse(prediction, process.target(latents, noise, timesteps))
     if snr_gamma is None:
@@ -55,14 +60,15 @@ def denoising_errors(
 
 @contextmanager
 def attention_kernel(model: nn.Module, latents: Tensor, recomputed: bool = False) -> Iterator[None]:
-    """Run a denoiser's passes within as a training step runs them fastest, by its input (B, C, h, w).
+    """Open a context in which a model's attention uses the kernel that trains fastest on latents (B, C, h, w).
 
-    For few tokens on a CPU, attention is plain matrix products in the precision that it is called in. There (8x8
-    latents, heads of 16 channels, bfloat16) they are 4 times as fast as torch's own, which computes in float32, and 14
-    times as fast as its flash kernel with the backward pass; for many tokens flash is faster. Results agree to
-    rounding. A step of the embedded transformer (80 tokens, heads of 32 channels) takes 0.83 of its time.
-    recomputed: activations are computed again in the backward pass, outside of this context, where another kernel
-        would not fit the saved activations; then the choice is torch's.
+    For few tokens on a CPU, attention is plain matrix products in the precision of its inputs. For 8x8 latents, heads
+    of 16 channels and bfloat16, plain products are 4 times as fast as torch's math kernel, which computes in float32,
+    and 14 times as fast as torch's flash kernel with the backward pass; for many tokens, flash is faster. Results agree
+    to rounding. A training step of the embedded transformer (80 tokens, heads of 32 channels) takes 0.83 times as long
+    as without this context.
+    recomputed: whether activations are computed again in the backward pass. That happens outside of this context, where
+        another kernel would not fit the saved activations, so the choice is left to torch.
     """
     few = latents.shape[-2] * latents.shape[-1] <= SHORT_ATTENTION
     if not few or latents.device.type != "cpu" or recomputed:
@@ -74,7 +80,7 @@ def attention_kernel(model: nn.Module, latents: Tensor, recomputed: bool = False
     for module in attentions:
         module.processor = plain
     try:
-        with sdpa_kernel(SDPBackend.MATH), PlainAttention():  # of other processors and networks
+        with sdpa_kernel(SDPBackend.MATH), PlainAttention():  # for other processors and networks
             yield
     finally:
         for module, processor in zip(attentions, before, strict=True):
@@ -82,7 +88,7 @@ def attention_kernel(model: nn.Module, latents: Tensor, recomputed: bool = False
 
 
 class PlainAttention(TorchFunctionMode):
-    """A context in which torch's attention is plain matrix products, in the precision that it is called in."""
+    """A context in which torch's attention is plain matrix products, in the precision of its inputs."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -95,10 +101,14 @@ class PlainAttention(TorchFunctionMode):
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Return softmax(query·keyᵀ/√d + mask)·value; what `options` asks for beside is left to torch.
+    """Return softmax(query·keyᵀ/√d + mask)·value.
 
-    query: (…, n, d). key: (…, m, d). value: (…, m, e). attn_mask: what is added to the products, or false where a key
-    does not count.
+    A call with dropout, a causal mask, a scale or grouped queries is left to torch.
+
+    query: (…, n, d).
+    key: (…, m, d).
+    value: (…, m, e).
+    attn_mask: added to the products, or boolean: false where a key is ignored.
     """
     if any(options.get(name) for name in ("dropout_p", "is_causal", "scale", "enable_gqa")):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
@@ -112,14 +122,14 @@ def plain_attention(
 
 @dataclass(frozen=True)
 class NoisePlan:
-    """What step `step` draws for its global batch: a function of (seed, step) and position alone."""
+    """The random draws of one step's global batch; they depend on the seed, the step and the position alone."""
 
     indices: Tensor  # (B,) into the training items
     timesteps: Tensor  # (B,)
     noise: Tensor  # (B, C, h, w)
-    choice: Tensor  # (B,) uniform in [0, 1): a caption's choice
+    choice: Tensor  # (B,) uniform in [0, 1): chooses a caption
     drop: Tensor  # (B,) uniform in [0, 1): caption dropout
-    posterior: Tensor | None = None  # (B, C, h, w): what latents that are kept as moments are sampled with
+    posterior: Tensor | None = None  # (B, C, h, w): noise that samples latents from stored moments
 
     @classmethod
     def draw(
@@ -132,7 +142,11 @@ class NoisePlan:
         process: NoiseProcess,
         sampled: bool = False,
     ) -> "NoisePlan":
-        """Draw the plan of a step; latent_shape is (C, h, w). sampled: `posterior` too, from a stream of its own."""
+        """Draw the plan of a step.
+
+        latent_shape: (C, h, w).
+        sampled: whether to draw `posterior` too, from its own random stream.
+        """
         source = generator(seed, "noise", step)
         return cls(
             indices=epoch_indices(num_items, batch_size, seed, step),
@@ -146,7 +160,7 @@ class NoisePlan:
         )
 
     def posterior_at(self, positions: Tensor) -> Tensor | None:
-        """Return what the latents of some positions (n,) are sampled with, (n, C, h, w), or None."""
+        """Return the noise in `posterior` at some positions (n,), (n, C, h, w); None if none was drawn."""
         return None if self.posterior is None else self.posterior[positions]
 
 

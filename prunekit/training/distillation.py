@@ -19,7 +19,7 @@ FEATURE_SCALE = (  # the setting's description
 
 @contextmanager
 def block_outputs(model: nn.Module, which: FeatureBlocks = "all") -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that every forward pass fills with the outputs of blocks, by path; hooks go on exit."""
+    """Yield a dictionary that every forward pass fills with the blocks' outputs, by path; remove the hooks on exit."""
     outputs: dict[str, Tensor] = {}
 
     def keep(path: str) -> Callable:
@@ -47,9 +47,9 @@ def distillation_error(
 ) -> Tensor:
     """Return each sample's output error plus its blocks' errors, (B,) (Eq. 27-29).
 
-    Blocks are compared where both dictionaries have them and their shapes agree: widths of the residual stream never
-    change, but inside a removed stage hidden states have another size. Its up block is compared: what a removed one
-    passes on has the size of what the teacher's returns.
+    A block is compared if both dictionaries have it and its shapes agree. The residual stream keeps its width, but
+    inside a removed stage the hidden states have another height and width. The up block of a removed stage is compared,
+    because its replacement passes on hidden states of the size that the teacher's block returns.
     """
     error, compared = per_sample_mse(prediction, teacher), []
     for path, reference in teacher_blocks.items():

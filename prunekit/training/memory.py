@@ -1,5 +1,6 @@
-"""How models are held: activations recomputed or kept, the layout of convolutions, frozen weights' dtype and place;
-how many samples a training takes at once, and the same training made small.
+"""Memory use of a training: recomputed activations, layout of convolutions, dtype and device of frozen weights.
+
+Also the number of samples per forward pass, and the settings of shortened trial trainings.
 """
 
 import math
@@ -15,22 +16,23 @@ from torch import nn
 from prunekit.runtime.precision import LOWER, resolve_precision
 from prunekit.training.trainer import TrainerConfig
 
-CAST = (nn.Conv2d, nn.Linear)  # whose weights autocast casts on every call; norms stay as they are
+CAST = (nn.Conv2d, nn.Linear)  # layers whose weights autocast casts on every call; norms are not cast
 C = TypeVar("C", bound=TrainerConfig)
 M = TypeVar("M", bound=ModelMixin)
-LOWERED = "_held_in_bfloat16"  # attribute of a model that `lower` has prepared
+LOWERED = "_held_in_bfloat16"  # attribute that marks a model prepared by `lower`
 _OFFLOADING = "group_offloading"  # diffusers' name of the hook
-SMOKE = {"steps": 2, "batch_size": 4, "micro_batch": 2, "warmup_steps": 1, "checkpoint_steps": 2}  # at most
-STEPS = 2  # of a training that is only tried: the first also warms up, so that the second is the one that counts
+SMOKE = {"steps": 2, "batch_size": 4, "micro_batch": 2, "warmup_steps": 1, "checkpoint_steps": 2}  # upper limits
+STEPS = 2  # steps of a trial training: the first also warms up, so only the second is measured
 
 
 @contextmanager
 def held(config: TrainerConfig, trained: ModelMixin, *others: ModelMixin) -> Iterator[None]:
-    """Hold UNets as a training's settings say; on exit they are as before.
+    """Prepare models for a training as its settings say; undo it on exit.
 
-    Frozen weights are held in the precision of forward passes, so what runs under them runs under autocast.
+    Frozen weights are converted to the precision of forward passes, so forward passes within must run under autocast.
 
-    trained: the one that gradients go through, to its weights or to the gates on it; it alone recomputes activations.
+    trained: the model that gradients go through, to its weights or to its gates; only this model recomputes
+        activations.
     """
     models = (trained, *others)
     if config.channels_last:
@@ -55,7 +57,7 @@ def held(config: TrainerConfig, trained: ModelMixin, *others: ModelMixin) -> Ite
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """A context after which modules are in the mode that they were in, and their parameters train as they did."""
+    """Restore, on exit, the modules' training modes and which of their parameters require gradients."""
     parts = [part for module in modules for part in module.modules()]
     modes = [(part, part.training) for part in parts]
     flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
@@ -70,10 +72,10 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cast_frozen(model: ModelMixin, dtype: torch.dtype) -> Iterator[None]:
-    """Hold the frozen float32 weights of convolutions and linear layers in autocast's dtype; on exit the old are back.
+    """Convert frozen float32 weights of convolutions and linear layers to autocast's dtype; restore them on exit.
 
-    Autocast keeps its casts of weights that are trained for the length of its context, and casts frozen ones again at
-    every call. The numbers are the same, bit by bit. Both copies are in memory.
+    Autocast caches its casts of trained weights within its context, but casts frozen weights again at every call. The
+    results are bitwise the same. Both copies are in memory.
     """
     layers = (module for module in model.modules() if isinstance(module, CAST))
     weights = {id(weight): weight for layer in layers for weight in layer.parameters(recurse=False)}.values()
@@ -94,7 +96,7 @@ class _Autocast:
         self.contexts = list[torch.autocast]()
 
     def enter(self, model: ModelMixin, *_: Any) -> None:
-        device = model.device  # where it computes now: it may have moved since, or its weights are in host memory
+        device = model.device  # its current device: it may have moved since, or have its weights in host memory
         self.contexts.append(torch.autocast(device.type, torch.bfloat16))
         self.contexts[-1].__enter__()
 
@@ -103,11 +105,11 @@ class _Autocast:
 
 
 def lower(model: M) -> M:
-    """Hold a frozen model's convolutions and linear layers in bfloat16 from now on; return it.
+    """Convert a frozen model's convolutions and linear layers to bfloat16, in place; return the model.
 
-    Norms, tables and what else there is stay, or become, float32, and every forward pass runs under bfloat16 autocast:
-    the outputs are those of float32 weights under autocast, bit by bit, if bfloat16 holds the weights exactly.
-    A slice of such a model has its dtypes; lower it too, or make it `float()` to train it.
+    All other parameters become float32, and every forward pass runs under bfloat16 autocast. The outputs equal bitwise
+    those of float32 weights under autocast, if bfloat16 represents the weights exactly.
+    A slice of such a model has the same dtypes: call `lower` on it too, or `float()` to train it.
     """
     cast = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, CAST)}
     biases = {id(layer.bias) for layer in cast.values()}
@@ -123,19 +125,19 @@ def lower(model: M) -> M:
 
 
 def is_lowered(model: nn.Module) -> bool:
-    """Whether `lower` holds a model."""
+    """Return whether a model was prepared by `lower`."""
     return hasattr(model, LOWERED)
 
 
 def held_like(cut: M, dense: nn.Module) -> M:
-    """Hold a slice of a model as that model is held, and return the slice."""
+    """Call `lower` on a slice of a model if the model was prepared by `lower`; return the slice."""
     return lower(cut) if is_lowered(dense) else cut
 
 
 def offload(module: nn.Module, device: torch.device) -> None:
-    """Keep a frozen module's weights in host memory; each layer's are copied to the device while it runs.
+    """Keep a frozen module's weights in host memory; each layer's weights are copied to the device while it runs.
 
-    diffusers' group offloading, with prefetching on a GPU. On the CPU itself nothing moves.
+    This is diffusers' group offloading, with prefetching on a GPU. If the device is the CPU, nothing moves.
     """
     streams = device.type == "cuda"
     apply_group_offloading(module, device, torch.device("cpu"), "leaf_level", use_stream=streams)
@@ -143,7 +145,7 @@ def offload(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def offloaded(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context in which a frozen module is offloaded; afterwards it is on the device again."""
+    """Open a context in which a frozen module is offloaded; on exit it moves to the device."""
     offload(module, device)
     try:
         yield
@@ -153,23 +155,23 @@ def offloaded(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a number, which a boolean is not."""
+    """Return whether a setting is a number; a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def capped(settings: Mapping[str, Any], most: Mapping[str, int]) -> dict[str, Any]:
-    """Return settings with no number above its entry in `most`."""
+    """Return settings in which no number is above its entry in `most`."""
     lower = {key: min(value, most[key]) for key, value in settings.items() if key in most and is_number(value)}
     return {**settings, **lower}
 
 
 def samples_at_once(config: TrainerConfig, devices: int) -> int:
-    """Return the samples of one forward pass on one of the devices that share a batch."""
+    """Return the number of samples per forward pass on each of the devices that share a batch."""
     per_device = math.ceil(config.batch_size / devices)
     return min(config.micro_batch or per_device, per_device)
 
 
 def two_steps(config: C, devices: int) -> C:
-    """Return a training of two steps, with as many samples at once as one of the devices has."""
+    """Return the settings of a two-step training whose forward passes have the samples of one of `devices` devices."""
     changes = {"steps": STEPS, "warmup_steps": 0, "decay_share": 0.0, "log_every": 1}
     return config.model_copy(update={**changes, "micro_batch": samples_at_once(config, devices)})

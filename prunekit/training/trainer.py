@@ -1,8 +1,8 @@
 """The one training loop: pre-training, search and fine-tuning differ only in their objective.
 
-A step is defined on the *global* batch. An objective names the batch of step s (the same on every process), gives
-the terms that need all of it, and the sum of its per-sample terms over any positions; so neither gradient
-accumulation nor the number of processes changes the loss or the gradient (laws 4 and 5).
+A step is defined on the *global* batch. An objective returns the batch of step s (the same on every process), the terms
+that need the whole batch, and the sum of its per-sample terms over any positions. So neither gradient accumulation nor
+the number of processes changes the loss or the gradient (laws 4 and 5).
 """
 
 import math
@@ -74,7 +74,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Objective(Protocol):
-    """What a training optimizes. Only `modules`' parameters that require gradients are trained."""
+    """The loss that a training minimizes. Only parameters of `modules` that require gradients are trained."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -88,11 +88,11 @@ class Objective(Protocol):
         """Return the terms that are functions of the whole batch (each a scalar); may be empty."""
 
     def micro_loss(self, batch: Any, positions: Tensor) -> dict[str, Tensor]:
-        """Return terms summed over `positions` (n,) so that all positions together give the step's loss."""
+        """Return the per-sample terms, summed over `positions` (n,); all positions together give the step's loss."""
 
 
 class Trainer:
-    """Runs an objective's steps; resumes from its own checkpoints; leaves the (averaged) weights in the modules.
+    """The training loop; it resumes from its checkpoints and leaves the trained (or averaged) weights in the modules.
 
     `milestones` maps a step to a function that is called after it, with the averaged weights in the modules.
     """
@@ -127,7 +127,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "float16")
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of `step` (0-based): linear warm-up, constant, linear fall over the last share."""
+        """Return the rate of `step` (0-based): linear warm-up, constant, linear decay over the last `decay_share`."""
         config = self.config
         rise = (step + 1) / config.warmup_steps if step < config.warmup_steps else 1.0
         fall_steps = config.decay_share * config.steps
@@ -135,9 +135,11 @@ class Trainer:
         return config.learning_rate * min(rise, fall)
 
     def fit(self) -> dict[str, float]:
-        """Run the steps that are left; return {"steps", "seconds", "loss"} of the whole training.
+        """Run the remaining steps; return "steps" and "seconds" of the whole training, the last "loss" and its terms.
 
-        Raises NonFiniteLossError without touching the last checkpoint.
+        Raises:
+            NonFiniteLossError: the loss is not finite; the last checkpoint is not changed.
+
         """
         step, seconds, terms = self._restore()
         progress = Progress(self.title, self.config.steps, step, enabled=self.processes.is_main)
@@ -163,7 +165,7 @@ class Trainer:
                     termination.leave()
         if self.average is not None:
             self.average.copy_to(self.parameters)
-        self.processes.wait()  # the main one may still be writing
+        self.processes.wait()  # the main process may still be writing
         return {"steps": step, "seconds": seconds, **terms}
 
     def _log(self, step: int, seconds: float, terms: dict[str, float]) -> None:
@@ -172,18 +174,23 @@ class Trainer:
             self.log({**row, "seconds": round(seconds, 2)})
 
     def _is_due(self, step: int, seconds: float) -> bool:
-        """Whether a checkpoint is due after `step` steps, `seconds` after the last one."""
+        """Return whether a checkpoint is due after `step` steps, `seconds` after the last one."""
         config = self.config
         by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
         return by_steps or seconds > 60 * config.checkpoint_minutes or step == config.steps
 
     def _is_read(self, step: int) -> bool:
-        """Whether the terms after `step` steps are looked at: reading them makes the host wait for the device."""
+        """Return whether to read the terms after `step` steps; reading makes the host wait for the device."""
         waits = self.processes.device.type != "cpu"
         return not waits or step % self.config.log_every == 0 or step in self.milestones or step == self.config.steps
 
     def _read(self, step: int, unread: dict[str, Tensor]) -> dict[str, float]:
-        """Return the terms of the last of `step` steps as numbers, and "loss", their sum, which must be finite."""
+        """Return the terms of the last of `step` steps as numbers, and "loss", their sum.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite.
+
+        """
         terms = {name: float(value) for name, value in unread.items()}
         loss = sum(terms.values())
         if not math.isfinite(loss):
@@ -194,7 +201,7 @@ class Trainer:
         return {"loss": loss, **terms}
 
     def _step(self, step: int, stop: bool) -> tuple[dict[str, Tensor], bool]:
-        """Make a step, without waiting for the device; return its terms, and whether any process was asked to stop."""
+        """Run a step without waiting for the device; return its terms, and whether any process was asked to stop."""
         config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -248,7 +255,7 @@ class Trainer:
         sums.update(zip(sums, packed, strict=False))
         stopping, *users = packed[len(sums) :].tolist()
         for parameter, count in zip(self.parameters, users, strict=True):
-            if not count:  # used by nobody: the optimizer takes no step, as it would in one process
+            if not count:  # used by no process: the optimizer skips it, as it would in one process
                 parameter.grad = None
         return stopping > 0
 
@@ -261,7 +268,7 @@ class Trainer:
             self.checkpoints.save(step, tensors, state)
 
     def _restore(self) -> tuple[int, float, dict[str, float]]:
-        """Take up the newest checkpoint; return its step, seconds and terms."""
+        """Load the newest checkpoint, if there is one; return its step, seconds and terms."""
         checkpoint = self.checkpoints.latest()
         if checkpoint is None:
             return 0, 0.0, {}
