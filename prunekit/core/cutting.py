@@ -72,7 +72,7 @@ def keep_each(layer: nn.Module, kept: Sequence[int]) -> None:
 
 
 def _prune_rms_norm(norm: nn.Module, removed: Sequence[int]) -> None:
-    """Remove channels of an RMS norm, which torch-pruning does not know."""
+    """Remove channels of an RMS norm, which torch-pruning does not support."""
     gone = set(removed)
     kept = [index for index in range(len(weight_of(norm))) if index not in gone]
     for name, parameter in list(norm.named_parameters()):

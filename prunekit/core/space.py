@@ -288,7 +288,7 @@ class Architecture:
 
     @classmethod
     def load(cls, path: str | Path, space: UnitSpace | None = None) -> Architecture:
-        """Read what `save` wrote."""
+        """Return the Architecture that `save` wrote; `space`, if given, must be its space."""
         return cls.from_dict(json.loads(Path(path).read_text()), space)
 
     def _need_boolean(self) -> None:
