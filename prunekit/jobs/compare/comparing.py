@@ -1,6 +1,7 @@
 """`prunekit compare`: compute the missing cells, and write one table and one picture of all cells."""
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
@@ -23,6 +24,7 @@ from prunekit.jobs.recipe import (
 )
 from prunekit.jobs.reporting import finish
 from prunekit.jobs.stages import RunLog, Stages
+from prunekit.jobs.timeline import rounded
 from prunekit.report.comparison_table import (
     PAIR_COLUMNS,
     PROTOCOLS,
@@ -91,12 +93,13 @@ class Comparison:
         self.stages.evaluator  # noqa: B018 - a missing evaluator is an error before any work
         self.runner = CellRunner(recipe, directory, self.stages)
         self.cells = self.runner.cells
+        self.began, self.at_start = time.monotonic(), self._count()  # for the time left
 
     def make(self, executor: Executor) -> None:
         """Compute the missing cells, except those that another launch on this directory is computing."""
 
         def make(number: int, cell: Cell) -> None:
-            self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}")
+            self.log.say(f"cell {number} of {len(self.cells)}: {cell.title}{self._time_left()}")
             self.runner.run(cell)
 
         pieces = [
@@ -111,6 +114,20 @@ class Comparison:
 
     def _has(self, cell: Cell) -> bool:
         return self.runner.finished(cell) is not None
+
+    def _count(self) -> int:
+        return sum(map(self._has, self.cells))
+
+    def _time_left(self) -> str:
+        """Return the time left, for a line; empty before a first cell is finished.
+
+        The pace is that of all processes that share the directory: the cells finished since this process began.
+        """
+        finished = self._count()
+        if finished == self.at_start:
+            return ""
+        pace = (time.monotonic() - self.began) / (finished - self.at_start)
+        return f", about {rounded(pace * (len(self.cells) - finished))} left"
 
     def results(self) -> tuple[list[Result], list[Cell]]:
         """Return the finished cells' results, and the cells that are missing."""
