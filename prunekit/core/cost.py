@@ -328,8 +328,8 @@ class _Part(NamedTuple):
     """A module of a layer, and which units its cost depends on.
 
     owner: "unit": the layer's units together own the fraction `share`, (numerator, denominator), of the weight's cost,
-        and the bias unless the module makes the layer's output; "any": the module feeds the layer and costs while any
-        unit is left; "always": its cost is constant.
+        and of the bias's cost unless the module makes the layer's output; "any": the module feeds the layer and costs
+        while any unit is left; "always": its cost is constant.
     rest: whether the part is also charged for the channels of the weight that no unit owns, and for an output's bias.
         Where several layers own channels of one weight, only the first layer's part is.
     owned: number of the weight's channels that units of any layer own.
@@ -417,15 +417,14 @@ def _cost(layer: Layer, parts: Iterable[_Part], counter: Counter, lengths: Mappi
         if part.owner != "unit":
             costs[part.owner] += weights + bias
             continue
+        if not part.makes_output:
+            weights, bias = weights + bias, 0  # each channel that a unit owns has an entry in the bias
         of, in_all = part.share
         owned, rest = divmod(weights * of, in_all)
         assert rest == 0
         costs["unit"] += owned
         if part.rest:
             costs["always"] += weights * (in_all - part.owned) // in_all
-        if not part.makes_output:
-            costs["unit"] += bias
-        elif part.rest:
             costs["always" if counter.output_bias_stays else "any"] += bias
     for activation in layer.activations:
         costs[activation.needed] += counter.activation(activation.channels, lengths[activation.stream])

@@ -13,6 +13,8 @@ import prunekit as pk
 from prunekit.core.call import predict
 from prunekit.core.discovery import width_layers
 from prunekit.core.registry import denoiser_of
+from prunekit.core.slicing import cut
+from prunekit.denoisers.flux2.denoiser import ENTRY, EXIT
 from prunekit.denoisers.joint import pack, unpack
 from prunekit.runtime.errors import UserError
 
@@ -169,6 +171,20 @@ def test_gates_are_differentiable_also_recomputed(name, monkeypatch):
         model.train()
         (recomputed,) = torch.autograd.grad(value(soft), soft)
         assert torch.equal(recomputed, gradient)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_that_two_groups_share_is_counted_once(seed):
+    model = build("flux2", "meta")
+    for block in model.single_transformer_blocks:  # diffusers builds these layers without a bias
+        for name in (ENTRY, EXIT):
+            layer = getattr(block.attn, name)
+            setattr(block.attn, name, torch.nn.Linear(layer.in_features, layer.out_features, device="meta"))
+    space = pk.discover(model)
+    cost, architecture = pk.CostModel(model, space, (8, 6)), architecture_of(space, seed)
+    assert cost.dense_params == sum(parameter.numel() for parameter in model.parameters())
+    cut(denoiser_of(model), model, architecture)
+    assert cost.params(architecture) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_streams_pass_on_in_the_order_of_a_blocks_outputs():
