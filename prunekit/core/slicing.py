@@ -350,17 +350,17 @@ def _change(model: nn.Module, path: Path) -> None:
     """Add the changes in a file to a model's weights; raise UserError if the file does not fit the model."""
     names, changes = names_in_files(model), load_state_dict(path)
     known = {names.get(name, name): parameter for name, parameter in model.named_parameters()}
-    for key, value in changes.items():
-        name, _, kind = key.rpartition(".")
-        weight = known.get(name)
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in changes):
+        if name not in known:
+            raise UserError(f"{path} does not fit the model of its folder: the model has no {name}")
+        weight, shift = known[name], changes.get(name + SHIFT)
         try:
-            if kind == DOWN[1:]:
-                continue  # used with its `up`
-            assert weight is not None
-            change = changes[name + UP].double() @ changes[name + DOWN].double() if kind == UP[1:] else value.double()
+            change = changes[name + UP].double() @ changes[name + DOWN].double() if shift is None else shift.double()
             weight.copy_(weight.double() + change.reshape(weight.shape).to(weight.device))
-        except (AssertionError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit the model of its folder: the model has no {key}") from error
+        except KeyError as error:
+            raise UserError(f"{path} is damaged: it has no {error.args[0]}") from error
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit the model of its folder: {name}: {first_line(error)}") from error
 
 
 def keep_saved_module(pruned: type) -> None:

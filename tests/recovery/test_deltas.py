@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from small_data import encoded_for, stub
 from small_model import TRAINING, write_world
 from unets import build, inputs, relative_error
 
 import prunekit as pk
-from prunekit.core.slicing import DELTAS, slice_model
+from prunekit.core.slicing import DELTAS, load_model, save_member, slice_model
 from prunekit.core.timesteps import TimestepBins, TimestepModel
 from prunekit.jobs.run import start
 from prunekit.methods import OneMask, PruneResult, Random
@@ -69,6 +70,33 @@ def test_experts_recovered_in_memory_differ_in_their_changes(world):
     assert isinstance(model, TimestepModel)
     first, second = (dict(part.named_parameters()) for part in model.slices)
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def _shortened(content):
+    content["conv_in.weight.down"] = content["conv_in.weight.down"][:, 1:].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content.pop("conv_in.weight.up"), r"is damaged: it has no conv_in\.weight\.up$"),
+        (lambda content: content.pop("conv_in.weight.down"), r"is damaged: it has no conv_in\.weight\.down$"),
+        (lambda content: content.update({"conv_on.bias.shift": torch.zeros(1)}), r"the model has no conv_on\.bias$"),
+        (_shortened, r"does not fit the model of its folder: conv_in\.weight: shape"),
+    ],
+)
+def test_damaged_changes_are_one_clear_error(damage, message, world, tmp_path):
+    unet, _, architecture = world
+    unet.save_pretrained(tmp_path / "backbone")
+    save_member(unet, architecture, tmp_path / "0", tmp_path / "backbone")
+    member = Member(pk.slice_unet(unet, architecture.space.full()), architecture)
+    Deltas(member.model, DeltaConfig(rank=1), 0, 0, unet.device).save(tmp_path / "0")
+    assert relative_error(run(load_model(tmp_path / "0").eval()), run(slice_model(unet, architecture))) <= 1e-6
+    content = load_file(tmp_path / "0" / DELTAS)
+    damage(content)
+    save_file(content, tmp_path / "0" / DELTAS)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "0")
 
 
 def test_changes_need_weights_that_are_shared():
