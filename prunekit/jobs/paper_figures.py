@@ -14,7 +14,7 @@ from prunekit.evaluation.generate import generate
 from prunekit.evaluation.sheets import PictureRow, expert_note, picture_sheet, save_figure, shortened
 from prunekit.methods.transport import assign
 from prunekit.models import load_pipeline_of
-from prunekit.report.comparison_table import BY_KEY, rows_of
+from prunekit.report.comparison_table import BY_KEY, PROTOCOLS, rows_of
 from prunekit.report.pareto import panels_of
 from prunekit.report.source import Source
 from prunekit.report.svg import colour, style
@@ -173,7 +173,8 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> Path:
     """Draw a comparison's figures against the number of experts, with 95 % intervals over the seeds (Figure 5).
 
-    Rows with a single architecture have 1 expert. Only rows of the protocol equal_steps are drawn.
+    Rows with a single architecture have 1 expert. If the comparison has several protocols, the rows of the first are
+    drawn: equal_steps if the recipe has it.
     """
     from matplotlib.figure import Figure
 
@@ -181,7 +182,11 @@ def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) ->
     source = Source(run)
     if not source.is_comparison or not source.cells:
         raise UserError(f"{run} holds no finished cells of a comparison; this figure is of one")
-    rows = [row for row in rows_of(source.cells) if row.method != DENSE and row.protocol == "equal_steps"]
+    pruned = [row for row in rows_of(source.cells) if row.method != DENSE]
+    if not pruned:
+        raise UserError(f"{run} holds no finished cells of pruned models")
+    first = min((row.protocol for row in pruned), key=list(PROTOCOLS).index)
+    rows = [row for row in pruned if row.protocol == first]
     names = panels_of(rows)
     with style():
         figure = Figure(figsize=(4.2 * len(names), 3.4), facecolor="white", layout="constrained")
@@ -192,7 +197,10 @@ def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) ->
                 means = [row.estimates[name].mean * column.scale for row in mixtures]
                 halves = [(row.estimates[name].high - row.estimates[name].low) / 2 * column.scale for row in mixtures]
                 counts = [row.models for row in mixtures]
-                panel.errorbar(counts, means, halves, marker="o", capsize=3, color=colour(index), label=budget)
+                line = "-" if len(set(counts)) == len(counts) else ""  # several rows with one count are no curve
+                panel.errorbar(
+                    counts, means, halves, marker="o", linestyle=line, capsize=3, color=colour(index), label=budget
+                )
             panel.set(xlabel="experts", ylabel=column.header, xticks=sorted({row.models for row in rows}))
             panel.legend(title="budget")
         return save_figure(figure, output)

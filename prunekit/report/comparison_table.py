@@ -25,10 +25,11 @@ TIMES = (
 QUALITY = ("cmmd", "cmmd_above", "kid", "kid_above", "clip_score", "top1", "top5", "frechet", "agreement")
 BY_KEY = {column.key: column for column in (*COLUMNS, *TIMES)}
 EQUAL_TOTAL = "equal_total"
+EQUAL_COMPUTE = "equal_compute"
 PROTOCOLS = {
     "equal_steps": "equal steps per model (the papers' protocol)",
     EQUAL_TOTAL: "equal total compute (calibration, search and fine-tuning of all models; cheaper rows train longer)",
-    "equal_compute": "equal fine-tuning in total (each of N experts has 1/N of the steps; searches are not charged)",
+    EQUAL_COMPUTE: "equal fine-tuning in total (each of N experts has 1/N of the steps; searches are not charged)",
 }
 TIMINGS = "timings.json"  # in a comparison's directory
 

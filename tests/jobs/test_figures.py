@@ -1,5 +1,8 @@
 """The paper's figures of a small run: each kind is drawn, and mistakes are one line."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from command_line import ok, refused
@@ -41,6 +44,21 @@ def test_every_figure_is_drawn(kind, more, run, tmp_path):
     assert str(path) in ok("figure", *given).replace("\n", "")
     with Image.open(path) as picture:
         assert picture.width > 200 and len(set(picture.convert("L").getdata())) > 2
+
+
+def test_experts_are_drawn_for_a_comparison_without_equal_steps(tmp_path):
+    recorded = Path("docs/results/compare_emoji/cells")
+    (tmp_path / "cells").mkdir()
+    for path in recorded.glob("*__0.5__seed0__equal_total.json"):
+        shutil.copy(path, tmp_path / "cells")
+    picture = tmp_path / "experts.png"
+    ok("figure", "num-experts", tmp_path, "--output", picture)
+    with Image.open(picture) as image:
+        assert len(set(image.convert("L").getdata())) > 2
+    for path in (tmp_path / "cells").iterdir():
+        path.unlink()
+    shutil.copy(recorded / "dense__seed0__static.json", tmp_path / "cells")
+    assert "no finished cells of pruned" in refused("figure", "num-experts", tmp_path, "--output", picture)
 
 
 def test_mistakes_are_one_line(run, tmp_path):

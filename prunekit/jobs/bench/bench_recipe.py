@@ -149,7 +149,7 @@ def load_bench_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BenchR
     """
     path = Path(path)
     if not path.is_file():
-        raise BenchRecipeError(f"no recipe at {path}; the benchmark that ships with prunekit is recipes/bench_*.yaml")
+        raise BenchRecipeError(f"no recipe at {path}; the folder recipes/ of the repository has bench_*.yaml")
     try:
         content = resolved(merged(load_settings(path), load_overrides(overrides)), path)
     except UserError as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 from prunekit.jobs.compare.cell_runner import DISTILLATION
 from prunekit.jobs.recipe import with_added
-from prunekit.report.comparison_table import EQUAL_TOTAL, Result
+from prunekit.report.comparison_table import EQUAL_COMPUTE, EQUAL_TOTAL, Result
 from prunekit.runtime.errors import UserError
 
 DISTILLED = tuple(f"fine_tune.{name}" for name in DISTILLATION)
@@ -50,7 +50,7 @@ def _group(field: str, cell: Result) -> Hashable | None:
         "prune.depth": lambda: None if cell["variant"] is not None else "",  # a family has its own unit space
         "fine_tune.shared_backbone": lambda: axes["method"],
         "fine_tune.experts_per_step": lambda: axes["method"],
-        "fine_tune.steps": lambda: {"equal_compute": cell["models"], EQUAL_TOTAL: None}.get(axes["protocol"], ""),
+        "fine_tune.steps": lambda: {EQUAL_COMPUTE: cell["models"], EQUAL_TOTAL: None}.get(axes["protocol"], ""),
         "fine_tune.warmup_steps": lambda: None if axes["protocol"] == EQUAL_TOTAL else "",
     }
     if field in rules:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from prunekit.jobs.recipe import CompareRecipe
 from prunekit.methods.base import Method
 from prunekit.methods.workload import MethodWork
-from prunekit.report.comparison_table import EQUAL_TOTAL, STATIC
+from prunekit.report.comparison_table import EQUAL_COMPUTE, EQUAL_TOTAL, STATIC
 
 
 class TrainingSteps:
@@ -38,8 +38,10 @@ class TrainingSteps:
         recipe = self.recipe
         if not recipe.recovering(label).fine_tune:
             return 0
+        if protocol == EQUAL_COMPUTE:
+            return max(1, recipe.fine_tune.steps // recipe.method_of(label).num_models)
         if protocol != EQUAL_TOTAL:
-            return recipe.steps(protocol, recipe.method_of(label).num_models)
+            return recipe.fine_tune.steps
         most = max(self._passes(other, budget, recipe.fine_tune.steps) for other in self._rows(budget))
         left = most - self._before(label, budget)
         return max(1, int(left / self._step(label, budget) / self.trainings(label) + 1e-9))

@@ -328,11 +328,6 @@ class CompareRecipe(CommonRecipe):
         """Return the method of a row at an arbitrary budget and seed, on which its other settings do not depend."""
         return self.method(label, 0.5, 0)
 
-    def steps(self, protocol: str, num_models: int) -> int:
-        """Return the fine-tuning steps of each of a row's models under a protocol."""
-        steps = self.fine_tune.steps
-        return max(1, steps // num_models) if protocol == "equal_compute" else steps
-
     def fine_tuning(self, label: str, steps: int, scale_warmup: bool = False) -> FineTuneConfig:
         """Return a row's fine-tuning settings; without distillation, only the denoising error counts, with weight 1.
 
