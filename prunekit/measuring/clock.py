@@ -65,7 +65,7 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int 
     """Return the peak memory of one call, in bytes above the memory held before it; None if the system does not tell.
 
     CUDA: exact, from the allocator. CPU: from the process's peak resident size (Linux), except for memory that malloc
-    kept.
+    kept. An error of the call itself is raised.
     """
     device = torch.device(device)
     gc.collect()
@@ -83,10 +83,14 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int 
     except OSError:
         return None
     function()
-    return max(0, _resident("VmHWM") - held)
+    try:
+        return max(0, _resident("VmHWM") - held)
+    except OSError:
+        return None
 
 
 def _resident(field: str) -> int:
+    """Return a size of the process in bytes; raise OSError if the system does not tell it."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])

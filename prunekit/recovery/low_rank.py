@@ -83,13 +83,13 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Merge a model's changes inside the context; on exit restore the model, bit by bit."""
+    """Merge a model's changes inside the context; on exit, or if merging fails, restore the model, bit by bit."""
     adapted = list(_adapted(model))
     weights = [layer.get_base_layer().weight.detach().clone() for _, _, layer in adapted]
-    for parent, name, layer in adapted:
-        layer.merge()
-        setattr(parent, name, layer.get_base_layer())
     try:
+        for parent, name, layer in adapted:
+            layer.merge()
+            setattr(parent, name, layer.get_base_layer())
         yield
     finally:
         for (parent, name, layer), weight in zip(adapted, weights, strict=True):

@@ -27,32 +27,37 @@ STEPS = 2  # steps of a trial training: the first also warms up, so only the sec
 
 @contextmanager
 def held(config: TrainerConfig, trained: ModelMixin, *others: ModelMixin) -> Iterator[None]:
-    """Prepare models for a training as its settings say; undo it on exit.
+    """Prepare models for a training as its settings say; on exit undo what changed.
 
     Frozen weights are converted to the precision of forward passes, so forward passes within must run under autocast.
 
     trained: the model that gradients go through, to its weights or to its gates; only this model recomputes
         activations.
     """
-    models = (trained, *others)
-    if config.channels_last:
-        for model in models:
-            model.to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        trained.enable_gradient_checkpointing()
-    try:
-        with ExitStack() as stack:
-            dtype = LOWER.get(resolve_precision(config.precision, trained.device))
+    dtype = LOWER.get(resolve_precision(config.precision, trained.device))
+    with ExitStack() as stack:
+        if config.gradient_checkpointing and not trained.is_gradient_checkpointing:
+            trained.enable_gradient_checkpointing()
+            stack.callback(trained.disable_gradient_checkpointing)
+        for model in (trained, *others):
+            if config.channels_last:
+                stack.enter_context(in_channels_last(model))
             if dtype is not None:
-                for model in models:
-                    stack.enter_context(cast_frozen(model, dtype))
-            yield
+                stack.enter_context(cast_frozen(model, dtype))
+        yield
+
+
+@contextmanager
+def in_channels_last(model: nn.Module) -> Iterator[None]:
+    """Convert a model's contiguous weights of 4 axes to the layout channels_last; convert them back on exit."""
+    weights = [weight for weight in model.parameters() if weight.dim() == 4 and weight.is_contiguous()]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
     finally:
-        if config.gradient_checkpointing:
-            trained.disable_gradient_checkpointing()
-        if config.channels_last:
-            for model in models:
-                model.to(memory_format=torch.contiguous_format)
+        for weight in weights:
+            weight.data = weight.data.contiguous()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from prunekit.jobs.bench.bench_table import markdown
 from prunekit.jobs.bench.modes import in_mode, refill
 from prunekit.jobs.bench.runner import Bench
 from prunekit.jobs.bench.workloads import denoiser_calls
+from prunekit.measuring import clock
 from prunekit.measuring.clock import peak_memory, timed_inputs
 from prunekit.measuring.interleaved import WarmUp, measure, paired_ratio
 from prunekit.methods.budget import unaligned
@@ -114,6 +115,16 @@ def test_peak_memory_is_of_the_call():
     if peak is None:
         pytest.skip("this system does not tell")
     assert 0.9 * 2 * kept.nbytes < peak < 1.3 * 2 * kept.nbytes
+
+
+@pytest.mark.parametrize("status", ["", "VmRSS: 1 kB\n"])  # neither size, or no peak after the call
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(status, tmp_path, monkeypatch):
+    (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(clock, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(clock, "RESET", tmp_path / "reset")
+    assert peak_memory(lambda: None, CPU) is None
+    monkeypatch.setattr(clock, "RESET", tmp_path / "nowhere" / "reset")
+    assert peak_memory(lambda: None, CPU) is None
 
 
 def test_what_cannot_be_timed_is_refused():

@@ -63,6 +63,23 @@ def test_merged_for_a_while_it_is_as_before_to_the_bit(world):
     assert relative_error(run(student), run(slice_model(unet, architecture))) > 1e-3
 
 
+def test_a_merge_that_fails_half_way_is_undone(world, monkeypatch):
+    unet, _, architecture = world
+    student = slice_model(unet, architecture)
+    changed_somewhat(student)
+    adapted, state = run(student), {name: value.clone() for name, value in student.state_dict().items()}
+
+    def failing():
+        raise MemoryError
+
+    monkeypatch.setattr(student.mid_block.resnets[0].conv1, "merge", failing)
+    with pytest.raises(MemoryError), merged(student):
+        pass
+    after = student.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
+    assert torch.equal(run(student), adapted)
+
+
 def test_fine_tuning_leaves_a_plain_model_and_resumes_where_it_was(world, tmp_path):
     unet, data, architecture = world
     whole, halves = slice_model(unet, architecture), [slice_model(unet, architecture) for _ in range(2)]

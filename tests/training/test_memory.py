@@ -13,7 +13,7 @@ from prunekit.core.gates import gated
 from prunekit.core.registry import denoiser_of
 from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
 from prunekit.runtime.errors import UserError
-from prunekit.training.memory import CAST, is_lowered, lower, offloaded
+from prunekit.training.memory import CAST, held, is_lowered, lower, offloaded
 
 TRAINING = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "precision": "bfloat16", "warmup_steps": 0}
 
@@ -68,6 +68,29 @@ def test_an_offloaded_model_gives_the_same_and_is_as_before_afterwards(name):
             assert torch.equal(predict(model, call), expected)
         assert torch.equal(predict(model, call), expected)
     assert not any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("was", [False, True])
+def test_a_training_leaves_recomputation_and_layouts_as_they_were(was):
+    model, other = model_of("unet"), model_of("unet")
+    if was:
+        model.enable_gradient_checkpointing()
+        other.to(memory_format=torch.channels_last)
+    layouts = [weight.stride() for weight in (*model.parameters(), *other.parameters())]
+    config = FineTuneConfig(**TRAINING, gradient_checkpointing=True, channels_last=True)
+    with pytest.raises(ZeroDivisionError), held(config, model, other):
+        assert model.is_gradient_checkpointing and not other.is_gradient_checkpointing
+        for part in (model, other):
+            assert part.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        raise ZeroDivisionError
+    assert model.is_gradient_checkpointing == was
+    assert [weight.stride() for weight in (*model.parameters(), *other.parameters())] == layouts
+
+
+def test_a_kernel_of_a_video_model_has_no_layout_channels_last():
+    model = build("wan")
+    with held(FineTuneConfig(**TRAINING, channels_last=True), model):
+        assert model.patch_embedding.weight.is_contiguous()
 
 
 def test_low_rank_changes_of_a_lowered_model_train_beside_an_offloaded_teacher(tmp_path):
