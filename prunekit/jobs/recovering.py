@@ -139,6 +139,9 @@ class Recovering:
                 for recovery, needed in zip(self.recoveries, self.jobs_of, strict=True):
                     make = partial(_recovered, self.stages, recovery, needed)
                     pieces.append(_follow(make, needed, jobs, meanwhile))
+            if missing := [job for job in jobs if not job.done()]:  # another node may recover them
+                first = missing[0].recovery
+                self.begins(first.name, missing[0].index or 0, first.closed_form is None)
             (sharing or self.stages.share)(pieces)
 
     def candidates(self) -> list[Candidate]:

@@ -16,6 +16,7 @@ from prunekit.jobs.plan.planned_models import Models
 from prunekit.jobs.plan.planned_rows import rows_of
 from prunekit.jobs.plan.speed import measure_speed
 from prunekit.jobs.recipe import PruneRecipe
+from prunekit.runtime.engines import LOCAL
 from prunekit.runtime.run_directory import DENSE
 
 MEASURING, TABLE = "measuring", "table"  # parts of a run that a plan leaves out, because they are short
@@ -119,6 +120,8 @@ class Timeline:
     def _say(self, begins: bool) -> None:
         stage = self.items[self.index].stage
         of_stage, of_run = self.seconds_left()
+        if of_run is None and not begins:
+            return
         line = f"stage {self.stages.index(stage) + 1} of {len(self.stages)}: {stage}"
         if begins and of_stage is not None and stage != self.stages[-1]:
             line += f" (about {rounded(of_stage)})"
@@ -132,9 +135,12 @@ class Timeline:
 def timeline_of(recipe: PruneRecipe, say: Callable[[str], object], processes: int) -> Timeline:
     """Return the timeline of a resolved recipe's run on some processes.
 
-    If no plan can be made, such as for a missing model, the items have no times; the run reports the error.
+    On a cluster, the items have no times, since this machine's speed says nothing about the nodes. If no plan can be
+    made, such as for a missing model, they have none either; the run reports the error.
     """
     items = items_of(recipe)
+    if recipe.engine != LOCAL:
+        return Timeline(items, say)
     with suppress(Exception):
         planned = planned_seconds(recipe)
         for item in items:

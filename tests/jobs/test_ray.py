@@ -3,6 +3,7 @@ those of one process.
 """
 
 import json
+import re
 import signal
 import sys
 import time
@@ -90,6 +91,7 @@ def test_a_run_is_that_of_one_process(cluster, recipe, local, tmp_path):
     printed = ended(started(cluster, recipe, tmp_path / "run"))
     check_equal(tmp_path / "run", local)
     assert LOST not in printed and "norm 0: fine-tuned on" in printed
+    assert re.search(r"stage \d of \d: fine-tune", printed), "the driver says which stage runs"
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in log if row.get("stage") == "aptp 0"]
     assert steps == list(range(1, FINE_TUNING_STEPS + 1)), "rows of tasks are in the log, once and in order"

@@ -90,7 +90,10 @@ def test_without_a_plan_no_time_is_claimed(clock, said):
     timeline.begin((TUNING, "a", 0))
     clock.now = 10.0
     timeline.watch(seconds=10.0, first=0.0, share=0.5)
-    assert said == ["stage 1 of 2: fine-tune a"] and timeline.seconds_left() == (10.0, None)
+    assert timeline.seconds_left() == (10.0, None)
+    clock.now = 1000.0
+    timeline.watch(seconds=1000.0, first=0.0, share=0.9)
+    assert said == ["stage 1 of 2: fine-tune a"], "the line is not repeated"
 
 
 def test_every_progress_is_seen():
@@ -130,6 +133,11 @@ def test_a_refit_is_an_item_of_its_own():
 def test_a_shared_backbone_is_one_model():
     recipe = load_recipe("recipes/quickstart.yaml", ["fine_tune.shared_backbone=true"])
     assert [item.stage for item in items_of(recipe) if item.key[:2] == (TUNING, "aptp")] == ["fine-tune aptp"]
+
+
+def test_stages_on_a_cluster_have_no_times():
+    timeline = timeline_of(load_recipe("recipes/quickstart.yaml", ["engine=ray"]), print, 1)
+    assert len(timeline.stages) == 8 and all(item.planned is None for item in timeline.items)
 
 
 def test_a_model_that_is_not_there_is_the_runs_error(tmp_path):
