@@ -159,6 +159,7 @@ class BKSDM(Method):
         ones = (1,) * len(_levels(model).layers)
         name = "base" if variant == _written(ones, False) else "small" if variant == _written(ones, True) else variant
         if name not in members:
+            _require(members)
             hint = near(str(name), members)
             raise UserError(f"variant={variant!r} is not possible on this UNet.{hint}. It has: {'; '.join(members)}")
         return name, members[name]
@@ -173,6 +174,12 @@ class BKSDM(Method):
             )
 
 
+def _require(members: dict[str, Architecture]) -> None:
+    """Raise UserError if a UNet has no members, because of its shape or of the settings' include and exclude."""
+    if not members:
+        raise UserError("BK-SDM's rule cannot remove anything from this UNet")
+
+
 def _fits(member: Architecture, cost: CostModel, budget: float) -> bool:
     return cost.total(member) <= Fraction(repr(float(budget))) * cost.dense_total  # the exact decimal of the setting
 
@@ -182,8 +189,7 @@ def _share(member: Architecture, cost: CostModel) -> float:
 
 
 def _largest(members: dict[str, Architecture], cost: CostModel, budget: float) -> tuple[str, Architecture]:
-    if not members:
-        raise UserError("BK-SDM's rule cannot remove anything from this UNet")
+    _require(members)
     within = [name for name, member in members.items() if _fits(member, cost, budget)]
     if not within:
         cheapest = sorted(members, key=lambda name: cost.total(members[name]))[:3]

@@ -11,7 +11,9 @@ from prunekit.denoisers.unet.miniature import build
 from prunekit.runtime.errors import UserError
 
 TOKENS = 16
+FIRST_TOKENS = 2 * 256 + 2  # tokens of any vocabulary: each byte within and at the end of a word, start, end
 NORM_GROUPS = 8  # of the autoencoder
+TEXT_HEAD = 32  # channels of each head of the text encoder
 Size = Annotated[int, Field(ge=1, le=4096)]
 Levels = tuple[Size, Size, Size, Size]
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -30,9 +32,14 @@ class EmojiModelConfig(BaseModel):
     unet_channels: Levels = Field((64, 96, 96, 96), description="Channels of the UNet's levels.")
     unet_heads: Levels = Field((4, 6, 6, 6), description="Attention heads of the UNet's levels.")
     norm_groups: Size = Field(16, description="GroupNorm groups of the UNet, which are the units of a ResBlock.")
-    text_width: Size = Field(128, description="Channels of the text encoder.")
+    text_width: Size = Field(128, multiple_of=TEXT_HEAD, description="Channels of the text encoder, a multiple of 32.")
     text_layers: int = Field(3, ge=1, le=100, description="Layers of the text encoder.")
-    vocabulary: int = Field(2000, description="Largest size of the BPE vocabulary.")
+    vocabulary: int = Field(
+        2000,
+        ge=FIRST_TOKENS,
+        le=65536,
+        description="Largest size of the BPE vocabulary; 514 tokens stand for single bytes and a text's start and end.",
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> "EmojiModelConfig":
@@ -121,7 +128,7 @@ def build_text_encoder(config: EmojiModelConfig, tokenizer: CLIPTokenizer) -> CL
             intermediate_size=4 * config.text_width,
             projection_dim=config.text_width,
             num_hidden_layers=config.text_layers,
-            num_attention_heads=config.text_width // 32,
+            num_attention_heads=config.text_width // TEXT_HEAD,
             max_position_embeddings=TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

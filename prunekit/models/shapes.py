@@ -101,7 +101,9 @@ def _described(config: dict[str, Any], name: str | Path) -> Denoiser:
         return denoiser_named(None if stated is None else str(stated))
     except UserError as error:
         known = ", ".join(supported())
-        raise UserError(f"the UNet of {name} is a {stated}, which is not supported; prunekit prunes {known}") from error
+        raise UserError(
+            f"the denoiser of {name} is a {stated}, which is not supported; prunekit prunes {known}"
+        ) from error
 
 
 def load_shape(name: str | Path, single_file_config: str | Path | None = None) -> PipelineShape:

@@ -17,6 +17,7 @@ from prunekit.models import load_pipeline, load_shape, load_unet_on_meta
 from prunekit.models.lora import as_lora
 from prunekit.models.single_file import UNET, config_name
 from prunekit.models.weights import variant_of
+from prunekit.runtime.errors import UserError
 
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT_QUERY = "encoder.layers.0.self_attn.q_proj"
@@ -78,6 +79,13 @@ def test_another_pipeline_is_refused(sd1, tmp_path, kind):
 )
 def test_unsupported_parts_are_refused(sd1, tmp_path, path, changes, expected):
     assert expected in refused(changed_copy(sd1, tmp_path / "other", path, **changes))
+
+
+def test_a_part_of_another_class_is_named_a_denoiser(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "LuminaNextDiT2DModel"}')
+    with pytest.raises(UserError, match=r"^the denoiser of .* is a LuminaNextDiT2DModel, which is not supported; "):
+        load_shape(tmp_path)
 
 
 def test_half_precision_files_are_read_as_float32(sd1, tmp_path):
