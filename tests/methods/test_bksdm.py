@@ -119,7 +119,7 @@ def test_include_and_exclude_limit_the_family():
     without = BKSDM(exclude="down_blocks.0.attentions.1").members(unet)
     assert "base" not in without and "2,1,1,1" in without and all(name[0] == "2" for name in without)
     for variant in (None, "tiny"):
-        with pytest.raises(ValueError, match="^BK-SDM's rule cannot remove anything from this UNet$"):
+        with pytest.raises(ValueError, match=r"^BK-SDM's rule cannot remove anything from this UNet$"):
             BKSDM(include="down_blocks.0.resnets.1", variant=variant).prune(unet)
 
 
