@@ -56,7 +56,8 @@ class FrozenEncoders:
         if not len(pixels):
             empty = torch.empty(0, *self.latent_shape)
             return {"mean": empty, "deviation": empty}
-        mean, deviation = self.family.moments(self.vae, pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1)
+        device = self.pipeline._execution_device  # that of an offloaded autoencoder's weights may differ
+        mean, deviation = self.family.moments(self.vae, pixels.to(device, self.vae.dtype) / 127.5 - 1)
         return {"mean": mean.float().cpu(), "deviation": deviation.float().cpu()}
 
     @torch.no_grad()

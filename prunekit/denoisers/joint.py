@@ -131,6 +131,7 @@ class TransformerDescription(Description):
 
 
 PACKED = 2  # latent positions along each side of a token
+TIMESTEP_UNIT = 1000  # diffusers' pipelines divide timesteps by this number, whatever the scheduler's number of steps
 
 
 class PackedCalls(NamedCalls):
@@ -147,7 +148,7 @@ class PackedCalls(NamedCalls):
 
     def taken(self, timesteps: Tensor) -> Tensor:
         """Return timesteps as the model takes them: from 0 to 1, not from 0 to 1000."""
-        return timesteps / 1000
+        return timesteps / TIMESTEP_UNIT
 
     def latent_channels(self, model: Any) -> int:
         """Return the number of channels of the latents."""

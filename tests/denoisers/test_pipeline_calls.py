@@ -1,10 +1,12 @@
 """A family's calls are those of the stock pipeline: the same arguments under the same names, at every step."""
 
+import copy
 import inspect
 import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from small_transformer_pipelines import make
@@ -12,7 +14,8 @@ from small_transformers import CONFIGS
 from unets import relative_error
 
 from prunekit.core.call import predict
-from prunekit.core.registry import denoiser_of, process_of, scale_of, text_length, texts_of
+from prunekit.core.registry import denoiser_of, family_of, process_of, scale_of, text_length, texts_of
+from prunekit.data.encoders import FrozenEncoders
 from prunekit.denoisers.flow_matching import FlowMatching
 from prunekit.embedded.sd3_training import AsManyTokens
 from prunekit.models import load_pipeline
@@ -184,6 +187,27 @@ def test_flux2s_shift_is_its_pipelines(base):
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=math.log(shift))
     torch.testing.assert_close(scheduler.timesteps / 1000, shift * sigmas / (1 + (shift - 1) * sigmas))
     assert family.process(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift == 3.0
+
+
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name != "qwen_image"), "cogview4", "unet"])
+@torch.no_grad()
+def test_the_encoders_may_be_offloaded(name, base):  # the small Qwen-Image has no text encoder
+    pipeline = copy.deepcopy(base if name == "unet" else make(name, base)[0])
+    family, encoders = family_of(pipeline), FrozenEncoders(pipeline, 32)
+    pixels = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
+
+    def encoded():
+        given = family.embeddings(pipeline, TEXTS, None, True).values()
+        embeddings = [part for value in given for part in (value if isinstance(value, list) else [value])]
+        return [*family.states(pipeline, TEXTS).values(), *encoders.moments(pixels).values(), *embeddings]
+
+    expected = encoded()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device("cpu"))  # what a pipeline's enable_sequential_cpu_offload does
+    assert pipeline.vae.device.type == "meta"
+    for before, after in zip(expected, encoded(), strict=True):
+        assert (before is None and after is None) or torch.equal(before, after)
 
 
 def test_dev_takes_no_negative_prompt(base):

@@ -78,7 +78,7 @@ class CogView4Family(FlowFamily):
         settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
         tokens = pipeline.tokenizer(texts, **settings).input_ids
         encoder = pipeline.text_encoder
-        text = encoder(tokens.to(pipeline.vae.device), output_hidden_states=True).hidden_states[-2]
+        text = encoder(tokens.to(pipeline._execution_device), output_hidden_states=True).hidden_states[-2]
         return {"text": text}
 
     def embeddings(

@@ -24,7 +24,7 @@ class FLUX(FlowFamily):
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states: "text" (n, T, E) of T5, "pooled" (n, P) of CLIP, and for dev "guidance" (n,)."""
-        text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.vae.device)
+        text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline._execution_device)
         states = {"text": text, "pooled": pooled}
         if pipeline.transformer.config.guidance_embeds:
             states["guidance"] = torch.full((len(texts),), GUIDANCE, device=text.device)

@@ -57,7 +57,7 @@ class FLUX2(FlowFamily):
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states: "text" (n, T, E), and for dev "guidance" (n,)."""
-        text, _ = pipeline.encode_prompt(texts, device=pipeline.vae.device)
+        text, _ = pipeline.encode_prompt(texts, device=pipeline._execution_device)
         states = {"text": text}
         if pipeline.transformer.config.guidance_embeds:
             states["guidance"] = torch.full((len(texts),), GUIDANCE, device=text.device)

@@ -34,7 +34,9 @@ class PixArt(AsAsked, TransformerFamily):
 
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states "text" (n, T, E), and "mask" (n, T), 1 where a token counts."""
-        states, mask, *_ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, device=pipeline.vae.device)
+        states, mask, *_ = pipeline.encode_prompt(
+            texts, do_classifier_free_guidance=False, device=pipeline._execution_device
+        )
         return {"text": states, "mask": mask}
 
     def embeddings(

@@ -18,7 +18,7 @@ from prunekit.core.axes import Layer
 from prunekit.core.call import Call, Fill
 from prunekit.core.family import Family
 from prunekit.core.modulation import Modulation
-from prunekit.denoisers.joint import PackedCalls, TransformerDescription, pack, placed
+from prunekit.denoisers.joint import TIMESTEP_UNIT, PackedCalls, TransformerDescription, pack, placed
 from prunekit.runtime.errors import UserError
 
 from .family import QwenImageFamily
@@ -39,7 +39,7 @@ class QwenImage(PackedCalls, TransformerDescription):
     classes: ClassVar = {"transformer_blocks": (QwenImageTransformerBlock,)}
     tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
     modulation: ClassVar[Modulation | None] = Modulation(
-        "time_text_embed", ("img_mod.1", "txt_mod.1", "norm_out.linear"), unit=1000.0, of_timestep_alone=True
+        "time_text_embed", ("img_mod.1", "txt_mod.1", "norm_out.linear"), unit=TIMESTEP_UNIT, of_timestep_alone=True
     )
     attentions = (Attention,)
     processors = (QwenDoubleStreamAttnProcessor2_0,)

@@ -32,7 +32,7 @@ class QwenImageFamily(FlowFamily):
 
         All texts are padded to 512 tokens with zeros, which the mask leaves out.
         """
-        text, mask = pipeline.encode_prompt(texts, device=pipeline.vae.device, max_sequence_length=TOKENS)
+        text, mask = pipeline.encode_prompt(texts, device=pipeline._execution_device, max_sequence_length=TOKENS)
         mask = torch.ones(text.shape[:2], device=text.device) if mask is None else mask
         missing = TOKENS - text.shape[1]
         return {"text": F.pad(text, (0, 0, 0, missing)), "mask": F.pad(mask.bool(), (0, missing))}

@@ -62,7 +62,7 @@ class Sana(AsAsked, FlowFamily):
         states, mask, *_ = pipeline.encode_prompt(
             texts,
             do_classifier_free_guidance=False,
-            device=pipeline.vae.device,
+            device=pipeline._execution_device,
             **{INSTRUCTION: instruction},
         )
         return {"text": states, "mask": mask}

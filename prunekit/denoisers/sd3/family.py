@@ -50,7 +50,7 @@ class StableDiffusion3(FlowFamily):
             prompt=texts,
             prompt_2=None,
             prompt_3=None,
-            device=pipeline.vae.device,
+            device=pipeline._execution_device,
             do_classifier_free_guidance=guided,
             negative_prompt=negatives,
             **{**_tokens(pipeline), **options},

@@ -114,8 +114,10 @@ class StableDiffusion(Guided):
     def states(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Return the texts' states: "text" (n, T, E), and for XL "pooled" (n, P)."""
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        encoded = pipeline.encode_prompt(texts, device=pipeline.vae.device, **options)  # XL: states, none, pooled, none
-        return {"text": encoded[0]} if len(encoded) <= 2 else {"text": encoded[0], "pooled": encoded[2]}
+        encoded = pipeline.encode_prompt(texts, device=pipeline._execution_device, **options)
+        if len(encoded) <= 2:
+            return {"text": encoded[0]}
+        return {"text": encoded[0], "pooled": encoded[2]}  # XL encodes to states, none, pooled, none
 
     def null_states(self, pipeline: Any) -> dict[str, Tensor]:
         """Return the states of the empty text, (1, …); zeros if an XL pipeline has `force_zeros_for_empty_prompt`."""

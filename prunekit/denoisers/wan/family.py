@@ -70,6 +70,6 @@ class WanFamily(FlowFamily):
             texts,
             negative_prompt=negatives,
             do_classifier_free_guidance=guided,
-            device=pipeline.vae.device,
+            device=pipeline._execution_device,
             **{"max_sequence_length": TOKENS, **options},
         )

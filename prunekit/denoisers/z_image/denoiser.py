@@ -20,7 +20,7 @@ from prunekit.core.axes import Layer
 from prunekit.core.call import Call
 from prunekit.core.family import Family
 from prunekit.core.transformer_layers import attention_layer
-from prunekit.denoisers.joint import TransformerDescription
+from prunekit.denoisers.joint import TIMESTEP_UNIT, TransformerDescription
 from prunekit.runtime.errors import UserError
 
 from .family import ZImageFamily
@@ -111,7 +111,7 @@ class ZImage(TransformerDescription):
 
     def taken(self, timesteps: Tensor) -> Tensor:
         """Return timesteps as the model takes them: 0 is noise, 1 is data."""
-        return (1000 - timesteps) / 1000
+        return (TIMESTEP_UNIT - timesteps) / TIMESTEP_UNIT
 
     def noisy(self, call: Call) -> Tensor:
         """Return the noisy latents of a call, (B, C, h, w)."""

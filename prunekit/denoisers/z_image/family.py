@@ -34,7 +34,7 @@ class ZImageFamily(FlowFamily):
 
         All texts are padded to 512 tokens with zeros, which the mask leaves out.
         """
-        states = self._encoded(pipeline, texts, pipeline.vae.device)
+        states = self._encoded(pipeline, texts, pipeline._execution_device)
         text = pad_sequence([*states, states[0].new_zeros(TOKENS, states[0].shape[1])], batch_first=True)[:-1]
         lengths = torch.tensor([len(tokens) for tokens in states], device=text.device)
         return {"text": text, "mask": torch.arange(TOKENS, device=text.device) < lengths[:, None]}
