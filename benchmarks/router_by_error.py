@@ -44,10 +44,10 @@ def errors_of(unets: list, dense, data: EncodedData, process, pairs: Tensor) -> 
 
 def ridge(z: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """Return the weights (Z, N) and offsets (N,) that predict targets (n, N) from embeddings (n, Z)."""
-    centre, mean = z.mean(0), targets.mean(0)
-    x = z - centre
+    center, mean = z.mean(0), targets.mean(0)
+    x = z - center
     weight = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (targets - mean))
-    return weight, mean - centre @ weight
+    return weight, mean - center @ weight
 
 
 def explained(predicted: Tensor, targets: Tensor) -> float:

@@ -17,7 +17,7 @@ from prunekit.report import write_report
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*_cc3m*.yaml"))
 SUBJECTS = ("apple", "ball", "cube", "star", "cat", "dog", "tree", "house")
-PROMPTS = [f"{colour} {subject}" for subject in SUBJECTS for colour in ("red", "green", "blue", "big")]
+PROMPTS = [f"{color} {subject}" for subject in SUBJECTS for color in ("red", "green", "blue", "big")]
 GPU = Devices(throughput=1e12, precision="bfloat16")
 
 

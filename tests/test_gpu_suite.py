@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.gpu_suite import requirements
 from benchmarks.gpu_suite.__main__ import STEPS
-from benchmarks.gpu_suite.summary import FAILED, RESUME, summarise
+from benchmarks.gpu_suite.summary import FAILED, RESUME, summarize
 
 ROOT = Path(__file__).parent.parent
 EQUAL = {"what": "a call", "error": 1e-5, "tolerance": 1e-4, "holds": True}
@@ -36,7 +36,7 @@ def written(folder: Path, missing=(), state="made", comparisons=(EQUAL,)) -> Pat
     ],
 )
 def test_the_status_of_a_call(record, status, expected, verdict, tmp_path, capsys):
-    assert summarise(written(tmp_path, **record), ["smoke"], {"smoke": status}) == expected
+    assert summarize(written(tmp_path, **record), ["smoke"], {"smoke": status}) == expected
     assert verdict in capsys.readouterr().out
 
 

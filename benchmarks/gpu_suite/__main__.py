@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite.requirements import refuse_old
-from benchmarks.gpu_suite.summary import FAILED, RESUME, summarise
+from benchmarks.gpu_suite.summary import FAILED, RESUME, summarize
 
 STEPS = {  # the most valuable first: what each settles
     "smoke": "smoke",
@@ -52,7 +52,7 @@ def main() -> int:
         status = _start(steps, given, min(left, 60 * MOST_MINUTES)) if left > LEAST_SECONDS else RESUME
         states |= dict.fromkeys(steps, status)
         print(f"== {', '.join(steps)}: {_processor_seconds() - before:.0f} s of CPU time", flush=True)
-    return summarise(given.output, given.steps, states)
+    return summarize(given.output, given.steps, states)
 
 
 def _processor_seconds() -> float:

@@ -95,8 +95,8 @@ def small_data(settings: Settings, holdout: float) -> str:
     folder = settings.output / "small" / "pictures"
     if not folder.is_dir():
         names = [f"{small_model.CAPTIONS[index % 12]} number {index}" for index in range(PICTURES)]
-        colours = [small_model.COLOURS[index % 4] for index in range(PICTURES)]
-        samples = [(small_model.picture(colour), name) for colour, name in zip(colours, names, strict=True)]
+        colors = [small_model.COLORS[index % 4] for index in range(PICTURES)]
+        samples = [(small_model.picture(color), name) for color, name in zip(colors, names, strict=True)]
         small_model.write_shard(folder / "0.tar", samples)
     return f"data={{kind: webdataset, path: {folder.absolute()}, holdout: {holdout}}}"
 

@@ -31,7 +31,7 @@ from prunekit.methods.router import Router
 from prunekit.models import load_pipeline
 
 EXPERTS, GUIDANCE, STEPS = 2, 2.0, 2
-PROMPTS = [f"{colour} {subject}" for subject in ("apple", "ball", "cube", "star") for colour in ("red", "green")]
+PROMPTS = [f"{color} {subject}" for subject in ("apple", "ball", "cube", "star") for color in ("red", "green")]
 
 
 def pieces(settings: Settings) -> list[Piece]:

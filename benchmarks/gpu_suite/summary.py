@@ -9,7 +9,7 @@ from prunekit.runtime.files import read_json, write_text
 RESUME, FAILED = 75, 1  # exit status: start the same command again; a result that is not equal, or an error
 
 
-def summarise(output: Path, steps: Sequence[str], statuses: Mapping[str, int]) -> int:
+def summarize(output: Path, steps: Sequence[str], statuses: Mapping[str, int]) -> int:
     """Write `summary.md`, print it, and return the exit status of the call.
 
     1: a piece failed, a comparison does not hold, or a step ended otherwise than by its time. 75: something is missing,

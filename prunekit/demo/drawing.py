@@ -7,7 +7,7 @@ from html import escape
 from prunekit.demo.answering import Answer, Demo
 from prunekit.demo.opening import shares_of
 from prunekit.report.architectures import NOTE, drawing
-from prunekit.report.svg import colour, inline_svg, new_figure, style
+from prunekit.report.svg import color, inline_svg, new_figure, style
 from prunekit.serving.drawer import Picture
 
 SCORES = (
@@ -64,7 +64,7 @@ def scores(answer: Answer) -> str:
     above = [score - mean for score in answer.scores]
     with style():
         figure, panel = new_figure(4.6, 1.1 + 0.28 * len(experts), left=0.8)
-        colors = [colour(1) if expert == answer.expert else OTHERS for expert in experts]
+        colors = [color(1) if expert == answer.expert else OTHERS for expert in experts]
         bars = panel.barh(experts, above, 0.7, color=colors)
         panel.bar_label(bars, fmt="{:+.3g}", fontsize=8, padding=3)
         panel.axvline(0, color="#000000", linewidth=0.8)

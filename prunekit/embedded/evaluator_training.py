@@ -127,8 +127,8 @@ def augment(images: Tensor, draws: torch.Generator) -> Tensor:
     grid = F.affine_grid(affine, [batch, 3, height, width], align_corners=False) + warp
     pixels = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
 
-    grey = pixels.mean(dim=1, keepdim=True)
-    pixels = grey + (pixels - grey) * uniform(0.7, 1.25, 1, 1, 1)
+    gray = pixels.mean(dim=1, keepdim=True)
+    pixels = gray + (pixels - gray) * uniform(0.7, 1.25, 1, 1, 1)
     pixels = 0.5 + (pixels - 0.5) * uniform(0.8, 1.15, 1, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
     pixels = pixels * uniform(0.94, 1.06, 3, 1, 1)
 

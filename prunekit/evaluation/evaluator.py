@@ -103,7 +103,7 @@ class Evaluator(nn.Module):
 
         The last stage alone hardly detects blur, because it was trained to ignore blur; the earlier stages detect it.
         """
-        return _normalised(self._pooled(pixels))
+        return _normalized(self._pooled(pixels))
 
     def _pooled(self, pixels: Tensor) -> list[Tensor]:
         """Return the pooled output of each stage, (n, width) each; the last is `image_features`."""
@@ -139,7 +139,7 @@ class Evaluator(nn.Module):
         def both(part: Tensor) -> Tensor:
             pooled = self._pooled(self._pixels(part))
             embedded = F.normalize(self.image_projection(pooled[-1]).float(), dim=-1)
-            return torch.cat([_normalised(pooled), embedded], dim=1)
+            return torch.cat([_normalized(pooled), embedded], dim=1)
 
         rows = in_batches(both, images)
         return rows[:, : -self.config.embedding], rows[:, -self.config.embedding :]
@@ -180,7 +180,7 @@ class Evaluator(nn.Module):
         return evaluator.requires_grad_(False).eval()
 
 
-def _normalised(pooled: list[Tensor]) -> Tensor:
+def _normalized(pooled: list[Tensor]) -> Tensor:
     return torch.cat([F.layer_norm(stage, stage.shape[1:]) for stage in pooled], dim=1)
 
 

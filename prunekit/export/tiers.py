@@ -33,7 +33,7 @@ _TITLE = """A diffusion model's denoiser with parts cut out: {name}, for diffuse
 
 Written by prunekit {version} from its own sources; do not edit. It needs torch and diffusers, and nothing else. The
 config's `pruning` says which units each layer keeps and which layers are gone; the constructor cuts a model to it.
-Licence: Apache-2.0.
+License: Apache-2.0.
 """
 FOLDERS = ("stock", "class")  # tiers that diffusers loads
 GRAPHS = ("onnx", "torch")

@@ -17,7 +17,7 @@ from prunekit.models import load_pipeline_of
 from prunekit.report.comparison_table import BY_KEY, PROTOCOLS, rows_of
 from prunekit.report.pareto import panels_of
 from prunekit.report.source import Source
-from prunekit.report.svg import colour, style
+from prunekit.report.svg import color, style
 from prunekit.report.training_curves import by_training
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.randomness import generator
@@ -121,7 +121,7 @@ def assignment_picture(runs: Sequence[Path], drawing: Drawing, output: Path) -> 
         )
         for position, (title, experts) in enumerate(columns, start=1):
             panel = figure.add_subplot(1, len(columns), position)
-            colors = ListedColormap([colour(expert) for expert in range(int(experts.max()) + 1)])
+            colors = ListedColormap([color(expert) for expert in range(int(experts.max()) + 1)])
             panel.pcolormesh(
                 experts.view(-1, min(SQUARES, len(experts))).flip(0).numpy(),
                 cmap=colors,
@@ -159,7 +159,7 @@ def loss_curves(
             panel = figure.add_subplot(1, len(terms), position)
             for index, (title, steps) in enumerate(chosen.items()):
                 values = _smoothed([row[term] for row in steps])
-                panel.plot([row["step"] for row in steps], values, LINES[index % 4], color=colour(index), label=title)
+                panel.plot([row["step"] for row in steps], values, LINES[index % 4], color=color(index), label=title)
             panel.set(xlabel="step of the search", ylabel=f"{term} loss, with its weight", title=f"{term} loss")
             panel.legend()
         return save_figure(figure, output)
@@ -199,7 +199,7 @@ def num_experts_picture(runs: Sequence[Path], drawing: Drawing, output: Path) ->
                 counts = [row.models for row in mixtures]
                 line = "-" if len(set(counts)) == len(counts) else ""  # several rows with one count are no curve
                 panel.errorbar(
-                    counts, means, halves, marker="o", linestyle=line, capsize=3, color=colour(index), label=budget
+                    counts, means, halves, marker="o", linestyle=line, capsize=3, color=color(index), label=budget
                 )
             panel.set(xlabel="experts", ylabel=column.header, xticks=sorted({row.models for row in rows}))
             panel.legend(title="budget")

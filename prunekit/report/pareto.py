@@ -10,7 +10,7 @@ from prunekit.runtime.run_directory import DENSE
 
 PANELS = ("cmmd", "clip_score", "agreement")  # figures; the first two that every row has are drawn
 COSTS = {"macs_ratio": "exact MACs (% of dense)", "call_ratio": "time of a denoiser call (% of dense)"}
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
 MARKERS = "*osD^vP<>X"
 SHIFT = 0.35  # percentage points between the rows of one budget, so that their bars do not overlap
 
@@ -76,7 +76,7 @@ def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> Non
         return
     column, estimate = BY_KEY[name], row.estimates[name]
     open_marker = row.differs and row.protocol != "equal_steps"
-    colour = COLOURS[index % len(COLOURS)]
+    color = COLORS[index % len(COLORS)]
     protocol = f", {row.protocol.replace('_', ' ')}" if row.differs else ""
     shift = 0.0 if row.method == DENSE else SHIFT * (index - count / 2 + 0.5 * open_marker)
     panel.errorbar(
@@ -84,8 +84,8 @@ def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> Non
         estimate.mean * column.scale,
         yerr=(estimate.high - estimate.low) / 2 * column.scale,
         fmt=MARKERS[index % len(MARKERS)],
-        color=colour,
-        markerfacecolor="white" if open_marker else colour,
+        color=color,
+        markerfacecolor="white" if open_marker else color,
         markersize=9 if row.method == DENSE else 6,
         elinewidth=1,
         capsize=2,

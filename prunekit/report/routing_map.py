@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunekit.evaluation.routing import WORDS
 from prunekit.report.source import MissingError, Section, Source
-from prunekit.report.svg import colour, inline_svg, legend_below, new_figure, style
+from prunekit.report.svg import color, inline_svg, legend_below, new_figure, style
 from prunekit.runtime.randomness import generator
 
 MOST_POINTS = 600
@@ -60,11 +60,11 @@ def prompt_map(embeddings: Tensor, captions: Sequence[str], experts: Tensor, of:
 
     embeddings: (n, Z) of the prompts on the map; experts: (n,). of: number of prompts that these were drawn from.
     """
-    centred = embeddings.double()
-    centred = centred - centred.mean(dim=0)
-    _, values, axes = torch.linalg.svd(centred, full_matrices=False)
+    centered = embeddings.double()
+    centered = centered - centered.mean(dim=0)
+    _, values, axes = torch.linalg.svd(centered, full_matrices=False)
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(dim=1, keepdim=True)).sign()  # the same in every run
-    places = centred @ axes.T  # (n, 2)
+    places = centered @ axes.T  # (n, 2)
     places = torch.nn.functional.pad(places, (0, 2 - places.shape[1]))
     variance = values.square() / values.square().sum().clamp_min(1e-12)
     return {
@@ -105,12 +105,12 @@ def _shares(name: str, rows: Sequence[dict[str, Any]]) -> str:
     places = np.arange(len(rows))
     with style():
         figure, panel = new_figure(max(4.6, 0.6 * len(rows) + 1.6), 3.1)
-        for offset, key, label, bar_colour in (
-            (-0.2, "training_share", "training prompts", colour(5)),
-            (0.2, "macs_ratio", "MACs, % of dense", colour(1)),
+        for offset, key, label, bar_color in (
+            (-0.2, "training_share", "training prompts", color(5)),
+            (0.2, "macs_ratio", "MACs, % of dense", color(1)),
         ):
             values = [100 * row[key] for row in rows]
-            bars = panel.bar(places + offset, values, 0.38, color=bar_colour, label=label)
+            bars = panel.bar(places + offset, values, 0.38, color=bar_color, label=label)
             panel.bar_label(bars, fmt="%.0f", fontsize=8)
         panel.set_xticks(places, [str(row["expert"]) for row in rows])
         panel.set_xlabel("expert")
@@ -135,8 +135,8 @@ def _assignment(name: str, rows: Sequence[dict[str, Any]], counts: dict[str, lis
         figure, panel = new_figure(max(4.6, 0.6 * len(rows) + 1.6), 3.1)
         for index, (label, values) in enumerate(series):
             shares = 100 * np.array(values, dtype=float) / max(sum(values), 1e-12)
-            bar_colour = colour((6, 0, 4)[index])
-            panel.bar(places + 0.27 * (index - 1), shares, 0.25, color=bar_colour, label=label)
+            bar_color = color((6, 0, 4)[index])
+            panel.bar(places + 0.27 * (index - 1), shares, 0.25, color=bar_color, label=label)
         panel.axhline(100 / len(rows), color="#000000", linewidth=1.2, linestyle=":")
         panel.set_xticks(places, [str(row["expert"]) for row in rows])
         panel.set_xlabel("expert (dotted: an even share)")
@@ -189,7 +189,7 @@ def _map(recorded: dict[str, Any]) -> dict[str, Any]:
         )
     ]
     experts = sorted(set(recorded["experts"]))
-    kinds = [{"expert": e, "shape": SHAPES[e % len(SHAPES)], "colour": colour(e)} for e in experts]
+    kinds = [{"expert": e, "shape": SHAPES[e % len(SHAPES)], "color": color(e)} for e in experts]
     counts = {e: recorded["experts"].count(e) for e in experts}
     return {
         "width": MAP_SIDE,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513")  # Okabe-Ito first
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513")  # Okabe-Ito first
 ABOVE, BELOW, LEGEND_LINE = 0.34, 0.5, 0.2  # inches above and below a figure's panel, and of a line of its legend
 TEXT, GRID = "#000000", "#dddddd"  # `inline_svg` replaces them by the page's colors
 _numbers = itertools.count()
@@ -31,9 +31,9 @@ STYLE: Any = {  # matplotlib's own type names every setting
 }
 
 
-def colour(index: int) -> str:
+def color(index: int) -> str:
     """Return the color of line, expert or method `index`; colors repeat after eight."""
-    return COLOURS[index % len(COLOURS)]
+    return COLORS[index % len(COLORS)]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunekit.report.source import MissingError, Section, Source
-from prunekit.report.svg import COLOURS, colour, inline_svg, legend_below, new_figure, plain_log_axis, style
+from prunekit.report.svg import COLORS, color, inline_svg, legend_below, new_figure, plain_log_axis, style
 from prunekit.runtime.run_directory import LOG
 
 OTHER = {"stage", "step", "rate", "seconds", "loss", "memory"}  # keys of a row that are not terms of the loss
@@ -80,8 +80,8 @@ def _losses(title: str, rows: Sequence[Row]) -> str:
         figure, panel = new_figure(4.6, 2.9)
         for index, name in enumerate(["loss", *terms]):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            line_colour = "#000000" if name == "loss" else colour(index - 1)
-            look = {"color": line_colour, "linestyle": LINES[index % len(LINES)], "linewidth": 1.4}
+            line_color = "#000000" if name == "loss" else color(index - 1)
+            look = {"color": line_color, "linestyle": LINES[index % len(LINES)], "linewidth": 1.4}
             panel.plot(*zip(*points, strict=True), label="sum" if name == "loss" else name, **look, **_dot(points))
         values = [row[name] for row in rows for name in ("loss", *terms) if name in row]
         if min(values) > 0:
@@ -98,14 +98,14 @@ def _together(trainings: dict[str, list[Row]], key: str, title: str, unit: str, 
     curves: dict[str, list[tuple[Any, Any]]] = {}
     for name, rows in trainings.items():
         points = [(row["step"], row[key] * scale) for row in rows if row.get(key) is not None]
-        if points and len(curves) < len(COLOURS):
+        if points and len(curves) < len(COLORS):
             curves[name] = thinned(points)
     if not curves:
         return None
     with style():
         figure, panel = new_figure(4.6, 2.9)
         for index, (name, points) in enumerate(curves.items()):
-            look = {"color": colour(index), "linestyle": LINES[index % len(LINES)], "linewidth": 1.3}
+            look = {"color": color(index), "linestyle": LINES[index % len(LINES)], "linewidth": 1.3}
             panel.plot(*zip(*points, strict=True), label=name, **look, **_dot(points))
         values = [value for points in curves.values() for _, value in points]
         if min(values) > 0 and max(values) > APART * min(values):

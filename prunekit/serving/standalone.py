@@ -32,7 +32,7 @@ PIPELINE_FILE, EXPERTS_FILE = "pipeline", "mixture"  # modules of an export's ow
 _TITLE = """A mixture of pruned models and its router as one pipeline: {name}, for diffusers.
 
 Written by prunekit {version} from its own sources; do not edit. It needs torch, diffusers and sentence-transformers.
-Licence: Apache-2.0.
+License: Apache-2.0.
 """
 
 

@@ -83,7 +83,7 @@ def supplies(tmp_path_factory):
     data_layouts.emoji(folder / "emoji", samples)
     (folder / "data" / "pictures").symlink_to(folder / "photos")
     data_layouts.coco(folder / "data" / "coco", samples, year="train2014")
-    own = [(data_layouts.picture(colour, "jpeg"), f"of a split {colour}") for colour in ("#123456", "#fedcba")]
+    own = [(data_layouts.picture(color, "jpeg"), f"of a split {color}") for color in ("#123456", "#fedcba")]
     data_layouts.webdataset(folder / "data" / "cc3m", own, split="validation")  # splits of their own
     data_layouts.coco(folder / "data" / "coco", own, year="val2014")
     data_layouts.coco(folder / "coco", samples, year="val2014")

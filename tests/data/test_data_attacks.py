@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from damaged_files import NOT_UTF8, pax, png, sample_members, saved, tar_header, tar_member, with_checksum
-from data_layouts import colour_of, members, pairs, picture, webdataset, write_tar
+from data_layouts import color_of, members, pairs, picture, webdataset, write_tar
 from PIL import Image
 
 from prunekit.data.bad_samples import MOST_BYTES, DataError, printable
@@ -23,7 +23,7 @@ from prunekit.evaluation.generate import read_pictures
 from prunekit.report.wall import data_uri
 from prunekit.serving.bulk import read_metadata
 
-RED, BLUE, LIME = (picture(colour, "jpeg", quality=95) for colour in ("red", "blue", "lime"))
+RED, BLUE, LIME = (picture(color, "jpeg", quality=95) for color in ("red", "blue", "lime"))
 SAMPLES = [(RED, "red"), (BLUE, "blue"), (LIME, "lime")]
 END = bytes(2 * tarfile.BLOCKSIZE)
 DEEP = "[" * 100_000  # deeper than any recursion limit
@@ -141,7 +141,7 @@ JUNK_EXIF = {
 @pytest.mark.parametrize("kind", JUNK_EXIF)
 def test_a_picture_with_damaged_exif_is_decoded(kind):
     encoded = JUNK_EXIF[kind](Image.new("RGB", (16, 16), "red"))
-    assert fault(encoded) is None and colour_of(decode(encoded, 8)) == "red"
+    assert fault(encoded) is None and color_of(decode(encoded, 8)) == "red"
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
@@ -157,7 +157,7 @@ def test_every_orientation_is_turned_upright(kind):
         image = upright if back[turn] is None else upright.transpose(back[turn])
         decoded = decode(saved(image, kind, exif=exif), 32)
         corners = decoded[:, 4:12, 4:12], decoded[:, 4:12, 20:28], decoded[:, 20:28, 20:28]
-        assert [colour_of(corner) for corner in corners] == ["blue", "red", "lime"], orientation
+        assert [color_of(corner) for corner in corners] == ["blue", "red", "lime"], orientation
 
 
 def test_other_formats_are_refused_unread():

@@ -1,4 +1,4 @@
-"""Faults of published data: right count, right pairs, a clear report; odd pictures decode to the right colours."""
+"""Faults of published data: right count, right pairs, a clear report; odd pictures decode to the right colors."""
 
 import json
 import struct
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from damaged_files import png, saved
-from data_layouts import LAYOUTS, colour_of, members, pairs, picture, webdataset, write_tar
+from data_layouts import LAYOUTS, color_of, members, pairs, picture, webdataset, write_tar
 from diffusers import DiffusionPipeline
 from PIL import Image
 from small_model import write_pipeline
@@ -28,8 +28,8 @@ def report_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def jpeg(colour: str) -> bytes:
-    return picture(colour, "jpeg", quality=95)
+def jpeg(color: str) -> bytes:
+    return picture(color, "jpeg", quality=95)
 
 
 def png_16_bit(rgb: tuple[int, int, int], side: int = 8) -> bytes:
@@ -49,7 +49,7 @@ def transparent_palette() -> bytes:
 
 
 def animation() -> bytes:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("blue", "red", "lime")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("blue", "red", "lime")]
     return saved(frames[0], "gif", save_all=True, append_images=frames[1:])
 
 
@@ -59,23 +59,23 @@ ODD_PICTURES = {
     "palette": (picture("yellow", "png", "P"), "yellow"),
     "palette with transparency": (transparent_palette(), "white"),
     "1 bit": (picture("white", "png", "1"), "white"),
-    "16-bit grey": (saved(Image.fromarray(np.full((8, 8), 65535, np.uint16)), "png"), "white"),
-    "16-bit grey tiff": (saved(Image.fromarray(np.full((8, 8), 12, np.uint16)), "tiff"), "black"),
-    "16-bit colour": (png_16_bit((65535, 0, 65535)), "magenta"),
+    "16-bit gray": (saved(Image.fromarray(np.full((8, 8), 65535, np.uint16)), "png"), "white"),
+    "16-bit gray tiff": (saved(Image.fromarray(np.full((8, 8), 12, np.uint16)), "tiff"), "black"),
+    "16-bit color": (png_16_bit((65535, 0, 65535)), "magenta"),
     "alpha": (saved(see_through("RGBA"), "png"), "white"),
-    "grey with alpha": (saved(see_through("LA"), "png"), "white"),
+    "gray with alpha": (saved(see_through("LA"), "png"), "white"),
     "alpha, opaque": (picture("cyan", "webp", "RGBA", lossless=True), "cyan"),
     "animated": (animation(), "blue"),
 }
 
 
 @pytest.mark.parametrize("name", ODD_PICTURES)
-def test_odd_pictures_have_the_right_colours(name):
-    encoded, colour = ODD_PICTURES[name]
-    assert colour_of(decode(encoded, 8)) == colour and fault(encoded) is None
+def test_odd_pictures_have_the_right_colors(name):
+    encoded, color = ODD_PICTURES[name]
+    assert color_of(decode(encoded, 8)) == color and fault(encoded) is None
 
 
-def test_16_bit_grey_is_scaled_and_half_alpha_mixed():
+def test_16_bit_gray_is_scaled_and_half_alpha_mixed():
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     decoded = decode(saved(Image.fromarray(ramp), "png"), 16)
     assert torch.equal(decoded[0].flatten().int(), torch.arange(256).int())
@@ -89,7 +89,7 @@ def test_a_turned_picture_is_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what was left is on top
     decoded = decode(saved(image, "png", exif=exif), 32)
-    assert colour_of(decoded[:, :16]) == "blue" and colour_of(decoded[:, 16:]) == "red"
+    assert color_of(decoded[:, :16]) == "blue" and color_of(decoded[:, 16:]) == "red"
 
 
 BAD = {
@@ -136,7 +136,7 @@ def test_a_bad_picture_takes_all_its_captions(tmp_path):
     settings = data_layouts.coco(tmp_path, samples, captions_each=5)
     data = load(settings, verify=True, max_bad_share=0.34)
     assert data.num_images == 2 and data.num_pairs == 10 and [bad.captions for bad in data.skipped] == [5]
-    assert {colour for colour, _ in pairs(data)} == {"red", "lime"}
+    assert {color for color, _ in pairs(data)} == {"red", "lime"}
     with pytest.raises(DataError, match="5 of 15 captions"):
         load(settings, verify=True)
 
@@ -194,7 +194,7 @@ def test_incomplete_samples_and_other_members(tmp_path):
     }
 
 
-SIX = [(jpeg(colour), colour) for colour in ("red", "lime", "blue", "yellow", "cyan", "magenta")]
+SIX = [(jpeg(color), color) for color in ("red", "lime", "blue", "yellow", "cyan", "magenta")]
 
 
 def test_a_missing_shard_counts_as_many_as_the_others_hold(tmp_path):
@@ -203,7 +203,7 @@ def test_a_missing_shard_counts_as_many_as_the_others_hold(tmp_path):
     with pytest.raises(DataError, match=r"cc3m-train-0001.tar is missing from the numbered shards; 2 of 6 captions"):
         load(settings)
     data = load(settings, max_bad_share=0.34)
-    assert pairs(data) == [(colour, colour) for colour in ("red", "lime", "cyan", "magenta")]
+    assert pairs(data) == [(color, color) for color in ("red", "lime", "cyan", "magenta")]
     assert data_size(DataConfig(**settings)) == (4, 4)
 
 
@@ -230,7 +230,7 @@ def test_a_tar_cut_short_anywhere_gives_what_came_before(tmp_path):
         path.write_bytes(whole[:size])
         data = load(settings, max_bad_share=0.9)
         found = pairs(data)
-        assert found[-6:] == [(colour, colour) for _, colour in SIX]
+        assert found[-6:] == [(color, color) for _, color in SIX]
         assert found[:-6] == found[-6:][: len(found) - 6]  # a prefix, rightly paired
         (cut,) = (bad for bad in data.skipped if bad.sample == path.name)
         assert "truncated or damaged" in cut.reason
@@ -260,14 +260,14 @@ def pipeline(tmp_path_factory):
 
 
 def test_pictures_that_were_not_verified_are_left_out_when_encoded(pipeline, tmp_path):
-    samples = [(image[:50] if colour == "blue" else image, f"a {colour} square") for image, colour in SIX]
+    samples = [(image[:50] if color == "blue" else image, f"a {color} square") for image, color in SIX]
     settings = webdataset(tmp_path / "data", samples) | {"report": str(tmp_path / "bad.jsonl"), "max_bad_share": 0.2}
     images, prompts = load(settings), load_prompt_encoder("emoji")
     assert images.num_images == 6 and not images.skipped and report_of(tmp_path / "bad.jsonl") == []
     data = encode(pipeline, images, prompts, 16, tmp_path / "cache")
     (row,) = report_of(tmp_path / "bad.jsonl")
     assert row["sample"] == "cc3m-train-0000.tar:000000002.jpg" and "cannot be read" in row["reason"]
-    expected = [(colour, f"a {colour} square") for _, colour in SIX if colour != "blue"]
+    expected = [(color, f"a {color} square") for _, color in SIX if color != "blue"]
     assert pairs(data.images) == expected and len(data.latents) == len(data.text) == len(data.prompts) == 5
     (tmp_path / "bad.jsonl").unlink()
     again = encode(pipeline, images, prompts, 16, tmp_path / "cache")

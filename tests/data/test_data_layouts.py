@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from data_layouts import COLOURS, LAYOUTS, members, pairs, picture, write_tar
+from data_layouts import COLORS, LAYOUTS, members, pairs, picture, write_tar
 from pydantic import ValidationError
 
 from prunekit.data.bad_samples import DataError
@@ -22,8 +22,8 @@ from prunekit.data.fingerprint import Fingerprint
 from prunekit.data.pictures import Pictures
 
 KINDS = ("jpeg", "png", "webp")
-SAMPLES = [(picture(c, KINDS[i % 3]), f'a {c} square, "größe" {i}') for i, c in enumerate(COLOURS)]
-PAIRS = [(colour, caption) for colour, (_, caption) in zip(COLOURS, SAMPLES, strict=True)]
+SAMPLES = [(picture(c, KINDS[i % 3]), f'a {c} square, "größe" {i}') for i, c in enumerate(COLORS)]
+PAIRS = [(color, caption) for color, (_, caption) in zip(COLORS, SAMPLES, strict=True)]
 
 
 def load(settings, **more):
@@ -69,9 +69,9 @@ def test_order_and_identity_do_not_depend_on_the_file_system(write, tmp_path):
 
 
 def test_shards_are_chosen_by_split(tmp_path):
-    for split, colour in (("train", "red"), ("validation", "blue")):
+    for split, color in (("train", "red"), ("validation", "blue")):
         for shard in range(2):
-            content = members("000", picture(colour, "jpeg"), f"{colour} {shard}")
+            content = members("000", picture(color, "jpeg"), f"{color} {shard}")
             write_tar(tmp_path / f"cc3m-{split}-{shard:04d}.tar", content)
     settings = {"kind": "webdataset", "path": str(tmp_path)}
     assert pairs(load(settings, split="train")) == [("red", "red 0"), ("red", "red 1")]

@@ -47,8 +47,8 @@ def world(tmp_path_factory):
     start(folder / "small.yaml", (), folder / "run")
     (folder / "photos").mkdir()
     for index, caption in enumerate(CAPTIONS):
-        colour = (20 * index, 255 - 20 * index, 128)
-        Image.new("RGB", (40, 48), colour).save(folder / "photos" / f"{index:02d}.png")
+        color = (20 * index, 255 - 20 * index, 128)
+        Image.new("RGB", (40, 48), color).save(folder / "photos" / f"{index:02d}.png")
         (folder / "photos" / f"{index:02d}.txt").write_text(caption)
     write_clip(folder / "clip")
     (folder / "routed").mkdir()

@@ -1,4 +1,4 @@
-"""The evaluator: what it recognises, that it repeats itself, its files, its training, and CLIP in its place."""
+"""The evaluator: what it recognizes, that it repeats itself, its files, its training, and CLIP in its place."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_size():
     assert sum(path.stat().st_size for path in EVALUATOR_DIRECTORY.iterdir()) < 6e6
 
 
-def test_it_recognises_pictures_and_nothing_in_noise(data, evaluator):
+def test_it_recognizes_pictures_and_nothing_in_noise(data, evaluator):
     rows = evaluator_ceiling(evaluator, data)
     assert rows["real"]["top1"] >= 0.99 and rows["real"]["top5"] >= 0.999
     assert rows["half resolution"]["top1"] >= 0.98 and rows["half resolution"]["top5"] >= 0.995

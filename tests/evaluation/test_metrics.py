@@ -149,7 +149,7 @@ def test_retrieval_equals_sorting():
         nearest = np.argsort(-(images.double() @ texts.double().T).numpy(), axis=1)[:, :k]
         expected = np.mean([t in row for t, row in zip(targets.numpy(), nearest, strict=True)])
         assert metrics.retrieval(images, texts, targets, k) == pytest.approx(expected)
-    assert metrics.retrieval(torch.zeros(40, 8), texts, targets, 5) == 0  # all equal: nothing was recognised
+    assert metrics.retrieval(torch.zeros(40, 8), texts, targets, 5) == 0  # all equal: nothing was recognized
 
 
 def test_wrong_shapes_are_refused():

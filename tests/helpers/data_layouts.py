@@ -1,4 +1,4 @@
-"""Writers of small data sets in the layouts in which captioned images are published, and pictures of one colour."""
+"""Writers of small data sets in the layouts in which captioned images are published, and pictures of one color."""
 
 import csv
 import io
@@ -12,36 +12,36 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageColor
 
-COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "white")
+COLORS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "white")
 LINK = "https://example.org/pictures/{}.jpg?größe=1"
 
 
-def picture(colour: str, kind: str = "png", mode: str = "RGB", side: int = 32, **options) -> bytes:
-    """Return a picture of one colour."""
+def picture(color: str, kind: str = "png", mode: str = "RGB", side: int = 32, **options) -> bytes:
+    """Return a picture of one color."""
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).convert(mode).save(buffer, kind, **options)
+    Image.new("RGB", (side, side), color).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def samples(count: int) -> list[tuple[bytes, str]]:
     """Return (picture, caption) samples, all captions different."""
-    return [(picture(COLOURS[i % 8], "jpeg"), f"{COLOURS[i % 8]} picture number {i}") for i in range(count)]
+    return [(picture(COLORS[i % 8], "jpeg"), f"{COLORS[i % 8]} picture number {i}") for i in range(count)]
 
 
-def colour_of(pixels: torch.Tensor) -> str:
-    """Return the colour of a decoded picture (3, h, w), which must have one colour."""
+def color_of(pixels: torch.Tensor) -> str:
+    """Return the color of a decoded picture (3, h, w), which must have one color."""
     values = pixels.flatten(1).float()
-    assert values.std(dim=1).max() < 8, "not one colour"
+    assert values.std(dim=1).max() < 8, "not one color"
     mean = values.mean(dim=1)
-    name = min(COLOURS, key=lambda colour: float((mean - torch.tensor(ImageColor.getrgb(colour)).float()).norm()))
+    name = min(COLORS, key=lambda color: float((mean - torch.tensor(ImageColor.getrgb(color)).float()).norm()))
     assert (mean - torch.tensor(ImageColor.getrgb(name)).float()).norm() < 12, (name, mean)
     return name
 
 
 def pairs(data) -> list[tuple[str, str]]:
-    """Return every (colour, caption) of a data set in order."""
-    colours = [colour_of(data.pixels([index], 8)[0]) for index in range(data.num_images)]
-    return [(colours[image], caption) for image, caption in zip(data.image_index, data.captions, strict=True)]
+    """Return every (color, caption) of a data set in order."""
+    colors = [color_of(data.pixels([index], 8)[0]) for index in range(data.num_images)]
+    return [(colors[image], caption) for image, caption in zip(data.image_index, data.captions, strict=True)]
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

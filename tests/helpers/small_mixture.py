@@ -14,7 +14,7 @@ from prunekit.methods.router import Router
 from prunekit.models import emoji_model, load_pipeline
 
 SUBJECTS = ("apple", "ball", "cube", "star", "cat", "dog", "tree", "house", "car", "moon", "fish", "bird")
-PROMPTS = [f"{colour} {subject}" for subject in SUBJECTS for colour in ("red", "green", "blue", "big", "old", "two")]
+PROMPTS = [f"{color} {subject}" for subject in SUBJECTS for color in ("red", "green", "blue", "big", "old", "two")]
 
 
 def write_mixture(

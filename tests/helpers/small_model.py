@@ -22,7 +22,7 @@ SHAPES = emoji_model.EmojiModelConfig(
     text_layers=1,
     vocabulary=600,
 )
-CAPTIONS = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("apple", "ball", "cube", "star")]
+CAPTIONS = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("apple", "ball", "cube", "star")]
 
 
 def write_pipeline(folder: Path, layers: int = 2) -> Path:
@@ -68,19 +68,19 @@ def write_shard(path: Path, samples: list[tuple[bytes, str]]) -> Path:
 
 
 TRAINING = {"batch_size": 4, "learning_rate": 1e-2}
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 
 
 def write_world(folder: Path, layers: int = 1) -> dict:
     """Write the pipeline and a data set of 12 pictures; return the recipe's settings that name them."""
-    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
+    samples = [(picture(COLORS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
     write_shard(folder / "shards" / "0.tar", samples)
     data = {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25}
     return {"name": "small", "model": str(write_pipeline(folder / "model", layers)), "data": data}
 
 
-def picture(colour: str = "red") -> bytes:
-    """Return a picture of one colour as PNG."""
+def picture(color: str = "red") -> bytes:
+    """Return a picture of one color as PNG."""
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(buffer, "png")
+    Image.new("RGB", (16, 16), color).save(buffer, "png")
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from small_model import CAPTIONS, SHAPES
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from unets import CONFIGS, randomise_norms
+from unets import CONFIGS, randomize_norms
 
 from prunekit.models import emoji_model
 
@@ -50,7 +50,7 @@ def build_xl() -> StableDiffusionXLPipeline:
             text_encoder_2=text_encoder(second, WIDTH, CLIPTextModelWithProjection, projection_dim=POOLED),
             tokenizer=first,
             tokenizer_2=second,
-            unet=randomise_norms(UNet2DConditionModel(sample_size=8, **config)),
+            unet=randomize_norms(UNet2DConditionModel(sample_size=8, **config)),
             scheduler=EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading"),
             add_watermarker=False,
         )
@@ -65,7 +65,7 @@ def build_sd1() -> StableDiffusionPipeline:
             vae=emoji_model.build_autoencoder(SHAPES),
             text_encoder=text_encoder(tokenizer, CONFIGS["sd1"]["cross_attention_dim"]),
             tokenizer=tokenizer,
-            unet=randomise_norms(UNet2DConditionModel(sample_size=8, **CONFIGS["sd1"])),
+            unet=randomize_norms(UNet2DConditionModel(sample_size=8, **CONFIGS["sd1"])),
             scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
             safety_checker=None,
             feature_extractor=None,

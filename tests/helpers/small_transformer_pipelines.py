@@ -27,7 +27,7 @@ from diffusers import (
     WanPipeline,
     ZImagePipeline,
 )
-from small_transformers import build, randomise
+from small_transformers import build, randomize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
@@ -197,7 +197,7 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
     transformer = build(name.partition("_klein")[0])
     if name == "sd35":
         transformer = emoji_sd3.build_transformer(emoji_sd3.EmojiSD3Config(layers=2), emoji_sd3.BaseShape.of(base))
-        randomise(transformer)
+        randomize(transformer)
         for parameter in transformer.parameters():
             if not parameter.any():  # the matrices that start at zero, with which nothing reaches the output
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -153,10 +153,10 @@ def build(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = kind(**{**config, **changes}).eval()
-    return randomise(model, seed) if device == "cpu" else model
+    return randomize(model, seed) if device == "cpu" else model
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw norm weights and all biases at random: at their initial ones and zeros many a fault is invisible."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

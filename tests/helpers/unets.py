@@ -48,10 +48,10 @@ def build(shape: str, device: str = "cpu", seed: int = 0, **overrides) -> UNet2D
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(sample_size=16, **{**CONFIGS[shape], **overrides}).eval()
-        return randomise_norms(unet, seed) if device == "cpu" else unet
+        return randomize_norms(unet, seed) if device == "cpu" else unet
 
 
-def randomise_norms(unet: UNet2DConditionModel, seed: int = 0) -> UNet2DConditionModel:
+def randomize_norms(unet: UNet2DConditionModel, seed: int = 0) -> UNet2DConditionModel:
     """Draw norm weights and all biases at random: at their initial ones and zeros many a fault is invisible."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from data_layouts import COLOURS, LAYOUTS, picture, webdataset
+from data_layouts import COLORS, LAYOUTS, picture, webdataset
 from small_model import TRAINING, write_recipe, write_world
 from small_sdxl import write
 from typer.testing import CliRunner
@@ -94,7 +94,7 @@ def test_batches_stay_as_they_are(tmp_path, world):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_the_first_pairs_are_those_of_the_data(layout, tmp_path):
     (tmp_path / "all").mkdir()
-    samples = [(picture(colour), f"a {colour} tile") for colour in COLOURS]
+    samples = [(picture(color), f"a {color} tile") for color in COLORS]
     config = DataConfig(**layout(tmp_path / "all", samples))
     images, whole = first_images(config, 0, 5), load_data(config, 0)
     assert images.captions == whole.captions[:5] and images.num_images == 5
@@ -103,9 +103,9 @@ def test_the_first_pairs_are_those_of_the_data(layout, tmp_path):
 
 
 def test_a_bad_sample_among_the_first_is_left_out(tmp_path):
-    samples = [(b"no picture", "bad"), *((picture(colour), f"a {colour} tile") for colour in COLOURS)]
+    samples = [(b"no picture", "bad"), *((picture(color), f"a {color} tile") for color in COLORS)]
     images = first_images(DataConfig(**webdataset(tmp_path, samples)), 0, 4)
-    assert images.captions == [f"a {colour} tile" for colour in COLOURS[:3]] and len(images.skipped) == 1
+    assert images.captions == [f"a {color} tile" for color in COLORS[:3]] and len(images.skipped) == 1
 
 
 @pytest.mark.parametrize("cache", [{"latents": "off", "text": False}, {"latents": "moments", "precision": "float16"}])

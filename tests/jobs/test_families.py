@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from small_model import CAPTIONS, COLOURS, TRAINING, picture, write_shard
+from small_model import CAPTIONS, COLORS, TRAINING, picture, write_shard
 from small_sdxl import write
 
 import prunekit as pk
@@ -33,7 +33,7 @@ METHODS = {
 def run(request, tmp_path_factory):
     """A finished run: its family, recipe and directory."""
     folder = tmp_path_factory.mktemp(request.param)
-    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
+    samples = [(picture(COLORS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
     write_shard(folder / "shards" / "0.tar", samples)
     content = {
         "name": request.param,
@@ -84,7 +84,7 @@ def test_a_plan_counts_it(run):
 @pytest.mark.long
 def test_a_comparison_of_xl_reaches_its_table(tmp_path):
     """The timing of its pruned calls left out the added conditions, after every cell was trained."""
-    samples = [(picture(COLOURS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
+    samples = [(picture(COLORS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
     write_shard(tmp_path / "shards" / "0.tar", samples)
     content = {
         "job": "compare",

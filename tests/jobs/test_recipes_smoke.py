@@ -6,7 +6,7 @@ import pytest
 import small_sdxl
 import small_transformer_pipelines
 from data_layouts import LAYOUTS, emoji, samples
-from data_layouts import picture as colour_picture
+from data_layouts import picture as color_picture
 from pages import PAGES, commands
 from small_model import write_pipeline
 from small_run import check_table
@@ -56,7 +56,7 @@ QUICK = {
 }  # beside what test_commands.py runs of the README
 WRITES_REPORTS = True
 PAIRS = 24
-OTHER_COLOURS = ("#123456", "#fedcba", "#456723")
+OTHER_COLORS = ("#123456", "#fedcba", "#456723")
 WRITERS = {writer.__name__.partition("_")[0]: writer for writer in reversed((*LAYOUTS, emoji))}
 
 
@@ -65,7 +65,7 @@ def write_data(folder: Path, kind: str, count: int = PAIRS) -> str:
     options = {"webdataset": {"per_shard": 12}, "coco": {"captions_each": 5, "year": "train2014"}}
     splits = {"webdataset": {"split": "validation"}, "coco": {"year": "val2014"}}
     if kind in splits:
-        others = [(colour_picture(colour, "jpeg"), f"a split of its own {colour}") for colour in OTHER_COLOURS]
+        others = [(color_picture(color, "jpeg"), f"a split of its own {color}") for color in OTHER_COLORS]
         WRITERS[kind](folder, others, **splits[kind])
     return WRITERS[kind](folder, samples(count), **options.get(kind, {}))["path"]
 

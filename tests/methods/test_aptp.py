@@ -316,10 +316,10 @@ def test_what_is_wrong_with_a_mixture_is_said():
 
 def test_kmeans_finds_separate_directions():
     axes = torch.eye(3).repeat_interleave(10, 0) * 4 + 0.01 * torch.randn(30, 3, generator=generator(0, "noise"))
-    centres = spherical_kmeans(axes, 3, seed=0)
-    assert sorted((centres @ torch.eye(3)).argmax(1).tolist()) == [0, 1, 2]
-    assert torch.allclose(centres.norm(dim=1), torch.tensor(4.0), atol=0.1)
-    assert torch.equal(centres, spherical_kmeans(axes, 3, seed=0))
+    centers = spherical_kmeans(axes, 3, seed=0)
+    assert sorted((centers @ torch.eye(3)).argmax(1).tolist()) == [0, 1, 2]
+    assert torch.allclose(centers.norm(dim=1), torch.tensor(4.0), atol=0.1)
+    assert torch.equal(centers, spherical_kmeans(axes, 3, seed=0))
 
 
 def test_too_short_a_search_and_too_many_experts_are_refused(pipeline):

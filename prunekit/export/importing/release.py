@@ -176,7 +176,7 @@ def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predic
     for name, value in tensors.items():
         if match := re.fullmatch(r"mh_fc\.(\d+)\.(.+)", name):
             layers.setdefault(int(match[1]), {})[match[2]] = value
-    weights = [layer["weight"] if "weight" in layer else _normalised(layer) for _, layer in sorted(layers.items())]
+    weights = [layer["weight"] if "weight" in layer else _normalized(layer) for _, layer in sorted(layers.items())]
     biases = [layer["bias"] for _, layer in sorted(layers.items()) if "bias" in layer]
     if not weights or codes.shape[1] != sum(map(len, weights)):
         raise UserError(f"{folder} predicts {sum(map(len, weights))} values, but a code has {codes.shape[1]}")
@@ -184,7 +184,7 @@ def _predictor(folder: Path, quantizer: dict[str, Tensor], count: int) -> Predic
     return Predictor(torch.cat(weights), bias, codes)
 
 
-def _normalised(tensors: dict[str, Tensor]) -> Tensor:
+def _normalized(tensors: dict[str, Tensor]) -> Tensor:
     """Return the weight of a layer that was saved with weight norm, as length and direction (`wn_flag`)."""
     direction = tensors["parametrizations.weight.original1"]
     layer = weight_norm(torch.nn.Linear(direction.shape[1], direction.shape[0], bias=False))

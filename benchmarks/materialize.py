@@ -2,7 +2,7 @@
 
 The experts keep half of the MACs of Stable Diffusion 2.1's shape with random weights, or of the embedded model. Each is
 opened several times, in turn, in a new process, with its files in the system's cache.
-Run: python benchmarks/materialise.py [--model sd-2.1 | emoji] [--times 5]
+Run: python benchmarks/materialize.py [--model sd-2.1 | emoji] [--times 5]
 """
 
 import argparse
