@@ -104,6 +104,10 @@ class Family(Protocol):
         """Return the keyword arguments of a pipeline's calls at a guidance scale, except texts, sizes and steps."""
         ...
 
+    def draws_one_step(self, pipeline: Any) -> bool:
+        """Return whether a pipeline, with its scheduler, can draw with a single scheduler step."""
+        ...
+
     def texts(self, guidance: float, options: Mapping[str, Any] = ...) -> int:
         """Return the number of texts per picture on which the denoiser runs at every step: 2 with a negative text.
 
@@ -144,6 +148,10 @@ class Guided:
     def call_options(self, pipeline: Any, guidance: float) -> dict[str, Any]:
         """Return the keyword arguments of a pipeline's calls at a guidance scale."""
         return {"guidance_scale": guidance}
+
+    def draws_one_step(self, pipeline: Any) -> bool:
+        """Return True, as for most pipelines."""
+        return True
 
     def texts(self, guidance: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
         """Return 2 for a guided call, which runs the prompt and the negative prompt; else 1."""

@@ -28,7 +28,7 @@ from prunekit.serving.backend import (
     Served,
 )
 from prunekit.serving.batching import Batcher, QueueFullError
-from prunekit.serving.drawer import Drawer, Picture, open_pipeline
+from prunekit.serving.drawer import WARM_UP_STEPS, Drawer, Picture, open_pipeline
 from prunekit.serving.limits import ServerSettings
 
 WARMING = "warming up"  # a state
@@ -116,7 +116,7 @@ class InProcessBackend:
         return cls([Drawer(pipeline) for pipeline in pipelines], name, settings.batch, settings.max_queued)
 
     async def start(self) -> None:
-        """Start the devices; each one first draws one step with every expert, to warm up."""
+        """Start the devices; each one first draws a picture of few steps with every expert, to warm up."""
         self._loop = asyncio.get_running_loop()
         for device in range(len(self._drawers)):
             thread = threading.Thread(target=self._work, args=(device,), name=f"device {device}", daemon=True)
@@ -197,12 +197,12 @@ class InProcessBackend:
             settle = SETTLE * (time.monotonic() - began)
 
     def _warm_up(self, device: int) -> None:
-        """Draw one step with every expert, so that the first request does not wait for loading."""
+        """Draw a picture of few steps with every expert, so that the first request does not wait for loading."""
         for expert in range(self.served.num_experts):
             if self._admission.draining:
                 break
             try:
-                self._drawers[device].draw([WARM_UP], [0], expert, 1, self.served.guidance)
+                self._drawers[device].draw([WARM_UP], [0], expert, WARM_UP_STEPS, self.served.guidance)
             except Exception:
                 self._failed(device)
         self._cold.discard(device)

@@ -33,7 +33,7 @@ class Pool:
     """A replica: draws on the GPUs that Ray gives it, or on the CPU."""
 
     async def __init__(self, directory: Path, settings: ServerSettings):  # type: ignore[misc]  # as Serve allows
-        """Load the model and draw a step with every expert, so that a replica that is ready draws at once."""
+        """Load the model and warm up every expert, so that a replica that is ready draws at once."""
         gpus = len(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
         devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
         self._backend = InProcessBackend.open(directory, replace(settings, devices=tuple(devices)))

@@ -181,6 +181,9 @@ class RoutedCall:
         """Draw one batch by one expert; return each row's image and the MACs of its denoiser calls."""
         base = self._base(model)
         base.image_indices = list(rows)
+        if options["num_inference_steps"] == 1 and not self.family.draws_one_step(base):
+            scheduler = type(base.scheduler).__name__
+            raise UserError(f"num_inference_steps=1: {type(base).__name__} with {scheduler} needs at least 2")
         guidance, scale = options["guidance_scale"], scale_of(base)
         texts = self.family.texts(guidance, {**base.config, **options})
         assert scale is not None, "every pipeline has an autoencoder"

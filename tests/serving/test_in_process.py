@@ -7,12 +7,15 @@ import time
 import pytest
 from paced_drawer import PacedDrawer
 from small_mixture import PROMPTS, write_mixture
+from small_transformer_pipelines import write
 
 from prunekit import PromptRoutedPipeline
+from prunekit.models import load_pipeline
 from prunekit.runtime.errors import UserError
 from prunekit.serving import InProcessBackend, Job
 from prunekit.serving.backend import DrawingError, Load, Refused, Running
 from prunekit.serving.drawer import Drawer, open_pipeline
+from prunekit.serving.in_process import FAILURES
 from prunekit.serving.limits import ServerSettings
 
 
@@ -254,6 +257,23 @@ def test_it_can_be_ended_while_it_warms_up(pipeline):
     started = time.monotonic()
     running(work())
     assert time.monotonic() - started < 60
+
+
+def test_a_model_that_cannot_draw_one_step_warms_up_and_refuses_one_step(tmp_path):
+    drawer = Drawer(open_pipeline(write(tmp_path / "model", "pixart", load_pipeline("emoji")), None, "cpu"))
+    drawer.size = (16, 16)
+
+    async def work():
+        backend = InProcessBackend([drawer], "small")
+        await ready(backend)
+        assert backend._failures == [0]
+        for _ in range(FAILURES):
+            with pytest.raises(UserError, match="num_inference_steps=1"):
+                await backend.draw(job(drawer, "red apple", steps=1))
+        assert backend.ready() and len((await backend.draw(job(drawer, "red apple"))).pictures) == 1
+        await backend.drain()
+
+    running(work())
 
 
 def test_opened_by_settings(run, tmp_path):

@@ -15,6 +15,7 @@ from small_transformer_pipelines import write
 from prunekit import CostModel, PromptRoutedPipeline, discover
 from prunekit.export.model_folder import load_denoiser
 from prunekit.models import load_pipeline
+from prunekit.runtime.errors import UserError
 from prunekit.serving.drawer import Drawer
 from prunekit.serving.experts import Experts
 
@@ -157,6 +158,17 @@ def test_transformers(name, tmp_path):
         size, negatives = (drawer.multiple, 2 * drawer.multiple), ["", "a dog"]
         pictures = drawer.draw(PROMPTS[:2], [0, 1], 0, 2, 3.0, negatives, size, lambda *given: seen.append(given))
         assert seen == [(1, 2), (2, 2)] and {picture.image.size for picture in pictures} == {size[::-1]}
+
+
+def test_a_single_step_is_drawn_or_refused_in_one_line(tmp_path):
+    """PixArt-α takes a single step's second output, which its own scheduler does not return."""
+    pipeline = opened(write(tmp_path / "model", "pixart", load_pipeline("emoji")))
+    options = {"num_inference_steps": 1, "height": 16, "width": 16, "seeds": 0, "output_type": "np"}
+    with pytest.raises(UserError, match=r"^num_inference_steps=1: .* needs at least 2$"):
+        pipeline("red apple", **options)
+    assert np.isfinite(pipeline("red apple", **{**options, "num_inference_steps": 2}).images).all()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert np.isfinite(pipeline("red apple", **options).images).all()
 
 
 def test_callbacks_see_each_batch(served):

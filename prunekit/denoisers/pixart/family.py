@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,18 @@ class PixArt(AsAsked, TransformerFamily):
     ) -> dict[str, Tensor]:
         """Return the text embeddings that replace the texts in a pipeline's call, as keyword arguments."""
         return masked_embeddings(pipeline, texts, negatives, guided, **options)
+
+    def draws_one_step(self, pipeline: Any) -> bool:
+        """Return whether a pipeline, with its scheduler, can draw with a single scheduler step.
+
+        For a single step, diffusers' pipeline of PixArt-α takes the second output of `scheduler.step`, the predicted
+        clean latents. Some schedulers, such as its own DPMSolverMultistepScheduler, return only one output.
+        """
+        if type(pipeline).__name__ != "PixArtAlphaPipeline":
+            return True
+        scheduler, latents = copy.deepcopy(pipeline.scheduler), torch.zeros(1, 1, 1, 1)
+        scheduler.set_timesteps(1)
+        return len(scheduler.step(latents, scheduler.timesteps[0], latents, return_dict=False)) > 1
 
     def text_length(self, lengths: Mapping[str, int]) -> int:
         """Return the number of T5 tokens of a text."""
