@@ -20,7 +20,7 @@ from prunekit.runtime.errors import UserError
 
 from .call import Call
 from .registry import denoiser_of
-from .slicing import export_model, load_model
+from .slicing import CUT, export_model, load_model
 
 CONFIG = "config.json"
 FORMAT = 1
@@ -85,7 +85,7 @@ class TimestepModel(ModelMixin, ConfigMixin):
     """Several slices of one denoiser; each sample runs through the slice of its timestep.
 
     Call it like the denoiser. Its other attributes, such as `config` and the parts that a pipeline reads, are those of
-    the first slice. It holds no weights of its own.
+    the first slice; its config does not say how a slice was cut or folded. It holds no weights of its own.
     """
 
     config_name = CONFIG
@@ -104,7 +104,7 @@ class TimestepModel(ModelMixin, ConfigMixin):
             raise UserError(f"all slices must be of one denoiser class, got {', '.join(sorted(classes))}")
         self.slices, self.bins = nn.ModuleList(slices), bins
         first: Any = slices[0]
-        self._internal_dict = FrozenDict({key: first.config[key] for key in first.config if key != "pruning"})
+        self._internal_dict = FrozenDict({key: first.config[key] for key in first.config if key not in CUT})
         self._parameters_of = tuple(inspect.signature(type(first).forward).parameters)[1:]
 
     @property

@@ -23,6 +23,7 @@ from prunekit.core.discovery import discover
 from prunekit.core.modulation import FORMAT, Modulation, fold
 from prunekit.core.registry import call_options, denoiser_in, denoiser_of
 from prunekit.core.slicing import slice_model
+from prunekit.core.timesteps import TimestepModel
 from prunekit.export.inputs import relative_error
 from prunekit.export.lora_slicing import DOWN, LAYER, layer_of
 from prunekit.runtime.errors import UserError
@@ -151,12 +152,19 @@ class _StopError(Exception):
 
 def modulation_of(model: Any) -> Modulation:
     """Return where a model's modulation layers lie; raise UserError if they cannot be folded or already are."""
+    _refuse_slices(model)
     modulation = denoiser_of(model).modulation
     if modulation is None:
         raise UserError(f"a {type(model).__name__} has no modulation layers that can be folded")
     if model.config.get("folding") is not None:
         raise UserError("this model's modulation layers are folded already")
     return modulation
+
+
+def _refuse_slices(model: Any) -> None:
+    """Raise UserError for a `TimestepModel`, whose slices are folded one by one."""
+    if isinstance(model, TimestepModel):
+        raise UserError("a TimestepModel has a slice for each bin of timesteps: give one of its `slices`")
 
 
 def record_modulation(
@@ -389,6 +397,7 @@ def project_lora(
             does not fit.
 
     """
+    _refuse_slices(model)
     modulation, folding = denoiser_of(model).modulation, model.config.get("folding")
     if modulation is None or folding is None:
         raise UserError("this model is not folded: load the LoRA as it is")

@@ -14,6 +14,7 @@ from unets import relative_error
 import prunekit as pk
 from prunekit.core.call import predict
 from prunekit.core.registry import denoiser_of
+from prunekit.core.timesteps import TimestepBins, TimestepModel
 from prunekit.export import load_denoiser, save_denoiser
 from prunekit.export.folding import (
     FoldingPlan,
@@ -203,11 +204,15 @@ def test_what_cannot_be_folded(tmp_path):
     model = build("sd35")
     recorded = recorded_of(model, 4)
     folded = fold_modulation(model, recorded, rank=2).model
+    sliced = TimestepModel([folded, folded], TimestepBins((500.0,)))
+    assert "folding" in folded.config and not {"folding", "pruning"} & sliced.config.keys()
     newer = {**folded.config, "folding": {"format": 2, "kind": "rank", "rank": 2}}
     wrong = [
         (lambda: fold_modulation(model, recorded), "the pooled text does too"),
         (lambda: fold_modulation(model, recorded, rank=4), "between 1 and 3"),
         (lambda: fold_modulation(folded, recorded, rank=2), "folded already"),
+        (lambda: fold_modulation(sliced, recorded, rank=2), "give one of its `slices`"),
+        (lambda: project_lora({}, sliced, torch.zeros(1, 1)), "give one of its `slices`"),
         (lambda: modulation_of(build_unet("sd1")), "no modulation layers"),
         (lambda: modulation_of(build("pixart")), "no modulation layers"),
         (lambda: type(folded)(**newer), "format 2"),
