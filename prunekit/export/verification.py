@@ -43,7 +43,7 @@ SAID = {
     "onnx": "onnxruntime",
     "torch": "torch.export.load without prunekit",
 }
-SECONDS = 1800
+SECONDS = 1800  # time limit of the fresh process
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def verify(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     Claims without prunekit are checked first, while prunekit cannot be imported. Returns a record of each check.
 
     Raises:
-        UserError: an export does not open, or its output has a relative L2 error above 1e-5 (ONNX: 1e-3).
+        UserError: an export does not open, its output has a relative L2 error above 1e-5 (ONNX: 1e-3), or the fresh
+            process takes more than 1,800 s.
 
     """
     with tempfile.TemporaryDirectory(prefix="prunekit-") as name, full_disk_named(Path(name)):
@@ -132,7 +133,13 @@ def _run(jobs: Path, scratch: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     environment |= {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
     command = [sys.executable, "-I", str(Path(fresh.__file__)), str(jobs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, cwd=scratch)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, cwd=scratch)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"the export's check in a fresh process took more than {SECONDS:,} s; nothing was written. Export again "
+            "when the machine is less busy"
+        ) from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
         raise UserError(f"the export does not open in a fresh process: {lines[-1].strip()}; nothing was written")

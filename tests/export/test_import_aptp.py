@@ -101,7 +101,7 @@ def _faults(folder, vector, unet):
         "nothing": (lambda: None, "holds no architecture vectors"),
         "short": (lambda: torch.save(vector[:, :-1], folder / "arch_vector.pt"), "give the model that was pruned"),
         "integers": (lambda: torch.save(vector.long(), folder / "arch_vector.pt"), "expected: floats"),
-        "logits": (lambda: torch.save(9 * vector - 5, folder / "arch_vector.pt"), "outside 0 to 1"),
+        "logits": (lambda: torch.save(9 * vector - 5, folder / "arch_vector.pt"), "outside 0 to 1.5, so"),
         "pickle": (lambda: (folder / "arch_vector.pt").write_bytes(pickle.dumps(Harmful())), "can run code"),
         "two": (lambda: torch.save(vector.repeat(2, 1), folder / "arch_vector.pt"), "an expert has one"),
         "structure": (lambda: structured(other), "describes another UNet"),

@@ -13,7 +13,7 @@ import prunekit as pk
 from prunekit.core.call import normal, predict
 from prunekit.core.registry import denoiser_of
 from prunekit.data.prompt_encoder import load_prompt_encoder
-from prunekit.export import load_denoiser, load_pipeline_directory, save_denoiser
+from prunekit.export import load_denoiser, load_pipeline_directory, save_denoiser, verification
 from prunekit.export.tiers import FOLDERS, class_file_source, write_class_file
 from prunekit.export.verification import Expected, claims_of, verify
 from prunekit.methods.router import Router
@@ -70,6 +70,12 @@ def test_every_class_and_tier_opens_in_a_fresh_process(tmp_path):
             assert save_denoiser(model, folder, tier)["tier"] == tier
             claims += claims_of(tier, folder, f"{name} {tier}", Expected.of(model, 5))
     assert len(verify(claims)) == 4 * len(CONFIGS)
+
+
+def test_a_check_that_takes_too_long_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "SECONDS", 0.01)
+    with pytest.raises(UserError, match=r"took more than 0\.01 s; nothing was written"):
+        verify(claims_of("stock", tmp_path, "model", Expected([])))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

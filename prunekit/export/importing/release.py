@@ -27,6 +27,7 @@ from prunekit.runtime.errors import UserError
 
 VECTOR, CODEBOOK = "arch_vector.pt", "quantizer_embeddings.pt"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+MOST_GATE = 1.5  # a sigmoid, plus 0.5 for the gate that the published code holds open in an otherwise empty group
 _EXPERT = re.compile(r"arch_?(\d+)")
 
 
@@ -124,10 +125,10 @@ def _vectors(path: Path) -> Tensor:
 
 
 def _checked(values: Tensor, path: Path) -> Tensor:
-    """Return gates (n, D) in float32; allow up to 1.5, which the published code may leave in groups it held open."""
+    """Return gates (n, D) in float32; raise UserError for values outside 0 to MOST_GATE."""
     values = values.detach().float().reshape(-1, values.shape[-1])
-    if not bool(((values >= 0) & (values <= 1.5)).all()):
-        raise UserError(f"{path} holds values outside 0 to 1, so they are not the gates of an architecture")
+    if not bool(((values >= 0) & (values <= MOST_GATE)).all()):
+        raise UserError(f"{path} holds values outside 0 to {MOST_GATE}, so they are not the gates of an architecture")
     return values
 
 
