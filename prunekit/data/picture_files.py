@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from prunekit.data.bad_samples import DataError, read_file
@@ -81,8 +81,6 @@ def decode(encoded: bytes, size: int) -> Tensor:
 
     Raises DataError if it cannot be decoded: "cannot be read (why)".
     """
-    from PIL import Image, ImageOps
-
     picture = ImageOps.fit(rgb(encoded), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
@@ -104,10 +102,6 @@ def rgb(encoded: bytes) -> Any:
 
     Raises DataError if it cannot be decoded: "cannot be read (why)".
     """
-    from PIL import Image
-
-    pass
-
     image = open_picture(encoded)
     try:
         image = upright(image)

@@ -47,10 +47,11 @@ def load_settings(path: Path) -> DictConfig:
 
 def load_overrides(overrides: Iterable[str]) -> DictConfig:
     """Return the settings in `key=value` texts with dotted keys; UserError if they cannot be read."""
+    given = list(overrides)
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist(given)
     except FAULTS as error:
-        raise UserError(f"settings {' '.join(overrides)} cannot be read: {error}") from error
+        raise UserError(f"settings {' '.join(given)} cannot be read: {error}") from error
 
 
 def resolved(config: DictConfig, where: Any) -> dict[str, Any]:

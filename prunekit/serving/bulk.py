@@ -122,16 +122,20 @@ def generate_to(
         pipeline: routes the prompts; it also draws them if no executor is given.
         request: the prompts, seeds and settings.
         weights: result of `weights_digest`, if it was already called.
-        executor: draws with a pipeline that it opens from `source`; by default this process draws.
+        executor: draws with a pipeline that it opens from `source`, which must be given too; by default this process
+            draws.
         source: opens the pipeline on the executor's nodes.
 
     Raises:
-        UserError: the directory holds pictures of another request, or other files.
+        UserError: the directory holds pictures of another request, or other files; or `executor` is given without
+            `source`.
 
     """
     content, leave = _content(pipeline, request, weights), partial(_forget_if_empty, directory)
     sharing = partial(share, locks=directory / WORK)
-    if executor is not None and source is not None:
+    if executor is not None:
+        if source is None:
+            raise UserError("executor is given without source: give source=Source(DIRECTORY) of the same pipeline too")
         asked = {"source": asdict(source), "directory": str(directory.absolute()), "request": asdict(request)}
         sharing = partial(executor.map, locks=directory / WORK, call=Call.of(draw_one, **asked))
     with occupied(directory, lambda others: _claim(directory, content), leave):

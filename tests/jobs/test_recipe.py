@@ -23,6 +23,8 @@ from prunekit.jobs.recipe import (
 )
 from prunekit.methods.base import space_and_cost
 from prunekit.models import load_shape
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.yaml_files import load_overrides
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("bench_"))
@@ -190,6 +192,12 @@ def test_what_cannot_be_extended_is_one_line(tmp_path):
         with pytest.raises(RecipeError, match=message) as error:
             load_recipe(tmp_path / f"{name}.yaml")
         assert "\n" not in str(error.value)
+
+
+def test_overrides_may_come_from_an_iterator():
+    assert load_overrides(iter(["a.b=1", "c=x"])) == {"a": {"b": 1}, "c": "x"}
+    with pytest.raises(UserError, match=r"settings a=1 b=\[1 cannot be read"):
+        load_overrides(iter(["a=1", "b=[1"]))
 
 
 def test_smoke_shrinks_what_the_files_say_and_keeps_overrides(path):

@@ -23,6 +23,8 @@ from prunekit.cli import app
 from prunekit.jobs.recipe import dump_recipe, parse_recipe
 from prunekit.methods import PruneResult
 from prunekit.models import load_pipeline
+from prunekit.runtime.errors import UserError
+from prunekit.runtime.executors import LocalExecutor
 from prunekit.serving.bulk import Request, generate_to, read_metadata
 from prunekit.serving.prompts import extreme_prompts, prompt_lists, shipped_prompts
 from prunekit.serving.routed_directory import recipe_hash
@@ -131,6 +133,12 @@ def test_another_request_for_the_same_directory_is_refused(pipeline, tmp_path):
     drawn(pipeline, tmp_path / "out", PROMPTS[:2])
     with pytest.raises(ValueError, match="made with other prompts, seeds, steps"):
         generate_to(tmp_path / "out", pipeline, Request(PROMPTS[:3], [0] * 3, 5))
+
+
+def test_an_executor_needs_the_source_that_it_opens(pipeline, tmp_path):
+    with pytest.raises(UserError, match="executor is given without source"):
+        generate_to(tmp_path / "out", pipeline, Request(PROMPTS[:1], [0], STEPS), executor=LocalExecutor())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("picture_format", ["png", "webp"])
