@@ -40,7 +40,7 @@ class Protocol(BaseModel):
         "runs.",
     )
     prompts: str | None = Field(
-        None, description="Text file with one prompt per line., or PartiPrompts' TSV, instead of the data's captions"
+        None, description="Text file with one prompt per line, or PartiPrompts' TSV; unset: the data's captions."
     )
     steps: int = Field(25, gt=0, description="scheduler steps")
     guidance: float = Field(7.5, ge=0, description="Scale of classifier-free guidance.")
