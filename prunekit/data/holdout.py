@@ -2,12 +2,15 @@
 
 By pictures: a picture is held out with all its captions. Its duplicates, its near-duplicates and the pictures that
 share a caption with it are held out too, and so are their duplicates, and so on. By captions: at most one caption of a
-picture is drawn, and every picture stays in training.
+picture is drawn, and every picture stays in training; data with one caption per picture is held out by pictures.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +32,7 @@ from prunekit.runtime.tensors import save_tensors
 HoldoutBy = Literal["pictures", "captions"]
 THUMBNAIL = 16  # side in pixels
 NEAR = 0.06  # largest root mean square distance of near-duplicates' thumbnails, with values in [0, 1]
-MOST_COMPARED = 20_000  # number of pictures above which a data set is not searched for duplicate pictures
+MOST_COMPARED = 20_000  # number of pictures above which a data set is not searched for near-duplicates
 ROWS = 1024  # number of thumbnails that are compared with all others at once
 
 
@@ -74,7 +77,7 @@ def hold_out(
         return HeldOut(held[image_index], int(held.sum()), int(held.sum()) - int(split.sum()))
     if not share:
         return HeldOut(torch.zeros(len(captions), dtype=torch.bool))
-    if by == "captions":
+    if by == "captions" and len(image_index.unique()) < len(captions):
         return HeldOut(held_out_captions(captions, image_index, share, seed))
     return _held_out_pictures(duplicate_groups(encoded, captions, image_index, cache), image_index, share, seed)
 
@@ -82,23 +85,27 @@ def hold_out(
 def held_out_captions(captions: list[str], image_index: Tensor, share: float, seed: int) -> Tensor:
     """Return the pairs whose *text* training never sees, (P,) bool; at most one caption per image is drawn.
 
-    Only captions of images with several captions are drawn, so that every picture stays in training. If no image has
-    several, training does not see the pictures of the drawn captions either. Other captions that could have been drawn
-    are held out too if their text equals a drawn one.
+    All captions with exactly the text of a drawn one are held out. A text is not drawn if a picture, such as one with a
+    single caption, would then have no caption left, so every picture stays in training.
     """
-    counts = torch.bincount(image_index)
-    several = counts[image_index] > 1 if bool((counts > 1).any()) else torch.ones(len(captions), dtype=torch.bool)
-    may_go, image_of = several.tolist(), image_index.tolist()
-    texts: set[str] = set()
+    image_of = image_index.tolist()
+    images_of: dict[str, Counter[int]] = {}
+    for text, image in zip(captions, image_of, strict=True):
+        images_of.setdefault(text, Counter())[image] += 1
+    left = Counter(image_of)  # captions of each picture that are not held out
+    drawn: set[str] = set()
     images: set[int] = set()
     for pair in torch.randperm(len(captions), generator=generator(seed, "hold_out")).tolist():
         if len(images) >= round(share * len(captions)):
             break
-        image = image_of[pair]
-        if may_go[pair] and image not in images:
-            images.add(image)
-            texts.add(captions[pair])
-    return torch.tensor([may and text in texts for may, text in zip(may_go, captions, strict=True)])
+        image, text = image_of[pair], captions[pair]
+        if image in images or (text not in drawn and any(left[i] <= n for i, n in images_of[text].items())):
+            continue
+        images.add(image)
+        if text not in drawn:
+            drawn.add(text)
+            left.subtract(images_of[text])
+    return torch.tensor([text in drawn for text in captions])
 
 
 def _held_out_pictures(groups: Tensor, image_index: Tensor, share: float, seed: int) -> HeldOut:
@@ -131,34 +138,52 @@ def duplicate_groups(
 ) -> Tensor:
     """Return each picture's group, (n,) int64; a group must not be divided between training and evaluation.
 
-    Two pictures are in one group if they share a caption, compared without case and surrounding blanks. In data sets of
-    up to 20,000 pictures, they also are if they have the same bytes, or if the root mean square distance of their
-    16 x 16 thumbnails is at most 0.06. Pictures that such pairs connect in a chain are in one group.
+    Two pictures are in one group if they have the same bytes, or share a caption, compared without case and surrounding
+    blanks. In data sets of up to 20,000 pictures, they also are if the root mean square distance of their 16 x 16
+    thumbnails is at most 0.06. Pictures that such pairs connect in a chain are in one group. Every call reads all
+    pictures; with `cache`, only the first call for the same pictures does.
     """
     edges: list[tuple[int, int]] = []
     first: dict[str, int] = {}
     for caption, picture in zip(captions, image_index.tolist(), strict=True):
         edges.append((first.setdefault(caption.strip().casefold(), picture), picture))
-    if len(encoded) <= MOST_COMPARED:
-        edges += _resembling(encoded, cache)
+    edges += _resembling(encoded, cache)
     rows, columns = np.array(edges, dtype=np.int64).reshape(-1, 2).T
     graph = coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(encoded), len(encoded)))
     return torch.from_numpy(connected_components(graph, directed=False)[1].astype(np.int64))
 
 
 def _resembling(encoded: Sequence[bytes], cache: Path | None) -> list[tuple[int, int]]:
-    """Return the pairs of pictures with equal bytes or near thumbnails; read them from the cache if they are there."""
-    path = None
+    """Return the pairs of pictures with equal bytes or, in data sets of up to 20,000 pictures, near thumbnails.
+
+    The pairs are read from the cache if they are there.
+    """
+    path, is_small = None, len(encoded) <= MOST_COMPARED
     if cache is not None:
-        key = Fingerprint("resembling", THUMBNAIL, NEAR).add_pictures(encoded, Digests(cache)).key()
+        fingerprint = Fingerprint("resembling", THUMBNAIL, NEAR) if is_small else Fingerprint("equal")
+        key = fingerprint.add_pictures(encoded, Digests(cache)).key()
         path = cache / "resembling" / f"{key}.safetensors"
         if path.is_file():
             return [(first, second) for first, second in load_file(path)["pairs"].tolist()]
-    content: dict[bytes, int] = {}
-    pairs = [(content.setdefault(bytes(encoded[index]), index), index) for index in range(len(encoded))]
-    pairs = [pair for pair in pairs if pair[0] != pair[1]] + near_pairs(encoded)
+    pairs = equal_pairs(encoded) + (near_pairs(encoded) if is_small else [])
     if path is not None:
         save_tensors(path, {"pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)})
+    return pairs
+
+
+def equal_pairs(encoded: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Return the pairs (first picture with these bytes, other picture); skip pictures that cannot be read."""
+    from prunekit.runtime.progress import Progress
+
+    first: dict[bytes, int] = {}  # by digest
+    pairs = []
+    with Progress("duplicates", len(encoded), enabled=len(encoded) > MOST_COMPARED) as progress:
+        for index in range(len(encoded)):
+            with suppress(DataError):
+                other = first.setdefault(hashlib.blake2b(encoded[index], digest_size=16).digest(), index)
+                if other != index:
+                    pairs.append((other, index))
+            progress.update(index + 1)
     return pairs
 
 

@@ -12,9 +12,11 @@ from PIL import Image
 from small_data import encoded_for, stub
 from unets import build
 
+from prunekit.data import holdout
 from prunekit.data.config import DataConfig, load_data
 from prunekit.data.encoded import EncodedData
-from prunekit.data.holdout import NEAR, duplicate_groups, hold_out, near_pairs
+from prunekit.data.holdout import NEAR, duplicate_groups, held_out_captions, hold_out, near_pairs
+from prunekit.data.pictures import FilePictures
 from prunekit.methods import APTP, Norm, TaylorSP, UniArch
 from prunekit.recovery.fine_tuning import FineTuneConfig, fine_tune
 
@@ -122,6 +124,47 @@ def test_the_share_is_exceeded_by_one_group_at_most_and_texts_are_apart(captions
         t for t, m in zip(texts, mask, strict=True) if not m
     }
     assert len({i for i, m in zip(index.tolist(), mask, strict=True) if m}) == held.pictures
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_equal_bytes_are_grouped_in_data_of_any_size(is_cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(holdout, "MOST_COMPARED", 4)
+    encoded = [noise(0), noise(1), noise(0), noise(1, shift=2), noise(2)]
+    given = (["a", "b", "c", "d", "e"], torch.arange(5), tmp_path if is_cached else None)
+    for _ in range(2):
+        groups = duplicate_groups(encoded, *given).tolist()
+        assert groups[0] == groups[2] and len(set(groups)) == 4  # near pictures are not searched for
+    monkeypatch.setattr(holdout, "MOST_COMPARED", 5)
+    assert len(set(duplicate_groups(encoded, *given).tolist())) == 3
+
+
+def test_a_picture_that_cannot_be_read_does_not_end_the_search(tmp_path):
+    (tmp_path / "0.png").write_bytes(noise(0))
+    (tmp_path / "1.png").write_bytes(noise(0))
+    files = [str(tmp_path / name) for name in ("0.png", "1.png", "gone.png")]
+    pictures = FilePictures(files, np.array([[i, 0, len(noise(0))] for i in (2, 0, 1)]))
+    assert duplicate_groups(pictures, ["a", "b", "c"], torch.arange(3)).tolist() == [0, 1, 1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    captions=st.lists(st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=4), min_size=2, max_size=20),
+    share=st.floats(0, 0.9),
+    seed=st.integers(0, 100),
+)
+def test_a_held_out_caption_is_in_no_training_pair_and_every_picture_keeps_one(captions, share, seed):
+    texts = [text for own in captions for text in own]
+    index = torch.tensor([picture for picture, own in enumerate(captions) for _ in own])
+    held = held_out_captions(texts, index, share, seed)
+    assert not {texts[p] for p in held.nonzero()} & {texts[p] for p in (~held).nonzero()}
+    assert set(index[~held].tolist()) == set(range(len(captions)))
+
+
+def test_captions_of_pictures_with_one_caption_are_held_out_by_pictures():
+    encoded = [noise(index % 5) for index in range(10)]  # two of each
+    captions = [f"picture {index}" for index in range(10)]
+    held = hold_out("captions", encoded, captions, torch.arange(10), 0.4, 0)
+    assert held.pairs[:5].tolist() == held.pairs[5:].tolist() and held.pictures == int(held.pairs.sum()) == 4
 
 
 class Watched(EncodedData):
