@@ -35,8 +35,8 @@ class Limits:
 
 def check_whole(name: str, value: float | None, least: int, most: int) -> int:
     """Return `value` as an int; UserError, which names it, unless it is a whole number from `least` to `most`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most or value != int(value):  # NaN and infinity are not in the range
+    is_wrong = not isinstance(value, int | float) or isinstance(value, bool)
+    if value is None or is_wrong or not least <= value <= most or value != int(value):  # NaN is in no range
         raise UserError(f"{name}={value}: a whole number from {least} to {most}")
     return int(value)
 
