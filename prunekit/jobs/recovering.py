@@ -11,7 +11,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -37,7 +36,7 @@ from prunekit.recovery.in_memory import BACKBONE, kept_objective, mixture_of, ro
 from prunekit.runtime.errors import UserError
 from prunekit.runtime.files import read_json, write_folder, write_json
 from prunekit.runtime.processes import apart, current
-from prunekit.runtime.work import POLL_SECONDS, Piece, Sharing, claimed
+from prunekit.runtime.work import Piece, Sharing, do_together
 from prunekit.training.checkpoint import Checkpoints
 
 FIGURES, REFIT = "figures.json", "refit.json"
@@ -128,12 +127,12 @@ class Recovering:
         sharing: function that does the queue's pieces; by default the processes of the directory share them.
         """
         jobs = list(chain.from_iterable(self.jobs_of))
+        pieces = [Piece(job.lock, job.done, partial(_fine_tune, self.stages, job, self.begins)) for job in jobs]
         if len(jobs) < current().count:
-            for job in jobs:
-                _fine_tune_together(self.stages, job, self.begins)
+            for piece in pieces:
+                do_together(piece, self.stages.locks)
             return
         with apart():
-            pieces = [Piece(job.lock, job.done, partial(_fine_tune, self.stages, job, self.begins)) for job in jobs]
             if meanwhile is not None:
                 pieces.append(_follow(lambda: [self.stages.dense], [], jobs, meanwhile))
                 for recovery, needed in zip(self.recoveries, self.jobs_of, strict=True):
@@ -197,18 +196,6 @@ def _jobs(stages: Stages, recovery: Recovery) -> list[Job]:
         steps, warmup = int(config.steps * factor), round(config.warmup_steps * factor)
         config = config.model_copy(update={"steps": steps, "warmup_steps": warmup})
     return [Job(recovery, index, served, part, config) for index, served in enumerate(pairs_of)]
-
-
-def _fine_tune_together(stages: Stages, job: Job, begins: Begins) -> None:
-    """Recover one model with all processes of the launch, unless another launch on the directory recovers it."""
-    processes = current()
-    while not processes.agree(job.done()):
-        with ExitStack() as stack:
-            is_mine = processes.is_main and stack.enter_context(claimed(stages.locks / f"{job.lock}.lock"))
-            if not processes.agree(is_mine):
-                time.sleep(POLL_SECONDS)
-            elif not processes.agree(job.done()):
-                _fine_tune(stages, job, begins)
 
 
 def _fine_tune(stages: Stages, job: Job, begins: Begins) -> None:

@@ -44,7 +44,7 @@ from prunekit.runtime.processes import current
 from prunekit.runtime.progress import Log, console, peak_memory
 from prunekit.runtime.run_directory import DENSE, LOCKS, LOG, RESULT
 from prunekit.runtime.tracking import Trackers
-from prunekit.runtime.work import Piece, Sharing, share
+from prunekit.runtime.work import Piece, Sharing, do_together, share
 from prunekit.training.memory import lower, offload
 
 PACKAGE = __name__.partition(".")[0]
@@ -274,10 +274,10 @@ class Stages:
     def choose(self, method: Method, folder: Path, name: str | None = None) -> PruneResult:
         """Return a method's architectures, chosen now or by an earlier start.
 
-        The processes of a launch choose together. Of several launches of one process each on one directory, one chooses
-        and the others wait. folder: folder of the result. name: name of the row in the log; the method's by default.
+        The processes of a launch choose together. Of several launches on one directory, one chooses and the others
+        wait. folder: folder of the result. name: name of the row in the log; the method's by default.
         """
-        processes, name = current(), name or method.name
+        name = name or method.name
 
         def done() -> bool:
             return (folder / RESULT).is_file()
@@ -296,11 +296,7 @@ class Stages:
                 self.say(f"{name}: {note}")
             self.log({"stage": name, "seconds": time.monotonic() - started, "ratio": ratio})
 
-        if processes.count == 1:
-            self.share([Piece(f"{folder.name}-choice", done, prune)])
-        elif not processes.agree(done()):
-            prune()
-            processes.wait()
+        do_together(Piece(f"{folder.name}-choice", done, prune), self.locks)
         return PruneResult.load(folder, denoiser_in(self.pipeline))
 
     def share(self, pieces: Sequence[Piece]) -> None:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from prunekit.runtime.errors import UserError
-from prunekit.runtime.processes import threads_of
+from prunekit.runtime.processes import current, threads_of
 
 T = TypeVar("T")
 USERS = ".users"  # folder in a shared directory, with a lock file for each process that works there
@@ -167,6 +167,22 @@ def share(pieces: Sequence[Piece], locks: Path, wait: bool = True) -> None:
         if not (taken and wait):
             return
         time.sleep(POLL_SECONDS)
+
+
+def do_together(piece: Piece, locks: Path) -> None:
+    """Do a piece with all processes of this launch; if another launch is doing it, wait until it is done.
+
+    All processes call this function. The main process holds the lock file that `share` uses too, and its view of the
+    directory counts.
+    """
+    processes = current()
+    while not processes.agree(piece.done()):
+        with ExitStack() as stack:
+            is_mine = processes.is_main and stack.enter_context(claimed(locks / f"{piece.name}.lock"))
+            if not processes.agree(is_mine):
+                time.sleep(POLL_SECONDS)
+            elif not processes.agree(piece.done()):
+                piece.do()
 
 
 def share_and_tidy(pieces: Sequence[Piece], locks: Path) -> None:

@@ -3,21 +3,27 @@
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from launching import launch
 from small_model import RECIPE, TRAINING, write_pipeline, write_world
+from unets import build
 
 from prunekit import PromptRoutedPipeline
 from prunekit.evaluation.evaluate import evaluate
+from prunekit.jobs import stages as stages_module
 from prunekit.jobs.compare.comparing import compare
 from prunekit.jobs.recipe import dump_recipe, load_recipe, parse_recipe
 from prunekit.jobs.run import _claim, start
 from prunekit.models import load_pipeline
+from prunekit.runtime import work
 from prunekit.runtime.errors import UserError
-from prunekit.runtime.work import USERS, occupied
+from prunekit.runtime.files import write_json
+from prunekit.runtime.run_directory import RESULT
+from prunekit.runtime.work import USERS, Piece, claimed, do_together, occupied
 from prunekit.serving.bulk import Request, free_directory, generate_to
 
 
@@ -52,6 +58,36 @@ def test_users_of_many_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert len(inside) == 120 and max(most) > 1 and left and not (tmp_path / "work" / USERS).exists()
+
+
+class Launch:
+    """The view of a launch's main process, one of two."""
+
+    count, is_main = 2, True
+
+    def agree(self, value):
+        return value
+
+
+def test_a_launch_of_several_processes_leaves_a_choice_to_another_launch(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(work, "current", Launch)
+    monkeypatch.setattr(work, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(stages_module.PruneResult, "load", lambda *_: calls.append("loaded"))
+    stages = object.__new__(stages_module.Stages)
+    stages.locks, stages.pipeline = tmp_path / "locks", build("sd2", "meta")
+    folder = tmp_path / "methods" / "norm"
+    with claimed(stages.locks / "norm-choice.lock"):  # as a launch of one process holds it, by `share`
+        thread = threading.Thread(target=stages.choose, args=(SimpleNamespace(name="norm", prune=None), folder))
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() and not calls
+        write_json(folder / RESULT, {})
+    thread.join(60)
+    assert calls == ["loaded"]
+    done = []
+    do_together(Piece("other", lambda: bool(done), lambda: done.append(1)), stages.locks)
+    assert done == [1]
 
 
 def test_a_dead_user_is_none(tmp_path):
