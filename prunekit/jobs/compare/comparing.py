@@ -206,7 +206,7 @@ def compare(
                     comparison.make(executor)
                 finished, lacking = comparison.results()
                 missing += lacking
-                times = comparison.timings(finished) if not lacking else {}
+                times = {} if lacking or is_companion() else comparison.timings(finished)
                 published += comparison.recipe.published
                 pairs += comparison.recipe.pairs
                 names.append(comparison.recipe.name)
