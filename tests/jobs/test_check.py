@@ -70,6 +70,51 @@ def test_every_row_of_a_comparison_once(tmp_path, world):
     assert content["wall_seconds"] == pytest.approx(content["seconds"] / 2, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("recover", "parts"),
+    [
+        ({"closed_form": {"batch_size": 4}}, ["closed-form refit", "fine-tuning"]),
+        ({"closed_form": {"batch_size": 8}, "fine_tune": False}, ["closed-form refit"]),
+        ({"fine_tune": False}, ["cut"]),
+    ],
+)
+def test_the_recovery_is_the_recipes(recover, parts, tmp_path, world):
+    content = check(recipe(tmp_path, world, recover=recover))
+    stages = [stage.stage for stage in content["stages"] if stage.stage.startswith("norm")]
+    assert stages == [f"norm: {part}" for part in ("choice", *parts, "generation", "evaluation")]
+    work = {row["stage"]: row for row in content["work"]}
+    recovery = {stage for stage in work if stage.startswith("norm: ") and ("refit" in stage or "tuning" in stage)}
+    assert recovery == {f"norm: {part}" for part in parts if part != "cut"}
+    assert all(row["seconds"] > 0 for row in work.values())
+
+
+def test_the_recovery_of_each_row_of_a_comparison(tmp_path, world):
+    methods = {
+        "norm": {},
+        "refitted": {"method": "norm", "closed_form": {"batch_size": 4}, "fine_tune": False},
+        "default": {"method": "norm", "closed_form": True},
+        "plain": {"method": "norm", "closed_form": False},
+    }
+    settings = {
+        "prune": {},
+        "methods": methods,
+        "budgets": [{"budget": 0.8}],
+        "recover": {"closed_form": {"batch_size": 8}},
+    }
+    compared = recipe(tmp_path, world, job="compare", **settings)
+    small = shrunk(compared, compared.data)
+    refits = {label: small.recovering(label).closed_form for label in methods}
+    samples = {label: config and config.samples for label, config in refits.items()}
+    assert samples == {"norm": 8, "refitted": 4, "default": 8, "plain": None}
+    assert refits["refitted"].batch_size == 4 and small.recovering("refitted").fine_tune is False
+    stages = [stage.stage for stage in check(compared)["stages"]]
+    assert [stage for stage in stages if stage.endswith(("refit", "tuning"))] == [
+        *(f"{label} @ 0.8: {part}" for label in ("default", "norm") for part in ("closed-form refit", "fine-tuning")),
+        "plain @ 0.8: fine-tuning",
+        "refitted @ 0.8: closed-form refit",
+    ]
+
+
 def test_an_sdxl_pipeline(tmp_path, world):
     sdxl = {**world, "model": str(write(tmp_path / "sdxl", "sdxl"))}
     content = check(recipe(tmp_path, sdxl, methods={"uniarch": {"search": SEARCH}}))

@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from prunekit.data.encoded import encode
-from prunekit.jobs.check.shrinking import first_images, shrunk, write_shard
-from prunekit.jobs.plan.amounts import CHOICE, ENCODING, GENERATION, TUNING, Work, pruning_work, scheduled
+from prunekit.evaluation.comparison import Candidate
+from prunekit.jobs.check.shrinking import first_images, short_refit, shrunk, write_shard
+from prunekit.jobs.plan.amounts import CHOICE, ENCODING, GENERATION, REFIT, TUNING, Work, pruning_work, scheduled
 from prunekit.jobs.plan.data_size import DataSize, size_of
 from prunekit.jobs.plan.planned_models import Models, PlannedModel
 from prunekit.jobs.plan.planned_rows import PlannedRow, rows_of, tuning_devices
@@ -128,7 +129,8 @@ class _Check:
     def _pairs(self, rows: dict[str, PlannedRow]) -> int:
         evaluation = self.recipe.evaluation
         pictures = min(evaluation.batch_size, evaluation.num_images)
-        return max(PAIRS, pictures, *(2 * row.experts for row in rows.values()))
+        refits = [short_refit(row.closed_form).samples for row in rows.values() if row.closed_form is not None]
+        return max(PAIRS, pictures, *(2 * row.experts for row in rows.values()), *(2 * samples for samples in refits))
 
     @contextmanager
     def _stage(self, name: str, setting: str, batch: str = "") -> Iterator[None]:
@@ -163,14 +165,26 @@ class _Check:
         return result
 
     def _recover(self, name: str, row: PlannedRow, result: PruneResult, stages: Stages) -> None:
-        """Fine-tune the first architecture, draw with it, and measure."""
+        """Refit and fine-tune the first architecture, as the recipe says; draw with it, and measure."""
         label, since = row.label, len(self.log.rows)
         folder = self.directory / "methods" / label
         first = PruneResult([result.architectures[0]], info=result.info)
-        with self._stage(f"{name}: fine-tuning", "fine_tune", "fine_tune.micro_batch"):
-            recovery = Recovery(label, first, folder / "experts", row.tuning, self.recipe.seed)
-            candidate = recover(stages, recovery)
-        self.spent[label, TUNING] = self.log.steps_seconds(since) * row.models
+        cut = Recovery(label, first, folder / "cut", row.tuning, self.recipe.seed, fine_tunes=False)
+        candidate: Candidate | None = None
+        if row.closed_form is not None:
+            of_all = row.closed_form == stages.recipe.recover.closed_form
+            setting = "recover.closed_form" if of_all else f"methods.{label}.closed_form"
+            with self._stage(f"{name}: {REFIT}", setting, f"{setting}.batch_size"):
+                refitted = replace(cut, folder=folder / "refitted", closed_form=row.closed_form)
+                candidate = recover(stages, refitted)
+            self.spent[label, REFIT] = self.done[-1].seconds * row.models
+        if row.tuning_steps:
+            with self._stage(f"{name}: {TUNING}", "fine_tune", "fine_tune.micro_batch"):
+                candidate = recover(stages, replace(cut, folder=folder / "experts", fine_tunes=True))
+            self.spent[label, TUNING] = self.log.steps_seconds(since) * row.models
+        if candidate is None:
+            with self._stage(f"{name}: cut", "prune"):
+                candidate = recover(stages, cut)
         with self._stage(f"{name}: generation", "evaluation", "evaluation.batch_size"):
             pictures, _ = stages.sample(candidate, folder / "samples")
             seen = stages.sample_seen(candidate, folder / "samples-training")

@@ -12,6 +12,7 @@ from prunekit.data.config import READERS, DataConfig, load_data
 from prunekit.data.images import CaptionedImages
 from prunekit.data.samples import collect
 from prunekit.jobs.recipe import CompareRecipe, PruneRecipe
+from prunekit.recovery.closed_form import ClosedFormConfig
 from prunekit.runtime.tracking import TrackingConfig
 from prunekit.training.memory import STEPS, two_steps
 
@@ -74,6 +75,8 @@ def shrunk(
             update={"num_images": pictures, "steps": STEPS, "num_predictions": pictures, "at_steps": []}
         ),
     }
+    if recipe.recover.closed_form is not None:
+        changes["recover"] = recipe.recover.model_copy(update={"closed_form": short_refit(recipe.recover.closed_form)})
     if isinstance(recipe, CompareRecipe):
         left, budgets = list(recipe.methods), []
         for entry in recipe.budgets:
@@ -89,4 +92,13 @@ def _settings(recipe: PruneRecipe | CompareRecipe, label: str, devices: int) -> 
     """Return a row's settings with the changes that make its method short."""
     short = recipe.method_of(label).short_settings(devices)
     dumped = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in short.items()}
-    return {**(recipe.methods[label] or {}), **dumped}
+    settings = {**(recipe.methods[label] or {}), **dumped}
+    if isinstance(recipe, CompareRecipe) and "closed_form" in settings:
+        refitting = recipe.recovering(label).closed_form
+        settings["closed_form"] = False if refitting is None else short_refit(refitting).model_dump()
+    return settings
+
+
+def short_refit(config: ClosedFormConfig) -> ClosedFormConfig:
+    """Return the settings of a refit on one batch of samples."""
+    return config.model_copy(update={"samples": min(config.samples, max(2, config.batch_size))})
