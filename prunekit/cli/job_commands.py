@@ -72,7 +72,7 @@ def compare(
     recipe = next((load_recipe(path, overrides) for path in paths if not path.is_dir()), None)
     with graceful(), companions(process_count(recipe)):
         folder = compare(paths, overrides, output)
-    say(f"The table is in {folder / 'table.md'}, its picture in {folder / 'pareto.png'}")
+    say(f"The table is in {folder / 'table.md'}, its charts in {folder / 'pareto.png'}")
 
 
 @app.command()

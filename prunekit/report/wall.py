@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from prunekit.data.picture_files import open_picture
-from prunekit.evaluation.generate import REQUEST
-from prunekit.evaluation.sheets import expert_note
+from prunekit.evaluation.generate import REQUEST, read_pictures
+from prunekit.evaluation.sheets import PictureRow, expert_note, picture_sheet
 from prunekit.report.comparison_table import PROTOCOLS, Cell
 from prunekit.report.source import MissingError, Section, Source
 from prunekit.runtime.files import read_json
@@ -40,7 +40,7 @@ def wall(source: Source) -> Section:
     painters = [painter for painter in painters if painter.drawn]
     if not painters:
         raise MissingError("the directory has no pictures (samples/); a copy may lack them")
-    shared = [key for key in painters[0].drawn if all(key in painter.drawn for painter in painters)]
+    shared = _shared(painters)
     cards, size = [], 0
     most = MOST_PROMPTS if len(painters) <= FEW_MODELS else MOST_PROMPTS // 2
     for prompt, seed in chosen(shared, most):
@@ -54,9 +54,31 @@ def wall(source: Source) -> Section:
     return Section("wall", "What it looks like", {"cards": cards, "note": note, "count": len(shared)})
 
 
+def comparison_sheet(source: Source, output: Path, count: int = 8) -> Path | None:
+    """Write the wall's first pictures of a comparison as a sheet, one row per model (PNG); return its path.
+
+    count: number of prompts. Returns None, and writes nothing, if no pictures were kept.
+    """
+    try:
+        painters, note = _of_comparison(source)
+    except MissingError:
+        return None
+    painters = [painter for painter in painters if painter.drawn]
+    keys = chosen(_shared(painters), count) if painters else []
+    if not keys:
+        return None
+    rows = [PictureRow(painter.name, read_pictures([painter.drawn[key][0] for key in keys])) for painter in painters]
+    return picture_sheet(output, rows, [prompt for prompt, _ in keys], f"{source.directory.name}. {note}")
+
+
 def chosen(keys: list[tuple[str, int]], count: int = MOST_PROMPTS) -> list[tuple[str, int]]:
     """Return at most `count` prompts: half from the start (names), and half from the end (held-out captions)."""
     return keys if len(keys) <= count else keys[: count - count // 2] + keys[-(count // 2) :]
+
+
+def _shared(painters: list[Painter]) -> list[tuple[str, int]]:
+    """Return the prompts and seeds of which every model has a picture."""
+    return [key for key in painters[0].drawn if all(key in painter.drawn for painter in painters)]
 
 
 def pictures_of(folder: Path) -> Drawn:
@@ -106,7 +128,8 @@ def _of_comparison(source: Source) -> tuple[list[Painter], str]:
     budgets = list(dict.fromkeys(entry.get("budget") for entry in source.recipe.get("budgets", ())))
     budget = str(budgets[0]) if budgets else first["budget"]
     budget = budget if any(cell["cell"]["budget"] == budget for cell in cells) else first["budget"]
-    seed = min(cell["cell"]["seed"] for cell in cells if cell["cell"]["budget"] == budget)
+    seeds = [cell["cell"]["seed"] for cell in cells if cell["cell"]["budget"] == budget and _drawn_by(source, cell)]
+    seed = max(sorted(set(seeds)), key=seeds.count, default=first["seed"])  # with pictures of the most rows
     order, protocols = list(source.recipe.get("methods", ())), ("static", *PROTOCOLS)
     painters, seen = [], set()
     wanted = [c for c in source.cells if c["cell"]["seed"] == seed and c["cell"]["budget"] in ("", budget)]
@@ -121,11 +144,18 @@ def _of_comparison(source: Source) -> tuple[list[Painter], str]:
         if name in seen:  # under another protocol
             continue
         seen.add(name)
-        stem = Cell(name, cell["cell"]["budget"], seed, cell["cell"]["protocol"]).name
-        folders = sorted((source.directory / "work").glob(f"{stem}-samples-*"), key=lambda path: path.stat().st_mtime)
         macs = [expert["macs"] for expert in cell["experts"]] or [cell["figures"]["macs"]]
-        painters.append(Painter(name, pictures_of(folders[-1]) if folders else {}, macs, bool(cell["experts"])))
+        painters.append(Painter(name, _drawn_by(source, cell), macs, bool(cell["experts"])))
     return painters, f"Budget {budget}, seed {seed}; each prompt with the same noise for every model."
+
+
+def _drawn_by(source: Source, cell: dict[str, Any]) -> Drawn:
+    """Return the latest pictures of a comparison's cell with held-out prompts; none if they were not kept."""
+    of = cell["cell"]
+    stem = Cell(of["method"], of["budget"], of["seed"], of["protocol"]).name
+    folders = sorted((source.directory / "work").glob(f"{stem}-samples-*"), key=lambda path: path.stat().st_mtime)
+    folders = [folder for folder in folders if not folder.name.endswith("-training")]
+    return pictures_of(folders[-1]) if folders else {}
 
 
 def _picture(painter: Painter, key: tuple[str, int]) -> dict[str, Any]:

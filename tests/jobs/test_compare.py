@@ -16,6 +16,8 @@ from prunekit.jobs.recipe import RecipeError, load_recipe
 from prunekit.jobs.recipe.earlier import ADDED
 from prunekit.jobs.run import start
 from prunekit.report.comparison_table import Cell, best, rows_of, shown_rows, warnings_of
+from prunekit.report.source import Source
+from prunekit.report.wall import wall
 from prunekit.runtime.run_directory import DENSE
 from prunekit.runtime.work import claimed
 
@@ -74,6 +76,14 @@ def test_every_cell_once(recipe, finished):
     content = json.loads((finished / "results.json").read_text())
     assert content["missing"] == [] and content["published"] == [{"row": "norm", "FID": 141.04}]
     assert (finished / "pareto.png").stat().st_size > 10_000
+    assert (finished / "comparison.png").stat().st_size > 10_000
+
+
+def test_the_wall_shows_pictures_of_held_out_prompts(finished):
+    (request,) = finished.glob("work/norm__bksdm-base__seed0__static-samples-*[0-9a-f]/request.json")
+    drawn = json.loads(request.read_text())["prompts"]
+    cards = wall(Source(finished)).content["cards"]
+    assert cards and {card["prompt"] for card in cards} <= set(drawn)
 
 
 def test_a_depth_only_expert_is_a_stock_unet(finished):

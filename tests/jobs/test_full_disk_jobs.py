@@ -35,6 +35,7 @@ STAGES = {  # of each job: the files at which the disk gets full, in the order i
         "run/table.csv",
         "run/table.md",
         "run/pareto.png",
+        "run/comparison.png",
     ],
     "pretrain": [
         "run/autoencoder/checkpoints/step-00000002",

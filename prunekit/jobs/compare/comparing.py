@@ -42,6 +42,8 @@ from prunekit.report.comparison_table import (
     warnings_of,
 )
 from prunekit.report.pareto import pareto_picture
+from prunekit.report.source import Source
+from prunekit.report.wall import comparison_sheet
 from prunekit.runtime.engines import executor_of
 from prunekit.runtime.executors import Call, Executor, OnePiece
 from prunekit.runtime.files import read_json, write_json, write_text
@@ -51,6 +53,7 @@ from prunekit.runtime.run_directory import CELLS, DENSE, RECIPE, RESULTS, WORK
 from prunekit.runtime.screen import stdout_console
 from prunekit.runtime.work import Piece, occupied, refuse_foreign
 
+SHEET = "comparison.png"
 TABLE_CSV = "table.csv"  # of a comparison's directory
 NOTE = (
     "Each figure: mean ± seeds / pictures, half of its 95 % intervals over the seeds (Student's t; – for one seed) and "
@@ -165,7 +168,9 @@ def compare(
     overrides: Iterable[str] = (),
     output: str | Path | None = None,
 ) -> Path:
-    """Run comparisons, or read finished ones, and write `results.json`, `table.csv`, `table.md` and `pareto.png`.
+    """Run comparisons, or read finished ones; write `results.json`, `table.csv`, `table.md` and two pictures.
+
+    `pareto.png` shows quality against cost, `comparison.png` pictures of every row (if the cells' pictures are there).
 
     paths: comparison recipes, whose missing cells are computed, and directories with finished `cells/`.
     output: directory of the cells and the table; by default `runs/NAME` of each recipe, and the table in the directory
@@ -275,6 +280,7 @@ def _write(
     write_text(folder / "table.md", "\n".join(parts))
     if any(row.method != DENSE for row in rows):
         pareto_picture(folder / "pareto.png", rows, "quality against cost: means and 95 % intervals")
+    comparison_sheet(Source(folder), folder / SHEET)
     if sentence := verdict(rows):
         console.print(sentence, markup=False)
     finish(folder, partial(console.print, highlight=False, markup=False))
