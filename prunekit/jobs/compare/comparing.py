@@ -119,10 +119,11 @@ class Comparison:
         return self.runner.finished(cell) is not None
 
     def _count(self) -> int:
-        return sum(map(self._has, self.cells))
+        """Return the number of finished cells of pruned models; the dense model's cells are quick."""
+        return sum(cell.label != DENSE and self._has(cell) for cell in self.cells)
 
     def _time_left(self) -> str:
-        """Return the time left, for a line; empty before a first cell is finished.
+        """Return the time left, for a line; empty before the first cell of a pruned model is finished.
 
         The pace is that of all processes that share the directory: the cells finished since this process began.
         """
@@ -130,7 +131,8 @@ class Comparison:
         if finished == self.at_start:
             return ""
         pace = (time.monotonic() - self.began) / (finished - self.at_start)
-        return f", about {rounded(pace * (len(self.cells) - finished))} left"
+        missing = sum(not self._has(cell) for cell in self.cells)
+        return f", about {rounded(pace * missing)} left"
 
     def results(self) -> tuple[list[Result], list[Cell]]:
         """Return the finished cells' results, and the cells that are missing."""
