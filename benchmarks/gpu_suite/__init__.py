@@ -1,6 +1,7 @@
-"""One run on a GPU machine that settles what a CPU cannot: `python -m benchmarks.gpu_suite` (docs/gpu.md).
+"""Measure on a GPU machine what a CPU cannot measure: `python -m benchmarks.gpu_suite` (docs/gpu.md).
 
-It uses the tests' small models and the plain steps of `benchmarks/peers`, which are modules without a package.
+The suite uses the small models of the tests and the plain training steps of `benchmarks/peers`. Their folders are not
+packages, so this module adds them to `sys.path`.
 """
 
 import sys

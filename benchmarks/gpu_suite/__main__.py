@@ -1,4 +1,4 @@
-"""The command: each step in a process of its own, the most valuable first, within a budget of time.
+"""Run each step of the GPU suite in a separate process, the most valuable step first, within a time budget.
 
 python -m benchmarks.gpu_suite [--minutes 9] [--steps smoke,table] [--output runs/gpu_suite] [--reduced]
 """
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.gpu_suite.requirements import refuse_old
 from benchmarks.gpu_suite.summary import FAILED, RESUME, summarize
 
-STEPS = {  # the most valuable first: what each settles
+STEPS = {  # step: its module; the most valuable step comes first
     "smoke": "smoke",
     "table": "latency",
     "widths": "latency",
@@ -26,13 +26,13 @@ STEPS = {  # the most valuable first: what each settles
     "transformers": "latency",
     "serving": "serving",
 }
-MOST_MINUTES = 9.0  # of one step in one call
-LEAST_SECONDS = 30.0  # below which no step is begun
-GRACE = 25.0  # seconds in which a step that was asked to end saves what it has
+MOST_MINUTES = 9.0  # limit of one step in one call
+LEAST_SECONDS = 30.0  # no step starts with less time left
+GRACE = 25.0  # seconds between SIGTERM and SIGKILL, in which a step saves its results
 
 
 def main() -> int:
-    """Run the steps that are asked for, or one of them in this process; return the exit status."""
+    """Run the requested steps in child processes, or in this process with --child; return the exit status."""
     given = _arguments()
     if problem := refuse_old():
         print(f"gpu_suite: {problem}", file=sys.stderr)
@@ -46,7 +46,7 @@ def main() -> int:
         return FAILED
     deadline = time.monotonic() + 60 * given.minutes
     states = {}
-    for steps in [given.steps] if given.reduced else [[step] for step in given.steps]:  # imports take a CPU's time
+    for steps in [given.steps] if given.reduced else [[step] for step in given.steps]:  # imports are slow on a CPU
         left = deadline - time.monotonic()
         before = _processor_seconds()
         status = _start(steps, given, min(left, 60 * MOST_MINUTES)) if left > LEAST_SECONDS else RESUME
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _processor_seconds() -> float:
-    """Return the CPU time of the processes that have ended."""
+    """Return the CPU time in seconds of the child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -76,7 +76,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _start(steps: list[str], given: argparse.Namespace, seconds: float) -> int:
-    """Run steps in a process of their own; return its exit status. One that hangs is ended, and the others go on."""
+    """Run steps in a separate process and return its exit status.
+
+    A process that exceeds `seconds` gets SIGTERM, and SIGKILL after GRACE seconds more.
+    """
     print(f"== {', '.join(steps)}: at most {seconds / 60:.1f} minutes", flush=True)
     command = [sys.executable, "-m", __package__, "--child", "--steps", ",".join(steps), "--output", str(given.output)]
     command += ["--minutes", str(seconds / 60), *(["--reduced"] if given.reduced else [])]
@@ -97,7 +100,7 @@ def _start(steps: list[str], given: argparse.Namespace, seconds: float) -> int:
 
 
 def _work(given: argparse.Namespace) -> int:
-    """Work on steps in this process, one after another."""
+    """Run steps in this process, one after another; return the exit status."""
     import torch
 
     from benchmarks.gpu_suite.record import Record, Settings

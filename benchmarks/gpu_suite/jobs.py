@@ -1,7 +1,7 @@
-"""Whole jobs on the embedded models: the transformer's pre-training, and the comparison of methods with more seeds.
+"""Run whole jobs on the embedded models: the transformer's pre-training, and the comparison of methods with more seeds.
 
-Both are commands of prunekit, which are ended when the time is up and go on where they were in the next call. Before
-them, the same jobs at the size of a smoke test are compared with those of a process that sees no GPU.
+Both jobs are prunekit commands. They are stopped when the time is up, and the next call resumes them. Before they
+start, the same jobs at the size of a smoke test run with and without the GPU, and the results are compared.
 """
 
 import json
@@ -25,20 +25,20 @@ from prunekit.runtime.termination import REQUEUE
 
 TITLE = "Jobs: pre-training of the embedded transformer, and the comparison on Emoji-64 with more seeds"
 PRETRAIN, COMPARE = (ROOT / "recipes" / name for name in ("pretrain_emoji_sd3.yaml", "compare_emoji.yaml"))
-MORE_SEEDS = 2  # times the seeds of the shipped comparison
-PRECISION = "bfloat16"  # of the smoke tests on the device
-STEPS = {"steps": 8, "batch_size": 8, "warmup_steps": 0, "decay_share": 0.0, "log_every": 1}  # of pre-training: its
-# output begins at zero, so that the first losses are the same in any precision
+MORE_SEEDS = 2  # factor on the number of seeds of the shipped comparison
+PRECISION = "bfloat16"  # precision of the smoke tests on the device
+STEPS = {"steps": 8, "batch_size": 8, "warmup_steps": 0, "decay_share": 0.0, "log_every": 1}  # pre-training settings;
+# the model's output is 0 at first, so the first losses are the same in any precision
 DRAWING = {"num_images": 4, "steps": 2, "batch_size": 4}
-LOSS = 0.02  # how far a loss of pre-training may lie from the CPU's, relative
+LOSS = 0.02  # largest allowed relative difference between the device's and the CPU's pre-training loss
 SMOKE_COMPARE = ["scale=smoke", "pairs=[]", "budgets=[{budget: 0.5, seeds: [0], methods: [norm]}]"]
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "PRUNEKIT_PROCESSES": "1"}
-PICTURES = 24  # of the smoke tests' data
-MARGIN = 30.0  # seconds before the deadline at which a job is asked to end
+PICTURES = 24  # number of pictures in the data of the smoke tests
+MARGIN = 30.0  # a job gets SIGTERM this many seconds before the deadline
 
 
 def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
-    """Return the step's title, and its pieces."""
+    """Return the step's title and its pieces."""
     found = [
         Piece("pre-training: first steps", partial(first_steps, settings)),
         Piece("comparison: one cell", partial(one_cell, settings)),
@@ -52,10 +52,11 @@ def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
 
 
 def command(arguments: list[str], settings: Settings, variables: dict[str, str] | None = None) -> None:
-    """Run a command of prunekit; what it prints goes to a log beside the results.
+    """Run a prunekit command, and append its output to `jobs.log` in the output folder.
 
     Raises:
-        UnfinishedError: the time was up, and the command has saved its state.
+        UnfinishedError: The time is up, and the command has saved its state.
+        RuntimeError: The command failed.
 
     """
     log = settings.output / "jobs.log"
@@ -73,7 +74,7 @@ def command(arguments: list[str], settings: Settings, variables: dict[str, str] 
             process.send_signal(signal.SIGTERM)
             status = process.wait()
         finally:
-            if process.poll() is None:  # this process is asked to end itself
+            if process.poll() is None:  # this process itself was told to stop
                 process.terminate()
                 process.wait()
     if status in (REQUEUE, -signal.SIGTERM):
@@ -83,7 +84,10 @@ def command(arguments: list[str], settings: Settings, variables: dict[str, str] 
 
 
 def twice(arguments: list[str], name: str, option: str, settings: Settings, float32: list[str]) -> tuple[Path, Path]:
-    """Run a command on the device and on the CPU; return both directories. float32: settings of the reference."""
+    """Run a command on the device and on the CPU, and return both result directories.
+
+    float32: extra settings of the run on the CPU, which is the reference.
+    """
     folders = settings.output / "smoke" / name, settings.output / "smoke" / f"{name}_cpu"
     command([*arguments, option, str(folders[0].absolute())], settings)
     command([*arguments, *float32, option, str(folders[1].absolute())], settings, ON_CPU)
@@ -91,7 +95,7 @@ def twice(arguments: list[str], name: str, option: str, settings: Settings, floa
 
 
 def small_data(settings: Settings, holdout: float) -> str:
-    """Return the setting of a few pictures in place of a recipe's data, whose encoding would take the time."""
+    """Write a few pictures, and return the override that uses them as data; encoding a recipe's data takes long."""
     folder = settings.output / "small" / "pictures"
     if not folder.is_dir():
         names = [f"{small_model.CAPTIONS[index % 12]} number {index}" for index in range(PICTURES)]
@@ -102,7 +106,7 @@ def small_data(settings: Settings, holdout: float) -> str:
 
 
 def first_steps(settings: Settings) -> Found:
-    """Compare the losses of the first steps of pre-training."""
+    """Compare the losses of the first pre-training steps on the device and on the CPU."""
     small = {"diffusion": {**STEPS, "precision": PRECISION}, "evaluation": DRAWING, "milestones": []}
     changes = [f"{name}={json.dumps(value)}" for name, value in small.items()]
     arguments = ["run", str(PRETRAIN), *changes, small_data(settings, 0.0)]
@@ -118,13 +122,13 @@ def first_steps(settings: Settings) -> Found:
 
 
 def losses(path: Path) -> dict[int, float]:
-    """Return the losses in a run's log by step."""
+    """Return the losses in a run's log, by step."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def one_cell(settings: Settings) -> Found:
-    """Compare a cell of the comparison in small, one method at one budget: what it chose, and how far it lies off."""
+    """Compare one cell of a small comparison (one method at one budget): MACs, and agreement with the dense model."""
     precision = [f"fine_tune.precision={PRECISION}", f"evaluation.precision={PRECISION}"]
     float32 = ["fine_tune.precision=float32", "evaluation.precision=float32"]
     arguments = ["compare", str(COMPARE), *SMOKE_COMPARE, small_data(settings, 0.25), *precision]
@@ -142,21 +146,21 @@ def one_cell(settings: Settings) -> Found:
 
 
 def cell(folder: Path) -> dict[str, float]:
-    """Return what is compared of the one pruned cell of a comparison."""
+    """Return the compared figures of the only pruned cell of a comparison."""
     results = [read_json(path) for path in sorted((folder / CELLS).glob("*.json"))]
     (figures,) = [result["figures"] for result in results if result["cell"]["method"] != "dense"]
     return {"agreement": figures["agreement"], "macs": figures["macs"]}
 
 
 def pretrained(settings: Settings) -> Found:
-    """Run the pre-training, or go on with it; return its quality curve."""
+    """Run or resume the pre-training, and return its quality curve."""
     folder = settings.output / "pretrain_emoji_sd3"
     command(["run", str(PRETRAIN), "--directory", str(folder.absolute())], settings)
     return Found(rows=read_json(folder / "curve.json"))
 
 
 def compared(settings: Settings) -> Found:
-    """Make the cells of the comparison that are missing; return its rows."""
+    """Compute the missing cells of the comparison, and return its rows."""
     recipe = yaml.safe_load(COMPARE.read_text(encoding="utf-8"))
     recipe["name"] = "compare_emoji_seeds"
     for entry in recipe["budgets"]:
@@ -172,5 +176,5 @@ def compared(settings: Settings) -> Found:
 
 
 def flat(row: dict[str, Any]) -> Row:
-    """Return the plain values of a row."""
+    """Return the entries of a row that are strings or numbers."""
     return {name: value for name, value in row.items() if isinstance(value, str | int | float)}

@@ -1,7 +1,7 @@
-"""Times of one call, by the harness of `prunekit bench`: SD 2.1's table, aligned widths, FLUX.1 and SD 3.5 medium.
+"""Time one call with the harness of `prunekit bench`: SD 2.1's table, aligned widths, FLUX.1 and SD 3.5 medium.
 
-Before a recipe is timed, the outputs of its dense model and of one cut are compared with the CPU's, in every dtype and
-mode that is timed, and the clock with another one.
+Before a recipe is timed, the outputs of its dense model and of one sliced model are compared with the CPU's, in every
+timed dtype and mode. In the step `table`, the harness's clock is also compared with another clock.
 """
 
 import json
@@ -47,17 +47,17 @@ TITLES = {
     "widths": "Latency per MAC of whole layers and of widths, free and aligned: SD 2.1, latents of 96 x 96, bfloat16",
     "transformers": "FLUX.1 dev and SD 3.5 medium at 1024 px, random weights, dense and cut: one call in bfloat16",
 }
-TRANSFORMERS = {"flux.1-dev": "flux", "sd-3.5-medium": "sd35"}  # and the small model that stands for it
+TRANSFORMERS = {"flux.1-dev": "flux", "sd-3.5-medium": "sd35"}  # model: small model that replaces it with --reduced
 ALIGNED = (None, 8, 16, 32, 64)
-BUDGET = 0.65  # of the cuts whose latency per MAC is compared
-SHALLOW = {"num_layers": 2, "num_single_layers": 2}  # of a transformer that the CPU runs too, at its full width
+BUDGET = 0.65  # share of MACs kept by the architectures of the step "widths"
+SHALLOW = {"num_layers": 2, "num_single_layers": 2}  # block counts of a full-width transformer that the CPU also runs
 SHALLOW_LATENT = 32
-CLOCK = {"cuda": 0.15, "cpu": 0.3}  # how far two clocks may lie apart, relative; a CPU may be busy
+CLOCK = {"cuda": 0.15, "cpu": 0.3}  # largest allowed relative difference of two clocks; a CPU may be busy
 TRIES = 5
 
 
 def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
-    """Return a step's title, and its pieces: outputs first, then the clock, then the times."""
+    """Return a step's title and its pieces: outputs first, then the clock, then the times."""
     found = []
     for recipe in recipes(name, settings):
         outputs = Piece(f"{recipe.name}: outputs", partial(outputs_of, settings, recipe))
@@ -71,7 +71,7 @@ def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
 
 
 def recipes(name: str, settings: Settings) -> list[BenchRecipe]:
-    """Return the benchmarks of a step; reduced: of small models, eager, a few samples each."""
+    """Return the benchmarks of a step; if reduced, of small models, in eager mode, with few samples."""
     if name == "transformers":
         return [transformer_recipe(model, settings) for model in TRANSFORMERS]
     recipe = load_bench_recipe(SD21)
@@ -97,7 +97,7 @@ def recipes(name: str, settings: Settings) -> list[BenchRecipe]:
 
 
 def transformer_recipe(model: str, settings: Settings) -> BenchRecipe:
-    """Return the benchmark of a transformer's shape."""
+    """Return the benchmark of a transformer with random weights."""
     cuts = {f"{how}_0.7": ArchitectureConfig(budget=0.7, choose=how) for how in ("random", "depth")}
     name = model.replace(".", "_").replace("-", "_")
     cells = [CellConfig(workload="unet", dtype="bfloat16", repeats=10)]
@@ -110,7 +110,7 @@ def transformer_recipe(model: str, settings: Settings) -> BenchRecipe:
 
 
 def reduced(recipe: BenchRecipe, small: dict[str, Any]) -> BenchRecipe:
-    """Return a benchmark of a small model, eager, with few samples."""
+    """Return a benchmark with the changes `small`, in eager mode, with few samples and without CUDA graphs."""
     cells: list[CellConfig] = []
     for cell in (cell for cell in recipe.cells if cell.mode != "cuda_graph"):
         known = None if cell.architectures is None else [name for name in cell.architectures if name == DENSE]
@@ -121,7 +121,7 @@ def reduced(recipe: BenchRecipe, small: dict[str, Any]) -> BenchRecipe:
 
 
 def outputs_of(settings: Settings, recipe: BenchRecipe) -> Found:
-    """Compare one call of the dense model and of the first cut with the CPU's, in every way that is timed."""
+    """Compare one call of the dense model and of the first sliced model with the CPU, in every timed dtype and mode."""
     found = Found()
     ways = {(cell.dtype, cell.mode) for cell in recipe.cells if cell.workload == "unet"}
     for dtype, mode in sorted(ways):
@@ -141,7 +141,10 @@ def outputs_of(settings: Settings, recipe: BenchRecipe) -> Found:
 
 
 def subjects(settings: Settings, recipe: BenchRecipe, dtype: str) -> Iterable[tuple[str, Any, Call]]:
-    """Yield the dense model and the first cut, each with a call; a large transformer with few of its blocks."""
+    """Yield (name, model, call) for the dense model and for the first sliced model.
+
+    A large transformer has only a few of its blocks.
+    """
     source, resolution = recipe.model, recipe.resolution
     if recipe.model in TRANSFORMERS:
         source, resolution = shallow(settings, recipe.model), 8 * SHALLOW_LATENT
@@ -157,7 +160,7 @@ def subjects(settings: Settings, recipe: BenchRecipe, dtype: str) -> Iterable[tu
 
 
 def shallow(settings: Settings, model: str) -> str:
-    """Return the folder of a transformer's config with few blocks, each as wide as the model's."""
+    """Write a transformer's config with few blocks of the model's full width, and return its folder."""
     config = {key: value for key, value in load_shape(model).denoiser.config.items() if key != "_name_or_path"}
     config |= {key: value for key, value in SHALLOW.items() if key in config}
     folder = settings.output / "small" / f"shallow_{model}"
@@ -167,7 +170,7 @@ def shallow(settings: Settings, model: str) -> str:
 
 @torch.no_grad()
 def law_of(settings: Settings, recipe: BenchRecipe) -> list[Comparison]:
-    """Compare the whole model under the gates of a cut with the model that is sliced to it, on the device (law 1)."""
+    """Compare the whole model under gates with the model sliced to the same architecture, on the device (law 1)."""
     dtype = recipe.cells[0].dtype
     shape = load_shape(recipe.model)
     latent = recipe.resolution // shape.vae_scale_factor
@@ -186,11 +189,14 @@ def law_of(settings: Settings, recipe: BenchRecipe) -> list[Comparison]:
 
 @torch.no_grad()
 def clock_of(settings: Settings, recipe: BenchRecipe) -> Found:
-    """Compare the harness's median of the dense call and of the cut with triton's, or on a CPU with torch's timer."""
+    """Compare the harness's median time of the dense and of the sliced model's call with another clock.
+
+    The other clock is triton's `do_bench` on a GPU, and torch's `Timer` on a CPU.
+    """
     found, kind = Found(), settings.device.type
     for name, model, call in subjects(settings, recipe, recipe.cells[0].dtype):
         timed, rows = timed_call(model, call), []
-        for _ in range(TRIES):  # something else may disturb one of the two
+        for _ in range(TRIES):  # other load of the machine may disturb one of the two measurements
             ours = measure({name: timed}, 10, settings.device, WarmUp(max_seconds=5.0)).arms[name].p50
             theirs = other_clock(timed, kind)
             rows.append((abs(ours / theirs - 1), ours, theirs))
@@ -204,7 +210,7 @@ def clock_of(settings: Settings, recipe: BenchRecipe) -> Found:
 
 
 def other_clock(timed: Any, kind: str) -> float:
-    """Return the seconds of a call by a clock that is not ours."""
+    """Return the median seconds of a call, measured without prunekit's harness."""
     if kind == "cuda":
         from triton.testing import do_bench
 
@@ -213,10 +219,10 @@ def other_clock(timed: Any, kind: str) -> float:
 
 
 def times_of(settings: Settings, recipe: BenchRecipe) -> Found:
-    """Time the rows that are missing, and return all.
+    """Time the missing rows, and return all rows.
 
     Raises:
-        UnfinishedError: the time is up; the rows that are made stay.
+        UnfinishedError: The time is up; the finished rows are kept.
 
     """
     path = settings.output / f"{recipe.name}.yaml"

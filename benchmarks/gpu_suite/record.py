@@ -1,7 +1,7 @@
-"""What a step leaves: rows of figures, and how far its results lie from the CPU's; JSON and Markdown after every piece.
+"""Record the results of a step: rows of figures, and comparisons with the CPU. Files are written after every piece.
 
-OUTPUT/STEP.json holds the pieces that are made, each with its environment; OUTPUT/STEP.md shows them. A piece that is
-there, made on the same device by the same versions, is not made again.
+OUTPUT/STEP.json holds the finished pieces, each with its environment; OUTPUT/STEP.md shows them. A finished piece from
+the same device and the same versions is not run again.
 """
 
 import math
@@ -23,9 +23,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A result beside the reference's: float32, eager, on the CPU, from the same weights.
+    """Difference of a result from the reference: float32, eager, on the CPU, from the same weights.
 
-    error: relative L2 error unless `what` says otherwise. tolerance: up to which the two count as equal.
+    error: relative L2 error, unless `what` names another error. tolerance: largest error at which they count as equal.
     """
 
     what: str
@@ -34,13 +34,13 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the results are equal within the tolerance; never for an error that is no number."""
+        """Whether the error is within the tolerance; False for NaN and infinity."""
         return math.isfinite(self.error) and self.error <= self.tolerance
 
 
 @dataclass
 class Found:
-    """What a piece finds. rows: its figures, by column. left_out: what does not apply, and why."""
+    """Results of a piece. rows: figures by column. left_out: what was not run, and why."""
 
     rows: list[Row] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
@@ -49,19 +49,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a step that is made whole or not at all."""
+    """A part of a step; a later call runs it again unless it finished."""
 
     name: str
     make: Callable[[], Found]
 
 
 class UnfinishedError(Exception):
-    """A piece ran out of time; what it made is kept by itself, and the next call goes on there."""
+    """A piece ran out of time; it has saved its own results, and the next call resumes it."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all steps share. deadline: of time.monotonic(), by which a step should have ended."""
+    """Settings of all steps. deadline: value of time.monotonic() at which a step should have ended."""
 
     device: torch.device
     reduced: bool
@@ -70,12 +70,12 @@ class Settings:
 
     @property
     def minutes_left(self) -> float:
-        """The minutes until the deadline, not below 0."""
+        """Minutes until the deadline, at least 0."""
         return max(0.0, (self.deadline - time.monotonic()) / 60)
 
 
 class Record:
-    """The file of one step."""
+    """The JSON and Markdown files of one step."""
 
     def __init__(self, step: str, title: str, settings: Settings):
         self.title, self.settings = title, settings
@@ -87,12 +87,12 @@ class Record:
         self.pieces: dict[str, Row] = content.get("pieces", {}) if same else {}
 
     def has(self, name: str) -> bool:
-        """Whether a piece is there, whole, from this device and these versions."""
+        """Whether a finished piece from this device and these versions is recorded."""
         piece = self.pieces.get(name)
         return piece is not None and piece["state"] == "made" and self._is_here(piece)
 
     def work(self, pieces: Sequence[Piece], say: Callable[[str], Any]) -> bool:
-        """Make the pieces that are missing, until the deadline; return whether all are there and without an error."""
+        """Run the missing pieces until the deadline; return whether all pieces finished without an error."""
         longest = 0.0
         names = [piece.name for piece in pieces]
         self.pieces = {name: self.pieces[name] for name in names if name in self.pieces}
@@ -120,7 +120,11 @@ class Record:
         return all(map(self.has, names))
 
     def _make(self, piece: Piece) -> tuple[str, Found]:
-        """Return ("made", …), or "unfinished" or "failed" with the reason; a failure ends this piece alone."""
+        """Run a piece; return its state and its results.
+
+        The state is "made", or "unfinished" or "failed" with the reason in `left_out`. A failure does not stop the
+        other pieces.
+        """
         try:
             return "made", piece.make()
         except UnfinishedError as left:
@@ -151,7 +155,7 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
 
 
 def page(title: str, pieces: Mapping[str, Row], missing: Sequence[str]) -> str:
-    """Return a step's Markdown."""
+    """Return the Markdown page of a step."""
     parts = [f"# {title}\n"]
     if missing:
         parts.append(f"Missing: {'; '.join(missing)}.\n")
@@ -175,7 +179,7 @@ def _compared(row: Row) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return rows as a Markdown table; a column for every key of some row."""
+    """Return rows as a Markdown table, with a column for every key that occurs in any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(key)) for key in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,11 +1,12 @@
-"""Which packages the suite needs: versions that are too old are refused by name, and wheels of the others collected.
+"""List the packages that the suite needs and that are missing or too old, or collect wheels for another machine.
 
-    python -m benchmarks.gpu_suite.requirements                     what is missing or too old here
-    python -m benchmarks.gpu_suite.requirements --collect wheels    the wheels of a machine without a network
+    python -m benchmarks.gpu_suite.requirements                     print missing and too old packages
+    python -m benchmarks.gpu_suite.requirements --collect wheels    download wheels for a machine without a network
 
-A machine image that has torch may lack the rest, or have older versions. `--collect` resolves the packages for the
-machine's Python and torch, leaves out what the image has (`--has numpy,scipy`), and downloads the others. prunekit's
-own wheel holds its version alone: the code runs from the checkout. There: pip install --no-index --no-deps wheels/*.whl
+A machine image with torch may lack the other packages, or have older versions. `--collect` resolves the packages for
+the machine's Python and torch, leaves out the packages that the image has (`--has numpy,scipy`), and downloads the
+others. prunekit's wheel contains only its version, because the code runs from the checkout. On that machine, run
+`pip install --no-index --no-deps wheels/*.whl`.
 """
 
 import argparse
@@ -23,29 +24,29 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("check", "serve")  # fvcore and thop, which count MACs beside ours; the server
+EXTRAS = ("check", "serve")  # fvcore and thop, which check our MAC counts; the server's packages
 TESTS = ("pytest>=8", "setuptools")  # the small models of the tests import pytest; thop imports distutils
-PURE = ("fvcore", "iopath")  # packages that are published as source alone, all of pure Python
+PURE = ("fvcore", "iopath")  # pure Python packages that are published only as source
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)), "manylinux2014_x86_64")
-IMAGE = "image"  # local version of the empty wheel that stands for the machine's torch
+IMAGE = "image"  # local version label of the empty wheel that stands for the machine's torch
 
 
 def project() -> dict[str, Any]:
-    """Return what pyproject.toml says of the project."""
-    import tomllib  # from Python 3.11 on
+    """Return the `project` table of pyproject.toml."""
+    import tomllib  # needs Python 3.11 or newer
 
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def requirements(extras: Iterable[str] = ()) -> list[Requirement]:
-    """Return the packages that pyproject.toml asks for, those of some extras too."""
+    """Return the requirements in pyproject.toml, with those of the given extras."""
     said = project()
     lines = [*said["dependencies"], *(line for name in extras for line in said["optional-dependencies"][name])]
     return [Requirement(line) for line in lines]
 
 
 def faults() -> list[str]:
-    """Return what is missing or too old in this environment, a sentence each."""
+    """Return a sentence for each package that is missing or too old in this environment."""
     found = []
     for needed in [*requirements(), *map(Requirement, TESTS)]:
         try:
@@ -59,16 +60,16 @@ def faults() -> list[str]:
 
 
 def refuse_old() -> str | None:
-    """Return one line about the first package that is missing or too old; None where all are there."""
+    """Return one line about the first missing or too old package, or None if there is none."""
     found = faults()
     more = f" (and {len(found) - 1} more: python -m {__package__}.requirements)" if len(found) > 1 else ""
     return f"{found[0]}{more}; install it, or collect wheels as docs/gpu.md says" if found else None
 
 
 def collect(folder: Path, python: str, torch: str, has: Iterable[str]) -> list[str]:
-    """Download the wheels of what another machine lacks into a folder; return their names.
+    """Download the wheels of packages that another machine lacks into a folder; return their names.
 
-    python: of the machine, such as "3.12". torch: its version there. has: names of packages that are there already.
+    python: that machine's Python version, such as "3.12". torch: its torch version. has: packages that it has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {canonicalize_name(name) for name in (*has, "torch")}
@@ -78,7 +79,7 @@ def collect(folder: Path, python: str, torch: str, has: Iterable[str]) -> list[s
     with tempfile.TemporaryDirectory() as temporary:
         pins, report = Path(temporary) / "constraints.txt", Path(temporary) / "report.json"
         pins.write_text(constraints(torch, known), encoding="utf-8")
-        write_metadata(Path(temporary), "torch", f"{torch}+{IMAGE}")  # or pip would look for all that torch needs
+        write_metadata(Path(temporary), "torch", f"{torch}+{IMAGE}")  # without it, pip resolves torch's requirements
         found = ["--find-links", temporary, "--find-links", str(folder)]
         pip("wheel", "--no-deps", "-w", str(folder), "-c", str(pins), *PURE)
         resolving = ["--dry-run", "--ignore-installed", "--target", f"{temporary}/site", "--report", str(report)]
@@ -92,14 +93,14 @@ def collect(folder: Path, python: str, torch: str, has: Iterable[str]) -> list[s
 
 
 def constraints(torch: str, known: Iterable[str]) -> str:
-    """Return constraints.txt with the machine's torch, and without what the machine has."""
+    """Return constraints.txt with the machine's torch, and without the packages that the machine has."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if "==" in line and canonicalize_name(line.partition("==")[0]) not in known]
     return "\n".join([*kept, f"torch=={torch}+{IMAGE}"]) + "\n"
 
 
 def write_metadata(folder: Path, name: str, number: str) -> None:
-    """Write a wheel that holds a package's name and version, and no code."""
+    """Write a wheel that contains a package's name and version, and no code."""
     stem = f"{name}-{number}"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
@@ -109,12 +110,12 @@ def write_metadata(folder: Path, name: str, number: str) -> None:
 
 
 def pip(*arguments: str) -> None:
-    """Run pip of this interpreter."""
+    """Run this interpreter's pip."""
     subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet"], check=True, cwd=tempfile.gettempdir())
 
 
 def main() -> int:
-    """Say what is missing here, or collect wheels."""
+    """Print missing and too old packages, or collect wheels; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog=f"python -m {__package__}.requirements")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="download wheels for another machine")
     parser.add_argument("--python", default="3.12", help="that machine's Python; default 3.12")

@@ -1,4 +1,4 @@
-"""The routed pipeline, and the server where there is one, beside the CPU's pictures."""
+"""Compare pictures of the routed pipeline and of the server, if it is installed, with the CPU's pictures."""
 
 from contextlib import ExitStack
 from functools import cache, partial
@@ -35,7 +35,7 @@ PROMPTS = [f"{color} {subject}" for subject in ("apple", "ball", "cube", "star")
 
 
 def pieces(settings: Settings) -> list[Piece]:
-    """Return the pieces of the smoke test that draw pictures."""
+    """Return the pieces of the smoke test that generate pictures."""
     modes = [mode for mode in MODES if mode != "compiled" or not settings.reduced]  # two UNets take long to compile
     found = [
         Piece(f"routed pipeline, {dtype}, {mode}", partial(drawing, settings, dtype, mode))
@@ -47,14 +47,14 @@ def pieces(settings: Settings) -> list[Piece]:
 
 @cache
 def folder() -> Path:
-    """Return the folder of a small pipeline, which goes with the process."""
+    """Write a small pipeline to a temporary folder, which is deleted when the process ends; return the folder."""
     keeper = TemporaryDirectory()
     folder.keeper = keeper  # type: ignore[attr-defined]
     return small_model.write_pipeline(Path(keeper.name) / "model", layers=1)
 
 
 def mixture(pipeline: Any, experts: int = EXPERTS, keep: float = 0.6) -> pk.PromptRoutedPipeline:
-    """Return a pipeline as several experts, cut at random, to which a random router spreads prompts."""
+    """Return a routed pipeline of several experts, pruned at random, with a random router that uses all of them."""
     model = denoiser_in(pipeline)
     space = pk.discover(model)
     sliced = [pk.slice_model(model, space.random(keep, seed=seed)) for seed in range(experts)]
@@ -64,14 +64,14 @@ def mixture(pipeline: Any, experts: int = EXPERTS, keep: float = 0.6) -> pk.Prom
 
 
 def router(experts: int) -> Router:
-    """Return a router that spreads the prompts, as the embedded encoder embeds them."""
+    """Return a random router whose mean score over the prompts is 0 for each expert, so that it uses all experts."""
     z = load_prompt_encoder().encode(PROMPTS)
     weight = torch.randn(experts, z.shape[1], generator=torch.Generator().manual_seed(0))
     return Router(weight, -(z @ weight.T).mean(dim=0))
 
 
 def drawing(settings: Settings, dtype: str, mode: Mode) -> Found:
-    """Compare pictures of a small routed pipeline, drawn one by one: the same prompts, seeds and rounded weights."""
+    """Compare pictures of a small routed pipeline with the CPU's: same prompts, seeds and rounded weights, batch 1."""
     if reason := applies(mode, settings.device):
         return Found(left_out=[f"{mode}: {reason}"])
     with exact_float32(), ExitStack() as stack:
@@ -90,12 +90,12 @@ def drawing(settings: Settings, dtype: str, mode: Mode) -> Found:
 
 
 def draw(pipeline: pk.PromptRoutedPipeline, output_type: str) -> Any:
-    """Draw the prompts, one picture a call."""
+    """Generate a picture for each prompt, one picture per call of the model."""
     return pipeline(PROMPTS, seeds=0, num_inference_steps=STEPS, output_type=output_type)
 
 
 def served(settings: Settings) -> Found:
-    """Compare pictures that the server sends with those of the pipeline on the CPU; PNG has 256 levels."""
+    """Compare the server's pictures with those of the pipeline on the CPU; the tolerance includes PNG's 256 levels."""
     if not server.is_there():
         return Found(left_out=[f"{server.MODULE}: not in this version, or fastapi is not installed"])
     pipeline = mixture(load_pipeline(folder()))

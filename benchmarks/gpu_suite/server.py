@@ -1,4 +1,4 @@
-"""The HTTP server, where this version of prunekit has one, beside the pipeline that it serves."""
+"""Start prunekit's HTTP server, if this version has one, and request pictures from it."""
 
 import base64
 import importlib.util
@@ -23,13 +23,13 @@ START_SECONDS, ANSWER_SECONDS = 240, 120
 
 
 def is_there() -> bool:
-    """Whether this version has a server, and the packages that it needs are installed."""
+    """Return whether this version has a server and fastapi is installed."""
     return importlib.util.find_spec(MODULE) is not None and importlib.util.find_spec("fastapi") is not None
 
 
 @contextmanager
 def serving(folder: Path, device: torch.device) -> Iterator[str]:
-    """Serve a routed directory on a device; give the address once it is ready."""
+    """Serve a routed directory on a device; yield the server's address once it is ready."""
     command = [sys.executable, "-m", "prunekit", "serve", str(folder), "--port", "0", "--device", device.type]
     process = subprocess.Popen([*command, "--deterministic"], stdout=subprocess.PIPE, text=True)
     try:
@@ -49,7 +49,7 @@ def serving(folder: Path, device: torch.device) -> Iterator[str]:
 
 
 def picture(address: str, prompt: str, seed: int, steps: int) -> Tensor:
-    """Ask for a picture of a prompt; return it, (3, H, W) from 0 to 1."""
+    """Request a picture for a prompt; return it as (3, H, W), from 0 to 1."""
     body = json.dumps({"prompt": prompt, "seed": seed, "num_inference_steps": steps}).encode()
     request = urllib.request.Request(f"{address}{PATH}", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:

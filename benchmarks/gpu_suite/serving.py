@@ -1,4 +1,4 @@
-"""Pictures per second of a routed pipeline over batch sizes and clients, beside the CPU's pictures."""
+"""Measure a routed pipeline's pictures per second by batch size and clients, and compare its pictures with the CPU."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ DTYPE = "bfloat16"
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked for. model: "emoji", or a name of a model whose weights are then random."""
+    """What to generate. model: "emoji", "small" (a small pipeline), or a known model's name, with random weights."""
 
     model: str
     pictures: int
@@ -36,7 +36,10 @@ SMALL = (Load("small", 8, 1),)
 
 
 def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
-    """Return the step's title, and its pieces: equality first, then a piece for each model, batch size and clients."""
+    """Return the step's title and its pieces.
+
+    The first piece compares pictures; then there is one piece per model, batch size and number of clients.
+    """
     loads = SMALL if settings.reduced else FULL
     found = [Piece("pictures", partial(pictures_of, settings))]
     found += [
@@ -52,7 +55,7 @@ def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
 
 @cache
 def pipeline_of(model: str, device: torch.device, dtype: str) -> pk.PromptRoutedPipeline:
-    """Return a model as two experts."""
+    """Return a routed pipeline of two experts of a model."""
     if model in ("emoji", "small"):
         dense = load_pipeline(folder() if model == "small" else model)
     else:
@@ -61,7 +64,7 @@ def pipeline_of(model: str, device: torch.device, dtype: str) -> pk.PromptRouted
 
 
 def prompts(count: int) -> list[str]:
-    """Return captions of the embedded data."""
+    """Return `count` names of the embedded data's pictures; they repeat if there are too few."""
     names = load_data(DataConfig(kind="emoji"), 0).names
     return [names[index % len(names)] for index in range(count)]
 
@@ -69,9 +72,9 @@ def prompts(count: int) -> list[str]:
 def drawn(
     pipeline: pk.PromptRoutedPipeline, texts: list[str], batch: int, clients: int, steps: int, output: str = "np"
 ) -> tuple[list[Any], float]:
-    """Draw texts by several clients at once; return the pictures in order, and the seconds.
+    """Generate pictures of texts with several concurrent clients; return the pictures in order, and the seconds.
 
-    This is the one place that says how pictures are asked for: put another way of serving here.
+    All requests for pictures go through this function, so change it to measure another way of serving.
     """
     images: list[Any] = [None] * len(texts)
     errors: list[BaseException] = []
@@ -98,7 +101,7 @@ def drawn(
 
 
 def pictures_of(settings: Settings) -> Found:
-    """Compare pictures of the small pipeline, drawn by two clients in batches, with the CPU's, drawn one by one."""
+    """Compare the small pipeline's pictures (two clients, batches of 4) with the CPU's (one by one)."""
     texts, found = prompts(8), Found()
     with exact_float32():
         expected, _ = drawn(pipeline_of("small", CPU, "float32"), texts, 1, 1, 2, "pt")
@@ -112,7 +115,7 @@ def pictures_of(settings: Settings) -> Found:
 
 
 def throughput(settings: Settings, load: Load, batch: int, clients: int) -> Found:
-    """Return the pictures per second of one load, after one that warms up."""
+    """Return the pictures per second of one load, after a warm-up call."""
     pipeline = pipeline_of(load.model, settings.device, "float32" if settings.reduced else DTYPE)
     drawn(pipeline, prompts(2 * batch), batch, 1, 1)
     images, seconds = drawn(pipeline, prompts(load.pictures), batch, clients, load.steps)

@@ -1,4 +1,4 @@
-"""Every public operation on the device, in three precisions, eager, compiled by regions and as a CUDA graph."""
+"""Run every public operation on the device: three precisions; eager, compiled by regions, and as a CUDA graph."""
 
 import subprocess
 import sys
@@ -32,13 +32,13 @@ from prunekit.jobs.bench.modes import Mode
 
 TITLE = "Smoke: every public operation, equal to the CPU"
 FAMILIES = ("sd1", "sd2", "sdxl", "pixart", "sd3", "sd35", "flux", "qwen_image")
-COMPILED = ("sd35", "flux", "sd2")  # compiling takes the time: one of each kind of block, that with the fewest first
+COMPILED = ("sd35", "flux", "sd2")  # one family per kind of block, as compiling is slow; the smallest first
 GPU_TESTS = ROOT / "tests" / "jobs" / "test_benchmark.py"
 LATENT, TOKENS, KEEP = (8, 6), 5, 0.6
 
 
 def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
-    """Return the step's title, and its pieces: calls, then training steps, then pictures."""
+    """Return the step's title and its pieces: calls, then training steps, then pictures."""
     found = [
         Piece(f"calls, {dtype}, {mode}", partial(calls, settings, dtype, mode))
         for mode in MODES
@@ -51,10 +51,10 @@ def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
 
 
 def tests() -> Found:
-    """Run the tests that are skipped where there is no GPU.
+    """Run the tests that are skipped on machines without a GPU.
 
     Raises:
-        RuntimeError: one of them fails.
+        RuntimeError: A test failed.
 
     """
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", "cuda", str(GPU_TESTS)]
@@ -66,20 +66,23 @@ def tests() -> Found:
 
 @cache
 def model_of(family: str) -> Any:
-    """Return a small denoiser of a family, all its weights random; a UNet with one layer a block."""
+    """Return a small denoiser of a family with random weights; a UNet has one layer per block."""
     made = unets.build(family, layers_per_block=1) if family in unets.SHAPES else small_transformers.build(family)
     return made.requires_grad_(False)
 
 
 def call_of(model: Any, batch: int = 2) -> Call:
-    """Return a call with random values, a timestep for each sample."""
+    """Return a call with random inputs and a separate timestep for each sample."""
     denoiser, times = denoiser_of(model), torch.tensor(TIMES[:batch])
     fill = normal(torch.Generator().manual_seed(1))
     return with_exact_guidance(denoiser.example(model, batch, LATENT, TOKENS, fill, times))
 
 
 def calls(settings: Settings, dtype: str, mode: Mode) -> Found:
-    """Compare a call of the dense model, under gates, and of the sliced one; and law 1 on the device itself."""
+    """Compare calls of the dense model (in eager mode), the sliced model and the model under gates with the CPU's.
+
+    The model under gates is compared with the CPU's sliced model (law 1).
+    """
     if reason := applies(mode, settings.device):
         return Found(left_out=[f"{mode}: {reason}"])
     found, tolerance = Found(), TOLERANCES[dtype]
@@ -106,7 +109,7 @@ def calls(settings: Settings, dtype: str, mode: Mode) -> Found:
 
 
 def under_gates(model: Any, architecture: pk.Architecture, call: Call, mode: Mode, reduced: bool) -> Tensor:
-    """Return the output of a model under the gates of an architecture."""
+    """Return the output of a model whose gates are set to an architecture."""
     with pk.gated(model, architecture.space) as gates:
         gates.set(architecture)
         with running([(model, call)], mode, reduced):

@@ -1,4 +1,4 @@
-"""What a whole call comes to: a line a step, and whether every step left a result that was compared and is equal."""
+"""Summarize a call: one line per step, and whether every step finished with results that are equal to the CPU's."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 from benchmarks.gpu_suite.record import Row, table
 from prunekit.runtime.files import read_json, write_text
 
-RESUME, FAILED = 75, 1  # exit status: start the same command again; a result that is not equal, or an error
+RESUME, FAILED = 75, 1  # exit statuses. RESUME: start the same command again. FAILED: a result differs, or an error
 
 
 def summarize(output: Path, steps: Sequence[str], statuses: Mapping[str, int]) -> int:
     """Write `summary.md`, print it, and return the exit status of the call.
 
-    1: a piece failed, a comparison does not hold, or a step ended otherwise than by its time. 75: something is missing,
-    and the same command goes on. 0: all steps are whole, and each compared something.
+    1: a piece failed, an error exceeds its tolerance, a step compared nothing, or a step's process ended with a status
+    other than 0 and 75. 75: pieces are missing; start the same command again to resume. 0: all pieces of all steps
+    finished, and each step compared something.
     """
     rows = [summary_of(output / f"{step}.json", step, statuses[step]) for step in steps]
     text = table(rows)
@@ -24,7 +25,7 @@ def summarize(output: Path, steps: Sequence[str], statuses: Mapping[str, int]) -
 
 
 def summary_of(path: Path, step: str, status: int) -> Row:
-    """Return a step's line. status: of its process."""
+    """Return a step's line of the summary. status: exit status of the step's process."""
     content = read_json(path) if path.is_file() else {"pieces": {}, "missing": ["everything"]}
     pieces, missing = content["pieces"], content["missing"]
     compared = [one for piece in pieces.values() for one in piece["comparisons"]]

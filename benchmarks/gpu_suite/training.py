@@ -1,8 +1,9 @@
-"""Steps per second and peak memory of search and fine-tuning, beside the same mathematics written plainly.
+"""Compare the steps per second and peak memory of search and fine-tuning with a plain implementation.
 
-Stable Diffusion 2.1 at 256 px with random weights, a batch in micro-batches of several sizes, activations kept and
-recomputed. Plain: `benchmarks/peers/plain.py`, float32, encoders at every step. Both arms are in one process and share
-weights, so memory is what a step takes beyond what both hold.
+The model is Stable Diffusion 2.1 at 256 px with random weights. Measured are micro-batches of several sizes, with
+activations kept and recomputed. The plain implementation is `benchmarks/peers/plain.py`: the same mathematics in
+float32, with the encoders run at every step. Both implementations run in one process and share weights, so the
+reported memory is the memory of a step beyond the memory that both hold.
 """
 
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ STAGES = {"search": peers.search, "fine-tuning": peers.fine_tuning}
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is trained. compared: samples of the step that the CPU makes too."""
+    """Size of the measurement. compared: samples of the step that the CPU also runs. pairs: timed samples per arm."""
 
     model: str
     batch: int
@@ -40,7 +41,10 @@ SMALL = Amount("emoji", 4, (2,), 2, 1, WarmUp(max_rounds=1))
 
 
 def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
-    """Return the step's title, and its pieces: equality first, then a piece for each micro-batch and memory mode."""
+    """Return the step's title and its pieces.
+
+    The first pieces compare loss terms; then there is one piece per micro-batch, memory mode and stage.
+    """
     amount = SMALL if settings.reduced else FULL
     found = [Piece(f"{stage}: terms", partial(terms_of, settings, amount, stage)) for stage in STAGES]
     found += [
@@ -57,16 +61,16 @@ def step(name: str, settings: Settings) -> tuple[str, list[Piece]]:
 
 @cache
 def world(model: str, batch: int, device: torch.device, precision: str) -> peers.World:
-    """Return the pipeline and its data, which the pieces of a process share."""
+    """Return the pipeline and its data; the pieces of a process share them."""
     return peers.World(model, batch, batch, precision=precision, device=device)
 
 
 def terms_of(settings: Settings, amount: Amount, stage: str) -> Found:
-    """Compare the terms of one step in bfloat16 on the device with float32 on the CPU."""
+    """Compare the loss terms of one step in bfloat16 on the device with float32 on the CPU."""
     tolerance = TOLERANCES["bfloat16"]
     here = world(amount.model, amount.compared, settings.device, "bfloat16")
     there = world(amount.model, amount.compared, CPU, "float32")
-    there.data = here.data  # encoded once: what is compared is the step
+    there.data = here.data  # encoded once, so that only the step is compared
     terms, expected = (first_terms(each, stage) for each in (here, there))
     free(settings.device)
     return Found(
@@ -75,10 +79,10 @@ def terms_of(settings: Settings, amount: Amount, stage: str) -> Found:
 
 
 def first_terms(own: peers.World, stage: str) -> dict[str, torch.Tensor]:
-    """Return the terms of our first step; those of the samples as one.
+    """Return the loss terms of prunekit's first step, with denoising and distillation added into one.
 
-    A search begins with open gates, so its distillation term is the difference of outputs that are nearly equal: by
-    itself it is the rounding of both.
+    A search starts with open gates, so its distillation term is the difference of nearly equal outputs. Alone, this
+    term is mostly rounding error.
     """
     with ExitStack() as stack:
         terms = STAGES[stage](own, stack)["prunekit"]()
@@ -87,7 +91,7 @@ def first_terms(own: peers.World, stage: str) -> dict[str, torch.Tensor]:
 
 
 def speed_of(settings: Settings, amount: Amount, stage: str, micro: int, recomputed: bool) -> Found:
-    """Time both arms' steps, and measure what memory they take; an arm that the memory is too small for says so."""
+    """Time the steps of both arms, and measure their memory; an arm that runs out of memory gets a row with a note."""
     own = world(amount.model, amount.batch, settings.device, "bfloat16")
     own.ours |= {"micro_batch": micro, "gradient_checkpointing": recomputed}
     common: dict[str, Any] = {"step": stage, "batch": amount.batch, "micro-batch": micro}
@@ -97,7 +101,7 @@ def speed_of(settings: Settings, amount: Amount, stage: str, micro: int, recompu
         arms = STAGES[stage](own, stack)
         peaks = {}
         for name, arm in arms.items():
-            out_of_memory(arm)  # a first step makes the moments of the optimizer, which are held from then on
+            out_of_memory(arm)  # the first step allocates the optimizer's moments, which stay allocated
             free(settings.device)
             peaks[name] = out_of_memory(partial(peak_memory, arm, settings.device))
             free(settings.device)

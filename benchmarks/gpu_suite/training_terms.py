@@ -1,4 +1,4 @@
-"""Search and fine-tuning steps, the closed-form fit and unit scores of a small UNet, beside the CPU's."""
+"""Compare training steps, the closed-form fit and unit scores of a small model with those of the CPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,15 +37,15 @@ from prunekit.runtime.precision import autocast
 from prunekit.training.memory import held
 
 BATCH, STEP, PAIRS, SIDE = 4, 2, 12, 8
-SCALE = 1024.0  # of a loss, so that float16's gradients do not underflow; the gradient is divided by it
+SCALE = 1024.0  # factor on a loss against underflow of float16 gradients; the gradient is divided by it
 TRAINING = {"steps": 3, "batch_size": BATCH, "learning_rate": 1e-3, "log_every": 1}
-FAMILIES: dict[Mode, str] = {"eager": "sd2", "compiled": "sd35"}  # a UNet has many regions, which take long to compile
+FAMILIES: dict[Mode, str] = {"eager": "sd2", "compiled": "sd35"}  # a UNet has many regions, so compiling it is slow
 NO_GRAPH = "a training step is not captured: its host draws every batch, and sets the gates, anew"
 NO_COMPILED_FIT = "the fit ends each pass at the layer that it looks at, which a compiled region or a graph cannot"
 
 
 def pieces(settings: Settings) -> list[Piece]:
-    """Return the pieces of all stages, precisions and modes that apply."""
+    """Return the pieces: training steps by stage, precision and mode, trainings, closed-form fits, and scores."""
     modes: tuple[Mode, ...] = ("eager", "compiled")
     found = [
         Piece(f"{stage} step, {precision}, {mode}", partial(step, settings, stage, precision, mode))
@@ -59,33 +59,33 @@ def pieces(settings: Settings) -> list[Piece]:
 
 
 def dense(device: torch.device, family: str = "sd2") -> Any:
-    """Return a small denoiser; the same weights in every call."""
+    """Return a small denoiser; its weights are the same in every call."""
     made = unets.build(family, layers_per_block=1) if family in unets.SHAPES else small_transformers.build(family)
     return made.requires_grad_(False).to(device)
 
 
 def student_of(model: Any) -> Any:
-    """Return the UNet sliced at random, its weights trained."""
+    """Return the model sliced at random, with trainable weights."""
     return pk.slice_model(model, pk.discover(model).random(0.6, seed=0)).train().requires_grad_(True)
 
 
 @contextmanager
 def search(model: Any, precision: str) -> Iterator[tuple[Any, list[Any]]]:
-    """Give the objective of APTP's search, and the models that it runs."""
+    """Yield the objective of APTP's search, and the models that it runs."""
     method = APTP(experts=2, warmup=1, search={**TRAINING, "precision": precision})
     data = small_data.encoded_for(model, PAIRS, SIDE)
     space, cost = space_and_cost(small_data.stub(model), method.config)
     with held(method.config.search, model), pk.gated(model, space) as gates:
         objective = method._objective(model, gates, cost, process_of(small_data.stub(model)), data)
-        objective.batch(method.config.warmup)  # which places the codes
+        objective.batch(method.config.warmup)  # this call initializes the codes
         codes = objective.codes.values.data
-        codes.copy_(4 * torch.randn(codes.shape, generator=torch.Generator().manual_seed(0)) - 3)  # gates of all sizes
+        codes.copy_(4 * torch.randn(codes.shape, generator=torch.Generator().manual_seed(0)) - 3)  # gates across (0, 1)
         yield objective, [model]
 
 
 @contextmanager
 def fine_tuning(model: Any, precision: str) -> Iterator[tuple[Any, list[Any]]]:
-    """Give the objective of a sliced UNet's fine-tuning, and the models that it runs."""
+    """Yield the objective of a sliced model's fine-tuning, and the models that it runs."""
     config = FineTuneConfig(**TRAINING, precision=precision, feature_blocks="none", denoising_weight=0.5)
     student, data = student_of(model), small_data.encoded_for(model, PAIRS, SIDE)
     process, pairs = process_of(small_data.stub(model)), data.training_pairs()
@@ -97,7 +97,7 @@ STAGES: dict[str, Callable[..., Any]] = {"search": search, "fine-tuning": fine_t
 
 
 def step(settings: Settings, stage: str, precision: str, mode: Mode) -> Found:
-    """Compare the terms of one step, and the gradients of its two parts."""
+    """Compare the loss terms of one step, and the gradients of its two parts, with those of the CPU."""
     tolerance, family = TOLERANCES[precision], FAMILIES[mode]
     with exact_float32():
         here = taken(stage, family, settings.device, precision, mode, settings.reduced)
@@ -113,14 +113,14 @@ def step(settings: Settings, stage: str, precision: str, mode: Mode) -> Found:
 
 @dataclass
 class Taken:
-    """What one step gives: its terms by name, and the gradient (weights,) of what each part of them adds up to."""
+    """Results of one step: its loss terms by name, and by part the gradient (weights,) of the sum of its terms."""
 
     terms: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
 
 def taken(stage: str, family: str, device: torch.device, precision: str, mode: Mode, reduced: bool) -> Taken:
-    """Take a step after the warm-up, without the optimizer."""
+    """Run a training step after the warm-up, without the optimizer."""
     with STAGES[stage](dense(device, family), precision) as (objective, models):
         calls = [(model, timed_inputs(model, BATCH, SIDE, 7)) for model in models]
         with running(calls, mode, reduced):
@@ -137,14 +137,17 @@ def taken(stage: str, family: str, device: torch.device, precision: str, mode: M
 
 
 def gradient(terms: dict[str, Tensor], trained: list[Tensor]) -> Tensor:
-    """Return the gradient of a sum of terms, flat, float32."""
+    """Return the flat float32 gradient of the sum of loss terms."""
     total = torch.stack([value.float() for value in terms.values()]).sum()
     gradients = torch.autograd.grad(SCALE * total, trained, retain_graph=True, allow_unused=True)
     return torch.cat([values.float().flatten() / SCALE for values in gradients if values is not None])
 
 
 def trainings(settings: Settings, precision: str) -> Found:
-    """Compare the losses of a search and of a fine-tuning, with optimizer, averages, recomputation and checkpoints."""
+    """Compare the losses of a whole search and of a whole fine-tuning with those of the CPU.
+
+    The fine-tuning includes the moving average, recomputed activations and checkpoints.
+    """
     tolerance, found = GRADIENT * TOLERANCES[precision], Found()
     with exact_float32():
         for name, train in {"search": searched, "fine-tuning": tuned}.items():
@@ -156,7 +159,7 @@ def trainings(settings: Settings, precision: str) -> Found:
 
 
 def searched(device: torch.device, precision: str) -> Tensor:
-    """Return the losses of a whole search."""
+    """Run a whole search, and return its losses."""
     model, rows = dense(device), []
     search = {**TRAINING, "precision": precision, "channels_last": True}
     method = APTP(budget=0.7, experts=2, warmup=1, search=search)
@@ -165,7 +168,7 @@ def searched(device: torch.device, precision: str) -> Tensor:
 
 
 def tuned(device: torch.device, precision: str) -> Tensor:
-    """Return the losses of a whole fine-tuning."""
+    """Run a whole fine-tuning, and return its losses."""
     model, rows = dense(device), []
     config = FineTuneConfig(**TRAINING, precision=precision, micro_batch=2, gradient_checkpointing=True, ema=0.9)
     with TemporaryDirectory() as folder:
@@ -177,7 +180,7 @@ def tuned(device: torch.device, precision: str) -> Tensor:
 
 
 def fit(settings: Settings, precision: str) -> Found:
-    """Compare what refitting leaves: the layers' errors, and the refitted UNet's output."""
+    """Compare the results of refitting with the CPU's: the layers' errors, and the refitted UNet's output."""
     config = pk.ClosedFormConfig(samples=4, batch_size=4, layers_at_once=16, ridges=[1e-1], precision=precision)
     tolerance, results = GRADIENT * TOLERANCES[precision], []
     with exact_float32():
@@ -200,7 +203,7 @@ def fit(settings: Settings, precision: str) -> Found:
 
 
 def scores(settings: Settings) -> Found:
-    """Compare the scores of every method that scores units, and soft costs; and measure a latency table."""
+    """Compare unit scores of Norm, Taylor-SP and OBS, and soft costs, with the CPU's; measure a latency table."""
     found, tolerance = Found(), GRADIENT * TOLERANCES["float32"]
     few: dict[str, Any] = {"samples": 4, "batch_size": 2}
     methods = (Norm(), TaylorSP(**few, num_timesteps=2, precision="float32"), OBS(**few))

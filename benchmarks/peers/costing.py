@@ -1,8 +1,8 @@
-"""Finding the units and the cost of Stable Diffusion 2.1, on the meta device, beside other libraries.
+"""Time finding the units and the cost of Stable Diffusion 2.1, on the meta device, and compare with other libraries.
 
-They do different work, so read what each is: torch-pruning traces which layers must be cut together, FlopCounterMode
-and thop count one architecture, ours finds the groups and gives the cost of every architecture. fvcore does not work on
-the meta device: it runs the UNet at a latent of 8 x 8, with weights that take no memory.
+The libraries do different work. torch-pruning traces which layers must be cut together. FlopCounterMode and thop count
+the operations of one architecture. prunekit finds the groups and gives the cost of every architecture. fvcore does not
+work on the meta device, so it runs the UNet on the CPU at a latent of 8 x 8, with weights that take no memory.
 Run: python benchmarks/peers/costing.py
 """
 
@@ -23,7 +23,7 @@ LATENT, TEXT = 96, 77
 
 
 class Called(nn.Module):
-    """A UNet called with one tensor, as counters want it."""
+    """A UNet that is called with one tensor, as thop and fvcore require."""
 
     def __init__(self, unet: nn.Module, device: str, latent: int):
         super().__init__()

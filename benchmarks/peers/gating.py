@@ -1,6 +1,6 @@
-"""A UNet under gates beside the stock UNet over the same weights: forward, and forward + backward to the gates.
+"""Time a UNet under gates and the stock UNet with the same weights: forward, and forward + backward to the gates.
 
-The stock UNet's backward goes to its input, through frozen weights.
+The stock UNet's backward pass computes the gradient of its input; its weights are frozen.
 Run: python benchmarks/peers/gating.py [--latent 32] [--batch 1]
 """
 

@@ -1,8 +1,8 @@
-"""A search step and a fine-tuning step written plainly, as one writes them first: the same mathematics as prunekit's.
+"""A plain, unoptimized search step and fine-tuning step with the same mathematics as prunekit's.
 
-Everything runs at every step and in float32: pictures through the autoencoder, captions through the text encoder, and
-the teacher through the gated UNet with all gates open. Experts are looped over.
-`tests/training/test_plain_step.py` holds the losses against prunekit's; `step.py` times both.
+Every step runs everything in float32: the autoencoder on the pictures, the text encoder on the captions, and the
+gated UNet with all gates open as the teacher. A Python loop goes over the experts.
+`tests/training/test_plain_step.py` compares the losses with prunekit's; `step.py` times both.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ def encode(pipeline: Any, pictures: Tensor, captions: list[str]) -> tuple[Tensor
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarities (A, B) of rows."""
+    """Return the cosine similarities (A, B) of the rows of `a` and `b`."""
     return (a / a.norm(dim=1, keepdim=True)) @ (b / b.norm(dim=1, keepdim=True)).T
 
 
 def gate(logits: Tensor, noise: Tensor, config: Any) -> Tensor:
-    """Gumbel-sigmoid gates (Eq. 9)."""
+    """Return Gumbel-sigmoid gates (APTP paper, Eq. 9)."""
     return torch.sigmoid((logits + config.offset + noise) / config.temperature)
 
 
@@ -51,7 +51,7 @@ def search_loss(
     code_noise: Tensor,
     embedding_noise: Tensor,
 ) -> Tensor:
-    """Return the loss of APTP's search on a batch after the warm-up (Eq. 25)."""
+    """Return the loss of APTP's search on a batch after the warm-up (APTP paper, Eq. 25)."""
     embeddings = predictor(prompts)
     with torch.no_grad():  # Eq. 5-7, 20-21
         q = torch.exp(cosine(embeddings, codes).T / config.epsilon)
@@ -94,7 +94,7 @@ def fine_tuning_loss(
     timesteps: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Return the loss of a sliced student's fine-tuning on a batch (Eq. 30), its output distilled alone."""
+    """Return the fine-tuning loss of a sliced student on a batch (APTP paper, Eq. 30), without feature distillation."""
     noisy = scheduler.add_noise(latents, noise, timesteps)
     with torch.no_grad():
         gates.set(torch.ones(len(latents), gates.space.size))

@@ -1,4 +1,4 @@
-"""What the side-by-side scripts share: their options, models and the printed table."""
+"""Options, models and the printed table of the scripts that compare implementations."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from prunekit.measuring.interleaved import Measurement, WarmUp, measure
 
 
 def options(description: str, **defaults: Any) -> argparse.Namespace:
-    """Parse --pairs, and --NAME for every default, of its type."""
+    """Parse --pairs, and an option --NAME for every default, with the default's type."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=9, help="interleaved samples of each arm")
     for name, value in defaults.items():
@@ -27,7 +27,7 @@ def sd21(dtype: str = "float32") -> UNet2DConditionModel:
 
 
 def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Return another UNet over the same weights."""
+    """Return another UNet that shares the weights."""
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         other = type(unet)(**config)
@@ -38,13 +38,13 @@ def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def compare(
     title: str, arms: Mapping[str, Callable[[], Any]], pairs: int, warmup_seconds: float = 20.0, device: Any = "cpu"
 ) -> Measurement:
-    """Time arms side by side on a device and print them, the ratios to the first, and the noise floor."""
+    """Time arms in turn on a device; print their times, their ratios to the first arm, and the noise floor."""
     measured = measure(arms, pairs, device, WarmUp(max_seconds=warmup_seconds))
     print(f"\n{title}", *measured.lines(), sep="\n", flush=True)
     return measured
 
 
 def where() -> None:
-    """Print where this runs."""
+    """Print the machine and the versions of the packages."""
     here = environment("cpu")
     print(", ".join(f"{key} {here[key]}" for key in ("device", "cores", "load", "torch", "diffusers", "python")))

@@ -1,7 +1,8 @@
-"""A search step and a fine-tuning step beside the same mathematics written plainly (`plain.py`), with the optimizer.
+"""Compare a search step and a fine-tuning step with the same mathematics written plainly (`plain.py`).
 
-Ours: encoded data, bfloat16 autocast, the teacher ungated. Plain: pictures and captions encoded at every step, float32,
-the teacher run under open gates. Both take pictures that are decoded already, and keep or recompute activations alike.
+Both include the optimizer. prunekit uses encoded data, bfloat16 autocast and a teacher without gates. The plain step
+encodes pictures and captions at every step, in float32, and its teacher runs under open gates. Both get decoded
+pictures, and both keep or recompute activations alike.
 Run: python benchmarks/peers/step.py [--model emoji | sd-2.1] [--batch 48] [--micro 48] [--stage search | fine_tuning]
 [--recompute 1]; fine-tuning Stable Diffusion 2.1 takes about 20 GB (an estimate).
 """
@@ -38,7 +39,7 @@ SEED, EXPERTS, BUDGET = 0, 4, 0.66
 
 
 class World:
-    """A pipeline, its data encoded once, and the pictures and captions as they are."""
+    """A pipeline, its encoded data, and the decoded pictures with their captions."""
 
     def __init__(
         self,
@@ -61,14 +62,14 @@ class World:
         self.process = process_of(self.pipeline)
 
     def inputs(self, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode a batch's pictures and captions, as the plain step does."""
+        """Encode a batch's pictures and captions; the plain step does this at every step."""
         captions = [self.data.images.captions[i] for i in pairs.tolist()]
         pictures = self.pictures[self.data.image_index[pairs]].to(self.device)
         return plain.encode(self.pipeline, pictures, captions)
 
 
 def search(world: World, stack: ExitStack) -> dict[str, Callable[[], Any]]:
-    """Return both search steps; ours gives its terms."""
+    """Return both search steps by name; prunekit's step returns its loss terms."""
     method = APTP(budget=BUDGET, experts=EXPERTS, warmup=1, search=world.ours)
     space, cost = space_and_cost(world.pipeline, method.config)
     unet, own, config = world.unet, twin(world.unet), method.config
@@ -112,7 +113,7 @@ def search(world: World, stack: ExitStack) -> dict[str, Callable[[], Any]]:
 
 
 def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], Any]]:
-    """Return both fine-tuning steps of a UNet sliced to the budget; ours gives its terms."""
+    """Return both fine-tuning steps of a UNet sliced to the budget; prunekit's step returns its loss terms."""
     unet, config = world.unet, FineTuneConfig(**world.ours, feature_blocks="none")
     space, cost = space_and_cost(world.pipeline, APTP(budget=BUDGET).config)
     scores = torch.randn(space.size, generator=generator(SEED, "step"))
@@ -136,7 +137,7 @@ def fine_tuning(world: World, stack: ExitStack) -> dict[str, Callable[[], Any]]:
                 models = (student, unet, gates, world.process.scheduler, config)
                 loss = plain.fine_tuning_loss(*models, *world.inputs(pairs), *noise)
                 (loss * len(part) / config.batch_size).backward()
-        trainer.optimizer.step()  # one for both: its moments would not fit twice
+        trainer.optimizer.step()  # both steps share one optimizer, as the moments of two would not fit in memory
         trainer.optimizer.zero_grad()
 
     return {"plain": plainly, "prunekit": ours}
