@@ -102,7 +102,7 @@ def main() -> None:
     """Print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=240, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=240, help="fine-tuning steps")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     given = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
         alone, joint = search(world, method, 0), search(world, method, given.rank)
         rows = {
             "gates alone": (alone[0], dense, alone[2]),
-            "with a LoRA, thrown away": (joint[0], dense, joint[2]),
+            "with a LoRA, discarded": (joint[0], dense, joint[2]),
             "with a LoRA, merged": joint,
         }
         for name, (architecture, weights, seconds) in rows.items():

@@ -22,9 +22,9 @@ FIGURES = {
 def main() -> None:
     """Print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path, help="that holds cells/")
+    parser.add_argument("directory", type=Path, help="comparison's folder, which contains cells/")
     parser.add_argument("--row", default="aptp")
-    parser.add_argument("--protocol", default="equal_steps", help="of rows that have several")
+    parser.add_argument("--protocol", default="equal_steps", help="protocol of the rows that have several protocols")
     parser.add_argument("--budget", default="0.5")
     given = parser.parse_args()
     rows: dict[str, dict[int, dict]] = {}

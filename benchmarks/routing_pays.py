@@ -102,10 +102,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--codes", default="random", help="where they start")
+    parser.add_argument("--codes", default="random", help="initial values of the codes")
     parser.add_argument("--pull", type=float, default=1.0)
-    parser.add_argument("--per-step", type=int, default=2, help="experts that a step of a backbone trains")
-    parser.add_argument("--file", type=Path, help="JSON of finished figures")
+    parser.add_argument("--per-step", type=int, default=2, help="experts per training step of the backbone")
+    parser.add_argument("--file", type=Path, help="JSON file of finished figures")
     given = parser.parse_args()
     world, common = World(given.seed, given.per_step), {"budget": given.budget, "seed": given.seed, "depth": "aptp"}
     search = {**SEARCH, **BF16}

@@ -98,7 +98,7 @@ class World:
 def main() -> None:
     """Print one line per variant, then the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variants", nargs="*", help="by default all")
+    parser.add_argument("variants", nargs="*", help="default: all variants")
     parser.add_argument("--total", type=float, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=0.5)

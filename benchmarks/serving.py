@@ -300,20 +300,20 @@ def ratios(loads: dict[str, list[Load]], given: argparse.Namespace) -> dict[str,
 def main() -> None:
     """Measure, and print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a run, an export or a pipeline; by default one is made")
-    parser.add_argument("--experts", type=int, default=2, help="of the model that is made")
+    parser.add_argument("--model", type=Path, help="a run, an export or a pipeline; by default one is created")
+    parser.add_argument("--experts", type=int, default=2, help="number of experts of the created model")
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
-    parser.add_argument("--replicas", type=int, default=1, help="of the engine ray")
+    parser.add_argument("--replicas", type=int, default=1, help="number of replicas of the engine ray")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 0.8], help="of the pipeline's throughput")
-    parser.add_argument("--images", type=int, default=64, help="of a load with several clients")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 0.8], help="as shares of pipeline throughput")
+    parser.add_argument("--images", type=int, default=64, help="images of a load with several clients")
     parser.add_argument("--single", type=int, default=8, help="images of the load with one client")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--max-queued", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write everything there")
+    parser.add_argument("--json", type=Path, help="also write all results to this JSON file")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available() and not given.reduced:
-        print("gpu_suite: torch sees no CUDA device here; --reduced runs everything small on a CPU", file=sys.stderr)
+        print("gpu_suite: torch finds no CUDA device; --reduced runs small models on the CPU", file=sys.stderr)
         return FAILED
     deadline = time.monotonic() + 60 * given.minutes
     states = {}
@@ -63,15 +63,15 @@ def _processor_seconds() -> float:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.gpu_suite")
-    parser.add_argument("--minutes", type=float, default=MOST_MINUTES, help="time budget of this call; default 9")
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"comma-separated; default: {','.join(STEPS)}")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite"), help="where results go, and are resumed")
-    parser.add_argument("--reduced", action="store_true", help="every step small, on the CPU")
+    parser.add_argument("--minutes", type=float, default=MOST_MINUTES, help="minutes for this call; default 9")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"comma-separated steps; default: {','.join(STEPS)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite"), help="result folder; resumed if it exists")
+    parser.add_argument("--reduced", action="store_true", help="run every step with small models, on the CPU")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.steps = [step for step in given.steps.split(",") if step]
     if unknown := [step for step in given.steps if step not in STEPS]:
-        parser.error(f"no step {unknown[0]!r}; the steps are {', '.join(STEPS)}")
+        parser.error(f"unknown step {unknown[0]!r}; the steps are {', '.join(STEPS)}")
     return given
 
 

@@ -78,7 +78,7 @@ def command(arguments: list[str], settings: Settings, variables: dict[str, str] 
                 process.terminate()
                 process.wait()
     if status in (REQUEUE, -signal.SIGTERM):
-        raise UnfinishedError("out of time; its state is saved, and the same command goes on")
+        raise UnfinishedError("out of time; the state is saved, start the same command again to resume")
     if status:
         raise RuntimeError(f"prunekit {' '.join(arguments[:2])} ended with status {status}: see {log}")
 
@@ -171,7 +171,7 @@ def compared(settings: Settings) -> Found:
         command(["compare", str(path.absolute()), "--output", str(folder.absolute())], settings)
     except UnfinishedError as left:
         made = len(list((folder / CELLS).glob("*.json")))
-        raise UnfinishedError(f"{made} cells are made; {left}") from left
+        raise UnfinishedError(f"{made} cells are finished; {left}") from left
     return Found(rows=[flat(row) for row in read_json(folder / RESULTS)["rows"]])
 
 

@@ -232,6 +232,6 @@ def times_of(settings: Settings, recipe: BenchRecipe) -> Found:
         path, (), output, settings.minutes_left, say=lambda text: print(f"   {text}", flush=True)
     )
     if not is_done:
-        raise UnfinishedError(f"{len(rows)} rows are made, in {page}; the same command makes the others")
+        raise UnfinishedError(f"{len(rows)} rows are finished, in {page}; start the same command again for the others")
     header, lines = shown(rows, recipe, COLUMNS)
     return Found(rows=[dict(zip(header, line, strict=True)) for line in lines])

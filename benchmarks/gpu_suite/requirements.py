@@ -120,11 +120,11 @@ def main() -> int:
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="download wheels for another machine")
     parser.add_argument("--python", default="3.12", help="that machine's Python; default 3.12")
     parser.add_argument("--torch", default="2.11.0", help="that machine's torch; default 2.11.0")
-    parser.add_argument("--has", default="", help="comma-separated: other packages that are there, new enough")
+    parser.add_argument("--has", default="", help="comma-separated other packages that it has, new enough")
     given = parser.parse_args()
     if given.collect is None:
         found = faults()
-        print("\n".join(found) or "all packages are there, and new enough")
+        print("\n".join(found) or "all packages are installed and new enough")
         return 1 if found else 0
     names = collect(given.collect.absolute(), given.python, given.torch, filter(None, given.has.split(",")))
     size = sum((given.collect / name).stat().st_size for name in names)

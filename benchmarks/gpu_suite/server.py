@@ -36,11 +36,11 @@ def serving(folder: Path, device: torch.device) -> Iterator[str]:
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r"http://[^\s/]+", line)
-        assert found is not None, f"the server says no address: {line!r}"
+        assert found is not None, f"the server printed no address: {line!r}"
         deadline = time.monotonic() + START_SECONDS
         while not _is_ready(found[0]):
             if time.monotonic() > deadline or process.poll() is not None:
-                raise TimeoutError(f"the server is not ready within {START_SECONDS} s")
+                raise TimeoutError(f"the server was not ready within {START_SECONDS} s")
             time.sleep(0.2)
         yield found[0]
     finally:

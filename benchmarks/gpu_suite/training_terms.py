@@ -40,8 +40,8 @@ BATCH, STEP, PAIRS, SIDE = 4, 2, 12, 8
 SCALE = 1024.0  # factor on a loss against underflow of float16 gradients; the gradient is divided by it
 TRAINING = {"steps": 3, "batch_size": BATCH, "learning_rate": 1e-3, "log_every": 1}
 FAMILIES: dict[Mode, str] = {"eager": "sd2", "compiled": "sd35"}  # a UNet has many regions, so compiling it is slow
-NO_GRAPH = "a training step is not captured: its host draws every batch, and sets the gates, anew"
-NO_COMPILED_FIT = "the fit ends each pass at the layer that it looks at, which a compiled region or a graph cannot"
+NO_GRAPH = "a training step is not captured as a CUDA graph: the host draws each batch and sets the gates"
+NO_COMPILED_FIT = "the fit stops each pass at the layer that it fits, which a compiled region or a CUDA graph cannot do"
 
 
 def pieces(settings: Settings) -> list[Piece]:
