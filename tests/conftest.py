@@ -1,6 +1,6 @@
-"""What all tests share: one precision on every processor, rare garbage collection, and no silent skips.
+"""Setup of all tests: the same precision on every processor, rare garbage collection, and no silent skips.
 
-Garbage is collected less often, and not in the libraries, which stay.
+Garbage collection ignores the imported libraries' objects, which stay in memory.
 """
 
 import gc
@@ -9,19 +9,19 @@ import os
 import pytest
 from allowed_skips import ALLOWED_SKIPS
 
-os.environ.setdefault("PRUNEKIT_PRECISION", "float32")  # of `auto`, so that results are the same on every machine
+os.environ.setdefault("PRUNEKIT_PRECISION", "float32")  # meaning of `auto`: same results on every machine
 gc.set_threshold(50_000)
-import prunekit.jobs.compare.call_ratios  # noqa: E402 - which imports them
+import prunekit.jobs.compare.call_ratios  # noqa: E402 - this import loads the libraries
 from prunekit.measuring.interleaved import WarmUp  # noqa: E402
 
 gc.freeze()
-# Comparisons in tests time a few calls: benchmarks hold times
+# Comparisons in tests time only a few calls; benchmarks check times.
 prunekit.jobs.compare.call_ratios.PAIRS, prunekit.jobs.compare.call_ratios.WARM_UP = 3, WarmUp(max_rounds=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def reports(request):
-    """Write reports of runs and comparisons only in the files that look at them, which say WRITES_REPORTS."""
+    """Write reports of runs and comparisons only in test files that set WRITES_REPORTS."""
     with pytest.MonkeyPatch.context() as patches:
         if not getattr(request.module, "WRITES_REPORTS", False):
             for module in ("run", "compare.comparing"):
@@ -34,7 +34,7 @@ skipped: dict[str, str] = {}
 
 
 def pytest_runtest_logreport(report):
-    """Collect skipped tests; with several workers this runs where their reports come together."""
+    """Collect skipped tests; with several workers, this runs in the main process, which gets their reports."""
     if report.skipped and not hasattr(report, "wasxfail"):
         skipped[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
 
@@ -52,6 +52,6 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Name the skips that are not on the list."""
+    """Print the skips that are not on the list."""
     for name, reason in sorted(_unexpected().items()):
         terminalreporter.write_line(f"skipped, and not in tests/helpers/allowed_skips.py: {name}: {reason}")

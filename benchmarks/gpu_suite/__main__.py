@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.gpu_suite")
     parser.add_argument("--minutes", type=float, default=MOST_MINUTES, help="minutes for this call; default 9")
     parser.add_argument("--steps", default=",".join(STEPS), help=f"comma-separated steps; default: {','.join(STEPS)}")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite"), help="result folder; resumed if it exists")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite"), help="folder of the results")
     parser.add_argument("--reduced", action="store_true", help="run every step with small models, on the CPU")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

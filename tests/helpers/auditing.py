@@ -1,6 +1,6 @@
-"""An audit hook that lists what a process writes and which network it uses; it imports the standard library alone.
+"""An audit hook that records the files and network addresses a process uses; it imports only the standard library.
 
-Python reports what Python does: files that a library opens in C or Rust are seen by a look at the folders.
+Python's audit events do not cover files that a library opens in C or Rust; tests find those by listing folders.
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path, PurePath
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-ONE_PATH = {  # events of one path, and the argument that is its directory's descriptor
+ONE_PATH = {  # events with one path, and the index of the argument that is the directory's file descriptor
     "os.chmod": 2,
     "os.chown": 3,
     "os.mkdir": 2,
@@ -23,23 +23,23 @@ NETWORK = ("socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethos
 
 
 def _place(path: object, directory: object = None) -> str:
-    """The absolute path that a call means; `directory`: a descriptor that it is relative to, or -1."""
+    """Return the absolute path of a call's argument. directory: file descriptor that the path is relative to, or -1."""
     text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else f"<descriptor {path!r}>"
     start = Path(f"/proc/self/fd/{directory}").readlink() if isinstance(directory, int) and directory >= 0 else Path()
     given = start / text
     place = str(given.parent.resolve() / given.name)
-    own = f"/proc/{os.getpid()}/"  # as which /proc/self is resolved
+    own = f"/proc/{os.getpid()}/"  # /proc/self resolves to it
     return f"/proc/self/{place.removeprefix(own)}" if place.startswith(own) else place
 
 
 def _changed(event: str, arguments: tuple) -> list[str]:
-    """The paths that an event changes."""
+    """Return the paths that an event changes."""
     if event == "open":
         path, _, flags = arguments
         writes = isinstance(flags, int) and flags & WRITING and not isinstance(path, int)
         return [_place(path)] if writes else []
     if event in ONE_PATH:
-        if isinstance(arguments[0], int):  # a file that is open already
+        if isinstance(arguments[0], int):  # descriptor of an open file
             return []
         at = ONE_PATH[event]
         return [_place(arguments[0], arguments[at] if at is not None and at < len(arguments) else None)]
@@ -53,7 +53,7 @@ def _changed(event: str, arguments: tuple) -> list[str]:
 
 
 def watch(also: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """Begin to list (event, path or address), until the process ends. also: further events, listed as they are."""
+    """Return a list that grows by (event, path or address) until the process ends. also: more events to record."""
     seen: list[tuple[str, str]] = []
 
     def hook(event: str, arguments: tuple) -> None:
@@ -72,7 +72,7 @@ def watch(also: tuple[str, ...] = ()) -> list[tuple[str, str]]:
 
 
 def outside(seen: list[tuple[str, str]], folders: list[str]) -> list[tuple[str, str]]:
-    """What was seen elsewhere than in `folders`, Python's caches of bytecode and devices."""
+    """Return the entries outside `folders`, except Python's bytecode caches and devices."""
     roots = [Path(folder).resolve() for folder in folders]
     return [
         (event, path)

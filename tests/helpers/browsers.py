@@ -1,4 +1,4 @@
-"""The system's Chromium, headless, driven by playwright; tests that need it are skipped, aloud, where it is missing."""
+"""The system's Chromium, headless, driven by playwright; tests that need it are skipped, with a reason, without it."""
 
 import shutil
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def need_browser() -> None:
 
 @contextmanager
 def open_page(width=1440):
-    """Give a page, and lists that fill with the faults on its console and the addresses that it asks for."""
+    """Yield a page, a list that collects its console errors, and a list that collects the addresses it requests."""
     from playwright.sync_api import sync_playwright
 
     faults, asked = [], []

@@ -1,4 +1,4 @@
-"""Commands as a user types them, in this process: those that must work, and those that must be refused."""
+"""Run commands as a user types them, in this process; one function for valid commands, and one for invalid ones."""
 
 from typer.testing import CliRunner
 
@@ -6,14 +6,14 @@ from prunekit.cli import app
 
 
 def ok(*arguments) -> str:
-    """Return what a command that must work prints."""
+    """Run a command that must succeed, and return its output."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return result.stdout
 
 
 def refused(*arguments) -> str:
-    """Return the one line on stderr of a command that must fail."""
+    """Run a command that must fail, and return its only line on stderr."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code not in (0, None)
     assert isinstance(result.exception, SystemExit), repr(result.exception)

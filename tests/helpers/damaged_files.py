@@ -12,14 +12,14 @@ NOT_UTF8 = b"\xed\xa0\x80"  # how the lone surrogate U+D800 would be written
 
 
 def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """Return a header with a right checksum, whatever the size says."""
+    """Return a tar header with a valid checksum and any value of `size`."""
     entry = tarfile.TarInfo(name)
     entry.size, entry.type = size, kind
     return entry.tobuf(tarfile.GNU_FORMAT)
 
 
 def with_checksum(block: bytes) -> bytes:
-    """Return a tar header with its checksum made right."""
+    """Return a tar header with its checksum corrected."""
     total = sum(block[:148]) + sum(block[156:BLOCK]) + 8 * ord(" ")
     return block[:148] + b"%06o\0 " % total + block[156:]
 
@@ -29,7 +29,7 @@ def tar_member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> byte
 
 
 def pax(kind: bytes = tarfile.XHDTYPE, **fields: str) -> bytes:
-    """Return a PAX header of the next member; underscores in the names stand for points."""
+    """Return a PAX header of the next member; underscores in the names become dots."""
     records = b""
     for key, value in fields.items():
         record = f" {key.replace('_', '.')}={value}\n".encode()
@@ -55,6 +55,6 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, rows: bytes, bits: int = 8, color: int = 0) -> bytes:
-    """Return a PNG; rows: what is compressed, each row with its filter's byte. color 0 is gray, 2 is RGB."""
+    """Return a PNG. rows: uncompressed data, each row after its filter byte. color: 0 is gray, 2 is RGB."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")

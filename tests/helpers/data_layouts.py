@@ -24,12 +24,12 @@ def picture(color: str, kind: str = "png", mode: str = "RGB", side: int = 32, **
 
 
 def samples(count: int) -> list[tuple[bytes, str]]:
-    """Return (picture, caption) samples, all captions different."""
+    """Return (picture, caption) samples with different captions."""
     return [(picture(COLORS[i % 8], "jpeg"), f"{COLORS[i % 8]} picture number {i}") for i in range(count)]
 
 
 def color_of(pixels: torch.Tensor) -> str:
-    """Return the color of a decoded picture (3, h, w), which must have one color."""
+    """Check that a decoded picture (3, h, w) has a single color, and return it."""
     values = pixels.flatten(1).float()
     assert values.std(dim=1).max() < 8, "not one color"
     mean = values.mean(dim=1)
@@ -56,7 +56,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def members(key: str, image: bytes, caption: str, suffix: str = "jpg") -> list[tuple[str, bytes]]:
-    """Return one sample's members as CC3M's shards have them."""
+    """Return one sample's archive members, as in CC3M's shards."""
     return [(f"{key}.{suffix}", image), (f"{key}.json", b'{"status": "success"}'), (f"{key}.txt", caption.encode())]
 
 
@@ -70,7 +70,7 @@ def webdataset(folder: Path, samples: list[tuple[bytes, str]], per_shard: int = 
 
 
 def emoji(folder: Path, samples: list[tuple[bytes, str]]) -> dict:
-    """As Emoji-64: a sample's JSON has its name, and its keywords, here the first word and "picture"."""
+    """Write a data set like Emoji-64: a sample's JSON has its name and keywords (the first word and "picture")."""
     content = []
     for index, (image, caption) in enumerate(samples):
         words = {"name": caption, "keywords": [caption.split()[0], "picture"]}

@@ -1,4 +1,4 @@
-"""An executor that makes each piece as another node does: from the call alone, which has been JSON text in between."""
+"""An executor that runs each piece as another node would: from a call that was converted to JSON text and back."""
 
 import json
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from prunekit.runtime.work import Piece
 
 
 class Elsewhere:
-    """Makes pieces one after another; `calls` counts those of each function, `said` has what they say."""
+    """Runs pieces one after another; `calls` counts the pieces per function, `said` collects their messages."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
         self.said: list[str] = []
 
     def map(self, pieces: Sequence[Piece], locks: Path, call: Call, wait: bool = True) -> None:
-        """Make the pieces that are not done."""
+        """Run the pieces that are not done."""
         text = json.dumps({"function": call.function, "arguments": call.arguments})
         for position, piece in enumerate(pieces):
             if not piece.done():

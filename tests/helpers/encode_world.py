@@ -1,6 +1,6 @@
 """Encode a small data set with a small model into a cache: `python encode_world.py WORLD CACHE SETTINGS`.
 
-Run as a program it is one of several writers of a cache; the settings are a recipe's section `cache` in JSON.
+Tests run this program several times at once, to write one cache. SETTINGS is a recipe's section `cache` in JSON.
 """
 
 import json
@@ -32,7 +32,7 @@ def write(folder: Path, layout) -> Path:
 
 
 def encoded(world: Path, cache: Path | None, pipeline=None, data=(), verify=False, **settings) -> EncodedData:
-    """Encode the world's data at 16 pixels; `data` changes its settings, `settings` are the cache's."""
+    """Encode the data set at 16 pixels. data: changed settings of the data. settings: settings of the cache."""
     config = DataConfig(**{**json.loads((world / "data.json").read_text()), **dict(data)})
     images = load_data(config, seed=0, cache=cache)
     pipeline = pipeline or DiffusionPipeline.from_pretrained(world / "model")

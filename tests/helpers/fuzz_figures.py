@@ -1,4 +1,4 @@
-"""Figures of fuzz tests: cases, faults, the largest CPU time and memory, and what was written elsewhere."""
+"""Figures of fuzz tests: cases, faults, the largest CPU time and memory, and writes outside the allowed folders."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -9,12 +9,12 @@ import auditing
 import pytest
 from fuzzing import RATIO, SCALE, Outcome, bounded
 
-SHOWN = 3000  # characters of the input of a fault
+SHOWN = 3000  # largest number of characters shown of an input
 
 
 @dataclass
 class Figures:
-    """Figures of one kind of input. With PRUNEKIT_FUZZ, a fault does not end a test: all are listed at its end."""
+    """Figures of one kind of input. With PRUNEKIT_FUZZ, a test continues after faults and lists them at its end."""
 
     name: str
     cases: int = 0
@@ -24,13 +24,13 @@ class Figures:
     longest: float = 0.0  # largest CPU time of a case, s
     memory: int = 0  # bytes
     outside: int = 0  # cases that wrote outside their folders, or used a network
-    given: object = None  # input of the case at hand
+    given: object = None  # input of the current case
     slowest: object = None  # input of the case with the largest ratio
     faults: list[str] = field(default_factory=list)
 
     @contextmanager
     def case(self, given: object) -> Iterator[None]:
-        """Count one case. given: its input, shown with a fault that is collected."""
+        """Count one case. given: its input, shown with its fault."""
         self.cases, self.given = self.cases + 1, given
         try:
             yield
@@ -40,9 +40,9 @@ class Figures:
             self.faults.append(f"{str(given)[:SHOWN]}\n{traceback.format_exc()}")
 
     def check(self, outcome: Outcome, whole: float, folders: list[str]) -> None:
-        """Note an outcome, and fail where `bounded` does.
+        """Record an outcome, and fail if `bounded` fails.
 
-        whole: CPU time of the unmutated input, s. folders: may be written to.
+        whole: CPU time of the unmutated input, s. folders: folders in which the work may write.
         """
         self.refused += outcome.kind == "refused" or outcome.value is False
         if outcome.seconds / whole > self.ratio:

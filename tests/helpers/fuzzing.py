@@ -1,4 +1,4 @@
-"""Hostile values in nested settings, and work in a process of its own whose time, memory and writing are known."""
+"""Put hostile values into nested settings, and measure time, memory and file writes of work in a forked process."""
 
 import contextlib
 import copy
@@ -24,18 +24,18 @@ from prunekit.runtime.errors import UserError
 
 SCALE = int(os.environ.get("PRUNEKIT_FUZZ", "1"))
 GIB = 2**30
-MEMORY = 4 * GIB  # that any input may take beyond what the process had
-RATIO, START = 5.0, 2.0  # CPU time that damage may take: five times the whole input's, and a constant
+MEMORY = 4 * GIB  # limit of the additional memory of a case
+RATIO, START = 5.0, 2.0  # CPU time limit of a damaged input: RATIO times that of the undamaged input, plus START s
 
 
-TIMEOUT = pytest.mark.timeout(600 * SCALE)  # seconds; of every file that sets it as its `pytestmark`
+TIMEOUT = pytest.mark.timeout(600 * SCALE)  # seconds; test files set it as their `pytestmark`
 
 
-REPEATS = 4  # of a case that seems to take long
+REPEATS = 4  # most measurements of a case that seems slow
 
 
 def fuzzed(examples: int) -> settings:
-    """Settings of `examples` examples, always the same, and PRUNEKIT_FUZZ times as many where that is set."""
+    """Return hypothesis settings: the same `examples` examples in every run, times PRUNEKIT_FUZZ if it is set."""
     return settings(max_examples=examples * SCALE, derandomize=True, deadline=None, database=None)
 
 
@@ -65,7 +65,7 @@ OTHERS = (True, False, None, [], {}, [[]], [None], [0], ["a"], {"a": 1}, {"": ""
 
 
 def nested(depth: int) -> list:
-    """Return a list in a list, `depth` deep."""
+    """Return `depth` nested lists."""
     return [nested(depth - 1)] if depth else []
 
 
@@ -73,7 +73,7 @@ HOSTILE = (*NUMBERS, *NOT_FINITE, *TEXTS, *OTHERS, nested(60))
 
 
 def places(content: Any, place: tuple = ()) -> Iterator[tuple]:
-    """Yield the place of everything in nested mappings and lists, outermost first."""
+    """Yield the path of keys to every value in nested mappings and lists, outermost first."""
     if place:
         yield place
     if isinstance(content, dict | list):
@@ -100,7 +100,7 @@ def mutated(draw, content: Any, values: tuple = HOSTILE, most: int = 3) -> Any:
         kind = draw(st.sampled_from((*["replace"] * 6, "drop", "add", "copy", "swap", "next")))
         if kind == "replace":
             holder[key] = copy.deepcopy(draw(st.sampled_from(values)))
-        elif kind == "next" and isinstance(holder[key], int | float):  # near what is right
+        elif kind == "next" and isinstance(holder[key], int | float):  # near the valid value
             holder[key] = holder[key] * draw(st.sampled_from((-1, 0, 1.5, 2, 3, 0.1)))
         elif kind == "drop":
             del holder[key]
@@ -114,7 +114,7 @@ def mutated(draw, content: Any, values: tuple = HOSTILE, most: int = 3) -> Any:
         else:
             other = draw(st.sampled_from(known))
             if other[: len(place)] == place or place[: len(other)] == other:
-                continue  # one holds the other
+                continue  # one value contains the other
             second = _holder(content, other)
             holder[key], old = copy.deepcopy(second[other[-1]]), holder[key]
             if kind == "swap":
@@ -124,17 +124,17 @@ def mutated(draw, content: Any, values: tuple = HOSTILE, most: int = 3) -> Any:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of work in a process of its own."""
+    """Result of work in a forked process."""
 
     kind: str  # "done", "refused" (in one line), or "fault"
-    value: Any  # what it returned; the message; the traceback
-    seconds: float  # of CPU time
-    memory: int  # bytes at most beyond what the process had at its start
-    seen: list[tuple[str, str]]  # of writing and network, as `auditing.watch` has it
+    value: Any  # return value, error message or traceback
+    seconds: float  # CPU time
+    memory: int  # largest additional memory since the process started, bytes
+    seen: list[tuple[str, str]]  # file writes and network use, from `auditing.watch`
 
 
 def forked(work: Callable[[], Any], seconds: float, memory: int = MEMORY) -> Outcome:
-    """Run `work` in a fork that a signal ends at `seconds` of CPU time, and in which memory beyond `memory` fails."""
+    """Run `work` in a fork that may use at most `seconds` of CPU time and `memory` bytes of additional memory."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -146,7 +146,7 @@ def forked(work: Callable[[], Any], seconds: float, memory: int = MEMORY) -> Out
         ready, _, _ = select.select([reading], [], [], max(0.0, until - time.monotonic()))
         part = os.read(reading, 2**16) if ready else b""
         if not ready:
-            os.kill(process, signal.SIGKILL)  # it waits for something
+            os.kill(process, signal.SIGKILL)  # it hangs without using CPU time
         if not part:
             break
         parts.append(part)
@@ -189,9 +189,9 @@ def _be_the_fork(work: Callable[[], Any], writing: int, seconds: float, memory: 
 
 
 def measured(work: Callable[[], Any], whole: float) -> Outcome:
-    """Run `work` in a fork; where it takes more than RATIO times `whole` seconds, again, and return the quickest.
+    """Run `work` in a fork; repeat it if it takes more than RATIO times `whole` seconds; return the fastest outcome.
 
-    A fork of some hundredths of a second takes several times as long now and then, where the machine is busy.
+    On a busy machine, a fork of a few hundredths of a second sometimes takes several times as long.
     """
     outcomes = [forked(work, RATIO * whole + START)]
     while outcomes[-1].seconds > RATIO * whole and outcomes[-1].kind != "fault" and len(outcomes) < REPEATS:
@@ -201,9 +201,9 @@ def measured(work: Callable[[], Any], whole: float) -> Outcome:
 
 
 def bounded(outcome: Outcome, whole: float, folders: list[str]) -> None:
-    """Fail unless an outcome is a success or a refusal that took about what the whole input takes, and wrote nowhere.
+    """Check that an outcome is a success or a refusal within the limits of time and memory, without other file writes.
 
-    whole: seconds of CPU time of the whole input. folders: may be written to.
+    whole: CPU time of the undamaged input, s. folders: folders in which the work may write.
     """
     assert outcome.kind != "fault", outcome.value
     assert outcome.seconds <= RATIO * whole + START, f"{outcome.seconds:.1f} s, and {whole:.1f} s of the whole one"

@@ -1,4 +1,4 @@
-"""A server that is interrupted, as by Ctrl-C, once its page has been read."""
+"""Interrupt a server, as Ctrl-C does, after its page was read."""
 
 import os
 import re
@@ -10,7 +10,10 @@ from urllib.request import urlopen
 
 @contextmanager
 def interrupting() -> Iterator[tuple[Callable[[str], None], list[str]]]:
-    """A function for a server to tell its address to, and the list of all that it was told."""
+    """Yield a function `say` for the server's messages, and the list of all messages.
+
+    `say` reads the page at an address in a message, and then sends SIGINT to this process.
+    """
     told: list[str] = []
 
     def say(text: str) -> None:
@@ -20,7 +23,7 @@ def interrupting() -> Iterator[tuple[Callable[[str], None], list[str]]]:
                 assert page.status == 200
             os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     try:
         yield say, told
     finally:

@@ -1,6 +1,6 @@
-"""Real processes of one launch, as torchrun starts them: gloo on one machine.
+"""Start the processes of one launch as torchrun does: several processes on one machine, connected by gloo.
 
-They are forked from a process that has imported everything, so that a start takes no seconds.
+The processes are forked from a process that has already imported everything, so they start fast.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _FORKS.set_forkserver_preload(
 
 
 def environment(rank: int = 0, count: int = 1, port: int = 0) -> dict[str, str]:
-    """The environment of process `rank` of `count`; of one alone without a launcher's variables."""
+    """Return the environment of process `rank` of `count`; a single process gets no variables of a launcher."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "MASTER_"))}
     own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
     if count > 1:
@@ -39,14 +39,14 @@ def environment(rank: int = 0, count: int = 1, port: int = 0) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Return a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 class Started:
-    """A process that runs `python ARGUMENTS` for a script, `-m MODULE` or `-c CODE`."""
+    """A process that runs `python ARGUMENTS`; ARGUMENTS start with a script, `-m MODULE` or `-c CODE`."""
 
     def __init__(self, arguments: list[str], variables: dict[str, str]):
         self._printed = tempfile.NamedTemporaryFile()  # noqa: SIM115 - gone with this object
@@ -55,16 +55,16 @@ class Started:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process still runs."""
         return self._process.is_alive()
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        """Send a signal to the process."""
+        with contextlib.suppress(ProcessLookupError):  # the process has just ended
             os.kill(self._process.pid, number)
 
     def wait(self, timeout: float = 240) -> int:
-        """Wait for its end; the exit code, negative for a signal."""
+        """Wait until the process ends; return its exit code, or the negative number of the signal that ended it."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             self._process.kill()
@@ -72,19 +72,19 @@ class Started:
         return self._process.exitcode
 
     def printed(self) -> str:
-        """What it has written to standard output and standard error so far."""
+        """Return the output so far, of standard output and standard error."""
         return Path(self._printed.name).read_text(encoding="utf-8")
 
 
 def launch(arguments: list[str], count: int = 1, variables: dict[str, str] | None = None) -> list[Started]:
-    """Start `python ARGUMENTS` in `count` processes that know of each other; variables: more of the environment."""
+    """Start `python ARGUMENTS` in `count` processes of one launch. variables: more environment variables."""
     port, more = free_port(), variables or {}
     words = [str(text) for text in arguments]
     return [Started(words, environment(rank, count, port) | more) for rank in range(count)]
 
 
 def finish(processes: list[Started], timeout: float = 240) -> list[str]:
-    """Wait for all; return what each said. AssertionError with its output where one failed."""
+    """Wait for all processes and return their outputs; raise AssertionError with the output of one that failed."""
     codes = [process.wait(timeout) for process in processes]
     for process, code in zip(processes, codes, strict=True):
         assert code == 0, process.printed()
@@ -92,18 +92,18 @@ def finish(processes: list[Started], timeout: float = 240) -> list[str]:
 
 
 def run_recipe(recipe: Path, directory: Path) -> list[str]:
-    """Arguments that run a recipe in a directory."""
+    """Return the arguments that run a recipe in a directory."""
     return ["-m", "prunekit", "run", str(recipe), "--directory", str(directory)]
 
 
 def _run(arguments: list[str], variables: dict[str, str], printed: str) -> None:
-    """Be the process: what `python ARGUMENTS` would be, with everything imported before."""
+    """Run `python ARGUMENTS` in this forked process, in which everything is imported."""
     file = os.open(printed, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())
     os.environ.clear()
     os.environ.update(variables)
-    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # which torch, imported before, has not read
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # torch was imported before the variable was set
     kind = arguments[0] if arguments[0] in ("-m", "-c") else None
     program, *rest = arguments[1:] if kind else arguments
     sys.argv = [program, *rest]

@@ -1,4 +1,4 @@
-"""A drawer that waits before each step until it may go on, so that a test decides when a batch is finished."""
+"""A drawer that waits before each step, so that a test decides when a batch is finished."""
 
 import threading
 
@@ -6,7 +6,7 @@ from prunekit.serving.drawer import Drawer
 
 
 class PacedDrawer(Drawer):
-    """Draws as every drawer; `go` lets it make steps, `batches` lists the prompts of each batch that it began."""
+    """A drawer that makes steps only while `go` is set; `batches` lists the prompts of each batch that it began."""
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
@@ -14,7 +14,7 @@ class PacedDrawer(Drawer):
         self.go.set()
         self.batches: list[list[str]] = []
         self.steps: list[int] = []
-        self.faults: dict[str, Exception] = {}  # what prompts raise
+        self.faults: dict[str, Exception] = {}  # error to raise, by prompt
 
     def draw(self, prompts, seeds, expert, steps, guidance, negative_prompts=None, size=None, on_step=None):
         if on_step is None:  # the warm-up
@@ -33,7 +33,7 @@ class PacedDrawer(Drawer):
         return super().draw(prompts, seeds, expert, steps, guidance, negative_prompts, size, paced)
 
     def hold(self):
-        """Make no further step until `go` is set, and forget what was seen so far."""
+        """Stop before the next step until `go` is set, and clear the recorded batches and steps."""
         self.go.clear()
         self.began = threading.Semaphore(0)
         self.batches.clear()

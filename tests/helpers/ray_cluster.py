@@ -1,6 +1,6 @@
-"""A Ray cluster on this machine that no other machine can reach: its network is a loopback interface of its own.
+"""A Ray cluster on this machine that no other machine can reach: it has a separate loopback interface.
 
-Its processes live in namespaces, with a head that runs no tasks and nodes of one CPU each, and end with the first one.
+Its processes run in Linux namespaces and end when the first process ends. The head runs no tasks; each node has 1 CPU.
 """
 
 import os
@@ -24,7 +24,7 @@ ROOM = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
 
 
 def why_not() -> str | None:
-    """Return why there can be no such cluster here; None where there can be one."""
+    """Return why such a cluster cannot run here, or None if it can."""
     if not (BIN / "ray").is_file():
         return "ray is not installed"
     if missing := [program for program in NEEDED if shutil.which(program) is None]:
@@ -34,11 +34,11 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """A head, and nodes that are started and lost; a context. dashboard: with the one that `serve deploy` asks."""
+    """A context with a head and nodes that tests add and kill. dashboard: start the dashboard, for `serve deploy`."""
 
     def __init__(self, dashboard: bool = False) -> None:
         self._dashboard = dashboard
-        # Ray's sockets need a short path, and its token a home that is not the user's
+        # Ray's sockets need a short path, and its token must not be in the user's home
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self._nodes: list[Command] = []
         stay = "ip link set lo up && while sleep 3600; do :; done"
@@ -58,13 +58,13 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add_node(self) -> "Command":
-        """Start a node of one CPU; return when it has joined."""
+        """Start a node of one CPU; return it when it has joined."""
         node = self._node("--address", ADDRESS, cpus=1)
         self._nodes.append(node)
         return node
 
     def holder(self, lock: Path, command: "Command") -> tuple["Command", psutil.Process]:
-        """Return the node and the process that hold a lock file, whose name may be a pattern, while a command works."""
+        """Wait, while a command runs, until a process holds a lock file (path or pattern); return its node and it."""
         while command.is_alive:
             for node in self.nodes:
                 for process in node.family():
@@ -74,19 +74,19 @@ class Cluster:
 
     @property
     def nodes(self) -> list["Command"]:
-        """The nodes that live, without the head."""
+        """The running nodes, without the head."""
         return [node for node in self._nodes if node.is_alive]
 
     def family(self) -> list[psutil.Process]:
-        """Return the processes of the head and of the nodes that live."""
+        """Return the processes of the head and of the running nodes."""
         return [process for node in (self._head, *self.nodes) for process in node.family()]
 
     def start(self, *command: str, folder: Path | None = None) -> "Command":
-        """Start a command that finds the cluster, in a folder."""
+        """Start a command in the cluster's network, in a folder."""
         return Command(self._inside(folder or self.folder) + list(command), self._environment())
 
     def run(self, *command: str, folder: Path | None = None) -> "Command":
-        """Run a command that finds the cluster to its end."""
+        """Run a command in the cluster's network, and wait until it ends."""
         started = self.start(*command, folder=folder)
         started.wait()
         return started
@@ -111,7 +111,7 @@ class Cluster:
 
 
 class Command:
-    """A process in the cluster's namespaces, with all that it prints."""
+    """A process in the cluster's namespaces, and its output."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self._printed = tempfile.NamedTemporaryFile()  # noqa: SIM115 - gone with this object
@@ -121,35 +121,35 @@ class Command:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def wait(self, timeout: float = 600) -> int:
-        """Wait for its end; the exit code, of nsenter for a signal."""
+        """Wait until the process ends; return its exit code (nsenter's code if a signal ended it)."""
         return self._process.wait(timeout)
 
     def output(self) -> str:
-        """Return what it has printed so far."""
+        """Return the output so far."""
         return Path(self._printed.name).read_text(encoding="utf-8", errors="replace")
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the process itself."""
+        """Send a signal to the command's process, not to nsenter."""
         self.family()[1].send_signal(number)
 
     def kill_all(self) -> None:
-        """Kill it and all that it started at once, as a power cut does with a node."""
+        """Kill the process and all its descendants, as if a node lost power."""
         for process in self.family():
             process.kill()
         self._process.wait()
 
     def family(self) -> list[psutil.Process]:
-        """Return its process and all that it started."""
+        """Return the process and all its descendants."""
         first = psutil.Process(self._process.pid)
         return [first, *first.children(recursive=True)]
 
 
 def _open_files(process: psutil.Process) -> list[str]:
-    with suppress(psutil.Error):  # it has just ended
+    with suppress(psutil.Error):  # the process has just ended
         return [file.path for file in process.open_files()]
     return []
 

@@ -1,6 +1,6 @@
-"""A server on the cluster of `ray_cluster`, asked from outside of the cluster's network through a Unix socket.
+"""A server on the cluster of `ray_cluster`, reached from outside the cluster's network through a Unix socket.
 
-As a program, `python ray_serving.py SOCKET PORT` passes connections on from the socket to a port of its own network.
+As a program, `python ray_serving.py SOCKET PORT` forwards connections from the socket to a port in its network.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ LIMIT = 240  # seconds
 
 
 class Served:
-    """What is served at the cluster's port, while a command lives."""
+    """A server at the cluster's port, which runs as long as a command runs."""
 
     def __init__(self, cluster: Cluster, command: Command | None = None):
         self.cluster, self.command = cluster, command
@@ -31,7 +31,7 @@ class Served:
         self.until(self._socket.exists)
 
     def close(self) -> None:
-        """Stop passing connections on."""
+        """Stop forwarding connections."""
         self._forward.kill_all()
 
     def client(self, **options) -> httpx.Client:
@@ -39,17 +39,17 @@ class Served:
         return httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), base_url="http://ray", **options)
 
     def get(self, path: str) -> httpx.Response:
-        """Ask for a path."""
+        """Request a path."""
         with self.client(timeout=LIMIT) as client:
             return client.get(path)
 
     def draw(self, timeout: float = LIMIT, **body) -> httpx.Response:
-        """Ask for an image."""
+        """Request an image."""
         with self.client(timeout=timeout) as client:
             return client.post(GENERATIONS, json=body)
 
     def until(self, is_so: Callable[[], object]) -> None:
-        """Wait until something holds."""
+        """Wait until a condition holds."""
         deadline = time.monotonic() + LIMIT
         while not is_so():
             alive = self.command is None or self.command.is_alive
@@ -57,34 +57,34 @@ class Served:
             time.sleep(0.1)
 
     def is_ready(self) -> bool:
-        """Return whether images are drawn at once."""
+        """Return whether the server is ready to generate images."""
         with suppress(httpx.HTTPError):
             return self.get("/health").status_code == 200
         return False
 
     def replicas(self, node: Command | None = None) -> list[psutil.Process]:
-        """Return the processes of replicas of a node, or of all nodes."""
+        """Return the replica processes of a node, or of all nodes."""
         nodes = self.cluster.nodes if node is None else [node]
         return [process for one in nodes for process in one.family() if title(process).startswith(REPLICA)]
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Return the processes of the cluster, its head included, whose title begins with a name."""
+        """Return the cluster's processes, including the head's, whose title starts with a name."""
         return [process for process in self.cluster.family() if title(process).startswith(name)]
 
     def running(self) -> list[dict]:
-        """Return the batches that are being drawn."""
+        """Return the batches in progress."""
         return self.get("/health").json()["running"]
 
 
 def title(process: psutil.Process) -> str:
-    """Return a process's command line, which Ray sets; empty once it has ended."""
-    with suppress(psutil.Error):  # it has just ended
+    """Return a process's command line, which Ray sets; it is empty after the process has ended."""
+    with suppress(psutil.Error):  # the process has just ended
         return " ".join(process.cmdline())
     return ""
 
 
 async def _forward(socket: str, port: int) -> None:
-    """Pass connections on until the end."""
+    """Forward connections until the process ends."""
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

@@ -5,7 +5,7 @@ from diffusers import UNet2DConditionModel
 
 
 def outputs_of(unet: UNet2DConditionModel, paths: list[str], **arguments) -> list[torch.Tensor]:
-    """The output of a forward pass, then those of the blocks at `paths`, which are in its order."""
+    """Return the output of a forward pass, then the outputs of the blocks at `paths`, in the order of the pass."""
     kept = []
 
     def keep(module, inputs, output):
@@ -19,6 +19,6 @@ def outputs_of(unet: UNet2DConditionModel, paths: list[str], **arguments) -> lis
 
 
 def block_paths(unet: UNet2DConditionModel, mid: bool = True) -> list[str]:
-    """Paths of the down blocks, the mid block and the up blocks, in the order of the forward pass."""
+    """Return the paths of the down blocks, the mid block and the up blocks, in the order of the forward pass."""
     down, up = ([f"{name}.{i}" for i in range(len(getattr(unet, name)))] for name in ("down_blocks", "up_blocks"))
     return [*down, *(["mid_block"] if mid else []), *up]

@@ -9,7 +9,7 @@ TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 
 
 def write_clip(folder: Path, seed: int = 0) -> Path:
-    """Write the model to `folder`; the same weights for the same seed."""
+    """Write the model to `folder`; the seed determines its weights."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=16)

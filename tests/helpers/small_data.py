@@ -1,4 +1,4 @@
-"""Encoded data and a pipeline's outline for any small denoiser: what methods that need data are tested with."""
+"""Encoded data and a stub of a pipeline for any small denoiser, for tests of methods that need data."""
 
 import io
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from prunekit.runtime.randomness import generator
 
 
 def encoded_for(model, num=8, side=8, text_length=7, seed=0):
-    """Random latents, text states and prompts of `num` captioned pictures, as the denoiser takes them."""
+    """Return random latents, text states and prompts of `num` captioned pictures, in the denoiser's shapes."""
     draw, denoiser = generator(seed, "small data"), denoiser_of(model)
     pictures = []
     for index in range(num):
@@ -32,7 +32,7 @@ def encoded_for(model, num=8, side=8, text_length=7, seed=0):
     if "sizes" in roles:
         added["time_ids"] = denoiser.family.sizes(64, 64)
     added["others"] = {role: (roles[role], roles[role][0]) for role in roles if role in ("mask", "guidance")}
-    if type(model).__name__.endswith("ZImageTransformer2DModel"):  # whose texts are of different lengths
+    if type(model).__name__.endswith("ZImageTransformer2DModel"):  # its texts have different lengths
         mask = torch.arange(text_length) < 1 + torch.arange(num)[:, None] % text_length
         added["others"] = {"mask": (mask, mask[0])}
     return EncodedData(
@@ -46,7 +46,7 @@ def encoded_for(model, num=8, side=8, text_length=7, seed=0):
 
 
 def stub(model, prediction_type="v_prediction"):
-    """What methods read of a pipeline."""
+    """Return the parts of a pipeline that methods read."""
     part, scheduler = part_of(model), DDIMScheduler(prediction_type=prediction_type)
     if isinstance(process_of(model), FlowMatching):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)

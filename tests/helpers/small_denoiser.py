@@ -1,4 +1,4 @@
-"""A denoiser that is no UNet: a tiny transformer with arguments of other names, and its description."""
+"""A denoiser that is not a UNet: a tiny transformer whose arguments have other names, and its description."""
 
 from contextlib import contextmanager
 
@@ -13,7 +13,7 @@ from prunekit.denoisers.unet.family import StableDiffusion
 
 
 class TinyTransformer(ModelMixin, ConfigMixin):
-    """Two layers over latent positions, which text shifts."""
+    """Two layers over latent positions; the text embedding shifts the positions."""
 
     @register_to_config
     def __init__(self, channels: int = 4, text_width: int = 6, side: int = 4):
@@ -31,16 +31,16 @@ class TinyTransformer(ModelMixin, ConfigMixin):
 
 
 class Tiny:
-    """What the library needs to know of it for calls."""
+    """The library's description of how to call the model."""
 
     family = StableDiffusion()
 
     def call(self, noisy, timesteps, conditions):
-        """Return the call, under the names of this model."""
+        """Return the call with this model's argument names."""
         return Call({"hidden_states": noisy, "timestep": timesteps, "context": conditions["text"]})
 
     def example(self, model, batch, latent, text_length, fill, timesteps=None):
-        """Return a call of the right shapes."""
+        """Return a call with valid shapes."""
         noisy = fill("noisy", (batch, model.config.channels, *latent))
         text = fill("text", (batch, text_length, model.config.text_width))
         return self.call(noisy, torch.tensor(1) if timesteps is None else timesteps, {"text": text})

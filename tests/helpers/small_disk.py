@@ -1,4 +1,4 @@
-"""A disk that gets full at a chosen file: a small file system of its own, or a limit on the size of files."""
+"""A disk that becomes full at a chosen file: a small file system, or a limit on the size of files."""
 
 import json
 import os
@@ -16,13 +16,16 @@ from safetensors import safe_open
 
 from prunekit.runtime import files
 
-LEFT = 4096  # bytes that a full disk still takes, so that larger files are there in part
+LEFT = 4096  # bytes of free space on a full disk, so that larger files are written in part
 SIZE = "64m"
 BALLAST = "ballast"  # the file that fills a disk
 
 
 class SmallDisk:
-    """A tmpfs of 64 MiB, which a ballast file fills. CalledProcessError or OSError where mounting is not allowed."""
+    """A tmpfs of 64 MiB, which a ballast file fills.
+
+    Raises CalledProcessError or OSError if mounting is not allowed.
+    """
 
     full = "No space left on device"
 
@@ -32,13 +35,13 @@ class SmallDisk:
         subprocess.run(command, check=True, capture_output=True)
 
     def fill(self, left: int = LEFT) -> None:
-        """Leave no room but for some bytes."""
+        """Fill the disk except for `left` bytes."""
         status = os.statvfs(self.folder)
         with self._ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - left)
 
     def free(self) -> None:
-        """Make room again."""
+        """Free the space again."""
         self._ballast.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -47,7 +50,7 @@ class SmallDisk:
 
 
 class LimitedFiles:
-    """Any folder; in its place a full disk is a limit on the size of this process's files, which all writers meet."""
+    """Any folder, where a limit on the size of this process's files replaces a full disk; it affects all writers."""
 
     full = "File too large"
 
@@ -55,7 +58,7 @@ class LimitedFiles:
         self.folder, self._before = folder, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(self, left: int = LEFT) -> None:
-        """Let no file grow beyond some bytes."""
+        """Limit files to `left` bytes."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (left, self._before[1]))
 
     def free(self) -> None:
@@ -67,7 +70,7 @@ class LimitedFiles:
 
 @contextmanager
 def small_disk(folder: Path, kind: type = SmallDisk) -> Iterator[SmallDisk | LimitedFiles]:
-    """A disk at `folder`; one of limited files where a file system cannot be mounted."""
+    """Yield a disk at `folder`: a SmallDisk, or LimitedFiles if a file system cannot be mounted."""
     try:
         disk = kind(folder)
     except (subprocess.CalledProcessError, OSError):
@@ -82,10 +85,10 @@ def small_disk(folder: Path, kind: type = SmallDisk) -> Iterator[SmallDisk | Lim
 def full_at(
     disk: SmallDisk | LimitedFiles, pattern: str, past: Collection[str] = (), left: int = LEFT
 ) -> Iterator[list[Path]]:
-    """A context in which the disk gets full when the first file or folder that matches is about to be written.
+    """Fill the disk when the first matching file or folder is about to be written; free it on exit.
 
-    pattern: of fnmatch, from the disk's folder on. past: files at which it stays as it is, as `below` names them.
-    left: bytes that the full disk still takes. Yields the list of the files that match, from the first on.
+    pattern: fnmatch pattern of the path relative to the disk's folder. past: files that are skipped, named by `below`.
+    left: free bytes of the full disk. Yields the list of matching files, from the one that filled the disk on.
     """
     found, temporary_for = [], files.temporary_for
 
@@ -106,12 +109,12 @@ def full_at(
 
 
 def below(disk: SmallDisk | LimitedFiles, path: Path) -> str:
-    """Return a file's name from the disk's folder on, where each folder has its final name."""
+    """Return a file's path relative to the disk's folder, with the final names of temporary folders."""
     return re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.tmp", r"\1", path.relative_to(disk.folder).as_posix())
 
 
 def check_whole(directory: Path) -> None:
-    """Every file that is there can be read, and none is hidden."""
+    """Check that every file can be read and that no file is hidden or temporary."""
     for path in directory.rglob("*"):
         assert not path.name.startswith(".") and path.suffix not in (".tmp", ".old"), path
         if path.suffix == ".json":
@@ -126,5 +129,5 @@ def check_whole(directory: Path) -> None:
 
 
 def one_line(text: str) -> str:
-    """A text without the line breaks of a narrow terminal."""
+    """Return a text without spaces and line breaks, as a narrow terminal adds line breaks."""
     return text.replace("\n", "").replace(" ", "")

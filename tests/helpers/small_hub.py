@@ -1,4 +1,4 @@
-"""The hub's stand-ins on this machine: its cache, and a server of one repository that can lose connections."""
+"""Replacements of the Hugging Face Hub: its cache, and a server of one repository that can drop connections."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def small_hub(directory: Path, repository: str = "some/model"):
-    """Serve a directory; yields the server, with its `url`, and `lost`: the end of a path that breaks off halfway."""
+    """Serve a directory; yield the server, with its `url`. A download whose path ends with `lost` stops halfway."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.directory, server.repository, server.lost, server.asked = directory, repository, None, []
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -68,7 +68,7 @@ def small_hub(directory: Path, repository: str = "some/model"):
 
 
 def fill_cache(cache: Path, repository: str, directory: Path) -> None:
-    """Put a directory into a hub cache, as if it had been fetched as `repository`."""
+    """Put a directory into a hub cache, as if it had been downloaded as `repository`."""
     place = cache / f"models--{repository.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(COMMIT)

@@ -1,4 +1,4 @@
-"""Settings under which a method runs in about a second, and what its architectures count."""
+"""Settings with which a method runs in about a second, and the weights of its architectures."""
 
 import torch
 
@@ -16,7 +16,7 @@ SMALL: dict[str, dict] = {
 
 
 def weights_of(result):
-    """Share of the training prompts, or of a sampler's timesteps, of each architecture."""
+    """Return each architecture's weight (N,): its share of prompts times its share of timesteps; the sum is 1."""
     shares = result.info.timestep_shares or [1.0]
     counts = result.info.prompts_per_expert or [1] * (len(result.architectures) // len(shares))
     weights = torch.outer(

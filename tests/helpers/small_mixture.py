@@ -1,4 +1,4 @@
-"""A run with several experts and a router, as `prunekit run` leaves it, on a small pipeline."""
+"""Write a run with several experts and a router, as `prunekit run` would, for a small pipeline."""
 
 from pathlib import Path
 
@@ -24,11 +24,12 @@ def write_mixture(
     depth_only: tuple[int, ...] = (),
     channels: tuple[int, ...] | None = None,
 ) -> Path:
-    """Write the run to `folder`; the same in every call.
+    """Write the run to `folder`; its contents are the same in every call.
 
-    depth_only: experts that are BK-SDM's, which a stock config expresses. channels: of a larger UNet, of "sd2".
+    depth_only: experts that use BK-SDM's architecture, which a stock config expresses. channels: channels of a larger
+    "sd2" UNet.
     """
-    layers = 2 if depth_only or channels else 1  # BK-SDM needs two, as Stable Diffusion has
+    layers = 2 if depth_only or channels else 1  # BK-SDM needs two layers, like Stable Diffusion
     model = write_pipeline(folder / "model", layers) if family == "sd2" else write(folder / "model", family)
     if channels is not None:
         large = SHAPES.model_copy(update={"unet_channels": channels})
@@ -40,7 +41,7 @@ def write_mixture(
         architectures[index] = pk.methods.BKSDM(variant="base").architecture(unet).on(space)
     z = load_prompt_encoder("emoji").encode(PROMPTS)
     weight = torch.randn(experts, z.shape[1], generator=torch.Generator().manual_seed(0))
-    bias = -(z @ weight.T).mean(dim=0)  # so that every expert has prompts
+    bias = -(z @ weight.T).mean(dim=0)  # balances the experts, so that each gets prompts
     method = folder / "methods" / "aptp"
     info = {"method": "aptp", "ratio": [0.5] * experts}
     PruneResult(architectures, Router(weight, bias), info).save(method)

@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion pipeline in a folder: real tokenizer, random weights, very small; and a data set like it."""
+"""A very small Stable Diffusion pipeline in a folder (real tokenizer, random weights), and a small data set."""
 
 import io
 import json
@@ -26,7 +26,10 @@ CAPTIONS = [f"{color} {shape}" for color in ("red", "green", "blue") for shape i
 
 
 def write_pipeline(folder: Path, layers: int = 2) -> Path:
-    """Write the pipeline to `folder`; the same weights in every call. layers: of a block; 1 is no Stable Diffusion."""
+    """Write the pipeline to `folder`; its weights are the same in every call.
+
+    layers: layers per block; Stable Diffusion has 2.
+    """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         tokenizer = emoji_model.build_tokenizer(CAPTIONS, SHAPES.vocabulary)
@@ -72,7 +75,7 @@ COLORS = ("red", "green", "blue", "yellow")
 
 
 def write_world(folder: Path, layers: int = 1) -> dict:
-    """Write the pipeline and a data set of 12 pictures; return the recipe's settings that name them."""
+    """Write the pipeline and a data set of 12 pictures; return a recipe's settings with their paths."""
     samples = [(picture(COLORS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS)]
     write_shard(folder / "shards" / "0.tar", samples)
     data = {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25}

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 
 def pipeline_of(cls, unet, scheduler=None):
-    """A Stable Diffusion pipeline of class `cls`, with an autoencoder that is small and random."""
+    """Return a Stable Diffusion pipeline of class `cls`, with a small autoencoder with random weights."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         autoencoder = AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=4).eval()

@@ -1,4 +1,4 @@
-"""A release of APTP's published form, written by its own rules: gate vectors, router, experts' checkpoints."""
+"""Write a release in APTP's published format, independently of the importer: gate vectors, router, checkpoints."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ EXPERTS = 3
 
 
 def published_modules(unet):
-    """(path, units) of every gate in the published order, widths then depths, read off the UNet's modules alone."""
+    """Return (path, units) of the width gates and of the depth gates in published order, from the UNet's modules."""
     widths, depths = [], []
     blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     blocks += [("mid_block", unet.mid_block)]
@@ -32,14 +32,14 @@ def published_modules(unet):
 
 
 def draw(unet, seed):
-    """Return random gates by path, and the published vector that holds them."""
+    """Return random gates by path, and the same gates as a published vector."""
     widths, depths = published_modules(unet)
     generator = torch.Generator().manual_seed(seed)
     gates = {(path, index >= len(widths)): torch.rand(size, generator=generator).clamp(max=0.99) + 0.01
              for index, (path, size) in enumerate([*widths, *depths])}  # fmt: skip
     for (_, is_depth), values in gates.items():
         if not is_depth:
-            values[0] = 0.5  # the least that stays
+            values[0] = 0.5  # the smallest value that keeps a unit
     return gates, torch.cat(list(gates.values()))
 
 
@@ -49,7 +49,7 @@ def expected(space, gates):
 
 
 def write_release(folder: Path, unet):
-    """Write a release of a UNet; experts 0 and 1 have weights of their own, 1 by an older checkpoint too, 2 has none.
+    """Write a release of a UNet. Experts 0 and 1 have checkpoints, expert 1 an older one too; expert 2 has none.
 
     Returns (folder, gates and vector of each expert, layers of the router, codes).
     """

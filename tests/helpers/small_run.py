@@ -1,4 +1,4 @@
-"""A small run: its recipe, its figures, and what every finished run or comparison must leave."""
+"""A small run: its recipe, its figures, and checks of a finished run or comparison."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ RESULTS = ("methods/norm/result.json", "methods/aptp/result.json", "results.json
 
 
 def write_small_recipe(folder):
-    """Write the world and a recipe of every stage, with a checkpoint after each step; return its path."""
+    """Write the model, the data and a recipe with every stage and a checkpoint after each step; return its path."""
     content = {
         **write_world(folder),
         "prune": {"budget": 0.7},
@@ -29,7 +29,7 @@ def write_small_recipe(folder):
 
 
 def figures(directory):
-    """Return all results of a run, and the figures of its trainings, but for the times, which differ."""
+    """Return all results of a run and the figures of its trainings, without the times, which differ between runs."""
     content = [json.loads((directory / name).read_text()) for name in RESULTS]
     for result in content[:2]:
         result["info"].get("search", {}).pop("seconds", None)
@@ -44,14 +44,14 @@ def figures(directory):
 
 
 def check_table(directory: Path) -> None:
-    """Hold what a finished run or comparison left against its recipe: every row is there, and within its budget."""
+    """Check that a finished run or comparison has every row of its recipe, each within its budget."""
     content = json.loads((directory / "results.json").read_text())
     assert (directory / "table.md").is_file() and not content.get("missing")
     for path in (directory / "metrics").glob("*.certificate.json"):
         certificate = json.loads(path.read_text())
         assert max(certificate["errors"]) <= TOLERANCES[certificate["dtype"]]
         assert certificate["predicted"] == certificate["counted"]
-    if (directory / "cells").is_dir() or not (directory / "recipe.yaml").is_file():  # a comparison, or several
+    if (directory / "cells").is_dir() or not (directory / "recipe.yaml").is_file():  # a comparison, or several runs
         return
     recipe = load_recipe(directory / "recipe.yaml")
     rows = {row["name"]: row for row in content["table"]["rows"]}
@@ -60,5 +60,5 @@ def check_table(directory: Path) -> None:
     assert set(rows) == {"dense", *names}
     if recipe.prune.latency is None:
         assert all(rows[name]["macs_ratio"] <= recipe.prune.budget for name in names)
-        if recipe.model == EMBEDDED:  # whose units are small beside what the budget leaves
+        if recipe.model == EMBEDDED:  # one of its units is a small part of the budget
             assert all(rows[name]["macs_ratio"] > recipe.prune.budget - 0.05 for name in names)

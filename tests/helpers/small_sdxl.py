@@ -1,4 +1,4 @@
-"""Miniature Stable Diffusion pipelines of the other families: XL and 1.x, with real tokenizers and random weights."""
+"""Very small Stable Diffusion XL and 1.x pipelines with real tokenizers and random weights."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SCHEDULE = {**emoji_model.NOISE_SCHEDULE, "prediction_type": "epsilon"}
 
 
 def text_encoder(tokenizer, width: int, kind=CLIPTextModel, **settings):
-    """A CLIP text encoder of two layers."""
+    """Return a CLIP text encoder with two layers."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -38,7 +38,7 @@ def text_encoder(tokenizer, width: int, kind=CLIPTextModel, **settings):
 
 
 def build_xl() -> StableDiffusionXLPipeline:
-    """SDXL's topology: two tokenizers and text encoders, added conditioning, two transformer blocks a layer."""
+    """Return a pipeline like SDXL: two text encoders, added conditioning, two transformer blocks per layer."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         first, second = (emoji_model.build_tokenizer(CAPTIONS, SHAPES.vocabulary) for _ in range(2))
@@ -57,7 +57,7 @@ def build_xl() -> StableDiffusionXLPipeline:
 
 
 def build_sd1() -> StableDiffusionPipeline:
-    """Stable Diffusion 1's topology: epsilon-prediction, one `attention_head_dim`, no linear projection."""
+    """Return a pipeline like Stable Diffusion 1: epsilon prediction, one `attention_head_dim`, no linear projection."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         tokenizer = emoji_model.build_tokenizer(CAPTIONS, SHAPES.vocabulary)
@@ -74,6 +74,6 @@ def build_sd1() -> StableDiffusionPipeline:
 
 
 def write(folder: Path, family: str, **options) -> Path:
-    """Write the pipeline of a family, "sd1" or "sdxl", to `folder`; the same weights in every call."""
+    """Write the pipeline of a family, "sd1" or "sdxl", to `folder`; its weights are the same in every call."""
     {"sd1": build_sd1, "sdxl": build_xl}[family]().save_pretrained(folder, **options)
     return folder

@@ -1,4 +1,4 @@
-"""The server in this process, in a thread: a model over HTTP at a free port, drained at the end."""
+"""Run the server in a thread of this process: a model over HTTP at a free port, drained at the end."""
 
 import json
 import threading
@@ -35,7 +35,7 @@ def serving(backend: Backend, settings: ServerSettings | None = None) -> Iterato
 
 
 def ask(url: str, body: dict | bytes | None = None, path: str = GENERATIONS, **headers: str):
-    """Send a request, a POST where there is a body; return status, content and headers."""
+    """Send a request (a POST if it has a body); return status, content and headers."""
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json", **headers})
     try:

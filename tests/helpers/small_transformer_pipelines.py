@@ -1,4 +1,4 @@
-"""Stock pipelines around small transformers, each with what its class has beside."""
+"""Stock pipelines with small transformers, and the other components of each pipeline class."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from prunekit.models import emoji_sd3
 
 
 def small_t5(width: int) -> tuple[Any, Any]:
-    """A T5 encoder with random weights, and a tokenizer of one token."""
+    """Return a T5 encoder with random weights, and a tokenizer of one token."""
     torch.manual_seed(1)
     config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     return T5EncoderModel(config).eval(), emoji_sd3.stand_in(width)[1]
@@ -68,7 +68,7 @@ CHAT = (
 
 
 def small_chat_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes that knows how a chat is written."""
+    """Return a tokenizer of bytes with a chat template."""
     alphabet = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -78,7 +78,7 @@ def small_chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_language_model(width: int, layers: int, is_mistral: bool = False) -> Any:
-    """A Qwen3, or a Mistral 3 with its vision tower, with random weights."""
+    """Return a Qwen3, or a Mistral 3 with its vision tower, with random weights."""
     torch.manual_seed(3)
     sizes = {
         "vocab_size": 257,
@@ -100,7 +100,7 @@ def small_language_model(width: int, layers: int, is_mistral: bool = False) -> A
 
 
 def small_normed_autoencoder(channels: int = 4) -> AutoencoderKLFlux2:
-    """An autoencoder with a batch norm of patches, and one downsampling."""
+    """Return an autoencoder with a batch norm of patches and one downsampling."""
     torch.manual_seed(2)
     autoencoder = AutoencoderKLFlux2(
         block_out_channels=(8, 8),
@@ -115,7 +115,7 @@ def small_normed_autoencoder(channels: int = 4) -> AutoencoderKLFlux2:
 
 
 def small_autoencoder(channels: int = 4, shift: float | None = 0.25) -> AutoencoderKL:
-    """An autoencoder with random weights and one downsampling."""
+    """Return an autoencoder with random weights and one downsampling."""
     torch.manual_seed(2)
     return AutoencoderKL(
         block_out_channels=(8, 8),
@@ -135,7 +135,7 @@ MOMENTS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0,
 
 
 def small_sana(transformer: Any) -> SanaPipeline:
-    """A pipeline with a Gemma of short words and an autoencoder of one downsampling, both of random weights."""
+    """Return a pipeline with a Gemma of short words and an autoencoder with one downsampling, with random weights."""
     torch.manual_seed(2)
     autoencoder = AutoencoderDC(
         latent_channels=4,
@@ -151,7 +151,7 @@ def small_sana(transformer: Any) -> SanaPipeline:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", *LETTERS]
     letters = GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
     instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    tokenizer = letters.train_new_from_iterator(["\n".join(instruction), *LETTERS], 300)  # which makes it short
+    tokenizer = letters.train_new_from_iterator(["\n".join(instruction), *LETTERS], 300)  # shortens the instruction
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
     config = Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads, pad_token_id=0)
@@ -160,7 +160,7 @@ def small_sana(transformer: Any) -> SanaPipeline:
 
 
 def small_wan(transformer: Any) -> WanPipeline:
-    """A pipeline with a UMT5 that reads letters and an autoencoder of two downsamplings, both of random weights."""
+    """Return a pipeline with a UMT5 that reads letters and an autoencoder with two downsamplings; random weights."""
     torch.manual_seed(2)
     smaller = {"dim_mult": [1, 1, 1], "temperal_downsample": [False, False], "scale_factor_spatial": 4}
     autoencoder = AutoencoderKLWan(**{**VIDEOS, **smaller}, **MOMENTS).eval()
@@ -172,7 +172,7 @@ def small_wan(transformer: Any) -> WanPipeline:
 
 
 def small_cogview4(transformer: Any) -> CogView4Pipeline:
-    """A pipeline with a GLM that reads bytes, padded on the left as its own are, and an autoencoder."""
+    """Return a pipeline with a GLM that reads bytes, padded on the left like GLM's texts, and an autoencoder."""
     tokenizer = small_chat_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<sop>"})
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -190,16 +190,16 @@ def small_cogview4(transformer: Any) -> CogView4Pipeline:
 
 @torch.no_grad()
 def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """A stock pipeline around a small transformer, and arguments of its call.
+    """Return a stock pipeline with a small transformer, and arguments of its call.
 
-    base: the embedded model's pipeline, whose encoders are taken.
+    base: the embedded model's pipeline, whose encoders are used.
     """
     transformer = build(name.partition("_klein")[0])
     if name == "sd35":
         transformer = emoji_sd3.build_transformer(emoji_sd3.EmojiSD3Config(layers=2), emoji_sd3.BaseShape.of(base))
         randomize(transformer)
         for parameter in transformer.parameters():
-            if not parameter.any():  # the matrices that start at zero, with which nothing reaches the output
+            if not parameter.any():  # matrices that are initialized to 0 and would make the output 0
                 torch.nn.init.normal_(parameter, std=0.1)
         return emoji_sd3.assemble(base, transformer, 2.0), {"guidance_scale": 3.0, "max_sequence_length": 1}
     if name == "flux":
@@ -226,14 +226,14 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
         return pipeline, {"guidance_scale": 3.5, "height": 32, "width": 16}
     if name == "pixart":
         encoder, tokenizer = small_t5(32)
-        transformer = build(name, sample_size=128)  # by which the pipeline tells the size
+        transformer = build(name, sample_size=128)  # the pipeline computes its default image size from it
         pipeline = PixArtAlphaPipeline(
             tokenizer, encoder, small_autoencoder(shift=None), transformer, DPMSolverMultistepScheduler()
         )
         return pipeline, {"guidance_scale": 3.0, "height": 32, "width": 16, "use_resolution_binning": False}
     if name == "sana15":
         options = {"guidance_scale": 3.0, "height": 64, "width": 32, "use_resolution_binning": False}
-        return small_sana(build(name, sample_size=32)), options  # sides of 64 pixels
+        return small_sana(build(name, sample_size=32)), options  # images of 64 x 64 pixels
     if name == "wan":
         return small_wan(transformer), {"guidance_scale": 3.0, "height": 32, "width": 16, "num_frames": 1}
     if name == "cogview4":
@@ -263,6 +263,6 @@ def make(name: str, base: DiffusionPipeline) -> tuple[DiffusionPipeline, dict[st
 
 
 def write(folder: Path, name: str, base: DiffusionPipeline) -> Path:
-    """Save such a pipeline; return the folder."""
+    """Save the pipeline of `make`; return the folder."""
     make(name, base)[0].save_pretrained(folder)
     return folder

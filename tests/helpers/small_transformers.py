@@ -1,4 +1,4 @@
-"""Small transformers of every class that is described, and the weights that make a test strict."""
+"""Small transformers of every supported class, with random weights that make tests strict."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ UNITS = {
 
 
 def build(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
-    """A small transformer in evaluation mode; on the CPU with all weights and biases random."""
+    """Return a small transformer in evaluation mode; on the CPU, all weights and biases are random."""
     kind, config = CONFIGS[name]
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -157,20 +157,20 @@ def build(name: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw norm weights and all biases at random: at their initial ones and zeros many a fault is invisible."""
+    """Draw norm weights and all biases at random, as their initial ones and zeros would hide many faults."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
                 parameter.copy_(0.3 * values + (name.endswith("weight")))
-            elif "stream_modulation" in name:  # without a bias, all gates are nearly closed
+            elif "stream_modulation" in name:  # without a bias, all gates are nearly 0
                 parameter.mul_(6)
     return model
 
 
 def call_of(model: Any, batch: int = 2, latent: tuple[int, int] = (8, 6), text_length: int = 5, seed: int = 1) -> Call:
-    """A call with random values, and a different timestep for each sample, on the model's device."""
+    """Return a call with random values and a different timestep for each sample, on the model's device."""
     fill = normal(torch.Generator().manual_seed(seed))
     times = torch.tensor([137.0 + 211 * index for index in range(batch)])
     call = denoiser_of(model).example(model, batch, latent, text_length, fill, times)
@@ -178,7 +178,7 @@ def call_of(model: Any, batch: int = 2, latent: tuple[int, int] = (8, 6), text_l
 
 
 def double_throughout(monkeypatch: Any) -> None:
-    """Leave values that are float64 so, where a model casts to float32: else differences drown in its rounding."""
+    """Keep float64 values in float64 where a model casts to float32, as its rounding would hide small differences."""
     cast, to = torch.Tensor.float, torch.Tensor.to
 
     def unless_double(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:

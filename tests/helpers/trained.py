@@ -1,7 +1,7 @@
-"""A script: train what the tests of several processes compare, and write the figures of every step.
+"""Train a search and a fine-tuning for the tests of several processes, and write the figures of every step.
 
-python trained.py OUT [micro_batch]: rank 0 writes OUT.json with the losses of a search and of a fine-tuning, the
-search's assignments and scores, and what was chosen.
+Usage: python trained.py OUT [micro_batch]. Rank 0 writes OUT.json with the losses of both trainings, the search's
+assignments and scores, and the chosen architectures.
 """
 
 import json
@@ -25,7 +25,7 @@ SEARCH = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-2, "log_every": 1
 
 
 def main(out: str, micro_batch: int | None = None) -> None:
-    """Train both, and write."""
+    """Run both trainings, and write OUT.json."""
     unet, seen = build("sd2"), []
     batch_of = aptp_search.SearchObjective.batch
 

@@ -1,4 +1,4 @@
-"""Small UNets with the topology of SD 1.x, SD 2.x and SDXL, and the weights that make a test strict."""
+"""Small UNets with the topology of SD 1.x, SD 2.x and SDXL, with random weights that make tests strict."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MORE_SHAPES = ("sd2", *(pytest.param(shape, marks=pytest.mark.long) for shape in
 
 
 def build(shape: str, device: str = "cpu", seed: int = 0, **overrides) -> UNet2DConditionModel:
-    """A small UNet in evaluation mode; on the CPU with random weights, norms included."""
+    """Return a small UNet in evaluation mode; on the CPU, with random weights, including the norms'."""
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(sample_size=16, **{**CONFIGS[shape], **overrides}).eval()
@@ -52,7 +52,7 @@ def build(shape: str, device: str = "cpu", seed: int = 0, **overrides) -> UNet2D
 
 
 def randomize_norms(unet: UNet2DConditionModel, seed: int = 0) -> UNet2DConditionModel:
-    """Draw norm weights and all biases at random: at their initial ones and zeros many a fault is invisible."""
+    """Draw norm weights and all biases at random, as their initial ones and zeros would hide many faults."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in unet.modules():
@@ -72,7 +72,7 @@ def inputs(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict:
-    """Keyword arguments of a forward pass, on the UNet's device."""
+    """Return keyword arguments of a forward pass, on the UNet's device."""
     height, width = (size, size) if isinstance(size, int) else size
     device = unet.conv_in.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -94,12 +94,12 @@ def inputs(
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative L2 error of `a` against `b`."""
+    """Return the L2 error of `a`, relative to `b`."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def with_empty_groups(architecture: Architecture, seed: int) -> Architecture:
-    """The same, but with about a tenth of its width groups without a unit."""
+    """Return the architecture with about a tenth of its width groups emptied."""
     space, values = architecture.space, architecture.values.clone()
     draws = torch.rand(len(space.width_groups), generator=torch.Generator().manual_seed(seed))
     for group, draw in zip(space.width_groups, draws, strict=True):
