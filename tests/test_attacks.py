@@ -1,4 +1,4 @@
-"""Input that once did damage: hostile recipes, names, configs and arguments; each is one line, before any work."""
+"""Hostile recipes, names, configs and arguments that once did damage; each gets a one-line error before any work."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_hostile_settings_are_one_line(content, expected):
     ],
 )
 def test_a_recipe_does_not_read_the_environment(text, tmp_path, monkeypatch):
-    """Attack 18: a stranger's recipe put a token into recipe.yaml, and so into reports and trackers."""
+    """Once, a stranger's recipe copied a token from the environment to recipe.yaml, and so to reports and trackers."""
     monkeypatch.setenv("PRUNEKIT_SECRET", "hunter2")
     rest = {key: value for key, value in RECIPE.items() if key != "name"}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(rest) + text + "\n")
@@ -79,7 +79,7 @@ def test_deep_yaml_is_one_line(tmp_path):
 
 
 def test_what_a_method_asks_of_fine_tuning_is_checked(monkeypatch):
-    """A copy with changes validates nothing: `feature_blokcs` passed."""
+    """pydantic's `model_copy` does not validate changes, so once `feature_blokcs` was accepted."""
     recipe = parse_recipe(RECIPE)
     norm = type(recipe.method("norm"))
     for asked in ({"feature_blokcs": "all"}, {"distillation_weight": -5.0}):
@@ -89,7 +89,7 @@ def test_what_a_method_asks_of_fine_tuning_is_checked(monkeypatch):
 
 
 def test_pictures_and_tables_show_any_text(tmp_path):
-    """Attacks 7 and 21: a dollar sign began a formula, a line break ended a row, and HTML passed."""
+    """Once, a dollar sign started a formula, a line break ended a row, and HTML was not escaped."""
     rows = [PictureRow("label $x_{$", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))]
     assert picture_sheet(tmp_path / "sheet.png", rows, ["caption $y^{$"], "cost $x_{$").is_file()
     hostile = "a\nb | <script>x</script> \\| $"
@@ -99,7 +99,7 @@ def test_pictures_and_tables_show_any_text(tmp_path):
 
 
 def test_a_missing_evaluator_is_refused_before_anything_is_made(tmp_path):
-    """Attack 8: it was refused after every model had been trained."""
+    """Once, it was refused only after all models were trained."""
     content = {**write_world(tmp_path), "methods": {"norm": {}}, "prune": {"budget": 0.7}, "evaluator": "nope/x"}
     content |= {key: RECIPE[key] for key in ("fine_tune", "evaluation")}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
@@ -122,7 +122,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
 def test_damaged_configs_are_one_line(change, tmp_path):
-    """Attack 14; and 3,000 layers took more than 30 seconds."""
+    """Once, damaged configs gave tracebacks, and a config of 3,000 layers took more than 30 seconds."""
     folder = write_pipeline(tmp_path / "model", layers=1)
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -145,7 +145,7 @@ def test_damaged_pipelines_are_one_line(name, text, tmp_path):
 
 
 def test_a_width_for_each_level_is_taken(tmp_path):
-    """Review 7: Norm crashed on a config that states the text's width level by level."""
+    """Once, Norm crashed on a config with a list of text widths, one per level."""
     config = dict(load_unet_on_meta("sd-1.5").config)
     unet = unet_from_config({**config, "cross_attention_dim": [768] * 4, "block_out_channels": [32, 32, 32, 32]}, "x")
     from prunekit.methods.calibration import _random_call
@@ -154,7 +154,7 @@ def test_a_width_for_each_level_is_taken(tmp_path):
 
 
 def test_arguments_that_were_tracebacks(tmp_path):
-    """Attack 22."""
+    """Once, these arguments gave tracebacks."""
     (tmp_path / "latin.txt").write_bytes("gr\xfcn".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
         read_prompts(tmp_path / "latin.txt")
@@ -170,7 +170,7 @@ def test_a_smoke_runs_page_says_so():
 
 
 def test_only_the_users_errors_are_one_line(monkeypatch):
-    """Review 5: any ValueError that was raised in our frame, such as a failed zip, hid its traceback."""
+    """Once, the traceback of every ValueError raised in prunekit's code was hidden, such as that of a failed zip."""
     from prunekit.cli import is_users
 
     assert is_users(UserError("x")) and is_users(FileNotFoundError("x"))
@@ -194,7 +194,7 @@ def test_a_plug_ins_own_value_error_is_one_line(monkeypatch):
         raise ValueError("give more data")
     with pytest.raises(ValueError, match="Expecting value") as error, errors_of_plug_ins(PlugIn()):
         json.loads("x")
-    assert not isinstance(error.value, UserError)  # a library's, below it
+    assert not isinstance(error.value, UserError)  # raised in a library that it calls
     with pytest.raises(ValueError, match="x") as error, errors_of_plug_ins(TaylorSP()):
         raise ValueError("x")
     assert not isinstance(error.value, UserError)
@@ -202,7 +202,7 @@ def test_a_plug_ins_own_value_error_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["evil.Evil", "sentence_transformersevil.Evil", 3, None])
 def test_a_strangers_prompt_encoder_runs_no_code(kind, tmp_path, monkeypatch):
-    """Attack 2: sentence-transformers 5 imported the class that modules.json names."""
+    """Once, sentence-transformers 5 imported the class that a directory's modules.json names."""
     (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = tmp_path / "prompt_encoder"

@@ -1,10 +1,10 @@
-"""What prunekit writes and connects to, as Python's audit hook sees it: its own folders, and no network.
+"""prunekit writes only to its folders and uses no network, as Python's audit hook shows.
 
-Each command runs in a fresh process with the hook in place before any library is imported, in a directory of its own,
-and with a home directory that is empty and stays so. Allowed are the working directory, the temporary folder (torch
-makes an empty cache in it), and matplotlib's folder of settings (MPLCONFIGDIR), where it keeps a cache of fonts that it
-writes when it is first imported. HF_HUB_OFFLINE is not set. Commands that start further processes talk to them: here
-each works alone.
+Each command runs in a new process that installs the hook before it imports any library. The working directory is
+separate, and the home directory is empty and must stay empty. Writes are allowed to the working directory, the
+temporary folder (torch creates an empty cache there), and matplotlib's settings folder (MPLCONFIGDIR), where matplotlib
+writes a font cache on its first import. HF_HUB_OFFLINE is not set. Commands run with one process here, because several
+processes communicate over the network.
 """
 
 import itertools
@@ -47,17 +47,17 @@ for words in lines:
         ends.append(end.code)
 print("SEEN", json.dumps([ends, seen]), file=sys.stderr)
 """
-PROBE = ["socket.bind", "('::1', 0)"]  # urllib3, once it is imported, asks whether there is IPv6; nothing is sent
-ELSEWHERE = ("HF_", "XDG_", "MPL", "PRUNEKIT", "TORCH", "TRITON")  # variables that may name other folders
-QUIET = ("ORT_", "CI", "GITHUB_", "TF_BUILD")  # variables at which onnxruntime sends no telemetry
-LIMIT = 300  # seconds that commands may take
-HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # where a page of the demo, or the API, is served
+PROBE = ["socket.bind", "('::1', 0)"]  # urllib3 checks for IPv6 when it is imported; it sends nothing
+ELSEWHERE = ("HF_", "XDG_", "MPL", "PRUNEKIT", "TORCH", "TRITON")  # variables that may set other folders
+QUIET = ("ORT_", "CI", "GITHUB_", "TF_BUILD")  # variables that turn off onnxruntime's telemetry
+LIMIT = 300  # time limit in seconds
+HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::1")  # addresses of the demo's page and of the API
 SERVERS = ("demo", "serve")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What commands did: how they ended, what they wrote elsewhere, and what network they used."""
+    """Results of commands: exit codes, files written outside the allowed folders, and network use."""
 
     ends: list[int]
     elsewhere: list
@@ -66,7 +66,7 @@ class Ran:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the variables of a process whose home and temporary folder are in `folder`."""
+    """Return the environment of a process whose home and temporary folder are in `folder`."""
     own = {name: value for name, value in os.environ.items() if not name.startswith((*ELSEWHERE, *QUIET))}
     for name in ("home", "temporary", "matplotlib", "work"):
         (folder / name).mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def package_files() -> dict[str, float]:
-    """When each file of the package was last changed, without Python's caches."""
+    """Return the modification time of each file of the package, without Python's caches."""
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {str(path): path.stat().st_mtime for path in files}
 
@@ -87,9 +87,9 @@ def package_files() -> dict[str, float]:
 def audited(folder: Path, kind: str, *lines: list[str], until: str | None = None) -> Ran:
     """Run command lines in `folder`/work, in one process.
 
-    kind: "command": as the command line; "import": after `import prunekit`; "names": after all its names, too.
-    until: the text on a line of the output after which the process is interrupted. A process that does not end is
-    killed after LIMIT seconds, and its end is the signal's negative number.
+    kind: "command": run as the command line does; "import": import prunekit first; "names": also access all its names.
+    until: text; the process gets SIGINT after an output line that contains it. A process that does not end is killed
+    after LIMIT seconds, and its exit code is the signal's negative number.
     """
     variables, before = environment(folder), package_files()
     command = [sys.executable, "-c", PROGRAM, kind, json.dumps(lines)]
@@ -165,7 +165,7 @@ def test_the_hook_sees_writing_and_network(tmp_path):
 
 
 def test_onnxruntime_leaves_no_identifier_and_sends_nothing(tmp_path):
-    """diffusers imports it with any pipeline; left alone, it writes to the home directory and sends telemetry."""
+    """diffusers imports it with any pipeline; by default it writes to the home directory and sends telemetry."""
     pytest.importorskip("onnxruntime")
     variables = environment(tmp_path)
     subprocess.run([sys.executable, "-c", "import prunekit, onnxruntime"], env=variables, cwd=tmp_path, check=True)
@@ -189,10 +189,10 @@ def write_recipes(work: Path) -> None:
     pretrain |= dict.fromkeys(("autoencoder", "decoder", "diffusion", "evaluator"), training)
     for name, content in {"small": world, "compare": compare, "bench": bench, "pretrain": pretrain}.items():
         (work / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    write_release(work / "release", load_pipeline(write_pipeline(work / "stock")).unet)  # of a whole Stable Diffusion
+    write_release(work / "release", load_pipeline(write_pipeline(work / "stock")).unet)  # needs a full Stable Diffusion
 
 
-LINES = {  # each with what the ones before it have made
+LINES = {  # each command uses the files of the commands before it
     "check": ["check", "small.yaml"],
     "plan": ["plan", "small.yaml", "compare.yaml", "--measure", "0.1", "--json", "plans.json"],
     "run": ["run", "small.yaml"],
@@ -216,7 +216,7 @@ LINES = {  # each with what the ones before it have made
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A call that tells what a command did; those before it are run first, all in one directory."""
+    """Return a function that returns a command's result; it first runs the commands before it in the same directory."""
     folder = tmp_path_factory.mktemp("audited")
     (folder / "work").mkdir()
     write_recipes(folder / "work")

@@ -1,4 +1,4 @@
-"""What works with a pruned UNet, run on the embedded model; docs/compatibility.md must say what comes out here."""
+"""Run each feature with pruned UNets of the embedded model; docs/compatibility.md must list the same outcomes."""
 
 import copy
 import functools
@@ -43,9 +43,9 @@ SCHEDULERS = (
     UniPCMultistepScheduler,
 )
 DRAW = {"num_inference_steps": 2, "guidance_scale": 0.0, "output_type": "np"}
-MODELS = {"inpainting": "small"}  # diffusers' inpainting takes latents of 4 channels; the embedded model has 8
+MODELS = {"inpainting": "small"}  # diffusers' inpainting needs latents of 4 channels; the embedded model has 8
 CHANGING = ("LoRA", "IP-Adapter", "torchao")
-SLOW = {"torch.compile": ("width, class",)}  # what of a row the test tries; the script tries all
+SLOW = {"torch.compile": ("width, class",)}  # the only kinds of a row that the test runs; the script runs all
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def loaded(model: str):
 
 @functools.cache
 def cut(kind: str, model: str):
-    """The dense pipeline, an architecture over its UNet, and the UNet cut to it in one of its forms."""
+    """Return the dense pipeline, an architecture of its UNet, and the sliced UNet (prunekit's or a stock class)."""
     dense, what = loaded(model), kind.partition(",")[0]
     space = pk.discover(dense.unet, "blocks")
     values = space.full().values
@@ -72,7 +72,7 @@ def cut(kind: str, model: str):
 
 
 class Subject:
-    """A UNet of a kind in a pipeline, beside the dense one; copies where what is tried changes them."""
+    """A UNet of a kind in a pipeline, and the dense pipeline; both are copies if the feature changes them."""
 
     def __init__(self, kind: str, feature: str):
         dense, self.architecture, unet = cut(kind, MODELS.get(feature, "emoji"))
@@ -82,7 +82,7 @@ class Subject:
         self.pipeline = Parts.of(dense).pipeline(self.unet)
 
     def reference(self, **arguments) -> torch.Tensor:
-        """The dense UNet's output under the architecture's mask, with whatever was added to it."""
+        """Return the output of the dense UNet, with its additions, under the architecture's mask."""
         unet = self.dense.unet
         with torch.no_grad(), pk.gated(unet, self.architecture.space) as gates:
             gates.set(self.architecture)
@@ -101,12 +101,12 @@ class Subject:
         return pipeline("red apple", generator=generator, **{**DRAW, **arguments}).images[0]
 
     def other(self, kind):
-        """A pipeline of another class from the same components; `from_pipe` drops UNets of a class of their own."""
+        """Return a pipeline of another class with the same components; `from_pipe` drops UNets of other classes."""
         return kind(**self.pipeline.components, requires_safety_checker=False)
 
 
 def random_(module: torch.nn.Module, scale: float = 0.02) -> torch.nn.Module:
-    """Draw a module's weights: fresh adapters are zero, and would change nothing."""
+    """Set random weights, as new adapters are 0 and would not change the output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -115,7 +115,7 @@ def random_(module: torch.nn.Module, scale: float = 0.02) -> torch.nn.Module:
 
 
 def same(output: torch.Tensor, reference: torch.Tensor, plain: torch.Tensor) -> None:
-    """The output equals the reference, which differs from the output without the addition."""
+    """Check that the output equals the reference, and that the output without the addition (`plain`) differs."""
     assert relative_error(output, reference) <= 1e-5 and relative_error(plain, reference) >= 1e-3
 
 
@@ -158,7 +158,7 @@ def t2i_adapter(subject):
         features = adapter(torch.rand(1, 3, 64, 64))
 
     def extra():
-        return {"down_intrablock_additional_residuals": [part.clone() for part in features]}  # it empties the list
+        return {"down_intrablock_additional_residuals": [part.clone() for part in features]}  # it empties a list
 
     same(subject.output(**arguments, **extra()), subject.reference(**arguments, **extra()), subject.output(**arguments))
 
@@ -179,7 +179,7 @@ def ip_adapter(subject):
         "norm.weight": torch.ones(cross),
         "norm.bias": torch.zeros(cross),
     }
-    dense._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])  # as load_ip_adapter does
+    dense._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])  # load_ip_adapter does the same
     if subject.unet is not dense:
         copy_ip_adapter(dense, subject.unet)
     arguments["added_cond_kwargs"] = {"image_embeds": [torch.randn(1, 1, size, generator=generator)]}
@@ -266,13 +266,13 @@ FEATURES = {
 }
 
 
-NO = {"DeepCache": AttributeError}  # how the package of a feature fails where the table says "no"
+NO = {"DeepCache": AttributeError}  # error of a feature's package in cells with "no"
 
 
 def outcome(feature: str, kind: str) -> str:
-    """Run a cell of the table: "yes", "refused" by a ValueError of one line, or "no" by the error in `NO`.
+    """Run a cell of the table; return "yes", "refused" for a one-line ValueError, or "no" for the error in `NO`.
 
-    Any other error is one of this file or of prunekit, and is raised.
+    Any other error is a fault of this file or of prunekit, and is raised.
     """
     subject = Subject(kind, feature)
     try:
@@ -290,13 +290,13 @@ def outcome(feature: str, kind: str) -> str:
 
 
 def is_installed(feature: str) -> bool:
-    """Whether the package that a feature needs is there."""
+    """Return whether the package that a feature needs is installed."""
     package = FEATURES[feature][1]
     return package is None or importlib.util.find_spec(package) is not None
 
 
 def documented() -> dict[tuple[str, str], str]:
-    """The cells of the page's table by (feature, kind); a footnote's mark is no part of a cell."""
+    """Return the cells of the page's table by (feature, kind), without footnote marks."""
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     rows = [[re.sub(r"\s*\(\d\)", "", cell).strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(row[0], kind): cell for row in rows[2:] for kind, cell in zip(rows[0][1:], row[1:], strict=True)}
@@ -313,7 +313,7 @@ def test_the_table_says_what_happens(feature):
 
 
 def test_a_lora_of_another_program_keeps_its_scale_and_what_fits_no_layer_is_refused():
-    """kohya's names and alphas, through diffusers' own conversion."""
+    """kohya's names and alphas pass through diffusers' conversion."""
     dense, architecture, unet = cut("width, class", "emoji")
     layer, rank = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 4
     up, down = torch.randn(96, rank), torch.randn(rank, 96)
@@ -337,7 +337,7 @@ def test_a_lora_of_another_program_keeps_its_scale_and_what_fits_no_layer_is_ref
 @pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, RuntimeError, ValueError])
 @pytest.mark.parametrize("feature", ["img2img", "DeepCache"])
 def test_an_error_of_these_tests_is_no_outcome(feature, error, monkeypatch):
-    """A harness that was broken passed as the documented "no"."""
+    """Once, an error in this file counted as the documented "no"."""
 
     def broken(subject):
         raise error("broken")

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, says what the schema says, and what stands beside it is well formed."""
+"""The documentation builds without warnings and agrees with the schema, and the files beside it are well formed."""
 
 import importlib.util
 import os
@@ -35,7 +35,7 @@ def test_every_setting_is_described():
 
 
 def test_the_pictures_are_drawn_from_the_code():
-    """Numbers of units come from the models' shapes. The picture of packages changes with imports: only drawn."""
+    """Numbers of units match the models' shapes. The picture of packages changes with imports, so it is only drawn."""
     pictures = module(DOCS / "pictures.py")
     for name, draw in pictures.PICTURES.items():
         drawn, kept = draw(), (pictures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_the_pictures_are_drawn_from_the_code():
 
 
 def test_every_page_says_what_its_reader_gets():
-    """In its first sentence; but for the front page, and records of results, which are no guides."""
+    """The first sentence says it, except on the front page and in records of results."""
     for page in DOCS.glob("*.md"):
         if page.stem != "index":
             first = page.read_text(encoding="utf-8").split("\n\n")[1]

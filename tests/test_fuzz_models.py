@@ -1,4 +1,4 @@
-"""Random damage to model directories: each loads, or is refused in one line, and no code in them runs.
+"""Random damage to model directories: each loads or is refused in one line, and no code in them runs.
 
 `PRUNEKIT_FUZZ=30 pytest tests/test_fuzz_models.py` tries 300 directories.
 """
@@ -44,7 +44,7 @@ WEIGHTS = (
     "vae/diffusion_pytorch_model.safetensors",
     "text_encoder/model.safetensors",
 )
-CLASSES = (  # in place of a class, of a library and a class, or of anything else
+CLASSES = (  # values that replace a class, a library and class, or any other value
     ["evil", "Evil"],
     ["diffusers", "evil.Evil"],
     ["os", "system"],
@@ -61,7 +61,7 @@ CLASSES = (  # in place of a class, of a library and a class, or of anything els
     [None, None],
     {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]},
 )
-KEYS = {  # settings of which a stranger hopes that they run code
+KEYS = {  # settings with which an attacker might run code
     "auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]},
     "custom_pipeline": "evil",
     "trust_remote_code": True,
@@ -80,7 +80,7 @@ CODE = ("evil.py", "pipeline.py", "unet/evil.py", "text_encoder/evil.py", "token
 
 @cache
 def whole(kind: str) -> Path:
-    """A small pipeline, its UNet stock or pruned."""
+    """Return a small pipeline's folder; its UNet is stock or pruned."""
     folder = Path(tempfile.mkdtemp(prefix="prunekit-fuzz-")) / kind
     write_pipeline(folder, layers=1)
     if kind == "pruned":
@@ -94,7 +94,7 @@ def whole(kind: str) -> Path:
 
 
 def read(path: Path) -> bytes:
-    """Return a file's content; OSError for a link to a device or for a pipe, whose content has no end."""
+    """Return a file's content; raise OSError for links to devices and for pipes, whose content may be endless."""
     if not path.is_file():
         raise OSError(f"{path} is not a file")
     return path.read_bytes()
@@ -179,7 +179,7 @@ def change_tensors(draw, folder: Path) -> None:
     read(path)
     try:
         tensors = load_file(path)
-    except Exception:  # it is damaged already
+    except Exception:  # the file is already damaged
         return
     names = sorted(tensors)
     for _ in range(draw(st.integers(1, 3))):
@@ -207,18 +207,18 @@ KINDS = (change_config, change_config, change_config, damage_text, change_tokeni
 
 @st.composite
 def damage(draw, folder: Path) -> dict[str, str]:
-    """Damage a copy of a pipeline in 1 to 3 ways; return what is no longer the same in its configs, for the message."""
+    """Damage a copy of a pipeline in 1 to 3 ways; return the texts of changed files, for error messages."""
     before = texts(folder)
     for kind in draw(st.lists(st.sampled_from((*KINDS, replace_file, replace_file)), min_size=1, max_size=3)):
         try:
             kind(draw, folder)
-        except (OSError, ValueError, AttributeError, TypeError):  # on what is damaged already
+        except (OSError, ValueError, AttributeError, TypeError):  # the file is already damaged
             continue
     return {name: text for name, text in texts(folder).items() if before.get(name) != text}
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """The beginnings of a pipeline's files; nothing of what cannot be read."""
+    """Return the first 3,000 bytes of a pipeline's files as text, and "odd" for links and special files."""
     found = {}
     for path in sorted(folder.rglob("*")):
         regular = path.is_file() and not path.is_symlink()
@@ -227,14 +227,14 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def plant(folder: Path, mark: Path) -> None:
-    """Put code into a directory that leaves a mark where it is imported."""
+    """Put Python files into a directory that create the file `mark` when they are imported."""
     for name in CODE:
         if (folder / name).parent.is_dir():
             (folder / name).write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Evil: pass\n")
 
 
 def look(folder: Path) -> bool:
-    """Load a directory's pipeline, and list and count its units by the commands; UserError where one is refused."""
+    """Load a directory's pipeline, and run the commands `units` and `macs`; raise UserError if one refuses it."""
     faults = []
     for command in ("units", "macs"):
         result = CliRunner().invoke(app, [command, str(folder)])
@@ -251,8 +251,8 @@ def look(folder: Path) -> bool:
 
 @cache
 def seconds_of(kind: str) -> float:
-    """CPU time of a look at what is not damaged."""
-    look(whole(kind))  # which imports what is not yet imported
+    """Return the CPU time of `look` for an undamaged directory."""
+    look(whole(kind))  # imports all modules
     outcome = forked(lambda: look(whole(kind)), 120)
     assert outcome.kind == "done", outcome.value
     return outcome.seconds
@@ -263,7 +263,7 @@ figures = shown(FIGURES)
 
 
 def check(change, kind: str = "stock") -> str:
-    """Change a copy of a pipeline's directory and look at it; return whether that is "done" or "refused"."""
+    """Change a copy of a pipeline's directory and run `look` on it; return "done" or "refused"."""
     seconds = seconds_of(kind)
     with tempfile.TemporaryDirectory() as root:
         folder, mark = Path(root) / "model", Path(root) / "ran"
@@ -284,7 +284,7 @@ def test_a_damaged_directory_loads_or_is_refused(data, kind):
     check(lambda folder: data.draw(damage(folder)), kind)
 
 
-SIZES = {  # of which some, where a size was looked up, were a traceback
+SIZES = {  # invalid sizes, of which some once gave a traceback
     "unet/config.json": [
         *({"sample_size": value} for value in (None, [8], [8, 8, 8], "8", 8.0, True, 0, -8, [[8, 8], 8], 2**40)),
         *({"cross_attention_dim": [32, "x"]}, {"block_out_channels": [16, 32.5, 32, 32]}, {"norm_num_groups": 2**40}),

@@ -25,9 +25,9 @@ from prunekit.runtime.errors import UserError
 pytestmark = TIMEOUT
 NAMES = [name for name, path in shipped_recipes().items() if not is_benchmark(path)]
 BENCHMARKS = [name for name, path in shipped_recipes().items() if is_benchmark(path)]
-PLANNED = ("quickstart", "quickstart", "aptp_emoji", "codes_emoji", "pretrain_emoji", "norm_cc3m")  # quick ones
-STATED = Devices(1, 1e12)  # so that nothing is timed
-RAW = (  # YAML that no value is written as, in place of a value
+PLANNED = ("quickstart", "quickstart", "aptp_emoji", "codes_emoji", "pretrain_emoji", "norm_cc3m")  # they plan quickly
+STATED = Devices(1, 1e12)  # a given speed, so that nothing is timed
+RAW = (  # YAML texts that replace a value and that no value is written as
     "!!python/object/apply:os.system [touch ran]",
     "!!python/name:os.system",
     "!!binary aGk=",
@@ -53,7 +53,7 @@ RAW = (  # YAML that no value is written as, in place of a value
     '"\\ud800"',
 )
 MARK = "raw-{}-yaml"
-PLAUSIBLE = (  # values that some settings take
+PLAUSIBLE = (  # values that some settings accept
     *(0, 1, 2, 3, 5, 7, 10, 100, 1000, 0.0, 0.1, 0.3, 0.5, 0.9, 1.5, True, False, None, [], {}),
     *("auto", "none", "all", "float32", "bfloat16", "random", "own", "exact", "aptp", "emoji", "train", "x"),
 )
@@ -62,7 +62,7 @@ VALUES = (*HOSTILE, *(MARK.format(number) for number in range(len(RAW))))
 
 @cache
 def content_of(name: str, whole: bool) -> dict:
-    """A shipped recipe's own content; whole: with every setting written out."""
+    """Return a shipped recipe's content. whole: with every setting written out."""
     path = shipped_recipes()[name]
     content = yaml.safe_load(dump_recipe(load_recipe(path)) if whole else path.read_text(encoding="utf-8"))
     if EXTENDS in content:
@@ -90,7 +90,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def load_and_load_again(folder: Path, text: str, load=load_recipe) -> bool:
-    """Load a recipe, write it and load that; return whether it loaded. Any outcome but UserError, one line, fails."""
+    """Load a recipe, write it and load it again; return whether it loaded. Only one-line UserErrors are accepted."""
     path, home = write(folder, text), Path.cwd()
     os.chdir(folder)
     try:
@@ -114,8 +114,8 @@ figures = shown(RECIPES, BENCHMARK_RECIPES, PLANS)
 
 
 def load_all(folder: Path, text: str, load) -> bool:
-    """Do what commands do with a recipe's file; return whether it loaded."""
-    (folder / "again.yaml").unlink(missing_ok=True)  # of an earlier call
+    """Read a recipe's file as the commands do; return whether it loaded."""
+    (folder / "again.yaml").unlink(missing_ok=True)  # from an earlier call
     loaded = load_and_load_again(folder, text, load)
     is_benchmark(folder / "mutated.yaml")
     return loaded
@@ -123,9 +123,9 @@ def load_all(folder: Path, text: str, load) -> bool:
 
 @cache
 def seconds_to_load(text: str, load) -> float:
-    """CPU time of `load_all` for a recipe that loads."""
+    """Return the CPU time of `load_all` for a recipe that loads."""
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as folder:
-        load_all(Path(first), text, load)  # which imports what is not yet imported
+        load_all(Path(first), text, load)  # imports all modules
         outcome = forked(lambda: load_all(Path(folder), text, load), 120)
     assert outcome.kind == "done" and outcome.value, outcome.value
     return outcome.seconds
@@ -155,7 +155,7 @@ def test_what_is_not_mutated_loads(name, tmp_path):
     assert load_and_load_again(tmp_path, yaml.safe_dump(content_of(name, False)))
 
 
-CHANGES = (  # each was a traceback
+CHANGES = (  # each once gave a traceback
     ("quickstart", {"resolution": 10**9}),
     ("quickstart", {"fine_tune": {"steps": 2, "learning_rate": 1e-3, "batch_size": 4 * 10**18}}),
     ("quickstart", {"methods": {"aptp": {"preset": []}}}),
@@ -181,8 +181,8 @@ def plan(path: Path) -> int:
 
 @cache
 def seconds_of(name: str) -> float:
-    """CPU time of the plan of a shipped recipe."""
-    plan(shipped_recipes()[name])  # which imports what is not yet imported
+    """Return the CPU time of planning a shipped recipe."""
+    plan(shipped_recipes()[name])  # imports all modules
     outcome = forked(lambda: plan(shipped_recipes()[name]), 120)
     assert outcome.kind == "done", outcome.value
     return outcome.seconds
@@ -195,12 +195,12 @@ def check_plan(folder: Path, text: str, name: str) -> None:
         PLANS.check(outcome, whole, [str(folder)])
 
 
-@settings(fuzzed(2), suppress_health_check=[HealthCheck.filter_too_much])  # most of what is mutated does not load
+@settings(fuzzed(2), suppress_health_check=[HealthCheck.filter_too_much])  # most mutated recipes do not load
 @given(st.data())
 @pytest.mark.long
 def test_a_mutated_recipe_is_planned_or_refused(data):
     name = data.draw(st.sampled_from(PLANNED))
     text, _ = data.draw(recipe_text((name,), 1, PLAUSIBLE))
     with tempfile.TemporaryDirectory() as folder:
-        assume(load_and_load_again(Path(folder), text))  # what does not load is of the tests above
+        assume(load_and_load_again(Path(folder), text))  # the tests above cover recipes that do not load
         check_plan(Path(folder), text, name)

@@ -1,4 +1,4 @@
-"""The run for a GPU machine: all of it, small, on a CPU; and what it says of results that are not equal or missing."""
+"""The GPU suite: a reduced run on a CPU, and its verdicts on results that differ or are missing."""
 
 import json
 import os
@@ -17,7 +17,7 @@ EQUAL = {"what": "a call", "error": 1e-5, "tolerance": 1e-4, "holds": True}
 
 
 def written(folder: Path, missing=(), state="made", comparisons=(EQUAL,)) -> Path:
-    """Write the record of a step "smoke" with one piece."""
+    """Write the record of the step "smoke" with one piece, and return the folder."""
     piece = {"state": state, "seconds": 1.0, "rows": [], "comparisons": list(comparisons), "left_out": ["an error"]}
     content = {"missing": list(missing), "pieces": {"calls": piece}}
     (folder / "smoke.json").write_text(json.dumps(content))

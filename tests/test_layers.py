@@ -1,4 +1,4 @@
-"""The house: rooms in one order, imports that point down, no circles, and no two modules of one name."""
+"""Module structure: folders ("rooms") in a fixed order, imports only downwards, no cycles, unique module names."""
 
 import ast
 from collections import Counter
@@ -9,11 +9,11 @@ import pytest
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "prunekit"
-ROOMS = (  # lowest first; a room imports itself and the rooms before it
+ROOMS = (  # folders of the package, lowest first; a room may import itself and the rooms before it
     "runtime",
     "core",
     "denoisers",
-    "slicing",  # no room: the module that saved pipelines name for the classes of pruned models
+    "slicing",  # a module, not a folder: saved pipelines refer to it for the classes of pruned models
     "models",
     "data",
     "measuring",
@@ -29,22 +29,22 @@ ROOMS = (  # lowest first; a room imports itself and the rooms before it
     "demo",
     "cli",
 )
-DOORS = {  # modules at the top level, and what they are for
+DOORS = {  # top-level modules and their purposes
     "__init__": "public names, which are imported when they are first used",
     "__main__": "`python -m prunekit`",
 }
-INTERFACES = {  # files that several rooms or families have, because they implement one interface
+INTERFACES = {  # file names that occur in several rooms or families, because the files implement one interface
     "registry": "classes by name, with what other packages add",
     "denoiser": "the protocol, and its implementation in each family",
     "family": "the protocol, and its implementation in each family",
 }
-SHORT = 40  # lines: a module with fewer is merged, unless it implements an interface, as a method does
+SHORT = 40  # smallest number of lines of a module that does not implement an interface
 HEAVY = {"accelerate", "datasets", "omegaconf", "pydantic", "sentence_transformers", "typer", "matplotlib"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module; a package's `__init__` has the package's."""
+    """Return the dotted name of a module; a package's `__init__` has the package's name."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -53,7 +53,7 @@ MODULES = {name_of(path): path for path in FILES}
 
 
 def imported_names(path: Path, package: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """The dotted names, in parts, that a file of a package imports, wherever in the file the import stands."""
+    """Yield the dotted names, split into parts, that a file of a package imports anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".") for alias in node.names)
@@ -64,7 +64,7 @@ def imported_names(path: Path, package: tuple[str, ...] = ()) -> Iterator[list[s
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The modules of prunekit that a file imports."""
+    """Return the modules of prunekit that a file imports."""
     package = path.relative_to(PACKAGE.parent).parent.parts
     found = set()
     for parts in imported_names(path, package):
@@ -75,12 +75,12 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module, or the module itself at the top level."""
+    """Return the room of a module; a module at the top level is its own room."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The sets of nodes that reach each other."""
+    """Return the sets of nodes that reach each other."""
     reached = {node: set(others) for node, others in graph.items()}
     for middle in graph:
         for others in reached.values():
@@ -133,7 +133,7 @@ def test_no_file_is_a_splinter():
 
 
 def is_family(path: Path) -> bool:
-    """Whether a file is one family's part of what all families have."""
+    """Return whether a file belongs to a denoiser family; families have files of the same names."""
     return path.relative_to(PACKAGE).parts[0] == "denoisers"
 
 
@@ -146,7 +146,7 @@ def test_the_core_is_a_library_of_its_own():
 
 
 def test_what_all_methods_share_knows_no_method():
-    """APTP is one of the methods: only it, the lists of names and the import of its files know it."""
+    """Only APTP's modules, the lists of names and the import of its releases may import APTP's modules."""
     allowed = ("methods/__init__.py", "methods/registry.py", "methods/aptp/", "jobs/import_aptp.py")
     for path in FILES:
         if not path.relative_to(PACKAGE).as_posix().startswith(allowed):
@@ -166,7 +166,7 @@ def test_tests_mirror_the_package():
 
 
 def test_no_file_imports_a_test_file():
-    """What several test files use stands in a helper module: a test file that is imported brings its fixtures along."""
+    """Shared code belongs in a helper module, because importing a test file also imports its fixtures."""
     files = sorted(TESTS.rglob("*.py"))
     tests = {path.stem for path in files if path.stem.startswith("test_")}
     assert len(tests) > 50 and len(tests) == sum(path.stem.startswith("test_") for path in files)

@@ -1,4 +1,4 @@
-"""The notebooks of the docs run from their first cell to their last, and draw pictures."""
+"""The notebooks of the docs run from the first cell to the last, and generate pictures."""
 
 import re
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""README and documentation import public names only: those in `__all__` of a public package."""
+"""README and documentation import only public names: names in `__all__` of a public package."""
 
 import importlib
 import re

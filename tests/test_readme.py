@@ -1,4 +1,4 @@
-"""What the README and the docs show is real: Python runs, files exist. Commands: tests/cli/test_commands.py."""
+"""The Python code of the README and the docs runs, and named files exist. tests/cli/test_commands.py runs commands."""
 
 import json
 import re
@@ -34,7 +34,7 @@ PROGRAMS = [
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A directory with what the pages name: a run, its exports, its pictures, and the package's own files."""
+    """Return a directory with the files that pages use: a run, its exports, its pictures, and the package's files."""
     folder = tmp_path_factory.mktemp("project")
     run = write_mixture(folder / "runs" / "aptp_emoji", 2)
     pipeline = PromptRoutedPipeline.from_pretrained(run, device="cpu")
@@ -49,7 +49,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(project):
-    """The address of a server of the run."""
+    """Yield the address of a server of the run."""
     pytest.importorskip("openai")
     from small_server import serving
 
@@ -60,9 +60,9 @@ def served(project):
 
 @pytest.mark.parametrize("bodies", PROGRAMS)
 def test_python_runs(bodies, project, request, monkeypatch, capsys):
-    """The Python of a page: its blocks, which go on from one another, as one program."""
+    """The Python blocks of a page, joined, run as one program."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))  # a page may register its own
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))  # a page may register a method
     for setting, small in (("steps", 1), ("num_references", 50)):
         monkeypatch.setitem(PROTOCOLS["emoji"], setting, small)
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(project / "modules"))
@@ -76,8 +76,8 @@ def test_python_runs(bodies, project, request, monkeypatch, capsys):
 
 
 def test_the_page_on_export_shows_all_that_opens_without_code(project, monkeypatch):
-    """Once the class is registered, plain diffusers opens a class-tier pipeline by it, as recipes do."""
-    monkeypatch.delattr("diffusers.pipelines.modeling_pruned", raising=False)  # the page's program may have run before
+    """After the class is registered, plain diffusers opens a pipeline of the class tier, as the page's recipes do."""
+    monkeypatch.delattr("diffusers.pipelines.modeling_pruned", raising=False)  # an earlier test may have set it
     index = json.loads((project / "one" / "model_index.json").read_text())
     assert index["unet"] == ["modeling_pruned", PrunedUNet2DConditionModel.__name__]
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -98,13 +98,13 @@ def test_links_and_recipes_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_is_shown_is_in_a_language_that_is_tried(page):
-    """Sphinx tries its own directives, in braces."""
+    """Blocks with braces are Sphinx directives, which the documentation's build checks."""
     assert set(re.findall(r"^ *```([^\n`{]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)) <= LANGUAGES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_settings_that_are_shown_are_settings(page, tmp_path):
-    (tmp_path / "aptp_cc3m_base.yaml").symlink_to(ROOT / "recipes" / "aptp_cc3m_base.yaml")  # which one goes on from
+    (tmp_path / "aptp_cc3m_base.yaml").symlink_to(ROOT / "recipes" / "aptp_cc3m_base.yaml")  # a page extends it
     (tmp_path / "base").symlink_to(ROOT / "recipes" / "base")
     for body in blocks(page, "yaml"):
         shown = yaml.safe_load(body)

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote to disk still opens: names of modules, runs, comparisons, and pipelines that diffusers saved.
+"""Files of version 0.1 still open: module names in files, runs, comparisons, and pipelines that diffusers saved.
 
 `goldens/recorded/` was written by commit 3a26719: a small run of norm and aptp, a comparison, the index of a pipeline
 with a pruned UNet, and the configuration of a PEFT adapter on one. Weights and pictures were left out.
@@ -28,7 +28,7 @@ from prunekit.report.comparison_table import rows_of
 RECORDED = Path(__file__).parent / "goldens" / "recorded"
 TEXTS = sorted(path for path in RECORDED.rglob("*") if path.suffix in (".json", ".yaml", ".jsonl"))
 NAME = re.compile(r"\bprunekit(?:\.[a-z_]\w*)+")
-MADE = ("prunekit.export.load_pipeline_directory", "prunekit.export.slice_lora")  # named by exports: card, class file
+MADE = ("prunekit.export.load_pipeline_directory", "prunekit.export.slice_lora")  # in exports' cards and class files
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Recipes that ship: listed, found by name, copied with what they extend, and run from a wheel without a checkout."""
+"""Shipped recipes are listed, found by name, copied with the recipes they extend, and run from a wheel alone."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
     assert find_recipe("quickstart").samefile(shipped) and find_recipe("quickstart.yaml").samefile(shipped)
     assert load_recipe("quickstart") == load_recipe(shipped)
     Path("quickstart.yaml").write_text("name: mine\n")
-    assert find_recipe("quickstart.yaml") == Path("quickstart.yaml")  # a file comes first
+    assert find_recipe("quickstart.yaml") == Path("quickstart.yaml")  # a file has precedence
     assert "did you mean 'quickstart'" in refused("run", "quikstart")
     assert "`prunekit recipes` lists" in refused("check", "nothing/like/it.yaml")
     assert "did you mean 'quickstart.yaml'" in refused("plan", "quickstar.yaml")
@@ -48,7 +48,7 @@ def test_copying_never_overwrites(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "aptp_cc3m_base.yaml was written" in ok("recipes", "copy", "aptp_cc3m_base")
     assert (tmp_path / "base" / "paper_search.yaml").is_file()
-    ok("recipes", "copy", "aptp_cc3m_base")  # the same content again
+    ok("recipes", "copy", "aptp_cc3m_base")  # copying the same content again succeeds
     (tmp_path / "base" / "sd21.yaml").write_text("model: emoji\n")
     before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("*.yaml"))
     assert "base/sd21.yaml exists with different content" in refused("recipes", "copy", "aptp_coco_base")
@@ -58,7 +58,7 @@ def test_copying_never_overwrites(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, unpacked into a directory of its own."""
+    """Build the wheel, unpack it, and return its directory."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -89,7 +89,7 @@ def test_the_wheel_has_its_recipes(installed, tmp_path):
 
 @pytest.mark.long
 def test_the_wheel_runs_recipes_in_an_empty_directory(installed, tmp_path):
-    """`check quickstart`, and the smallest recipe in small, with the wheel's own files alone."""
+    """`check quickstart` and a small run of the smallest recipe need only the wheel's files."""
     model = write_pipeline(tmp_path / "model", layers=1)
     place = tmp_path / "empty"
     place.mkdir()

@@ -1,4 +1,4 @@
-"""No page, recipe, string or docstring has a phrase that docs/writing.md replaces; each finding names its place."""
+"""No page, recipe, string or docstring contains a phrase that docs/writing.md replaces."""
 
 import ast
 import re
@@ -7,18 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "writing.md"
-MORE = {  # patterns that a phrase of the guide's table cannot say
+MORE = {  # patterns that the guide's table cannot express as phrases
     r"(?<![Tt]here )\bis no (?!more |longer |slower |larger |smaller )(?=\w)": "is not a",
     r"\d \w+ an? (?:expert|step|row|picture|epoch|page)\b": "per expert, per step",
     r"\b\w*(?:olour|ehaviour)\w*\b": "American spelling",
     r"\bcentre[sd]?\b|\bgrey\b|\blicence\b": "American spelling",
     r"\b(?:minim|optim|maxim|normal|quant|general|special|initial)is(?:e|es|ed|ing|ation)\b": "American spelling",
 }
-NAMES = {"normalised"}  # values of settings, which keep their spelling
+NAMES = {"normalised"}  # values of settings; they keep their spelling
 
 
 def phrases() -> list[re.Pattern[str]]:
-    """The left column of the guide's table, its phrases in code font, and MORE."""
+    """Return patterns of the phrases in code font in the left column of the guide's table, and of MORE."""
     table = GUIDE.read_text(encoding="utf-8").split("## Before and after")[1]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     fixed = [phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row)]
@@ -27,7 +27,7 @@ def phrases() -> list[re.Pattern[str]]:
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Everything a person reads: (place, text)."""
+    """Yield (place, text) for all texts that people read."""
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         if page != GUIDE and page.name != "table.md" and "_build" not in page.parts:
@@ -60,7 +60,7 @@ def test_the_guide_is_linked_for_contributors():
 
 
 def test_every_setting_is_a_sentence():
-    """A description begins with a capital letter or with a setting's value and a colon, and ends with a full stop."""
+    """A description starts with a capital letter or with a setting's value and a colon, and ends with a period."""
     page = (ROOT / "docs" / "recipe_reference.md").read_text(encoding="utf-8")
     described = [line.split(" | ")[-1].removesuffix(" |") for line in page.splitlines() if line.startswith("| `")]
     assert len(described) > 150

@@ -1,4 +1,4 @@
-"""The latency harness: its clock against torch's own, its statistics, its modes, and a benchmark that goes on."""
+"""The latency harness: its clock against torch's clock, its statistics, its modes, and a benchmark that resumes."""
 
 import dataclasses
 import json
@@ -66,14 +66,14 @@ def test_quantiles_are_numpys():
 
 
 def waits(milliseconds):
-    """Return what takes a time that a busy machine changes little: it sleeps."""
+    """Return a function that sleeps, because a busy machine changes its duration little."""
     return lambda: time.sleep(milliseconds / 1000)
 
 
 def test_it_agrees_with_torchs_own_timer():
     one = waits(3)
     pairs = []
-    for _ in range(5):  # a busy machine may disturb one of the two; not every time
+    for _ in range(5):  # a busy machine may disturb one of the two, but not every time
         measured = measure({"one": one, "four": waits(12)}, repeats=15, warm_up=QUICK)
         theirs = Timer("one()", globals={"one": one}).blocked_autorange(min_run_time=0.3).median
         within = 0.3 + measured.noise.distance
@@ -110,14 +110,14 @@ def test_arms_take_turns():
 
 
 def test_peak_memory_is_of_the_call():
-    kept = torch.ones(1 << 24)  # 64 MB that are there before
+    kept = torch.ones(1 << 24)  # 64 MB that are allocated before
     peak = peak_memory(lambda: torch.ones(1 << 24) + kept, CPU)
     if peak is None:
         pytest.skip("this system does not tell")
     assert 0.9 * 2 * kept.nbytes < peak < 1.3 * 2 * kept.nbytes
 
 
-@pytest.mark.parametrize("status", ["", "VmRSS: 1 kB\n"])  # neither size, or no peak after the call
+@pytest.mark.parametrize("status", ["", "VmRSS: 1 kB\n"])  # neither size is reported, or no peak after the call
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(status, tmp_path, monkeypatch):
     (tmp_path / "status").write_text(status)
     monkeypatch.setattr(clock, "STATUS", tmp_path / "status")
@@ -167,8 +167,8 @@ def test_every_region_of_a_pruned_unet_is_compiled_as_one_graph(shape):
             assert unets.relative_error(unet(**inputs).sample, eager) < 1e-5
             made = len(graphs)
             unet(**inputs)
-            assert len(graphs) == made  # nothing is compiled anew
-        assert made == len(denoiser_of(unet).regions(unet)) > 8  # more than torch's limit for one piece of code
+            assert len(graphs) == made  # nothing is compiled again
+        assert made == len(denoiser_of(unet).regions(unet)) > 8  # more than torch's limit of recompilations
         assert torch.equal(unet(**inputs).sample, eager)
         assert all(module._compiled_call_impl is None for module in unet.modules())
 
@@ -244,7 +244,7 @@ def test_a_wrong_recipe_is_one_line(change, message):
 def test_random_weights_give_a_whole_pipeline_of_sd1s_sizes():
     unet = unets.build("sd1", cross_attention_dim=768)
     pipeline = random_pipeline(unet, 0)
-    assert sum(p.numel() for p in pipeline.text_encoder.parameters()) == 123_060_480  # CLIP ViT-L/14's
+    assert sum(p.numel() for p in pipeline.text_encoder.parameters()) == 123_060_480  # the size of CLIP ViT-L/14's
     assert denoiser_calls(pipeline, 25) == 26
     with pytest.raises(ValueError, match="no text encoder is known"):
         random_pipeline(unets.build("sdxl"), 0)
@@ -314,7 +314,7 @@ def test_a_benchmark_goes_on_where_it_stopped(recipe, tmp_path):
     path = next(iter(times))
     row = json.loads(path.read_text())
     path.write_text(json.dumps({**row, "environment": {**row["environment"], "torch": "1.0"}}))
-    assert len(work.missing()) == 1  # another version's figures are not this one's
+    assert len(work.missing()) == 1  # figures of another version are measured again
 
 
 def test_what_lost_macs_and_no_time_is_flagged(recipe):

@@ -1,4 +1,4 @@
-"""The compute column of a comparison is what its cells computed: each call of denoisers and encoders is counted."""
+"""A comparison's compute column equals the compute of its cells: each call of denoisers and encoders is counted."""
 
 import copy
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ def comparison(request, tmp_path_factory):
 
 
 class Counted:
-    """Passes of denoisers for a sample each, in forward passes of the dense one; and calls of encoders."""
+    """Counts of encoder calls and of denoiser passes per sample, in units of a forward pass of the dense model."""
 
     def __init__(self, stages):
         self.stages, self.passes, self.encoder_calls, self.known = stages, 0.0, 0, {}
@@ -74,10 +74,10 @@ class Counted:
             self.watching = False
             plain = copy.deepcopy(model).to("meta")
             merge(plain)  # low-rank changes are not counted
-            with FlopCounterMode(display=False) as counter, torch.no_grad():  # on the CPU it misses fused attention
+            with FlopCounterMode(display=False) as counter, torch.no_grad():  # no fused attention on the CPU
                 predict(plain, call)
             self.watching = True
-            self.known[id(model)] = (counter.get_total_flops() // 2, model)  # the model is kept, so that its id is
+            self.known[id(model)] = (counter.get_total_flops() // 2, model)  # keeping the model keeps its id unique
         return self.known[id(model)][0]
 
     def __call__(self, module, arguments, output) -> None:
@@ -95,7 +95,7 @@ class Counted:
         self.passes += len(result) * (1 + backward) * self.ratio(module)
 
     def values(self, model, paths, call):
-        """Count a pass that ends at a layer as a whole one."""
+        """Count a pass that ends early at a layer as a whole pass."""
         self.passes += len(denoiser_of(model).noisy(call)) * self.ratio(model)
         self.watching = False
         found = layer_values(model, paths, call)
@@ -103,7 +103,7 @@ class Counted:
         return found
 
     def ratio(self, module) -> float:
-        """MACs of a model over the dense one's; under gates a model is the dense one."""
+        """Return a model's MACs divided by the dense model's; a gated model counts as the dense model."""
         return self.macs(module) / self.dense_macs if module.config.get("pruning") else 1.0
 
 
@@ -128,7 +128,7 @@ def test_every_pass_is_charged_and_no_other(comparison):
         assert counted.encoder_calls == 0, "the encoders' work is every row's, and done before"
         method = recipe.method(cell.label, 0.7, cell.seed)
         charged = method.work(chosen.space).dense_passes
-        before = charged if method.name in searched else 0  # rows of a method share its choice; each is charged for it
+        before = charged if method.name in searched else 0  # a method's rows share its choice; each is charged for it
         searched.add(method.name)
         assert counted.passes == pytest.approx(candidate.training_passes - before, rel=1e-6), cell.title
         totals[cell.label, cell.protocol] = candidate.training_passes

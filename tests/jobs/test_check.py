@@ -1,4 +1,4 @@
-"""`check`: every stage really runs, with the recipe's own batches, and the first that fails is one line."""
+"""`check` runs every stage with the recipe's batch sizes, and prints one line about the first stage that fails."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ TUNING = {"steps": 40, "batch_size": 8, "micro_batch": 4, "learning_rate": 1e-3,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"), layers=2)  # which BK-SDM needs
+    return write_world(tmp_path_factory.mktemp("world"), layers=2)  # BK-SDM needs 2 layers
 
 
 def recipe(folder, world, *overrides, **changes):
@@ -58,7 +58,7 @@ def test_every_stage_of_a_run(tmp_path, world, monkeypatch):
 
 def test_every_row_of_a_comparison_once(tmp_path, world):
     budgets = [{"budget": 0.8, "seeds": [3, 4], "methods": ["norm"]}, {"budget": 0.7, "seeds": [0, 1, 2]}]
-    plain = "norm @ 1: plain"  # a label may hold whatever separates the parts of a stage's title
+    plain = "norm @ 1: plain"  # a label may contain the separator of a stage's title
     methods = {"norm": {}, plain: {"method": "norm", "distillation": False}}
     compared = recipe(tmp_path, world, job="compare", prune={}, methods=methods, budgets=budgets)
     content = check(compared, devices=2)
@@ -130,7 +130,7 @@ def test_batches_stay_as_they_are(tmp_path, world):
     assert small.resolution == 64 and small.cache.latents == "moments" and small.evaluation.batch_size == 6
     assert (small.fine_tune.steps, small.evaluation.num_images, small.evaluation.at_steps) == (2, 6, [])
     search = small.method("aptp").config.search
-    assert (search.steps, search.batch_size, search.micro_batch) == (2, 4, 1)  # one of four devices has one sample
+    assert (search.steps, search.batch_size, search.micro_batch) == (2, 4, 1)  # with four devices, each has one sample
     taylor = small.method("taylor_sp").config
     assert (taylor.samples, taylor.batch_size, taylor.num_timesteps) == (4, 4, 1)
     assert whole.fine_tune.steps == 40 and whole.methods["aptp"]["search"]["steps"] == 50

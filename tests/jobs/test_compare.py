@@ -1,4 +1,4 @@
-"""Comparisons in small: cells, their cache, both protocols, the refusal of unfair tables."""
+"""Small comparisons: cells, their cache, both protocols, the refusal of unfair tables."""
 
 import copy
 import csv
@@ -30,7 +30,7 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     content = {
         "job": "compare",
-        **write_world(folder, layers=2),  # which BK-SDM needs
+        **write_world(folder, layers=2),  # BK-SDM needs 2 layers
         "budgets": [
             {"budget": BASE, "seeds": [0, 1], "methods": ["norm"]},
             {"budget": BASE, "methods": ["aptp", "plain", "bksdm"]},
@@ -55,7 +55,7 @@ def recipe(tmp_path_factory):
 def finished(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison")
     held = folder / "work" / "locks" / f"{Cell('norm', BASE, 0).choice}.lock"
-    with claimed(held) as mine:  # as if another process were making it
+    with claimed(held) as mine:  # as if another process computed it
         assert mine
         compare([recipe], (), folder)
     assert json.loads((folder / "results.json").read_text())["missing"] == [Cell("norm", BASE, 0).name]
@@ -71,7 +71,8 @@ def read(folder):
 def test_every_cell_once(recipe, finished):
     names = {path.stem for path in (finished / "cells").glob("*.json")}
     assert names == {cell.name for cell in Comparison(load_recipe(recipe), finished).cells}
-    # dense; of each budget the costliest row, norm for its calibration; the others, which train longer for that
+    # The dense model; per budget, the row with the most compute (norm, because of its calibration);
+    # the other rows, which train longer to match it.
     assert len(names) == 2 + (2 + 1) + 2 * (1 + 1 + 1 + 1)
     content = json.loads((finished / "results.json").read_text())
     assert content["missing"] == [] and content["published"] == [{"row": "norm", "FID": 141.04}]
@@ -103,7 +104,7 @@ def test_rows_of_both_protocols(finished):
     assert (steps.models, steps.steps) == (2, 4) and total.steps > 4
     assert table["equal_steps", BASE, "norm"].estimates == table["equal_total", BASE, "norm"].estimates
     computed = {row.method: row.costs["training_passes"] for row in rows if (row.protocol, row.budget) == COMPARED}
-    step = 4 * 4 * TRAINING["batch_size"]  # passes of four models at most: forward, backward, teacher
+    step = 4 * 4 * TRAINING["batch_size"]  # a step of at most four models; forward, backward and teacher count 4
     assert all(
         computed["norm"] - step < passes < computed["norm"] + step for name, passes in computed.items() if passes
     )
@@ -142,7 +143,7 @@ def test_what_may_be_wrong_stands_under_the_tables(finished):
     for line in cell["warnings"]:
         assert f"- aptp {BASE} seed 0: {line}.\n" in (finished / "table.md").read_text()
     for other in cells:
-        assert other["warnings"] or other["cell"]["method"] != "aptp"  # three steps close no gate
+        assert other["warnings"] or other["cell"]["method"] != "aptp"  # gates do not close within three steps
 
 
 def test_an_earlier_collapsed_cell_says_so_and_counts_the_expert_that_is_used(finished):
@@ -210,14 +211,14 @@ def test_an_undeclared_difference_is_refused_by_name(finished, field, value):
 
 def test_an_earlier_cell_has_todays_key_and_stands_beside_todays(finished):
     cells = read(finished)
-    for cell in cells:  # as if it did what every earlier one did
+    for cell in cells:  # as if the cell did the same work as all earlier cells
         cell["fields"] |= {field: value for field, value in ADDED.items() if field in cell["fields"]}
         cell["key"] = key_of(cell["fields"])
     earlier = copy.deepcopy(cells)
     for cell in earlier:
         for field in ADDED:
             cell["fields"].pop(field, None)
-        assert key_of(cell["fields"]) == cell["key"]  # recorded before the setting: nothing is made again
+        assert key_of(cell["fields"]) == cell["key"]  # recorded before the setting existed, and not computed again
     refuse_unfair(cells[:3] + earlier[3:])
     row = next(cell for cell in cells if cell["cell"]["method"] == "aptp")
     assert row["fields"]["fine_tune.snr_form"] == row["fields"]["method.snr_form"] == "velocity"

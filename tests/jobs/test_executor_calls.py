@@ -1,4 +1,4 @@
-"""What a run, a comparison, an evaluation and bulk generation ask of other nodes: pieces by calls of JSON alone."""
+"""Runs, comparisons, evaluations and bulk generation send other nodes pieces as calls of pure JSON."""
 
 import json
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """The executor of every command."""
+    """Return the executor that all commands use."""
     executor = Elsewhere()
     with pytest.MonkeyPatch.context() as patches:
         for module in ("jobs.run", "jobs.compare.comparing", "evaluation.evaluate"):
@@ -40,7 +40,7 @@ def elsewhere():
 
 @pytest.fixture(scope="module")
 def run(world, elsewhere):
-    """The directory of a run."""
+    """Return the directory of a run."""
     folder, content = world
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({**content, "prune": {"budget": 0.7}, "methods": {"norm": {"samples": 2}}}))

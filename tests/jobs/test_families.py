@@ -1,4 +1,4 @@
-"""The whole job, from data to table, on the families of Stable Diffusion: 1.x (epsilon) and XL. 2.x is `test_run`'s."""
+"""The whole job, from data to table, on Stable Diffusion 1.x (epsilon prediction) and XL; test_run.py covers 2.x."""
 
 import json
 
@@ -31,7 +31,7 @@ METHODS = {
 
 @pytest.fixture(scope="module", params=[pytest.param("sd1", marks=pytest.mark.long), "sdxl"])
 def run(request, tmp_path_factory):
-    """A finished run: its family, recipe and directory."""
+    """Return the family, recipe and directory of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
     samples = [(picture(COLORS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
     write_shard(folder / "shards" / "0.tar", samples)
@@ -39,7 +39,7 @@ def run(request, tmp_path_factory):
         "name": request.param,
         "model": str(write(folder / "model", request.param)),
         "data": {"kind": "webdataset", "path": str(folder / "shards"), "holdout": 0.25},
-        "resolution": 32,  # half of what the model draws: the size that XL is told differs
+        "resolution": 32,  # half the model's size, so that XL's size condition differs
         "prune": {"budget": 0.7},
         "methods": METHODS,
         "fine_tune": {"steps": 2, **TRAINING},
@@ -83,7 +83,7 @@ def test_a_plan_counts_it(run):
 
 @pytest.mark.long
 def test_a_comparison_of_xl_reaches_its_table(tmp_path):
-    """The timing of its pruned calls left out the added conditions, after every cell was trained."""
+    """Once, it failed after training all cells, because the timed calls lacked the added conditions."""
     samples = [(picture(COLORS[i % 4]), f"{caption} number {i}") for i, caption in enumerate(CAPTIONS[:8])]
     write_shard(tmp_path / "shards" / "0.tar", samples)
     content = {
@@ -120,7 +120,7 @@ def test_another_unet_in_the_same_pipeline(family, tmp_path):
     same = with_denoiser(pipeline, pk.slice_unet(dense, space.full()))
     arguments = (CAPTIONS[:2], [0, 1], 2, 3.0)
     expected = generate(pipeline, *arguments).int()
-    assert (generate(same, *arguments).int() - expected).abs().max() <= 1  # rounding: memory is laid out anew
+    assert (generate(same, *arguments).int() - expected).abs().max() <= 1  # rounding, as the memory layout changes
     assert (generate(pruned, *arguments).int() - expected).abs().max() > 1
 
 
@@ -130,7 +130,7 @@ class Prompts:
 
 
 def test_xl_is_trained_on_what_it_is_sampled_with(tmp_path):
-    """Encoded conditions are the ones that the pipeline itself gives its UNet: prompts, no prompt, and sizes."""
+    """Encoded conditions equal those that the pipeline gives its UNet: prompts, the empty prompt, and sizes."""
     pipeline = load_pipeline(write(tmp_path / "model", "sdxl"))
     captions = CAPTIONS[:2]
     flags = torch.zeros(2, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The paper's figures of a small run: each kind is drawn, and mistakes are one line."""
+"""The paper's figures of a small run: each kind is drawn, and errors are one line."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
     start(write_small_recipe(folder), ["data.holdout=0.5"], folder / "run")
     path = folder / "run" / "methods" / "aptp" / "router.safetensors"
-    trained = Router.load(path)  # after six steps it sends every prompt to one expert
+    trained = Router.load(path)  # after six steps, it sends every prompt to one expert
     RandomRouter(torch.tensor([0.5, 0.5]), trained.embedding_size, info=trained.info).save(path)
     return folder / "run"
 

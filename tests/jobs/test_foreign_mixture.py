@@ -1,4 +1,4 @@
-"""A mixture of another package, whose settings have names of their own: plans, checks and compares like ours."""
+"""A mixture method of another package, with other names of settings, works in plan, check and compare."""
 
 import json
 from typing import ClassVar
@@ -124,7 +124,7 @@ def test_its_settings_are_recorded_as_they_are(path):
 
 
 class Short(Branches):
-    """Declares more than it chooses."""
+    """A method that declares more models than it chooses."""
 
     num_models = 7
 

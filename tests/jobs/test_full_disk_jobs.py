@@ -1,4 +1,4 @@
-"""A disk that gets full in a comparison, in a pretraining, and in commands that write a few files."""
+"""A full disk in a comparison, in a pre-training, and in commands that write a few files."""
 
 import errno
 import hashlib
@@ -18,9 +18,9 @@ from prunekit.jobs.recipe import load_recipe
 from prunekit.runtime.progress import console
 
 STEPWISE = {**TRAINING, "checkpoint_minutes": 1e-9}  # a checkpoint after each step
-SMALL = (".json", ".csv", ".md")  # files that may have room in what is left of a full disk
+SMALL = (".json", ".csv", ".md")  # files that may fit into the remaining space of a full disk
 COMMANDS = {"compare": ("compare", "--output"), "pretrain": ("run", "--directory")}
-STAGES = {  # of each job: the files at which the disk gets full, in the order in which they are written
+STAGES = {  # job: the files at which the disk becomes full, in writing order
     "compare": [
         "run/cache/text-*/*.safetensors",
         "run/cells/dense*.json",
@@ -53,7 +53,7 @@ STAGES = {  # of each job: the files at which the disk gets full, in the order i
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory):
-    """A recipe of each job."""
+    """Return a recipe per job."""
     folder = tmp_path_factory.mktemp("world")
     world = write_world(folder)
     evaluation = {"num_images": 4, "steps": 1, "batch_size": 2, "num_predictions": 4}
@@ -86,7 +86,7 @@ def run(job, recipe, directory):
 
 
 def figures(job, directory):
-    """What a finished job has measured, and what its models are, without times."""
+    """Return a finished job's figures without times, and digests of its models."""
     if job == "compare":
         cells = [json.loads(path.read_text()) for path in sorted((directory / "cells").glob("*.json"))]
         found = [(cell["cell"], cell["figures"], cell["errors"], cell["experts"]) for cell in cells]
@@ -100,14 +100,14 @@ def figures(job, directory):
 
 
 def digest(tensors):
-    """The digest of tensors, whatever the order in which a file has them."""
+    """Return a digest of a file's tensors that does not depend on their order in the file."""
     parts = [part for name in sorted(tensors) for part in (name.encode(), tensors[name].numpy().tobytes())]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(recipes):
-    """The figures of each job with room enough."""
+    """Return the figures of each job with enough disk space."""
 
     def of(job):
         directory = recipes[job].parent / f"undisturbed-{job}"
@@ -119,7 +119,7 @@ def undisturbed(recipes):
 
 
 def fails_at(disk, pattern, job, recipe):
-    """Run a job on a disk that gets full at a file: one line that names it, and nothing half-written."""
+    """Run a job on a disk that becomes full at a file; check for one line that names it and no half-written file."""
     left = 0 if pattern.endswith(SMALL) else LEFT
     with full_at(disk, pattern, left=left) as met, console.capture():
         result = run(job, recipe, disk.folder / "run")
@@ -150,7 +150,7 @@ def test_a_full_disk_at_the_first_stage_of_a_job(job, recipes, tmp_path):
 
 
 def test_a_copied_recipe_is_whole_or_not_there(tmp_path):
-    """A recipe that is there has all that it extends, and the next copy writes what is missing."""
+    """If a recipe was written, so were all recipes that it extends; the next copy writes the missing files."""
     words = ["recipes", "copy", "aptp_cc3m_base", str(tmp_path / "own")]
     with small_disk(tmp_path) as disk:
         for pattern in ("own/base/*.yaml", "own/aptp_cc3m_base.yaml"):

@@ -1,4 +1,4 @@
-"""What stands behind a held-out figure is held out: prompts, reference pictures, agreement samples; and the floors."""
+"""Held-out figures use only held-out prompts, reference pictures and agreement samples; also the floors."""
 
 import io
 
@@ -27,7 +27,7 @@ def noise(seed):
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """The stages of a recipe on 30 pictures, four of them twice, of which a third is held out."""
+    """Return the stages of a recipe on 30 pictures, four of them duplicated; a third is held out."""
     folder = tmp_path_factory.mktemp("held out")
     samples = [(noise(index % 26), f"caption {index}") for index in range(COUNT)]
     content = {
@@ -75,7 +75,7 @@ def test_floors_are_of_training_pictures_that_are_no_references(stages, monkeypa
     looked = []
 
     class Looking:
-        """An evaluator that remembers what it saw."""
+        """An evaluator that records the pictures it gets."""
 
         def look(self, pictures):
             looked.append({picture.numpy().tobytes() for picture in pictures})

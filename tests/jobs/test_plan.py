@@ -1,4 +1,4 @@
-"""`plan` on every recipe that ships, and its figures against what is counted and measured elsewhere."""
+"""`plan` on every shipped recipe, and its figures compared with independent counts and measurements."""
 
 import io
 import json
@@ -44,9 +44,9 @@ GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "unet_macs.json").
 NAMES = [path.stem for path in RECIPES]
 QUICK = ["aptp_cc3m_base", "quickstart"]
 PLANNED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in NAMES]
-SPEED = Devices(throughput=1e12, precision="bfloat16")  # a GPU, whatever this machine is
+SPEED = Devices(throughput=1e12, precision="bfloat16")  # a simulated GPU
 QUICKLY_REHEARSED = [("gates", False, "bfloat16"), ("weights", True, "float32")]
-REHEARSED = [  # two that differ in everything, the others in `make test-long`
+REHEARSED = [  # two very different recipes; `make test-long` tests the others
     pytest.param(*case, marks=() if case in QUICKLY_REHEARSED else pytest.mark.long)
     for case in product(("gates", "weights"), (False, True), ("float32", "bfloat16"))
 ]
@@ -58,7 +58,7 @@ def model(tmp_path_factory):
 
 
 class Plans(dict):
-    """The plans of shipped recipes by name, each made when it is first asked for; what they share is made once."""
+    """Plans of shipped recipes by name, computed on first access; work that they share is done once."""
 
     models = Models()
 
@@ -112,7 +112,7 @@ def test_plans_of_transformers_equal_the_goldens(name, plans):
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param(NAMES, marks=pytest.mark.long)], ids=len)
 def test_plans_equal_the_goldens(names, plans):
-    known = {768: "sd-2.1@768", 512: "sd-1.4"}  # by the side at which MACs count
+    known = {768: "sd-2.1@768", 512: "sd-1.4"}  # by the resolution at which MACs are counted
     checked = set()
     for content in (plans[name] for name in names):
         golden = GOLDENS.get(known.get(content["model"]["resolution"][0]))
@@ -244,7 +244,7 @@ def test_the_rehearsal_takes_what_a_real_step_takes(trained, recompute, precisio
             with autocast(precision):
                 prediction = unet(**inputs).sample
             prediction.float().square().mean().backward()
-    tolerance = 0.05 if precision == "float32" else 0.35  # norms stay in float32 on a GPU, not on a CPU
+    tolerance = 0.05 if precision == "float32" else 0.35  # norms run in float32 on a GPU, but not on a CPU
     assert memory.peak == pytest.approx(expected, rel=tolerance)
 
 

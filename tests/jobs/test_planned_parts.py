@@ -1,4 +1,4 @@
-"""The parts of pipelines that `plan` counts without their weights: autoencoders, schedulers, text encoders."""
+"""Parts of pipelines that `plan` counts without weights: autoencoders, schedulers, text encoders."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
     pipeline, parts = load_pipeline(folder), load_parts(folder, load_shape(folder).denoiser)
     modules = [pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
     count = sum(p.numel() for module in modules if module is not None for p in module.parameters())
-    assert parts.params == pytest.approx(count, rel=0.02)  # all but a projection
+    assert parts.params == pytest.approx(count, rel=0.02)  # all parameters except a projection
     assert type(parts.scheduler) is type(pipeline.scheduler)
     calls, guidance = [], 3.0
     pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
@@ -65,7 +65,7 @@ def test_parts_are_those_of_the_pipeline(family, model, tmp_path):
     assert parts.calls(5, 2) == sum(calls) and parts.calls(5, 1) == len(calls)
 
 
-ALIKE = ("sana-1.6b", "sana-1.5-4.8b", "wan-2.1-14b")  # models with the parts of another one
+ALIKE = ("sana-1.6b", "sana-1.5-4.8b", "wan-2.1-14b")  # models that share their parts with another model
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_text_encoders_of_the_known_models():
     assert QWEN_3_4B.params == 4_022_468_096 and QWEN_3_8B.params == 8_190_735_360
     assert MISTRAL_SMALL_24B.params == 24_011_361_280
     with torch.device("meta"):
-        mistral = Mistral3ForConditionalGeneration(Mistral3Config(tie_word_embeddings=False))  # its defaults
+        mistral = Mistral3ForConditionalGeneration(Mistral3Config(tie_word_embeddings=False))  # the config's defaults
     assert MISTRAL_SMALL_24B.params == sum(parameter.numel() for parameter in mistral.parameters())
     assert shape_of(mistral.config.to_dict(), 7) == MISTRAL_SMALL_24B
     assert UMT5_XXL.params == 5_680_910_336 and GEMMA_2_2B.params == 2_614_341_888
@@ -150,7 +150,7 @@ def test_a_glm_is_counted_as_its_config_says(has_biases):
 
 
 def test_text_encoders_of_a_directory_are_read_from_its_configs():
-    """UMT5 and Gemma 2, as the configs of Wan's and Sana's text encoders say; real modules on the meta device."""
+    """UMT5 and Gemma 2, with the configs of Wan's and Sana's text encoders, against real modules on the meta device."""
     with torch.device("meta"):
         umt5 = UMT5EncoderModel(UMT5Config(**SMALL_T5, feed_forward_proj="gated-gelu"))
         gemma = Gemma2Model(Gemma2Config(**SMALL_GEMMA, attn_implementation="eager"))
@@ -164,7 +164,7 @@ def test_text_encoders_of_a_directory_are_read_from_its_configs():
 
 @pytest.mark.parametrize("name", ["sana15", "wan"])
 def test_parts_are_those_of_a_transformers_pipeline(name, tmp_path):
-    """Shapes and parts by the configs of a directory, against the pipeline that it holds."""
+    """Shapes and parts read from a directory's configs equal those of the loaded pipeline."""
     folder = small_transformer_pipelines.write(tmp_path / name, name, load_pipeline("emoji"))
     pipeline, shape = load_pipeline(folder), load_shape(folder)
     parts = load_parts(folder, shape.denoiser)

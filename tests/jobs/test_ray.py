@@ -1,4 +1,4 @@
-"""Runs and comparisons on a Ray cluster of two nodes, which are lost, or whose command is asked to end: the results are
+"""Runs and comparisons on a Ray cluster of two nodes, also if nodes are lost or the command is stopped: the results are
 those of one process.
 """
 
@@ -18,8 +18,8 @@ from small_run import STEPWISE, figures
 
 PRUNEKIT = str(Path(sys.executable).parent / "prunekit")
 LOST = "its process or node was lost"
-STOPPED, INTERRUPTED = 75, 130  # exit codes of commands that were asked to end, and interrupted
-FINE_TUNING_STEPS = 60  # so many that a training on a busy machine can be stopped three times
+STOPPED, INTERRUPTED = 75, 130  # exit codes after SIGTERM and after SIGINT
+FINE_TUNING_STEPS = 60  # enough to stop the training three times on a busy machine
 EVALUATION = {"num_images": 6, "steps": 2, "batch_size": 2, "num_predictions": 8, "num_pictures": 2}
 
 pytestmark = pytest.mark.long
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(world):
-    """A recipe of three models, with a checkpoint after each step."""
+    """Return a recipe of three models with a checkpoint after each step."""
     folder, settings = world
     methods = {"norm": {"samples": 2}, "aptp": {"experts": 2, "warmup": 2, "search": {"steps": 6, **STEPWISE}}}
     content = {**settings, "prune": {"budget": 0.7}, "methods": methods, "evaluation": EVALUATION}
@@ -54,7 +54,7 @@ def recipe(world):
 
 @pytest.fixture(scope="module")
 def local(recipe):
-    """The directory of a run by one process."""
+    """Return the directory of a run by one process."""
     finish(launch(run_recipe(recipe, recipe.parent / "local"), variables={"PRUNEKIT_PROCESSES": "1"}))
     return recipe.parent / "local"
 
@@ -64,7 +64,7 @@ def started(cluster, recipe, directory, *settings):
 
 
 def ended(command):
-    """What a command printed that must end well."""
+    """Wait for a command that must succeed, and return its output."""
     assert command.wait() == 0, command.output()
     return command.output()
 
@@ -76,7 +76,7 @@ def wait_for(folder, pattern, command):
 
 
 def files(directory):
-    """What was trained and drawn: names and bytes."""
+    """Return names and bytes of the trained models and generated pictures."""
     found = [*directory.glob("methods/*/experts/*/unet/*"), *directory.glob("samples*/**/*.png")]
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
@@ -97,7 +97,7 @@ def test_a_run_is_that_of_one_process(cluster, recipe, local, tmp_path):
     assert steps == list(range(1, FINE_TUNING_STEPS + 1)), "rows of tasks are in the log, once and in order"
 
 
-MOMENTS = {  # what is there, and the lock file that the node holds
+MOMENTS = {  # files to wait for, and the lock file that the lost node holds
     "while it trains": ("methods/aptp/experts/0/checkpoints/step-00000004", "aptp-0.lock"),
     "when a model is there": ("methods/*/experts/*/unet", "*.lock"),
     "while pictures are drawn": ("samples/*/*.png", "*-samples-*.lock"),
@@ -116,7 +116,7 @@ def test_the_loss_of_a_node_changes_nothing(cluster, recipe, local, tmp_path, mo
 
 
 def test_what_is_asked_to_end_saves_first(cluster, recipe, local, tmp_path):
-    """A command, twice, then a task. Periodic checkpoints are off, and still no step is done twice."""
+    """Stop the command twice, then a task. Periodic checkpoints are off, but no step is repeated."""
     run, settings = tmp_path / "run", ("fine_tune.checkpoint_minutes=60", "fine_tune.log_every=1")
 
     def trains_on():
@@ -140,7 +140,7 @@ def test_what_is_asked_to_end_saves_first(cluster, recipe, local, tmp_path):
 
 
 def logged(directory, stage):
-    """The rows of a stage in a run's log."""
+    """Return the rows of a stage in a run's log."""
     log = directory / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return [row for row in rows if row.get("stage") == stage and "step" in row]
@@ -160,7 +160,7 @@ def test_cells_of_a_comparison_are_those_of_one_process(cluster, world, tmp_path
 
 
 def untimed(directory):
-    """The cells of a comparison without their times."""
+    """Return the cells of a comparison without their times."""
     cells = {path.name: json.loads(path.read_text()) for path in directory.glob("cells/*.json")}
     for cell in cells.values():
         cell["figures"].pop("training_seconds", None)
@@ -186,7 +186,7 @@ def pictures(directory):
 
 
 def test_what_does_not_fit_the_cluster_is_refused_in_one_line(cluster, recipe, tmp_path):
-    """A node that does not see the directory: here one in memory that the nodes' namespaces lack."""
+    """A node cannot see the directory; here it is a file system in memory that the nodes' namespaces lack."""
     elsewhere = "mount -t tmpfs none {0} && exec {1} run {2} engine=ray --directory {0}/run"
     (tmp_path / "hidden").mkdir()
     words = elsewhere.format(tmp_path / "hidden", PRUNEKIT, recipe)

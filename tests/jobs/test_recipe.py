@@ -1,4 +1,4 @@
-"""Recipes: what they inherit, what goes over them, what is refused; those that ship say how to start them."""
+"""Recipes: inheritance, overrides and refusals; shipped recipes say how to start them."""
 
 import re
 import shlex
@@ -41,8 +41,8 @@ EMBEDDED = (
     "codes_emoji",
     "ablation_emoji",
     "experts_emoji",
-)  # go through on one machine without a GPU
-STATED = 50e12  # MACs per second, by which the recipes state their hours
+)  # recipes that run on one machine without a GPU
+STATED = 50e12  # MACs per second; the hours stated in the recipes assume this speed
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line_that_says_what_to_change(path, override, expected
     with pytest.raises(RecipeError) as error:
         content = [override]
         recipe = load_recipe(path, content)
-        if override == "methods={}":  # merged with the file's, so there is still one
+        if override == "methods={}":  # merged with the file's methods, so one method remains
             assert recipe.methods == {"norm": {}}
             parse_recipe({**RECIPE, "methods": {}})
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -141,7 +141,7 @@ def test_pretraining(tmp_path):
 
 
 def write(folder, **files):
-    """Write recipes, by name without its suffix, into a folder."""
+    """Write recipes into a folder; the keys are names without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
@@ -219,7 +219,7 @@ def test_smoke_shrinks_what_the_files_say_and_keeps_overrides(path):
     assert (recipe.prompt_encoder, recipe.evaluator) == ("mine", "emoji")
     assert recipe.resolution is None and recipe.prune.resolution is None and recipe.evaluation.at_steps == [1]
     path.write_text(dump_recipe(recipe))
-    assert load_recipe(path) == recipe  # what a run writes down is not shrunk again
+    assert load_recipe(path) == recipe  # a recipe that a run wrote is not scaled down again
 
 
 def test_smoke_shrinks_a_comparison():

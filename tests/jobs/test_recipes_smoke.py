@@ -1,4 +1,4 @@
-"""Every recipe that ships, with scale=smoke, through every stage to its table: small models, data in its own layout."""
+"""Every shipped recipe with scale=smoke runs through all stages, with small models and data in the recipe's layout."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from prunekit.models import load_pipeline
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("bench_"))
-SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs them
+SHOWN = {  # recipes of the documentation's pages, which tests/cli/test_commands.py runs
     word.removeprefix("recipes/").removesuffix(".yaml")
     for page in PAGES
     for words in commands(page)
@@ -28,10 +28,11 @@ SHOWN = {  # by the pages of the documentation: tests/cli/test_commands.py runs 
 LARGE = [f"{method}_{model}" for method in ("depth", "obs", "aptp") for model in ("sd35", "flux", "qwen_image")]
 TRANSFORMERS = dict.fromkeys(("aptp_emoji_sd3", "compare_emoji_sd3", *LARGE), "sd35")
 OTHER_MODELS = {"aptp_sd15_coco": "sd1", "aptp_sdxl_folder": "sdxl", **TRANSFORMERS}
-# The rest prune Stable Diffusion 2's topology; for time these have one layer a block, which BK-SDM cannot cut:
+# The others prune Stable Diffusion 2's topology. To save time, the models of these recipes have one layer per block,
+# which BK-SDM cannot cut.
 THIN = ("norm", "taylor_sp", "uniarch", "aptp")
 FEWER = [f"evaluation.{key}={few}" for key, few in (("num_images", 2), ("num_predictions", 2), ("steps", 1))]
-LESS = {  # rows of the comparisons, which have them in common, for time
+LESS = {  # fewer rows of the comparisons, which share them, to save time
     "compare_cc3m": [
         "budgets=[{budget: 0.85, methods: [norm-undistilled, bksdm, aptp-base]}]",
         "protocols=[equal_steps]",
@@ -53,7 +54,7 @@ QUICK = {
     "norm_cc3m",
     "pretrain_emoji",
     "aptp_emoji_sd3",
-}  # beside what test_commands.py runs of the README
+}  # in addition to the recipes of the README, which test_commands.py runs
 WRITES_REPORTS = True
 PAIRS = 24
 OTHER_COLORS = ("#123456", "#fedcba", "#456723")
@@ -90,7 +91,7 @@ def models(tmp_path_factory):
     ],
 )
 def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # recipes name caches and reports from where they are started
+    monkeypatch.chdir(tmp_path)  # recipes have paths relative to the working directory
     recipe = load_recipe(path)
     overrides = ["scale=smoke", f"data.path={write_data(tmp_path / 'data', recipe.data.kind)}"]
     if not isinstance(recipe, PretrainRecipe):
@@ -110,7 +111,7 @@ def test_every_recipe_reaches_its_table(path, models, tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["sana15", "wan"])
 def test_transformers_with_latents_of_their_own_reach_a_table(name, tmp_path, monkeypatch):
-    """Latents of 32 pixels' places and of videos, through encoding, search, recovery, drawing and figures."""
+    """Autoencoders that downsample by 32, and of videos: encoding, search, recovery, generation and figures."""
     monkeypatch.chdir(tmp_path)
     model = small_transformer_pipelines.write(tmp_path / name, name, load_pipeline("emoji"))
     overrides = ["scale=smoke", f"data.path={write_data(tmp_path / 'data', 'emoji')}", f"model={model}", *FEWER]

@@ -1,4 +1,4 @@
-"""Recovery in a run: a refit is a stage of its own, which a killed run keeps, and fine-tuning is optional."""
+"""Recovery in a run: a refit is a separate stage that a killed run keeps, and fine-tuning is optional."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_a_killed_run_keeps_its_refit(world, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         start(recipe, (), world[0] / "killed")
     monkeypatch.setattr(recovering, "fine_tune", fine_tune)
-    monkeypatch.setattr(recovering, "refit", killed)  # it is not made again
+    monkeypatch.setattr(recovering, "refit", killed)  # the refit is not repeated
     run = start(recipe, (), world[0] / "killed")
     monkeypatch.setattr(recovering, "refit", refit)
     whole = start(write(world, "whole", recover={"closed_form": REFIT}), (), world[0] / "whole")
@@ -116,5 +116,5 @@ def test_models_that_share_their_weights_are_not_refitted(world):
     recipe = write(world, "shared", recover={"closed_form": REFIT}, methods=methods)
     with pytest.raises(UserError, match=r"recover\.closed_form with fine_tune\.shared_backbone=true"):
         load_recipe(recipe)
-    methods["one_mask"]["bins"] = 1  # one model
+    methods["one_mask"]["bins"] = 1  # a single model
     assert load_recipe(write(world, "alone", recover={"closed_form": REFIT}, methods=methods)).recover.closed_form

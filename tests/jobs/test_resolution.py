@@ -1,4 +1,4 @@
-"""A model for rectangles has a `sample_size` of two numbers, which every use of its resolution reads as such."""
+"""A model for rectangular pictures has a `sample_size` of two numbers, which all code must support."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SAYS = "the model is made for 128 x 192 pixels; set resolution=SIDE"
 
 
 def made_for(world, folder, size):
-    """Copy the small model, made for another latent; return its folder."""
+    """Copy the small model with another `sample_size`; return its folder."""
     shutil.copytree(world["model"], folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": size}))
@@ -37,14 +37,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(world, tmp_path_factory):
-    """The same model, for squares and for rectangles; both state two numbers."""
+    """Return the same model for squares and for rectangles; both have a `sample_size` of two numbers."""
     folder = tmp_path_factory.mktemp("models")
     return {name: made_for(world, folder / name, size) for name, size in (("square", [8, 8]), ("wide", [16, 24]))}
 
 
 @pytest.fixture
 def recipe(world, models, tmp_path):
-    """Write a recipe for one of the models; return it, loaded."""
+    """Write a recipe for one of the models, load it, and return it."""
 
     def write(name, *overrides):
         content = {

@@ -1,4 +1,4 @@
-"""The main job on a small model: every stage, twice the same, and the same again after being killed in each stage."""
+"""The main job on a small model: two runs give the same results, also after kills in each stage."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def test_every_stage_leaves_its_result(finished):
     chosen = [f"aptp: {line}" for line in PruneResult.load(finished / "methods" / "aptp").warnings()]
     assert warnings[: len(chosen)] == chosen
     assert all(" is omitted: the evaluator scores real held-out pictures" in line for line in warnings[len(chosen) :])
-    assert "gates kept" in warnings[0]  # six steps close no gate
+    assert "gates kept" in warnings[0]  # gates do not close within six steps
     assert f"## Warnings\n\n- {warnings[0]}.\n" in (finished / "table.md").read_text()
     assert (finished / "comparison.png").stat().st_size > 5_000
     assert "| aptp |" in (finished / "table.md").read_text()
@@ -63,7 +63,7 @@ def test_a_finished_run_is_not_made_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
 
 
-STAGES = {  # what tells that a stage is under way
+STAGES = {  # how to see that a stage is running
     "encoding": lambda d: (d / "recipe.yaml").is_file(),
     "search": lambda d: list(d.glob("methods/aptp/checkpoints/step-*")),
     "fine-tuning": lambda d: list(d.glob("methods/*/experts/*/checkpoints/step-*")),
@@ -85,14 +85,14 @@ def test_killed_once_in_each_stage_and_resumed_is_the_same(stages, recipe, finis
             process.send(signal.SIGKILL)
             killed.append(stage)
         process.wait()
-    assert len(killed) >= len(stages) - 1, killed  # the last stage may be over before the signal
+    assert len(killed) >= len(stages) - 1, killed  # the last stage may end before the signal
     assert figures(start(recipe, (), directory)) == figures(finished)
 
 
 def test_a_directory_of_another_recipe_is_refused(recipe, finished, tmp_path):
     with pytest.raises(RecipeError, match=r"another recipe: prune\.budget is 0\.7 there and 0\.6 here"):
         start(recipe, ["prune.budget=0.6"], finished)
-    stillborn = tmp_path / "stillborn"  # its data was not there, say
+    stillborn = tmp_path / "stillborn"  # for example, because its data was missing
     stillborn.mkdir()
     shutil.copy(finished / "recipe.yaml", stillborn)
     (stillborn / "log.jsonl").write_text("{}\n")

@@ -1,4 +1,4 @@
-"""A run of two processes: killed again and again, left by one of them, asked to end; the table is always the same."""
+"""A run of two processes: killed repeatedly, one process lost, stopped by SIGTERM; the table is always the same."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 from launching import environment, launch, run_recipe
 from small_run import figures, write_small_recipe
 
-KILLS = int(os.environ.get("PRUNEKIT_KILLS", "3"))  # more on demand
-STOPPED = 75  # the exit code of a run that was asked to end
+KILLS = int(os.environ.get("PRUNEKIT_KILLS", "3"))  # set the variable for more
+STOPPED = 75  # exit code of a run after SIGTERM
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(recipe):
-    """The directory of a run that nothing disturbed."""
+    """Return the directory of an undisturbed run."""
     assert codes(started(recipe, recipe.parent / "straight")) == [0, 0]
     return recipe.parent / "straight"
 
@@ -39,7 +39,7 @@ def codes(processes):
 
 
 def losses(directory):
-    """Every step's loss by its stage; of a step that was done again, all losses."""
+    """Return the losses by stage and step; a repeated step has several losses."""
     found = {}
     for line in (directory / "log.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -49,7 +49,7 @@ def losses(directory):
 
 
 def logged(directory):
-    """How far a run has come: rows of its log."""
+    """Return the number of rows in a run's log."""
     log = directory / "log.jsonl"
     return len(log.read_text().splitlines()) if log.is_file() else 0
 
@@ -67,7 +67,7 @@ def test_killed_again_and_again(recipe, straight, tmp_path):
         processes = started(recipe, tmp_path / "run")
         while logged(tmp_path / "run") < rows and processes[0].is_alive:
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.2))  # somewhere between two rows of the log
+        time.sleep(draw.uniform(0, 0.2))  # a random time between two rows of the log
         delivered += all(process.is_alive for process in processes)
         for process in processes:
             process.send(signal.SIGKILL)
@@ -99,7 +99,7 @@ def test_sigterm_to_one_saves_and_ends_both_with_the_code_to_start_again(recipe,
 
 @pytest.mark.long
 def test_torchrun_starts_a_launch_again_that_lost_a_process(recipe, straight, tmp_path):
-    """`torchrun --max-restarts`: all processes start again, and go on from the last checkpoint of the search."""
+    """`torchrun --max-restarts`: all processes restart, and resume from the last checkpoint of the search."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--max-restarts", "1", *run_recipe(recipe, tmp_path / "run")]
     with (tmp_path / "printed").open("w") as printed:

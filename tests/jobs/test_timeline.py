@@ -1,4 +1,4 @@
-"""The stages of a run and the time that is left: by the plan, and by what the run has measured."""
+"""The stages of a run and its remaining time, from the plan and from the run's measurements."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_a_line_per_stage_by_the_plan(timeline, clock, said):
 
 
 def test_the_measured_pace_replaces_the_plan(timeline, clock):
-    """Steps that take three times as long: the rest of the model, its sibling and the pictures take as much longer."""
+    """Steps take three times as long as planned; so the rest of the model, the other model and the pictures do too."""
     timeline.begin((TUNING, "a", 0))
     clock.now = 30.0
     timeline.watch(seconds=30.0, first=0.0, share=0.1)
@@ -65,7 +65,7 @@ def test_the_measured_pace_replaces_the_plan(timeline, clock):
 
 
 def test_what_an_earlier_start_did_is_no_pace(timeline, clock):
-    """Half of the model was there: its other half takes 50 s, as planned."""
+    """Half of the model was trained before; the other half takes 50 s, as planned."""
     timeline.begin((TUNING, "a", 0))
     clock.now = 25.0
     timeline.watch(seconds=25.0, first=0.5, share=0.75)
@@ -73,7 +73,7 @@ def test_what_an_earlier_start_did_is_no_pace(timeline, clock):
     clock.now = 50.0
     timeline.begin((TUNING, "a", 1))
     clock.now = 51.0
-    timeline.begin((GENERATION, "a", 0))  # the second model was there
+    timeline.begin((GENERATION, "a", 0))  # the second model was finished before
     assert timeline.seconds_left()[1] == pytest.approx(50)
 
 

@@ -1,4 +1,4 @@
-"""A directory belongs to one kind of work: commands refuse foreign files, and hold the directory that they work in."""
+"""A directory belongs to one kind of work: commands refuse other files, and lock the directory in which they work."""
 
 import shutil
 import threading
@@ -43,13 +43,13 @@ def test_users_come_and_go(tmp_path):
 
 
 def test_users_of_many_threads(tmp_path):
-    """However they come and go, each is told of the others, and the last one tidies."""
+    """Each user is told whether there are others, and the last one removes the folder of users."""
     inside, most, left = [], [], []
 
     def use():
         for _ in range(20):
             with occupied(tmp_path / "work", inside.append, lambda: left.append(1)):
-                time.sleep(0.002)  # so that uses overlap
+                time.sleep(0.002)  # makes the uses overlap
                 most.append(len(list((tmp_path / "work" / USERS).glob("*.user"))))
 
     threads = [threading.Thread(target=use) for _ in range(6)]
@@ -61,7 +61,7 @@ def test_users_of_many_threads(tmp_path):
 
 
 class Launch:
-    """The view of a launch's main process, one of two."""
+    """The processes of a launch of two, as its main process sees them."""
 
     count, is_main = 2, True
 
@@ -77,7 +77,7 @@ def test_a_launch_of_several_processes_leaves_a_choice_to_another_launch(tmp_pat
     stages = object.__new__(stages_module.Stages)
     stages.locks, stages.pipeline = tmp_path / "locks", build("sd2", "meta")
     folder = tmp_path / "methods" / "norm"
-    with claimed(stages.locks / "norm-choice.lock"):  # as a launch of one process holds it, by `share`
+    with claimed(stages.locks / "norm-choice.lock"):  # a launch of one process holds this lock in `share`
         thread = threading.Thread(target=stages.choose, args=(SimpleNamespace(name="norm", prune=None), folder))
         thread.start()
         thread.join(0.1)
@@ -103,7 +103,7 @@ def test_a_dead_user_is_none(tmp_path):
 
 
 def test_another_recipe_does_not_replace_one_that_is_loading(tmp_path):
-    """Attack 1: B took A's directory while A had written its recipe alone, and then showed A's architectures."""
+    """Once, run B took run A's directory when A had written only its recipe, and then showed A's architectures."""
     first = parse_recipe(RECIPE)
     second = parse_recipe({**RECIPE, "prune": {"budget": 0.6}})
     folder = tmp_path / "run"
@@ -112,12 +112,12 @@ def test_another_recipe_does_not_replace_one_that_is_loading(tmp_path):
         with refused, occupied(folder, lambda others: _claim(folder, second, others)):
             pass
         before = contents(folder)
-        with occupied(folder, lambda others: _claim(folder, first, others)):  # the same recipe may share the work
+        with occupied(folder, lambda others: _claim(folder, first, others)):  # the same recipe may join
             pass
         assert {name: text for name, text in contents(folder).items() if USERS not in name.parts} == {
             name: text for name, text in before.items() if USERS not in name.parts
         }
-    with occupied(folder, lambda others: _claim(folder, second, others)):  # now it has come to nothing
+    with occupied(folder, lambda others: _claim(folder, second, others)):  # the first run left no results
         assert load_recipe(folder / "recipe.yaml").prune.budget == 0.6
 
 
@@ -137,7 +137,7 @@ COMPARISON = {
 
 @pytest.fixture
 def run(tmp_path):
-    """What tells a run: its recipe, its results and its tables."""
+    """The folder of a run, with the files by which commands recognize a run."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(dump_recipe(parse_recipe(RECIPE)))
@@ -147,7 +147,7 @@ def run(tmp_path):
 
 
 def test_a_comparison_does_not_overwrite_a_run(world, run, tmp_path):
-    """Attack 4."""
+    """Once, a comparison overwrote a run."""
     path, before = tmp_path / "compare.yaml", contents(run)
     path.write_text(yaml.safe_dump({**world, **COMPARISON}))
     with pytest.raises(UserError, match="holds the run of a recipe with job=prune"):
@@ -170,7 +170,7 @@ def test_an_evaluation_and_pictures_do_not_overwrite_a_run(run, tmp_path):
 
 
 def test_two_comparisons_in_one_directory_keep_their_cells(world, tmp_path):
-    """Recipes of two names share equal cells; of unequal ones neither overwrites the other's, nor its recipe."""
+    """Recipes with two names share equal cells. Different cells and both recipes are kept."""
     folder = tmp_path / "both"
     paths = []
     for name, steps in (("one", 1), ("two", 2)):
@@ -187,7 +187,7 @@ def test_two_comparisons_in_one_directory_keep_their_cells(world, tmp_path):
 
 
 def test_pictures_of_another_model_are_not_taken_for_this_ones(tmp_path):
-    """Attack 3: model B into model A's directory returned A's pictures."""
+    """Once, generating with model B into the directory of model A returned A's pictures."""
     first = write_pipeline(tmp_path / "first", layers=1)
     second = tmp_path / "second"
     pipeline = load_pipeline(first)
@@ -200,7 +200,7 @@ def test_pictures_of_another_model_are_not_taken_for_this_ones(tmp_path):
         own.set_progress_bar_config(disable=True)
         if place is first:
             generate_to(folder, own, request)
-            generate_to(folder, own, request)  # the same again
+            generate_to(folder, own, request)  # a second time
         else:
             with pytest.raises(UserError, match="made with other weights"):
                 generate_to(folder, own, request)
@@ -215,7 +215,7 @@ def test_a_request_that_drew_nothing_leaves_its_directory_free(tmp_path, monkeyp
 
 
 def test_a_run_whose_directory_goes_fails(world, tmp_path, monkeypatch):
-    """Attack 19: the run ended with status 0 in a directory without its recipe."""
+    """Once, the run ended with status 0 in a directory without its recipe."""
     content = {**world, "methods": {"norm": {"samples": 2}}, "prune": {"budget": 0.7}}
     content |= {key: COMPARISON[key] for key in ("fine_tune", "evaluation")}
     path = tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""A command that starts further processes of itself on a CPU: how many, the same results, and nothing left behind."""
+"""A command that starts more processes of itself on a CPU: how many, the same results, and no process left behind."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(recipe):
-    """The directory of a run of one process."""
+    """Return the directory of a run with one process."""
     finish(launch(run_recipe(recipe, recipe.parent / "alone")))
     return recipe.parent / "alone"
 
@@ -51,7 +51,7 @@ def two(monkeypatch):
 
 
 def others_of(directory):
-    """The processes of this machine that work on a directory."""
+    """Return the ids of this machine's prunekit processes that work in a directory."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -64,7 +64,7 @@ def others_of(directory):
 
 
 def started(recipe, directory, rows):
-    """A run that has logged some rows, and its companion's number."""
+    """Start a run, wait until it has logged `rows` rows, and return its process and its companion's process id."""
     (main,) = launch(run_recipe(recipe, directory))
     log = directory / "log.jsonl"
     while main.is_alive and not (log.is_file() and len(log.read_text().splitlines()) >= rows):
@@ -74,7 +74,7 @@ def started(recipe, directory, rows):
 
 
 def gone(directory, seconds=20.0):
-    """Whether no process works on a directory any more, before some seconds have passed."""
+    """Wait at most `seconds` until no process works in a directory; return whether none does."""
     end = time.monotonic() + seconds
     while others_of(directory) and time.monotonic() < end:
         time.sleep(0.1)
@@ -89,12 +89,12 @@ def search_losses(directory):
 
 
 def known(row):
-    """A row's figures, without those that there are not."""
+    """Return a row's figures that are not None."""
     return {key: value for key, value in row.items() if value is not None}
 
 
 def assert_alike(rows, others):
-    """Rows of a table that agree to rounding, which the small model's few wild fine-tuning steps amplify."""
+    """Check that rows of a table agree up to rounding, which the small model's few fine-tuning steps amplify."""
     assert [row.keys() for row in rows] == [row.keys() for row in others]
     for row, other in zip(rows, others, strict=True):
         for name in ("name", "params", "macs", "macs_ratio"):

@@ -1,4 +1,4 @@
-"""Executors: pieces by name on other nodes, the setting `engine`, and what it leaves alone."""
+"""Executors: pieces that other nodes run by name, and the setting `engine` and what it does not affect."""
 
 import sys
 from functools import partial
@@ -18,7 +18,7 @@ LOG = Saying(lambda text: None)
 
 
 def pieces(folder, names=("first", "second", "first")):
-    """Pieces that write their position; two of them share a lock file."""
+    """Return pieces that write their position; two of them share a lock file."""
 
     def write(position):
         (folder / str(position)).write_text(f"{position}")
@@ -32,7 +32,7 @@ def test_one_piece_is_done_alone_and_once(tmp_path, position):
     for _ in range(2):
         one = OnePiece(name, position, LOG)
         one.map(pieces(tmp_path), tmp_path / "locks")
-        one.map(pieces(tmp_path, ["other"]), tmp_path / "locks")  # a list without it
+        one.map(pieces(tmp_path, ["other"]), tmp_path / "locks")  # a list without the piece
         assert not one.taken and [p.name for p in tmp_path.iterdir() if p.is_file()] == [str(position)]
 
 
@@ -53,7 +53,7 @@ def test_a_list_that_differs_on_another_node_is_an_error(tmp_path, lists):
 
 
 def collect(executor, word):
-    """A function that is called by name."""
+    """A function that a call names."""
     executor.map([word], None)
 
 

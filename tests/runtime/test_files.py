@@ -1,4 +1,4 @@
-"""Files and folders: whole or not at all, readable by others, through full disks and kills."""
+"""Files and folders are complete or absent after full disks and kills, and readable by others."""
 
 import errno
 import stat
@@ -23,7 +23,7 @@ def names(folder):
 
 
 def test_files_are_readable_by_others_as_the_umask_says(tmp_path):
-    """safetensors 0.8 makes its files private, whatever the umask."""
+    """safetensors 0.8 ignores the umask and makes its files private."""
     usual = tmp_path / "usual"
     usual.write_text("")
     save_tensors(tmp_path / "one.safetensors", TENSORS)
@@ -51,7 +51,7 @@ def test_a_full_disk_is_the_systems_error_and_leaves_nothing(tmp_path):
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
-    """The disk has no room for another name: the folder was aside until the next write of it."""
+    """Once, if the disk had no room for a rename, the folder stayed under another name until it was written again."""
     folder, replace = tmp_path / "kept", files.Path.replace
     write_folder(folder, lambda made: (made / "file").write_text("old"))
 
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_an_error_of_a_full_disk_names_the_file(tmp_path, number):
-    """Of another file than the one that is written, its own name, and of a copy the copy's; other errors stay."""
+    """The error names its file (for a copy, the target) if it has one, else the written file; other errors are kept."""
     raised = [OSError(number, "x"), OSError(number, "x", "/other/file"), SafetensorError(f"x (os error {number})")]
     raised.append(OSError(number, "x", "/source", None, "/other/copy"))
     for error, name in zip(raised, (str(tmp_path), "/other/file", str(tmp_path), "/other/copy"), strict=True):
@@ -96,7 +96,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, at):
-    """Attack 13: removing the old folder before the new one was in place could lose both."""
+    """Once, the old folder was removed before the new one was in place, so a kill could lose both."""
     folder, count = tmp_path / "step-00000001", 0
     write_folder(folder, lambda made: (made / "state").write_text("old"))
     replace = files.Path.replace
@@ -109,7 +109,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
         return replace(path, target)
 
     monkeypatch.setattr(files.Path, "replace", killed)
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *given, **named: None)  # a killed process tidies nothing
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *given, **named: None)  # a killed process removes nothing
     with pytest.raises(Killed):
         write_folder(folder, lambda made: (made / "state").write_text("new"))
     monkeypatch.undo()

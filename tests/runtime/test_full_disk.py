@@ -1,4 +1,4 @@
-"""A disk that gets full in any stage of a run: one line that names the file, nothing half-written, and a resume."""
+"""A full disk in any stage of a run: one line names the file, no file is half-written, and the run resumes."""
 
 import errno
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from prunekit.runtime.progress import console
 
 WRITES_REPORTS = True
 NOT_MOUNTED = "a file system cannot be mounted here"
-STAGES = {  # the file at which the disk gets full
+STAGES = {  # stage: the file at which the disk becomes full
     "encoding": "run/cache/text-*/*.safetensors",
     "search": "run/methods/aptp/checkpoints/step-00000002",
     "fine-tuning": "run/methods/aptp/experts/1/checkpoints/step-00000002",
@@ -30,7 +30,7 @@ SLOW = ("fine-tuning", "sampling", "table", "report")
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """A recipe of every stage, with a checkpoint after each step."""
+    """Return the path of a recipe with every stage and a checkpoint after each step."""
     folder, stepwise = tmp_path_factory.mktemp("world"), {**TRAINING, "checkpoint_minutes": 1e-9}
     content = {
         **write_world(folder),
@@ -46,14 +46,14 @@ def recipe(tmp_path_factory):
 def run(recipe, directory, page=False):
     with pytest.MonkeyPatch.context() as patches:
         patches.setenv("PRUNEKIT_PROCESSES", "1")
-        if not page:  # it takes longest, and has no figures
+        if not page:  # the page takes longest and has no figures
             patches.setattr("prunekit.jobs.run.finish", lambda *given: None)
         return CliRunner().invoke(app, ["run", str(recipe), "--directory", str(directory)])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe):
-    """The figures of a run with room enough."""
+    """Return the figures of a run with enough disk space."""
     directory = recipe.parent / "undisturbed"
     result = run(recipe, directory)
     assert result.exit_code == 0, result.output
@@ -62,7 +62,7 @@ def undisturbed(recipe):
 
 @pytest.fixture(scope="module", params=[SmallDisk, pytest.param(LimitedFiles, marks=pytest.mark.long)])
 def disk(request, tmp_path_factory):
-    """The disk of one run, which meets the end of the disk in each stage."""
+    """Yield the disk of a run; the disk becomes full in each stage."""
     with small_disk(tmp_path_factory.mktemp("disk"), request.param) as disk:
         yield disk
 
@@ -75,7 +75,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(stage, recipe, 
     with full_at(disk, STAGES[stage]) as met, console.capture() as shown:
         result = run(recipe, directory, page=stage == "report")
     assert met, f"the run has not come to {STAGES[stage]}"
-    if stage == "report":  # the figures are written: the run has ended, and says what is missing
+    if stage == "report":  # the figures are written, so the run succeeds and says that the report is missing
         assert result.exit_code == 0 and (directory / "results.json").exists(), result.output
         said = shown.get().partition("no report (")[2]
         assert f"`prunekitreport{directory}`triesagain" in one_line(said)
@@ -90,7 +90,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(stage, recipe, 
 
 def test_with_room_again_the_run_ends_with_the_same_figures(recipe, disk, undisturbed):
     directory = disk.folder / "run"
-    if (directory / "results.json").exists():  # all stages but the page are over
+    if (directory / "results.json").exists():  # all stages except the page are finished
         assert CliRunner().invoke(app, ["report", str(directory)]).exit_code == 0
         assert (directory / "report.html").stat().st_size > 10_000
     result = run(recipe, directory)
@@ -101,7 +101,7 @@ def test_with_room_again_the_run_ends_with_the_same_figures(recipe, disk, undist
 
 @pytest.mark.long
 def test_a_disk_that_gets_full_at_every_file_of_a_run(recipe, undisturbed, tmp_path):
-    """As often as there are files, each time at the next one; not a byte is left."""
+    """Repeat the run until it ends; each time the disk becomes full at the next file, with no byte left."""
     with small_disk(tmp_path) as disk:
         directory, past = tmp_path / "run", set()
         while True:
@@ -133,14 +133,14 @@ def test_a_log_without_room_for_the_last_line_loses_no_run(number, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed_of_two(recipe):
-    """The figures of a run of two processes with room enough."""
+    """Return the figures of a run of two processes with enough disk space."""
     (process,) = launch(run_recipe(recipe, recipe.parent / "two"), variables={"PRUNEKIT_PROCESSES": "2"})
     assert process.wait() == 0, process.printed()
     return figures(recipe.parent / "two")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("room", [60, 3500])  # KiB: in encoding, in fine-tuning
+@pytest.mark.parametrize("room", [60, 3500])  # free KiB: full in encoding, full in fine-tuning
 def test_a_full_disk_ends_both_processes_of_a_command(room, recipe, undisturbed_of_two, tmp_path):
     with small_disk(tmp_path) as disk:
         if not isinstance(disk, SmallDisk):

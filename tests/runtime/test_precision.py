@@ -1,4 +1,4 @@
-"""`precision: auto`: what it means on a device, that a run writes it down, and that old and new runs fit together."""
+"""`precision: auto`: its meaning per device, its record in a run's recipe, and runs from before the setting."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ NAMES = {
 
 @pytest.fixture
 def hardware(monkeypatch, tmp_path):
-    """Choose what this machine seems to be: a processor's flags, and whether a GPU has bfloat16."""
+    """Return a function that simulates a machine: a processor's flags, and whether a GPU has bfloat16."""
 
     def choose(flags="", cuda=None, slowdown=1.0):
         monkeypatch.setattr(precision, "slowdown", lambda *given: slowdown)
@@ -83,7 +83,7 @@ def test_a_gpu(hardware):
     assert precision.resolve_precision("auto", "cuda") == "bfloat16"
     hardware(cuda=False)
     assert precision.resolve_precision("auto", "cuda") == "float16"
-    assert precision.resolve_precision("auto", "cuda", scaled=False) == "float32"  # no loss scaling, no float16
+    assert precision.resolve_precision("auto", "cuda", scaled=False) == "float32"  # float16 needs loss scaling
 
 
 def test_the_variable_decides(monkeypatch):
@@ -101,11 +101,11 @@ def test_every_precision_of_a_recipe_is_resolved_and_read_back():
     assert set(precisions(resolved)) == NAMES and set(precisions(resolved).values()) == {"bfloat16"}
     assert resolved.methods["aptp"]["search"] == {**SEARCH, "precision": "bfloat16"}
     assert parse_recipe(yaml.safe_load(dump_recipe(resolved))) == resolved
-    assert resolve_recipe(recipe, CPU, recorded=resolved) == resolved  # whatever this machine would choose
+    assert resolve_recipe(recipe, CPU, recorded=resolved) == resolved  # the record overrides this machine's choice
     halves = precisions(resolve_recipe(recipe, CPU, meaning="float16"))
     assert halves.pop("methods.taylor_sp.precision") == "float32" and set(halves.values()) == {"float16"}
     written = resolve_recipe(parse_recipe({**RECIPE, "evaluation": {"precision": "float16"}}), CPU, meaning="bfloat16")
-    assert precisions(written)["evaluation.precision"] == "float16"  # what is given stays
+    assert precisions(written)["evaluation.precision"] == "float16"  # an explicit value stays
 
 
 def test_what_an_old_run_did_not_write_has_its_old_default(tmp_path):
@@ -158,7 +158,7 @@ def test_a_run_resumes_in_the_precision_that_it_began_with(tmp_path, monkeypatch
     assert set(results["precision"].values()) == {"bfloat16"} and results["environment"]["precision"] == "bfloat16"
     log = (folder / "log.jsonl").read_text()
     assert "precision: bfloat16 in fine_tune, evaluation" in log
-    monkeypatch.setenv(precision.VARIABLE, "float32")  # another machine
+    monkeypatch.setenv(precision.VARIABLE, "float32")  # as on another machine
     before = (folder / FILE).read_bytes()
     start(path, (), tmp_path / "run")
     assert (folder / FILE).read_bytes() == before
@@ -182,5 +182,5 @@ def test_a_cells_key_holds_the_resolved_precision(tmp_path, monkeypatch):
     monkeypatch.setenv(precision.VARIABLE, "float32")
     whole = keys("auto")
     assert whole[1] == keys("explicit", precision="float32")[1] != keys("other", precision="bfloat16")[1]
-    monkeypatch.setenv(precision.VARIABLE, "bfloat16")  # another machine on the same directory
+    monkeypatch.setenv(precision.VARIABLE, "bfloat16")  # as on another machine with the same directory
     assert keys("auto") == whole and keys("fresh") != whole

@@ -1,4 +1,4 @@
-"""Several processes against one: the same losses, the same choice; launches that are not what they seem are refused."""
+"""Several processes give the losses and the choice of one process; inconsistent launches are refused."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("accumulated",
 
 
 class Trained(dict):
-    """What each of them trained, when it is first asked for."""
+    """Figures by way of training; each is trained on first access."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -34,7 +34,7 @@ class Trained(dict):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one process, one that accumulates, and two together trained."""
+    """Return the figures of one process ("one"), one that accumulates gradients ("accumulated"), and two ("two")."""
     return Trained(tmp_path_factory.mktemp("trained"))
 
 

@@ -1,4 +1,4 @@
-"""Tables on a terminal: they fit, and every cell is there in full."""
+"""Tables on a terminal fit its width, and show every cell completely."""
 
 import re
 
@@ -31,13 +31,13 @@ def test_a_table_fits_and_holds_every_cell(width, count):
     assert text.startswith("counters")
     for line in LINES[:count]:
         for cell, number in zip(line, NUMERIC, strict=True):
-            words = [cell] if number else re.split(r"(?<=[._])|\s", cell)  # a text's words may stand on several lines
+            words = [cell] if number else re.split(r"(?<=[._])|\s", cell)  # a text may wrap over several lines
             assert all(word in text for word in words)
 
 
 @pytest.mark.parametrize(("width", "start"), [(160, "┃ counter"), (80, "┃ counter"), (50, "counter: prunekit, exact")])
 def test_the_first_layout_that_fits_is_taken(width, start):
-    """A line per row; a line per column, whose header has the rows' names; a block per row."""
+    """The layouts, in order: a line per row; a line per column, with row names in the header; a block per row."""
     text = printed(width, LINES[:2])
     assert sum(line.startswith(start) for line in text.splitlines()) == 1
     assert ("┃   prunekit, exact" in text) == (width == 80)

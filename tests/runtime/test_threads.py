@@ -1,4 +1,4 @@
-"""How many CPU threads there are and how they wait: by the user, else by the container, decided before torch loads."""
+"""The number of CPU threads and how they wait: set by the user, else by the container's limit, before torch loads."""
 
 import json
 import os
@@ -20,9 +20,9 @@ print(json.dumps([before, torch.get_num_threads(), {name: os.environ.get(name) f
 
 
 def shown(*wrapper, **given):
-    """Return the number of threads and the variables of a fresh process."""
+    """Return the number of threads and the environment variables of a new process."""
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
-    # As `python -m prunekit`, which imports no library by itself
+    # Like `python -m prunekit`, this imports no library by itself.
     command = [*wrapper, sys.executable, "-c", "import sys; sys.argv[0] = 'prunekit'\n" + SHOW, *OURS]
     done = subprocess.run(command, env={**kept, **given}, capture_output=True, text=True, check=True)
     before, count, variables = json.loads(done.stdout)
@@ -67,7 +67,7 @@ def test_quotas_of_both_versions_of_cgroups(tmp_path):
     assert threads.cpu_quota(tmp_path, process) is None
     (group / "cpu.max").write_text("max 100000\n")
     assert threads.cpu_quota(tmp_path, process) is None
-    (tmp_path / "user" / "cpu.max").write_text("150000 100000\n")  # a parent's limit holds for its children
+    (tmp_path / "user" / "cpu.max").write_text("150000 100000\n")  # a parent's limit applies to its children
     assert threads.cpu_quota(tmp_path, process) == 1.5
     (group / "cpu.max").write_text("50000 100000\n")
     assert threads.cpu_quota(tmp_path, process) == 0.5

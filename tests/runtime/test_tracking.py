@@ -1,4 +1,4 @@
-"""Trackers: what they are told is read back from what they wrote; a missing one names the extra."""
+"""Trackers: their files contain what was logged; the error of a missing tracker names the extra to install."""
 
 import json
 import os
@@ -30,12 +30,12 @@ def trackers(directory: Path, *names: str, settings=SETTINGS) -> Trackers:
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read (step, value) of every scalar that TensorBoard finds in a run's directory."""
+    """Return (step, value) of every scalar that TensorBoard finds in a run's directory."""
     return scalars_of(directory / TENSORBOARD)
 
 
 def scalars_of(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read (step, value) of every scalar in a directory or a file."""
+    """Return (step, value) of every scalar in a directory or a file."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(path)).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -66,7 +66,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(tmp_path):
         once = trackers(tmp_path, "tensorboard")
         once.log({"stage": "norm 0", "step": step, "loss": 1.0})
         once.close()
-        once.log({"stage": "norm 0", "step": 99, "loss": 1.0})  # closed: nothing happens
+        once.log({"stage": "norm 0", "step": 99, "loss": 1.0})  # the tracker is closed, so this does nothing
     assert [step for step, _ in scalars(tmp_path)["norm 0/loss"]] == [10, 20]
     assert len(list((tmp_path / TENSORBOARD).rglob("hparams.yml"))) == 1
 
@@ -91,7 +91,7 @@ def test_without_trackers_nothing_is_written(tmp_path):
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ImportError, match=r"wandb.*not installed: pip install 'prunekit\[tracking\]'"):
         trackers(tmp_path, "wandb")
 
@@ -111,7 +111,7 @@ def test_a_tracker_that_fails_is_one_line(tmp_path):
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("started", [False, True])
 def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path, started):
-    """TensorBoard writes in a thread, whose traceback was shown, and once more when the process ended."""
+    """TensorBoard writes in a thread. Once, the thread's traceback was shown, and again when the process ended."""
     pytest.importorskip("tensorboard")
     with small_disk(tmp_path) as disk:
         if not started:
