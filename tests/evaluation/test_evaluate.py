@@ -1,4 +1,4 @@
-"""`prunekit evaluate`: runs and pipelines through the same path, resumed, under other protocols, and bad input."""
+"""`prunekit evaluate`: the same figures for runs and pipelines, resumption, other protocols, and invalid input."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ FIGURES = ("cmmd", "kid", "clip_score", "top1", "top5")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A finished run of two experts, its pipeline, a folder of captioned pictures, and a CLIP model."""
+    """Return a folder with a finished run of two experts, its pipeline, captioned pictures, and a CLIP model."""
     folder = tmp_path_factory.mktemp("world")
     content = {
         **write_world(folder),
@@ -61,14 +61,14 @@ def world(tmp_path_factory):
 
 
 def captions(world, *settings):
-    """The settings of protocol aptp that the small models can do."""
+    """Return changes of a protocol's settings so that small models can follow it."""
     names = (f"{key}={world / 'clip'}" for key in ("clip_model", "cmmd_model", "pick_model", "feature_model"))
     return [*names, "steps=2", "batch_size=4", "resolution=32", "compare_at=24", *settings]
 
 
 @pytest.fixture(scope="module")
 def evaluated(world):
-    """The run and its own pipeline, by name."""
+    """Evaluate the run and its pipeline."""
     return pk.evaluate([world / "run", world / "model"], "emoji", None, 6, AS_THE_RUN, world / "first")
 
 
@@ -78,12 +78,12 @@ def test_a_run_gets_the_figures_of_its_own_table(world, evaluated):
     table = json.loads((world / "run" / "results.json").read_text())["table"]["rows"]
     for own in table:
         found = rows[f"run {own['name']}"]
-        keys = [key for key in FIGURES if key in own]  # without those that the evaluator cannot judge
+        keys = [key for key in FIGURES if key in own]  # figures that the evaluator can judge
         assert {"cmmd", "kid"} <= set(keys)
         assert {key: found["figures"][key]["value"] for key in keys} == {key: own[key] for key in keys}
         assert found["params"] == own["params"] and found["images"] == 6
         assert found["figures"]["cmmd"]["count"] == 6 and found["figures"]["top1"]["count"] == 3
-        if own["name"] != "aptp":  # whose mean is over other prompts
+        if own["name"] != "aptp":  # aptp's mean is over other prompts
             assert found["macs"] == own["macs"] and found["macs_ratio"] == own["macs_ratio"]
     assert rows["model"]["figures"] == rows["run dense"]["figures"] and rows["model"]["macs_ratio"] is None
     assert 0 < rows["run aptp"]["macs_ratio"] < 1
@@ -101,7 +101,7 @@ def test_what_is_there_is_not_made_again(world, evaluated):
     assert again.rows == evaluated.rows and lost.read_bytes() == content
     now = {path: path.stat().st_mtime_ns for path in kept}
     changed = {path for path in kept if now[path] != kept[path]}
-    assert lost in changed and changed <= {lost, lost.with_name("00002.png")}  # its batch of two
+    assert lost in changed and changed <= {lost, lost.with_name("00002.png")}  # the other picture of its batch
 
 
 def test_captions_of_a_folder_under_other_settings(world):
@@ -130,13 +130,13 @@ def test_captions_of_a_folder_under_other_settings(world):
     assert row["figures"]["pick_score"]["value"] == pytest.approx(float(logits.mean()), rel=1e-5)
     expected = 100 * float(logits.clamp(min=0).mean()) / scale
     assert row["figures"]["clip_score"]["value"] == pytest.approx(expected, rel=1e-5)
-    # a Fréchet distance needs ten pictures a feature: with statistics of 8 features 80 drawn ones
+    # A Fréchet distance needs ten pictures per feature, so statistics of 8 features need 80 generated pictures.
     few = refused(*command, "--output", world / "photos-out", metrics, f"statistics={statistics}")
     assert "8 features needs at least 80 pictures" in few and "there are 12 pictures to draw" in few
 
 
 def logits_of(folder, clip, pictures, texts):
-    """Return what transformers' own model says of each picture and its text, (n,)."""
+    """Return the logits (n,) of each picture and its text by transformers' model."""
     model = CLIPModel.from_pretrained(folder).eval()
     side = model.config.vision_config.image_size
     pixels = torch.nn.functional.interpolate(pictures.float() / 255, (side, side), mode="bicubic", antialias=True)
@@ -158,7 +158,7 @@ def test_prompts_of_a_file(world, tmp_path):
 
 
 def test_frechet_distance_to_pictures_and_to_their_statistics(world, tmp_path):
-    """The same real pictures, as pictures and as a file of statistics."""
+    """The figure is the same with real pictures and with a file of their statistics."""
     photos = load_data(load_data_config(world / "photos"), 0, tmp_path)
     draws, paths = torch.Generator().manual_seed(0), [tmp_path / f"{index}.png" for index in range(20)]
     for path in paths:
@@ -167,7 +167,7 @@ def test_frechet_distance_to_pictures_and_to_their_statistics(world, tmp_path):
     real = clip.features(photos.pixels(range(photos.num_images), 24)).double()
     prompts = Prompts(photos, [""] * 20, torch.zeros(20, dtype=torch.long), 0, [0] * 20, torch.zeros(20, 1))
     found = []
-    for more in ((), (f"statistics={tmp_path / REAL_STATISTICS}",)):  # which the first leaves behind
+    for more in ((), (f"statistics={tmp_path / REAL_STATISTICS}",)):  # the first evaluation writes this file
         protocol = load_protocol("bksdm", ["metrics=[frechet]", f"feature_model={world / 'clip'}", *more])
         features = Features(tmp_path / "features", Digests())
         found.append(figures(Seen(protocol, features, prompts, paths, 24))["frechet"])
@@ -177,7 +177,7 @@ def test_frechet_distance_to_pictures_and_to_their_statistics(world, tmp_path):
 
 
 def refused(*arguments) -> str:
-    """Return the one line on stderr of a command that must fail."""
+    """Run a command that must fail, and return its only line on stderr."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert isinstance(result.exception, SystemExit) and result.exit_code not in (0, None), repr(result.exception)
     lines = result.stderr.strip().splitlines()
@@ -222,7 +222,7 @@ def test_bad_input_is_one_line(arguments, message, world, evaluated, tmp_path):
 
 
 def at_hand(name):
-    """Load an evaluator, or skip and say why it is not here."""
+    """Load an evaluator, or skip the test with the reason why it is missing."""
     try:
         return load_evaluator(name)
     except (ImportError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The evaluator: what it recognizes, that it repeats itself, its files, its training, and CLIP in its place."""
+"""The evaluator: recognition, determinism, files, training, and CLIP as a replacement."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_distances_see_softness_and_noise(evaluator, some):
 def test_texts(evaluator):
     texts = evaluator.embed_texts(["red heart", "qwxyz", "", "red heart"])
     assert torch.isfinite(texts).all() and torch.equal(texts[0], texts[3])
-    assert torch.equal(texts[1], texts[2])  # nothing known in either
+    assert torch.equal(texts[1], texts[2])  # neither text has a known word
     order = evaluator.embed_texts(["family: man, girl", "family: girl, man"])
     assert not torch.allclose(order[0], order[1])
 
@@ -106,7 +106,7 @@ def test_augmentation(some):
     assert torch.equal(first, again)
     assert first.shape == (16, 3, 64, 64) and first.min() >= 0 and first.max() <= 1
     original = some[:16].float() / 255
-    assert 0.01 < F.l1_loss(first, original) < 0.2  # distorted, and still the same picture
+    assert 0.01 < F.l1_loss(first, original) < 0.2  # distorted, but still similar
 
 
 def test_reconstruction(some):

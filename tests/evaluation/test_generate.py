@@ -107,7 +107,7 @@ def test_generate_to_resumes_and_refuses(pipeline, pictures, tmp_path):
     paths[2].unlink()
     generate_to(folder, pipeline, PROMPTS, SEEDS, batch_size=2, **SETTINGS)
     changed = [index for index, path in enumerate(paths) if path.stat().st_mtime_ns != before[path]]
-    assert changed == [2, 3]  # its batch, nothing else
+    assert changed == [2, 3]  # only its batch
     assert torch.equal(read_pictures(paths), pictures)
     with pytest.raises(ValueError, match="other guidance"):
         generate_to(folder, pipeline, PROMPTS, SEEDS, batch_size=2, **{**SETTINGS, "guidance": 4.0})
@@ -121,7 +121,7 @@ def test_agreement(pipeline):
     again = agreement_samples(latents, {"text": text}, pipeline, seed=1, count=10)
     assert torch.equal(samples.call["sample"], again.call["sample"])
     assert torch.equal(samples.call["timestep"], again.call["timestep"])
-    assert sorted(samples.indices[:7].tolist()) == list(range(7))  # all once, then again
+    assert sorted(samples.indices[:7].tolist()) == list(range(7))  # each index once, before any repeats
 
     torch.manual_seed(1)
     dense, other = pipeline.unet, UNet2DConditionModel.from_config(pipeline.unet.config)

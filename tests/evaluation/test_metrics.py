@@ -1,4 +1,4 @@
-"""The metrics against plain transcriptions of their definitions, and against closed forms."""
+"""The metrics agree with direct implementations of their definitions, and with closed forms."""
 
 import importlib
 import math
@@ -21,7 +21,7 @@ def features():
 
 def plain_frechet(x, y):
     first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    eigenvalues = np.linalg.eigvals(first @ second)  # of the product that is not symmetric
+    eigenvalues = np.linalg.eigvals(first @ second)  # eigenvalues of the non-symmetric product
     root = np.sqrt(np.clip(eigenvalues.real, 0, None)).sum()
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root
 
@@ -61,23 +61,23 @@ def test_distance_equals_its_transcription(metric, plain, features):
 def test_frechet_distance_equals_scipy(features):
     real, generated = (values.double().numpy() for values in features)
     first, second = np.cov(real, rowvar=False), np.cov(generated, rowvar=False)
-    cross = np.trace(scipy.linalg.sqrtm(first @ second)).real  # as FID's own code has it
+    cross = np.trace(scipy.linalg.sqrtm(first @ second)).real  # as in FID's published code
     apart = ((real.mean(0) - generated.mean(0)) ** 2).sum()
     expected = apart + np.trace(first) + np.trace(second) - 2 * cross
     assert metrics.frechet_distance(*features) == pytest.approx(expected, rel=1e-6)
 
 
 def published(name):
-    """Import a module of the extra `metrics`, or skip and say why it is not here."""
+    """Import a module of the extra `metrics`, or skip the test with the reason why it is missing."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         pytest.skip(f"needs pip install 'prunekit[metrics]' ({error})")
 
 
 def test_kid_equals_torch_fidelity(features):
     theirs = published("torch_fidelity.metric_kid").kernel_mmd
-    real, generated = (values[:40].double() for values in features)  # its sets are of one size
+    real, generated = (values[:40].double() for values in features)  # it needs sets of equal size
     found = theirs(real.numpy(), generated.numpy(), kid_kernel="poly", kid_kernel_poly_degree=3)
     assert metrics.kid(real, generated) == pytest.approx(float(found), rel=1e-6)
 
@@ -149,7 +149,7 @@ def test_retrieval_equals_sorting():
         nearest = np.argsort(-(images.double() @ texts.double().T).numpy(), axis=1)[:, :k]
         expected = np.mean([t in row for t, row in zip(targets.numpy(), nearest, strict=True)])
         assert metrics.retrieval(images, texts, targets, k) == pytest.approx(expected)
-    assert metrics.retrieval(torch.zeros(40, 8), texts, targets, 5) == 0  # all equal: nothing was recognized
+    assert metrics.retrieval(torch.zeros(40, 8), texts, targets, 5) == 0  # equal scores recognize nothing
 
 
 def test_wrong_shapes_are_refused():

@@ -1,4 +1,4 @@
-"""What a routing report says of routers whose answers are known."""
+"""Routing reports of routers with known assignments."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_a_report_has_every_part_in_order(world):
     assert sum(report["shares"]) == pytest.approx(1) and 0 < report["entropy"] <= 1
     assert controls["oracle"] <= controls["routed"] and controls["oracle"] <= controls["best_single"]
     assert controls["gain_interval"][0] <= controls["gain"] <= controls["gain_interval"][1]
-    assert controls["best_single_expert"] == 0 and controls["best_single_macs_over_mean"] > 1  # the least pruned
+    assert controls["best_single_expert"] == 0 and controls["best_single_macs_over_mean"] > 1  # the least pruned expert
     assert report["samples"] == 16 and len(report["words"]) == 3
     text = "\n".join(routing_lines("aptp", report))
     assert "where the router sends them" in text and "| 2 |" in text

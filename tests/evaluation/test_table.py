@@ -1,4 +1,4 @@
-"""Tables: one list of columns, three forms, no figure lost."""
+"""Tables: one list of columns in three formats, without loss of figures."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Closed forms against leaving out one picture at a time; intervals against scipy."""
+"""Closed forms agree with the jackknife (one picture left out at a time), and intervals agree with scipy."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""A run in one sentence: the closest model, and whether the samples separate it from the next one."""
+"""The sentence that sums up a run: the closest model, and whether the samples separate it from the next model."""
 
 import pytest
 

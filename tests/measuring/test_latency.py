@@ -1,4 +1,4 @@
-"""Latency as the budget: the table is kept, used again and refused; the model's cost is exact, soft and met."""
+"""Budgets in latency: tables are stored, reused and refused; the cost model is exact and soft, and budgets are met."""
 
 import json
 import time
@@ -38,7 +38,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def table(unet):
-    """Times in which odd numbers of units take half as long again, as some kernels' do."""
+    """Return a table in which odd numbers of units take 1.5 times as long, as with some kernels."""
     groups = {group.path: group.size for group in pk.discover(unet, "none").width_groups}
     layers = {}
     for index, site in enumerate(site for site in walk(unet) if site.kind != "block"):
@@ -78,7 +78,7 @@ def test_a_measured_table_has_every_layer_and_survives_saving(unet):
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"flux", "flux2"}))
 def test_a_transformer_has_a_table_too(name):
     transformer = build_transformer(name)
-    size = SIZE if name in ("qwen_image", "z_image", "wan") else latent_size(transformer)  # which is large there
+    size = SIZE if name in ("qwen_image", "z_image", "wan") else latent_size(transformer)  # their default is large
     own = measure_table(transformer, size, TEXT, batch=1, widths=2, seconds=0.01)
     layers = [layer for layer in denoiser_of(transformer).layers(transformer) if layer.path]
     assert {path: times.kind for path, times in own.layers.items()} == {layer.path: layer.kind for layer in layers}
@@ -124,7 +124,7 @@ def test_layers_in_place_leave_a_rest_and_no_hook(shape):
 
 def test_where_more_units_take_less_the_solver_counts_on_them():
     layer = LayerTimes.fitted("resnet", 4, {0: [1e-9], 2: [9e-9, 7e-9, 100e-9], 4: [5e-9]})
-    assert layer.curve() == [1, 5, 9, 7, 5]  # medians, and straight lines between
+    assert layer.curve() == [1, 5, 9, 7, 5]  # medians, with linear interpolation
     assert least_from(layer.curve(), 1) == [1, 5, 5, 5, 5]
     assert least_from([1, 3, 2, 6, 4, 9, 7, 8], 2) == [1, 2, 2, 4, 4, 7, 7, 8]
     assert least_from([1, 3, 2, 1, 4, 9, 5, 8], 4) == [1, 4, 4, 4, 4, 8, 8, 8]
@@ -148,7 +148,7 @@ def test_the_cost_is_the_sum_of_layers(model, table):
     group = space.width_groups[0]
     removed.values[space.slice(group)] = torch.arange(group.size) < 3
     halves = removed.values.double()
-    halves[space.slice(group)] = 3 / group.size  # adds up to the same number
+    halves[space.slice(group)] = 3 / group.size  # the sum is the same
     assert float(model.total(halves)) == pytest.approx(model.total(removed), rel=1e-12)
     gates = torch.full((2, space.size), 0.7, requires_grad=True)
     model.total(gates).sum().backward()
@@ -162,7 +162,7 @@ def test_a_budget_in_time_is_met_and_leaves_nothing_out(model, align):
     total, limit = model.total(architecture), 0.7 * model.dense_total
     assert 0 < total <= limit
     if align is None:
-        assert model.latency_ratio(architecture) == total / model.dense_total  # nothing is counted on that is not kept
+        assert model.latency_ratio(architecture) == total / model.dense_total  # no removed unit is counted
         running = model.running(architecture)
         over = [model.space.depth_units_over(group.path, group.kind) for group in model.space.groups]
         for group, depths in zip(model.space.groups, over, strict=True):
@@ -185,7 +185,7 @@ def test_every_method_takes_a_budget_in_time(name, unet, model, file):
 
 
 def test_a_run_measures_a_table_once_and_shows_the_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds a width
+    monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds per width
     monkeypatch.setattr("prunekit.methods.latency_budget.DEFAULT_WIDTHS", 2)
     training = {**TRAINING, "steps": 1}
     evaluation = {"num_images": 4, "steps": 1, "num_predictions": 4, "num_pictures": 2}

@@ -1,4 +1,4 @@
-"""Paired differences and Holm's correction, held against their definitions and scipy."""
+"""Paired differences and Holm's correction agree with their definitions and with scipy."""
 
 import numpy as np
 import pytest
@@ -25,5 +25,5 @@ def test_one_seed_tells_nothing_and_equal_rows_are_inseparable():
 
 
 def test_holms_correction():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm's own example
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm's example
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []

@@ -1,4 +1,4 @@
-"""The page of a run: every section, in one file, also of a run without routing, an old one, and a comparison."""
+"""The report page: every section in one file, also for a run without routing, an old run, and a comparison."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from prunekit.report.trust import warnings_of
 
 WRITES_REPORTS = True
 RECORDED = Path(__file__).parents[2] / "docs" / "results"
-FEW_CELLS = {  # of compare_emoji: seed 0 at one budget
+FEW_CELLS = {  # cells of compare_emoji at seed 0 and one budget
     "dense__seed0__static",
     "aptp__0.5__seed0__static",
     *(
@@ -35,11 +35,11 @@ FEW_CELLS = {  # of compare_emoji: seed 0 at one budget
     ),
 }
 VOID = {"meta", "link", "img", "input", "br"}
-FREE = {"p", "li", "td", "th", "tr", "thead", "tbody", "dt", "dd"}  # whose end HTML lets out
+FREE = {"p", "li", "td", "th", "tr", "thead", "tbody", "dt", "dd"}  # elements whose end tag HTML allows to omit
 
 
 class Page(HTMLParser):
-    """What a page refers to, its sections and names, and whether its elements are closed in order."""
+    """A parsed page: its links, ids and number of pictures; it checks that elements are closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -65,19 +65,19 @@ class Page(HTMLParser):
 
 
 def read(directory):
-    """Return a directory's page as text and parsed, having checked what holds for every page."""
+    """Check a directory's page for the properties of all pages, and return it as text and parsed."""
     path = directory / REPORT
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert path.stat().st_size < MOST_BYTES and not page.open
     assert len(page.ids) == len(set(page.ids)) and set(SECTIONS) <= set(page.ids)
-    for link in page.links:  # nothing beside the file itself
+    for link in page.links:  # the page needs no other file
         assert link.startswith("data:") or link.removeprefix("#") in page.ids, link[:80]
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     without = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert without.count("<script") == 0 and len(without) > 0.9 * len(
         text
-    )  # all but the filter and the enlarging is there without it
+    )  # without scripts, only the filter and the enlarging of pictures are missing
     return text, page
 
 
@@ -158,9 +158,9 @@ def test_it_fits_screens_and_paper(run):
         assert page.locator("dialog svg").bounding_box()["width"] > 700 and not page.locator("dialog img").count()
         page.locator("dialog").click()
         assert not page.evaluate("document.querySelector('dialog').open")
-        page.set_viewport_size({"width": 390, "height": 900})  # tables scroll by themselves, the page does not
+        page.set_viewport_size({"width": 390, "height": 900})  # tables scroll horizontally, but the page does not
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        page.set_viewport_size({"width": 1040, "height": 700})  # A4 across
+        page.set_viewport_size({"width": 1040, "height": 700})  # A4 landscape
         page.emulate_media(media="print")
         assert page.evaluate(f"{wide}.map(e => e.innerText)") == []
     assert faults == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
@@ -220,12 +220,12 @@ def test_a_comparison(world, tmp_path):
     compare([write(folder, "compared", content)], (), tmp_path / "compared")
     text, _ = read(tmp_path / "compared")
     assert "Budget 0.7, equal steps" in text and text.count("<article") == 4 and "random, " in text
-    assert len(reasons(text)) == 2 + ("Memory was not" in text), reasons(text)  # no routing, no sensitivity
+    assert len(reasons(text)) == 2 + ("Memory was not" in text), reasons(text)  # no routing and no sensitivity
 
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A directory with finished cells of two recipes, and the recipe of one of them."""
+    """Return a directory with finished cells of two recipes, and the recipe of one of them."""
     folder = tmp_path / "recorded"
     shutil.copytree(RECORDED / "compare_emoji" / "cells", folder / "cells")
     budgets = [{"budget": 0.5, "seeds": [0, 1], "methods": ["norm", "uniarch", "random"]}]
@@ -236,7 +236,7 @@ def recorded(tmp_path):
             path.unlink()
             continue
         cell = json.loads(path.read_text())
-        if cell["cell"]["method"] in ("norm", "uniarch"):  # random's are shared: another recipe made the same
+        if cell["cell"]["method"] in ("norm", "uniarch"):  # the cells of "random" are shared with another recipe
             path.write_text(json.dumps({**cell, "recipe": "mine"}))
     return folder
 
@@ -272,7 +272,7 @@ def test_a_comparison_logs_only_its_trainings(recorded):
 
 
 def cells_of(name):
-    """The cells of a recorded comparison."""
+    """Return the cells of a recorded comparison."""
     return [json.loads(path.read_text()) for path in sorted((RECORDED / name / "cells").glob("*.json"))]
 
 

@@ -1,4 +1,4 @@
-"""Attention as plain matrix products, which trains few tokens faster on a CPU, gives what torch's own gives."""
+"""Attention by plain matrix products, which is faster for few tokens on a CPU, equals torch's attention."""
 
 import pytest
 import torch
@@ -37,4 +37,4 @@ def test_a_denoiser_predicts_the_same(name, monkeypatch):
     monkeypatch.setattr(diffusion, "plain_attention", lambda *a, **k: seen.append(1) or plain_attention(*a, **k))
     with attention_kernel(model, torch.zeros(2, 4, 8, 8)):
         assert relative_error(predict(model, call), expected) <= 1e-5
-    assert seen or name == "pixart"  # whose attentions get another processor
+    assert seen or name == "pixart"  # its attentions get another processor

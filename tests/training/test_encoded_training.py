@@ -1,4 +1,4 @@
-"""Training on the cache: no encoder runs where all is kept, moments are sampled by law 4, and what the keys hold."""
+"""Training on the cache: encoders run only for uncached parts, moments are sampled by law 4, and keys are complete."""
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -57,13 +57,13 @@ def frozen(pipeline) -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def reference(world, pipeline, tmp_path_factory):
-    """What training on data in memory gives."""
+    """Return losses and weights of training on data in memory."""
     return tune(pipeline, encoded(world, None, pipeline), tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture
 def calls(pipeline):
-    """Counts the forward passes of the frozen encoders."""
+    """Return a counter of the frozen encoders' forward passes."""
     counts: Counter[str] = Counter()
 
     def count(name):
@@ -77,7 +77,7 @@ def calls(pipeline):
 
 
 def tune(pipeline, data, folder, **settings):
-    """Two fine-tuning steps on a slice of the UNet; return their losses and the weights."""
+    """Run two fine-tuning steps on a slice of the UNet; return their losses and the weights."""
     space = discover(pipeline.unet)
     torch.manual_seed(0)
     student = slice_unet(pipeline.unet, space.random(keep=0.9, seed=0))
@@ -181,7 +181,7 @@ def test_agreement_reads_only_what_it_draws(world, pipeline, tmp_path):
 
 
 class Louder:
-    """A prompt encoder that is almost the embedded one."""
+    """A prompt encoder that differs slightly from the embedded one."""
 
     def encode(self, prompts):
         return 1.001 * load_prompt_encoder().encode(prompts)
@@ -189,7 +189,7 @@ class Louder:
 
 @contextmanager
 def nudged(module):
-    """A module with one weight a little off."""
+    """Change one weight of a module slightly within the context."""
     parameter = next(module.parameters())
     original = parameter.detach().clone()
     with torch.no_grad():
@@ -200,7 +200,7 @@ def nudged(module):
 
 @contextmanager
 def configured(part, **settings):
-    """A pipeline or an autoencoder with other settings."""
+    """Change settings of a pipeline or an autoencoder within the context."""
     original = {name: part.config.get(name) for name in settings}
     part.register_to_config(**settings)
     yield
@@ -209,7 +209,7 @@ def configured(part, **settings):
 
 @contextmanager
 def shorter(pipeline):
-    """A pipeline whose tokenizers cut captions one token earlier."""
+    """Make a pipeline's tokenizers truncate captions one token earlier within the context."""
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
     for tokenizer in tokenizers:
         tokenizer.model_max_length -= 1
@@ -222,7 +222,7 @@ EVERY = {"latents", "text", "null", "prompts"}
 
 
 def test_every_input_is_part_of_a_key(world, pipeline, tmp_path):
-    """A change makes anew the parts that depend on it, and no others."""
+    """After a change, only the parts that depend on it are encoded again."""
     images, folders, seen = encoded(world, None, pipeline).images, set(), set()
     second = replace(images, captions=["another", *images.captions[1:]])
     third = replace(images, held_out=~images.held_out)

@@ -1,4 +1,4 @@
-"""Adapters attach to a pruned UNet where the layers that they name are left; elsewhere the error names the layer."""
+"""Adapters attach to a pruned UNet's layers; if a named layer was removed, the error names it."""
 
 import functools
 import gzip
@@ -28,7 +28,7 @@ peft = pytest.importorskip("peft")
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LAYERS = [*ATTENTION, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "net.0.proj", "net.2", "proj_in", "proj_out"]
-OF_KIND = {  # what an emptied group of a kind leaves without layers
+OF_KIND = {  # layers that disappear if a group of this kind is emptied
     "resnet": ("conv1", "conv2", "time_emb_proj"),
     "attention": ATTENTION,
     "feedforward": ("net.0.proj", "net.2"),
@@ -41,7 +41,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "unet_format_1"
 
 @functools.cache
 def architecture(shape: str, seed: int = 0) -> Architecture:
-    """A random architecture that empties every fourth group of each kind and removes every fourth layer."""
+    """Return a random architecture that empties every fourth group of each kind and removes every fourth layer."""
     space = discover(build(shape, "meta"), depth="all")
     values = space.random(0.7, seed).values
     values[space.num_width :] = True
@@ -56,7 +56,7 @@ def cut(shape: str, seed: int = 0) -> PrunedUNet2DConditionModel:
 
 
 def lost_layers(shape: str, seed: int = 0) -> dict[str, str]:
-    """The dense UNet's layers that the architecture takes away, and the removed layer that each lies in."""
+    """Return the names of the dense UNet's layers that the architecture removes, with the removed layer around each."""
     own, found = architecture(shape, seed), {}
     for group in own.removed():
         names = (name for name, module in build(shape, "meta").get_submodule(group.path).named_modules() if name)
@@ -81,7 +81,7 @@ def copies(unet):
 
 
 def train(unet, parameters=None):
-    """Take one step on the parameters, by default those that require gradients."""
+    """Run one training step on the parameters, by default those that require gradients."""
     optimizer = torch.optim.SGD([p for p in parameters or unet.parameters() if p.requires_grad], lr=0.1)
     unet(**inputs(unet, size=8)).sample.square().mean().backward()
     optimizer.step()
@@ -166,7 +166,7 @@ def test_a_pipeline_saves_and_loads_an_adapter(targets, tmp_path):
     pipeline.unet.add_adapter(config(targets))
     adapted = run(pipeline.unet)
     layers = peft.utils.get_peft_model_state_dict(pipeline.unet)
-    if targets is ATTENTION:  # diffusers' names, as its training scripts write them; they are for attentions alone
+    if targets is ATTENTION:  # names of diffusers' training scripts, which exist only for attentions
         layers = convert_state_dict_to_diffusers(layers)
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
     pipeline.unet.unload_lora()
@@ -214,7 +214,7 @@ def test_an_adapter_for_layers_of_which_none_is_left_is_refused(tmp_path):
     pruned = slice_unet(unet, Architecture(space, values))
     with pytest.raises(UserError, match=r"were removed: down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.attn1"):
         pruned.add_adapter(config(ATTENTION))
-    with pytest.raises(ValueError, match="not found in the base model"):  # PEFT's: the dense UNet has no such layer
+    with pytest.raises(ValueError, match="not found in the base model"):  # PEFT's error: no such layer exists
         pruned.add_adapter(config(["to_nothing"]))
     unet.add_adapter(config(ATTENTION))
     unet.save_lora_adapter(tmp_path)
@@ -224,12 +224,12 @@ def test_an_adapter_for_layers_of_which_none_is_left_is_refused(tmp_path):
 
 
 def custom_diffusion(unet, rows=lambda attention: attention.inner_dim):
-    """Custom-diffusion processors as its training makes them: from the cross-attentions' own weights."""
+    """Return custom-diffusion processors initialized from the attentions' weights, as in its training script."""
     made = {}
     for name in unet.attn_processors:
         attention = unet.get_submodule(name.removesuffix(".processor"))
         cross = name.endswith("attn2.processor")
-        whole = attention.inner_dim == attention.query_dim  # query and output are square in diffusers' processor
+        whole = attention.inner_dim == attention.query_dim  # diffusers' processor has square query and output weights
         own = made[name] = CustomDiffusionAttnProcessor(
             train_kv=cross,
             train_q_out=cross and whole,
@@ -275,7 +275,7 @@ def test_processors_of_removed_layers_are_refused(shape):
 
 
 def ip_adapter(unet, size=24, seed=0):
-    """Random weights of an IP-Adapter for a UNet, in the form of published files."""
+    """Return random weights of an IP-Adapter for a UNet, in the format of published files."""
     generator, weights, cross = torch.Generator().manual_seed(seed), {}, unet.config.cross_attention_dim
     for number, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
@@ -292,7 +292,7 @@ def ip_adapter(unet, size=24, seed=0):
 
 
 def drawn(unet, size=24):
-    """The output with an IP-Adapter's picture as a condition."""
+    """Return the UNet's output with a picture as the IP-Adapter's condition."""
     arguments = inputs(unet, size=8)
     embeds = torch.randn(1, 1, size, generator=torch.Generator().manual_seed(1))
     arguments["added_cond_kwargs"] = {**arguments.get("added_cond_kwargs", {}), "image_embeds": [embeds]}
@@ -302,13 +302,13 @@ def drawn(unet, size=24):
 
 @pytest.mark.parametrize("shape", MORE_SHAPES)
 def test_an_ip_adapter_of_the_dense_unet_fits(shape):
-    """Loaded into the pruned UNet, or copied from the dense one, it is the dense UNet's under the mask."""
+    """Loaded into the pruned UNet or copied from the dense one, it gives the dense UNet's output under the mask."""
     dense, unet, copied = build(shape), cut(shape), cut(shape)
     plain = run(unet)
     weights = ip_adapter(dense)
     with torch.no_grad(), gated(dense, architecture(shape).on(discover(dense, "all")).space) as gates:
         gates.set(architecture(shape))
-        dense._load_ip_adapter_weights([weights])  # as pipeline.load_ip_adapter does
+        dense._load_ip_adapter_weights([weights])  # pipeline.load_ip_adapter does the same
         expected = drawn(dense)
     copy_ip_adapter(dense, copied)
     assert relative_error(drawn(copied), expected) <= 1e-5
@@ -337,7 +337,7 @@ def test_an_ip_adapter_that_was_trained_on_the_pruned_unet_fits(shape):
 
 
 def test_the_lora_of_an_ip_adapter_names_the_dense_unets_layers():
-    """Face-ID adapters number their LoRA by the attentions of the dense UNet."""
+    """Face-ID adapters number their LoRA layers by the attentions of the dense UNet."""
     unet, dense = cut("sd2"), build("sd2", "meta")
     number, name = len(dense.attn_processors) - 1, list(dense.attn_processors)[-1]
     keys = [f"to_{layer}_lora.{side}.weight" for layer in ("q", "k", "v", "out") for side in ("down", "up")]
@@ -369,8 +369,8 @@ def test_names_in_memory_agree_and_files_have_the_dense_names(shape, tmp_path):
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
     in_file = load_file(tmp_path / "one" / WEIGHTS)
     assert set(in_file) < set(dense.state_dict()) and set(in_file) == {names.get(own, own) for own in unet.state_dict()}
-    assert list(unet.state_dict()) == [name for name, _ in unet.named_parameters()]  # saving left no hook
-    stock = UNet2DConditionModel.save_pretrained  # from whose signature pipelines read what they may pass on
+    assert list(unet.state_dict()) == [name for name, _ in unet.named_parameters()]  # no hook of saving remains
+    stock = UNet2DConditionModel.save_pretrained  # pipelines inspect its signature for accepted arguments
     assert inspect.signature(type(unet).save_pretrained) == inspect.signature(stock)
     for folder, variant in (("one", None), ("several", "own")):
         for low in (True, False):
@@ -390,18 +390,18 @@ def test_names_in_memory_agree_and_files_have_the_dense_names(shape, tmp_path):
 def test_weights_that_are_offloaded_are_found():
     unet = cut("sd2")
     expected = run(unet)
-    cpu_offload(unet, torch.device("cpu"))  # what a pipeline's enable_sequential_cpu_offload does
+    cpu_offload(unet, torch.device("cpu"))  # enable_sequential_cpu_offload of a pipeline does the same
     assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
     assert torch.equal(unet(**inputs(build("sd2"), size=8)).sample, expected)
 
 
 def class_of(source: str, folder: Path):
-    """The class of a class file, as a module of its own."""
+    """Import a class file as a separate module, and return its class."""
     folder.mkdir()
     path = folder / "modeling_pruned.py"
     path.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(f"modeling_pruned_{folder.name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module.PrunedUNet2DConditionModel
 
@@ -423,7 +423,7 @@ def test_an_exported_class_file_takes_adapters(tmp_path):
 
 @pytest.fixture
 def written(tmp_path):
-    """The golden folder, as prunekit wrote it before emptied layers had names of their own, and its class."""
+    """Return the golden folder, written before emptied layers had separate names, and the class in it."""
     for name in ("config.json", WEIGHTS):
         shutil.copy(GOLDEN / name, tmp_path)
     source = gzip.decompress((GOLDEN / "modeling_pruned.py.gz").read_bytes()).decode()
@@ -442,7 +442,7 @@ def test_a_folder_of_format_1_loads_to_the_same_bits(written, tmp_path):
         for parameter in unet.requires_grad_(False).parameters():
             parameter.data = (
                 parameter.data.clone()
-            )  # kernels depend on where a file puts weights, and on frozen weights
+            )  # rounding depends on the weights' memory alignment and on whether they are frozen
     expected = load_file(GOLDEN / "output.safetensors")["sample"]
     arguments = inputs(old, batch=2, size=8)
     with torch.no_grad():

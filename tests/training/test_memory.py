@@ -1,4 +1,4 @@
-"""How frozen models are held: in bfloat16, and in host memory."""
+"""Frozen models are kept in bfloat16 or in host memory."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ TRAINING = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "precision": "bf
 
 
 def model_of(name):
-    """A model whose weights of linear layers and convolutions bfloat16 holds exactly."""
+    """Return a model whose weights of linear layers and convolutions are exact in bfloat16."""
     model = (build_unet("sd2", layers_per_block=1) if name == "unet" else build(name)).requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, CAST):

@@ -1,4 +1,4 @@
-"""prunekit's steps give the losses and gradients of the same mathematics written plainly; so does bfloat16, roughly."""
+"""prunekit's steps have the losses and gradients of a plain implementation; bfloat16 has them approximately."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
 
 def ours(objective, precision, batch):
-    """Loss of a step in micro-batches, as the trainer adds it up, and the gradients."""
+    """Return the loss of a step in micro-batches, added up as in the trainer, and the gradients."""
     total = sum(float(value.detach()) for value in objective.shared_loss(batch).values())
     shared = objective.shared_loss(batch)
     if shared:
@@ -53,7 +53,7 @@ def test_a_search_step_is_the_plain_one(precision):
     space, cost = space_and_cost(unet, method.config)
     with pk.gated(unet, space) as gates:
         objective = method._objective(unet, gates, cost, process_of(stub(unet)), data)
-        objective.batch(1)  # places the codes
+        objective.batch(1)  # initializes the codes
         batch = objective.batch(STEP)
         found, gradient = ours(objective, precision, batch)
         draws = {

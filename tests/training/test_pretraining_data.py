@@ -1,4 +1,4 @@
-"""Training from nothing sees the pictures with a training caption alone, and each with its own."""
+"""Pre-training uses only pictures with a training caption, each with its own captions."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_the_embedded_models_data_is_whole():
 
 def test_pretraining_with_held_out_pictures_runs(tmp_path):
     data = write_world(tmp_path)["data"]
-    seed = next(seed for seed in range(99) if load_data(DataConfig(**data), seed).held_out[-1])  # then an index too far
+    seed = next(seed for seed in range(99) if load_data(DataConfig(**data), seed).held_out[-1])  # the last is held out
     parts = {
         part: {**TRAINING, "steps": 2, "batch_size": 12}
         for part in ("autoencoder", "decoder", "diffusion", "evaluator")

@@ -1,4 +1,4 @@
-"""min-SNR weights: both forms on Stable Diffusion's schedule, where they come from, and what earlier records mean."""
+"""min-SNR weights: both forms on Stable Diffusion's schedule, their source, and the meaning of earlier records."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What a step does not do: read a tensor of the device on the host, or copy to the device by a copy that waits.
+"""A step reads no tensor of the device on the host, and makes no blocking copy to the device.
 
-Either would make the host wait for the device. And what a step saves changes no bit.
+Either would make the host wait for the device. Optimizations of a step do not change its results by a bit.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ SEARCH = {"steps": 4, "batch_size": 6, "learning_rate": 1e-2, "precision": "bflo
 
 
 class Reads(TorchDispatchMode):
-    """Keeps the operations whose result the host needs, with the dtype that they look at, and counts all."""
+    """Records operations whose result the host needs, with the dtype of their input, and counts all operations."""
 
     def __init__(self):
         super().__init__()
@@ -55,11 +55,11 @@ def test_a_search_step_reads_nothing_of_the_device(method):
     space, cost = space_and_cost(unet, method.config)
     with pk.gated(unet, space) as gates:
         objective = method._objective(unet, gates, cost, process_of(stub(unet)), encoded_for(unet, num=12))
-        objective.batch(1)  # the codes are placed
+        objective.batch(1)  # initializes the codes
         for step in (0, 2):
             with Reads() as placed:
                 batch = objective.batch(step)
-            assert placed.found in ([], [("_local_scalar_dense", torch.bool)])  # transport looks at its input on a CPU
+            assert placed.found in ([], [("_local_scalar_dense", torch.bool)])  # transport checks its input on a CPU
             with Reads() as reads, torch.autocast("cpu", torch.bfloat16):
                 terms = objective.shared_loss(batch)
                 sum(terms.values()).backward()
@@ -68,11 +68,11 @@ def test_a_search_step_reads_nothing_of_the_device(method):
             assert found == (
                 {"_local_scalar_dense"},
                 {torch.int64},
-            )  # ranges of indices, checked on CPUs
+            )  # checks of index ranges, which run only on CPUs
 
 
 class Copies(TorchDispatchMode):
-    """Keeps the operations that take a tensor with axes from the host to the device and wait for it."""
+    """Records blocking copies of tensors (except scalars) from the host to the device, and counts the other copies."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """The meta device in place of a GPU: nothing of it can be read, and what lies on the host is another device's."""
+    """Return the meta device as a simulated GPU: its tensors cannot be read, and mixing it with CPU tensors fails."""
     autocast = torch.autocast
 
     def of(kind, *arguments, **options):
@@ -120,7 +120,7 @@ def test_a_search_step_on_another_device_waits_for_no_copy(method, meta):
                 batch = objective.batch(step)
                 sum(objective.shared_loss(batch).values()).backward()
                 sum(objective.micro_loss(batch, torch.arange(6)).values()).backward()
-        assert copies.waited == [] and copies.unwaited >= 4  # the last step: tables are there by then
+        assert copies.waited == [] and copies.unwaited >= 4  # in the last step, when all tables are on the device
 
 
 def test_a_fine_tuning_step_on_another_device_waits_for_no_copy(meta):

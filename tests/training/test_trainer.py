@@ -1,4 +1,4 @@
-"""The trainer on a small regression: accumulation, resuming, milestones, and what a non-finite loss leaves behind."""
+"""The trainer on a small regression: accumulation, resumption, milestones, and files after a non-finite loss."""
 
 from dataclasses import dataclass, field
 
@@ -16,12 +16,12 @@ SETTINGS = {"steps": 20, "batch_size": 12, "learning_rate": 1e-2, "warmup_steps"
 
 
 class StopError(Exception):
-    """Ends a training as a kill would: nothing is saved on the way out."""
+    """Ends a training like a kill, without saving its state."""
 
 
 @dataclass
 class Regression:
-    """Linear regression with a term of the whole batch, as an objective."""
+    """Objective of a linear regression, with an additional loss term of the whole batch."""
 
     stop_at: int | None = None
     poison_at: int | None = None
@@ -61,7 +61,7 @@ def train(folder, objective=None, **changes):
 
 
 def fit(folder, objective, log=None, **changes):
-    """Return the figures of a training, but for its time."""
+    """Return the figures of a training without its time."""
     config = TrainerConfig(**{**SETTINGS, **changes})
     return {**Trainer(config, objective, folder, "toy", log).fit(), "seconds": 0}
 
@@ -78,7 +78,7 @@ def test_accumulation_changes_nothing(tmp_path, micro_batch):
 @pytest.mark.parametrize("log_every", [1, 7, 50])
 @pytest.mark.parametrize("stop", [1, 7, 19, 20])
 def test_killed_and_resumed_ends_where_it_would_have(tmp_path, stop, log_every, ema):
-    """Stopped at 20, after its last checkpoint: a training that was killed there lost its loss."""
+    """Stop at 20 is after the last checkpoint. Once, a training that was killed there lost its loss."""
     changes = {"ema": ema, "checkpoint_minutes": 1e-9, "log_every": log_every}
     straight, killed, resumed = Regression(), Regression(stop_at=stop), Regression()
     figures = fit(tmp_path / "straight", straight, **changes)
@@ -94,16 +94,16 @@ def test_killed_and_resumed_ends_where_it_would_have(tmp_path, stop, log_every, 
 
 
 def test_started_again_after_its_last_step_it_returns_the_same_figures(tmp_path):
-    """Terms were written to checkpoints and never read: a run killed after its last step lost its loss."""
+    """Once, terms were written to checkpoints but not read, so a run killed after its last step lost its loss."""
     first, again = (fit(tmp_path, Regression()) for _ in range(2))
     assert again == first
 
 
 def test_the_average_of_the_weights_is_what_stays(tmp_path):
-    """By hand: after step k the average keeps min(0.9, k / (9 + k)) of itself, from the second step on."""
+    """After step k >= 2, the average is kept with weight min(0.9, k / (9 + k)), as computed here."""
     objective, seen = Regression(), []
     trainer = Trainer(TrainerConfig(**SETTINGS, ema=0.9), objective, tmp_path, "toy")
-    trainer.log = lambda row: seen.append(objective.model.weight.detach().clone())  # not yet averaged
+    trainer.log = lambda row: seen.append(objective.model.weight.detach().clone())  # the weights before averaging
     trainer.fit()
     average = seen[0]
     for k, weight in enumerate(seen[1:], start=2):
@@ -162,7 +162,7 @@ def test_a_file_is_replaced_whole_and_nothing_stays_beside_it(tmp_path):
         (new.parent / ".tmpab12cd").write_bytes(b"what safetensors writes before it renames")
         raise StopError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    for killed in (path, tmp_path / "x1.safetensors"):  # which the name is not, though it matches as a pattern
+    for killed in (path, tmp_path / "x1.safetensors"):  # x[1] as a pattern matches x1, but is another name
         temporary_for(killed).mkdir()
     clear_killed(path)
     assert sorted(entry.name[:4] for entry in tmp_path.iterdir()) == [".x1.", "x[1]"]
