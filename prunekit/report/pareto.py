@@ -95,13 +95,16 @@ def _point(panel, row: Row, index: int, name: str, cost: str, count: int) -> Non
 
 def _limit(panel, rows: Sequence[Row], name: str) -> None:
     """Fit the y axis to the means, so that one wide interval does not flatten all others; CMMD's is logarithmic."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     means = [row.estimates[name].mean * BY_KEY[name].scale for row in rows]
     low, high = min(means), max(means)
     if name == "cmmd" and low > 0:
         panel.set_yscale("log")
         panel.set_ylim(low / 1.5, high * 1.5)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # with labels at all minor ticks they would overlap
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
     elif high > low:
         margin = 0.2 * (high - low)
         panel.set_ylim(low - margin, high + margin)
