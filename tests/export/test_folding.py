@@ -1,4 +1,4 @@
-"""Folded modulation layers: a table is exact at its steps, a rank errs as measured, both open without prunekit."""
+"""Folded modulation layers: tables are exact at their steps, ranks have the measured error, and both open elsewhere."""
 
 import importlib.util
 import sys
@@ -43,7 +43,7 @@ def cut_of(model):
 
 
 def recorded_of(model, count=40, seed=0):
-    """What the modulation layers read in random calls; the timesteps of a table differ."""
+    """Return the modulation layers' inputs in random calls, with made-up timesteps that differ from each other."""
     seen = []
     embedding = model.get_submodule(modulation_of(model).embedding)
     handle = embedding.register_forward_hook(
@@ -56,7 +56,7 @@ def recorded_of(model, count=40, seed=0):
 
 @pytest.fixture(scope="module")
 def qwen_image():
-    """A pipeline around a cut Qwen-Image, and arguments of its call."""
+    """Return a pipeline with a pruned Qwen-Image, and arguments of its call."""
     pipeline, options = make("qwen_image", load_pipeline("emoji"))
     pipeline.transformer = cut_of(pipeline.transformer)
     return pipeline, {**options, "guidance": options.pop("true_cfg_scale")}
@@ -79,7 +79,7 @@ def test_a_table_is_exact_at_the_samplers_steps(qwen_image):
     nearest = fold_modulation(pipeline.transformer, recorded, nearest=True).model
     errors = output_errors(pipeline, {"table": nearest}, None, num_inference_steps=STEPS + 1, **options)["table"]
     assert 1e-4 < errors["mean"] < 1
-    half = folded.model.to(torch.bfloat16)  # the pipeline then rounds its timesteps
+    half = folded.model.to(torch.bfloat16)  # in bfloat16, the pipeline rounds its timesteps
     call = call_of(half, STEPS).to("cpu", torch.bfloat16)
     rounded = torch.tensor(half.config.folding["timesteps"]).bfloat16() / 1000
     assert predict(half, call.replace(timestep=rounded)).isfinite().all()
@@ -131,7 +131,7 @@ def test_costs_are_exact_and_a_folded_model_can_be_cut(name):
 
 @pytest.fixture(scope="module")
 def models(qwen_image):
-    """Folded models by name: a table of a cut Qwen-Image, a rank of others."""
+    """Return folded models by name: a pruned Qwen-Image folded to a table, and others folded to a rank."""
     pipeline, options = qwen_image
     table = fold_modulation(
         pipeline.transformer, record_modulation(pipeline, None, num_inference_steps=STEPS, **options)
@@ -148,7 +148,7 @@ def test_the_class_file_folds_as_the_package(name, models, tmp_path):
     model = models[name].model
     spec = importlib.util.spec_from_file_location(f"modeling_of_folded_{name}", write_class_file(type(model), tmp_path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     own = getattr(module, type(model).__name__).from_config(model.config).eval()
     own.load_state_dict(model.state_dict())

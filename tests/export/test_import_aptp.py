@@ -1,4 +1,4 @@
-"""A release of APTP's published form, made here by its own rules, becomes the same architectures, units and costs."""
+"""The import of a release in APTP's format (helpers/small_release.py) gives its architectures, units and costs."""
 
 import json
 import pickle
@@ -84,7 +84,7 @@ class Harmful:
 
 
 def _faults(folder, vector, unet):
-    """Each fault: what to write into an empty release, and what the refusal says."""
+    """Return the faults: functions that write to an empty release, and the error messages."""
     other = {"width": [[8]], "depth": [[1]]}
 
     def structured(structure):

@@ -1,4 +1,4 @@
-"""Cuts of whole blocks open without prunekit: as stock models, and as single files in the original layout."""
+"""Models without some blocks open without prunekit: as stock models, and as single files in the original layout."""
 
 import itertools
 from collections import Counter
@@ -20,7 +20,7 @@ from prunekit.runtime.errors import UserError
 from prunekit.serving.exporting import export
 
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 4, "in_channels": 16}
-OTHERS = {  # classes that are not described here, with a name that their original files have
+OTHERS = {  # other classes, with a name of a weight in their original files
     "flux2": (
         Flux2Transformer2DModel,
         {**SMALL, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4, 4)},
@@ -40,7 +40,7 @@ OTHERS = {  # classes that are not described here, with a name that their origin
 
 
 def without(model, removed):
-    """The Architecture without the blocks whose numbers, among all blocks, are named."""
+    """Return the architecture without the blocks of the given numbers."""
     space = pk.discover(model, "all")
     values = torch.ones(space.size, dtype=torch.bool)
     for index in removed:
@@ -49,7 +49,7 @@ def without(model, removed):
 
 
 def masked(model, architecture):
-    """The gated dense model on random inputs."""
+    """Return the outputs of the dense model under the architecture's gates, on random inputs."""
     with pk.gated(model, architecture.space) as gates:
         gates.set(architecture)
         return Expected.of(model, 5)
@@ -68,7 +68,7 @@ def test_every_cut_of_whole_blocks_is_a_stock_model(name):
             left = Counter(path.partition(".")[0] for index, path in enumerate(paths) if index not in removed)
             counts = {(setting, left[blocks]) for blocks, setting in settings.items()}
             ends_text = name.startswith("sd3") and len(paths) - 1 in removed and count < len(paths)
-            if ends_text or len(counts) > len(set(settings.values())):  # or one setting counts lists of two lengths
+            if ends_text or len(counts) > len(set(settings.values())):  # one setting cannot express two counts
                 assert stock is None
                 continue
             assert type(stock) is type(model) and "pruning" not in stock.config

@@ -1,4 +1,4 @@
-"""The export of a mixture is one pipeline of diffusers, in a process where prunekit cannot be imported."""
+"""An exported mixture is a single diffusers pipeline, which runs in a process without prunekit."""
 
 import inspect
 import json
@@ -47,7 +47,7 @@ assert not any(name.split(".")[0] == "prunekit" for name in sys.modules)
 
 
 def from_both_experts(pipeline):
-    """Two prompts each of two experts, in turn."""
+    """Return two prompts per expert of two experts, alternating."""
     experts = pipeline.route(PROMPTS).tolist()
     own = [[p for p, e in zip(PROMPTS, experts, strict=True) if e == which] for which in sorted(set(experts))[:2]]
     return [own[0][0], own[1][0], own[0][1], own[1][1]]
@@ -55,7 +55,7 @@ def from_both_experts(pipeline):
 
 @pytest.fixture(scope="module")
 def unets(tmp_path_factory):
-    """A mixture of three UNets, one of which a stock config expresses, and its folder."""
+    """Return a mixture of three UNets, one of which a stock config can express, and its folder."""
     place = tmp_path_factory.mktemp("unets")
     pipeline = PromptRoutedPipeline.from_pretrained(write_mixture(place / "run", 3, depth_only=(1,)), device="cpu")
     pipeline.save_pretrained(place / "saved")
@@ -64,7 +64,7 @@ def unets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    """The embedded Stable Diffusion 3, cut to two experts, and its folder."""
+    """Return a mixture of two experts of the embedded Stable Diffusion 3, and its folder."""
     stock = load_pipeline("emoji-sd3")
     space = pk.discover(stock.transformer, "all")
     experts = [pk.slice_model(stock.transformer, space.random(keep, seed=1)) for keep in (0.5, 0.7)]
@@ -78,7 +78,7 @@ def transformers(tmp_path_factory):
 
 @pytest.fixture
 def loader(monkeypatch, tmp_path):
-    """diffusers' loader, with a folder for the code that it copies."""
+    """Return diffusers' loader, which copies code to a temporary folder."""
     from diffusers.utils import dynamic_modules_utils
 
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -101,7 +101,7 @@ def test_it_draws_the_same_without_prunekit(unets, transformers, tmp_path):
         theirs, ours = np.load(f"{folder}/drawn.npz"), pipeline(prompts, seeds=0, **CALL)
         assert theirs["experts"].tolist() == ours.experts and len(set(ours.experts)) == 2
         assert theirs["seeds"].tolist() == ours.seeds
-        assert np.abs(theirs["images"] - ours.images).max() <= 1e-5  # other memory: other kernels, by their alignment
+        assert np.abs(theirs["images"] - ours.images).max() <= 1e-5  # memory alignment affects the choice of kernels
         for name in ("one", "alone"):
             assert np.abs(theirs[name] - theirs["images"][0]).max() <= 1e-5
 
@@ -163,10 +163,10 @@ def test_it_moves_and_changes_type_whole(unets, loader):
 
 
 def test_the_calls_of_servers(unets, loader):
-    """As SGLang 0.5.23 (`runtime/pipelines/diffusers_pipeline.py`) and vLLM-Omni 0.30.0 (`diffusers_adapter`) load."""
+    """Load as in SGLang 0.5.23 (runtime/pipelines/diffusers_pipeline.py) and vLLM-Omni 0.30.0 (diffusers_adapter)."""
     pipeline, folder = unets
     given = {"torch_dtype": torch.float32, "trust_remote_code": False, "revision": None}
-    with pytest.raises(AttributeError, match="has no attribute"):  # by which SGLang tells that the folder has its own
+    with pytest.raises(AttributeError, match="has no attribute"):  # SGLang detects custom code by this error
         loader(str(folder), **given)
     own = loader(str(folder), **{**given, "trust_remote_code": True}, custom_pipeline=str(folder))
     other = loader(str(folder), torch_dtype=torch.float32, **LOADED)
@@ -199,5 +199,5 @@ def test_a_bundle_takes_all_names_of_a_statement_and_may_define_one():
     names = {}
     exec(compile(source, "bundle", "exec"), names)
     assert names["CLIP_TOKENS"] == 77 and "MOST_TOKENS" not in names
-    with pytest.raises(AssertionError, match="two imports give one name"):  # copy, and copy.copy
+    with pytest.raises(AssertionError, match="two imports give one name"):  # the module copy and the function copy.copy
         bundle([("prunekit.methods.router", "Router"), ("prunekit.serving.routed_call", "RoutedCall")], {}, "Both.")

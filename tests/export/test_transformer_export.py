@@ -1,4 +1,4 @@
-"""Pruned transformers open elsewhere: each class by its file, a mixture and one expert of an SD 3."""
+"""Pruned transformers open elsewhere: each class with its class file, a mixture, and one expert of an SD 3."""
 
 import importlib.util
 import sys
@@ -41,7 +41,7 @@ def test_the_class_file_is_the_package(name, tmp_path):
     model = pruned(name)
     spec = importlib.util.spec_from_file_location(f"modeling_of_{name}", write_class_file(type(model), tmp_path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     own_class = getattr(module, type(model).__name__)
     assert own_class.__module__ == spec.name
@@ -93,7 +93,7 @@ def test_a_folder_is_read_and_checked(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory):
-    """A prompt-routed pipeline of an SD 3 with two experts."""
+    """Return a prompt-routed pipeline of an SD 3 with two experts."""
     folder = write(tmp_path_factory.mktemp("sd3"), "sd35", load_pipeline("emoji"))
     pipeline = load_pipeline(folder)
     space = pk.discover(pipeline.transformer, "all")
@@ -115,13 +115,13 @@ def test_a_mixture_is_drawn_saved_and_read(routed, tmp_path):
         pk.CostModel(model, pk.discover(model, "none"), text_length=routed.text_length).dense_macs
         for model in map(routed.mixture.experts.load, range(2), ["cpu"] * 2, [torch.float32] * 2)
     ]
-    assert drawn.macs == [costs[expert] * 2 * 2 for expert in drawn.experts]  # steps, and both texts of guidance
+    assert drawn.macs == [costs[expert] * 2 * 2 for expert in drawn.experts]  # 2 steps, 2 texts because of guidance
     assert draw(routed, guidance_scale=1.0).macs == [costs[expert] * 2 for expert in drawn.experts]
     routed.save_pretrained(tmp_path / "saved")
     again = draw(pk.PromptRoutedPipeline.from_pretrained(tmp_path / "saved", device="cpu"))
     assert again.experts == drawn.experts and (again.images == drawn.images).all()
     text = routed.text_length
-    assert text == 16 + 1  # CLIP's, and one of the stand-in for T5
+    assert text == 16 + 1  # tokens of CLIP, and one of the replacement of T5
 
 
 def test_an_image_is_the_stock_pipelines(routed):
@@ -142,7 +142,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_pipelines_are_routed(name, tmp_path):
-    """An image is the stock pipeline's, and its MACs are those of every call of the transformer that it makes."""
+    """An image equals the stock pipeline's, and its MACs count all calls of the transformer."""
     pipeline = load_pipeline(write(tmp_path / "own", name, load_pipeline("emoji")))
     space = pk.discover(pipeline.transformer, "all")
     experts = [pk.slice_unet(pipeline.transformer, space.random(0.6, seed)) for seed in range(2)]
@@ -197,11 +197,11 @@ def test_one_expert_is_a_plain_pipeline(routed, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_graphs(name, tier, tmp_path):
     save_denoiser(pruned(name), tmp_path / "model")
-    batch = 2 if name == "z_image" else None  # which takes its samples apart
+    batch = 2 if name == "z_image" else None  # its forward pass loops over samples
     if batch is not None:
         with pytest.raises(UserError, match=r"cannot take any number of samples .* state how many"):
             export(tmp_path / "model", tmp_path / "out", tier)
-    if tier == "onnx" and name in ("pixart", "qwen_image", "z_image"):  # what torch's exporter does not do yet
+    if tier == "onnx" and name in ("pixart", "qwen_image", "z_image"):  # torch's exporter does not support these
         with pytest.raises(UserError, match=r"as ONNX|does not open in a fresh process") as error:
             export(tmp_path / "model", tmp_path / "out", tier, batch=batch)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

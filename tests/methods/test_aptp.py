@@ -1,4 +1,4 @@
-"""APTP's search on a small model: deterministic, resumable, independent of accumulation, and within its budget."""
+"""APTP's search on a small model is deterministic, resumable, independent of accumulation, and within its budget."""
 
 import json
 import math
@@ -83,12 +83,12 @@ VARIANTS = {
 }
 
 
-BESIDE = {"bfloat16": "published code"}  # a setting that stands beside a preset differs from that preset's search
+BESIDE = {"bfloat16": "published code"}  # variants that are compared with a preset's search
 
 
 @pytest.fixture(scope="module")
 def searched(pipeline):
-    """Settings beside `SETTINGS` -> the result of a short search, and the rows that it logged; made once."""
+    """Return a cached function from changed settings to a short search's result and logged rows."""
     made = {}
 
     def search(**settings):
@@ -110,7 +110,7 @@ def test_every_setting_searches_and_meets_the_budget(searched, name):
     plain, usual = searched(**VARIANTS.get(BESIDE.get(name), {}))
     prompts = encoded().prompts
     changed = not torch.equal(other.router.scores(prompts), plain.router.scores(prompts))
-    assert changed or name in BESIDE  # hardened scores of so few steps are the same in another precision
+    assert changed or name in BESIDE  # after few steps, hardened scores do not depend on the precision
     assert [row["loss"] for row in rows] != [row["loss"] for row in usual]
     assert isinstance(other.router, HardenedRouter) == (settings.get("preset") == "published_code")
     spread = settings.get("spread_weight") or settings.get("preset") == "published_code"
@@ -149,11 +149,11 @@ def test_each_preset_is_what_its_name_says():
 
 
 class StopError(Exception):
-    """Ends a search as a kill would: nothing is saved on the way out."""
+    """Ends a search like a kill, without saving its state."""
 
 
 class Undecided(APTP):
-    """APTP that is killed after its last checkpoint, before it decides."""
+    """APTP that is killed after its last checkpoint, before it chooses architectures."""
 
     def _decide(self, objective):
         raise StopError
@@ -208,7 +208,7 @@ def losses_and_gradients(pipeline, micro_batch, step, **settings):
     with gated(pipeline.unet.requires_grad_(False), space) as gates:
         args = (pipeline.unet, gates, predictor, codes, cost, PROCESS, data, method.config, torch.device("cpu"))
         objective = SearchObjective(*args)
-        objective.batch(SETTINGS["warmup"])  # places the codes
+        objective.batch(SETTINGS["warmup"])  # initializes the codes
         batch = objective.batch(step)
         terms = {name: float(value.detach()) for name, value in objective.shared_loss(batch).items()}
         sum(objective.shared_loss(objective.batch(step)).values()).backward()
@@ -225,7 +225,7 @@ def losses_and_gradients(pipeline, micro_batch, step, **settings):
 def test_accumulation_changes_neither_losses_nor_gradients(pipeline, step):
     whole, gradient, batch = losses_and_gradients(pipeline, SEARCH["batch_size"], step)
     parts, other, _ = losses_and_gradients(pipeline, 3, step)
-    # rounding in float32: up to 1.2e-5 on processors whose kernels sum a batch of 3 and of 6 in other orders
+    # Rounding in float32 is up to 1.2e-5 on processors whose kernels sum batches of 3 and 6 in different orders.
     assert whole == pytest.approx(parts, rel=3e-5)
     assert (gradient - other).norm() <= 3e-5 * gradient.norm() and gradient.norm() > 0
     assert float(batch.weights.sum()) == pytest.approx(1.0)
@@ -239,13 +239,13 @@ def test_transport_spreads_a_batch_and_without_it_the_nearest_code_wins(pipeline
         cost = CostModel(pipeline.unet, space, text_length=16)
         objective = method._objective(pipeline.unet, gates, cost, PROCESS, encoded())
         objective.codes.values.data = torch.cat([objective.codes.values.data[:1] + 1.0, -torch.ones(2, space.size)])
-        torch.nn.init.constant_(objective.predictor.bias, 1.0)  # every prompt is nearest to the first code
+        torch.nn.init.constant_(objective.predictor.bias, 1.0)  # makes the first code the nearest of every prompt
         assignment = objective.batch(SETTINGS["warmup"] + 1).assignment
     assert assignment.any() if transport else not assignment.any()
 
 
 class Kept(APTP):
-    """APTP that keeps its objective."""
+    """APTP that keeps its objective for the test."""
 
     def _decide(self, objective):
         self.objective = objective
@@ -256,10 +256,10 @@ def test_the_published_codes_router_compares_the_gates_that_training_compared(pi
     method = Kept(**{**SETTINGS, "warmup": 2}, preset="published_code", search={**SEARCH, "steps": 4})
     assert isinstance(method.prune(pipeline, encoded(), tmp_path).router, HardenedRouter)
     prompts, objective = encoded().prompts, method.objective
-    with torch.no_grad():  # gates on either side of open, as after a long search
+    with torch.no_grad():  # gates near 0 and near 1, as after a long search
         objective.codes.values.copy_(6 * torch.randn(objective.codes.values.shape, generator=generator(0, "codes")))
         objective.predictor.weight.mul_(30)
-    router, expected = method._router(objective), objective.similarities(prompts)  # (B, N), of the training, no noise
+    router, expected = method._router(objective), objective.similarities(prompts)  # (B, N), as in training, no noise
     assert torch.allclose(router.scores(prompts), expected.double(), atol=1e-6)
     noisy = objective._similarities(objective.draw(3), objective.predictor(prompts).detach())
     assert torch.corrcoef(torch.stack([noisy.flatten(), expected.flatten()]))[0, 1] > 0.5
@@ -269,7 +269,7 @@ def test_the_published_codes_router_compares_the_gates_that_training_compared(pi
     assert isinstance(loaded, HardenedRouter) and loaded.unused == router.unused
     assert torch.equal(loaded.scores(prompts), router.scores(prompts))
     one_by_one = torch.cat([loaded.scores(prompt[None]) for prompt in prompts])
-    assert torch.equal(loaded.scores(prompts), one_by_one)  # whatever else is in the batch
+    assert torch.equal(loaded.scores(prompts), one_by_one)  # independent of the batch
     shift = torch.tensor([0.0, 0.0, 9.0], dtype=torch.float64)
     assert (loaded.without(()).shifted(shift).route(prompts) == 2).all() and loaded.embedding_size == 10
 
@@ -277,7 +277,7 @@ def test_the_published_codes_router_compares_the_gates_that_training_compared(pi
 def test_a_collapsed_mixture_says_so_and_never_sends_a_prompt_to_a_dead_expert(pipeline, tmp_path):
     method = APTP(**{**SETTINGS, "warmup": 2}, balance=False, transport=False, search={**SEARCH, "steps": 3})
     predictor, codes = method._parameters(10, discover(pipeline.unet, depth="aptp").size)
-    with torch.no_grad():  # what all prompts have in common decides
+    with torch.no_grad():  # makes the nearest code nearly independent of the prompt
         predictor.weight.mul_(0.01)
         codes.values[0] = predictor.bias
     method._parameters = lambda *sizes: (predictor, codes)
@@ -293,7 +293,7 @@ def test_a_collapsed_mixture_says_so_and_never_sends_a_prompt_to_a_dead_expert(p
     assert favored.scores(prompts).argmax(dim=1).tolist() != favored.route(prompts).tolist()
     for router in (favored, Router.load(favored.save(tmp_path / "router")), favored.with_fallback(favored.fallback)):
         assert router.unused == tuple(dead) and not set(router.route(prompts).tolist()) & set(dead)
-        assert not set(router.route(prompts * 0).tolist()) & set(dead)  # nor a prompt without a known word
+        assert not set(router.route(prompts * 0).tolist()) & set(dead)  # also for prompts without a known word
     candidate = Candidate("aptp", [], [1, 1, 1], [100, 20, 3], result.router)
     assert candidate.used_params() == sum(p for e, p in enumerate([100, 20, 3]) if e not in dead)
     assert candidate.used_params(torch.tensor([0.5, 0.0, 0.5])) == 103

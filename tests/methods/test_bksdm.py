@@ -23,7 +23,7 @@ def sd14():
 
 
 def published(shape, variant):
-    """BK-SDM's config: one layer per block; Small and Tiny without a mid block; Tiny without the innermost level."""
+    """Return BK-SDM's config: one layer per block; Small and Tiny have no mid block, and Tiny no innermost level."""
     levels = 3 if variant == "tiny" else 4
     config = {**CONFIGS[shape], "block_out_channels": CONFIGS[shape]["block_out_channels"][:levels]}
     if isinstance(config["attention_head_dim"], list):
@@ -40,7 +40,7 @@ def published(shape, variant):
 
 
 def copied(unet, stock, variant):
-    """BK-SDM's copy of the weights: the first layer of a down block; the first and third of an up block."""
+    """Copy weights as BK-SDM does: the first layer of a down block, and the first and third layer of an up block."""
 
     def source(key):
         parts = key.split(".")

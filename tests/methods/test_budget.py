@@ -15,7 +15,7 @@ SPACES = {
     "sd1": ("sd1", "aptp", None, "exact"),
     "sd2-blocks": ("sd2", "blocks", None, "exact"),
     "sdxl": ("sdxl", "all", None, "exact"),
-    "aptp-counter": ("sd2", "all", None, "aptp"),  # where a group's first unit costs more than the others
+    "aptp-counter": ("sd2", "all", None, "aptp"),  # a group's first unit costs more than the others
     "one-block": ("sdxl", "all", "up_blocks.1.*", "aptp"),
 }
 seeds = st.integers(0, 2**31)
@@ -52,7 +52,7 @@ def a_budget(cost, share):
 
 
 def live_and_missing(architecture):
-    """Removed units that are under no removed layer."""
+    """Yield removed units that are not inside a removed layer."""
     space = architecture.space
     for group in space.groups:
         over = [space.num_width + depth for depth in space.depth_units_over(group.path, group.kind)]
@@ -68,7 +68,7 @@ def flipped(architecture, *positions):
 
 
 def missing_steps(architecture, align):
-    """Per group under no removed layer, the positions that are missing and how many of them come back together."""
+    """Yield, per group outside removed layers, the removed positions and how many of them are restored together."""
     space, missing = architecture.space, set(live_and_missing(architecture))
     for group in space.groups:
         own = [position for position in range(space.size)[space.slice(group)] if position in missing]
@@ -77,7 +77,7 @@ def missing_steps(architecture, align):
 
 
 def assert_full(architectures, counts, cost, budget, align=None):
-    """Within the budget, aligned, and nothing that is missing can be added; by whole recounts."""
+    """Check, by recounting all costs: within the budget, aligned, and no removed unit fits back in."""
     limit = Fraction(repr(budget)) * cost.dense_macs * sum(counts)
     total = sum(n * cost.macs(a) for n, a in zip(counts, architectures, strict=True))
     assert total <= limit
@@ -131,7 +131,7 @@ def test_mixture_meets_the_budget_and_leaves_nothing_out(name, kind, share, seed
 
 
 def rounded_down(architecture, scores, align):
-    """Drop the lowest units of every group that is neither whole nor aligned."""
+    """Remove the lowest-scored units of groups that are neither complete nor aligned, until they are aligned."""
     space, values = architecture.space, architecture.values.clone()
     for group in space.width_groups:
         part = space.slice(group)
@@ -142,7 +142,7 @@ def rounded_down(architecture, scores, align):
 
 
 def plain_mixture(logits, counts, cost, budget, align):
-    """The rule word by word: bisect one threshold, round down, then again and again put back the best that fits."""
+    """Apply the rule literally: bisect one threshold, round down, then repeatedly restore the best units that fit."""
     limit = Fraction(repr(budget)) * cost.dense_macs * sum(counts)
 
     def total(experts):
@@ -199,12 +199,12 @@ def test_what_ranks_above_the_threshold_stays_at_every_higher_budget(name, one, 
 
 
 def test_steps_of_stable_diffusions_widths():
-    """Groups of 10, 20 and 40 channels, heads of 64; a width without a multiple takes the next lower power of two."""
+    """Groups of 10, 20 and 40 channels, heads of 64; if no width is a multiple, the next lower power of two is used."""
     expected = {(10, 32): (4, 8, 16, 32), (20, 32): (2, 4, 8, 16), (40, 32): (1, 2, 4, 8), (64, 5): (1, 1, 1, 1)}
     for (channels, size), steps in expected.items():
         group = UnitGroup("resnet", "down_blocks.0.resnets.0", size, channels)
         assert tuple(unit_step(group, align) for align in ALIGNMENTS) == steps and unit_step(group, None) == 1
-    narrow = UnitGroup("resnet", "down_blocks.0.resnets.0", 12, 10)  # 120 channels: 80 is their only multiple of 16
+    narrow = UnitGroup("resnet", "down_blocks.0.resnets.0", 12, 10)  # 120 channels; 80 is the only multiple of 16
     assert unit_step(narrow, 64) == 8
 
 
@@ -215,7 +215,7 @@ def test_one_expert_is_select():
 
 
 def test_a_layer_comes_back_with_the_units_it_had():
-    """Under a removed layer nothing is put back in name only."""
+    """Units inside a removed layer are not restored as long as the layer is removed."""
     cost = cost_of("sd1")
     space = cost.space
     layer = space.depth_groups[0]

@@ -1,4 +1,4 @@
-"""Depth units are scored by what their removal does to the output, and widths are brought to the same scale."""
+"""Depth units are scored by the output's change without them, and width scores are brought to the same scale."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_chunks_and_batches_change_nothing(unet, with_data, monkeypatch):
     data = encoded_for(unet) if with_data else None
     groups = space.depth_groups[:3]
     together = output_changes(pipeline, space, groups, data, 4, seed=0)
-    monkeypatch.setattr("prunekit.methods.calibration.ROW_TOKENS", 2 * (64 if with_data else 256))  # 2 rows at once
+    monkeypatch.setattr("prunekit.methods.calibration.ROW_TOKENS", 2 * (64 if with_data else 256))  # 2 rows per call
     assert num_probes(pipeline, data) == 2
     torch.testing.assert_close(output_changes(pipeline, space, groups, data, 4, seed=0), together, rtol=1e-4, atol=0)
 
@@ -115,7 +115,7 @@ def test_samples_depend_on_seed_and_position_alone(unet):
         other = next(iter(calibration_batches(pipeline, source, 6, 6, seed=4)))
         assert not torch.equal(other.latents, whole.latents)
     chosen = next(iter(calibration_batches(pipeline, data, 8, 8, seed=0))).latents
-    assert len({float(latent.sum()) for latent in chosen}) == 8  # none twice
+    assert len({float(latent.sum()) for latent in chosen}) == 8  # no duplicates
 
 
 def test_the_method_depth_removes_whole_layers_alone(unet):

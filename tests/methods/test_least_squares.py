@@ -1,4 +1,4 @@
-"""The ridge regression of a layer: equal to a dense least-squares solution, for every kind, padding and stride."""
+"""The ridge regression of a layer equals a dense least-squares solution, for every layer kind, padding and stride."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ LAYERS = {
 
 
 def world(name, seed=0, count=12):
-    """A layer, its inputs, and the outputs of a layer of the same shapes plus noise."""
+    """Return a layer, its inputs, and targets: the outputs of another layer of the same shapes, plus noise."""
     torch.manual_seed(seed)
     layer, teacher = LAYERS[name](), LAYERS[name]()
     shape = (count, 7, 5) if isinstance(layer, nn.Linear) else (count, 3, 6, 7)
@@ -30,7 +30,7 @@ def world(name, seed=0, count=12):
 
 
 def unfolded(layer, inputs, targets):
-    """Inputs with a constant, and targets, a row a position, in float64, as a dense solver takes them."""
+    """Return inputs (with a constant if the layer has a bias) and targets in float64, one row per position."""
     if isinstance(layer, nn.Linear):
         rows, targets = inputs.reshape(-1, inputs.shape[-1]), targets.reshape(-1, targets.shape[-1])
     else:

@@ -38,7 +38,7 @@ def test_contrastive_equals_the_paper(temperature):
 def test_contrastive_is_stable_and_has_the_right_sign():
     torch.manual_seed(0)
     z = torch.randn(32, 8)
-    one_hot = torch.eye(32).requires_grad_()  # every s is 1 on its diagonal, to float32's last bit
+    one_hot = torch.eye(32).requires_grad_()  # the diagonal of s is 1 up to float32's last bit
     loss = losses.contrastive_loss(z, one_hot)
     loss.backward()
     assert loss.isfinite() and loss > 0 and one_hot.grad.isfinite().all()
@@ -90,4 +90,4 @@ def test_spread_and_maximum():
     assert losses.maximum_loss(ratios).item() == pytest.approx(0.1)
     assert losses.spread_loss(ratios[:1]).item() == 0
     (losses.spread_loss(ratios) + losses.maximum_loss(ratios)).backward()
-    assert ratios.grad[2] < 0 < ratios.grad[0]  # sizes are driven apart
+    assert ratios.grad[2] < 0 < ratios.grad[0]  # the gradient increases the differences of sizes

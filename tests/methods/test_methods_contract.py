@@ -1,4 +1,4 @@
-"""What every registered method must do; a new method is tested by being registered.
+"""Requirements of every registered method; registering a new method includes it in these tests.
 
 A method that needs data gets small encoded data; `small_methods.SMALL` makes it quick.
 """
@@ -19,7 +19,7 @@ from prunekit.core.gates import gated
 from prunekit.methods import PruneResult, PruneSettings, ResultInfo, ScoreMethod, get, names
 from prunekit.slicing import slice_unet
 
-BUDGET = 0.66  # in reach of families with fixed members, too
+BUDGET = 0.66  # also reachable for families with fixed members
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def unets():
 
 @pytest.fixture(scope="module")
 def dataset_for(unets):
-    """Method name and shape -> the data that it is tested with; none where it can do without."""
+    """Return a function from method name and shape to the test data, or None if the method needs no data."""
     data = {shape: encoded_for(unet) for shape, unet in unets.items()}
     return lambda name, shape: data[shape] if get(name).needs_data else None
 
@@ -48,7 +48,7 @@ def prune(unets, dataset_for):
 
 @pytest.fixture(scope="module")
 def pruned(prune):
-    """Method name and shape -> its result, made once."""
+    """Return a cached function from method name and shape to the method's result."""
     results = {}
 
     def get_or_make(name, shape):
@@ -166,7 +166,7 @@ def test_result_with_router(unets, tmp_path):
 
 
 def test_an_earlier_file_stays_as_it_was(tmp_path):
-    """What `info` held before it was typed, with a key of another package's method."""
+    """`info` as it was before it had typed fields, with an additional key of another package's method."""
     info = {
         "method": "aptp",
         "settings": {"budget": 0.8, "align": 8, "warmup": 1},

@@ -1,4 +1,4 @@
-"""Every method on every transformer: it reaches its budget, its masks are its cuts, and what is left is recovered."""
+"""Every method on every transformer: it meets the budget, masked equals sliced, and the pruned model is recovered."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ REFUSING = ("bksdm",)
 
 @pytest.fixture(scope="module", params=FEWER)
 def world(request):
-    """A dense transformer, a pipeline's outline around it, and data."""
+    """Return a dense transformer, a stub of its pipeline, and data."""
     model = build(request.param)
     return model, stub(model), encoded_for(model)
 

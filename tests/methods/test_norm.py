@@ -15,7 +15,7 @@ from prunekit.methods.unit_weights import owned_weights, sum_per_unit
 
 
 def small(shape):
-    """A small UNet for small latents, so that random inputs are cheap."""
+    """Return a small UNet for small latents, on which random inputs are cheap."""
     unet = build(shape)
     unet.register_to_config(sample_size=8)
     return unet
@@ -46,7 +46,7 @@ def test_resblock_equals_torch_pruning(unet, order):
 
 
 def test_heads_and_feedforward_own_what_a_zeroed_gate_silences(unet):
-    """A unit's sum is that of the weights that become useless without it, counted one by one."""
+    """A unit's sum is over the weights that have no effect without the unit; here they are selected one by one."""
     space = discover(unet)
     for kind, part in (("attention", "attn1"), ("attention", "attn2"), ("feedforward", "")):
         group = group_of(space, kind, part)
@@ -65,7 +65,7 @@ def test_heads_and_feedforward_own_what_a_zeroed_gate_silences(unet):
 
 @pytest.mark.parametrize("shift", ["default", "scale_shift"])
 def test_owned_weights_are_those_that_slicing_removes(shift):
-    """The units of a group own a layer's weights completely, and together with no overlap."""
+    """The units of a group own all weights of a layer, and no weight has two owners."""
     unet = build("sdxl", resnet_time_scale_shift=shift)
     for group in discover(unet, "none").groups:
         owned = owned_weights(unet, group)
@@ -218,7 +218,7 @@ def test_scores_are_made_once_for_all_budgets(tmp_path, monkeypatch):
 
 
 def test_a_depthwise_convolutions_weights_belong_to_its_units():
-    """Sana: a unit owns channels in both halves of two convolutions and in a third one; norms are left out."""
+    """In Sana, a unit owns channels in both halves of two convolutions and in a third one, but no weights of norms."""
     model = small_transformers.build("sana15")
     space = discover(model, "none")
     group = space.group("feedforward:transformer_blocks.0.ff")

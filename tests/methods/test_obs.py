@@ -1,4 +1,4 @@
-"""OBS: a removal costs what a dense solver says, the cheapest unit goes first, and refits agree with its updates."""
+"""OBS: removal costs equal those of a dense solver, the cheapest unit is removed first, refits match its updates."""
 
 import itertools
 
@@ -22,7 +22,7 @@ LAYERS = {
 
 
 def reader_of(name, seed=0):
-    """A layer's reader, its damped Σ x xᵀ with the constant last, and W."""
+    """Return a layer's reader, its damped Σ x xᵀ with the constant in the last row, its weight W, and the sums."""
     torch.manual_seed(seed)
     make, shape, channels = LAYERS[name]
     layer, inputs = make(), torch.randn(shape)
@@ -35,7 +35,7 @@ def reader_of(name, seed=0):
 
 
 def best_without(damped, weight, gone, has_bias):
-    """Half of the least tr((W - W') H (W - W')ᵀ) over W' without rows `gone`, by a dense solver."""
+    """Return half of the minimum of tr((W - W') H (W - W')ᵀ) over W' with zero rows `gone`, and W'; dense solver."""
     size = len(weight) if has_bias else len(weight) - 1
     kept = [row for row in range(size) if row not in gone]
     hessian, weight = damped[:size, :size], weight[:size]
@@ -53,7 +53,7 @@ def test_a_removal_costs_what_a_dense_solver_says(name):
         expected, _ = best_without(damped, weight, reader.columns[unit].tolist(), sums.has_bias)
         assert cost == pytest.approx(expected / float(sums.square), rel=1e-8)
     gone = []
-    for unit in (1, 0):  # what two removals cost adds up to the best without both
+    for unit in (1, 0):  # the costs of two removals add up to the optimum without both
         total += float(reader.costs([unit]))
         reader.remove(unit)
         gone += reader.columns[unit].tolist()
@@ -77,7 +77,7 @@ def test_the_updated_weights_are_the_ridge_regression_of_the_kept_columns(name):
 
 
 def test_the_cheapest_unit_goes_first_and_scores_rise_in_that_order():
-    readers = [reader_of("linear", seed)[0] for seed in range(2)]  # as of a head that two streams share
+    readers = [reader_of("linear", seed)[0] for seed in range(2)]  # as for a head that two streams share
     scores = removal_costs([reader_of("linear", seed)[0] for seed in range(2)], 3)
     left = [0, 1, 2]
     for unit in scores.argsort(stable=True).tolist():
@@ -91,7 +91,7 @@ def test_the_cheapest_unit_goes_first_and_scores_rise_in_that_order():
 
 def test_a_unit_that_repeats_another_costs_nothing():
     layer = nn.Linear(4, 3)
-    inputs = torch.randn(64, 2).repeat_interleave(2, dim=1)  # columns 0 and 1 are the same, 2 and 3 too
+    inputs = torch.randn(64, 2).repeat_interleave(2, dim=1)  # columns 0 and 1 are equal, and so are 2 and 3
     sums = Sums.of(layer)
     sums.add(layer, inputs, layer(inputs).detach(), torch.ones(64))
     model = nn.ModuleDict({"layer": layer})
@@ -132,7 +132,7 @@ def test_the_paper_preset_takes_its_settings_unless_others_are_given():
 
 @pytest.mark.long
 def test_a_group_goes_in_the_order_that_exhaustive_search_confirms(world):
-    """For pairs of a small group the greedy pair costs little more than the best pair."""
+    """In a small group, the greedy pair costs at most 1.5 times as much as the best pair."""
     unet, data = world
     method, space = OBS(samples=16, batch_size=8, depth="none", precision="float32"), discover(unet, depth="none")
     group = min(space.width_groups, key=lambda group: (group.size < 4, group.size))

@@ -1,4 +1,4 @@
-"""Random scores: uniform, by the seed alone, for widths and depths alike."""
+"""Random scores are uniform and depend only on the seed, for widths and depths."""
 
 import torch
 from unets import build

@@ -1,4 +1,4 @@
-"""How logits become soft gates: noise of several kinds, whole layers alone or in order."""
+"""Conversion of logits to soft gates: several kinds of noise, and layer gates that are independent or ordered."""
 
 import math
 from typing import get_args
@@ -58,7 +58,7 @@ def test_a_coin_at_logit_zero(noise, share):
 
 
 def test_the_published_order_of_layers():
-    published = [-1, -2, 0, 1, -3, -4, 2, 3, -5, -6, 4, 5, -7, 6]  # the configuration's, what stays longest first
+    published = [-1, -2, 0, 1, -3, -4, 2, 3, -5, -6, 4, 5, -7, 6]  # in its config; removed last comes first
     assert drop_order(14)[::-1] == [layer % 14 for layer in published]
 
 
@@ -80,7 +80,7 @@ def test_cumulative_gates_equal_the_published_formula():
     p = values[:, NUM_WIDTH:].softmax(1)
     inner = torch.empty_like(p)
     stay = drop_order(NUM_DEPTH)[::-1]
-    # the published order of operations: softmax over positions, running sum, flip; position k is layer stay[k]
+    # The published order of operations is: softmax over positions, cumulative sum, flip. Position k is layer stay[k].
     positions = values[:, NUM_WIDTH:][:, stay].flip(1).softmax(1).cumsum(1).flip(1).clamp(1e-6, 1 - 1e-6)
     inner[:, stay] = torch.sigmoid((positions.logit() + 3) / 0.4)
     gates = Relaxation(NUM_WIDTH, depth="cumulative").gates(values)

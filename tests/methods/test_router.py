@@ -41,9 +41,9 @@ def test_scores_are_the_cosines(predictor, codes, router):
 
 
 def test_the_length_of_an_embedding_matters_once_the_scores_are_shifted(codes):
-    """It does not change which code is nearest; a shift is added to |e| times the cosine."""
+    """The length does not change the nearest code, but a shift is added to |e| times the cosine."""
     predictor = ArchitecturePredictor(24, 50)
-    torch.nn.init.zeros_(predictor.bias)  # so that e is as long as z
+    torch.nn.init.zeros_(predictor.bias)  # makes e proportional to z
     router, z = Router.from_codes(predictor, codes), prompts(500).double()
     shift = torch.linspace(-2, 2, len(codes), dtype=torch.float64)
     assert torch.equal(router.route(5 * z), router.route(z))
@@ -90,7 +90,7 @@ json.dump(dict(zip(captions, experts)), open(f"{folder}/experts-{rank}-of-{count
 
 @pytest.mark.long
 def test_10000_captions_keep_their_expert_on_two_processes(tmp_path):
-    """From text to expert: one process in order, and two that share them shuffled."""
+    """One process routes the captions in order; two processes share them in shuffled order."""
     words = load_emoji().captions
     captions = [f"{a} and {b}" for a, b in zip(words * 3, words[7:] * 3, strict=False)]
     captions = list(dict.fromkeys(captions))[:10_000]
@@ -130,7 +130,7 @@ def test_an_unused_expert_gets_no_prompt(router, tmp_path):
     assert set(router.route(z).tolist()) == set(range(router.num_experts))
     assert set(used.route(z).tolist()) == set(range(1, router.num_experts))
     before = router.route(z)
-    assert torch.equal(used.route(z)[before != 0], before[before != 0])  # the others' prompts stay
+    assert torch.equal(used.route(z)[before != 0], before[before != 0])  # prompts of other experts keep them
     assert Router.load(used.save(tmp_path / "unused")).unused == (0,) and router.unused == ()
     for change, message in (
         (lambda: router.without(range(router.num_experts)), "not all of them"),
@@ -165,7 +165,7 @@ def test_errors(predictor, codes, router, tmp_path):
 
 
 def test_rows_are_read_a_part_at_a_time(router, monkeypatch):
-    """As CC3M's, whose embeddings are 9 GB."""
+    """Needed for CC3M, whose embeddings take 9 GB."""
     read, z = [], prompts(50)
 
     class Stored:

@@ -1,4 +1,4 @@
-"""Taylor-SP: equal to torch-pruning, to the paper's rule of timesteps, and to itself on two processes."""
+"""Taylor-SP equals torch-pruning, follows the paper's rule of timesteps, and gives the same on two processes."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_scores_come_from_the_gradient_of_the_summed_losses(unet, prediction_typ
 
 
 def test_the_sum_ends_where_the_loss_has_fallen(unet, monkeypatch):
-    """With losses as a trained noise prediction has them; the timestep that ends the sum is not in it."""
+    """Losses are like those of a trained noise prediction; the timestep that ends the sum is excluded."""
     falling = {0: 1.0, 250: 0.3, 500: 0.04, 750: 0.9}
 
     def loss_of(prediction, goal):
@@ -164,7 +164,7 @@ def test_scores_serve_any_budget(unet, tmp_path, monkeypatch):
     second = TaylorSP(**settings, budget=0.99).prune(pipeline, data, tmp_path)
     assert second.info.macs[0] < first.info.macs[0]
     assert Scores.load(tmp_path / "scores.safetensors").info["timesteps"] == [0, 333, 666]
-    with pytest.raises(TypeError):  # another key: it would calibrate
+    with pytest.raises(TypeError):  # with another key, it calibrates (and fails)
         TaylorSP(**settings, budget=0.99, threshold=0.1).prune(pipeline, data, tmp_path)
 
 
@@ -185,7 +185,7 @@ def in_a_process(unet, folder):
 
 @pytest.mark.long
 def test_two_processes_score_as_one(unet, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunekit.methods.calibration.ROW_TOKENS", 128)  # so that there are three batches to share
+    monkeypatch.setattr("prunekit.methods.calibration.ROW_TOKENS", 128)  # makes three batches for the processes
     debug_launcher(in_a_process, (unet, tmp_path), num_processes=2)
     one = scores_of_both(unet)
     for rank in (0, 1):

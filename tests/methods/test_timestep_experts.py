@@ -1,4 +1,4 @@
-"""Timestep experts: a mean budget over the sampler's timesteps, nested masks, and one set of weights that trains."""
+"""Timestep experts: a mean budget over the sampler's timesteps, nested masks, and one trained set of weights."""
 
 import json
 from itertools import pairwise
@@ -50,7 +50,7 @@ def test_the_mean_over_the_samplers_timesteps_meets_the_budget(bins, depth, worl
     assert result.info.mean_ratio == pytest.approx(sum(macs) / 7 / cost.dense_macs, rel=1e-9)
     assert result.expert_macs(cost, 0, pipeline.scheduler, 7) == round(sum(macs) / 7)
     values = [architecture.values for architecture in result.architectures]
-    for index, vector in enumerate(values):  # no removed unit fits back in
+    for index, vector in enumerate(values):  # no removed unit fits into the budget
         share = sum(int(b) == index for b in result.bins.of(timesteps))
         for unit in (~vector).nonzero().flatten().tolist():
             more = vector.clone()
@@ -127,7 +127,7 @@ def test_a_run_serves_it_in_a_routed_pipeline(tmp_path):
     assert routed.mixture.experts.size(0) == 4 * sum(p.numel() for p in model.parameters())
     exported = export(run, tmp_path / "exported")
     assert len(exported.tiers) == 2 and len(exported.checked) > 2
-    assert not (tmp_path / "exported" / "pipeline.py").exists()  # prunekit alone chooses by timestep
+    assert not (tmp_path / "exported" / "pipeline.py").exists()  # only prunekit chooses experts by timestep
     assert "Only prunekit chooses among them" in (tmp_path / "exported" / "README.md").read_text()
     again = pk.PromptRoutedPipeline.from_pretrained(tmp_path / "exported")
     options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 1.0, "seeds": 0}

@@ -6,7 +6,7 @@ from prunekit.methods.transport import assign, expert_potentials, sinkhorn
 
 
 def paper_sinkhorn(scores, epsilon, iterations):
-    """Eq. 5-7 as printed: Q* = diag(m) exp(A^T E / eps) diag(n), (N, B), rows 1/N, columns 1/B."""
+    """Compute Eq. 5-7 as printed: Q* = diag(m) exp(A^T E / eps) diag(n), (N, B); rows sum to 1/N, columns to 1/B."""
     q = np.exp(scores.T / epsilon)
     num_experts, num_prompts = q.shape
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""Uni-Arch, and the terms that it shares with APTP's search: exact, deterministic, resumable, within the budget."""
+"""Uni-Arch and the loss terms shared with APTP's search are exact, deterministic, resumable, and within the budget."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ SETTINGS = {"budget": 0.6, "text_length": 5}
 
 
 class StopError(Exception):
-    """Ends a search as a kill would."""
+    """Ends a search like a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_stopped_and_resumed_it_ends_where_it_would_have(unet, searched, tmp_pat
     assert (tmp_path / "checkpoints").is_dir() and not (tmp_path / "result.json").exists()
     rows = []
     resumed = search(unet, tmp_path, rows.append, **slow)
-    assert [row["loss"] for row in rows] == losses[2:]  # step 3 was not saved
+    assert [row["loss"] for row in rows] == losses[2:]  # step 3 was not saved in a checkpoint
     assert resumed.architectures == result.architectures
     assert not list((tmp_path / "checkpoints").glob("*"))
     assert PruneResult.load(tmp_path, unet).architectures == result.architectures
@@ -116,13 +116,13 @@ def test_without_distillation_the_dense_unet_does_not_run(unet):
 def test_a_heavy_resource_term_closes_gates(unet):
     rows, changes = [], {"resource_weight": 1e3, "distillation_weight": 0}
     search(unet, log=rows.append, budget=0.4, **changes, search={"steps": 12, "batch_size": 1, "learning_rate": 0.6})
-    distance = [row["resource"] / 1e3 for row in rows]  # log of the soft cost over the budget's
-    assert distance[0] == pytest.approx(math.log(1 / 0.4), abs=0.1)  # all gates start open
+    distance = [row["resource"] / 1e3 for row in rows]  # log of the ratio of the soft cost to the budget
+    assert distance[0] == pytest.approx(math.log(1 / 0.4), abs=0.1)  # at first, all gates are open
     assert min(distance[6:]) < 0.5 * distance[0]
 
 
 def plain_terms(unet, data, objective, batch, logits, rows, weights):
-    """Eq. 9 and 25 sample by sample: the gates by hand, the teacher without any gate, noise from the schedule."""
+    """Compute Eq. 9 and 25 sample by sample, with explicit gates and noise, and a teacher without gates."""
     config, plan = objective.config, batch.plan
     uniform = torch.empty(logits.shape).exponential_(generator=generator(config.seed, "gates", batch.step))
     gates = 1 / (1 + torch.exp(-(logits + config.offset - uniform.log()) / config.temperature))
@@ -209,7 +209,7 @@ def test_a_budget_below_the_floor_is_refused_before_the_search(unet):
 
 
 def test_a_unet_alone_is_refused_and_a_pipelines_stays_as_it_was(unet):
-    """Without the scheduler nobody knows whether the UNet predicts noise or velocity."""
+    """Only the scheduler says whether the UNet predicts noise or velocity."""
     method = UniArch(**SETTINGS, search={**SEARCH, "steps": 1})
     with pytest.raises(UserError, match="needs the whole pipeline: its scheduler determines what the UNet predicts"):
         method.prune(unet, encoded_for(unet))

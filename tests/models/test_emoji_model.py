@@ -1,4 +1,4 @@
-"""Shapes from which no embedded model can be built are one clear error."""
+"""Invalid shapes of the embedded model give one clear error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The embedded transformer is a stock pipeline, and draws what it is asked for."""
+"""The embedded transformer is part of a stock pipeline, whose pictures match their prompts."""
 
 import torch
 from diffusers import StableDiffusion3Pipeline

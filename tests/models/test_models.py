@@ -1,4 +1,4 @@
-"""Which models are loaded, from where, and how each that is not says so in one line."""
+"""Loading of models: sources, supported models, and one-line errors for all others."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def assert_same_weights(one, other, parts=("unet", "vae", "text_encoder")):
 
 
 def changed_copy(source, folder, path, **changes):
-    """A pipeline's directory with other values in one of its JSON files."""
+    """Copy a pipeline's directory and change values in one of its JSON files; return the copy."""
     shutil.copytree(source, folder)
     content = json.loads((folder / path).read_text())
     (folder / path).write_text(json.dumps({**content, **changes}))
@@ -167,7 +167,7 @@ def test_the_family_of_a_file(tmp_path, name, shape, expected):
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """Make this process ask the hub at a URL, with an empty cache; returns the cache."""
+    """Return a function that makes this process use the hub at a URL with an empty cache, and returns the cache."""
 
     def ask(url):
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
@@ -193,7 +193,7 @@ def test_an_unreachable_hub(online, monkeypatch):
 
 
 def test_a_hub_id(sd1, online, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its retries
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # no wait between retries
     with small_hub(sd1) as hub:
         cache = online(hub.url)
         assert "the hub has no model 'some/other'" in refused("some/other")
@@ -207,7 +207,7 @@ def test_a_hub_id(sd1, online, monkeypatch):
     assert_same_weights(load_pipeline("some/model"), load_pipeline(sd1))
     next(cache.rglob("snapshots/*/unet/*.safetensors")).unlink()
     assert "not complete in the local cache" in refused("some/model")
-    shutil.rmtree(next(cache.rglob("trees")))  # as an older version leaves the cache
+    shutil.rmtree(next(cache.rglob("trees")))  # older versions of huggingface_hub have no such folder
     assert "not complete in the local cache" in refused("some/model")
 
 
