@@ -42,7 +42,7 @@ suite: $(STAMP)
 
 test-long: $(STAMP)
 	$(PYTEST) -m long --dist loadfile
-	PRUNEKIT_FUZZ=5 $(PYTEST) -m "not long" $(FUZZ)
+	PRUNEKIT_FUZZ=8 $(PYTEST) -m "not long" $(FUZZ)
 
 docs: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

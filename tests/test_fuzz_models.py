@@ -278,7 +278,7 @@ def check(change, kind: str = "stock") -> str:
         return outcome.kind
 
 
-@fuzzed(10)
+@fuzzed(6)
 @given(st.data(), st.sampled_from(("stock", "stock", "pruned")))
 def test_a_damaged_directory_loads_or_is_refused(data, kind):
     check(lambda folder: data.draw(damage(folder)), kind)

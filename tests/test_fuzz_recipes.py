@@ -138,7 +138,7 @@ def check_load(counted: Figures, text: str, unmutated: str, load=load_recipe) ->
         counted.check(outcome, whole, [folder])
 
 
-@fuzzed(20)
+@fuzzed(12)
 @given(recipe_text(tuple(NAMES)))
 def test_a_mutated_recipe_loads_or_is_refused(texts):
     check_load(RECIPES, *texts)

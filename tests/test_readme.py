@@ -24,7 +24,7 @@ from prunekit.serving.limits import ServerSettings
 
 LANGUAGES = {"sh", "python", "yaml", "toml"}
 SERVED = "127.0.0.1:8000"  # an address at which a server is expected
-SLOW = ("comparisons", "recovery")
+SLOW = ("comparisons", "recovery", "performance", "without_training")
 PROGRAMS = [
     pytest.param(bodies, id=page.stem, marks=pytest.mark.long if page.stem in SLOW else ())
     for page in PAGES

@@ -73,7 +73,7 @@ def test_every_row_of_a_comparison_once(tmp_path, world):
 @pytest.mark.parametrize(
     ("recover", "parts"),
     [
-        ({"closed_form": {"batch_size": 4}}, ["closed-form refit", "fine-tuning"]),
+        pytest.param({"closed_form": {"batch_size": 4}}, ["closed-form refit", "fine-tuning"], marks=pytest.mark.long),
         ({"closed_form": {"batch_size": 8}, "fine_tune": False}, ["closed-form refit"]),
         ({"fine_tune": False}, ["cut"]),
     ],
@@ -153,7 +153,13 @@ def test_a_bad_sample_among_the_first_is_left_out(tmp_path):
     assert images.captions == [f"a {color} tile" for color in COLORS[:3]] and len(images.skipped) == 1
 
 
-@pytest.mark.parametrize("cache", [{"latents": "off", "text": False}, {"latents": "moments", "precision": "float16"}])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param({"latents": "off", "text": False}, marks=pytest.mark.long),
+        {"latents": "moments", "precision": "float16"},
+    ],
+)
 def test_caches_of_every_kind(cache, tmp_path, world):
     content = check(recipe(tmp_path, world, cache=cache, methods={"uniarch": {"search": SEARCH}}))
     assert content["stages"][-1].stage == "uniarch: evaluation" and content["seconds"] > 0

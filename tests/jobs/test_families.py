@@ -29,7 +29,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sd1", marks=pytest.mark.long), "sdxl"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.long) for name in ("sd1", "sdxl")])
 def run(request, tmp_path_factory):
     """Return the family, recipe and directory of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)

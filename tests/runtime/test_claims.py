@@ -169,6 +169,7 @@ def test_an_evaluation_and_pictures_do_not_overwrite_a_run(run, tmp_path):
     assert contents(run) == before
 
 
+@pytest.mark.long
 def test_two_comparisons_in_one_directory_keep_their_cells(world, tmp_path):
     """Recipes with two names share equal cells. Different cells and both recipes are kept."""
     folder = tmp_path / "both"

@@ -144,6 +144,7 @@ def test_plans_count_in_the_precision_of_the_device(tmp_path):
     assert halved["memory"] == same["memory"] != whole["memory"]
 
 
+@pytest.mark.long
 def test_a_run_resumes_in_the_precision_that_it_began_with(tmp_path, monkeypatch):
     settings = write_world(tmp_path)
     content = {**settings, "prune": {"budget": 0.7}, "methods": {"norm": {"samples": 2}}}

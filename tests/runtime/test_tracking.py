@@ -71,6 +71,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(tmp_path):
     assert len(list((tmp_path / TENSORBOARD).rglob("hparams.yml"))) == 1
 
 
+@pytest.mark.long
 def test_a_run_writes_them(tmp_path):
     pytest.importorskip("tensorboard")
     from small_model import write_recipe, write_world
