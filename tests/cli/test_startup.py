@@ -1,4 +1,4 @@
-"""What starting takes: commands that only list, and mistakes in arguments, import no library that is heavy."""
+"""Startup: commands that only list things, and errors in arguments, import no heavy library."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ LIGHT = [
 
 
 def loaded_by(words, status=0):
-    """Return what a command printed, and the heavy libraries that it imported."""
+    """Run a command; return its output and the heavy libraries that it imported."""
     program = f"HEAVY = {HEAVY}\n{SHOW}"
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -67,7 +67,7 @@ print(json.dumps([sorted(name for name in sys.modules if name.partition(".")[0] 
 
 
 def test_the_package_is_the_same_however_python_was_started():
-    """It looked at sys.argv, and in programs that were not the command line it changed diffusers."""
+    """Once, the package read sys.argv, and changed diffusers in programs other than the command line."""
     seen = []
     for program in ("prunekit", "script.py"):
         command = [sys.executable, "-c", f"HEAVY = {HEAVY}\n{IMPORTED}", json.dumps([program, "-m", "prunekit"])]

@@ -1,4 +1,4 @@
-"""A Call can be sliced, moved and repeated, and a denoiser of other argument names runs through the same code."""
+"""A Call can be sliced, moved and repeated, and a denoiser with other argument names runs through the same code."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ SETTINGS = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3}
 
 
 def call_of(batch, nested=True, scalar=False):
-    """Return a call whose values tell the sample that they are of."""
+    """Return a call whose values identify their sample."""
     rows = torch.arange(batch, dtype=torch.float32)
     arguments = {
         "sample": rows.view(-1, 1, 1, 1).expand(-1, 2, 3, 3) + 0.5,
@@ -36,13 +36,13 @@ def call_of(batch, nested=True, scalar=False):
 
 
 def same(a, b):
-    """Whether two calls have the same arguments with the same values and dtypes."""
+    """Return whether two calls have the same arguments with the same values and dtypes."""
     pairs = list(zip(a.tensors(), b.tensors(), strict=True))
     return a.keys() == b.keys() and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
 def ragged_call_of(batch, nested=True, scalar=False):
-    """Return such a call with a text of another length for each sample."""
+    """Return the call of `call_of` with texts of different lengths."""
     texts = [torch.full((1 + index % 3, 2), float(index)) for index in range(batch)]
     return Call({**call_of(batch, nested, scalar), "texts": texts})
 
@@ -145,7 +145,7 @@ def test_examples_of_a_seed_are_the_same(shape):
 
 
 def test_a_denoiser_of_other_names_runs_through_the_same_code():
-    """Calibration, agreement, distillation and a fine-tuning step name no argument of a model."""
+    """Calibration, agreement, distillation and a fine-tuning step do not depend on a model's argument names."""
     with registered():
         torch.manual_seed(0)
         model, student = TinyTransformer(), TinyTransformer()

@@ -210,7 +210,7 @@ def test_refusals():
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations within it."""
+    """Counts torch operations within the context."""
 
     count = 0
 
@@ -222,7 +222,7 @@ class Operations(TorchDispatchMode):
 def test_soft_costs_of_many_architectures_take_the_operations_of_one():
     unet = golden_unet("sd-2.1@768")
     cost, counts = CostModel(unet, discover(unet), 96), []
-    cost.macs(torch.rand(1, 1620))  # the first call works out what later ones share
+    cost.macs(torch.rand(1, 1620))  # the first call computes values that later calls reuse
     for batch in (2, 1000):
         gates = torch.rand(batch, 1620, requires_grad=True)
         with Operations() as operations:
@@ -238,7 +238,7 @@ def test_sd21_on_meta_is_small():
         "with torch.device('meta'): unet = UNet2DConditionModel(**json.loads(sys.argv[1]))\n"
         "cost = pk.CostModel(unet, pk.discover(unet), 96)\n"
         "loaded = [name for name in ('thop', 'fvcore') if name in sys.modules]\n"
-        # not ru_maxrss, which a process inherits from the one that started it
+        # ru_maxrss is not usable, as a process inherits it from its parent
         "peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
         "print(json.dumps([cost.dense_macs, peak, loaded]))"
     )

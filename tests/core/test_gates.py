@@ -139,7 +139,7 @@ def test_leaving_before_backward_is_an_error(unet):
 
 def test_a_graph_that_is_dropped_or_never_made_is_no_error(unet):
     space = discover(unet)
-    gc.disable()  # the check does not wait for a garbage collection
+    gc.disable()  # the check must not depend on garbage collection
     try:
         with gated(unet, space) as gates:
             gates.set(soft_gates(space))
@@ -155,7 +155,7 @@ def test_a_graph_that_is_dropped_or_never_made_is_no_error(unet):
 
 
 def run_with_checkpointing(unet, values, checkpointing, teacher=False):
-    """(loss, gradient of the gates, gradient of a weight) of one step."""
+    """Run one step; return (loss, gradient of the gates, gradient of a weight)."""
     space, arguments = discover(unet, depth="blocks"), inputs(unet, 2)
     values = values.detach().clone().requires_grad_()
     unet.zero_grad()
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_changes_nothing(shape):
 
 
 def test_recomputing_uses_the_gates_of_its_forward_pass(unet):
-    """Even after the error for setting again, backward is right."""
+    """The backward pass is correct even after the error for setting gates again."""
     space, arguments = discover(unet), inputs(unet)
     unet.enable_gradient_checkpointing()
     values = soft_gates(space)
@@ -230,7 +230,7 @@ def test_checkpointing_switched_on_inside_and_restored_after(unet):
 
 @pytest.mark.long
 def test_a_unet_compiled_before_is_gated_and_after_the_gates_it_is_as_before():
-    """Compiled code does not look at hooks by itself; entering gates threw away all compiled code of the process."""
+    """Compiled code ignores new hooks. Once, entering gates discarded all compiled code of the process."""
     unet = build(
         "sd2",
         block_out_channels=[32, 32],
@@ -243,7 +243,7 @@ def test_a_unet_compiled_before_is_gated_and_after_the_gates_it_is_as_before():
     compiled = torch.compile(unet, backend=counter)
     with torch.no_grad():
         stock = compiled(**arguments).sample
-        for graphs, depth in ((2, "none"), (3, "all"), (3, "none"), (3, "all")):  # a graph for each space, made once
+        for graphs, depth in ((2, "none"), (3, "all"), (3, "none"), (3, "all")):  # one graph per space
             space = discover(unet, depth)
             for seed in (1, 2):
                 architecture = space.random(0.5, seed)
@@ -256,14 +256,14 @@ def test_a_unet_compiled_before_is_gated_and_after_the_gates_it_is_as_before():
             assert counter.frame_count == graphs
         space = discover(unet, "all")
         with gated(compiled, space) as gates:
-            gates.set(space.full())  # without a mask
+            gates.set(space.full())  # no mask
             assert torch.equal(compiled(**arguments).sample, stock)
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
 def test_gates_reach_a_compiled_layer_and_leave_other_compiled_code_alone(unet, patched):
-    """patched: with a `forward` of its own before, as accelerate's hooks give a module."""
+    """patched: the layer already has a replaced `forward`, as with accelerate's hooks."""
     others, layers = CompileCounter(), CompileCounter()
     other = torch.compile(torch.nn.Linear(4, 4), backend=others)
     space = discover(unet, "none")
@@ -345,7 +345,7 @@ def test_pipeline_rows():
 
 
 def test_pipeline_rows_are_a_pipelines_batch(unet):
-    """One batch of two prompts, two images each, with guidance, equals each prompt by itself."""
+    """One batch of two prompts with two images each and guidance equals separate calls per prompt."""
     from diffusers import StableDiffusionPipeline
     from small_pipeline import pipeline_of
 

@@ -1,4 +1,4 @@
-"""Laws 1 and 2 of the lowest layer: masked is sliced, and a cost is exact."""
+"""Laws 1 and 2 of the core: masked equals sliced, and costs are exact."""
 
 import os
 
@@ -33,9 +33,9 @@ def flops(unet, size, text_length):
 
 
 def masked_error(unet, architecture, arguments):
-    """(relative error of gated against sliced, the sliced UNet, the FLOPs of its run).
+    """Return (relative error of gated against sliced, the sliced UNet, the FLOPs of its run).
 
-    With attention by plain matrix products the FLOPs are those of the meta device, and one run serves both laws.
+    Attention uses plain matrix products, so that the FLOPs equal those on the meta device and one run tests both laws.
     """
     pruned = slice_unet(unet, architecture)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""Norms whose statistic runs over all units, and depthwise convolutions: their gates and cuts."""
+"""Gates and slicing of norms whose statistics are over all units, and of depthwise convolutions."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ def run(unet, **kwargs):
 
 
 def without(space, *names):
-    """Everything but these groups."""
+    """Return the architecture without these groups."""
     values = torch.ones(space.size, dtype=torch.bool)
     for name in names:
         values[space.slice(name)] = False
@@ -147,7 +147,7 @@ def test_scale_shift_time_embedding():
 
 
 def test_bksdm_tiny_is_its_stock_form():
-    """Removing a stage gives the UNet that diffusers builds from BK-SDM-Tiny's config, with BK-SDM's weight copy."""
+    """Removing a stage gives the UNet of BK-SDM-Tiny's config in diffusers, with weights copied as in BK-SDM."""
     unet = build("sd1")
     config = {
         **CONFIGS["sd1"],
@@ -293,7 +293,7 @@ def test_inside_a_pipelines_folder_in_a_fresh_process(tmp_path):
 
 
 def test_no_module_names_a_list_of_layers():
-    """What can go follows from the model at hand, never from a list of SD's layers."""
+    """The set of removable layers is derived from the given model, never from a list of SD's layers."""
     source = Path(__file__).parents[2] / "prunekit"
     files = [*(source / "core").glob("*.py"), *(source / "denoisers").rglob("*.py")]
     assert len(files) > 15

@@ -1,4 +1,4 @@
-"""A model of slices, one for each bin of timesteps: each sample runs through its own, in a stock pipeline too."""
+"""A model of slices, one per bin of timesteps: each sample runs through its slice, also in a stock pipeline."""
 
 from fractions import Fraction
 
@@ -49,7 +49,7 @@ def test_bounds_ascend():
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
 def test_the_denoisers_unit_changes_no_bin(name):
-    """Some models take t/1000, or 1 - t/1000: a timestep has the bin that it has in the scheduler's unit."""
+    """Some models take t/1000 or 1 - t/1000; the bin of a timestep is the same as in the scheduler's unit."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(30)
     times, denoiser = scheduler.timesteps, denoiser_of(small_transformers.CONFIGS[name][0])
@@ -68,7 +68,7 @@ def test_each_sample_of_a_transformer_runs_through_its_own_slice(name):
     times = torch.tensor([900.0, 10.0, 300.0])
     with torch.no_grad():
         for rows in ([0], [1], [2], [0, 1, 2]):
-            if len(rows) > 1 and call.shared:  # positions of packed latents, which have no rows
+            if len(rows) > 1 and call.shared:  # positions of packed latents, which are not per sample
                 continue
             part = denoiser.at(call.take(torch.tensor(rows)), denoiser.noisy(call)[rows], times[rows])
             whole = predict(model, part)

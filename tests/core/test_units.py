@@ -89,7 +89,7 @@ def test_layers_that_can_go_follow_from_carried_widths():
     resnets = {name for name, module in unet.named_modules() if type(module).__name__ == "ResnetBlock2D"}
     cannot = {f"{block}.resnets.0" for block in ("down_blocks.1", "down_blocks.2", "up_blocks.2", "up_blocks.3")}
     assert resnets - set(layers) == cannot
-    assert len(depth_paths(build("sd1", "meta"), "all")) == 36  # (32, 64, 64, 64): a list for SD would be wrong
+    assert len(depth_paths(build("sd1", "meta"), "all")) == 36  # channels (32, 64, 64, 64); SD's list would be wrong
 
 
 def test_sdxl():

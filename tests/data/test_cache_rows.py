@@ -1,4 +1,4 @@
-"""Rows over many files, and the bytes that a cache takes."""
+"""Rows stored in many files, and the size of a cache in bytes."""
 
 import psutil
 import pytest
@@ -12,7 +12,7 @@ from prunekit.data.rows import MappedRows, stored_tensors
 
 
 def write_rows(folder, lengths, row=(2, 3), dtype=torch.float32):
-    """Files of so many rows each; return them and all rows."""
+    """Write files with the given numbers of rows; return the files and all rows."""
     whole = torch.randn(sum(lengths), *row, generator=torch.Generator().manual_seed(0)).to(dtype)
     paths = []
     for number, part in enumerate(whole.split(lengths)):

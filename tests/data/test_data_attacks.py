@@ -1,4 +1,4 @@
-"""Damaged and hostile data: every fault is a bad sample or one line, never a hang, a traceback or a full memory."""
+"""Damaged and hostile data give bad samples or a one-line error, never a hang, a traceback or high memory use."""
 
 import json
 import os
@@ -34,22 +34,22 @@ def load(settings, **more):
 
 
 def left_out(settings, **more):
-    """Return the one bad sample of a data set that keeps red and lime; with no tolerance it is an error of one line."""
+    """Check that a data set keeps red and lime, and that a lower tolerance gives an error; return the bad sample."""
     data = load(settings, max_bad_share=0.5, **more)
     assert pairs(data) == [("red", "red"), ("lime", "lime")]
     (bad,) = data.skipped
     with pytest.raises(DataError, match=r"data.max_bad_share allows 0.1$") as error:
         load(settings, max_bad_share=0.1, **more)
     assert len(str(error.value).splitlines()) == 1 and printable(bad.reason) in str(error.value)
-    assert data_size(DataConfig(**settings)) == (2, 2) or settings["kind"] == "parquet"  # whose rows are counted
+    assert data_size(DataConfig(**settings)) == (2, 2) or settings["kind"] == "parquet"  # it counts all rows
     return bad
 
 
 SPARSE_1_0 = {"GNU_sparse_major": "1", "GNU_sparse_minor": "0", "GNU_sparse_realsize": "9"}
-CONTINUED = with_checksum(  # an old GNU sparse header whose map goes on in a block that the file does not have
+CONTINUED = with_checksum(  # an old GNU sparse header whose map continues in a block that is missing
     (lambda block: block[:482] + b"\1" + block[483:])(tar_header("s.txt", 0, tarfile.GNUTYPE_SPARSE))
 )
-DAMAGE = {  # what follows two whole samples in a shard, and what is said
+DAMAGE = {  # bytes after two complete samples in a shard, and a part of the error message
     "a negative size": (tar_header("x.txt", -512), "size of x.txt"),
     "a negative size that leads back": (tar_header("x.txt", -4096), "size of x.txt"),
     "a negative size of a header": (tar_header("x", -1024, tarfile.XHDTYPE), "size of x"),
@@ -173,10 +173,10 @@ def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path):
     side = 8192
     assert side * side == MOST_PIXELS
     row = bytes(1 + (side + 8) // 8)
-    large = png(side + 8, side, row * side, bits=1)  # it is whole
+    large = png(side + 8, side, row * side, bits=1)  # a valid picture
     assert len(large) < 20_000 and fault(large) == f"cannot be read (8,200 x 8,192 pixels, more than {MOST_PIXELS:,})"
     assert "pixels" in fault(png(30_000, 30_000, b"")) and "pixels" in fault(png(2**31 - 1, 2**31 - 1, b""))
-    assert "pixels" not in fault(png(side, side, b""))  # the limit itself is allowed; this one has no content
+    assert "pixels" not in fault(png(side, side, b""))  # a picture at the limit is allowed; this one has no content
     data = load(webdataset(tmp_path, [(RED, "red"), (large, "large"), (LIME, "lime")]), verify=True, max_bad_share=0.5)
     assert pairs(data) == [("red", "red"), ("lime", "lime")] and "8,200 x 8,192" in data.skipped[0].reason
 
@@ -194,7 +194,7 @@ def test_own_pictures_are_opened_in_the_same_way(tmp_path):
 
 
 def jsonl(folder: Path, *rows: str | bytes) -> dict:
-    """Write metadata.jsonl with a row of red, the rows given, and a row of lime; blue.png is beside the folder."""
+    """Write metadata.jsonl with a row for red, the given rows, and a row for lime; blue.png is beside the folder."""
     red, blue, lime = data_layouts.write_pictures(folder, SAMPLES)
     (folder / blue).rename(folder.parent / "blue.png")
     lines = [row if isinstance(row, bytes) else row.encode() for row in (named(red, "red"), *rows, named(lime, "lime"))]
@@ -206,7 +206,7 @@ def named(name, text="blue") -> str:
     return json.dumps({"file_name": name, "text": text})
 
 
-ROWS = {  # a row of metadata.jsonl, and what is said of it
+ROWS = {  # a row of metadata.jsonl, and a part of its error message
     "a surrogate": (named("../blue.png", "a \ud800 b"), "not UTF-8"),
     "bytes of a surrogate": (b'{"file_name": "../blue.png", "text": "' + NOT_UTF8 + b'"}', "not UTF-8"),
     "a surrogate in the path": (named("\ud800.png"), "a name that no file can have"),
@@ -263,7 +263,7 @@ def test_captions_of_shards_that_are_not_utf_8(tmp_path):
     assert bad.sample == "0.tar:2" and "not UTF-8" in bad.reason
 
 
-COCO = {  # where in the json, and what stands there
+COCO = {  # place in the JSON, bad value, name of the bad sample, and a part of the error message
     "a surrogate": (("annotations", 1, "caption"), "a \ud800 b", "image 999", "not UTF-8"),
     "a number as caption": (("annotations", 1, "caption"), 5, "image 999", "a caption of type int"),
     "a list as id": (("annotations", 1, "id"), [1], "annotations[1]", "wrong type"),
@@ -323,7 +323,7 @@ def parquet(folder: Path, images: list, captions) -> dict:
 
 
 def utf8_unchecked(texts: list[bytes]) -> pa.Array:
-    """Return a column of text whose bytes nobody has looked at."""
+    """Return a column of text without a check of its bytes."""
     binary = pa.array(texts, pa.binary())
     return pa.StringArray.from_buffers(len(texts), *binary.buffers()[1:])
 
@@ -347,7 +347,7 @@ def test_a_parquet_file_without_the_columns_is_damaged(tmp_path):
         assert pairs(data) == [("red", "red"), ("blue", "blue")] and len(data.skipped) >= 1
 
 
-OUTSIDE = {  # a path, and what is said of it
+OUTSIDE = {  # a path, and a part of its error message
     "device": ("/dev/zero", "is not a file"),
     "directory": ("..", "is not a file"),
     "pipe": ("../pipe", "is not a file"),
@@ -359,7 +359,7 @@ OUTSIDE = {  # a path, and what is said of it
 
 
 def table_of(layout: str, folder: Path, rows: list[tuple[str, str]]) -> dict:
-    """Write (path, caption) rows."""
+    """Write (path, caption) rows in a layout; return the settings of the data."""
     if layout == "parquet":
         return parquet(folder, [{"bytes": None, "path": path} for path, _ in rows], [caption for _, caption in rows])
     folder.mkdir()
@@ -378,10 +378,10 @@ def table_of(layout: str, folder: Path, rows: list[tuple[str, str]]) -> dict:
 def test_a_path_that_leads_to_no_picture_is_a_bad_sample(layout, kind, tmp_path):
     path, words = OUTSIDE[kind]
     if (layout, kind) == ("csv", "NUL") and sys.version_info < (3, 11):
-        words = "cannot be read as CSV"  # by the module csv
+        words = "cannot be read as CSV"  # error of the module csv
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(MOST_BYTES + 1)  # a file of holes, which takes no space
+        file.truncate(MOST_BYTES + 1)  # a sparse file, which takes no space
     (tmp_path / "red").write_bytes(RED)
     (tmp_path / "lime").write_bytes(LIME)
     settings = table_of(layout, tmp_path / "data", [("../red", "red"), (path, "blue"), ("../lime", "lime")])

@@ -1,4 +1,4 @@
-"""Faults of published data: right count, right pairs, a clear report; odd pictures decode to the right colors."""
+"""Faults of published data: correct counts and pairs, a clear report; unusual pictures decode to correct colors."""
 
 import json
 import struct
@@ -33,12 +33,12 @@ def jpeg(color: str) -> bytes:
 
 
 def png_16_bit(rgb: tuple[int, int, int], side: int = 8) -> bytes:
-    """Return a PNG with 16 bits a channel, which Pillow reads but does not write."""
+    """Return a PNG with 16 bits per channel, which Pillow can read but not write."""
     return png(side, side, (b"\0" + struct.pack(">3H", *rgb) * side) * side, bits=16, color=2)
 
 
 def see_through(mode: str) -> Image.Image:
-    """A picture of black that is transparent everywhere."""
+    """Return a black picture that is fully transparent."""
     return Image.new(mode, (8, 8), 0)
 
 
@@ -85,9 +85,9 @@ def test_16_bit_gray_is_scaled_and_half_alpha_mixed():
 
 def test_a_turned_picture_is_upright():
     image = Image.new("RGB", (32, 32), "red")
-    image.paste("blue", (0, 0, 16, 32))  # left blue, right red
+    image.paste("blue", (0, 0, 16, 32))  # the left half is blue, the right half red
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what was left is on top
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise, so that the left half is on top
     decoded = decode(saved(image, "png", exif=exif), 32)
     assert color_of(decoded[:, :16]) == "blue" and color_of(decoded[:, 16:]) == "red"
 
@@ -100,7 +100,7 @@ BAD = {
 }
 
 
-WITHIN_FILES = (webdataset, data_layouts.parquet)  # layouts whose pictures are no files of their own
+WITHIN_FILES = (webdataset, data_layouts.parquet)  # layouts whose pictures are not separate files
 CASES = [
     pytest.param(write, kind, id=f"{write.__name__}-{kind}")
     for write in LAYOUTS
@@ -210,7 +210,7 @@ def test_a_missing_shard_counts_as_many_as_the_others_hold(tmp_path):
 def test_a_missing_or_damaged_parquet_file(tmp_path):
     settings = data_layouts.parquet(tmp_path, SIX, per_file=2)
     files = sorted((tmp_path / "data").iterdir())
-    files[2].unlink()  # the last: only `of-00003` tells
+    files[2].unlink()  # the last file; only `of-00003` in the other names shows that it is missing
     files[1].write_bytes(files[1].read_bytes()[:-20])
     data = load(settings, max_bad_share=0.7)
     assert pairs(data) == [("red", "red"), ("lime", "lime")]
@@ -231,7 +231,7 @@ def test_a_tar_cut_short_anywhere_gives_what_came_before(tmp_path):
         data = load(settings, max_bad_share=0.9)
         found = pairs(data)
         assert found[-6:] == [(color, color) for _, color in SIX]
-        assert found[:-6] == found[-6:][: len(found) - 6]  # a prefix, rightly paired
+        assert found[:-6] == found[-6:][: len(found) - 6]  # a prefix of the pairs
         (cut,) = (bad for bad in data.skipped if bad.sample == path.name)
         assert "truncated or damaged" in cut.reason
         used.add(len(found))

@@ -1,4 +1,4 @@
-"""Every published layout of captioned images is read with the right pictures, captions and order."""
+"""Every published layout of captioned images is read with the correct pictures, captions and order."""
 
 import json
 import pickle
@@ -146,9 +146,9 @@ def test_the_validation_protocol_is_the_published_one(tmp_path):
 def test_cc3m_rows_find_their_pictures(tmp_path):
     settings = data_layouts.cc3m_tsv(tmp_path, SAMPLES)
     names = sorted((tmp_path / "training").iterdir())
-    names[0].rename(tmp_path / "training" / "000.jpg")  # the row alone, with zeros
-    names[3].unlink()  # a dead link
-    names[5].rename(names[5].with_name("5_123"))  # of another link
+    names[0].rename(tmp_path / "training" / "000.jpg")  # only the row number, with leading zeros
+    names[3].unlink()  # as if the link were dead
+    names[5].rename(names[5].with_name("5_123"))  # the checksum of another link
     data = load(settings, max_bad_share=0.3)
     assert pairs(data) == [pair for index, pair in enumerate(PAIRS) if index not in (3, 5)]
     assert [bad.sample for bad in data.skipped] == ["Train_GCC-training.tsv:line 4", "Train_GCC-training.tsv:line 6"]

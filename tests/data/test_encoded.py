@@ -1,4 +1,4 @@
-"""The encoded cache: several writers, kills, damage, what it is keyed by, and that what is kept is not made again."""
+"""The encoded cache: several writers, kills, damage, keys, and no repeated encoding of cached parts."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def pipeline(world):
 
 
 def results(cache: Path) -> dict[str, bytes]:
-    """Every file of the cache that is part of the result."""
+    """Return the contents of all cache files that belong to the result."""
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for part in cache.glob("*-*")
@@ -45,12 +45,12 @@ def results(cache: Path) -> dict[str, bytes]:
 
 
 def parts(cache: Path) -> dict[str, int]:
-    """How many of each kind of part a cache holds."""
+    """Return the number of parts of each kind in a cache."""
     return dict(Counter(path.name.split("-")[0] for path in cache.glob("*-*")))
 
 
 def same(first, second, tolerance=0.0):
-    """Whether two EncodedData have the same rows."""
+    """Check that two EncodedData have the same rows."""
     for name in ("latents", "text", "null_text", "prompts", "pooled", "null_pooled", "time_ids", "deviations"):
         one, other = getattr(first, name), getattr(second, name)
         assert (one is None) == (other is None), name
@@ -82,7 +82,7 @@ def test_plan_computes_the_bytes(kept, world, pipeline, tmp_path):
 
 @pytest.mark.long
 def test_writers_and_kills_change_no_byte(world, pipeline, tmp_path):
-    """Two processes share the work, one is killed within it; the other's result is that of one that was left alone."""
+    """Two processes share the work and one of them is killed; the other's result equals that of a single process."""
     encoded(world, tmp_path / "alone", pipeline, shard_size=1)
     shared = tmp_path / "shared"
     program = [WRITER, world, shared, '{"shard_size": 1}']
@@ -103,7 +103,7 @@ def test_what_a_kill_leaves_is_cleared_and_the_rest_kept(world, pipeline, whole,
     encoded(world, tmp_path, pipeline, **SMALL)
     (part,) = tmp_path.glob("text-*")
     manifest = json.loads((part / MANIFEST).read_text())
-    del manifest["shards"]["00002.safetensors"]  # killed between a shard and its record
+    del manifest["shards"]["00002.safetensors"]  # as after a kill between writing a shard and its record
     (part / MANIFEST).write_text(json.dumps(manifest))
     left = part / ".00002.safetensors.abcd.tmp"
     left.mkdir()
@@ -163,7 +163,7 @@ def test_damage_is_found_and_mended(pattern, damage, said, world, pipeline, whol
 
 
 def test_verify_finds_what_left_no_trace(world, pipeline, whole, tmp_path):
-    """Bytes changed by a failing disk, with size and time as they were."""
+    """A failing disk changed bytes, but not the size and the time of the file."""
     encoded(world, tmp_path, pipeline, **SMALL)
     (path,) = tmp_path.glob("text-*/00001.safetensors")
     stat = path.stat()
@@ -224,7 +224,7 @@ def test_a_second_start_opens_no_picture(layout, pipeline, tmp_path):
     assert opened() == []
     changed = next(path for path in sorted((world / "data").rglob("*")) if path.is_file() and path.suffix != ".txt")
     content = changed.read_bytes()
-    changed.write_bytes(content)  # the same content, written again
+    changed.write_bytes(content)  # writes the same content again
     again = opened()
     assert str(changed) in again
     assert len(list((tmp_path / "cache").glob("latents-*"))) == 1, "the key is the content, not the time"

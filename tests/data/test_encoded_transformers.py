@@ -1,4 +1,4 @@
-"""What conditions a transformer is encoded, cached and given to it: masks, guidance and sizes as well as texts."""
+"""All conditions of a transformer are encoded, cached and passed to it: texts, masks, guidance and sizes."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ NEWER = ("flux2", "z_image", "sana15", "wan", "cogview4")
 
 
 class Letters:
-    """A prompt encoder of two numbers."""
+    """A prompt encoder with two numbers per text."""
 
     def encode(self, texts):
         return torch.tensor([[len(text), text.count("e")] for text in texts], dtype=torch.float32)
@@ -38,7 +38,7 @@ def base():
     return load_pipeline("emoji")
 
 
-CASES = [  # of the newer pipelines, whose encoders take longer, one now
+CASES = [  # newer pipelines have slow encoders, so only `make test-long` runs all of their cases
     pytest.param(name, config, marks=pytest.mark.long if config and name in NEWER else ())
     for name in NEEDED
     for config in ({}, {"text": False}, {"precision": "float16"})

@@ -1,4 +1,4 @@
-"""What no training sees: held-out pictures with all their captions, duplicates, and pictures that share a caption."""
+"""Training excludes held-out pictures with all their captions, duplicates, and pictures that share a caption."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ SEARCH = {"steps": 2, "batch_size": 4, "learning_rate": 0.1}
 
 
 def noise(seed, shift=0):
-    """A picture of 8 x 8 random blocks as PNG, and shifted a little in brightness: other bytes, nearly the same."""
+    """Return a PNG of 8 x 8 random blocks; `shift` changes its brightness slightly for a near duplicate."""
     import io
 
     blocks = np.random.default_rng(seed).integers(0, 200, (8, 8, 3)) + shift
@@ -34,7 +34,7 @@ def noise(seed, shift=0):
 
 
 def samples():
-    """Forty pictures: 30 different ones, 4 with the bytes of another, 3 near another, 3 with the caption of another."""
+    """Return 40 pictures: 30 different ones, 4 exact duplicates, 3 near duplicates, 3 with the caption of another."""
     made = [(noise(index), f"picture {index}") for index in range(30)]
     made += [(noise(index), f"the same as {index}") for index in range(4)]
     made += [(noise(index, shift=3), f"nearly {index}") for index in range(4, 7)]
@@ -49,7 +49,7 @@ TWINS = (
 @pytest.mark.parametrize("write", [*LAYOUTS, emoji], ids=lambda write: write.__name__)
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_that_is_held_out_is_in_training_in_any_layout(write, seed, tmp_path):
-    hyphen = "-" if write is emoji else " "  # the first word is a keyword there: each has its own
+    hyphen = "-" if write is emoji else " "  # there, the first word is a keyword, which must differ
     written = [(image, caption.replace(" ", hyphen)) for image, caption in samples()]
     config = {**write(tmp_path, written), "holdout": 0.3, "holdout_by": "pictures"}
     data = load_data(DataConfig(**config), seed)
@@ -91,7 +91,7 @@ def test_a_split_of_its_own_is_held_out_with_what_resembles_it(kind, tmp_path):
 
 
 def _of(data, *numbers):
-    """The training pictures of these numbers, in whatever order the layout reads."""
+    """Return the indices of the training pictures with these numbers; layouts differ in order."""
     captions = {f"training picture {number}" for number in numbers}
     pairs = [p for p, caption in enumerate(data.captions) if caption in captions and data.image_index[p] < 30]
     return {int(data.image_index[pair]) for pair in pairs}
@@ -133,7 +133,7 @@ def test_equal_bytes_are_grouped_in_data_of_any_size(is_cached, tmp_path, monkey
     given = (["a", "b", "c", "d", "e"], torch.arange(5), tmp_path if is_cached else None)
     for _ in range(2):
         groups = duplicate_groups(encoded, *given).tolist()
-        assert groups[0] == groups[2] and len(set(groups)) == 4  # near pictures are not searched for
+        assert groups[0] == groups[2] and len(set(groups)) == 4  # there is no search for near duplicates
     monkeypatch.setattr(holdout, "MOST_COMPARED", 5)
     assert len(set(duplicate_groups(encoded, *given).tolist())) == 3
 
@@ -161,14 +161,14 @@ def test_a_held_out_caption_is_in_no_training_pair_and_every_picture_keeps_one(c
 
 
 def test_captions_of_pictures_with_one_caption_are_held_out_by_pictures():
-    encoded = [noise(index % 5) for index in range(10)]  # two of each
+    encoded = [noise(index % 5) for index in range(10)]  # two of each picture
     captions = [f"picture {index}" for index in range(10)]
     held = hold_out("captions", encoded, captions, torch.arange(10), 0.4, 0)
     assert held.pairs[:5].tolist() == held.pairs[5:].tolist() and held.pictures == int(held.pairs.sum()) == 4
 
 
 class Watched(EncodedData):
-    """Encoded data that remembers which pairs were asked for."""
+    """Encoded data that records which pairs were requested."""
 
     def conditions(self, pairs, *arguments, **options):
         WATCHED.update(pairs.tolist())

@@ -1,4 +1,4 @@
-"""The prompt encoder: its size, that a prompt's vector is its own, and what it says of its quality."""
+"""The prompt encoder: its size, vectors that depend only on their prompt, and its stated quality."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The demo: what it answers, what it refuses in a sentence, and its page in a real browser."""
+"""The demo: its answers, its one-sentence refusals, and its page in a real browser."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ PROMPTS = ("red apple", "two fish", "old car", "blue moon", "qxwvkj")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a run with two experts and a router; its first has the score that wins for some of PROMPTS."""
+    """Return a run with two experts and a router that sends prompts of PROMPTS to both."""
     return write_mixture(tmp_path_factory.mktemp("demo") / "mixture")
 
 

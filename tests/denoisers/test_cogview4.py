@@ -1,4 +1,4 @@
-"""CogView4: its noise levels, texts and calls are those of the stock pipeline, and its saved pipeline is read."""
+"""CogView4: noise levels, texts and calls equal the stock pipeline's, and its saved pipeline can be read."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def pipeline():
 
 
 def stock_calls(pipeline, **options):
-    """The transformer's arguments and outputs at every call of the stock pipeline, and the level of its noise."""
+    """Run the stock pipeline; return the arguments, output and noise level of each call of its transformer."""
     seen = []
 
     def look(module, args, kwargs, output):

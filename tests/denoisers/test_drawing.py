@@ -1,4 +1,4 @@
-"""Pictures of pipelines whose latents or outputs have a form of their own: drawn, served, timed and reconstructed."""
+"""Pipelines with special latents or outputs: their pictures are generated, served, timed and reconstructed."""
 
 from contextlib import ExitStack
 
@@ -28,7 +28,7 @@ def pipeline(request):
 
 
 def stock(pipeline, index):
-    """One picture of the stock pipeline, (H, W, 3)."""
+    """Return a picture of the stock pipeline, (H, W, 3)."""
     generator = torch.Generator().manual_seed(SEEDS[index])
     sizes = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "np"}
     output = pipeline(prompt=TEXTS[index], generator=[generator], **sizes, **call_options(pipeline, GUIDANCE))

@@ -1,4 +1,4 @@
-"""A family's calls are those of the stock pipeline: the same arguments under the same names, at every step."""
+"""A family's calls equal those of the stock pipeline: the same arguments with the same names at every step."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ from prunekit.runtime.errors import UserError
 
 TEXTS = ["red apple", "a blue house"]
 NAMES = ["sd35", "flux", "pixart", "qwen_image", "flux2", "flux2_klein", "flux2_klein_base", "z_image", "sana15", "wan"]
-GUIDED = ("sd35", "pixart", "z_image", "sana15")  # by a second text in the same call
+GUIDED = ("sd35", "pixart", "z_image", "sana15")  # pipelines with a second text in the same call, for guidance
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def base():
 
 
 def calls_of(pipeline, texts, options):
-    """The transformer's arguments at every step of a stock call, and its outputs."""
+    """Run the stock pipeline; return the transformer's arguments and output at every step."""
     seen = []
 
     names = list(inspect.signature(pipeline.transformer.forward).parameters)
@@ -51,7 +51,7 @@ def calls_of(pipeline, texts, options):
 
 
 def timesteps_of(name, arguments):
-    """The timesteps of a stock call in the unit of the noise process."""
+    """Return the timesteps of a stock call in the unit of the noise process."""
     if name == "z_image":
         return 1000 * (1 - arguments["t"].float())
     scale = 1000 if name.startswith("flux") or name == "qwen_image" else 1
@@ -86,7 +86,7 @@ def test_calls_are_the_pipelines(name, base):
     if name not in ("pixart", "qwen_image"):
         assert text_length(pipeline) == states["text"].shape[1]
     seen = calls_of(pipeline, TEXTS, options)
-    texts = [states]  # of a step's calls
+    texts = [states]  # the texts of a step's calls
     if name == "wan":
         null = family.null_states(pipeline)
         texts.append({role: value.repeat(2, *[1] * (value.dim() - 1)) for role, value in null.items()})
@@ -105,7 +105,7 @@ def test_calls_are_the_pipelines(name, base):
             if isinstance(theirs, list) and torch.is_tensor(theirs[0]):
                 assert len(value) == len(theirs)
                 assert all(torch.allclose(ours, part, atol=1e-6) for ours, part in zip(value, theirs, strict=True)), key
-            elif key in call.shared:  # the same for all samples, whether the pipeline repeats them or not
+            elif key in call.shared:  # equal for all samples; the pipeline may repeat them
                 assert torch.equal(value.expand_as(theirs), theirs.to(value.dtype)), key
             elif torch.is_tensor(value):
                 assert torch.allclose(value.float(), theirs.float().reshape(value.shape), atol=1e-6), key
@@ -124,14 +124,14 @@ def test_calls_are_the_pipelines(name, base):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_latents_are_what_the_pipeline_decodes(name, base):
-    """Decoding what `moments` gives, as the pipeline does at the end, gives what the autoencoder gives."""
+    """The mean of `moments`, decoded as the pipeline does at its end, is the autoencoder's reconstruction."""
     pipeline, _ = make(name, base)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
     vae = pipeline.vae
     with torch.no_grad():
         mean, deviation = denoiser_of(pipeline.transformer).family.moments(vae, pixels)
         assert mean.shape == deviation.shape and mean.dim() == 4
-        assert bool((deviation == 0).all() if name == "sana15" else (deviation > 0).all())  # which draws no latents
+        assert bool((deviation == 0).all() if name == "sana15" else (deviation > 0).all())  # latents without noise
         expected, config = denoiser_of(pipeline.transformer).family.reconstruct(vae, pixels), vae.config
         if name in ("qwen_image", "wan"):
             scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_std, config.latents_mean))
@@ -141,7 +141,7 @@ def test_latents_are_what_the_pipeline_decodes(name, base):
             latents = latents * torch.sqrt(vae.bn.running_var + config.batch_norm_eps).view(1, -1, 1, 1)
             latents = pipeline._unpatchify_latents(latents + vae.bn.running_mean.view(1, -1, 1, 1))
             decoded = vae.decode(latents).sample
-            encoded = pipeline._encode_vae_image(pixels, None)  # of a picture that an edit starts from
+            encoded = pipeline._encode_vae_image(pixels, None)  # the pipeline's encoding of a picture to edit
             assert torch.allclose(encoded, pipeline._patchify_latents(mean), atol=1e-5)
         else:
             latents = mean / config.scaling_factor + (config.get("shift_factor") or 0.0)
@@ -158,12 +158,12 @@ def test_flow_matching_is_the_schedulers(shift):
     assert torch.allclose(
         process.noised(latents, noise, times), scheduler.scale_noise(latents, times, noise), atol=1e-6
     )
-    # one Euler step of the whole way along the target is the data
+    # One Euler step along the target, from the noise level to 0, gives the data.
     x, target = process.noised(latents, noise, times), process.target(latents, noise, times)
     sigma = (times / 1000).view(-1, 1, 1, 1)
     assert torch.allclose(x - sigma * target, latents, atol=1e-5)
     drawn = process.draw(20_000, generator) / 1000
-    middle = shift * 0.5 / (1 + (shift - 1) * 0.5)  # the median of the logit-normal, shifted
+    middle = shift * 0.5 / (1 + (shift - 1) * 0.5)  # the shifted median of the logit-normal
     assert drawn.median().item() == pytest.approx(middle, abs=0.01) and drawn.min() > 0 and drawn.max() < 1
     assert torch.equal(process.weights(times, 5.0, "velocity"), torch.ones(3))
 
@@ -178,12 +178,12 @@ def process_of_scheduler(scheduler):
 
 
 def test_flux2s_shift_is_its_pipelines(base):
-    """By 1,024 pixels and 50 steps; without a schedule that depends on both, the scheduler's own."""
+    """The shift is that of 1,024 pixels and 50 steps; a schedule that depends on neither keeps its own shift."""
     family = denoiser_of(CONFIGS["flux2"][0]).family
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     shift = family.process(scheduler).shift
     assert shift == pytest.approx(math.exp(compute_empirical_mu((1024 // 16) ** 2, 50)))
-    sigmas = torch.linspace(1, 1 / 50, 50)  # what the pipeline gives the scheduler, which shifts them
+    sigmas = torch.linspace(1, 1 / 50, 50)  # the pipeline's input to the scheduler, which shifts it
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=math.log(shift))
     torch.testing.assert_close(scheduler.timesteps / 1000, shift * sigmas / (1 + (shift - 1) * sigmas))
     assert family.process(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift == 3.0
@@ -204,7 +204,7 @@ def test_the_encoders_may_be_offloaded(name, base):  # the small Qwen-Image has 
     expected = encoded()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            cpu_offload(part, torch.device("cpu"))  # what a pipeline's enable_sequential_cpu_offload does
+            cpu_offload(part, torch.device("cpu"))  # as enable_sequential_cpu_offload of a pipeline does
     assert pipeline.vae.device.type == "meta"
     for before, after in zip(expected, encoded(), strict=True):
         assert (before is None and after is None) or torch.equal(before, after)

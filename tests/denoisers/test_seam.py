@@ -1,4 +1,4 @@
-"""One seam for every denoiser: what UNets alone have stands in their own folder and in what handles their files."""
+"""Code that is specific to UNets is only in their folder and in modules that handle their files (ALLOWED)."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from diffusers.models.unets import unet_2d_blocks
 PACKAGE = Path(__file__).parents[2] / "prunekit"
 ALLOWED = (
     "denoisers/unet/",
-    "export/",  # the UNet's own formats: stock form, LoRA, adapters, class file, graphs
+    "export/",  # formats of UNets: stock form, LoRA, adapters, class file, graphs
     "export/importing/",  # foreign UNet checkpoints
     "jobs/import_aptp.py",  # the command that imports them
 )
@@ -27,11 +27,11 @@ NAMES = re.compile(
 )
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if "assets" not in path.parts}
 GENERIC = [name for name in FILES if not name.startswith(ALLOWED)]
-SHARED = {"denoisers/pixart/denoiser.py": "BasicTransformerBlock"}  # PixArt is made of the same blocks
+SHARED = {"denoisers/pixart/denoiser.py": "BasicTransformerBlock"}  # PixArt uses the same blocks
 
 
 def found(name):
-    """Return the lines of a file that name what is special about UNets."""
+    """Return the lines of a file that contain names of UNets or of their parts."""
     lines = FILES[name].read_text(encoding="utf-8").replace(SHARED.get(name, "\0"), "").splitlines()
     return [f"{number}: {line.strip()}" for number, line in enumerate(lines, 1) if NAMES.search(line)]
 

@@ -36,7 +36,7 @@ def run(unet, **kwargs):
 
 
 def without(shape, *paths):
-    """Everything but the layers and stages (named by their down block) at these paths."""
+    """Return the UNet without the layers and stages at these paths; a stage has the path of its down block."""
     space = SPACES[shape]
     kinds = {group.path: group.name for group in space.depth_groups}
     values = torch.ones(space.size, dtype=torch.bool)
@@ -127,10 +127,10 @@ def test_a_single_layer_removed_has_no_stock_form(shape):
     ("shape", "paths", "expressible"),
     [
         ("sd1", [*pair("down_blocks.1"), *pair("up_blocks.2")], True),
-        ("sd1", [*pair("down_blocks.1"), *pair("up_blocks.2", 2)], False),  # up.2 would read a level's skip too late
+        ("sd1", [*pair("down_blocks.1"), *pair("up_blocks.2", 2)], False),  # up_blocks.2 would read a wrong skip
         ("sd1", [*pair("down_blocks.0", 0), *pair("up_blocks.3", 1)], True),
         ("sd1", [*pair("down_blocks.0", 0), *pair("up_blocks.3", 2)], True),
-        ("sd1", [*pair("down_blocks.1"), *pair("up_blocks.1")], False),  # of different levels
+        ("sd1", [*pair("down_blocks.1"), *pair("up_blocks.1")], False),  # different levels
         ("sd1", [*pair("down_blocks.1"), "up_blocks.2.resnets.1"], False),
         ("sd1", ["mid_block.resnets.0"], False),
         ("sd1", ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"], True),
@@ -172,7 +172,7 @@ def test_equal_wherever_there_is_one(examples):
 
 
 def _equal(data, shape):
-    """Whole layers of a level and of its up block, drawn together, and now and then a single unit beside."""
+    """Remove random layers of each level and its up block, sometimes also the mid block or one more layer."""
     unet, droppable = UNETS[shape], {group.path for group in discover(UNETS[shape], depth="all").depth_groups}
     removed, num_levels = set(), len(unet.down_blocks)
     for level in range(num_levels):

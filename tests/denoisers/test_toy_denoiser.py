@@ -1,4 +1,4 @@
-"""A denoiser that the package does not know, described here: the laws hold, and methods and recovery run on it."""
+"""A denoiser that is defined and described only here: the laws hold, and methods and recovery run on it."""
 
 from types import SimpleNamespace
 from typing import ClassVar
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class ToyTransformer(ModelMixin, ConfigMixin):
-    """Pixels as tokens, the text's mean and the time step added to each, and a few blocks."""
+    """A few blocks on pixels as tokens; the text's mean and the timestep are added to each token."""
 
     @register_to_config
     def __init__(self, sample_size=8, in_channels=4, width=24, inner=48, cross_attention_dim=16, blocks=3):
@@ -63,7 +63,7 @@ class ToyTransformer(ModelMixin, ConfigMixin):
 
 
 class Toy(Description):
-    """All that prunekit needs to know of it."""
+    """The complete description for prunekit."""
 
     dense, family = ToyTransformer, StableDiffusion()
     outputs: ClassVar = {"feedforward": "down"}
@@ -105,7 +105,7 @@ def call_of(model, batch=2):
 
 
 def architecture(space, seed):
-    """A random one; with seed 0 without a unit, with seed 1 with the first group empty, with seed 2 without a layer."""
+    """Return a random architecture; seed 0 has no units, seed 1 an empty first group, and seed 2 no layers."""
     values = space.random(0.6, seed).values
     if seed == 0:
         values[:] = False

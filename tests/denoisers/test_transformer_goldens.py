@@ -1,4 +1,4 @@
-"""Published transformers by name: parameters and MACs to the integer, quickly, and almost without memory."""
+"""Published transformers by name: exact parameters and MACs, computed quickly and with little memory."""
 
 import resource
 import time
@@ -13,7 +13,7 @@ from prunekit.core.call import predict, zeros
 from prunekit.core.registry import denoiser_in, denoiser_of, latent_size
 from prunekit.models import load_shape
 
-GOLDENS = {  # of one call, batch 1, at the model's own size: text tokens, parameters, MACs
+GOLDENS = {  # text tokens, parameters and MACs of one call at batch 1 and the model's default size
     "sd-3-medium": (333, 2_028_328_000, 4_452_168_769_536),
     "sd-3.5-medium": (333, 2_243_171_520, 5_624_786_853_888),
     "sd-3.5-large": (333, 8_056_627_520, None),
@@ -33,7 +33,7 @@ GOLDENS = {  # of one call, batch 1, at the model's own size: text tokens, param
 }
 
 
-LATER = (  # the same classes at other sizes
+LATER = (  # other sizes of the same classes
     "flux.2-klein-4b",
     "flux.2-klein-9b",
     "sana-1.6b",
@@ -78,7 +78,7 @@ def test_other_goldens():
 
 @pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-dev"])
 def test_discovery_holds_no_weights(name):
-    """Little memory beside the model's own modules; how long it takes is in `benchmarks/`."""
+    """Discovery needs little memory besides the model's modules; `benchmarks/` measures its time."""
     model = denoiser_in(load_shape(name))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()

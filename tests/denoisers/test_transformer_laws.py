@@ -1,4 +1,4 @@
-"""The laws of the lowest layer over every transformer: masked is sliced, costs are exact, what is saved is the same."""
+"""The core's laws hold for every transformer: masked equals sliced, costs are exact, a saved model loads unchanged."""
 
 import fnmatch
 import os
@@ -31,13 +31,13 @@ def model_of(name, device="cpu"):
 
 
 def architecture_of(space, seed):
-    """A random one; every third has about a tenth of its groups empty."""
+    """Return a random architecture; for every third seed, about a tenth of its groups are empty."""
     architecture = space.random(KEEPS[seed % 4], seed)
     return with_empty_groups(architecture, seed) if seed % 3 == 0 else architecture
 
 
 def extremes(space):
-    """Nothing left in any group; no block; and the last block alone removed."""
+    """Return architectures with all groups empty, without any block, and without the last block."""
     values = torch.ones(3, space.size, dtype=torch.bool)
     values[0, : space.num_width] = False
     values[1, space.num_width :] = False
@@ -52,7 +52,7 @@ def flops(model, latent, text_length):
 
 
 def check_laws(name, architecture, latent=(8, 6), text_length=5):
-    """Masked is sliced, the dense model differs, and both costs are exact."""
+    """Check that masked equals sliced and that both costs are exact; return the sliced model, its output and call."""
     model, call = model_of(name), call_of(model_of(name), 2, latent, text_length)
     pruned = pk.slice_model(model, architecture)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_cut_is_saved_loaded_and_cut_again(name, tmp_path):
         assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
         with torch.no_grad():
             assert relative_error(predict(loaded, call), predict(pruned, call)) <= 1e-6
-        # a second cut of what is left, and one cut to the same
+        # two successive cuts, and a single cut to the same architecture
         left = pk.discover(loaded, "all")
         second = left.random(0.7, seed)
         twice = pk.slice_model(loaded, second)
@@ -176,7 +176,7 @@ def test_gates_are_differentiable_also_recomputed(name, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_bias_that_two_groups_share_is_counted_once(seed):
     model = build("flux2", "meta")
-    for block in model.single_transformer_blocks:  # diffusers builds these layers without a bias
+    for block in model.single_transformer_blocks:  # diffusers creates these layers without a bias
         for name in (ENTRY, EXIT):
             layer = getattr(block.attn, name)
             setattr(block.attn, name, torch.nn.Linear(layer.in_features, layer.out_features, device="meta"))
@@ -188,7 +188,7 @@ def test_a_bias_that_two_groups_share_is_counted_once(seed):
 
 
 def test_streams_pass_on_in_the_order_of_a_blocks_outputs():
-    """The image and the text have equal shapes here, so that a wrong order raises no error."""
+    """Image and text have equal shapes here, so a wrong order would raise no error."""
     for name in ("sd3", "flux", "flux2", "qwen_image"):
         model = model_of(name)
         space = pk.discover(model, "all")
@@ -202,7 +202,7 @@ PLANNED = [name for name in CONFIGS if getattr(CONFIGS[name][0], "_tp_plan", Non
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_axes_are_those_of_tensor_parallelism(name):
-    """What diffusers splits over devices by channels is what units own."""
+    """Units own the channels that diffusers' tensor parallelism splits over devices."""
     model, sides = model_of(name), {}
     for layer in width_layers(model).values():
         for axis in layer.axes:
@@ -242,7 +242,7 @@ def test_what_cannot_be_right_is_refused(name):
     if any(getattr(module, "fused_projections", False) for module in model.modules()):
         with pytest.raises(UserError, match=r"processor|fused"):
             pk.discover(model, "all")
-    else:  # diffusers fuses nothing here
+    else:  # diffusers does not fuse these models' projections
         assert name in UNFUSED and model.state_dict().keys() == model_of(name).state_dict().keys()
     model = build(name)
     attention = next(module for module in model.modules() if hasattr(module, "to_q"))
@@ -276,7 +276,7 @@ def test_an_ip_adapter_that_does_not_fit_is_refused_by_name():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["attention", "feedforward"])
 def test_a_norm_behind_a_branch_divides_a_common_factor_out(kind):
-    """Z-Image: between 0 and 1 only the ratios of a branch's gates count; at 0 the branch is gone."""
+    """In Z-Image, only the ratios of a branch's gates matter; if all gates are 0, the branch vanishes."""
     model = model_of("z_image")
     space, call = pk.discover(model, "none"), call_of(model_of("z_image"))
     group = next(group for group in space.groups if group.kind == kind and group.path.startswith("layers.0"))
@@ -293,7 +293,7 @@ def test_a_norm_behind_a_branch_divides_a_common_factor_out(kind):
     assert change(torch.tensor(0.5)) < 0.1 * change(mixed) < 0.1 * change(torch.tensor(0.0))
 
 
-REFUSED = {  # settings of models that are not supported, and what the message names
+REFUSED = {  # unsupported settings, and a part of the error message
     "wan": [
         ({"added_kv_proj_dim": 16}, "added_kv_proj_dim=16 .*image to video.*added keys and values"),
         ({"image_dim": 16}, "image_dim=16 .*image to video"),

@@ -1,4 +1,4 @@
-"""One set of weights for all experts: trained under their masks, sliced when it is loaded."""
+"""One set of weights for all experts: trained under the experts' masks, and sliced when it is loaded."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_members_are_the_masked_backbone(run):
 
 
 def test_a_step_is_the_masked_backbones(tmp_path):
-    """Slices within the graph have the loss and the gradients of the dense UNet under per-sample masks."""
+    """Slicing inside the computation graph gives the loss and gradients of the dense UNet under per-sample masks."""
     unet = build("sd2")
     data, space = encoded_for(unet, num=8), pk.discover(unet, depth="all")
     architectures, experts = [space.random(0.6, seed=seed) for seed in range(2)], torch.arange(8) % 2
@@ -151,7 +151,7 @@ def test_a_member_moves_with_its_backbone(tmp_path):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["of their own", "shared backbone"])
 def test_experts_are_recovered_in_memory(shared):
-    """As a run does; the router's prompts train each, and an expert without prompts stays as sliced."""
+    """Like in a run, the router's prompts train each expert, and an expert without prompts is not trained."""
     unet = build("sd2")
     data, space = encoded_for(unet, num=8), pk.discover(unet)
     first = data.prompts[:1].double() - data.prompts.double().mean(0)
@@ -174,7 +174,7 @@ def test_experts_are_recovered_in_memory(shared):
     "shared", [False, pytest.param(True, marks=pytest.mark.long)], ids=["of their own", "shared backbone"]
 )
 def test_without_a_router_every_architecture_is_recovered_on_all_pairs(shared, tmp_path):
-    """As a run does; in memory the first architecture got all pairs and the others none."""
+    """A run does the same. Once, in memory, the first architecture got all pairs and the others none."""
     unet = build("sd2")
     data, space = encoded_for(unet, num=8), pk.discover(unet)
     result = pk.methods.PruneResult([space.random(0.6, seed=seed) for seed in range(2)])

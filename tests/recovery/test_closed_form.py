@@ -1,4 +1,4 @@
-"""Closed-form recovery of a sliced UNet: no layer gets worse, and the prediction gets better."""
+"""Closed-form recovery of a sliced UNet: no layer's error increases, and the prediction improves."""
 
 import copy
 
@@ -50,7 +50,7 @@ def test_larger_batches_give_the_same_fit(world):
     students = [slice_model(unet, architecture) for _ in range(2)]
     for student, size in zip(students, (2, 4), strict=True):
         refit(student, stub(unet), data, CONFIG.model_copy(update={"batch_size": size, "ridges": [1e-2]}))
-    # the ridge is chosen on other samples, but there is only one to choose
+    # The batch size changes the samples that choose the ridge, but there is only one ridge.
     for (name, ours), theirs in zip(students[0].named_parameters(), students[1].parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=5e-3, atol=5e-3), name
 
@@ -63,7 +63,7 @@ def test_the_options(changes, world):
     cut = copy.deepcopy(student)
     fits = refit(student, stub(unet), data, CONFIG.model_copy(update=changes))
     assert all(fit.after <= fit.before * (1 + 1e-9) for fit in fits)
-    if "ridges" in changes:  # endless: the uncompensated model
+    if "ridges" in changes:  # a huge ridge gives the uncompensated model
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(student.parameters(), cut.parameters(), strict=True))
 
 

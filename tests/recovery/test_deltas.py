@@ -1,4 +1,4 @@
-"""Experts as differences: changes begin at zero, train beside the shared weights, and are saved beside a pointer."""
+"""Experts as differences: they start at 0, train with the shared weights, and are saved with a reference to them."""
 
 import json
 

@@ -18,7 +18,7 @@ SETTINGS = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}
 
 
 def pair(shape):
-    """Return (teacher, student); the student is cut at random."""
+    """Return (teacher, student); the student is sliced at random."""
     teacher = build(shape, layers_per_block=1)
     return teacher, slice_unet(teacher, discover(teacher).random(0.7, seed=1))
 
@@ -31,7 +31,7 @@ def objective_of(teacher, student, **changes):
 
 @torch.no_grad()
 def plain_distillation(objective, paths):
-    """Eq. 27-29 of the first batch by hand, with the outputs of the blocks at `paths`."""
+    """Compute Eq. 27-29 for the first batch directly from the outputs of the blocks at `paths`."""
     data, batch = objective.data, objective.batch(0)
     pairs = objective.pairs[batch.indices]
     noisy = objective.process.noised(data.latents[pairs], batch.noise, batch.timesteps)
@@ -75,7 +75,7 @@ def test_blocks_of_a_removed_stage_are_compared_where_shapes_agree():
         objective = objective_of(teacher, student, feature_blocks=which)
         terms[which] = float(objective.micro_loss(objective.batch(0), torch.arange(4))["distillation"].detach())
     assert terms["none"] < terms["down_up"]
-    assert terms["down_up"] == terms["all"]  # the mid block of the removed stage has another size
+    assert terms["down_up"] == terms["all"]  # the mid block's output has another size after the stage was removed
 
 
 def test_without_distillation_the_teacher_does_not_run():
@@ -103,7 +103,7 @@ def test_an_sdxl_shaped_student_is_fine_tuned_and_measured(tmp_path):
 
 
 def test_a_teacher_stays_as_it_was_and_a_second_call_returns_the_same_figures(tmp_path):
-    """The teacher was left frozen, in evaluation mode; a training killed after its last checkpoint lost its loss."""
+    """Once, the teacher stayed frozen and in evaluation mode. A run killed after its last checkpoint lost its loss."""
     teacher, student = pair("sd2")
     teacher.train().requires_grad_(True)
     teacher.conv_in.weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Low-rank fine-tuning: the changes alone train, are merged to the bit where asked, and are resumed."""
+"""Low-rank fine-tuning: only the changes are trained, they are merged exactly on request, and training resumes."""
 
 import copy
 
@@ -29,7 +29,7 @@ def run(unet):
 
 
 def changed_somewhat(unet):
-    """A model with changes that are not zero."""
+    """Attach low-rank changes to a model, with weights that are not 0."""
     attach(unet, LoraConfig(rank=2), seed=1)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():

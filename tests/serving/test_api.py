@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's client works unmodified, what is wrong gets OpenAI's errors, nothing malformed is a 500."""
+"""The HTTP API works with OpenAI's unmodified client and returns OpenAI's errors; malformed ones are never a 500."""
 
 import base64
 import io
@@ -172,7 +172,7 @@ def test_health_and_metrics_say_what_is_under_way(url, drawer):
 
 
 def samples(url):
-    """Return what /metrics counts, by name and labels."""
+    """Return the counts of /metrics by name and labels."""
     lines = ask(url, path="/metrics")[1].splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
@@ -185,7 +185,7 @@ def test_a_full_queue_is_a_503_that_says_when_to_ask_again(url, drawer):
     for thread in threads:
         thread.start()
     drawer.wait()
-    while len(answers) < 3:  # 3 or 4 images are drawn, 6 may wait
+    while len(answers) < 3:  # 3 or 4 images are in progress, and 6 may wait
         pass
     drawer.go.set()
     for thread in threads:
@@ -234,7 +234,7 @@ def test_an_api_key(pipeline):
 
 @pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.long)])
 def test_malformed_requests_are_never_a_fault_of_the_server(url, count):
-    """Bodies that break the schema, as schemathesis makes them of it."""
+    """Bodies that violate the schema, generated as schemathesis does."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operation = schema["/v1/images/generations"]["POST"]
     seen = []

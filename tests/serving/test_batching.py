@@ -1,4 +1,4 @@
-"""The queue: no item is lost or drawn twice, none starves, a batch has one key and at most max_batch items."""
+"""The queue loses no item, returns none twice and starves none; a batch has one key and at most max_batch items."""
 
 import threading
 from collections import Counter
@@ -14,14 +14,14 @@ MAX_BATCH, MAX_WAITING = 3, 8
 
 
 class Queue(RuleBasedStateMachine):
-    """The queue beside a plain list of all that waits, oldest first."""
+    """State machine that compares the queue with a plain list of the waiting items, oldest first."""
 
     def __init__(self):
         super().__init__()
         self.queue: Batcher[str, object] = Batcher(MAX_BATCH, MAX_WAITING)
         self.waiting: list[tuple[str, object]] = []
-        self.passed: Counter = Counter()  # batches that were cut before an item
-        self.before: dict[object, int] = {}  # items that waited when it came
+        self.passed: Counter = Counter()  # number of batches taken while an item waited
+        self.before: dict[object, int] = {}  # number of items that waited when an item came
         self.closed = False
 
     @rule(key=st.sampled_from("abcd"), count=st.integers(0, 4))
@@ -109,9 +109,9 @@ def test_a_batch_that_settles_takes_what_comes_and_ends_when_it_is_full():
     queue.put("a", [0])
     later = threading.Timer(0.05, lambda: [queue.put("b", [1]), queue.put("a", [2, 3, 4])])
     later.start()
-    assert queue.take(settle=60.0) == [0, 2, 3]  # full: it waits no longer
+    assert queue.take(settle=60.0) == [0, 2, 3]  # a full batch stops waiting
     later.join()
-    assert queue.take(settle=0.01) == [1]  # nobody came
+    assert queue.take(settle=0.01) == [1]  # no other item came
     assert queue.take(settle=0.01) == [4]
     closing = threading.Timer(0.05, queue.close)
     queue.put("a", [5])
@@ -125,4 +125,4 @@ def test_a_full_batch_and_an_idle_device_do_not_wait():
     assert queue.take(settle=1e9) == [0] and queue.take(settle=1e9) == [1]
     later = threading.Timer(0.05, lambda: queue.put("a", [2]))
     later.start()
-    assert Batcher.take(queue, settle=1e9) == [2]  # it waited for the item, not for the batch to fill
+    assert Batcher.take(queue, settle=1e9) == [2]  # it waits for an item, but not for a full batch

@@ -1,4 +1,4 @@
-"""The backend in this process: what the pipeline draws, in batches by expert; every job is answered or refused."""
+"""The in-process backend: images equal the pipeline's, batches are per expert, every job is answered or refused."""
 
 import asyncio
 import pickle
@@ -36,7 +36,7 @@ def drawer(pipeline):
 
 @pytest.fixture(scope="module")
 def by_expert(pipeline):
-    """Prompts of each expert."""
+    """Return the prompts of each expert."""
     experts = pipeline.route(PROMPTS).tolist()
     return [[text for text, own in zip(PROMPTS, experts, strict=True) if own == expert] for expert in (0, 1)]
 
@@ -77,7 +77,7 @@ def test_jobs_are_what_the_pipeline_draws(drawer, pipeline):
             assert [p.image.tobytes() for p in answer.pictures] == [image.tobytes() for image in expected.images]
             assert [p.seed for p in answer.pictures] == expected.seeds and answer.expert == expected.experts[0]
             assert [p.macs for p in answer.pictures] == expected.macs
-            assert pickle.loads(pickle.dumps((own, answer))) == (own, answer)  # as it would cross to another process
+            assert pickle.loads(pickle.dumps((own, answer))) == (own, answer)  # as if it were sent to another process
         await backend.drain()
 
     running(work())
@@ -127,10 +127,10 @@ def test_who_leaves_is_dropped_and_a_batch_that_nobody_waits_for_stops(drawer, b
         await asyncio.sleep(0.05)
         drawer.go.set()
         assert (await staying).pictures[0].batch == 1
-        assert drawer.steps == [1, 1, 2, 3]  # the first batch ended at its first step
+        assert drawer.steps == [1, 1, 2, 3]  # the first batch stopped after its first step
         assert drawer.batches == [[first[0]] * 2, [second[0]]]
         assert leaving.cancelled() and running[0].cancelled()
-        # one of two leaves: the other is drawn
+        # one of two clients leaves; the other gets its image
         drawer.hold()
         pair = [asyncio.ensure_future(backend.draw(job(drawer, text, steps=3))) for text in first[:1]]
         await asyncio.to_thread(drawer.wait)
@@ -160,7 +160,7 @@ def test_a_full_queue_refuses_whole_jobs(drawer, by_expert):
         assert pickle.loads(pickle.dumps(refusal.value)).retry_after == refusal.value.retry_after
         tasks.append(asyncio.ensure_future(backend.draw(job(drawer, by_expert[1][0]))))
         await until(lambda: backend.load().waiting == 3)
-        # several at once that were let in before their prompts were embedded
+        # several requests at once, accepted before their prompts were embedded
         tasks += [asyncio.ensure_future(backend.draw(job(drawer, text))) for text in by_expert[1][1:5]]
         await asyncio.sleep(0.2)
         drawer.go.set()
@@ -214,7 +214,7 @@ def test_a_fault_fails_its_own_image_alone(drawer, by_expert, caplog):
         await backend.draw(job(drawer, texts[0]))
         assert backend.ready()
         for _ in range(3):
-            with pytest.raises(UserError, match="not this one"):  # what the pipeline says of the request
+            with pytest.raises(UserError, match="not this one"):  # the pipeline's error about the request
                 await backend.draw(job(drawer, texts[3]))
         assert backend.ready()
         await backend.drain()

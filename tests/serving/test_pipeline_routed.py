@@ -1,4 +1,4 @@
-"""PromptRoutedPipeline: each image is its expert's own, in any company, thread and process, within the memory bound."""
+"""PromptRoutedPipeline: each image is its expert's, in any batch, thread and process, and memory is bounded."""
 
 import gc
 import threading
@@ -43,12 +43,12 @@ def opened(directory, **options):
 
 @pytest.fixture(scope="module")
 def served(four):
-    """One pipeline for the tests that leave it as it is."""
+    """Return a pipeline for tests that do not change it."""
     return opened(four)
 
 
 def stock_image(run, expert, prompt, seed, scheduler=None, **options):
-    """What plain diffusers draws with one expert in the base pipeline."""
+    """Return the image that plain diffusers generates with one expert in the base pipeline."""
     pipeline = load_pipeline(run / "model")
     pipeline.unet = load_denoiser(run / "methods" / "aptp" / "experts" / str(expert) / "unet")
     if scheduler is not None:
@@ -154,14 +154,14 @@ def test_transformers(name, tmp_path):
     )
     assert all(image.size == (32, 16) for image in drawn.images) and drawn.macs[0] > 0
     assert drawer.multiple == (16 if name == "sd35" else 8)
-    if name != "pixart":  # which draws at a size of its own table
+    if name != "pixart":  # PixArt uses sizes from a fixed table
         size, negatives = (drawer.multiple, 2 * drawer.multiple), ["", "a dog"]
         pictures = drawer.draw(PROMPTS[:2], [0, 1], 0, 2, 3.0, negatives, size, lambda *given: seen.append(given))
         assert seen == [(1, 2), (2, 2)] and {picture.image.size for picture in pictures} == {size[::-1]}
 
 
 def test_a_single_step_is_drawn_or_refused_in_one_line(tmp_path):
-    """PixArt-α takes a single step's second output, which its own scheduler does not return."""
+    """With a single step, PixArt-α uses a second output of the scheduler, which its own scheduler does not return."""
     pipeline = opened(write(tmp_path / "model", "pixart", load_pipeline("emoji")))
     options = {"num_inference_steps": 1, "height": 16, "width": 16, "seeds": 0, "output_type": "np"}
     with pytest.raises(UserError, match=r"^num_inference_steps=1: .* needs at least 2$"):
@@ -242,7 +242,7 @@ def test_the_least_recently_used_expert_goes(four):
     assert experts.resident == [0, 2] and kept() is not None
     with experts.use(1):
         assert experts.resident == [2, 1]
-    gc.disable()  # its memory goes at once, not when the collector comes
+    gc.disable()  # memory must be freed at once, not by the garbage collector
     try:
         with experts.use(3):
             assert kept() is None
@@ -300,7 +300,7 @@ def test_saved_and_opened_again(run, tmp_path):
 
 
 def test_an_export_under_a_relative_path_asks_no_hub(served, tmp_path, monkeypatch):
-    """`model/prompt_encoder` was looked up as the name of a model on the hub."""
+    """Once, `model/prompt_encoder` was looked up as a model's name on the hub."""
     served.save_pretrained(tmp_path / "model")
     asked = []
     monkeypatch.setattr("sentence_transformers.base.model_card.get_model_info", asked.append)

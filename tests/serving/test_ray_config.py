@@ -1,4 +1,4 @@
-"""What is decided for a Ray cluster without Ray: settings, the written file, which replica is preferred."""
+"""Decisions for a Ray cluster that need no Ray: settings, the written file, the preferred replica."""
 
 import pytest
 import yaml
@@ -26,7 +26,7 @@ def test_only_the_router_is_read_to_route(run, tmp_path):
     for directory in (run, tmp_path / "routed"):
         router, encoder = load_router(directory, None)
         assert route(PROMPTS, router, encoder).tolist() == expected and set(expected) == {0, 1}
-    router, encoder = load_router(run / "model", None)  # any diffusers pipeline
+    router, encoder = load_router(run / "model", None)  # without a router: any diffusers pipeline
     assert (router, encoder) == (None, None) and route(PROMPTS[:3], router, encoder).tolist() == [0, 0, 0]
 
 
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_one_line(run, tmp_path):
     assert "give local or ray" in refused("serve", run, "--engine", "rya")
     assert "such as 0.5" in refused("serve", run, "--engine", "ray", "--gpus-per-replica", "1.5")
     assert "neither a run directory" in refused("serve", tmp_path, *file, *NEEDED)
-    ok("serve", "/models/elsewhere", *file, *NEEDED)  # which the nodes have
+    ok("serve", "/models/elsewhere", *file, *NEEDED)  # a path that exists only on the nodes
     (application,) = yaml.safe_load(file[1].read_text())["applications"]
     assert application["args"]["directory"] == "/models/elsewhere"
     with pytest.raises(ValueError, match="max_batsh"):

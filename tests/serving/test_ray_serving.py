@@ -1,4 +1,4 @@
-"""The server on a Ray cluster whose replicas, nodes and clients are lost: every answer is what the pipeline draws."""
+"""The server on a Ray cluster with lost replicas, nodes and clients: every image is the pipeline's image."""
 
 import asyncio
 import base64
@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 PRUNEKIT, SERVE = str(BIN / "prunekit"), str(BIN / "serve")
 OPTIONS = ("--deterministic", "--max-steps", "999", "--max-queued", "10", "--name", "small")
 SERVER = ("--engine", "ray", "--replicas", "2", *OPTIONS)
-STEPS, LONG = 300, 900  # of which a replica draws about one a second, and one in several seconds
+STEPS, LONG = 300, 900  # steps of an image that takes about 1 s, and of one that takes several seconds
 
 pytestmark = pytest.mark.long
 
@@ -50,11 +50,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(run):
-    """The bytes of the pipeline's image of a prompt, by prompt, steps and seed."""
+    """Yield a cached function from prompt, steps and seed to the bytes of the pipeline's image, and its expert."""
     pipeline = PromptRoutedPipeline.from_pretrained(run, device="cpu")
     pipeline.set_progress_bar_config(disable=True)
     known, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a replica of one CPU: bytes depend on the number of threads
+    torch.set_num_threads(1)  # like a replica with one CPU, as bytes depend on the number of threads
 
     def draw(prompt, steps, seed):
         if (prompt, steps, seed) not in known:
@@ -68,7 +68,7 @@ def expected(run):
 
 @pytest.fixture(scope="module")
 def served(cluster, run):
-    """A server with two replicas, one a node."""
+    """Yield a server with two replicas, one per node."""
     command = cluster.start(PRUNEKIT, "serve", str(run), *SERVER)
     server = Served(cluster, command)
     server.until(lambda: "small is served at" in command.output())
@@ -81,7 +81,7 @@ def served(cluster, run):
 
 @pytest.fixture
 def ready(served):
-    """The server with both replicas ready, none of which draws."""
+    """Return the server when both replicas are ready and idle."""
     served.until(lambda: len(served.replicas()) == 2 and served.is_ready())
     served.until(lambda: len(both_draw(served)) == 2)
     served.until(lambda: not served.running())
@@ -89,7 +89,7 @@ def ready(served):
 
 
 def both_draw(served):
-    """Keep the replicas busy for a moment; return the batches that are drawn then."""
+    """Keep the replicas busy for a moment; return the batches that were in progress."""
     asked = Asked(served, [{"prompt": text, "num_inference_steps": STEPS} for text in PROMPTS[:6]])
     time.sleep(1.5)
     seen = served.running()
@@ -98,7 +98,7 @@ def both_draw(served):
 
 
 class Asked:
-    """Requests at once, each in a thread; `answers` by the number of the request."""
+    """Concurrent requests, each in a thread; `answers` is keyed by the number of the request."""
 
     def __init__(self, served, bodies, client=None):
         self.bodies, self.answers, self._served, self._client = bodies, {}, served, client
@@ -115,7 +115,7 @@ class Asked:
             self.answers[number] = error
 
     def wait(self):
-        """Wait for all; return the answers in the order of the requests."""
+        """Wait for all requests; return the answers in the order of the requests."""
         for thread in self.threads:
             thread.join(240)
             assert not thread.is_alive()
@@ -127,7 +127,7 @@ def bodies(count, steps):
 
 
 def check(body, answer, expected):
-    """What was drawn is the pipeline's image, by its expert."""
+    """Check that the answer is the pipeline's image, and that its expert generated it."""
     assert isinstance(answer, httpx.Response) and answer.status_code == 200, getattr(answer, "text", answer)
     (data,) = answer.json()["data"]
     image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"])))
@@ -167,13 +167,13 @@ def test_a_killed_ingress_answers_with_errors_and_comes_back(ready, expected):
     (ingress,) = ready.processes(INGRESS)
     ingress.kill()
     later = {"prompt": PROMPTS[5], "num_inference_steps": 4, "seed": 2}
-    check(later, ready.draw(**later), expected)  # which waits for the next ingress
+    check(later, ready.draw(**later), expected)  # it waits for the next ingress
     for answer in asked.wait():
         assert isinstance(answer, httpx.Response) and 500 <= answer.status_code < 600, answer
 
 
 def test_a_job_is_stopped_when_its_client_leaves(ready, expected):
-    with pytest.raises(httpx.ReadTimeout):  # two that draw, and two that wait
+    with pytest.raises(httpx.ReadTimeout):  # two images in progress, and two waiting
         ready.draw(timeout=2, prompt=PROMPTS[0], n=10, num_inference_steps=LONG)
     left = time.monotonic()
     ready.until(lambda: not ready.running() and ready.get("/health").json()["waiting"] == 0)
@@ -186,7 +186,7 @@ def test_a_full_queue_refuses_with_503(ready, expected):
     asked = Asked(ready, bodies(60, 50))
     answers = asked.wait()
     drawn = [number for number, answer in enumerate(answers) if getattr(answer, "status_code", 0) == 200]
-    assert 22 <= len(drawn) < 60  # what two replicas and their queues hold, at least
+    assert 22 <= len(drawn) < 60  # at least the capacity of two replicas and their queues
     for number in drawn:
         check(asked.bodies[number], answers[number], expected)
     for answer in (answer for number, answer in enumerate(answers) if number not in drawn):
@@ -210,7 +210,7 @@ def test_what_the_cluster_cannot_serve_is_one_line(ready, cluster, run, tmp_path
 
 
 def test_replicas_that_hold_the_expert_are_preferred():
-    """A hint: they come first unless more than a batch waits for them, and the others follow."""
+    """The preference is a hint: these replicas come first, unless more than a batch waits for them; others follow."""
     if reason := why_not():
         pytest.skip(reason)
     from ray.serve.request_router import PendingRequest
@@ -231,11 +231,11 @@ def test_replicas_that_hold_the_expert_are_preferred():
     assert chosen(stats, job) == [[1], [0, 2, 3]]
     assert chosen(stats, replace(job, expert=0)) == [[0], [1, 2, 3]]
     assert chosen(stats, replace(job, expert=5)) == [[], [0, 1, 2, 3]]
-    assert chosen(stats) == [[], [0, 1, 2, 3]]  # what is not a job
+    assert chosen(stats) == [[], [0, 1, 2, 3]]  # a request that is not a job
 
 
 def test_sigterm_under_load(ready, expected):
-    """Every request is answered or refused: 200, 503, or 404 and refused connections once the server has ended."""
+    """Every request is answered or refused: 200, 503, or 404 and refused connections after the server has ended."""
     command, stop, seen = ready.command, threading.Event(), []
 
     def client(number):
@@ -262,7 +262,7 @@ def test_sigterm_under_load(ready, expected):
     assert command.wait() == 0 and "The server is stopped" in command.output()
     assert "Traceback" not in command.output()
     after = [answer for _, answer in seen[before:]]
-    assert sum(getattr(answer, "status_code", 0) == 200 for answer in after) >= 2  # those that were drawn, or waited
+    assert sum(getattr(answer, "status_code", 0) == 200 for answer in after) >= 2  # in progress or waiting before
     for body, answer in seen:
         if getattr(answer, "status_code", 0) == 200:
             check(body, answer, expected)
@@ -279,7 +279,7 @@ def test_the_written_file_can_be_deployed(cluster, run, expected, tmp_path):
     written = cluster.run(PRUNEKIT, "serve", str(run), *OPTIONS, "--max-resident", "1", *words)
     assert "is written" in written.output() and "secret" not in file.read_text()
     content = yaml.safe_load(file.read_text())
-    for deployment in content["applications"][0]["deployments"]:  # the key that the nodes' environment has
+    for deployment in content["applications"][0]["deployments"]:  # the key from the nodes' environment
         deployment["ray_actor_options"]["runtime_env"] = {"env_vars": {"PRUNEKIT_API_KEY": "secret"}}
     file.write_text(yaml.safe_dump(content))
     deployed = cluster.run(SERVE, "deploy", str(file), "--address", "http://127.0.0.1:8265")
@@ -295,7 +295,7 @@ def test_the_written_file_can_be_deployed(cluster, run, expected, tmp_path):
                 check({**body, "prompt": prompt}, answer, expected)
             assert len(server.replicas()) == 1
             asking = Asked(server, bodies(11, LONG), client)
-            server.until(lambda: len(server.replicas()) == 2)  # for more requests than twice the batch
+            server.until(lambda: len(server.replicas()) == 2)  # two batches of requests start a replica
             for long, answer in zip(asking.bodies, asking.wait(), strict=True):
                 check(long, answer, expected)
     finally:

@@ -1,4 +1,4 @@
-"""`prunekit serve` as a process: SIGTERM under load answers what was accepted; memory stays flat."""
+"""`prunekit serve` as a process: after SIGTERM under load it answers accepted requests; memory stays flat."""
 
 import re
 import signal
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def started(run):
-    """A server in a process of its own, ready, and its address."""
+    """Yield a function that starts a server process, waits until it is ready, and returns it and its address."""
     processes = []
 
     def start(*options):
@@ -50,7 +50,7 @@ def started(run):
 
 @pytest.mark.long
 def test_sigterm_under_load(started):
-    """Every request is answered or refused: 200, 503, or a connection that is refused once the server has ended."""
+    """Every request is answered or refused: 200, 503, or a refused connection after the server has ended."""
     process, url = started("--max-batch", 2)
     answers, lock = [], threading.Lock()
 
@@ -77,7 +77,7 @@ def test_sigterm_under_load(started):
         assert not thread.is_alive()
     assert process.wait(LIMIT) == 0 and "The server is stopped" in process.printed()
     assert "Traceback" not in process.printed()
-    assert sum(status == 200 for status, *_ in answers[before:]) >= 2  # those that were being drawn, or waited
+    assert sum(status == 200 for status, *_ in answers[before:]) >= 2  # images that were in progress or waiting
     for status, content, headers in answers:
         assert status in (200, 503) or "refused" in str(content) or "reset" in str(content).lower(), content
         assert status != 503 or (headers["Retry-After"] == "5" and "about to end" in content["error"]["message"])
@@ -106,7 +106,7 @@ def test_what_cannot_be_served_is_one_line(run, tmp_path):
 
 
 def resident(process) -> int:
-    """Return the bytes of a process's own and shared memory (PSS)."""
+    """Return the proportional set size (PSS) of a process in bytes."""
     text = Path(f"/proc/{process._process.pid}/smaps_rollup").read_text()
     return 1024 * int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1])
 

@@ -1,4 +1,4 @@
-"""`prunekit generate`: the same bytes in any order, from any number of processes, through kills, in bounded memory."""
+"""`prunekit generate` gives the same bytes in any order, by several processes and after kills, in bounded memory."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def pipeline(run):
 
 @pytest.fixture(scope="module")
 def pictures(pipeline, tmp_path_factory):
-    """The 64 pictures, by their prompt, as one process makes them."""
+    """Return the 64 pictures of a single process, by prompt."""
     return drawn(pipeline, tmp_path_factory.mktemp("whole"), PROMPTS[:64])
 
 
@@ -103,7 +103,7 @@ def test_of_two_processes_one_is_killed(run, pipeline, pictures, tmp_path):
     first.wait()
     finish([second])
     assert by_prompt(folder, PROMPTS[:64]) == pictures
-    for index in (0, 5, 40):  # as if the other had been killed too: only what is missing is made
+    for index in (0, 5, 40):  # as if the other process was also killed; only missing pictures are generated
         (folder / f"{index:05d}.png").unlink()
     before = (folder / "00001.png").stat().st_mtime_ns
     assert drawn(pipeline, folder, PROMPTS[:64]) == pictures
@@ -171,7 +171,7 @@ def test_shipped_lists(pipeline):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on a data set, pruned by Norm."""
+    """Return a finished run on a data set, pruned by Norm."""
     folder = tmp_path_factory.mktemp("world")
     recipe = parse_recipe(
         {
@@ -218,7 +218,7 @@ def test_prompts_of_the_cheapest_and_the_dearest_expert(pipeline):
 
 
 def test_serving_calls_unets_as_the_experts_alone_would(pipeline, monkeypatch):
-    """64 mixed prompts against the experts' own batches, drawn by the stock pipeline; benchmarks/ has the times."""
+    """64 mixed prompts need the UNet calls of the stock pipeline on each expert's batches. benchmarks/ has times."""
     prompts, options = PROMPTS[:64], {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     experts = pipeline.route(prompts).tolist()
     groups = [[p for p, own in zip(prompts, experts, strict=True) if own == expert] for expert in range(4)]
@@ -264,7 +264,7 @@ print(json.dumps([len(set(experts)), resource.getrusage(resource.RUSAGE_SELF).ru
 
 @pytest.mark.long
 def test_one_resident_expert_bounds_the_memory(tmp_path):
-    """Four experts with room for one take no more than the largest takes alone."""
+    """Four experts with at most one in memory need no more memory than the largest expert alone."""
     write_mixture(tmp_path / "run", 4, channels=(64, 128, 192, 192))
     pipeline = PromptRoutedPipeline.from_pretrained(tmp_path / "run", device="cpu", max_resident=1)
     pipeline.save_pretrained(tmp_path / "saved")
