@@ -1,4 +1,4 @@
-"""Random damage to data: shards, pictures and tables load, or are refused in one line, and nothing else is written.
+"""Random damage to data: shards, pictures and tables load or are refused in one line, and no other file is written.
 
 `PRUNEKIT_FUZZ=30 pytest tests/data/test_fuzz_data.py` tries 300 files of each of 18 kinds.
 """
@@ -26,10 +26,10 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.data.picture_files import decode, fault
 from prunekit.runtime.errors import UserError
 
-EXAMPLES = 10  # of each kind
-pytestmark = [TIMEOUT, pytest.mark.filterwarnings("ignore")]  # Pillow's, about the damage
+EXAMPLES = 10  # per kind
+pytestmark = [TIMEOUT, pytest.mark.filterwarnings("ignore")]  # Pillow warns about the damage
 
-TOKENS = (  # bytes that parsers stumble over
+TOKENS = (  # bytes that often confuse parsers
     b"\0",
     b"\xff\xff\xff\xff",
     b"\x80\x00\x00\x00",
@@ -43,7 +43,7 @@ TOKENS = (  # bytes that parsers stumble over
     b"Exif\0\0",
     b"II*\0\x08\0\0\0\xff",
 )
-VALUES = (  # of JSON, in place of a value of a table
+VALUES = (  # JSON values that replace a value of a table
     b"5",
     b"-1e999",
     b"9" * 5000,
@@ -58,12 +58,12 @@ VALUES = (  # of JSON, in place of a value of a table
     b'"\xed\xa0\x80"',
 )
 JSON_VALUE = re.compile(rb'(?<=": )(?:"[^"\n]*"|\d+|\[[^\[\]{}]*\])')
-FIELD = re.compile(rb"[^,\t\r\n]+")  # of CSV and TSV
+FIELD = re.compile(rb"[^,\t\r\n]+")  # a field of CSV and TSV
 
 
 @st.composite
 def damage(draw, content: bytes, header: int = 0) -> bytes:
-    """Overwrite, insert, drop and repeat bytes of a file at 1 to 3 places after a header that stays."""
+    """Overwrite, insert, drop and repeat bytes of a file at 1 to 3 places; the first `header` bytes stay."""
     damaged = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(min(header, len(damaged)), len(damaged)))
@@ -83,7 +83,7 @@ def damage(draw, content: bytes, header: int = 0) -> bytes:
 
 @st.composite
 def damaged_table(draw, content: bytes) -> bytes:
-    """Replace 1 to 3 values of a table by those that no reader expects, or damage it as `damage` does."""
+    """Replace 1 to 3 values of a table by unexpected values, or damage it as `damage` does."""
     if draw(st.booleans()):
         return draw(damage(content))
     is_json = content[:1] in b"{["
@@ -96,13 +96,13 @@ def damaged_table(draw, content: bytes) -> bytes:
 
 
 def with_checksums(content: bytes) -> bytes:
-    """Make the checksums of all tar headers right, so that damaged headers are read."""
+    """Correct the checksums of all tar headers, so that damaged headers are read."""
     blocks = [content[start : start + BLOCK] for start in range(0, len(content), BLOCK)]
     return b"".join(with_checksum(block) if block[257:262] == b"ustar" else block for block in blocks)
 
 
 def with_sums_of_chunks(content: bytes) -> bytes:
-    """Make the checksums of a PNG's chunks right, so that damaged chunks are read."""
+    """Correct the checksums of a PNG's chunks, so that damaged chunks are read."""
     position, parts = 8, [content[:8]]
     while position + 12 <= len(content):
         length = int.from_bytes(content[position : position + 4], "big")
@@ -124,8 +124,8 @@ figures = shown(SETS, DECODED)
 
 @cache
 def seconds_of(whole: Callable) -> float:
-    """CPU time of work on what is not damaged."""
-    whole()  # which imports what is not yet imported
+    """Return the CPU time of work on undamaged input."""
+    whole()  # imports all modules
     outcome = forked(whole, 60)
     assert outcome.kind == "done", outcome.value
     return outcome.seconds
@@ -159,10 +159,10 @@ def load_whole(write: Callable, config: DataConfig) -> bool:
 
 
 def look(content: bytes, write: Callable, whole: Callable, config: DataConfig) -> bool:
-    """Load a data set that `write(folder)` writes, decode its pictures, and return whether that went well.
+    """Load a data set that `write(folder)` writes, decode its pictures, and return whether this succeeded.
 
-    Any outcome fails but success or an error of one line; so does any change of a file, except for the report.
-    content: the damaged part, shown with a fault. whole: loads the set that is not damaged.
+    The check fails unless the outcome is success or a one-line error, and no file but the report is changed.
+    content: the damaged part, shown with a fault. whole: function that loads the undamaged data set.
     """
     seconds = seconds_of(whole)
     with written(write) as root, SETS.case(content):
@@ -252,7 +252,7 @@ def pictures() -> dict[str, bytes]:
 
 
 def decode_or_refuse(encoded: bytes) -> bool:
-    """Decode a picture; return whether that went well, and `fault` says so."""
+    """Decode a picture; check that `fault` agrees with the outcome, and return whether it succeeded."""
     reason = fault(encoded)
     try:
         assert decode(encoded, 8).shape == (3, 8, 8) and reason is None
@@ -270,14 +270,14 @@ WHOLE_PICTURES = {kind: partial(decode_or_refuse, encoded) for kind, encoded in 
 @given(st.data(), st.booleans())
 @pytest.mark.parametrize("kind", PICTURES)
 def test_a_damaged_picture_is_decoded_or_refused(kind, data, mended):
-    encoded = data.draw(damage(PICTURES[kind], header=40 if mended else 0))  # formats tell themselves in the header
+    encoded = data.draw(damage(PICTURES[kind], header=40 if mended else 0))  # the header identifies the format
     encoded = with_sums_of_chunks(encoded) if mended and "png" in kind else encoded
     seconds = seconds_of(WHOLE_PICTURES[kind])
     with DECODED.case(encoded):
         DECODED.check(measured(lambda: decode_or_refuse(encoded), seconds), seconds, [])
 
 
-TABLES = {  # how a data set is written, and the file of it that is damaged
+TABLES = {  # function that writes a data set, and its file that is damaged
     "jsonl": (data_layouts.folder_jsonl, "metadata.jsonl"),
     "metadata.csv": (data_layouts.folder_csv, "metadata.csv"),
     "csv": (data_layouts.csv_table, "table.csv"),
@@ -288,7 +288,7 @@ TABLES = {  # how a data set is written, and the file of it that is damaged
 
 @cache
 def whole_table(kind: str) -> tuple[DataConfig, bytes, Callable]:
-    """Return a data set's config, the file that is to be damaged, and a call that loads the set undamaged."""
+    """Return a data set's config, the content of the file to damage, and a function that loads the undamaged set."""
     write, name = TABLES[kind]
     with tempfile.TemporaryDirectory() as folder:
         given = write(Path(folder) / "data", SAMPLES)

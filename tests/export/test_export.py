@@ -1,4 +1,4 @@
-"""Every tier opens elsewhere and gives what the model in memory gives; what is faulty is refused in one line."""
+"""Exports of every tier open elsewhere and give the outputs of the model in memory; faulty ones give a short error."""
 
 import importlib.util
 import json
@@ -67,18 +67,18 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def class_module(tmp_path_factory):
-    """The class file as a module of its own."""
+    """Yield the class file, imported as a separate module."""
     path = write_class_file(PrunedUNet2DConditionModel, tmp_path_factory.mktemp("class"))
     spec = importlib.util.spec_from_file_location("modeling_pruned_of_a_test", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
 
 
 def check_rights(folder):
-    """Every file has the rights of any new file: safetensors 0.8 makes its files private, whatever the umask."""
+    """Check that files have the permissions of the umask; safetensors 0.8 ignores it and makes its files private."""
     umask = os.umask(0o022)
     os.umask(umask)
     rights = {path: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
@@ -112,7 +112,7 @@ def test_the_class_file_needs_torch_and_diffusers_alone():
     ]
     packages = {line.split()[1].split(".")[0] for line in lines}
     assert packages - sys.stdlib_module_names == {"torch", "diffusers"}
-    for line in lines:  # diffusers takes lines of this form for relative imports of other files
+    for line in lines:  # diffusers treats such lines as relative imports of other files
         assert not line.startswith("from .")
 
 
@@ -262,7 +262,7 @@ def _other_unet(folder):
 
 
 def _without_header(folder):
-    """The weights of another cut, as plain diffusers writes them."""
+    """Replace the weights by those of another pruned model, in a file without prunekit's header."""
     pruned(seed=2).save_pretrained(folder.parent / "other")
     (folder / WEIGHTS).write_bytes((folder.parent / "other" / WEIGHTS).read_bytes())
 
@@ -344,7 +344,7 @@ def torch_graph(unet, folder):
 
 @pytest.mark.parametrize("write", [save_denoiser, pytest.param(torch_graph, marks=pytest.mark.long)])
 def test_an_export_to_a_full_disk_is_one_error_and_leaves_nothing(write, tmp_path):
-    """torch ended the process where a write of a graph failed."""
+    """Once, torch ended the process if it could not write a graph."""
     unet = pruned()
     with small_disk(tmp_path) as disk:
         disk.fill()
@@ -409,12 +409,12 @@ HOSTILE = "a/b\n---\n# x | <script>x</script> ![p](http://x/y.png) [y](http://z)
 
 @pytest.mark.parametrize("model", [HOSTILE, "me/mine\n---", "me/<b>", "me/[y](z)", ["me/mine"], {"me": "mine"}])
 def test_a_card_shows_what_others_wrote_as_text(model):
-    """Attack 21: HTML, line ends and bars of a downloaded mixture's info passed into the card of its export."""
+    """Once, HTML, line ends and bars of a downloaded mixture's info were copied unescaped to its export's card."""
     info = {"model": model, "method": HOSTILE, "recipe": HOSTILE}
     info["result"] = {"settings": {"budget": HOSTILE}, "dense_macs": HOSTILE}
     table = [{"name": HOSTILE, "kid": HOSTILE}, {"name": "dense", "kid": 0.25}]
     text = model_card("denoiser", HOSTILE, info, [{"tier": "class", "macs": 1, "params": 2}], [], table)
-    before, head, body = re.split(r"^---\n", text, flags=re.MULTILINE)  # no further line ends the head
+    before, head, body = re.split(r"^---\n", text, flags=re.MULTILINE)  # the header has no other end line
     assert not before and yaml.safe_load(head).keys() == {"library_name", "pipeline_tag", "tags"}
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body.partition("## Use")[0])
     inline = [token for token in tokens if token.type == "inline"]
@@ -422,7 +422,7 @@ def test_a_card_shows_what_others_wrote_as_text(model):
     assert not any(token.type in ("html_block", "fence", "hr") for token in tokens)
     shown = ["".join(part.content for part in token.children) for token in inline]
     plain = " ".join(HOSTILE.split())
-    assert shown[0] == plain and shown.count(plain) == 3  # the title, and two cells of a row
+    assert shown[0] == plain and shown.count(plain) == 3  # in the title and in two cells of a row
     assert shown[1].count(plain) == 4 and sum(token.type == "tr_open" for token in tokens) == 2 + 3
     assert model_card("denoiser", "mine", {"result": [1], "model": model}, [], [])
 
