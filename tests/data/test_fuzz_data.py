@@ -26,7 +26,7 @@ from prunekit.data.config import DataConfig, load_data
 from prunekit.data.picture_files import decode, fault
 from prunekit.runtime.errors import UserError
 
-EXAMPLES = 10  # per kind
+EXAMPLES = 6  # per kind
 pytestmark = [TIMEOUT, pytest.mark.filterwarnings("ignore")]  # Pillow warns about the damage
 
 TOKENS = (  # bytes that often confuse parsers

@@ -328,6 +328,7 @@ def test_changed_weights_are_noticed_where_it_is_asked_for(tmp_path):
         load_denoiser(tmp_path / "unet", verify=True)
 
 
+@pytest.mark.long
 def test_a_failed_check_leaves_nothing_behind(tmp_path):
     unet = pruned()
     with torch.no_grad():
