@@ -100,8 +100,7 @@ def full_at(
         return temporary_for(path)
 
     with pytest.MonkeyPatch.context() as patches:
-        for module in (files, files):
-            patches.setattr(module, "temporary_for", full_at_once)
+        patches.setattr(files, "temporary_for", full_at_once)
         try:
             yield found
         finally:
