@@ -128,24 +128,25 @@ def _of_comparison(source: Source) -> tuple[list[Painter], str]:
     budgets = list(dict.fromkeys(entry.get("budget") for entry in source.recipe.get("budgets", ())))
     budget = str(budgets[0]) if budgets else first["budget"]
     budget = budget if any(cell["cell"]["budget"] == budget for cell in cells) else first["budget"]
-    seeds = [cell["cell"]["seed"] for cell in cells if cell["cell"]["budget"] == budget and _drawn_by(source, cell)]
+    drawn = [(cell, _drawn_by(source, cell)) for cell in source.cells if cell["cell"]["budget"] in ("", budget)]
+    seeds = [cell["cell"]["seed"] for cell, pictures in drawn if pictures and cell["cell"]["method"] != DENSE]
     seed = max(sorted(set(seeds)), key=seeds.count, default=first["seed"])  # with pictures of the most rows
     order, protocols = list(source.recipe.get("methods", ())), ("static", *PROTOCOLS)
     painters, seen = [], set()
-    wanted = [c for c in source.cells if c["cell"]["seed"] == seed and c["cell"]["budget"] in ("", budget)]
+    wanted = [(cell, pictures) for cell, pictures in drawn if cell["cell"]["seed"] == seed]
 
     def place(cell: dict[str, Any]) -> tuple[int, int]:
         name = cell["cell"]["method"]
         rank = -1 if name == DENSE else order.index(name) if name in order else len(order)
         return rank, protocols.index(cell["cell"]["protocol"])
 
-    for cell in sorted(wanted, key=place):
+    for cell, pictures in sorted(wanted, key=lambda pair: place(pair[0])):
         name = cell["cell"]["method"]
         if name in seen:  # under another protocol
             continue
         seen.add(name)
         macs = [expert["macs"] for expert in cell["experts"]] or [cell["figures"]["macs"]]
-        painters.append(Painter(name, _drawn_by(source, cell), macs, bool(cell["experts"])))
+        painters.append(Painter(name, pictures, macs, bool(cell["experts"])))
     return painters, f"Budget {budget}, seed {seed}; each prompt with the same noise for every model."
 
 
